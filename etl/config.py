@@ -1,0 +1,379 @@
+"""Configuration: frozen pydantic models, and the loader that composes YAML into them (DESIGN section 8).
+
+Three rules. A string where a section is expected names ``conf/<section>/<string>.yaml``. ``base: name`` (a file beside this
+one) is inherited, key by key. ``--section.key value`` overrides. Unknown keys are refused by name. This module is shared:
+trainers import it too, so it imports neither pyspark nor torch.
+"""
+
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+CONF_VARIABLE = "GRAFTREC_CONF"  # another folder to take YAML from
+
+
+class GraftrecError(Exception):
+    """A mistake the user can mend: printed as one line, without a traceback; the process ends with `exit_code`.
+
+    The message says what was expected, what was found and what to do.
+    """
+
+    exit_code = 2
+
+
+class ConfigError(GraftrecError):
+    """A configuration that can't be composed or validated."""
+
+
+class Section(BaseModel):
+    """Base of every configuration section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# --- the ETL's sections -------------------------------------------------------------------------------------------------
+
+
+class SparkConfig(Section):
+    """How Spark runs. Embedded by default; `master` may be any Spark master."""
+
+    master: str = "local[*]"
+    driver_memory: str = "1g"
+    shuffle_partitions: int = Field(4, ge=1)
+    settings: dict[str, str] = {}  # any further spark.* setting
+
+
+class ColumnsConfig(Section):
+    """Which column (name, or 0-based position where there is no header) holds what. `None`: the log has none."""
+
+    user: str | int | None = None
+    item: str | int | None = None
+    time: str | int | None = None
+    event_type: str | int | None = None
+    value: str | int | None = None
+    basket: str | int | None = None
+
+
+class FileConfig(Section):
+    """Where rows lie and how they are spelled."""
+
+    path: str  # a file, a folder or a glob, relative to the source's `root`
+    format: Literal["delimited", "json", "parquet"] = "delimited"
+    separator: str = ","  # any string, also of several characters
+    header: bool = True
+    quote: str | None = '"'  # None: no quoting, a quote is an ordinary character
+    encoding: str = "utf-8"
+    skip_rows: int = Field(0, ge=0)  # lines before the header or the first row
+
+
+class EventsFileConfig(FileConfig):
+    """An interaction log."""
+
+    columns: ColumnsConfig
+    time_unit: Literal["s", "ms", "us", "ns", "ordinal"] | None = "s"  # of a numeric time; `ordinal`: mere order
+    time_format: str | None = None  # strptime format of a textual time (UTC); takes the place of time_unit
+
+
+class FlagsConfig(Section):
+    """One-hot category columns, as in MovieLens-100k: names in the order of the columns from `first` on."""
+
+    first: int
+    names: tuple[str, ...]
+
+
+class ItemsFileConfig(FileConfig):
+    """A file of items: id, title, year, categories and any other attributes."""
+
+    id: str | int
+    title: str | int | None = None
+    year: str | int | Literal["title"] | None = None  # "title": the "(1995)" at the title's end, which is then cut off
+    categories: str | int | None = None
+    categories_separator: str = "|"
+    category_flags: FlagsConfig | None = None
+    attributes: dict[str, str | int] = {}  # attribute name -> column
+    people: dict[str, tuple[str | int, ...]] = {}  # relation -> columns in order of rank, e.g. director, actor
+
+
+class UsersFileConfig(FileConfig):
+    """A file of users: id and attributes."""
+
+    id: str | int
+    attributes: dict[str, str | int] = {}
+
+
+class EdgesFileConfig(FileConfig):
+    """A file of social edges."""
+
+    user: str | int
+    friend: str | int
+    weight: str | int | None = None
+    directed: bool = False  # False: each edge is written in both directions
+
+
+class LogSource(Section):
+    """Your own log, described by one YAML: an events file, and optionally items, users and edges beside it."""
+
+    kind: Literal["log"] = "log"
+    root: str = "."
+    events: EventsFileConfig
+    items: ItemsFileConfig | None = None
+    users: UsersFileConfig | None = None
+    edges: EdgesFileConfig | None = None
+    require_known_items: bool = True  # with an items file: an event whose item it lacks goes to quarantine
+
+
+class MovielensSource(Section):
+    """MovieLens-1M: GroupLens' ratings.dat, movies.dat, users.dat (or order.parquet in the place of ratings.dat)."""
+
+    kind: Literal["movielens"] = "movielens"
+    root: str
+
+
+class GeneratorSource(Section):
+    """A synthetic two-domain log of any size, reproducible from `seed` whatever the number of partitions."""
+
+    kind: Literal["generator"] = "generator"
+    users: int = Field(1_000, ge=10)
+    items: int = Field(600, ge=20)
+    target_share: float = Field(0.3, gt=0, lt=1)  # of items, in the domain `target`
+    mean_events: float = Field(60, gt=1)  # per user, both domains together
+    target_event_share: float = Field(0.25, gt=0, lt=1)
+    tastes: int = Field(8, ge=1)  # latent dimensions
+    taste_strength: float = Field(3.0, ge=0)  # how far taste outweighs popularity
+    popularity_exponent: float = Field(0.8, ge=0)  # Zipf
+    people: int = Field(120, ge=4)  # directors and actors
+    share_tastes: bool = True  # False: a user's tastes in the two domains are independent (no transfer is possible)
+    friends: float = Field(4, ge=0)  # mean number per user
+    sequential: float = Field(0.3, ge=0, le=1)  # share of events that follow from the one before
+    seed: int = 0
+
+
+SourceConfig = Annotated[LogSource | MovielensSource | GeneratorSource, Field(discriminator="kind")]
+
+
+class CleaningConfig(Section):
+    max_quarantine_share: float = Field(0.01, ge=0, le=1)  # of a file kind's rows; above it the job fails
+    min_time: str = "1970-01-01"  # an event before it is impossible
+    max_time: str | None = None  # None: a day after now
+
+
+class KCoreConfig(Section):
+    min_user: int = Field(5, ge=1)
+    min_item: int = Field(5, ge=1)
+    iterate: bool = True  # False: one pass over the raw degrees, the survey's way
+
+
+class DomainConfig(Section):
+    """An item belongs when its categories meet every condition given; a condition left empty holds for all items."""
+
+    name: str
+    any_of: tuple[str, ...] = ()
+    all_of: tuple[str, ...] = ()
+    none_of: tuple[str, ...] = ()
+    attribute: str | None = None  # test this attribute's value instead of the categories
+
+
+class KnowledgeFileConfig(FileConfig):
+    """Side information joined to items by id, or by normalised title and year."""
+
+    name: str  # the `source` of its triples
+    by: Literal["id", "title"]
+    id: str | int | None = None
+    title: str | int | None = None
+    year: str | int | None = None
+    relations: dict[str, tuple[str | int, ...]]  # relation -> columns in order of rank
+    list_columns: bool = False  # the cells hold Python-style lists ("['A', 'B']") or single values
+    underscores: bool = False  # names are spelled with underscores for spaces (DBpedia)
+    max_rank: dict[str, int] = {}  # e.g. actor: 3
+
+
+class KnowledgeConfig(Section):
+    """Files in order of trust: a later one supplies only what the earlier ones lack for an item and relation."""
+
+    root: str = "."
+    files: tuple[KnowledgeFileConfig, ...] = ()
+
+
+class SplitConfig(Section):
+    """Hold-out by position: the last `validation` + `test` items of a user and domain."""
+
+    name: str = "last-5"
+    validation: int = Field(2, ge=0)
+    test: int = Field(3, ge=0)
+    min_train: int = Field(5, ge=1)  # a user with fewer training items left is not evaluated: trains only
+    causal_target: str | None = None  # cut every other domain at the user's first held-out item of this domain
+
+
+class NegativesConfig(Section):
+    protocols: tuple[Literal["uniform-100", "popular-100", "top-100"], ...] = ("uniform-100", "popular-100")
+    seed: int = 0
+
+
+class EtlConfig(Section):
+    """Everything `python -m etl` needs."""
+
+    lake: str = "lake"  # a local folder or an object-store URI
+    source: SourceConfig
+    cleaning: CleaningConfig = CleaningConfig()
+    kcore: KCoreConfig = KCoreConfig()
+    domains: tuple[DomainConfig, ...] = ()
+    knowledge: KnowledgeConfig = KnowledgeConfig()
+    splits: tuple[SplitConfig, ...] = (SplitConfig(),)
+    negatives: NegativesConfig = NegativesConfig()
+    spark: SparkConfig = SparkConfig()
+    buckets: int = Field(4, ge=1)  # of users; fixed when the lake is made
+
+
+# --- the loader ---------------------------------------------------------------------------------------------------------
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def conf_root() -> Path:
+    """The folder of YAML files: $GRAFTREC_CONF, else ./conf, else the one of this checkout."""
+    if named := os.environ.get(CONF_VARIABLE):
+        return Path(named)
+    if Path("conf").is_dir():
+        return Path("conf")
+    return Path(__file__).parent.parent / "conf"
+
+
+def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) -> SectionT:
+    """Compose one YAML file into a `kind`. `path` is a file, or a name such as ``etl/demo`` under the conf folder.
+
+    `overrides` is a command line's rest: ``["--section.key", "value", …]`` (also ``--section.key=value`` and, as MLflow
+    Projects append them, ``section.key=value``). Raises ConfigError.
+    """
+    raw = _read(_resolve(path))
+    for dotted, value in parse_overrides(overrides):
+        _set(raw, dotted, value)
+    raw = _compose(raw, kind)
+    try:
+        return kind.model_validate(raw)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """``--a.b value``, ``--a.b=value`` and ``a.b=value`` to (dotted key, YAML value) pairs. Raises ConfigError."""
+    pairs: list[tuple[str, Any]] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            if not word.startswith("--") or not rest:
+                raise ConfigError(f"expected --section.key value, found {word!r}; give every key a value")
+            value = rest.pop(0)
+        try:
+            pairs.append((key, yaml.safe_load(value)))
+        except yaml.YAMLError:
+            pairs.append((key, value))
+    return pairs
+
+
+def config_hash(config: Section) -> str:
+    """First 16 hex digits of the SHA-256 of the configuration's canonical JSON."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_version(*folders: Path, suffix: str = ".py") -> str:
+    """A hash of the sources under `folders` (files or folders): what "code version" means for skipping a job."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob(f"*{suffix}") if folder.is_dir() else [folder]):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _resolve(path: str | Path) -> Path:
+    for candidate in (Path(path), conf_root() / f"{path}.yaml", conf_root() / path):
+        if candidate.is_file():
+            return candidate
+    folder = (conf_root() / path).parent
+    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
+    raise ConfigError(f"no configuration {path}: expected a YAML file, or one of {folder}/: {known}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """One YAML file with its `base` merged beneath it."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
+    if base := raw.pop("base", None):
+        raw = _merge(_read(_resolve(path.parent / f"{base}.yaml")), raw)
+    return raw
+
+
+def _merge(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return below | {key: _merge(below.get(key), value) for key, value in above.items()}
+
+
+def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for depth, parent in enumerate(parents):
+        below = raw.get(parent)
+        if isinstance(below, str):  # a named section that is now overridden in part
+            below = _read(_resolve(Path(*[parent]) / below))
+        if below is None:
+            below = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"--{dotted}: {'.'.join(parents[: depth + 1])} is not a section")
+        raw[parent] = raw = dict(below)
+    raw[last] = value
+
+
+def _compose(raw: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
+    """Replace each string that stands where `kind` has a section by that section's YAML, down the tree."""
+    composed = dict(raw)
+    for name, field in kind.model_fields.items():
+        if name not in composed:
+            continue
+        sections = _sections(field.annotation)
+        value = composed[name]
+        if sections and isinstance(value, str):
+            value = _read(_resolve(Path(name) / value))
+        if sections and isinstance(value, dict):
+            section = sections[0]
+            if len(sections) > 1:
+                wanted = value.get("kind")
+                section = next((s for s in sections if s.model_fields["kind"].default == wanted), section)
+            value = _compose(value, section)
+        composed[name] = value
+    return composed
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The Section classes an annotation admits directly (not inside a list or dict)."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return [section for part in get_args(annotation) for section in _sections(part)]
+    return []
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(step) for step in problem["loc"]) or "(top)"
+        if problem["type"] == "extra_forbidden":
+            parts.append(f"unknown setting {where}; remove it or mend its name")
+        else:
+            found = "" if isinstance(problem.get("input"), Mapping) else f" (found {problem.get('input')!r})"
+            parts.append(f"{where}: {problem['msg']}{found}")
+    return "; ".join(parts)

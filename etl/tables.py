@@ -1,0 +1,289 @@
+"""The contract between ETL and everything that reads its tables: names, schemas, keys, order, reserved ids.
+
+A table is a Delta table at ``<lake>/<name>``. Raw ids are strings, whatever the log called them; an *index* is the dense
+global int32 a vocabulary table (`items`, `users`, `entities`) gives a raw id, once and for ever. This module imports
+pyarrow and nothing heavier, so that trainers can read the contract without Spark.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+# Reserved indices, the same in every vocabulary (users use PAD and UNK only). The first raw id gets FIRST_INDEX.
+PAD, MASK, CLS, SEP, UNK = range(5)
+FIRST_INDEX = 5
+
+DOMAIN_ALL = "all"  # the domain that holds every item
+PARTS = ("train", "validation", "test")
+
+# Table properties (Delta `configuration`) that tell a reader what the values mean.
+PROPERTY_BUCKETS = "graftrec.buckets"  # number of user buckets of this lake
+PROPERTY_TIME = "graftrec.time"  # "timestamp": microseconds since 1970 UTC; "ordinal": order only
+TIME_TIMESTAMP, TIME_ORDINAL = "timestamp", "ordinal"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: `schema` in column order, `key` unique columns, `partition_by` Delta partitions, `order` inside a file."""
+
+    name: str
+    schema: pa.Schema
+    key: tuple[str, ...]
+    partition_by: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
+
+
+def bucket_of(raw_user_id: str, num_buckets: int) -> int:
+    """Bucket of a user: CRC-32 of the UTF-8 raw id, modulo; the same in Spark (`crc32`), zlib and any other reader."""
+    return zlib.crc32(raw_user_id.encode()) % num_buckets
+
+
+def _field(name: str, kind: pa.DataType, *, null: bool = False) -> pa.Field:
+    return pa.field(name, kind, nullable=null)
+
+
+_STRING, _INT, _LONG = pa.string(), pa.int32(), pa.int64()
+_ATTRIBUTES = pa.list_(pa.struct([pa.field("name", _STRING), pa.field("value", _STRING)]))
+
+INTERACTIONS = Table(
+    "interactions",
+    pa.schema(
+        [
+            _field("bucket", _INT),
+            _field("user", _STRING),
+            _field("item", _STRING),
+            _field("time", _LONG),  # microseconds since 1970 UTC, or order (PROPERTY_TIME)
+            _field("event_type", _STRING, null=True),
+            _field("value", pa.float64(), null=True),
+            _field("basket", _STRING, null=True),
+            _field("source_order", _LONG),  # breaks ties in time; later files and later lines are larger
+        ]
+    ),
+    key=("user", "item", "time", "event_type", "value", "basket"),
+    partition_by=("bucket",),
+)
+
+QUARANTINE = Table(
+    "quarantine",
+    pa.schema(
+        [
+            _field("kind", _STRING),  # interactions | items | users | edges
+            _field("file", _STRING),
+            _field("line", _LONG),  # 1-based; of a Parquet file: row number
+            _field("reason", _STRING),
+            _field("raw", _STRING, null=True),  # the row as found, cut at 1,000 characters
+        ]
+    ),
+    key=("file", "line"),
+)
+
+ITEMS = Table(
+    "items",
+    pa.schema(
+        [
+            _field("item", _STRING),
+            _field("index", _INT),
+            _field("kept", pa.bool_()),  # by k-core, decided on the whole log
+            _field("degree", _LONG),  # interactions after cleaning, before k-core
+            _field("title", _STRING, null=True),
+            _field("year", _INT, null=True),
+            _field("categories", pa.list_(_STRING)),  # genres, markets…; empty where unknown
+            _field("attributes", _ATTRIBUTES),
+        ]
+    ),
+    key=("item",),
+    order=("index",),
+)
+
+USERS = Table(
+    "users",
+    pa.schema(
+        [
+            _field("user", _STRING),
+            _field("index", _INT),
+            _field("kept", pa.bool_()),
+            _field("degree", _LONG),
+            _field("attributes", _ATTRIBUTES),
+        ]
+    ),
+    key=("user",),
+    order=("index",),
+)
+
+ENTITIES = Table(
+    "entities",
+    pa.schema(
+        [
+            _field("entity", _STRING),  # "<kind>:<normalised name>", e.g. "person:james cameron"
+            _field("index", _INT),
+            _field("kind", _STRING),
+            _field("name", _STRING),
+        ]
+    ),
+    key=("entity",),
+    order=("index",),
+)
+
+DOMAINS = Table(
+    "domains",
+    pa.schema(
+        [
+            _field("domain", _STRING),
+            _field("item", _STRING),
+            _field("index", _INT),  # the item's global index
+            _field("rule", _STRING),  # the rule that put it there, as configured
+        ]
+    ),
+    key=("domain", "item"),
+    partition_by=("domain",),
+    order=("index",),
+)
+
+KNOWLEDGE = Table(
+    "knowledge",
+    pa.schema(
+        [
+            _field("head", _STRING),  # raw item id
+            _field("relation", _STRING),  # director | actor | …
+            _field("tail", _STRING),  # entity
+            _field("rank", _INT),  # 1 = first actor, 2 = second…
+            _field("source", _STRING),  # where it came from: imdb | dbpedia | generator | the log's own name
+            _field("head_index", _INT),
+            _field("tail_index", _INT),
+        ]
+    ),
+    key=("head", "relation", "tail"),
+    order=("head_index", "relation", "rank"),
+)
+
+SOCIAL = Table(
+    "social",
+    pa.schema(
+        [
+            _field("user", _STRING),
+            _field("friend", _STRING),
+            _field("weight", pa.float32()),
+            _field("user_index", _INT),
+            _field("friend_index", _INT),
+        ]
+    ),
+    key=("user", "friend"),
+    order=("user_index", "friend_index"),
+)
+
+# items[:valid_start] is the training part, items[valid_start:test_start] validation, items[test_start:end] test; what lies
+# past `end` belongs to no part (the `causal` split cuts there). A user too short for a hold-out has all three equal.
+SEQUENCES = Table(
+    "sequences",
+    pa.schema(
+        [
+            _field("split", _STRING),
+            _field("domain", _STRING),
+            _field("bucket", _INT),
+            _field("user", _INT),  # global user index
+            _field("items", pa.list_(_INT)),  # global item indices in (time, source_order); kept items only
+            _field("times", pa.list_(_LONG), null=True),
+            _field("event_types", pa.list_(_STRING), null=True),
+            _field("values", pa.list_(pa.float32()), null=True),
+            _field("valid_start", _INT),
+            _field("test_start", _INT),
+            _field("end", _INT),
+        ]
+    ),
+    key=("split", "domain", "user"),
+    partition_by=("split", "domain", "bucket"),
+    order=("user",),
+)
+
+# The last basket of a user is the test part, the one before it validation, where there are at least three.
+BASKETS = Table(
+    "baskets",
+    pa.schema(
+        [
+            _field("split", _STRING),
+            _field("domain", _STRING),
+            _field("bucket", _INT),
+            _field("user", _INT),
+            _field("basket", _INT),  # 0, 1, 2… in time order
+            _field("time", _LONG),  # of its first item
+            _field("part", _STRING),
+            _field("items", pa.list_(_INT)),
+        ]
+    ),
+    key=("split", "domain", "user", "basket"),
+    partition_by=("split", "domain", "bucket"),
+    order=("user", "basket"),
+)
+
+NEGATIVES = Table(
+    "negatives",
+    pa.schema(
+        [
+            _field("split", _STRING),
+            _field("domain", _STRING),
+            _field("bucket", _INT),
+            _field("protocol", _STRING),  # uniform-100 | popular-100 | top-100
+            _field("part", _STRING),  # validation | test
+            _field("user", _INT),
+            _field("items", pa.list_(_INT)),  # never an item the user has interacted with, in any part
+        ]
+    ),
+    key=("split", "domain", "protocol", "part", "user"),
+    partition_by=("split", "domain", "bucket"),
+    order=("protocol", "part", "user"),
+)
+
+RECOMMENDATIONS = Table(
+    "recommendations",
+    pa.schema(
+        [
+            _field("domain", _STRING),
+            _field("bucket", _INT),
+            _field("user", _STRING),
+            _field("rank", _INT),  # 1 = best
+            _field("item", _STRING),
+            _field("score", pa.float32()),
+            _field("model_version", _STRING),  # "<registered model>/<version>"
+            _field("release", _LONG),
+        ]
+    ),
+    key=("domain", "user", "rank"),
+    partition_by=("domain", "bucket"),
+    order=("user", "rank"),
+)
+
+RELEASES = Table(
+    "releases",
+    pa.schema(
+        [
+            _field("release", _LONG),  # 1, 2, 3…
+            _field("created", _LONG),  # microseconds since 1970 UTC
+            _field("tables", pa.list_(pa.struct([pa.field("table", _STRING), pa.field("version", _LONG)]))),
+            _field("config", _STRING),  # the ETL configuration, JSON
+            _field("config_hash", _STRING),
+            _field("code_version", _STRING),
+        ]
+    ),
+    key=("release",),
+    order=("release",),
+)
+
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        INTERACTIONS,
+        QUARANTINE,
+        ITEMS,
+        USERS,
+        ENTITIES,
+        DOMAINS,
+        KNOWLEDGE,
+        SOCIAL,
+        SEQUENCES,
+        BASKETS,
+        NEGATIVES,
+        RECOMMENDATIONS,
+        RELEASES,
+    )
+}
