@@ -209,7 +209,7 @@ class SplitConfig(Section):
     name: str = "last-5"
     validation: int = Field(2, ge=0)
     test: int = Field(3, ge=0)
-    min_train: int = Field(5, ge=1)  # a user with fewer training items left is not evaluated: trains only
+    min_train: int = Field(1, ge=1)  # a user with fewer training items left is not evaluated: trains only
     causal_target: str | None = None  # cut every other domain at the user's first held-out item of this domain
 
 
