@@ -1,0 +1,121 @@
+"""Ranks and ranking metrics of a batch of users, vectorised (survey 4.5, table 2).
+
+Shape letters: ``B`` users in the batch, ``V`` catalogue rows, ``R`` held-out items of a user (ragged, padded by -1),
+``N`` sampled negatives (ragged, padded by -1).
+
+Two conventions, which give different numbers and must never share a column:
+
+* ``list``: all held-out items of a user are relevant in *one* list. Recall@k = hits / min(k, R); NDCG@k has min(k, R)
+  items on top as its ideal; MRR is that of the best held-out item. The survey's BERT4Rec rows.
+* ``single``: each held-out item is ranked *alone*, against the candidates that are not held out, as if it were the only
+  one: Recall@k is the hit rate, NDCG@k = 1/log2(rank + 1) within k, MRR = 1/rank; a user's value is the mean over its
+  held-out items. The survey's Caser rows.
+
+Ties are never broken in the target's favour: whatever scores as high as a held-out item is placed above it, and so is
+a score that is not a number. Held-out items tied with each other share the places they fill; their order changes no
+metric.
+Definitions: Järvelin and Kekäläinen 2002 (NDCG, binary gains); Voorhees 1999 (MRR).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+FloatArray = npt.NDArray[np.float64]
+Convention = Literal["list", "single"]
+
+KS = (1, 5, 10)
+PADDED = -1  # no held-out item in this place, or one that an earlier place already has
+MISSED = 0  # a held-out item that is no candidate: it can't be found at any rank
+
+
+def rank_targets(scores_BV: Tensor, targets_BR: Tensor, candidates_BV: Tensor | None = None) -> Tensor:
+    """Ranks int64 [B, R] of held-out items among the candidates: 1 = best, PADDED, or MISSED.
+
+    scores [B, V] floating; targets [B, R] int64 rows of the catalogue, -1 where padded; candidates [B, V] or [V] bool,
+    None: every row. Memory beside the input: two bool [B, V].
+    """
+    competes_BV = torch.ones_like(scores_BV, dtype=torch.bool) if candidates_BV is None else candidates_BV
+    competes_BV = competes_BV.expand_as(scores_BV).clone()
+    places_BR = targets_BR.clamp(min=0)
+    is_candidate_BR = competes_BV.gather(1, places_BR)
+    # A held-out item competes with no other: padded places write False where True may have been, hence the restore.
+    first_B = competes_BV[:, :1].clone()
+    competes_BV.scatter_(1, places_BR, False)
+    competes_BV[:, :1] = first_B & ~(targets_BR == 0).any(1, keepdim=True)
+    return _ranks(scores_BV, competes_BV, scores_BV.gather(1, places_BR), targets_BR, is_candidate_BR)
+
+
+def rank_targets_among(scores_BV: Tensor, targets_BR: Tensor, negatives_BN: Tensor) -> Tensor:
+    """Ranks int64 [B, R] of held-out items among themselves and fixed negatives [B, N] (-1 where padded).
+
+    The protocols `uniform-100`, `popular-100` and `top-100`. A negative that is a held-out item is left out.
+    """
+    competes_BN = (negatives_BN >= 0) & ~(negatives_BN[:, :, None] == targets_BR[:, None, :]).any(2)
+    scores_BN = scores_BV.gather(1, negatives_BN.clamp(min=0))
+    targets = scores_BV.gather(1, targets_BR.clamp(min=0))
+    return _ranks(scores_BN, competes_BN, targets, targets_BR, torch.ones_like(targets_BR, dtype=torch.bool))
+
+
+def _ranks(
+    scores_BC: Tensor, competes_BC: Tensor, scores_BR: Tensor, targets_BR: Tensor, is_candidate_BR: Tensor
+) -> Tensor:
+    """Competitors not below each target, plus the target's place among the user's targets."""
+    num_targets = targets_BR.shape[1]
+    same_BRR = targets_BR[:, :, None] == targets_BR[:, None, :]
+    earlier_RR = torch.ones(num_targets, num_targets, dtype=torch.bool, device=targets_BR.device).tril(-1)
+    repeated_BR = (same_BRR & earlier_RR).any(2)
+    counts_BR = (targets_BR >= 0) & is_candidate_BR & ~repeated_BR
+    ranks_BR = torch.ones_like(targets_BR)
+    for r in range(num_targets):  # one target at a time, so that memory stays B x C
+        # "not less" rather than "greater or equal": a NaN on either side counts against the target.
+        ranks_BR[:, r] += ((scores_BC < scores_BR[:, r, None]).logical_not_() & competes_BC).sum(1)
+    # Order among the user's own targets: by score, NaN last, then by place.
+    key_BR = torch.where(scores_BR.isnan(), -torch.inf, scores_BR)
+    above_BRR = (key_BR[:, None, :] > key_BR[:, :, None]) | ((key_BR[:, None, :] == key_BR[:, :, None]) & earlier_RR)
+    ranks_BR += (above_BRR & counts_BR[:, None, :]).sum(2)
+    ranks_BR = torch.where(counts_BR, ranks_BR, MISSED)
+    return torch.where((targets_BR < 0) | repeated_BR, PADDED, ranks_BR)
+
+
+def metrics_from_ranks(
+    ranks_BR: Tensor, *, convention: Convention = "list", ks: Sequence[int] = KS
+) -> dict[str, FloatArray]:
+    """Per-user metrics float64 [B]: ``NDCG@k``, ``Recall@k`` and ``MRR``; NaN for a user without held-out items."""
+    ranks = ranks_BR.cpu().numpy()
+    is_target = ranks != PADDED
+    num_targets = is_target.sum(1)
+    found = ranks > 0
+    if convention == "single":  # alone: without the user's other targets that are placed above
+        ranks = ranks - (found[:, None, :] & (ranks[:, None, :] < ranks[:, :, None])).sum(2)
+    places = np.where(found, ranks, 1)
+    discounts = 1 / np.log2(places + 1)
+    metrics: dict[str, FloatArray] = {}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for k in ks:
+            hits = found & (ranks <= k)
+            best = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])  # ideal of 0, 1… k items
+            if convention == "list":
+                metrics[f"NDCG@{k}"] = (hits * discounts).sum(1) / best[np.minimum(num_targets, k)]
+                metrics[f"Recall@{k}"] = hits.sum(1) / np.minimum(num_targets, k)
+            else:
+                metrics[f"NDCG@{k}"] = (hits * discounts).sum(1) / num_targets
+                metrics[f"Recall@{k}"] = hits.sum(1) / num_targets
+        reciprocal = found / places
+        if convention == "list":
+            metrics["MRR"] = np.where(num_targets > 0, reciprocal.max(1, initial=0.0), np.nan)
+        else:
+            metrics["MRR"] = reciprocal.sum(1) / num_targets
+    return metrics
+
+
+def means(metrics: Mapping[str, FloatArray]) -> dict[str, float]:
+    """Mean over users of each metric; users without held-out items (NaN) are left out. NaN where no user is left."""
+    return {
+        name: float(values[~np.isnan(values)].mean()) if (~np.isnan(values)).any() else float("nan")
+        for name, values in metrics.items()
+    }
