@@ -17,6 +17,9 @@ from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
 
+ITEMS_PER_BLOCK = 1_024  # rows of the similarity made at once
+TIE_BREAK = 1e-6  # share of popularity in an item-to-item score
+
 
 @dataclass(frozen=True)
 class Histories:
@@ -42,6 +45,10 @@ class Histories:
     def until(self, ends: IntArray) -> "Histories":
         """The first ``ends[b]`` items of each user: a training part, or what is read at a validation or test."""
         return self.keep(self._positions() < np.repeat(ends, self.lengths))
+
+    def newest(self, count: int) -> "Histories":
+        """The last `count` items of each user."""
+        return self.keep(self._positions() >= np.repeat(self.lengths - count, self.lengths))
 
     def before(self, times: IntArray) -> "Histories":
         """What each user did strictly before ``times[b]``."""
@@ -90,34 +97,68 @@ def popularity(train: Histories, num_items: int) -> Popularity:
 
 @dataclass(frozen=True)
 class ItemToItem:
-    """A candidate's score: summed cosine to the user's last `last` items, the n-th last of them weighed decay**n."""
+    """A candidate's score: summed cosine to the user's `last` items, the n-th last of them weighed by decay**n."""
 
-    similarity: sp.csr_array  # float32 [num_items, num_items], zero diagonal
+    similarity: sp.csr_array  # float32 [num_items, num_items]
     popularity: Popularity  # breaks ties, and serves users without a history
-    last: int | None
+    last: int | None  # None: the whole history
     decay: float
 
     def score(self, histories: Histories, candidates: IntArray) -> Tensor:
-        """Scores float32 [B, C]."""
+        """Scores float32 [B, C]. Items of a history that were never trained on add nothing."""
         lengths = histories.lengths
         age = np.repeat(histories.offsets[1:], lengths) - 1 - np.arange(len(histories.items))
-        recent = age < (self.last if self.last is not None else np.inf)
+        recent = age < (len(age) if self.last is None else self.last)
         owner = np.repeat(np.arange(len(histories)), lengths)[recent]
         weights = np.float32(self.decay) ** age[recent].astype(np.float32)
         shape = (len(histories), self.similarity.shape[0])
         read = sp.csr_array((weights, (owner, histories.items[recent])), shape=shape)
-        scores = torch.from_numpy((read @ self.similarity[:, candidates]).toarray())
+        scores = torch.from_numpy((read @ self.similarity)[:, candidates].toarray())
         popular = self.popularity.score(histories, candidates)
-        return scores + 1e-6 * popular / popular.max().clamp(min=1)
+        return scores + TIE_BREAK / float(self.popularity.counts.max(initial=1)) * popular
 
 
-def item_to_item(train: Histories, num_items: int, *, last: int | None = 5, decay: float = 1.0) -> ItemToItem:
-    """Cosine of binary user vectors over the training parts: users of both / sqrt(users of one x users of other)."""
-    owner = np.repeat(np.arange(len(train)), train.lengths)
-    seen = sp.csr_array((np.ones(len(owner), np.float32), (owner, train.items)), shape=(len(train), num_items))
+def item_to_item(
+    train: Histories,
+    num_items: int,
+    *,
+    last: int | None = 5,
+    decay: float = 1.0,
+    towards: IntArray | None = None,
+    neighbours: int = 2_000,
+    max_history: int = 2_000,
+) -> ItemToItem:
+    """Cosine of items as binary user vectors: users of both / sqrt(users of one x users of the other).
+
+    `train` holds training parts only, of one domain, or of all (`merge`). `towards`: the only items that will be
+    candidates (None: any). Of each item the `neighbours` most similar of those are kept, and of each user the newest
+    `max_history` interactions are counted, so that memory is 12 bytes x num_items x neighbours at most, and one user
+    with a million events costs no more than its share.
+    """
+    recent = train.newest(max_history)
+    owner = np.repeat(np.arange(len(recent)), recent.lengths)
+    seen = sp.csr_array((np.ones(len(owner), np.float32), (owner, recent.items)), shape=(len(recent), num_items))
+    seen.sum_duplicates()
     seen.data[:] = 1  # repeats count once
-    scale = 1 / np.sqrt(np.maximum(seen.sum(0), 1))
-    seen = (seen @ sp.diags_array(scale.astype(np.float32))).tocsr()
-    similarity = (seen.T @ seen).tocsr()
-    similarity.setdiag(0)
-    return ItemToItem(similarity, popularity(train, num_items), last, decay)
+    scale = 1 / np.sqrt(np.maximum(np.bincount(seen.indices, minlength=num_items), 1))
+    seen.data *= scale.astype(np.float32)[seen.indices]
+    wanted = np.zeros(num_items, dtype=bool)
+    wanted[slice(None) if towards is None else towards] = True
+    others = seen if towards is None else (seen @ sp.diags_array(wanted.astype(np.float32))).tocsr()
+    others.eliminate_zeros()
+    by_item = seen.T.tocsr()
+    blocks = [
+        _nearest((by_item[start : start + ITEMS_PER_BLOCK] @ others).tocsr(), start, neighbours)
+        for start in range(0, num_items, ITEMS_PER_BLOCK)
+    ]
+    return ItemToItem(sp.vstack(blocks, format="csr"), popularity(train, num_items), last, decay)
+
+
+def _nearest(similarity: sp.csr_array, start: int, neighbours: int) -> sp.csr_array:
+    """Rows `start`… of the similarity without their own item and with only their largest entries."""
+    rows = np.repeat(np.arange(similarity.shape[0]), np.diff(similarity.indptr))
+    order = np.lexsort((-similarity.data, rows))
+    place = np.arange(len(order)) - np.repeat(similarity.indptr[:-1], np.diff(similarity.indptr))
+    kept = order[(place <= neighbours) & (similarity.indices[order] != rows[order] + start)]
+    data, columns = similarity.data[kept], similarity.indices[kept]
+    return sp.csr_array((data, (rows[kept], columns)), shape=similarity.shape)
