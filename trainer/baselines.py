@@ -51,7 +51,8 @@ class Histories:
         return self.keep(self._positions() >= np.repeat(self.lengths - count, self.lengths))
 
     def before(self, times: IntArray) -> "Histories":
-        """What each user did strictly before ``times[b]``."""
+        """What each user did strictly before ``times[b]``. Raises ValueError where there are no times."""
+        self.require_times()
         return self.keep(self.times < np.repeat(times, self.lengths))
 
     def take(self, rows: IntArray) -> "Histories":
@@ -63,12 +64,23 @@ class Histories:
             self.users[rows], offsets, self.items[flat], self.times[flat] if len(self.times) else self.times
         )
 
+    def require_times(self) -> None:
+        if len(self.times) != len(self.items):
+            raise ValueError(
+                f"expected a time of each of {len(self.items)} interactions, found {len(self.times)} times"
+            )
+
     def _positions(self) -> IntArray:
         return np.arange(len(self.items)) - np.repeat(self.offsets[:-1], self.lengths)
 
 
 def merge(first: Histories, second: Histories) -> Histories:
-    """Two domains' histories as one per user of either, in time order (ties: `first` before `second`); users sorted."""
+    """Two domains' histories as one per user of either, in time order (ties: `first` before `second`); users sorted.
+
+    Raises ValueError where there are no times: without them no one knows which domain's items are the last.
+    """
+    first.require_times()
+    second.require_times()
     users, places = np.unique(np.concatenate([first.users, second.users]), return_inverse=True)
     owner = np.concatenate(
         [np.repeat(places[: len(first)], first.lengths), np.repeat(places[len(first) :], second.lengths)]
@@ -157,8 +169,9 @@ def item_to_item(
 def _nearest(similarity: sp.csr_array, start: int, neighbours: int) -> sp.csr_array:
     """Rows `start`… of the similarity without their own item and with only their largest entries."""
     rows = np.repeat(np.arange(similarity.shape[0]), np.diff(similarity.indptr))
-    order = np.lexsort((-similarity.data, rows))
-    place = np.arange(len(order)) - np.repeat(similarity.indptr[:-1], np.diff(similarity.indptr))
-    kept = order[(place <= neighbours) & (similarity.indices[order] != rows[order] + start)]
-    data, columns = similarity.data[kept], similarity.indices[kept]
-    return sp.csr_array((data, (rows[kept], columns)), shape=similarity.shape)
+    others = np.flatnonzero(similarity.indices != rows + start)
+    rows, columns, data = rows[others], similarity.indices[others], similarity.data[others]
+    order = np.lexsort((-data, rows))
+    place = np.arange(len(rows)) - np.searchsorted(rows, rows)  # `rows` is sorted, and stays so under `order`
+    kept = order[place < neighbours]
+    return sp.csr_array((data[kept], (rows[kept], columns[kept])), shape=similarity.shape)

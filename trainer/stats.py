@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from etl.config import GraftrecError
 
@@ -88,10 +88,7 @@ def users_and_seeds_test(
     gain = float(diff.mean())
     parts = _variance_parts(diff)
 
-    def half_width(tail: float) -> float:
-        return float(np.sqrt(sum(stats.t.isf(tail / 2, freedom) ** 2 * variance for variance, freedom in parts)))
-
-    half = half_width(1 - confidence)
+    half = _half_width(1 - confidence, parts)
     return Comparison(
         gain,
         gain / baseline if baseline else float("nan"),
@@ -130,24 +127,26 @@ def _variance_parts(diff: FloatArray) -> list[tuple[float, int]]:
     return [(seeds / size, num_seeds - 1), (max(users - rest, 0.0) / size, num_users - 1)]
 
 
+def _half_width(tail: float, parts: list[tuple[float, int]]) -> float:
+    """sqrt(sum of t²(tail, two-sided) x variance)."""
+    return float(
+        np.linalg.norm([special.stdtrit(freedom, tail / 2) * np.sqrt(variance) for variance, freedom in parts])
+    )
+
+
 def _p_value(distance: float, parts: list[tuple[float, int]]) -> float:
-    """The tail at which sqrt(sum of t²(tail) x variance) equals the distance: the interval that just touches zero."""
+    """The tail whose half-width equals the distance: of the interval that just touches zero."""
     if distance == 0:
         return 1.0
-    if all(variance == 0 for variance, _ in parts):
-        return 0.0
-    if len(parts) == 1:
-        variance, freedom = parts[0]
-        return float(2 * stats.t.sf(distance / np.sqrt(variance), freedom))
-
-    def excess(log_tail: float) -> float:
-        squares = sum(stats.t.isf(np.exp(log_tail) / 2, freedom) ** 2 * variance for variance, freedom in parts)
-        return float(np.sqrt(squares)) - distance
-
-    smallest = np.log(1e-300)
-    if excess(smallest) < 0:
-        return 0.0
-    return float(np.exp(optimize.brentq(excess, smallest, 0.0, xtol=1e-12)))
+    varied = [(variance, freedom) for variance, freedom in parts if variance > 0]
+    alone = [2 * float(special.stdtr(freedom, -distance / np.sqrt(variance))) for variance, freedom in varied]
+    least = max(alone, default=0.0)  # with more parts than one the interval is wider, the p-value larger
+    if len(varied) <= 1 or least == 0:
+        return least
+    log_p = optimize.brentq(
+        lambda log_tail: _half_width(np.exp(log_tail), varied) - distance, np.log(least) - 1e-6, 0.0, xtol=1e-10
+    )
+    return float(np.exp(log_p))
 
 
 def bootstrap_interval(
