@@ -1,0 +1,126 @@
+"""What the pictures show, read back from the figures' artists, and that they render."""
+
+import io
+import itertools
+
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from trainer.pictures import (
+    COLOURS,
+    Curve,
+    Gain,
+    learning_curves,
+    popularity_long_tail,
+    sequence_lengths,
+    transfer_gains,
+)
+
+NAN = float("nan")
+
+
+def render(figure):
+    assert isinstance(figure, Figure)
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=50)
+    assert buffer.getvalue().startswith(b"\x89PNG")
+    return figure.canvas.get_renderer()
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def curve(name, length, best):
+    return Curve(
+        name, np.linspace(6, 4, length).tolist(), [0.2 - abs(epoch - best) / 100 for epoch in range(1, length + 1)]
+    )
+
+
+def test_learning_curves_overlay_runs_and_label_each_name_once():
+    figure = learning_curves([curve("none", 12, 9), curve("deep", 8, 5), curve("deep", 9, 6)], title="a title")
+    render(figure)
+    loss, ndcg = figure.axes
+    assert sorted(texts(loss)) == ["deep", "none"]
+    drawn = [line for line in loss.lines if len(line.get_xdata()) > 2]
+    assert [line.get_xdata().tolist()[-1] for line in drawn] == [12, 8, 9]
+    assert [line.get_color() for line in drawn] == [COLOURS[0], COLOURS[1], COLOURS[1]], "seeds share a colour"
+    marked = [float(line.get_xdata()[0]) for line in ndcg.lines if line.get_marker() == "o"]
+    assert marked == [9, 5, 6], "the best epoch of each run"
+
+
+def test_learning_curves_leave_out_epochs_without_a_value():
+    figure = learning_curves([Curve("run", [3.0, NAN, 1.0, 0.5], [NAN, 0.1, NAN, 0.3])])
+    render(figure)
+    loss, ndcg = figure.axes
+    assert loss.lines[0].get_xdata().tolist() == [1, 3, 4]
+    assert ndcg.lines[0].get_xdata().tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("curves", [[], [Curve("run", [], [])], [Curve("run", [2.0], [NAN])]])
+def test_learning_curves_of_runs_that_have_hardly_begun(curves):
+    render(learning_curves(curves))
+
+
+def test_labels_do_not_overlap():
+    figure = learning_curves([curve(f"run {i}", 10, 5 + i % 2) for i in range(8)])
+    renderer = render(figure)
+    for axes in figure.axes:
+        boxes = [text.get_window_extent(renderer) for text in axes.texts if text.get_text().startswith("run")]
+        assert len(boxes) == 8
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_transfer_gains_shows_intervals_and_what_holds_zero():
+    rows = [
+        Gain("deep", 0.045, 0.038, 0.052, "+34 %"),
+        Gain("shallow", 0.002, -0.003, 0.007),
+        Gain("popularity", -0.05, -0.06, -0.04),
+    ]
+    figure = transfer_gains(rows)
+    render(figure)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["deep", "shallow", "popularity"]
+    assert axes.yaxis_inverted(), "the first row is on top"
+    assert texts(axes) == ["+0.045  (+34 %)", "+0.002", "−0.050"]
+    intervals = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linewidth() > 2]
+    assert [list(ends) for ends in intervals] == [[0.038, 0.052], [-0.003, 0.007], [-0.06, -0.04]]
+    faces = [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"]
+    assert [face == "white" for face in faces] == [False, True, False]
+
+
+def test_sequence_lengths_counts_every_user_once():
+    rng = np.random.default_rng(0)
+    lengths = {"source": rng.geometric(0.02, 500), "target": np.array([0, 1, 1, 7, 8, 1_000_000])}
+    figure = sequence_lengths(lengths)
+    render(figure)
+    source, target = figure.axes
+    assert sum(bar.get_height() for bar in source.patches) == 500
+    bars = {int(bar.get_x()): bar.get_height() for bar in target.patches if bar.get_height()}
+    assert bars == {1: 2, 4: 1, 8: 1, 2**19: 1}, "empty sequences left out; 7 below the edge at 8"
+    assert target.get_title(loc="left") == "target: 5 users, median 7 items"
+
+
+def test_sequence_lengths_of_an_empty_domain():
+    figure = sequence_lengths({"target": np.array([], dtype=np.int64)})
+    render(figure)
+    assert figure.axes[0].get_title(loc="left") == "target: 0 users"
+
+
+def test_popularity_long_tail_falls_and_names_the_share_of_the_top():
+    counts = {"target": np.array([1, 90, 0, 2, 1, 1, 1, 1, 1, 1, 1])}
+    figure = popularity_long_tail(counts)
+    render(figure)
+    (axes,) = figure.axes
+    assert axes.lines[0].get_xdata().tolist() == list(range(1, 11))
+    assert axes.lines[0].get_ydata().tolist() == [90, 2] + [1] * 8
+    assert texts(axes) == ["target\n10 items; top 10 %\nhave 90 % of interactions"]
+
+
+def test_popularity_long_tail_draws_few_points_of_a_large_catalogue():
+    figure = popularity_long_tail({"all": np.random.default_rng(0).zipf(1.5, 300_000), "none": np.zeros(3)})
+    assert len(figure.axes[0].lines[0].get_xdata()) <= 2_000
+    assert figure.axes[0].lines[0].get_xdata()[-1] == 300_000

@@ -1,0 +1,232 @@
+"""Pictures of runs and data: learning curves, transfer gains, sequence lengths, popularity. Each returns a Figure.
+
+Figures are made without pyplot, so nothing global changes and no window or display is needed: ``figure.savefig(path)``.
+Lines are labelled where they end rather than in a legend. Colours: Okabe and Ito 2008, told apart by the colour-blind.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+FloatArray = npt.NDArray[np.float64]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+INK, FAINT = "#333333", "#999999"
+LABEL_GAP = 0.062  # least distance of two labels, in heights of the axes
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run, epoch by epoch. Runs of one name (several seeds) share a colour and a label."""
+
+    name: str
+    loss: Sequence[float]  # training loss of epochs 1, 2…
+    ndcg: Sequence[float]  # validation NDCG@10 of the same epochs; NaN where there was no validation
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One row of a transfer picture: the gain of `name` over what the picture compares with."""
+
+    name: str
+    gain: float
+    low: float
+    high: float
+    note: str = ""  # printed at the row's end, e.g. "+33 %, p = 0.001"
+
+
+def learning_curves(curves: Sequence[Curve], *, title: str = "") -> Figure:
+    """Training loss and validation NDCG@10 by epoch, all runs overlaid, each run's best epoch marked."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = _colours([curve.name for curve in curves])
+    panels = [
+        (left, "training loss", [c.loss for c in curves]),
+        (right, "validation NDCG@10", [c.ndcg for c in curves]),
+    ]
+    for axes, label, series in panels:
+        ends: dict[str, tuple[float, float]] = {}
+        for curve, values in zip(curves, series, strict=True):
+            epochs, known = _known(values)
+            if not len(known):
+                continue
+            axes.plot(epochs, known, color=colours[curve.name], linewidth=1.8, alpha=0.9)
+            if axes is right:
+                best = int(known.argmax())
+                axes.plot(
+                    epochs[best], known[best], "o", color=colours[curve.name], markersize=6, markeredgecolor="white"
+                )
+            if curve.name not in ends or epochs[-1] > ends[curve.name][0]:
+                ends[curve.name] = (float(epochs[-1]), float(known[-1]))
+        _plain(axes, label)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlim(0, 1.03 * max([1, *(len(curve.loss) for curve in curves)]))
+        _label_ends(axes, ends, colours)
+    if any(len(_known(curve.ndcg)[1]) for curve in curves):
+        right.annotate("dots: best epoch", (0, -0.19), xycoords="axes fraction", color=FAINT, fontsize=10)
+    _title(figure, title)
+    return figure
+
+
+def transfer_gains(
+    gains: Sequence[Gain], *, metric: str = "NDCG@10", over: str = "from scratch", title: str = ""
+) -> Figure:
+    """Gains with their intervals, one row each, in the order given; an interval that holds zero is drawn hollow."""
+    figure = Figure(figsize=(9.5, 1.4 + 0.55 * len(gains)), layout="constrained")
+    axes = figure.subplots()
+    for row, gain in enumerate(gains):
+        certain = gain.low > 0 or gain.high < 0
+        colour = COLOURS[0] if gain.gain >= 0 else COLOURS[1]
+        axes.plot([gain.low, gain.high], [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
+        face = colour if certain else "white"
+        axes.plot(gain.gain, row, "o", markersize=9, color=colour, markerfacecolor=face, markeredgewidth=2)
+        text = f"{gain.gain:+.3f}".replace("-", "−") + (f"  ({gain.note})" if gain.note else "")
+        axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=11, color=INK)
+    axes.axvline(0, color=INK, linewidth=1)
+    _plain(axes, "", grid="x")
+    axes.set_yticks(range(len(gains)), [gain.name for gain in gains], fontsize=11)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(gains) - 0.4, -0.6)
+    axes.set_xlabel(f"gain in {metric} over {over}, with its interval (hollow: it holds zero)")
+    _title(figure, title)
+    return figure
+
+
+def sequence_lengths(lengths: Mapping[str, npt.NDArray[Any]], *, title: str = "") -> Figure:
+    """Histogram of users by sequence length, a row a domain, one logarithmic axis, medians marked. Empty sequences are
+    left out."""
+    figure = Figure(figsize=(8.5, 1.0 + 1.7 * max(len(lengths), 1)), layout="constrained")
+    rows = figure.subplots(max(len(lengths), 1), 1, sharex=True, squeeze=False)[:, 0]
+    longest = max((int(np.max(values, initial=1)) for values in lengths.values()), default=1)
+    bins = _length_bins(longest)
+    for axes, (name, values), colour in zip(rows, lengths.items(), _cycle(len(lengths)), strict=False):
+        used = np.asarray(values)[np.asarray(values) > 0]
+        counts, _ = np.histogram(used, bins)
+        axes.bar(bins[:-1], counts, np.diff(bins), align="edge", color=colour, edgecolor="white", linewidth=1.5)
+        axes.set_xscale("log", base=2)
+        _plain(
+            axes,
+            f"{name}: {len(used):,} users" + (f", median {np.median(used):,.0f} items" if len(used) else ""),
+            colour=colour,
+        )
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+        if len(used):
+            axes.axvline(float(np.median(used)), color=INK, linewidth=1.2)
+    rows[-1].set_xticks(bins)
+    rows[-1].xaxis.set_major_formatter(FuncFormatter(_thousands))
+    rows[-1].set_xlabel("items in a user's sequence")
+    _title(figure, title)
+    return figure
+
+
+def popularity_long_tail(counts: Mapping[str, npt.NDArray[Any]], *, title: str = "") -> Figure:
+    """Interactions of each item against its rank by popularity, both logarithmic, a line a domain. Items without
+    interactions are left out."""
+    figure = Figure(figsize=(8.5, 5), layout="constrained")
+    axes = figure.subplots()
+    colours = dict(zip(counts, _cycle(len(counts)), strict=True))
+    ends: dict[str, tuple[float, float]] = {}
+    texts: dict[str, str] = {}
+    for name, values in counts.items():
+        falling = np.sort(np.asarray(values)[np.asarray(values) > 0])[::-1]
+        if not len(falling):
+            continue
+        ranks = np.unique(np.geomspace(1, len(falling), 2_000).astype(np.int64))  # what the eye sees, of any catalogue
+        axes.plot(ranks, falling[ranks - 1], color=colours[name], linewidth=2)
+        top = -(-len(falling) // 10)
+        share = falling[:top].sum() / falling.sum()
+        ends[name] = (float(ranks[-1]), float(falling[-1]))
+        texts[name] = f"{name}\n{len(falling):,} items; top 10 %\nhave {100 * share:.0f} % of interactions"
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    _plain(axes, "interactions of an item", grid="both")
+    axes.set_xlabel("rank of the item by popularity")
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+    _label_ends(axes, ends, colours, texts=texts, lines=3)
+    _title(figure, title)
+    return figure
+
+
+# --- style ---------------------------------------------------------------------------------------------------------
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _colours(names: Sequence[str]) -> dict[str, str]:
+    distinct = list(dict.fromkeys(names))
+    return dict(zip(distinct, _cycle(len(distinct)), strict=True))
+
+
+def _known(values: Sequence[float]) -> tuple[FloatArray, FloatArray]:
+    """Epochs and values where there is a finite value."""
+    array = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(array)
+    return (np.flatnonzero(finite) + 1).astype(np.float64), array[finite]
+
+
+def _length_bins(longest: int) -> npt.NDArray[np.int64]:
+    """Edges 1, 2, 4, 8… past the longest: equally wide on a logarithmic axis, so no bar is an artefact of rounding."""
+    return 2 ** np.arange(int(longest).bit_length() + 1)
+
+
+def _thousands(value: float, _: object) -> str:
+    return f"{value:,.0f}" if value >= 1 or value == 0 else f"{value:g}"
+
+
+def _plain(axes: Axes, title: str, *, grid: str = "y", colour: str = INK) -> None:
+    """No frame, a faint grid, the quantity as a title above the axis instead of a turned label."""
+    axes.set_title(title, loc="left", fontsize=12, color=colour)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=10)
+    axes.xaxis.label.set(color=INK, fontsize=11)
+    axes.set_axisbelow(True)
+    if grid in ("x", "both"):
+        axes.xaxis.grid(True, color="#E5E5E5", linewidth=0.8)
+    if grid in ("y", "both"):
+        axes.yaxis.grid(True, color="#E5E5E5", linewidth=0.8)
+
+
+def _label_ends(
+    axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str], *,
+    texts: Mapping[str, str] | None = None, lines: int = 1,
+) -> None:  # fmt: skip
+    """A label right of the axes for each line, led to from its end, moved apart where labels would overlap."""
+    axes.get_xlim(), axes.get_ylim()  # settles the limits, which the transform below does not
+    to_axes = axes.transData + axes.transAxes.inverted()
+    tips = {name: to_axes.transform(end) for name, end in ends.items()}
+    gap = LABEL_GAP * lines
+    lowest = -1.0
+    placed: dict[str, float] = {}
+    for name in sorted(tips, key=lambda name: (tips[name][1], -tips[name][0])):
+        lowest = placed[name] = max(tips[name][1], lowest + gap, gap / 2)
+    surplus = max(lowest - 1.0, 0.0)
+    for name, height in placed.items():
+        x, y = tips[name]
+        lead = Line2D(
+            [x, 1.015], [y, height - surplus], transform=axes.transAxes, color=colours[name], linewidth=0.8, alpha=0.5,
+            linestyle=":", clip_on=False,
+        )  # fmt: skip
+        axes.add_artist(lead)
+        text, place = texts[name] if texts else name, (1.025, height - surplus)
+        axes.annotate(text, place, xycoords="axes fraction", va="center", fontsize=11, color=colours[name])
+
+
+def _title(figure: Figure, title: str) -> None:
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=14, color=INK)
