@@ -17,7 +17,7 @@ from torch import Tensor
 
 IntArray = npt.NDArray[np.int64]
 
-ITEMS_PER_BLOCK = 1_024  # rows of the similarity made at once
+SIMILARITIES_PER_BLOCK = 1 << 23  # made at once, 4 bytes each
 TIE_BREAK = 1e-6  # share of popularity in an item-to-item score
 
 
@@ -144,7 +144,7 @@ def item_to_item(
 
     `train` holds training parts only, of one domain, or of all (`merge`). `towards`: the only items that will be
     candidates (None: any). Of each item the `neighbours` most similar of those are kept, and of each user the newest
-    `max_history` interactions are counted, so that memory is 12 bytes x num_items x neighbours at most, and one user
+    `max_history` interactions are counted, so that memory is 8 bytes x num_items x neighbours at most, and one user
     with a million events costs no more than its share.
     """
     recent = train.newest(max_history)
@@ -159,19 +159,19 @@ def item_to_item(
     others = seen if towards is None else (seen @ sp.diags_array(wanted.astype(np.float32))).tocsr()
     others.eliminate_zeros()
     by_item = seen.T.tocsr()
+    height = max(1, SIMILARITIES_PER_BLOCK // max(num_items, 1))
     blocks = [
-        _nearest((by_item[start : start + ITEMS_PER_BLOCK] @ others).tocsr(), start, neighbours)
-        for start in range(0, num_items, ITEMS_PER_BLOCK)
+        _nearest((by_item[start : start + height] @ others).toarray(), start, neighbours)
+        for start in range(0, num_items, height)
     ]
     return ItemToItem(sp.vstack(blocks, format="csr"), popularity(train, num_items), last, decay)
 
 
-def _nearest(similarity: sp.csr_array, start: int, neighbours: int) -> sp.csr_array:
+def _nearest(similarity: npt.NDArray[np.float32], start: int, neighbours: int) -> sp.csr_array:
     """Rows `start`… of the similarity without their own item and with only their largest entries."""
-    rows = np.repeat(np.arange(similarity.shape[0]), np.diff(similarity.indptr))
-    others = np.flatnonzero(similarity.indices != rows + start)
-    rows, columns, data = rows[others], similarity.indices[others], similarity.data[others]
-    order = np.lexsort((-data, rows))
-    place = np.arange(len(rows)) - np.searchsorted(rows, rows)  # `rows` is sorted, and stays so under `order`
-    kept = order[place < neighbours]
-    return sp.csr_array((data[kept], (rows[kept], columns[kept])), shape=similarity.shape)
+    height, width = similarity.shape
+    similarity[np.arange(height), start + np.arange(height)] = 0
+    values, columns = torch.from_numpy(similarity).topk(min(neighbours, width), sorted=False)
+    kept = (values > 0).numpy()
+    offsets = np.concatenate([[0], np.cumsum(kept.sum(1))])
+    return sp.csr_array((values.numpy()[kept], columns.numpy()[kept].astype(np.int32), offsets), shape=similarity.shape)

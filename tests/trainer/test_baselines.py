@@ -116,13 +116,13 @@ def test_item_to_item_equals_the_sum_of_cosines(last, decay):
             assert scores[user, column] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("items_per_block", [1, 5, 1_024])
-def test_item_to_item_is_the_same_in_any_blocks_and_towards_any_candidates(items_per_block, monkeypatch):
+@pytest.mark.parametrize("per_block", [1, 5 * 23, 1 << 23])
+def test_item_to_item_is_the_same_in_any_blocks_and_towards_any_candidates(per_block, monkeypatch):
     rng = np.random.default_rng(2)
     log, asked = histories(random_log(rng, 60, 23, 12)), histories(random_log(rng, 9, 23, 12))
     candidates = np.array([1, 20, 4])
     expected = item_to_item(log, 23).score(asked, candidates)
-    monkeypatch.setattr("trainer.baselines.ITEMS_PER_BLOCK", items_per_block)
+    monkeypatch.setattr("trainer.baselines.SIMILARITIES_PER_BLOCK", per_block)
     for towards in (None, candidates):
         found = item_to_item(log, 23, towards=towards).score(asked, candidates)
         torch.testing.assert_close(found, expected)

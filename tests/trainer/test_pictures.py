@@ -65,6 +65,18 @@ def test_learning_curves_of_runs_that_have_hardly_begun(curves):
     render(learning_curves(curves))
 
 
+def test_labels_stand_at_the_height_where_their_line_ends():
+    figure = learning_curves([Curve("high", [3.0, 2.9], [0.1, 0.4]), Curve("low", [1.0, 0.5], [0.1, 0.1])])
+    renderer = render(figure)
+    for axes in figure.axes:
+        for text, line in zip(
+            axes.texts[:2][::-1], [one for one in axes.lines if one.get_marker() == "None"], strict=False
+        ):
+            box = text.get_window_extent(renderer)
+            end = axes.transData.transform(line.get_xydata()[-1])[1]
+            assert box.y0 < end < box.y1
+
+
 def test_labels_do_not_overlap():
     figure = learning_curves([curve(f"run {i}", 10, 5 + i % 2) for i in range(8)])
     renderer = render(figure)
@@ -124,3 +136,16 @@ def test_popularity_long_tail_draws_few_points_of_a_large_catalogue():
     figure = popularity_long_tail({"all": np.random.default_rng(0).zipf(1.5, 300_000), "none": np.zeros(3)})
     assert len(figure.axes[0].lines[0].get_xdata()) <= 2_000
     assert figure.axes[0].lines[0].get_xdata()[-1] == 300_000
+
+
+def test_popularity_long_tail_leads_from_each_lines_end_to_its_label():
+    figure = popularity_long_tail({"source": np.arange(50, 1_000), "target": np.arange(5, 100)})
+    render(figure)
+    (axes,) = figure.axes
+    drawn = [line for line in axes.lines if len(line.get_xdata()) > 2]
+    leads = [line for line in axes.lines if line.get_linestyle() == ":"]
+    ends = {line.get_color(): axes.transData.transform(line.get_xydata()[-1]) for line in drawn}
+    starts = {line.get_color(): axes.transAxes.transform(line.get_xydata()[0]) for line in leads}
+    assert ends.keys() == starts.keys() == {COLOURS[0], COLOURS[1]}
+    for colour, end in ends.items():
+        np.testing.assert_allclose(starts[colour], end, atol=0.5)
