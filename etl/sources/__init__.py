@@ -1,0 +1,18 @@
+"""Raw logs as Spark frames: one file per raw format, one protocol (`Source`)."""
+
+from etl.config import EtlConfig, LogSource, MovielensSource
+from etl.sources.log import FileLog
+from etl.sources.movielens import movielens
+from etl.sources.schema import Source
+
+__all__ = ["Source", "open_source"]
+
+
+def open_source(config: EtlConfig) -> Source:
+    """The source that `config.source` describes. Raises GraftrecError where its files can't be found."""
+    match config.source:
+        case LogSource():
+            return FileLog(config.source, config.cleaning)
+        case MovielensSource():
+            return movielens(config.source, config.cleaning)
+    raise NotImplementedError("generator")

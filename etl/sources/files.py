@@ -1,0 +1,238 @@
+"""Files as bytes: finding them, naming their content, and cutting them into ranges of whole lines.
+
+Everything goes through pyarrow's file systems, so that a path may be local or a URI, and so that the engine needs no
+file-name function of its own. A row belongs to the range in which its first byte lies.
+"""
+
+import hashlib
+import os.path
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+from pyarrow import fs
+
+from etl.config import GraftrecError
+
+MAX_ROW_BYTES = 1 << 20
+END = 1 << 62  # the end of a file whose length is unknown: a compressed one
+_CHUNK_BYTES = 4 << 20
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd"}
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """One file of a source: `path` opens it, `name` is what people see, `index` its place among the sorted paths."""
+
+    path: str
+    name: str
+    index: int
+    size: int  # bytes as stored
+    compression: str | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines of a file. `first_line` is 1-based; `too_long`: the head of one line longer than MAX_ROW_BYTES."""
+
+    data: bytes
+    first_line: int
+    too_long: bool = False
+
+
+def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
+    """The files that `path` (a file, a folder or a glob under `root`) names, by sorted path.
+
+    Hidden files and those starting with ``_`` are left out of folders. Raises GraftrecError where there is none; `what`
+    names the setting in the message.
+    """
+    filesystem, base, prefix = _locate(root, path)
+    pattern = re.search(r"[*?\[]", base)
+    if pattern is None:
+        info = filesystem.get_file_info(base)
+        if info.type == fs.FileType.File:
+            found = [info]
+        elif info.type == fs.FileType.Directory:
+            found = [i for i in _listing(filesystem, base) if not _hidden(i.path[len(base) :])]
+        else:
+            found = []
+    else:
+        folder = str(PurePosixPath(base[: pattern.start()] + "x").parent)
+        wanted = re.compile(_glob(base))
+        found = [i for i in _listing(filesystem, folder) if wanted.fullmatch(i.path)]
+    if not found:
+        raise GraftrecError(f"{what}: expected a file, a folder or a glob, found no file at {base}; {_nearby(root)}")
+    home = _locate(root, "")[1].rstrip("/") + "/"
+    ordered = sorted(found, key=lambda info: info.path)
+    return [
+        RawFile(
+            prefix + info.path, info.path.removeprefix(home), index, info.size, _COMPRESSIONS.get(_suffix(info.path))
+        )
+        for index, info in enumerate(ordered)
+    ]
+
+
+def fingerprint(files: Sequence[RawFile]) -> str:
+    """First 32 hex digits of a SHA-256 over the names and the SHA-256 of each file's bytes."""
+
+    def digest(file: RawFile) -> bytes:
+        sha = hashlib.sha256()
+        with open_raw(file.path) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                sha.update(chunk)
+        return sha.digest()
+
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor(4) as pool:
+        for file, content in zip(files, pool.map(digest, files), strict=True):
+            whole.update(file.name.encode() + b"\0" + content)
+    return whole.hexdigest()[:32]
+
+
+def open_raw(path: str) -> pa.NativeFile:
+    """The file's bytes as stored, seekable."""
+    if "://" in path:
+        filesystem, inner = fs.FileSystem.from_uri(path)
+        return filesystem.open_input_file(inner)
+    return fs.LocalFileSystem().open_input_file(path)
+
+
+def head(file: RawFile, size: int = MAX_ROW_BYTES + 1) -> bytes:
+    """The first `size` bytes of a file's content. Raises GraftrecError for a compression that the name hides."""
+    with reading(file), _open(file) as stream:
+        data: bytes = stream.read(size)
+    hidden = next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None)
+    if hidden:
+        raise GraftrecError(f"{file.name}: expected text, found {hidden} data; unpack it, or name its format")
+    return data
+
+
+def ranges(file: RawFile, range_bytes: int) -> list[tuple[int, int]]:
+    """(start, end) byte ranges that cover a file; one range where it is compressed."""
+    if file.compression is not None:
+        return [(0, END)]
+    cuts = list(range(0, max(file.size, 1), range_bytes))
+    return list(zip(cuts, [*cuts[1:], max(file.size, 1)], strict=True))
+
+
+def count_line_ends(file: RawFile, start: int, end: int) -> int:
+    """Line ends in [start - 1, end - 1): summed over the ranges before a range they give its first line's number."""
+    count, at, stop = 0, max(start - 1, 0), end - 1
+    with reading(file), open_raw(file.path) as stream:
+        stream.seek(at)
+        while at < stop and (chunk := stream.read(min(_CHUNK_BYTES, stop - at))):
+            count += chunk.count(b"\n")
+            at += len(chunk)
+    return count
+
+
+def read_blocks(file: RawFile, start: int, end: int, line_ends_before: int) -> Iterator[Block]:
+    """The lines that begin in [start, end) as blocks of whole lines; `line_ends_before` as count_line_ends sums it.
+
+    Memory stays within a few blocks whatever the lines' lengths. Raises GraftrecError for a damaged file.
+    """
+    with reading(file), _open(file) as stream:
+        line = 1
+        at = 0  # offset of buffer[0], which begins a line
+        buffer = b""
+        if start > 0:
+            stream.seek(start - 1)
+            skipped, buffer = _skip_line(stream)
+            at = start - 1 + skipped
+            line = line_ends_before + 2
+            if at >= end:
+                return
+        while True:
+            wanted = min(_CHUNK_BYTES, max(end - at - len(buffer), 1 << 16))
+            chunk = stream.read(wanted)
+            buffer += chunk
+            last = buffer.find(b"\n", max(end - 1 - at, 0)) if at + len(buffer) >= end else -1
+            if last >= 0 or not chunk:
+                if buffer:
+                    yield Block(buffer[: last + 1] if last >= 0 else buffer, line)
+                return
+            if cut := buffer.rfind(b"\n") + 1:
+                yield Block(buffer[:cut], line)
+                line += buffer.count(b"\n", 0, cut)
+                at, buffer = at + cut, buffer[cut:]
+            if len(buffer) > MAX_ROW_BYTES:
+                yield Block(buffer[: 1 << 14], line, too_long=True)
+                skipped, rest = _skip_line(stream)
+                line, at, buffer = line + 1, at + len(buffer) + skipped, rest
+                if at >= end:
+                    return
+
+
+def _skip_line(stream: pa.NativeFile) -> tuple[int, bytes]:
+    """Bytes up to and with the next line end, and what was read past it."""
+    skipped = 0
+    while chunk := stream.read(1 << 16):
+        cut = chunk.find(b"\n") + 1
+        if cut:
+            return skipped + cut, chunk[cut:]
+        skipped += len(chunk)
+    return skipped, b""
+
+
+def _open(file: RawFile) -> pa.NativeFile:
+    raw = open_raw(file.path)
+    return pa.CompressedInputStream(raw, file.compression) if file.compression else raw
+
+
+class reading:
+    """Turns a file that can't be read to its end into one line that names it."""
+
+    def __init__(self, file: RawFile) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError | EOFError | pa.ArrowException):
+            what = f"a whole {self.file.compression} file" if self.file.compression else "a readable file"
+            reason = " ".join(str(error).split())
+            raise GraftrecError(f"{self.file.name}: expected {what}, found: {reason}; deliver it again") from None
+
+
+def _locate(root: str, path: str) -> tuple[fs.FileSystem, str, str]:
+    """File system, path on it, and what to put before such a path to open it again."""
+    whole = path if "://" in path or path.startswith("/") else (root.rstrip("/") + "/" + path if path else root)
+    if "://" in whole:
+        scheme = whole.split("://")[0]
+        filesystem, inner = fs.FileSystem.from_uri(whole)
+        return filesystem, inner, f"{scheme}://"
+    return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(whole)), ""
+
+
+def _listing(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
+    selector = fs.FileSelector(folder, allow_not_found=True, recursive=True)
+    return [info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+
+
+def _hidden(inner: str) -> bool:
+    return any(part.startswith((".", "_")) for part in inner.split("/") if part)
+
+
+def _glob(pattern: str) -> str:
+    """A regular expression for a glob: ``**/`` any folders, ``*`` and ``?`` within a name."""
+    words = re.split(r"(\*\*/|\*|\?|\[[^\]]+\])", pattern)
+    known = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    return "".join(known.get(w, w.replace("[!", "[^") if w.startswith("[") else re.escape(w)) for w in words)
+
+
+def _suffix(path: str) -> str:
+    return PurePosixPath(path).suffix.lower()
+
+
+def _nearby(root: str) -> str:
+    filesystem, base, _ = _locate(root, "")
+    if filesystem.get_file_info(base).type != fs.FileType.Directory:
+        return f"the root {base} is no folder: set source.root"
+    names = sorted(info.path[len(base) :].lstrip("/") for info in _listing(filesystem, base))
+    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return f"files under {base}: {shown or 'none'}"

@@ -1,0 +1,100 @@
+"""Your own log, described by YAML: an events file, and optionally items, users and edges beside it.
+
+Every source of files is this one with a configuration; MovieLens too. A row is rejected, with a reason, for: what
+`delimited` and `structured` reject, a missing user or item, a number or time that can't be read, NaN or infinity, a time
+before `cleaning.min_time` or after `cleaning.max_time` (unless times are mere order).
+"""
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import Literal
+
+from pyspark.sql import DataFrame, SparkSession
+
+from etl.config import CleaningConfig, FileConfig, GraftrecError, LogSource
+from etl.sources import files, shapes, values
+from etl.sources.rows import RANGE_BYTES, RawRows
+from etl.sources.schema import PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
+
+
+class FileLog:
+    """A LogSource. Raises GraftrecError for files, columns or rows that aren't there, when the frame is asked for."""
+
+    def __init__(self, config: LogSource, cleaning: CleaningConfig, *, range_bytes: int = RANGE_BYTES) -> None:
+        self.config, self.cleaning, self.range_bytes = config, cleaning, range_bytes
+        self._rows: dict[str, RawRows] = {}
+
+    @property
+    def time(self) -> Literal["timestamp", "ordinal"]:
+        events = self.config.events
+        ordered = events.columns.time is None or (events.time_unit == "ordinal" and events.time_format is None)
+        return "ordinal" if ordered else "timestamp"
+
+    def fingerprint(self) -> str:
+        found = []
+        for name in ("events", "items", "users", "edges"):
+            described = getattr(self.config, name)
+            if described is not None:
+                found += files.find_files(self.config.root, described.path, what=f"source.{name}.path")
+        return files.fingerprint(found)
+
+    def events(self, spark: SparkSession) -> DataFrame:
+        config = self.config.events
+        wanted = {name: column for name, column in config.columns.model_dump().items() if column is not None}
+        for name in ("user", "item"):
+            if name not in wanted:
+                raise GraftrecError(
+                    f"source.events.columns.{name}: expected a column's name or position, found none; set it"
+                )
+        earliest, latest = self._time_bounds()
+        shape = shapes.events(config, list(wanted), earliest=earliest, latest=latest)
+        rows = self._open("events", config, list(wanted.values()))
+        return rows.frame(spark, kind="interactions", shape=shape, schema=RAW_EVENTS)
+
+    def items(self, spark: SparkSession) -> DataFrame | None:
+        config = self.config.items
+        if config is None:
+            return None
+        rows = self._open("items", config, shapes.item_columns(config))
+        return rows.frame(spark, kind="items", shape=shapes.items(config), schema=RAW_ITEMS)
+
+    def users(self, spark: SparkSession) -> DataFrame | None:
+        config = self.config.users
+        if config is None:
+            return None
+        rows = self._open("users", config, [config.id, *config.attributes.values()])
+        return rows.frame(spark, kind="users", shape=shapes.users(config), schema=RAW_USERS)
+
+    def edges(self, spark: SparkSession) -> DataFrame | None:
+        config = self.config.edges
+        if config is None:
+            return None
+        wanted = [config.user, config.friend, *([] if config.weight is None else [config.weight])]
+        rows = self._open("edges", config, wanted)
+        edges = rows.frame(spark, kind="edges", shape=shapes.edges(config), schema=RAW_EDGES)
+        if config.directed:
+            return edges
+        back = edges.where("reason is null").selectExpr("friend as user", "user as friend", *RAW_EDGES.names[2:])
+        return edges.unionByName(back)
+
+    def people(self, spark: SparkSession) -> DataFrame | None:
+        config = self.config.items
+        if config is None or not config.people:
+            return None
+        return self._open("items", config, shapes.item_columns(config)).map(spark, shapes.people(config), PEOPLE)
+
+    def _open(self, name: str, config: FileConfig, wanted: Sequence[str | int]) -> RawRows:
+        if name not in self._rows:
+            setting = f"source.{name}.path"
+            root, size = self.config.root, self.range_bytes
+            self._rows[name] = RawRows(config, root, list(wanted), setting=setting, range_bytes=size)
+        return self._rows[name]
+
+    def _time_bounds(self) -> tuple[int, int] | tuple[None, None]:
+        if self.time == "ordinal":
+            return None, None
+        tomorrow = (dt.datetime.now(dt.UTC) + dt.timedelta(days=1)).isoformat()
+        return (
+            values.day(self.cleaning.min_time, setting="cleaning.min_time"),
+            values.day(self.cleaning.max_time or tomorrow, setting="cleaning.max_time"),
+        )

@@ -1,0 +1,202 @@
+"""One described file set (delimited, JSON lines or Parquet) to a Spark frame, read in parallel byte ranges.
+
+The driver finds the files, looks at each one's head, and cuts ranges; a first pass counts line ends where a file has more
+than one range, so that every row knows its line. Tasks then read with pyarrow alone inside mapInArrow.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame, SparkSession
+
+from etl.config import FileConfig, GraftrecError
+from etl.sources import delimited, files, structured
+from etl.sources.delimited import Chunk, Layout
+from etl.sources.files import RawFile
+from etl.sources.schema import RAW_CHARACTERS, spark_schema
+
+RANGE_BYTES = 16 << 20
+Shape = Callable[[Chunk, RawFile], pa.Table]
+
+
+@dataclass(frozen=True)
+class Range:
+    """What one task reads: bytes [start, end) of a file, or row group `start` of a Parquet file."""
+
+    file: RawFile
+    start: int
+    end: int
+    line_ends_before: int  # Parquet: rows before
+    layout: Layout | None
+    names: tuple[str, ...] = ()
+
+
+class RawRows:
+    """The rows of one FileConfig, of which the columns `wanted` are read. `setting` names it in messages.
+
+    Raises GraftrecError where there is no file, no row, or not every wanted column.
+    """
+
+    def __init__(
+        self, config: FileConfig, root: str, wanted: list[str | int], *, setting: str, range_bytes: int = RANGE_BYTES
+    ) -> None:
+        self.config, self.wanted, self.setting, self.range_bytes = config, wanted, setting, range_bytes
+        self.files = files.find_files(root, config.path, what=setting)
+        self._ranges: list[Range] | None = None
+
+    def frame(self, spark: SparkSession, *, kind: str, shape: Shape, schema: pa.Schema) -> DataFrame:
+        """A lazy frame of `schema`; `shape` gives the columns before `kind`, and `reason`, a row for each row read."""
+
+        def found(chunk: Chunk, file: RawFile) -> pa.Table:
+            return _found(shape(chunk, file), chunk, kind, file.name)
+
+        return self.map(spark, found, schema)
+
+    def map(self, spark: SparkSession, function: Shape, schema: pa.Schema) -> DataFrame:
+        """A lazy frame of `schema`: what `function` makes of each chunk."""
+        ranges, config = self._cut(spark), self.config
+
+        def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+            for batch in batches:
+                for index in batch.column(0).to_pylist():
+                    for chunk in read_range(ranges[index], config):
+                        yield from function(chunk, ranges[index].file).cast(schema).to_batches()
+
+        return spark.range(0, len(ranges), 1, len(ranges)).mapInArrow(read, spark_schema(schema))
+
+    def local(self) -> Iterator[tuple[RawFile, Chunk]]:
+        """The same rows, read here: for small files only."""
+        for part in self._plan():
+            for chunk in read_range(part, self.config):
+                yield part.file, chunk
+
+    def _cut(self, spark: SparkSession) -> list[Range]:
+        """The ranges with their line numbers; kept, so that a second frame doesn't count again."""
+        if self._ranges is None:
+            self._ranges = _number_lines(spark, self._plan())
+        return self._ranges
+
+    def _plan(self) -> list[Range]:
+        plan = self._parquet_plan() if self.config.format == "parquet" else self._text_plan()
+        if not plan:
+            names = ", ".join(file.name for file in self.files[:3])
+            raise GraftrecError(
+                f"{self.setting}: expected at least one row, found none in {len(self.files)} file(s): {names}"
+            )
+        return plan
+
+    def _text_plan(self) -> list[Range]:
+        plan = []
+        for file in self.files:
+            head = files.head(file)
+            layout: Layout | None
+            names: tuple[str, ...] = ()
+            if self.config.format == "json":
+                delimited.check_encoding(self.config.encoding, name=file.name, head=head)
+                layout = Layout((), 0, self.config.skip_rows + 1)
+                keys = structured.json_keys(head)
+                if not head.strip():
+                    continue
+                names = tuple(structured.check_columns(self.wanted, keys, name=file.name))
+            else:
+                layout = delimited.find_layout(head, self.config, self.wanted, name=file.name)
+                if layout is None or _ends_before(head, layout.first_row):
+                    continue
+            plan += [Range(file, start, end, 0, layout, names) for start, end in files.ranges(file, self.range_bytes)]
+        return plan
+
+    def _parquet_plan(self) -> list[Range]:
+        plan = []
+        for file in self.files:
+            columns, sizes = structured.parquet_groups(file)
+            names = tuple(structured.check_columns(self.wanted, columns, name=file.name))
+            before = 0
+            for group, size in enumerate(sizes):
+                if size:
+                    plan.append(Range(file, group, group + 1, before, None, names))
+                before += size
+        return plan
+
+
+def read_range(part: Range, config: FileConfig) -> Iterator[Chunk]:
+    """The rows of one range, a block at a time."""
+    if part.layout is None:
+        yield from structured.parquet_chunks(part.file, part.start, part.line_ends_before + 1, part.names)
+        return
+    for block in files.read_blocks(part.file, part.start, part.end, part.line_ends_before):
+        rows = delimited.lines(block, config.encoding, first_row=part.layout.first_row)
+        if len(rows.line) == 0:
+            continue
+        if config.format == "json":
+            yield structured.json_columns(rows, part.names)
+        elif block.too_long:
+            nothing = pa.nulls(1, pa.string())
+            yield Chunk(rows.line, [nothing for _ in part.layout.positions], rows.reason, rows.raw)
+        else:
+            yield delimited.split(rows, config, part.layout)
+
+
+def first_reason(chunk: Chunk, checks: list[tuple[pa.Array, str]]) -> pa.Array:
+    """The chunk's own reasons, else the first check (True: rejected, its reason) that a row fails."""
+    reason = chunk.reason
+    for failed, said in checks:
+        failed = pc.fill_null(failed, False)
+        if pc.any(failed).as_py():
+            reason = pc.coalesce(reason, pc.if_else(failed, said, None))
+    return reason
+
+
+def _found(table: pa.Table, chunk: Chunk, kind: str, name: str) -> pa.Table:
+    """Put kind, file, line, reason and raw (of rejected rows) behind a shaped table, which holds `reason`."""
+    size = len(chunk.line)
+    reason = table.column("reason").combine_chunks()
+    raw = pc.utf8_slice_codeunits(chunk.raw, 0, RAW_CHARACTERS)
+    return (
+        table.drop_columns("reason")
+        .append_column("kind", pa.repeat(pa.scalar(kind), size))
+        .append_column("file", pa.repeat(pa.scalar(name), size))
+        .append_column("line", chunk.line)
+        .append_column("reason", reason)
+        .append_column("raw", pc.if_else(pc.is_valid(reason), raw, pa.scalar(None, pa.string())))
+    )
+
+
+def _ends_before(head: bytes, first_row: int) -> bool:
+    """Whether a file that fits in its head has nothing from line `first_row` on."""
+    if len(head) > files.MAX_ROW_BYTES:
+        return False
+    return not b"".join(head.split(b"\n")[first_row - 1 :]).strip(b"\r")
+
+
+def _number_lines(spark: SparkSession, plan: list[Range]) -> list[Range]:
+    """Fill `line_ends_before` of text ranges: one pass over files of more than one range."""
+    many = [part for part in plan if part.layout is not None and not _alone(part)]
+    if not many:
+        return plan
+
+    def count(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            indices = batch.column(0).to_pylist()
+            counts = [files.count_line_ends(many[i].file, many[i].start, many[i].end) for i in indices]
+            yield pa.record_batch({"part": pa.array(indices, pa.int64()), "count": pa.array(counts, pa.int64())})
+
+    counted = spark.range(0, len(many), 1, len(many)).mapInArrow(count, "part bigint, count bigint").toArrow()
+    counts = dict(zip(counted.column("part").to_pylist(), counted.column("count").to_pylist(), strict=True))
+    numbered: list[Range] = []
+    before, file = 0, None
+    rest = iter(range(len(many)))
+    for part in plan:
+        if part.layout is None or _alone(part):
+            numbered.append(part)
+            continue
+        before = before if part.file == file else 0
+        file = part.file
+        numbered.append(replace(part, line_ends_before=before))
+        before += counts[next(rest)]
+    return numbered
+
+
+def _alone(part: Range) -> bool:
+    return part.start == 0 and part.end >= max(part.file.size, 1)

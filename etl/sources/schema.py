@@ -1,0 +1,111 @@
+"""What every source gives: the frames of raw rows, good and rejected, and the protocol that all sources follow.
+
+Each row says where it was found (`kind`, `file`, `line`); `reason` is null in a good row. A rejected row has its `reason`
+and its text (`raw`, cut), and nulls elsewhere where nothing could be read. Rows read = good rows + rejected rows, always.
+"""
+
+from typing import Literal, Protocol
+
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+
+RAW_CHARACTERS = 1_000  # of a rejected row kept for the quarantine
+
+_ATTRIBUTES = pa.list_(pa.struct([pa.field("name", pa.string()), pa.field("value", pa.string())]))
+_FOUND = [
+    pa.field("kind", pa.string()),  # interactions | items | users | edges
+    pa.field("file", pa.string()),  # relative to the source's root where it lies under it
+    pa.field("line", pa.int64()),  # 1-based; of a Parquet file: row number
+    pa.field("reason", pa.string()),  # null: a good row
+    pa.field("raw", pa.string()),  # of a rejected row, its first 1,000 characters; null in a good row
+]
+RAW_EVENTS = pa.schema(
+    [
+        pa.field("user", pa.string()),
+        pa.field("item", pa.string()),
+        pa.field("time", pa.int64()),  # microseconds since 1970 UTC, or order
+        pa.field("event_type", pa.string()),
+        pa.field("value", pa.float64()),
+        pa.field("basket", pa.string()),
+        pa.field("source_order", pa.int64()),  # file's place among the sorted paths · 2^40 + line
+        *_FOUND,
+    ]
+)
+RAW_ITEMS = pa.schema(
+    [
+        pa.field("item", pa.string()),
+        pa.field("title", pa.string()),
+        pa.field("year", pa.int32()),
+        pa.field("categories", pa.list_(pa.string())),
+        pa.field("attributes", _ATTRIBUTES),
+        *_FOUND,
+    ]
+)
+RAW_USERS = pa.schema([pa.field("user", pa.string()), pa.field("attributes", _ATTRIBUTES), *_FOUND])
+RAW_EDGES = pa.schema(
+    [pa.field("user", pa.string()), pa.field("friend", pa.string()), pa.field("weight", pa.float32()), *_FOUND]
+)
+PEOPLE = pa.schema(
+    [
+        pa.field("item", pa.string()),
+        pa.field("relation", pa.string()),
+        pa.field("rank", pa.int32()),
+        pa.field("name", pa.string()),
+    ]
+)
+
+
+class Source(Protocol):
+    """A raw log and what lies beside it. Frames are lazy; a frame that the source doesn't have is None."""
+
+    @property
+    def time(self) -> Literal["timestamp", "ordinal"]:
+        """What `time` of the events means: microseconds, or order only."""
+        ...
+
+    def fingerprint(self) -> str:
+        """The content's identity: equal where all files (or the generator's settings) are equal."""
+        ...
+
+    def events(self, spark: SparkSession) -> DataFrame:
+        """RAW_EVENTS."""
+        ...
+
+    def items(self, spark: SparkSession) -> DataFrame | None:
+        """RAW_ITEMS."""
+        ...
+
+    def users(self, spark: SparkSession) -> DataFrame | None:
+        """RAW_USERS."""
+        ...
+
+    def edges(self, spark: SparkSession) -> DataFrame | None:
+        """RAW_EDGES, both directions of an undirected edge."""
+        ...
+
+    def people(self, spark: SparkSession) -> DataFrame | None:
+        """PEOPLE: metadata the source itself carries."""
+        ...
+
+
+_SPARK_TYPES = {
+    pa.string(): "string",
+    pa.int64(): "bigint",
+    pa.int32(): "int",
+    pa.float64(): "double",
+    pa.float32(): "float",
+    pa.bool_(): "boolean",
+}
+
+
+def spark_schema(schema: pa.Schema) -> str:
+    """The Spark DDL of a pyarrow schema (of the types that this module uses)."""
+    return ", ".join(f"`{field.name}` {_spark_type(field.type)}" for field in schema)
+
+
+def _spark_type(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        return f"array<{_spark_type(kind.value_type)}>"
+    if pa.types.is_struct(kind):
+        return f"struct<{', '.join(f'{field.name}: {_spark_type(field.type)}' for field in kind)}>"
+    return _SPARK_TYPES[kind]

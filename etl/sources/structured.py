@@ -1,0 +1,155 @@
+"""JSON lines and Parquet to columns: the same `Chunk` that delimited text gives.
+
+JSON: one object a line. pyarrow parses a block at once where all its lines are plain; a block with any oddity (a line that
+is no object, cells of several kinds) is read line by line. Parquet: a row group at a time; a row's line is its number.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pa_json
+import pyarrow.parquet as pq
+
+from etl.config import GraftrecError
+from etl.sources.delimited import Chunk
+from etl.sources.files import RawFile, open_raw, reading
+
+_KINDS = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+_NO_OBJECT = "not a JSON object"
+
+
+def json_columns(rows: Chunk, wanted: Sequence[str]) -> Chunk:
+    """The wanted keys of each line; an absent key is null. Lines that are no JSON object get a reason."""
+    columns = _json_block(rows, wanted)
+    if columns is not None:
+        return Chunk(rows.line, columns, rows.reason, rows.raw)
+    reasons: list[str | None] = []
+    cells: list[list[Any]] = [[] for _ in wanted]
+    for line, reason in zip(rows.raw.to_pylist(), rows.reason.to_pylist(), strict=True):
+        found: dict[str, Any] = {}
+        if reason is None:
+            try:
+                parsed = json.loads(line)
+                found, reason = (parsed, None) if isinstance(parsed, dict) else ({}, _NO_OBJECT)
+            except (ValueError, RecursionError):
+                reason = _NO_OBJECT
+        reasons.append(reason)
+        for column, key in zip(cells, wanted, strict=True):
+            column.append(_cell(found.get(key)))
+    arrays = [_column(column) for column in cells]
+    return Chunk(rows.line, arrays, pa.array(reasons, pa.string()), rows.raw)
+
+
+def json_keys(head: bytes) -> list[str]:
+    """Keys of the first hundred objects, for messages and to tell an absent column from a null."""
+    keys: dict[str, None] = {}
+    for line in head.decode("utf-8", "replace").removeprefix("\ufeff").split("\n")[:100]:
+        try:
+            parsed = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(parsed, dict):
+            keys |= dict.fromkeys(parsed)
+    return list(keys)
+
+
+def parquet_groups(file: RawFile) -> tuple[list[str], list[int]]:
+    """Column names and rows per row group. Raises GraftrecError for a file that is no Parquet file."""
+    with reading(file), open_raw(file.path) as stream:
+        opened = pq.ParquetFile(stream)
+        meta = opened.metadata
+        return list(opened.schema_arrow.names), [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+
+
+def parquet_chunks(file: RawFile, group: int, first_line: int, wanted: Sequence[str]) -> Iterator[Chunk]:
+    """The wanted columns of one row group in batches."""
+    with reading(file), open_raw(file.path) as stream:
+        line = first_line
+        for batch in pq.ParquetFile(stream).iter_batches(1 << 16, row_groups=[group], columns=sorted(set(wanted))):
+            size = batch.num_rows
+            yield Chunk(
+                pa.array(np.arange(line, line + size)),
+                [batch.column(name) for name in wanted],
+                pa.nulls(size, pa.string()),
+                pa.nulls(size, pa.string()),
+            )
+            line += size
+
+
+def check_columns(wanted: Sequence[str | int], names: Sequence[str], *, name: str) -> list[str]:
+    """The names of the wanted columns. Raises GraftrecError for one that isn't there."""
+    found = []
+    for column in wanted:
+        if isinstance(column, int) and 0 <= column < len(names):
+            found.append(names[column])
+        elif column in names:
+            found.append(str(column))
+        else:
+            raise GraftrecError(
+                f"{name}: expected a column {column!r}; found columns: {', '.join(names)}; mend the name"
+            )
+    return found
+
+
+def _json_block(rows: Chunk, wanted: Sequence[str]) -> list[pa.Array] | None:
+    """All lines at once, or None where any of them needs a closer look."""
+    if rows.reason.null_count < len(rows.reason) or not len(rows.raw):
+        return None
+    trimmed = pc.ascii_trim_whitespace(rows.raw)
+    objects = pc.and_(pc.starts_with(trimmed, "{"), pc.ends_with(trimmed, "}"))
+    if not pc.all(objects).as_py():
+        return None
+    try:
+        first = json.loads(rows.raw[0].as_py())
+    except ValueError:
+        return None
+    fields = [pa.field(key, _KINDS.get(type(first.get(key)), pa.string())) for key in dict.fromkeys(wanted)]
+    options = pa_json.ParseOptions(explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore")
+    data = "\n".join(rows.raw.to_pylist()).encode()
+    try:
+        table = pa_json.read_json(
+            pa.BufferReader(data), pa_json.ReadOptions(use_threads=False, block_size=len(data) + 1), options
+        )
+    except pa.ArrowInvalid:
+        return None
+    if table.num_rows != len(rows.raw):
+        return None
+    return [table.column(key).combine_chunks() for key in wanted]
+
+
+def _cell(value: Any) -> Any:
+    """Numbers and text as they are; lists as lists of text; anything else as JSON text."""
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, list):
+        return [str(part) for part in value if part is not None]
+    return json.dumps(value)
+
+
+def _column(cells: list[Any]) -> pa.Array:
+    if any(isinstance(cell, list) for cell in cells):
+        return pa.array(
+            [cell if isinstance(cell, list) or cell is None else [str(cell)] for cell in cells], pa.list_(pa.string())
+        )
+    if any(isinstance(cell, str) for cell in cells) or not all(_small(cell) for cell in cells):
+        return pa.array([None if cell is None else _spelled(cell) for cell in cells], pa.string())
+    if any(isinstance(cell, float) for cell in cells):
+        return pa.array([None if cell is None else float(cell) for cell in cells], pa.float64())
+    return pa.array(cells, pa.int64())
+
+
+def _small(cell: Any) -> bool:
+    return not isinstance(cell, int) or abs(cell) < 1 << 62
+
+
+def _spelled(cell: Any) -> str:
+    if isinstance(cell, float) and math.isfinite(cell) and cell.is_integer() and abs(cell) < 1e18:
+        return str(int(cell))
+    return cell if isinstance(cell, str) else str(cell)

@@ -1,0 +1,174 @@
+"""Cells to values: text, whole numbers, floats, times. Vectorised; what can't be read becomes null and is flagged.
+
+Every function takes an Arrow array of any type a reader may give (text from delimited files, typed from JSON and Parquet)
+and returns arrays of the same length.
+"""
+
+import datetime as dt
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from etl.config import GraftrecError
+
+MICROSECONDS = {"s": 1_000_000.0, "ms": 1_000.0, "us": 1.0, "ns": 0.001}
+_WHOLE = r"^[+-]?\d{1,18}$"
+_FLOAT = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?$"
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+def text(cells: pa.Array) -> pa.Array:
+    """Trimmed text, null where empty. Whole floats are spelled without a fraction (ids that pandas made floats)."""
+    if pa.types.is_floating(cells.type):
+        whole = pc.equal(cells, pc.floor(cells))
+        cells = pc.if_else(
+            pc.fill_null(whole, False),
+            pc.cast(pc.cast(pc.if_else(whole, cells, None), pa.int64(), safe=False), pa.string()),
+            pc.cast(cells, pa.string()),
+        )
+    elif pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    if pa.types.is_binary(cells.type) or pa.types.is_large_binary(cells.type):
+        cells = pa.array([None if v is None else v.decode("utf-8", "replace") for v in cells.to_pylist()], pa.string())
+    trimmed = pc.utf8_trim_whitespace(pc.cast(cells, pa.string()))
+    return pc.if_else(pc.equal(trimmed, ""), None, trimmed)
+
+
+def given(cells: pa.Array) -> pa.Array:
+    """True where a cell holds something."""
+    return pc.is_valid(cells if pa.types.is_primitive(cells.type) else text(cells))
+
+
+def number(cells: pa.Array) -> pa.Array:
+    """float64; null where nothing or no number is given. NaN and infinity, however spelled, come out as they are."""
+    if pa.types.is_integer(cells.type) or pa.types.is_floating(cells.type) or pa.types.is_boolean(cells.type):
+        return pc.cast(cells, pa.float64(), safe=False)
+    if pa.types.is_decimal(cells.type):
+        return pc.cast(cells, pa.float64())
+    words = text(cells)
+    special = pc.match_substring_regex(words, r"(?i)^[+-]?(nan|inf|infinity)$")
+    words = pc.if_else(pc.fill_null(special, False), "nan", words)
+    readable = pc.or_(pc.match_substring_regex(words, _FLOAT), pc.equal(words, "nan"))
+    return pc.cast(_without_plus(pc.if_else(readable, words, None)), pa.float64())
+
+
+def whole_number(cells: pa.Array) -> pa.Array:
+    """int64; null where nothing or no whole number is given."""
+    if pa.types.is_integer(cells.type):
+        return pc.cast(cells, pa.int64())
+    if pa.types.is_floating(cells.type):
+        return _rounded(cells, must_be_whole=True)
+    words = text(cells)
+    plain = pc.fill_null(pc.match_substring_regex(words, _WHOLE), False)
+    exact = pc.cast(_without_plus(pc.if_else(plain, words, None)), pa.int64())
+    if pc.all(pc.or_(plain, pc.is_null(words))).as_py() is not False:
+        return exact
+    return pc.coalesce(exact, _rounded(number(pc.if_else(plain, None, words)), must_be_whole=True))
+
+
+def time(cells: pa.Array, *, unit: str | None, form: str | None) -> pa.Array:
+    """Microseconds since 1970 UTC as int64 (`unit` "ordinal": the number itself); null where unreadable.
+
+    `form` is a strptime format; with neither unit nor form the text is ISO 8601. A time without a zone is UTC.
+    """
+    if pa.types.is_timestamp(cells.type):
+        return pc.cast(pc.cast(cells, pa.timestamp("us", tz=cells.type.tz), safe=False), pa.int64())
+    if pa.types.is_date(cells.type):
+        return pc.cast(pc.cast(cells, pa.timestamp("us")), pa.int64())
+    if form is not None:
+        return _formatted(text(cells), form)
+    if unit is None:
+        return _iso(text(cells))
+    if unit == "ordinal":
+        return whole_number(cells)
+    numbers = cells if pa.types.is_integer(cells.type) else None
+    if numbers is None and not pa.types.is_floating(cells.type):
+        words = text(cells)
+        plain = pc.match_substring_regex(words, _WHOLE)
+        if pc.all(pc.fill_null(plain, False)).as_py() is not False:
+            numbers = pc.cast(_without_plus(words), pa.int64())
+    if numbers is not None:
+        return _whole_units(pc.cast(numbers, pa.int64()), unit)
+    return _rounded(pc.multiply(number(cells), MICROSECONDS[unit]), must_be_whole=False)
+
+
+def day(written: str, *, setting: str) -> int:
+    """Microseconds of an ISO 8601 date or time in the configuration. Raises GraftrecError."""
+    try:
+        return _microseconds(dt.datetime.fromisoformat(written))
+    except ValueError:
+        raise GraftrecError(f"{setting}: expected a date such as 1995-01-31, found {written!r}") from None
+
+
+def _without_plus(words: pa.Array) -> pa.Array:
+    return pc.utf8_ltrim(words, characters="+")
+
+
+def _whole_units(numbers: pa.Array, unit: str) -> pa.Array:
+    if unit == "ns":
+        return pc.divide(numbers, 1000)
+    factor = int(MICROSECONDS[unit])
+    limit = (1 << 62) // factor
+    sane = pc.and_(pc.less_equal(numbers, limit), pc.greater_equal(numbers, -limit))
+    return pc.multiply(pc.if_else(sane, numbers, None), factor)
+
+
+def _rounded(numbers: pa.Array, *, must_be_whole: bool) -> pa.Array:
+    values = pc.cast(numbers, pa.float64())
+    sane = pc.less(pc.abs(values), 2.0**62)  # False for NaN
+    if must_be_whole:
+        sane = pc.and_(sane, pc.equal(values, pc.floor(values)))
+    return pc.cast(pc.round(pc.if_else(sane, values, None)), pa.int64())
+
+
+def _formatted(words: pa.Array, form: str) -> pa.Array:
+    """Arrow's strptime where it is exact (the text comes back), Python's for every other distinct text."""
+    if "%f" in form or "%z" in form or "%Z" in form:
+        return _each(words, lambda word: dt.datetime.strptime(word, form))
+    quick = pc.strptime(words, format=form, unit="us", error_is_null=True)
+    same = pc.fill_null(pc.equal(pc.strftime(pc.cast(quick, pa.timestamp("s"), safe=False), format=form), words), False)
+    exact = pc.cast(pc.if_else(same, quick, None), pa.int64())
+    odd = pc.and_(pc.invert(same), pc.is_valid(words))
+    if not pc.any(odd).as_py():
+        return exact
+    return pc.coalesce(exact, _each(pc.if_else(odd, words, None), lambda word: dt.datetime.strptime(word, form)))
+
+
+def _iso(words: pa.Array) -> pa.Array:
+    try:
+        return pc.cast(pc.cast(words, pa.timestamp("us")), pa.int64())
+    except pa.ArrowInvalid:
+        return _each(words, dt.datetime.fromisoformat)
+
+
+def _each(words: pa.Array, parse: "object") -> pa.Array:
+    """One call of `parse` for each distinct text."""
+    encoded = pc.dictionary_encode(words)
+    parsed: list[int | None] = []
+    for word in encoded.dictionary.to_pylist():
+        try:
+            parsed.append(_microseconds(parse(word)))  # type: ignore[operator]
+        except (ValueError, OverflowError):
+            parsed.append(None)
+    return pc.take(pa.array(parsed, pa.int64()), encoded.indices)
+
+
+def _microseconds(moment: dt.datetime) -> int:
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=dt.UTC)
+    return (moment - _EPOCH) // dt.timedelta(microseconds=1)
+
+
+def listed(cells: pa.Array, separator: str) -> pa.Array:
+    """list<string>: the non-empty parts of each cell, trimmed; an empty list where there is nothing."""
+    if pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
+        lists = pc.cast(cells, pa.list_(pa.string()))
+    else:
+        lists = pc.split_pattern(pc.fill_null(text(cells), ""), separator)
+    owner = pc.list_parent_indices(lists)
+    parts = text(pc.list_flatten(lists))
+    kept = pc.is_valid(parts)
+    counts = np.bincount(pc.filter(owner, kept).to_numpy(), minlength=len(lists))
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pc.filter(parts, kept))
