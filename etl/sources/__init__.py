@@ -1,6 +1,7 @@
 """Raw logs as Spark frames: one file per raw format, one protocol (`Source`)."""
 
-from etl.config import EtlConfig, LogSource, MovielensSource
+from etl.config import EtlConfig, GeneratorSource, LogSource, MovielensSource
+from etl.sources.generator import Generator
 from etl.sources.log import FileLog
 from etl.sources.movielens import movielens
 from etl.sources.schema import Source
@@ -15,4 +16,5 @@ def open_source(config: EtlConfig) -> Source:
             return FileLog(config.source, config.cleaning)
         case MovielensSource():
             return movielens(config.source, config.cleaning)
-    raise NotImplementedError("generator")
+        case GeneratorSource():
+            return Generator(config.source)
