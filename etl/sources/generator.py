@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import GeneratorSource, code_version, config_hash
+from etl.sources.names import person_key
 from etl.sources.schema import PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS, spark_schema
 from etl.sources.world import ACTORS, Floats, Ints, Shelf, categories, generator, person_name, title, world
 
@@ -275,12 +276,14 @@ def _people(config: GeneratorSource, items: Ints) -> pa.Table:
     place = world(config)
     who = np.concatenate([place.director_V[items, None], place.actors_VA[items]], axis=1)
     size = len(items)
+    names = [person_name(number) for number in who.ravel().tolist()]
     return pa.table(
         {
             "item": _ids("i", np.repeat(items, 1 + ACTORS)),
             "relation": ["director", *["actor"] * ACTORS] * size,
             "rank": pa.array([1, *range(1, ACTORS + 1)] * size, pa.int32()),
-            "name": [person_name(number) for number in who.ravel().tolist()],
+            "name": names,
+            "key": [person_key(name) for name in names],
         }
     )
 

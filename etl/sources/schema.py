@@ -50,7 +50,8 @@ PEOPLE = pa.schema(
         pa.field("item", pa.string()),
         pa.field("relation", pa.string()),
         pa.field("rank", pa.int32()),
-        pa.field("name", pa.string()),
+        pa.field("name", pa.string()),  # as spelled
+        pa.field("key", pa.string()),  # names.person_key(name): the same however a file spells it
     ]
 )
 

@@ -14,6 +14,7 @@ from etl.config import EdgesFileConfig, EventsFileConfig, ItemsFileConfig, Users
 from etl.sources import values
 from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile
+from etl.sources.names import person_key
 from etl.sources.rows import Shape, first_reason
 from etl.sources.schema import PEOPLE, RAW_ITEMS
 
@@ -92,10 +93,14 @@ def people(config: ItemsFileConfig) -> Shape:
             for rank in range(1, len(columns) + 1):
                 name = values.text(next(cells))
                 kept = pc.and_(pc.and_(pc.is_valid(name), pc.is_valid(item)), pc.is_null(chunk.reason))
-                item_kept, name_kept = item.filter(kept), name.filter(kept)
-                size = len(item_kept)
-                parts = [item_kept, pa.repeat(pa.scalar(relation), size), pa.repeat(pa.scalar(rank, pa.int32()), size)]
-                tables.append(pa.table([*parts, name_kept], schema=PEOPLE))
+                names = name.filter(kept)
+                size = len(names)
+                keys = pc.dictionary_encode(names)
+                key = pa.array([person_key(word) for word in keys.dictionary.to_pylist()], pa.string()).take(
+                    keys.indices
+                )
+                ranked = [pa.repeat(pa.scalar(relation), size), pa.repeat(pa.scalar(rank, pa.int32()), size)]
+                tables.append(pa.table([item.filter(kept), *ranked, names, key], schema=PEOPLE))
         return pa.concat_tables(tables)
 
     return shape
