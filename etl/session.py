@@ -1,7 +1,8 @@
 """The Spark session: checks Java, keeps the terminal quiet, and sets what every job relies on.
 
-Relied on everywhere: session time zone UTC, Parquet timestamps in microseconds, Arrow between Spark and Python, executors
-that run this very Python. A `master` of ``sc://…`` (Spark Connect, Sail) opens a client session instead of a JVM.
+Relied on everywhere: session time zone UTC, Parquet timestamps in microseconds, Arrow between Spark and Python,
+executors that run this very Python. A `master` of ``sc://…`` (Spark Connect, Sail) opens a client session instead of
+a JVM.
 """
 
 import os
@@ -27,8 +28,9 @@ _INSTALL = "on Debian or Ubuntu: apt-get install openjdk-17-jre-headless; on mac
 
 # What the JVM, the launcher and log4j say at start-up whatever their levels; everything else passes.
 _NOISE = re.compile(
-    r"WARNING: Using incubator modules|WARNING: package \S+ not in \S+|Using Spark's default log4j profile|Setting (default|Spark)"
-    r" log level|To adjust logging level|Unable to load native-hadoop|^\s*$|:: loading settings|WARNING: An illegal reflective"
+    r"WARNING: Using incubator modules|WARNING: package \S+ not in \S+|Using Spark's default log4j profile|^\s*$"
+    r"|Setting (default|Spark) log level|To adjust logging level|Unable to load native-hadoop|:: loading settings"
+    r"|WARNING: An illegal reflective"
     r"|WARNING: sun.misc.Unsafe|WARNING: A terminally deprecated|WARNING: Please consider|WARNING: A restricted method"
     r"|WARNING: java.lang.System|WARNING: Use --enable-native-access|WARNING: Restricted methods"
 )
@@ -40,7 +42,8 @@ class JavaError(GraftrecError):
 
 
 def spark_session(config: SparkConfig, *, name: str = "graftrec") -> SparkSession:
-    """The session for `config`: the active one if there is any (SQL settings are then brought up to date), else a new one.
+    """The session for `config`: the active one if there is any (SQL settings are then brought up to date), else a new
+    one.
 
     Raises JavaError where an embedded Spark would find no Java ≥ 17.
     """

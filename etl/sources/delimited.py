@@ -1,9 +1,9 @@
 """Blocks of delimited text to columns, vectorised in Arrow; a line that has oddities is looked at alone.
 
-Rejected: undecodable bytes, a line longer than 1 MiB, a wrong number of fields, a quote that isn't closed. Empty lines are
-no rows. With quoting on, a separator inside quotes is text, and a doubled quote is a quote; a line end inside quotes is out
-of scope: both halves are rejected as malformed. Encodings must keep a line end one byte (UTF-8, Latin-1 and its kin, the
-usual double-byte ones); UTF-16 and UTF-32 are refused.
+Rejected: undecodable bytes, a line longer than 1 MiB, a wrong number of fields, a quote that isn't closed. Empty
+lines are no rows. With quoting on, a separator inside quotes is text, and a doubled quote is a quote; a line end
+inside quotes is out of scope: both halves are rejected as malformed. Encodings must keep a line end one byte (UTF-8,
+Latin-1 and its kin, the usual double-byte ones); UTF-16 and UTF-32 are refused.
 """
 
 import codecs
@@ -39,7 +39,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the wanted columns stand in one file, how many fields a row has, and how many lines to leave out at the top."""
+    """Where the wanted columns stand in one file, how many fields a row has, and on which line its rows begin."""
 
     positions: tuple[int, ...]
     num_fields: int

@@ -1,11 +1,12 @@
 """A synthetic two-domain log of any size, written in parallel, the same bytes from a seed whatever the partitions.
 
-Users live in communities whose members have like tastes, and taste holds in both domains (unless `share_tastes` is off).
-What a user takes is drawn by popularity and taste; a share of events (`sequential`) follows from the one before: an item
-near it in taste. An item is taken once by a user. Events come in baskets, with a value by how well the item fits.
+Users live in communities whose members have like tastes, and taste holds in both domains (unless `share_tastes` is
+off). What a user takes is drawn by popularity and taste; a share of events (`sequential`) follows from the one
+before: an item near it in taste. An item is taken once by a user. Events come in baskets, with a value by how well
+the item fits.
 
-Users are made in blocks of BLOCK, each user from a random stream of its own, and partitions hold whole blocks: so a user's
-events depend on the configuration and the user's number alone. Cost per user doesn't grow with the catalogue.
+Users are made in blocks of BLOCK, each user from a random stream of its own, and partitions hold whole blocks: so a
+user's events depend on the configuration and the user's number alone. Cost per user doesn't grow with the catalogue.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from pyspark.sql import DataFrame, SparkSession
 from etl.config import GeneratorSource, code_version, config_hash
 from etl.sources.names import person_key
 from etl.sources.schema import PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS, spark_schema
-from etl.sources.world import ACTORS, Floats, Ints, Shelf, categories, generator, person_name, title, world
+from etl.sources.world import ACTORS, Floats, Ints, Shelf, categories, generator, person_name, title, unit, world
 
 BLOCK = 256  # users
 _COMMUNITY = 32  # users
@@ -97,7 +98,7 @@ def user_tastes(config: GeneratorSource, users: Ints) -> Floats:
     centres = np.stack(
         [generator(config.seed, _COMMUNITIES, int(c)).standard_normal((2, config.tastes)) for c in communities], axis=1
     )
-    taste = _unit(np.sqrt(_ALIKE) * _unit(centres)[:, which] + np.sqrt(1 - _ALIKE) * _unit(own))
+    taste = unit(np.sqrt(_ALIKE) * unit(centres)[:, which] + np.sqrt(1 - _ALIKE) * unit(own))
     if config.share_tastes:
         taste[1] = taste[0]
     return taste.astype(np.float32)
@@ -299,7 +300,3 @@ def _found(table: pa.Table, kind: str, order: Ints) -> pa.Table:
 
 def _ids(letter: str, numbers: Ints) -> pa.Array:
     return pc.binary_join_element_wise(letter, pc.cast(pa.array(numbers), pa.string()), "")
-
-
-def _unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return vectors / np.sqrt(np.square(vectors).sum(axis=-1, keepdims=True))

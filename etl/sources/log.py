@@ -1,8 +1,8 @@
 """Your own log, described by YAML: an events file, and optionally items, users and edges beside it.
 
 Every source of files is this one with a configuration; MovieLens too. A row is rejected, with a reason, for: what
-`delimited` and `structured` reject, a missing user or item, a number or time that can't be read, NaN or infinity, a time
-before `cleaning.min_time` or after `cleaning.max_time` (unless times are mere order).
+`delimited` and `structured` reject, a missing user or item, a number or time that can't be read, NaN or infinity, a
+time before `cleaning.min_time` or after `cleaning.max_time` (unless times are mere order).
 """
 
 import datetime as dt

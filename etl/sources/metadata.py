@@ -1,8 +1,9 @@
 """Knowledge from files beside the log: who directed an item, who acts in it, and whatever else a column says.
 
-A file is joined to the items by their raw id, or by normalised title and year. By title, the year must be equal; a year off
-by one is accepted only where neither side has another candidate. Two different works of one title and year match nothing.
-Files stand in order of trust: a later one supplies only what the earlier ones lack for an item and relation.
+A file is joined to the items by their raw id, or by normalised title and year. By title, the year must be equal; a
+year off by one is accepted only where neither side has another candidate. Two different works of one title and year
+match nothing. Files stand in order of trust: a later one supplies only what the earlier ones lack for an item and
+relation.
 """
 
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from etl.sources import values
 from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile, find_files, fingerprint
 from etl.sources.names import listed_names, person_key, title_keys
-from etl.sources.rows import RawRows
+from etl.sources.rows import RawRows, Shape
 from etl.sources.schema import PEOPLE, spark_schema
 
 _WORKS = pa.schema(
@@ -75,7 +76,7 @@ def file_triples(
 
 
 def match_titles(items: DataFrame, works: DataFrame) -> DataFrame:
-    """item, work: items (item, title, year) and works (work, titles, year, signature) that are the same by title and year."""
+    """item, work: items (item, title, year) that are works (work, titles, year, signature), by title and year."""
     asked = items.mapInArrow(_keys, "item string, place int, key string, year bigint")
     titled = works.select("work", F.posexplode("titles").alias("place", "key"), "year", "signature").where(
         "year is not null"
@@ -116,7 +117,7 @@ def _wanted(config: KnowledgeFileConfig, setting: str) -> list[str | int]:
     return [column for column in keys if column is not None] + people
 
 
-def _works(config: KnowledgeFileConfig):  # type: ignore[no-untyped-def]
+def _works(config: KnowledgeFileConfig) -> Shape:
     """Rows of the file to _WORKS. Rejected rows are left out: a file of knowledge is no log."""
     num_keys = 1 if config.by == "id" else 2
 
@@ -133,7 +134,7 @@ def _works(config: KnowledgeFileConfig):  # type: ignore[no-untyped-def]
                 "titles": [title_keys(title or "") if num_keys == 2 else [] for title in first],
                 "year": pa.array(years, pa.int64()),
                 "people": pa.array(people, _WORKS.field("people").type),
-                "signature": ["|".join(p["key"] for p in row if p["rank"] == 1) for row in people],
+                "signature": ["|".join(str(p["key"]) for p in row if p["rank"] == 1) for row in people],
             },
             schema=_WORKS,
         )
@@ -176,7 +177,7 @@ def _keys(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             if title is not None and year is not None
             for place, key in enumerate(title_keys(title))
         ]
-        columns = list(zip(*rows, strict=True)) or [[], [], [], []]
+        columns = zip(*rows, strict=True) if rows else ((), (), (), ())
         types = [pa.string(), pa.int32(), pa.string(), pa.int64()]
         arrays = [pa.array(column, kind) for column, kind in zip(columns, types, strict=True)]
         yield pa.RecordBatch.from_arrays(arrays, ["item", "place", "key", "year"])

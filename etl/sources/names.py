@@ -1,25 +1,29 @@
 """Titles and people's names to keys under which differently spelled files agree. Pure functions.
 
-``title_keys("Matrix, The")`` and ``title_keys("The Matrix\xa0")`` give the same key; so do ``person_key("Andy_García")`` and
-``person_key("Andy Garcia")``. A key says nothing about a work's year: callers compare that too.
+``title_keys("Matrix, The")`` and ``title_keys("The Matrix\xa0")`` give the same key; so do
+``person_key("Andy_García")`` and ``person_key("Andy Garcia")``. A key says nothing about a work's year: callers
+compare that too.
 """
 
 import ast
 import re
 import unicodedata
 
-_ARTICLES = frozenset("the a an le la les l un une il lo gli i el los las der die das den de het o os as".split())
+_ARTICLES_TEXT = "the a an le la les l un une il lo gli i el los las der die das den de het o os as"
+_ARTICLES = frozenset(_ARTICLES_TEXT.split())
 _TRAILING = re.compile(r",\s*(?P<article>[^\W\d]+'?)\s*$")
 _PARENTHESES = re.compile(r"\(([^()]*)\)")
 _AKA = re.compile(r"^\s*(?:a\.?k\.?a\.?|aka)\s+", re.IGNORECASE)
 _YEAR = re.compile(r"^\s*\d{4}\s*$")
+_INITIALS = re.compile(r"(?<=\b\w) (?=\w\b)")
 _LETTERS = str.maketrans({"ø": "o", "đ": "d", "ł": "l", "ß": "ss", "æ": "ae", "œ": "oe", "ð": "d", "þ": "th"})
 
 
 def title_keys(title: str) -> list[str]:
-    """Keys of a title and of its alternatives in parentheses, the title's own first; an empty list where it has no letters.
+    """Keys of a title and of its alternatives in parentheses, its own first; none where it has no letters.
 
-    Accents, case, punctuation and articles at either end don't count, ``&`` is ``and``; a year in parentheses is no title.
+    Accents, case, punctuation and articles at either end don't count, ``&`` is ``and``; a year in parentheses is no
+    title.
     """
     outside = _PARENTHESES.sub(" ", title)
     inside = [_AKA.sub("", part) for part in _PARENTHESES.findall(title) if not _YEAR.match(part)]
@@ -28,8 +32,12 @@ def title_keys(title: str) -> list[str]:
 
 
 def person_key(name: str) -> str:
-    """A person's key: accents, case, punctuation and underscores don't count, nor does a qualifier in parentheses."""
-    return " ".join(_words(_PARENTHESES.sub(" ", name.replace("_", " "))))
+    """A person's key: accents, case, punctuation and underscores don't count, nor does a qualifier in parentheses.
+
+    Initials stand together: "P. J. Hogan" is "P.J. Hogan".
+    """
+    joined = " ".join(_words(_PARENTHESES.sub(" ", name.replace("_", " "))))
+    return _INITIALS.sub("", joined)
 
 
 def listed_names(cell: str, *, underscores: bool) -> list[str]:

@@ -1,7 +1,7 @@
 """One described file set (delimited, JSON lines or Parquet) to a Spark frame, read in parallel byte ranges.
 
-The driver finds the files, looks at each one's head, and cuts ranges; a first pass counts line ends where a file has more
-than one range, so that every row knows its line. Tasks then read with pyarrow alone inside mapInArrow.
+The driver finds the files, looks at each one's head, and cuts ranges; a first pass counts line ends where a file has
+more than one range, so that every row knows its line. Tasks then read with pyarrow alone inside mapInArrow.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,8 @@
 """What every source gives: the frames of raw rows, good and rejected, and the protocol that all sources follow.
 
-Each row says where it was found (`kind`, `file`, `line`); `reason` is null in a good row. A rejected row has its `reason`
-and its text (`raw`, cut), and nulls elsewhere where nothing could be read. Rows read = good rows + rejected rows, always.
+Each row says where it was found (`kind`, `file`, `line`); `reason` is null in a good row. A rejected row has its
+`reason` and its text (`raw`, cut), and nulls elsewhere where nothing could be read. Rows read = good rows + rejected
+rows, always.
 """
 
 from typing import Literal, Protocol

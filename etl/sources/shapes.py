@@ -1,7 +1,7 @@
 """Chunks of cells to the columns of each kind of frame, with a reason for each row that can't be used.
 
-Each function takes a file's configuration and returns a function of (chunk, file) that runs in the executors. The chunk's
-columns stand in the order in which the caller named the wanted columns.
+Each function takes a file's configuration and returns a function of (chunk, file) that runs in the executors. The
+chunk's columns stand in the order in which the caller named the wanted columns.
 """
 
 from collections.abc import Sequence

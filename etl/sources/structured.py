@@ -1,7 +1,8 @@
 """JSON lines and Parquet to columns: the same `Chunk` that delimited text gives.
 
-JSON: one object a line. pyarrow parses a block at once where all its lines are plain; a block with any oddity (a line that
-is no object, cells of several kinds) is read line by line. Parquet: a row group at a time; a row's line is its number.
+JSON: one object a line. pyarrow parses a block at once where all its lines are plain; a block with any oddity (a line
+that is no object, cells of several kinds) is read line by line. Parquet: a row group at a time; a row's line is its
+number.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Cells to values: text, whole numbers, floats, times. Vectorised; what can't be read becomes null and is flagged.
 
-Every function takes an Arrow array of any type a reader may give (text from delimited files, typed from JSON and Parquet)
-and returns arrays of the same length.
+Every function takes an Arrow array of any type a reader may give (text from delimited files, typed from JSON and
+Parquet) and returns arrays of the same length.
 """
 
 import datetime as dt

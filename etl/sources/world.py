@@ -1,8 +1,8 @@
 """The catalogue of the generated world: items, people, tastes, popularity, titles; O(items), the same on every worker.
 
-A person (director, actor) has a taste, a direction in `tastes` dimensions; an item's taste is that of its people and some
-of its own. Popularity within a domain follows Zipf's law. With `share_tastes` off, a person has another, independent taste
-in each domain, so that nothing learned about people in one domain holds in the other.
+A person (director, actor) has a taste, a direction in `tastes` dimensions; an item's taste is that of its people and
+some of its own. Popularity within a domain follows Zipf's law. With `share_tastes` off, a person has another,
+independent taste in each domain, so that nothing learned about people in one domain holds in the other.
 """
 
 import functools
@@ -61,12 +61,12 @@ def world(config: GeneratorSource) -> World:
     domain[draw.permutation(num_items)[:num_target]] = 1
     director = draw.integers(0, num_directors, num_items)
     actors = _distinct(draw, num_items, config.people - num_directors) + num_directors
-    person_DPK = _unit(draw.standard_normal((2, config.people, num_tastes)))
+    person_DPK = unit(draw.standard_normal((2, config.people, num_tastes)))
     if config.share_tastes:
         person_DPK[1] = person_DPK[0]
     cast = person_DPK[domain, director] * 1.5 + person_DPK[domain[:, None], actors].sum(axis=1)
-    own = _unit(draw.standard_normal((num_items, num_tastes)))
-    taste = _unit(np.sqrt(1 - _OWN_SHARE) * _unit(cast) + np.sqrt(_OWN_SHARE) * own).astype(np.float32)
+    own = unit(draw.standard_normal((num_items, num_tastes)))
+    taste = unit(np.sqrt(1 - _OWN_SHARE) * unit(cast) + np.sqrt(_OWN_SHARE) * own).astype(np.float32)
     shelves = [_shelf(draw, np.flatnonzero(domain == number), taste, config) for number in range(2)]
     return World(
         domain_V=domain,
@@ -137,24 +137,27 @@ def _distinct(draw: np.random.Generator, rows: int, people: int) -> Ints:
     return np.concatenate([first, (first + steps + np.arange(ACTORS - 1)) % people], axis=1)
 
 
-def _unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return vectors / np.maximum(np.sqrt(np.square(vectors).sum(axis=-1, keepdims=True)), 1e-12)
+def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    lengths: npt.NDArray[Any] = np.sqrt(np.square(vectors).sum(axis=-1, keepdims=True))
+    scaled: npt.NDArray[Any] = vectors / np.maximum(lengths, 1e-12)
+    return scaled
 
 
 def _syllables(number: int, least: int) -> str:
-    parts = []
+    parts: list[str] = []
     while number or len(parts) < least:
         number, place = divmod(number, len(_SYLLABLES))
         parts.append(_SYLLABLES[place])
     return "".join(parts).capitalize()
 
 
-_SYLLABLES = "ba den fi gor ha jun ka lem mi nor pa quin ro sal ti ul va win xe yo".split()
-_ADJECTIVES = (
+_SYLLABLES_TEXT = "ba den fi gor ha jun ka lem mi nor pa quin ro sal ti ul va win xe yo"
+_ADJECTIVES_TEXT = (
     "Silent Burning Golden Broken Hidden Endless Electric Frozen Gentle Hollow Crimson Distant Savage Tender "
     "Wild Lonely Secret Rising Bitter Radiant"
-).split()
-_NOUNS = (
+)
+_NOUNS_TEXT = (
     "River Empire Garden Machine Harbour Winter Letter Mountain Dancer Shadow Kingdom Voyage Hunter Melody "
     "Island Mirror Storm Orchard Signal Carnival"
-).split()
+)
+_SYLLABLES, _ADJECTIVES, _NOUNS = (text.split() for text in (_SYLLABLES_TEXT, _ADJECTIVES_TEXT, _NOUNS_TEXT))
