@@ -66,12 +66,6 @@ class RawRows:
 
         return spark.range(0, len(ranges), 1, len(ranges)).mapInArrow(read, spark_schema(schema))
 
-    def local(self) -> Iterator[tuple[RawFile, Chunk]]:
-        """The same rows, read here: for small files only."""
-        for part in self._plan():
-            for chunk in read_range(part, self.config):
-                yield part.file, chunk
-
     def _cut(self, spark: SparkSession) -> list[Range]:
         """The ranges with their line numbers; kept, so that a second frame doesn't count again."""
         if self._ranges is None:

@@ -1,0 +1,55 @@
+"""Append-only dense indices: a raw id gets its index once and keeps it for ever.
+
+New ids are numbered in the order of their bytes, after the old ones, from a range partitioning and the partitions' sizes:
+no single partition, nothing collected but one count per partition. The result doesn't depend on the partitioning.
+"""
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from etl.config import GraftrecError
+from etl.tables import FIRST_INDEX
+
+_RECORD_BITS = 33  # monotonically_increasing_id: partition number above, record number within the partition below
+_MOST = 2**31 - 1
+
+
+def with_index(ids: DataFrame, old: DataFrame | None, *, column: str) -> DataFrame:
+    """`column`, `index` of all old ids and of those in `ids` (any frame that holds `column`; repeated ids are one).
+
+    `old` holds `column` and `index`. Runs one action. Raises GraftrecError beyond 2^31 ids.
+    """
+    new = ids.select(column).distinct()
+    start = FIRST_INDEX
+    if old is not None:
+        new = new.join(old.select(column), column, "left_anti")
+        start += old.count()
+    placed = (
+        new.repartitionByRange(column)
+        .sortWithinPartitions(column)
+        .withColumn("_at", F.monotonically_increasing_id())
+        .persist()
+    )
+    part = F.shiftright("_at", _RECORD_BITS)
+    sizes = {row[0]: row[1] for row in placed.groupBy(part).count().collect()}
+    if start + sum(sizes.values()) > _MOST:
+        raise GraftrecError(f"{column}: expected fewer than 2^31 different ids, found more; drop or merge some")
+    starts, at = [], start
+    for number in range(max(sizes, default=-1) + 1):
+        starts.append(at)
+        at += sizes.get(number, 0)
+    if not sizes:
+        numbered = placed.select(column, F.lit(0).alias("index"))
+    else:
+        first = F.element_at(F.array([F.lit(s) for s in starts]), (part + 1).cast("int"))
+        within = F.col("_at").bitwiseAND(F.lit((1 << _RECORD_BITS) - 1))
+        numbered = placed.select(column, (first + within).cast("int").alias("index"))
+    return numbered if old is None else old.select(column, "index").unionByName(numbered)
+
+
+def first_described(rows: DataFrame, column: str) -> DataFrame:
+    """One row per id where a description file has several: the first by file and line. Rejected rows are left out."""
+    described = [name for name in rows.columns if name not in (column, "kind", "file", "line", "reason", "raw")]
+    good = rows.where(F.col("reason").isNull())
+    chosen = good.groupBy(column).agg(F.min_by(F.struct(*described), F.struct("file", "line")).alias("_first"))
+    return chosen.select(column, *[F.col(f"_first.{name}").alias(name) for name in described])

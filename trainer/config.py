@@ -1,0 +1,163 @@
+"""Every setting of training, as frozen types (composed from conf/ by `etl.config.load`)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from etl.config import ConfigError, GraftrecError, Section, load
+
+__all__ = [
+    "Bert4RecConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "GraftrecError",
+    "LossConfig",
+    "MaskedItemConfig",
+    "ModelConfig",
+    "NextItemConfig",
+    "PretrainConfig",
+    "RuntimeConfig",
+    "TaskConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "TransferName",
+    "load",
+]
+
+
+class DataConfig(Section):
+    """Which snapshot, and how it is read."""
+
+    lake: str = "lake"
+    release: int | None = None  # None: the newest complete one, pinned when the run starts
+    split: str = "last-5"
+    domain: str = "source"
+    block_rows: int = Field(65_536, ge=1)  # sequences decoded and shuffled together
+    cache_bytes: int = Field(1 << 30, ge=0)  # decoded blocks are kept up to this size, read again beyond it
+    window: Literal["last", "random"] = "random"  # which part of a sequence longer than the model is trained on
+
+
+class Bert4RecConfig(Section):
+    """BERT4Rec (Sun et al. 2019) with the survey's user and knowledge embeddings (4.3, 4.4)."""
+
+    kind: Literal["bert4rec"] = "bert4rec"
+    blocks: int = Field(2, ge=1)
+    width: int = Field(64, ge=1)
+    heads: int = Field(2, ge=1)
+    max_length: int = Field(200, ge=2)  # positions, the asked one included
+    dropout: float = Field(0.1, ge=0, lt=1)
+    user_width: int = Field(32, ge=0)  # 0: no user embedding
+    knowledge: dict[str, int] = {"director": 1, "actor": 3}  # relation -> slots; {}: metadata off
+    knowledge_width: int = Field(16, ge=1)  # of each slot
+
+
+ModelConfig = Bert4RecConfig
+
+
+class LossConfig(Section):
+    """Softmax over the catalogue, or over the targets and shared sampled negatives with the logQ correction."""
+
+    kind: Literal["full", "sampled"] = "full"
+    num_negatives: int = Field(1_024, ge=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class MaskedItemConfig(Section):
+    """Masked item prediction (3.2.1), masked as in 4.4."""
+
+    kind: Literal["masked_item"] = "masked_item"
+    mask_probability: float = Field(0.2, gt=0, lt=1)
+    last_only_probability: float = Field(0.15, ge=0, le=1)  # samples in which only the last position is masked
+    loss: LossConfig = LossConfig()
+
+
+class NextItemConfig(Section):
+    """Next item prediction: each position predicts the item after it, attention is causal."""
+
+    kind: Literal["next_item"] = "next_item"
+    loss: LossConfig = LossConfig()
+
+
+TaskConfig = Annotated[MaskedItemConfig | NextItemConfig, Field(discriminator="kind")]
+
+
+class TrainConfig(Section):
+    """Optimisation and stopping. `batch_size` is global: over all processes together."""
+
+    batch_size: int = Field(128, ge=1)
+    epochs: int = Field(60, ge=1)
+    min_epochs: int = Field(10, ge=0)  # before the tenth the loss sits at the popularity plateau
+    patience: int = Field(8, ge=1)  # epochs without a better validation NDCG@10
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up, over `epochs`
+    clip_norm: float = Field(5.0, gt=0)
+    seed: int = 0
+    checkpoint_seconds: float = Field(60.0, ge=0)  # 0: every step
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class RuntimeConfig(Section):
+    """Where training runs: one process, or as many as `torchrun` started."""
+
+    device: str = "auto"
+    precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
+    threads: int | None = None  # per process; None: torch's own choice
+    progress: bool = True
+
+
+class TrackingConfig(Section):
+    """MLflow. The server comes from MLFLOW_TRACKING_URI; without it, an SQLite store in the working directory."""
+
+    experiment: str = "graftrec"
+    enabled: bool = True
+    system_metrics: bool = True
+
+
+class EvaluationConfig(Section):
+    protocols: tuple[Literal["full", "uniform-100", "popular-100", "top-100"], ...] = ("full", "uniform-100", "popular-100")
+    batch_size: int = Field(256, ge=1)
+
+
+class PretrainConfig(Section):
+    """One training run from scratch on one domain."""
+
+    name: str = "pretrain"
+    output: str = "runs"  # the run's folder is <output>/<name>
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = MaskedItemConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+TransferName = Literal["none", "shallow", "deep"]
+
+
+class FinetuneConfig(PretrainConfig):
+    """One training run on a target domain, started from a pre-trained model by `transfer` (DESIGN section 6)."""
+
+    name: str = "finetune"
+    transfer: TransferName = "deep"
+    parent: str | None = None  # folder of the pre-trained model; not needed by transfer `none`
+    freeze: tuple[str, ...] = ()  # parameter groups that do not train
+
+
+class EvaluateConfig(Section):
+    """Score a model folder under the protocols, beside the simple baselines."""
+
+    model: str
+    lake: str | None = None  # None: the model's own
+    release: int | None = None  # None: the model's own
+    part: Literal["validation", "test"] = "test"
+    evaluation: EvaluationConfig = EvaluationConfig()
+    baselines: bool = True
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    output: str = "runs"
+    name: str = "evaluate"

@@ -1,0 +1,33 @@
+"""The typed batch that models and tasks see."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """Padded sequences of B users, T positions, oldest first, padded at the end.
+
+    items [B, T] int64 catalogue rows (PAD past the end); lengths [B]; users [B] global user index;
+    rows: this rank's slice of the global batch of `global_rows` users; draw: what randomness of this batch is a function of.
+    """
+
+    items: Tensor
+    lengths: Tensor
+    users: Tensor
+    global_rows: int
+    rows: slice
+    draw: tuple[int, ...]
+
+    @property
+    def mask_BT(self) -> Tensor:
+        """True at real positions."""
+        return torch.arange(self.items.shape[1], device=self.items.device) < self.lengths[:, None]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(
+            self.items.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True),
+            self.users.to(device, non_blocking=True), self.global_rows, self.rows, self.draw,
+        )  # fmt: skip
