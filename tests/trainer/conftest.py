@@ -1,0 +1,10 @@
+"""Shared by the trainers' tests: a tiny lake, made once."""
+
+import pytest
+from lakes import build_tiny_lake
+
+
+@pytest.fixture(scope="session")
+def tiny_lake(tmp_path_factory) -> str:
+    """A lake of 60 users and 40 items in two domains, read only (see lakes.py); `build_tiny_lake` makes others."""
+    return build_tiny_lake(tmp_path_factory.mktemp("tiny") / "lake")

@@ -1,0 +1,147 @@
+"""A tiny lake, written straight to Delta by the table contract: what tests of the trainers read instead of an ETL run."""
+
+import numpy as np
+import pyarrow as pa
+from deltalake import DeltaTable, write_deltalake
+
+from etl import tables
+from etl.tables import FIRST_INDEX, TABLES, bucket_of
+
+NUM_USERS, NUM_SOURCE, NUM_TARGET, NUM_TASTES = 60, 24, 16, 4
+NUM_DROPPED = 2  # items that k-core drops: in the vocabulary and in their domain, never in a sequence
+BUCKETS = 2
+DOMAINS = ("source", "target", "all")
+PROTOCOLS = ("uniform-100", "popular-100", "top-100")
+
+
+def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
+    """Two domains, users with a taste in both (or, unshared, one in each), items with a director and actors of their taste.
+
+    Every user has a source sequence; user 0 has no target item and users 1 to 5 too few for a hold-out. Items are
+    distinct within a user; times are distinct and the two domains meet in time. Splits `last-5` and `causal`. Release 1.
+    """
+    random = np.random.default_rng(seed)
+    num_items = NUM_SOURCE + NUM_TARGET
+    index = FIRST_INDEX + random.permutation(num_items)  # domains interleave in the vocabulary
+    items = [
+        {
+            "raw": f"i{int(i):02d}",
+            "index": int(i),
+            "domain": "source" if n < NUM_SOURCE else "target",
+            "taste": n % NUM_TASTES,
+            "kept": n not in (0, num_items - 1),
+        }
+        for n, i in enumerate(index)
+    ]
+    logs = [_log(random, user, items, share_tastes) for user in range(num_users)]
+    users = [{"raw": f"u{user:03d}", "index": FIRST_INDEX + user} for user in range(num_users)]
+
+    write = _Writer(str(folder))
+    write("items", [
+        {"item": i["raw"], "index": i["index"], "kept": i["kept"], "degree": sum(i["index"] in log[0] for log in logs),
+         "title": f"Title {i['raw']}", "year": 1990 + i["taste"], "categories": [i["domain"]], "attributes": []}
+        for i in sorted(items, key=lambda i: i["index"])
+    ])  # fmt: skip
+    write("users", [
+        {"user": u["raw"], "index": u["index"], "kept": True, "degree": len(log[0]), "attributes": []}
+        for u, log in zip(users, logs, strict=True)
+    ])  # fmt: skip
+    people = [f"person:p{n}" for n in range(3 * NUM_TASTES)]
+    write("entities", [
+        {"entity": p, "index": FIRST_INDEX + n, "kind": "person", "name": p.removeprefix("person:")}
+        for n, p in enumerate(people)
+    ])  # fmt: skip
+    write("domains", [
+        {"domain": domain, "item": i["raw"], "index": i["index"], "rule": "tiny"}
+        for domain in DOMAINS for i in items if domain in (i["domain"], "all")
+    ])  # fmt: skip
+    write("knowledge", [
+        {"head": i["raw"], "relation": relation, "tail": people[person], "rank": rank, "source": "tiny",
+         "head_index": i["index"], "tail_index": FIRST_INDEX + person}
+        for i in items
+        for relation, rank, person in (
+            ("director", 1, i["taste"]), ("actor", 1, NUM_TASTES + i["taste"]), ("actor", 2, 2 * NUM_TASTES + i["taste"]),
+        )
+        if i["index"] % 7  # some items without metadata
+    ])  # fmt: skip
+    sequences, negatives = [], []
+    for split in ("last-5", "causal"):
+        for user, log in zip(users, logs, strict=True):
+            rows = _sequences(split, user, log, items)
+            sequences += rows
+            negatives += [row for sequence in rows for row in _negatives(random, sequence, log, items)]
+    write("sequences", sequences)
+    write("negatives", negatives)
+    write("releases", [
+        {"release": 1, "created": 0, "config": "{}", "config_hash": "tiny", "code_version": "tiny",
+         "tables": [{"table": name, "version": version} for name, version in write.written.items()]}
+    ])  # fmt: skip
+    return str(folder)
+
+
+class _Writer:
+    def __init__(self, lake):
+        self.lake, self.written = lake, {}
+
+    def __call__(self, name, rows):
+        table = TABLES[name]
+        data = pa.Table.from_pylist(rows, schema=table.schema)
+        properties = {tables.PROPERTY_BUCKETS: str(BUCKETS), tables.PROPERTY_TIME: tables.TIME_TIMESTAMP}
+        place = f"{self.lake}/{name}"
+        DeltaTable.create(
+            place, table.schema, partition_by=list(table.partition_by) or None, configuration=properties,
+            raise_if_key_not_exists=False,  # the properties are ours, not Delta's
+        )  # fmt: skip
+        write_deltalake(place, data, mode="append")
+        self.written[name] = DeltaTable(place).version()
+
+
+def _log(random, user, items, share_tastes):
+    """(items, times) of one user, in time order."""
+    tastes = [user % NUM_TASTES] * 2 if share_tastes else random.integers(NUM_TASTES, size=2)
+    counts = (int(random.integers(8, 15)), 0 if user == 0 else 3 if user <= 5 else int(random.integers(6, 12)))
+    chosen = []
+    for domain, taste, count in zip(("source", "target"), tastes, counts, strict=True):
+        own = [i for i in items if i["domain"] == domain and i["kept"]]
+        weights = np.array([6.0 if i["taste"] == taste else 1.0 for i in own]) / np.arange(1, len(own) + 1) ** 0.5
+        picked = random.choice(len(own), size=count, replace=False, p=weights / weights.sum())
+        chosen += [own[p]["index"] for p in picked]
+    random.shuffle(chosen)
+    start = 1_000_000_000_000_000 + 1_000_000 * user
+    return chosen, [start + 60_000_000 * n for n in range(len(chosen))]
+
+
+def _sequences(split, user, log, items):
+    domain_of = {i["index"]: i["domain"] for i in items}
+    rows = []
+    target = [(i, t) for i, t in zip(*log, strict=True) if domain_of[i] == "target"]
+    first_held_out = target[-5][1] if len(target) > 5 else None
+    for domain in DOMAINS:
+        own = [(i, t) for i, t in zip(*log, strict=True) if domain in (domain_of[i], "all")]
+        if split == "causal" and domain != "target" and first_held_out is not None:
+            own = [(i, t) for i, t in own if t < first_held_out]
+        if not own:
+            continue
+        held_out = len(own) > 5
+        end = len(own)
+        rows.append({
+            "split": split, "domain": domain, "bucket": bucket_of(user["raw"], BUCKETS), "user": user["index"],
+            "items": [i for i, _ in own], "times": [t for _, t in own], "event_types": None, "values": None,
+            "valid_start": end - 5 if held_out else end, "test_start": end - 3 if held_out else end, "end": end,
+        })  # fmt: skip
+    return rows
+
+
+def _negatives(random, sequence, log, items):
+    if sequence["valid_start"] == sequence["end"]:
+        return []
+    unseen = [
+        i["index"] for i in items
+        if i["kept"] and sequence["domain"] in (i["domain"], "all") and i["index"] not in log[0]
+    ]  # fmt: skip
+    return [
+        {key: sequence[key] for key in ("split", "domain", "bucket", "user")}
+        | {"protocol": protocol, "part": part, "items": random.permutation(unseen)[:100].tolist()}
+        for protocol in PROTOCOLS
+        for part in ("validation", "test")
+    ]

@@ -1,0 +1,228 @@
+"""Held-out users of a pinned release, and how a scorer ranks what they held out (DESIGN section 5).
+
+Early stopping, `evaluate` and `promote` all go through `read_held_out` and `rank`, so that a number means the same
+wherever it is printed. Everything is in *rows* of one catalogue: rows below FIRST_INDEX are reserved and never
+candidates.
+
+Shape letters: ``U`` users, ``B`` users of a batch, ``V`` rows of the catalogue, ``R`` held-out items of a user (ragged,
+padded by -1), ``N`` negatives of a user (ragged, padded by -1).
+
+Protocols: ``full`` ranks the held-out items among every item of the catalogue less those in the user's input;
+``uniform-100``, ``popular-100`` and ``top-100`` rank them among themselves and the user's fixed negatives. Metrics are
+named as in `trainer.metrics`: bare names are of the convention ``list``, those of ``single`` begin with ``single/``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from etl import tables
+from etl.tables import FIRST_INDEX, UNK
+from trainer.baselines import Histories
+from trainer.data.dataset import Catalogue, DataError, Release, SequenceDataset, Sequences
+from trainer.metrics import KS, FloatArray, metrics_from_ranks, rank_targets, rank_targets_among
+
+IntArray = npt.NDArray[np.int64]
+Part = Literal["validation", "test"]
+Score = Callable[[Histories], Tensor]  # histories in rows -> [B, V]
+
+FULL = "full"
+SINGLE = "single/"  # prefix of metrics of the convention `single`
+_NEGATIVES_SCHEMA = pa.schema(
+    [tables.NEGATIVES.schema.field(name).with_nullable(True) for name in ("protocol", "part", "user", "items")]
+)
+SCORES_PER_BATCH = 1 << 26  # at most; 4 bytes each, so that a large catalogue makes batches smaller, not memory larger
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is asked of a model for each user: input, held-out items, and negatives by protocol. Users ascend."""
+
+    users: IntArray  # [U] global index
+    histories: Histories  # the input, in rows
+    targets: IntArray  # [U, R] rows, -1 padded
+    negatives: dict[str, IntArray]  # protocol -> [U, N] rows, -1 padded
+    protocols: tuple[str, ...]
+    num_rows: int  # V
+    first_time: IntArray  # [U] time of the first held-out item; empty where times were not read
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+
+def read_held_out(
+    release: Release,
+    split: str,
+    domain: str,
+    catalogue: Catalogue,
+    part: Part,
+    protocols: Sequence[str] = (FULL,),
+    *,
+    times: bool = False,
+    max_users: int | None = None,
+) -> HeldOut:
+    """The users who hold out something in `part`, with input and targets as rows of `catalogue`.
+
+    Input at validation: the training part; at test: training part and validation items. `times`: read times too, which
+    baselines over several domains need. `max_users`: only about so many users, the same ones for every model and run
+    (chosen by a hash of their index), so that memory is bounded whatever the table's size.
+    Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
+    that the catalogue lacks (it must be of the same release and domain).
+    """
+    asked = _read_asked(SequenceDataset(release, split, domain), part, times=times, max_users=max_users)
+    if asked is None:
+        raise DataError(
+            f"no user of split {split!r} and domain {domain!r} holds out items for {part} in release {release.number} of "
+            f"{release.lake}; shorten the split's hold-out, or give more interactions per user"
+        )
+    start, stop = _bounds(asked, part)
+    rows = catalogue.rows(asked.items).astype(np.int64)
+    position = np.arange(len(rows)) - np.repeat(asked.offsets[:-1], np.diff(asked.offsets))
+    owner = np.repeat(np.arange(len(asked)), np.diff(asked.offsets))
+    is_target = (position >= start[owner]) & (position < stop[owner])
+    if (unknown := int((rows[is_target] == UNK).sum())) > 0:
+        raise DataError(
+            f"expected a catalogue of domain {domain!r} in release {release.number}, found one that lacks {unknown:,} of "
+            f"{int(is_target.sum()):,} held-out items; read the catalogue from the same release and domain"
+        )
+    targets = np.full((len(asked), int((stop - start).max())), -1, dtype=np.int64)
+    targets[owner[is_target], (position - start[owner])[is_target]] = rows[is_target]
+    histories = Histories(asked.users, asked.offsets, rows, asked.times).until(start)
+    return HeldOut(
+        asked.users,
+        histories,
+        targets,
+        {p: _read_negatives(release, split, domain, catalogue, part, p, asked.users) for p in protocols if p != FULL},
+        tuple(protocols),
+        len(catalogue),
+        asked.times[asked.offsets[:-1] + start] if times else np.empty(0, dtype=np.int64),
+    )
+
+
+def rank(
+    score: Score,
+    held_out: HeldOut,
+    *,
+    batch_size: int = 256,
+    ks: Sequence[int] = KS,
+    progress: bool = False,
+) -> dict[str, dict[str, FloatArray]]:
+    """Per-user metrics: protocol -> metric -> float64 [U], in the order of `held_out.users`. One scoring pass.
+
+    `score` maps histories (rows) to scores [B, V] on any device. Users are batched by length, to spare padding. Memory:
+    that of one batch beside the result. Ties count against the held-out item, and so does a score that is NaN.
+    """
+    order = np.argsort(held_out.histories.lengths, kind="stable")
+    height = max(1, min(batch_size, SCORES_PER_BATCH // held_out.num_rows))
+    ranks = {protocol: np.empty_like(held_out.targets) for protocol in held_out.protocols}
+    bar = tqdm(total=len(held_out), unit=" users", desc="ranking", disable=not progress, leave=False)
+    for start in range(0, len(order), height):
+        users = order[start : start + height]
+        histories = held_out.histories.take(users)
+        scores_BV = score(histories).detach()
+        targets_BR = torch.from_numpy(held_out.targets[users]).to(scores_BV.device)
+        for protocol, ranked in ranks.items():
+            if protocol == FULL:
+                found = rank_targets(scores_BV, targets_BR, _candidates(histories, held_out.num_rows, scores_BV.device))
+            else:
+                negatives_BN = torch.from_numpy(held_out.negatives[protocol][users]).to(scores_BV.device)
+                found = rank_targets_among(scores_BV, targets_BR, negatives_BN)
+            ranked[users] = found.cpu().numpy()
+        bar.update(len(users))
+    bar.close()
+    return {protocol: _metrics(torch.from_numpy(ranked), ks) for protocol, ranked in ranks.items()}
+
+
+def _metrics(ranks_UR: Tensor, ks: Sequence[int]) -> dict[str, FloatArray]:
+    single = metrics_from_ranks(ranks_UR, convention="single", ks=ks)
+    return metrics_from_ranks(ranks_UR, ks=ks) | {SINGLE + name: values for name, values in single.items()}
+
+
+def _candidates(histories: Histories, num_rows: int, device: torch.device) -> Tensor:
+    """Bool [B, V]: every item less the user's input."""
+    candidates_BV = torch.ones(len(histories), num_rows, dtype=torch.bool)
+    candidates_BV[:, :FIRST_INDEX] = False
+    owner = np.repeat(np.arange(len(histories)), histories.lengths)
+    candidates_BV[torch.from_numpy(owner), torch.from_numpy(histories.items)] = False
+    return candidates_BV.to(device)
+
+
+def _bounds(sequences: Sequences, part: Part) -> tuple[IntArray, IntArray]:
+    """First and last-but-one position of what `part` holds out."""
+    if part == "validation":
+        return sequences.valid_start, sequences.test_start
+    return sequences.test_start, sequences.end
+
+
+def _read_asked(dataset: SequenceDataset, part: Part, *, times: bool, max_users: int | None) -> Sequences | None:
+    """Sequences of the users that hold out something in `part`, by user index, read row group by row group; None: no one does."""
+    share = 1.0 if max_users is None else max_users / max(dataset.num_rows, 1)
+    kept: list[Sequences] = []
+    for group in range(len(dataset.groups)):
+        sequences = dataset.read([group], times=times)
+        start, stop = _bounds(sequences, part)
+        kept.append(sequences.take(np.flatnonzero((stop > start) & (_uniform(sequences.users) < share))))
+    if not sum(map(len, kept)):
+        return None
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(s.offsets) for s in kept]))])
+    together = Sequences(
+        np.concatenate([s.users for s in kept]), offsets, np.concatenate([s.items for s in kept]),
+        np.concatenate([s.times for s in kept]), np.concatenate([s.valid_start for s in kept]),
+        np.concatenate([s.test_start for s in kept]), np.concatenate([s.end for s in kept]),
+    )  # fmt: skip
+    return together.take(np.argsort(together.users, kind="stable"))
+
+
+def _uniform(users: IntArray) -> FloatArray:
+    """A fixed number in [0, 1) for each user index (the finaliser of SplitMix64, Steele et al. 2014)."""
+    z = users.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    uniform: FloatArray = (z ^ (z >> np.uint64(31))).astype(np.float64) / 2.0**64
+    return uniform
+
+
+def _read_negatives(
+    release: Release, split: str, domain: str, catalogue: Catalogue, part: Part, protocol: str, users: IntArray
+) -> IntArray:
+    """Fixed negatives [U, N] of `users` (ascending), as rows; -1 padded. What k-core no longer keeps is left out."""
+    files = release.files(tables.NEGATIVES, {"split": split, "domain": domain})
+    owners, counts, items = [], [], []
+    if files:
+        data = pads.dataset(files, format="parquet", schema=_NEGATIVES_SCHEMA)
+        wanted = (pc.field("protocol") == protocol) & (pc.field("part") == part)
+        for batch in data.to_batches(columns=["user", "items"], filter=wanted):
+            lists = batch.column("items")
+            owners.append(batch.column("user").to_numpy(zero_copy_only=False).astype(np.int64))
+            counts.append(np.diff(lists.offsets.to_numpy()).astype(np.int64))
+            items.append(lists.flatten().to_numpy(zero_copy_only=False))
+    owner = np.concatenate([np.empty(0, np.int64), *owners])
+    lengths = np.concatenate([np.empty(0, np.int64), *counts])
+    place = np.searchsorted(users, owner)
+    asked = (place < len(users)) & (users[np.minimum(place, len(users) - 1)] == owner)
+    if missing := len(users) - len(np.unique(owner[asked])):
+        raise DataError(
+            f"expected negatives of protocol {protocol!r} for {len(users):,} users of split {split!r}, domain {domain!r}, "
+            f"part {part}, found none for {missing:,} in release {release.number} of {release.lake}; add the protocol to "
+            "negatives.protocols of the etl's configuration and run it again, or leave it out of evaluation.protocols"
+        )
+    rows = catalogue.rows(np.concatenate([np.empty(0, np.int32), *items])).astype(np.int64)
+    position = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    of_asked = np.repeat(asked, lengths)
+    negatives = np.full((len(users), int(lengths[asked].max(initial=0))), -1, dtype=np.int64)
+    negatives[np.repeat(place, lengths)[of_asked], position[of_asked]] = np.where(rows == UNK, -1, rows)[of_asked]
+    return negatives
+
+
+def flatten(ranked: Mapping[str, Mapping[str, FloatArray]]) -> dict[str, FloatArray]:
+    """``{"full": {"NDCG@10": …}}`` as ``{"full/NDCG@10": …}``."""
+    return {f"{protocol}/{name}": values for protocol, metrics in ranked.items() for name, values in metrics.items()}
