@@ -1,0 +1,87 @@
+# graftrec: `make` alone says what there is. Everything runs in .venv, made on first use.
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+PIP_OPTIONS ?=
+CONFIG ?=
+ARGS ?=
+PORT ?= 5000
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_OPTIONS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo ml1m pipeline page test test-slow test-gpu check format clean clean-all
+
+help:  ## this list
+	@echo "graftrec: recommenders whose knowledge transfers between domains. Needs Python 3.11+ and Java 17+."
+	@echo
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "Settings of the pipeline are overridden by ARGS, e.g. make demo ARGS=\"--etl.source.users 5000 --seeds [0,1,2]\""
+
+setup: $(BIN)/.dev  ## make .venv with everything, the development tools too
+	@echo "Ready: . $(BIN)/activate"
+
+demo: $(BIN)/.installed  ## the whole path on a generated log, about 4 minutes
+	@$(BIN)/python mlflow_projects/pipeline.py --config pipeline/demo $(ARGS)
+
+ml1m: $(BIN)/.installed  ## the same on MovieLens-1M: make ml1m DATA=folder/of/ratings.dat
+	@test -n "$(DATA)" || { echo "make ml1m: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
+		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
+	@$(BIN)/python mlflow_projects/pipeline.py --config pipeline/ml1m --data "$(DATA)" $(ARGS)
+
+pipeline: $(BIN)/.installed  ## the same on your own log: make pipeline CONFIG=pipeline/yours
+	@test -n "$(CONFIG)" || { echo "make pipeline: expected CONFIG=pipeline/<name under conf/pipeline>, found none"; exit 2; }
+	@$(BIN)/python mlflow_projects/pipeline.py --config "$(CONFIG)" $(ARGS)
+
+page: $(BIN)/.installed  ## open the MLflow page on http://127.0.0.1:5000 (PORT=…)
+	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) \
+		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+
+test: $(BIN)/.dev  ## the default tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(BIN)/.dev  ## the slow tests
+	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-gpu: $(BIN)/.dev  ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: $(BIN)/.dev  ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(BIN)/.dev  ## mend what ruff can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:  ## remove what runs left: tables, runs, the MLflow store, caches
+	@rm -rf lake lakes runs mlruns mlartifacts mlflow.db* spark-warehouse metastore_db derby.log \
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+
+clean-all: clean  ## and the virtual environment
+	@rm -rf $(VENV)
+
+# --- installation: done once, and again when pyproject.toml or constraints.txt change ------------------------------------
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "graftrec needs Python 3.11 or newer, found none on the PATH;" \
+		"install one, or name it: make setup PYTHON=/path/to/python3"; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "graftrec needs Python 3.11 or newer," \
+		"found $$("$(PYTHON)" --version); name another: make setup PYTHON=/path/to/python3"; exit 2; }
+	@echo "Making $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "could not make $(VENV): install Python's venv module" \
+		"(Debian, Ubuntu: apt-get install python3-venv)"; exit 2; }
+
+$(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what graftrec needs (some minutes the first time)"
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(BIN)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing what graftrec and its tests need (some minutes the first time)"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $(BIN)/.installed $@
