@@ -1,0 +1,184 @@
+"""A model folder: all that is needed to score, to serve, and to graft on. No pickle; damaged files are refused by name.
+
+    config.json          the run's whole configuration, its release, table versions, parent, metrics
+    weights.safetensors  every tensor but the user table
+    users.safetensors    the user table, apart from the rest: it can be huge, and it is personal data. Optional.
+    users.parquet        raw user id -> row of the user table. Optional, as above.
+    catalogue.parquet    row, global index, raw item id, title, popularity, entity index of each knowledge slot
+    manifest.json        SHA-256 of each file above; written last, so that a half-written folder is no model
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from etl.config import GraftrecError
+from etl.tables import UNK
+from trainer.config import FinetuneConfig, PretrainConfig
+from trainer.data.dataset import Catalogue, Int32Array, Release
+from trainer.models import Bert4Rec, build_model
+from trainer.scoring import Scorer
+from trainer.tasks import Task, build_task
+
+CONFIG, WEIGHTS, CATALOGUE, MANIFEST = "config.json", "weights.safetensors", "catalogue.parquet", "manifest.json"
+USERS, USER_IDS = "users.safetensors", "users.parquet"
+OPTIONAL = (USERS, USER_IDS)
+_USER_TABLE = "user_embedding.weight"
+
+
+class ArtifactError(GraftrecError):
+    """A model folder that is not there, incomplete, or damaged."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A trained model with what it was trained on."""
+
+    folder: Path
+    config: PretrainConfig
+    lake: str
+    release: int
+    versions: dict[str, int]  # Delta version of each table it was trained on
+    catalogue: Catalogue
+    popularity: npt.NDArray[np.int64]  # [V] interactions in the training part of its domain
+    knowledge: Int32Array  # [V, S] entity indices
+    model: Bert4Rec  # in eval mode
+    task: Task
+    parent: str | None  # hash of the model it was grafted on
+    hash: str  # of the folder's required files
+    metrics: dict[str, float]
+    users: dict[str, int] | None  # raw user id -> row; None where the folder lacks it
+
+    def scorer(self, *, device: str = "cpu") -> Scorer:
+        return Scorer(self.model, self.task, device=device)
+
+
+def save_artifact(
+    folder: Path, *, config: PretrainConfig, release: Release, catalogue: Catalogue, popularity: npt.NDArray[np.int64],
+    knowledge: Int32Array, weights: dict[str, Tensor], metrics: dict[str, float], parent: str | None,
+    users: pa.Table | None,
+) -> str:  # fmt: skip
+    """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index."""
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    user_table = tensors.pop(_USER_TABLE, None)
+    save_file(tensors, new / WEIGHTS)
+    described: dict[str, Any] = {
+        "recipe": "finetune" if isinstance(config, FinetuneConfig) else "pretrain",
+        "config": config.model_dump(mode="json"),
+        "lake": release.lake,
+        "release": release.number,
+        "versions": release.versions,
+        "parent": parent,
+        "metrics": metrics,
+        "num_users": 0 if user_table is None else len(user_table),
+        "num_entities": len(tensors["entity_embedding.weight"]) if "entity_embedding.weight" in tensors else 0,
+    }
+    (new / CONFIG).write_text(json.dumps(described, indent=1))
+    rows = {
+        "row": np.arange(len(catalogue)),
+        "index": catalogue.global_index,
+        "item": catalogue.raw_ids,
+        "title": catalogue.titles,
+        "popularity": popularity,
+        "knowledge": pa.FixedSizeListArray.from_arrays(knowledge.ravel(), knowledge.shape[1])
+        if knowledge.shape[1]
+        else pa.array([[] for _ in range(len(catalogue))], pa.list_(pa.int32())),
+    }
+    pq.write_table(pa.table(rows), new / CATALOGUE)
+    if user_table is not None:
+        save_file({_USER_TABLE: user_table}, new / USERS)
+        if users is not None:
+            pq.write_table(users.select(["user", "index"]), new / USER_IDS)
+    digests = {path.name: _digest(path) for path in sorted(new.iterdir())}
+    (new / MANIFEST).write_text(json.dumps(digests, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+    return _hash(digests)
+
+
+def load_artifact(folder: str | Path, *, device: str = "cpu", users: bool = True) -> Artifact:
+    """Read a model folder. `users` False: without the user table (every user is then unknown). Raises ArtifactError."""
+    folder = Path(folder)
+    digests = _verified(folder)
+    described = json.loads((folder / CONFIG).read_text())
+    kind = FinetuneConfig if described["recipe"] == "finetune" else PretrainConfig
+    config = kind.model_validate(described["config"])
+    rows = pq.read_table(folder / CATALOGUE)
+    num_rows = len(rows)
+    flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    knowledge = np.asarray(flat, dtype=np.int32).reshape(num_rows, -1)
+    catalogue = Catalogue(
+        rows["index"].to_numpy().astype(np.int64), rows["item"].to_pylist(), rows["title"].to_pylist()
+    )
+    weights = load_file(folder / WEIGHTS)
+    with_users = users and USERS in digests
+    if config.model.user_width:
+        table = load_file(folder / USERS)[_USER_TABLE] if with_users else torch.zeros(UNK + 1, config.model.user_width)
+        weights[_USER_TABLE] = table.to(next(iter(weights.values())).dtype)
+    model = build_model(
+        config.model, num_users=len(weights[_USER_TABLE]) if config.model.user_width else 0,
+        num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge), seed=0,
+    )  # fmt: skip
+    model.to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights)
+    ids = None
+    if with_users and USER_IDS in digests:
+        named = pq.read_table(folder / USER_IDS)
+        ids = dict(zip(named["user"].to_pylist(), named["index"].to_pylist(), strict=True))
+    return Artifact(
+        folder=folder, config=config, lake=described["lake"], release=described["release"],
+        versions=described["versions"], catalogue=catalogue, popularity=rows["popularity"].to_numpy().astype(np.int64),
+        knowledge=knowledge, model=model.to(device).eval(), task=build_task(config.task), parent=described["parent"],
+        hash=_hash(digests), metrics=described["metrics"], users=ids,
+    )  # fmt: skip
+
+
+def artifact_hash(folder: str | Path) -> str:
+    """The hash of a model folder, its files verified. Raises ArtifactError."""
+    return _hash(_verified(Path(folder)))
+
+
+def _verified(folder: Path) -> dict[str, str]:
+    """Digests of the files that are there. Raises ArtifactError for one that is missing or differs."""
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(
+            f"no model in {folder}: expected {MANIFEST} and the files it names; give the `model` folder of a finished run"
+        )
+    try:
+        digests: dict[str, str] = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        raise ArtifactError(f"{folder / MANIFEST} is damaged; train the model again or restore the folder") from None
+    for name in list(digests):
+        path = folder / name
+        if not path.is_file():
+            if name in OPTIONAL:
+                del digests[name]
+                continue
+            raise ArtifactError(f"{path} is missing; train the model again or restore the folder")
+        if _digest(path) != digests[name]:
+            raise ArtifactError(f"{path} is damaged: its SHA-256 is not the manifest's; train again or restore it")
+    return digests
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(digests: dict[str, str]) -> str:
+    required = {name: digest for name, digest in digests.items() if name not in OPTIONAL}
+    return hashlib.sha256(json.dumps(required, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,85 @@
+"""One process or many: the same code. `torchrun` sets the variables; without them the world is this process alone."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from etl.config import GraftrecError
+from trainer.config import RuntimeConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place, and where it computes."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype  # of parameters
+    autocast: bool  # bf16 arithmetic over fp32 parameters
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over the processes, in fp64."""
+        if self.size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        found: list[float] = total.tolist()
+        return found
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """The processes' parts (first dimension may differ) one after the other, the same on every process."""
+        if self.size == 1:
+            return part
+        parts: list[torch.Tensor | None] = [None] * self.size
+        dist.all_gather_object(parts, part)
+        return torch.cat([found for found in parts if found is not None])
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(config: RuntimeConfig) -> World:
+    """This process's World; joins the process group that `torchrun` made, once. Raises GraftrecError."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dtype = torch.float64 if config.precision == "fp64" else torch.float32
+    autocast = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(device))
+    return World(rank, size, device, dtype, autocast)
+
+
+def leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    name = wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise GraftrecError("runtime.device is cuda, but torch sees no GPU here; set runtime.device=cpu or auto")
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise GraftrecError(f"runtime.device: expected auto, cpu or cuda, found {wanted!r}") from None
+
+
+def _bf16_pays(device: torch.device) -> bool:
+    """GPUs from Ampere on, and CPUs with AMX tiles, multiply bf16 faster than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # absent in some builds
+    return device.type == "cpu" and has_tiles is not None and bool(has_tiles())

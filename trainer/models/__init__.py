@@ -1,0 +1,41 @@
+"""One file per model: the network, its configuration's meaning, its parameter groups."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import Bert4RecConfig, ModelConfig
+from trainer.models import bert4rec
+from trainer.models.bert4rec import Bert4Rec
+
+__all__ = ["Bert4Rec", "build_model", "group_of", "groups_of"]
+
+
+def build_model(
+    config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int
+) -> Bert4Rec:
+    """A new model, its weights a function of `seed` alone (the global random state is left as it was)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        match config:
+            case Bert4RecConfig():
+                return Bert4Rec(config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS)
+
+
+def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+    """Parameter groups (item, user, knowledge, position, body, head) to the name prefixes of their tensors."""
+    match config:
+        case Bert4RecConfig():
+            return bert4rec.GROUPS
+
+
+def group_of(model: nn.Module, config: ModelConfig) -> dict[str, str]:
+    """Group of each parameter by name. A tensor that no group claims is a defect: KeyError."""
+    prefixes = {prefix: group for group, starts in groups_of(config).items() for prefix in starts}
+    found = {}
+    for name, _ in model.named_parameters():
+        found[name] = next((group for prefix, group in prefixes.items() if name.startswith(prefix)), "")
+        if not found[name]:
+            raise KeyError(f"{name} belongs to no parameter group")
+    return found

@@ -1,0 +1,133 @@
+"""BERT4Rec (Sun et al. 2019): a bidirectional Transformer over item sequences (survey 3.2.2), with the survey's user and
+knowledge embeddings (4.3, 4.4). With `causal`, the same network reads left to right, for next item prediction.
+
+Shape letters: ``B`` sequences, ``T`` positions, ``D`` width, ``H`` heads, ``V`` catalogue rows, ``S`` knowledge slots of
+an item, ``N`` any number of positions, ``C`` candidates.
+
+Where the survey leaves the network open: layers are normalised before each sub-layer (Xiong et al. 2020), which spares
+the warm-up plateau; positions count back from the newest item, so that the position asked at evaluation is the same one for
+every user, whatever the length, and means the same in another domain; attention has no key bias (its gradient is zero).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from etl.tables import UNK
+from trainer.config import Bert4RecConfig
+
+# Parameter groups by name prefix (DESIGN section 6): the one place that says which tensor is of which kind.
+GROUPS = {
+    "item": ("item_embedding.", "output_bias"),
+    "user": ("user_embedding.",),
+    "knowledge": ("entity_embedding.",),
+    "position": ("position_embedding.",),
+    "body": ("item_projection.", "knowledge_projection.", "user_projection.", "input_norm.", "blocks.", "output_norm."),
+    "head": ("head.",),
+}
+
+
+class Block(nn.Module):
+    """One Transformer layer (Vaswani et al. 2017; survey equations 3 and 4), normalised first."""
+
+    def __init__(self, config: Bert4RecConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.heads = config.heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width)
+        self.feed_norm = nn.LayerNorm(width)
+        self.feed_in = nn.Linear(width, 4 * width)
+        self.feed_out = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, *, causal: bool) -> Tensor:
+        B, T, D = x_BTD.shape
+        qkv = self.qkv(self.attention_norm(x_BTD)).view(B, T, 3, self.heads, D // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D / H]
+        # No dropout of attention weights: it would rule out the fused kernels, and the residual branch has its own.
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11T, is_causal=causal)
+        x_BTD = x_BTD + self.dropout(self.attention_out(attended.transpose(1, 2).reshape(B, T, D)))
+        inner = F.gelu(self.feed_in(self.feed_norm(x_BTD)), approximate="tanh")
+        return x_BTD + self.dropout(self.feed_out(inner))
+
+
+class Bert4Rec(nn.Module):
+    """items, lengths, users -> hidden states [B, T, D]; items are scored with the table they are embedded with.
+
+    `knowledge_VS`: entity index of each slot of each catalogue row, UNK where unknown (survey 4.3: director, actors).
+    """
+
+    knowledge_VS: Tensor
+
+    def __init__(self, config: Bert4RecConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor) -> None:
+        super().__init__()
+        num_items, num_slots = knowledge_VS.shape
+        self.config, self.num_items = config, num_items
+        width = config.width
+        self.item_embedding = nn.Embedding(num_items, width)
+        self.item_projection = nn.Linear(width, width) if num_slots else None
+        self.register_buffer("knowledge_VS", knowledge_VS.int(), persistent=False)
+        if num_slots:
+            self.entity_embedding = nn.Embedding(num_entities, config.knowledge_width)
+            self.knowledge_projection = nn.Linear(num_slots * config.knowledge_width, width, bias=False)
+        if config.user_width:
+            self.user_embedding = nn.Embedding(num_users, config.user_width)
+            self.user_projection = nn.Linear(config.user_width, width, bias=False)
+        self.position_embedding = nn.Embedding(config.max_length, width)
+        self.input_norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.output_norm = nn.LayerNorm(width)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(approximate="tanh"), nn.LayerNorm(width))
+        self.output_bias = nn.Parameter(torch.zeros(num_items))
+        self.dropout = nn.Dropout(config.dropout)
+        self.apply(_initialise)
+
+    def item_vectors(self, rows: Tensor | None = None) -> Tensor:
+        """Knowledge-enhanced vectors of catalogue rows, [V, D] or [*rows.shape, D]: the projected concatenation of the
+        item's embedding and those of its director and actors (survey 4.3), written as a sum of two projections."""
+        own = self.item_embedding.weight if rows is None else self.item_embedding(rows)
+        if self.item_projection is None:
+            return own
+        entities = self.entity_embedding(self.knowledge_VS if rows is None else self.knowledge_VS[rows]).flatten(-2)
+        vectors: Tensor = self.item_projection(own) + self.knowledge_projection(entities)
+        return vectors
+
+    def forward(
+        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, *, causal: bool, table_VD: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [B, T, D]; items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows of
+        the user table (those beyond it are unknown). `table_VD`: item_vectors(), where the caller has it already."""
+        T = items_BT.shape[1]
+        x_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
+        age_BT = (lengths_B[:, None] - 1 - torch.arange(T, device=items_BT.device)).clamp_(min=0)
+        x_BTD = x_BTD + self.position_embedding(age_BT)
+        if self.config.user_width:
+            known = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)
+            x_BTD = x_BTD + self.user_projection(self.user_embedding(known))[:, None]
+        x_BTD = self.dropout(self.input_norm(x_BTD))
+        mask_B11T = None
+        if not causal and bool((lengths_B < T).any()):  # a causal query never sees what stands behind it
+            mask_B11T = (torch.arange(T, device=items_BT.device) < lengths_B[:, None])[:, None, None]
+        for block in self.blocks:
+            x_BTD = block(x_BTD, mask_B11T, causal=causal)
+        hidden: Tensor = self.output_norm(x_BTD)
+        return hidden
+
+    def scores(self, hidden_ND: Tensor, rows_C: Tensor | None = None, table_VD: Tensor | None = None) -> Tensor:
+        """Scores [N, C] of catalogue rows for hidden states; `rows_C` None: every row, reserved ones included."""
+        if table_VD is None or rows_C is not None:
+            table_VD = self.item_vectors(rows_C)
+        bias_C = self.output_bias if rows_C is None else self.output_bias[rows_C]
+        return F.linear(self.head(hidden_ND), table_VD, bias_C)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Truncated normal of 0.02, as BERT (Devlin et al. 2019)."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+

@@ -1,0 +1,33 @@
+"""One file per training objective: `loss`, and `query`, how the model is asked at evaluation and serving."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from trainer.config import MaskedItemConfig, NextItemConfig, TaskConfig
+from trainer.data.batch import Batch
+from trainer.models.bert4rec import Bert4Rec
+from trainer.tasks.masked_item import MaskedItem
+from trainer.tasks.next_item import NextItem
+
+__all__ = ["MaskedItem", "NextItem", "Task", "build_task"]
+
+
+class Task(Protocol):
+    """A training objective. Its draws are functions of `batch.draw`, so that a resumed run makes the same ones."""
+
+    def loss(self, model: Bert4Rec, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(loss summed over the positions where one is taken, their number), of this rank's slice of the batch."""
+        ...
+
+    def query(self, model: Bert4Rec, batch: Batch) -> Tensor:
+        """Hidden states [B, D] that the candidates are scored against."""
+        ...
+
+
+def build_task(config: TaskConfig) -> Task:
+    match config:
+        case MaskedItemConfig():
+            return MaskedItem(config)
+        case NextItemConfig():
+            return NextItem(config)

@@ -1,0 +1,45 @@
+"""Cross-entropy at the positions where a loss is taken, over the whole catalogue or over sampled negatives.
+
+Sampled softmax (Jean et al. 2015; Bengio and Senecal 2008): the partition function ``sum_v exp(s_v)`` becomes
+``exp(s_y) + sum_j exp(s_j - log(K q_j))`` over K negatives drawn from q, those that hit the target left out; its
+expectation is the partition function itself, whatever q is.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from etl.tables import FIRST_INDEX
+from trainer.config import LossConfig
+from trainer.models.bert4rec import Bert4Rec
+
+
+def summed_loss(
+    model: Bert4Rec, hidden_ND: Tensor, targets_N: Tensor, config: LossConfig, *, draw: tuple[int, ...], table_VD: Tensor | None
+) -> Tensor:
+    """Sum over N positions of the negative log-likelihood (nats) of their targets (catalogue rows)."""
+    if config.kind == "full":
+        scores_NV = model.scores(hidden_ND, table_VD=table_VD)[:, FIRST_INDEX:]
+        loss: Tensor = F.cross_entropy(
+            scores_NV.float() if scores_NV.dtype == torch.bfloat16 else scores_NV, targets_N - FIRST_INDEX,
+            reduction="sum", label_smoothing=config.label_smoothing,
+        )  # fmt: skip
+        return loss
+    num_items = model.num_items - FIRST_INDEX
+    drawn = np.random.default_rng([*draw, 4]).integers(FIRST_INDEX, model.num_items, config.num_negatives)
+    negatives_K = torch.from_numpy(drawn).to(hidden_ND.device)
+    log_expected = np.log(config.num_negatives / num_items)  # draws of one item among K: K q, uniform q
+    return sampled_softmax(model, hidden_ND, targets_N, negatives_K, float(log_expected))
+
+
+def sampled_softmax(
+    model: Bert4Rec, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor, log_expected: float
+) -> Tensor:
+    """The sampled loss for given negatives [K], all drawn with the same expected count exp(log_expected)."""
+    query_ND = model.head(hidden_ND)
+    own_N = (query_ND * model.item_vectors(targets_N)).sum(-1) + model.output_bias[targets_N]
+    others_NK = F.linear(query_ND, model.item_vectors(negatives_K), model.output_bias[negatives_K]) - log_expected
+    others_NK = others_NK.masked_fill(negatives_K == targets_N[:, None], -torch.inf)
+    total_N = torch.logsumexp(torch.cat([own_N[:, None], others_NK], dim=1).float(), dim=1)
+    return (total_N - own_N).sum()
