@@ -83,15 +83,24 @@ def _ranks(
 
 
 def metrics_from_ranks(
-    ranks_BR: Tensor, *, convention: Convention = "list", ks: Sequence[int] = KS
+    ranks_BR: Tensor,
+    *,
+    convention: Convention = "list",
+    ks: Sequence[int] = KS,
+    only_BR: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, FloatArray]:
-    """Per-user metrics float64 [B]: ``NDCG@k``, ``Recall@k`` and ``MRR``; NaN for a user without held-out items."""
+    """Per-user metrics float64 [B]: ``NDCG@k``, ``Recall@k`` and ``MRR``; NaN for a user without held-out items.
+
+    `only_BR`: the held-out items that are asked about (cold ones, say); the others keep their places in the list.
+    """
     ranks = ranks_BR.cpu().numpy()
-    is_target = ranks != PADDED
-    num_targets = is_target.sum(1)
     found = ranks > 0
+    is_target = ranks != PADDED
     if convention == "single":  # alone: without the user's other targets that are placed above
         ranks = ranks - (found[:, None, :] & (ranks[:, None, :] < ranks[:, :, None])).sum(2)
+    if only_BR is not None:
+        found, is_target = found & only_BR, is_target & only_BR
+    num_targets = is_target.sum(1)
     places = np.where(found, ranks, 1)
     discounts = 1 / np.log2(places + 1)
     metrics: dict[str, FloatArray] = {}

@@ -12,8 +12,8 @@ Protocols: ``full`` ranks the held-out items among every item of the catalogue l
 named as in `trainer.metrics`: bare names are of the convention ``list``, those of ``single`` begin with ``single/``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -58,6 +58,17 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.users)
 
+    def take(self, rows: IntArray) -> "HeldOut":
+        """Some of the users (ascending), e.g. those of one process."""
+        return replace(
+            self,
+            users=self.users[rows],
+            histories=self.histories.take(rows),
+            targets=self.targets[rows],
+            negatives={protocol: items[rows] for protocol, items in self.negatives.items()},
+            first_time=self.first_time[rows] if len(self.first_time) else self.first_time,
+        )
+
 
 def read_held_out(
     release: Release,
@@ -81,8 +92,8 @@ def read_held_out(
     asked = _read_asked(SequenceDataset(release, split, domain), part, times=times, max_users=max_users)
     if asked is None:
         raise DataError(
-            f"no user of split {split!r} and domain {domain!r} holds out items for {part} in release {release.number} of "
-            f"{release.lake}; shorten the split's hold-out, or give more interactions per user"
+            f"no user of split {split!r} and domain {domain!r} holds out items for {part} in release {release.number} "
+            f"of {release.lake}; shorten the split's hold-out, or give more interactions per user"
         )
     start, stop = _bounds(asked, part)
     rows = catalogue.rows(asked.items).astype(np.int64)
@@ -91,8 +102,8 @@ def read_held_out(
     is_target = (position >= start[owner]) & (position < stop[owner])
     if (unknown := int((rows[is_target] == UNK).sum())) > 0:
         raise DataError(
-            f"expected a catalogue of domain {domain!r} in release {release.number}, found one that lacks {unknown:,} of "
-            f"{int(is_target.sum()):,} held-out items; read the catalogue from the same release and domain"
+            f"expected a catalogue of domain {domain!r} in release {release.number}, found one that lacks {unknown:,} "
+            f"of {int(is_target.sum()):,} held-out items; read the catalogue from the same release and domain"
         )
     targets = np.full((len(asked), int((stop - start).max())), -1, dtype=np.int64)
     targets[owner[is_target], (position - start[owner])[is_target]] = rows[is_target]
@@ -116,44 +127,53 @@ def rank(
     ks: Sequence[int] = KS,
     progress: bool = False,
 ) -> dict[str, dict[str, FloatArray]]:
-    """Per-user metrics: protocol -> metric -> float64 [U], in the order of `held_out.users`. One scoring pass.
+    """Per-user metrics: protocol -> metric -> float64 [U], in the order of `held_out.users`. See `ranks`."""
+    found = ranks(score, held_out, batch_size=batch_size, progress=progress)
+    return {protocol: metrics_of(ranks_UR, ks=ks) for protocol, ranks_UR in found.items()}
+
+
+def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: bool = False) -> dict[str, IntArray]:
+    """Protocol -> ranks int64 [U, R] of the held-out items (see `trainer.metrics.rank_targets`). One scoring pass.
 
     `score` maps histories (rows) to scores [B, V] on any device. Users are batched by length, to spare padding. Memory:
     that of one batch beside the result. Ties count against the held-out item, and so does a score that is NaN.
     """
     order = np.argsort(held_out.histories.lengths, kind="stable")
     height = max(1, min(batch_size, SCORES_PER_BATCH // held_out.num_rows))
-    ranks = {protocol: np.empty_like(held_out.targets) for protocol in held_out.protocols}
+    found = {protocol: np.empty_like(held_out.targets) for protocol in held_out.protocols}
     bar = tqdm(total=len(held_out), unit=" users", desc="ranking", disable=not progress, leave=False)
     for start in range(0, len(order), height):
         users = order[start : start + height]
         histories = held_out.histories.take(users)
         scores_BV = score(histories).detach()
         targets_BR = torch.from_numpy(held_out.targets[users]).to(scores_BV.device)
-        for protocol, ranked in ranks.items():
+        for protocol, ranks_UR in found.items():
             if protocol == FULL:
-                found = rank_targets(scores_BV, targets_BR, _candidates(histories, held_out.num_rows, scores_BV.device))
+                candidates_BV = _candidates(histories, held_out.num_rows).to(scores_BV.device)
+                ranks_BR = rank_targets(scores_BV, targets_BR, candidates_BV)
             else:
                 negatives_BN = torch.from_numpy(held_out.negatives[protocol][users]).to(scores_BV.device)
-                found = rank_targets_among(scores_BV, targets_BR, negatives_BN)
-            ranked[users] = found.cpu().numpy()
+                ranks_BR = rank_targets_among(scores_BV, targets_BR, negatives_BN)
+            ranks_UR[users] = ranks_BR.cpu().numpy()
         bar.update(len(users))
     bar.close()
-    return {protocol: _metrics(torch.from_numpy(ranked), ks) for protocol, ranked in ranks.items()}
+    return found
 
 
-def _metrics(ranks_UR: Tensor, ks: Sequence[int]) -> dict[str, FloatArray]:
-    single = metrics_from_ranks(ranks_UR, convention="single", ks=ks)
-    return metrics_from_ranks(ranks_UR, ks=ks) | {SINGLE + name: values for name, values in single.items()}
+def metrics_of(ranks_UR: IntArray, *, ks: Sequence[int] = KS) -> dict[str, FloatArray]:
+    """Per-user metrics of both conventions; names of the convention `single` begin with ``single/``."""
+    given = torch.from_numpy(ranks_UR)
+    single = metrics_from_ranks(given, convention="single", ks=ks)
+    return metrics_from_ranks(given, ks=ks) | {SINGLE + name: values for name, values in single.items()}
 
 
-def _candidates(histories: Histories, num_rows: int, device: torch.device) -> Tensor:
+def _candidates(histories: Histories, num_rows: int) -> Tensor:
     """Bool [B, V]: every item less the user's input."""
     candidates_BV = torch.ones(len(histories), num_rows, dtype=torch.bool)
     candidates_BV[:, :FIRST_INDEX] = False
     owner = np.repeat(np.arange(len(histories)), histories.lengths)
     candidates_BV[torch.from_numpy(owner), torch.from_numpy(histories.items)] = False
-    return candidates_BV.to(device)
+    return candidates_BV
 
 
 def _bounds(sequences: Sequences, part: Part) -> tuple[IntArray, IntArray]:
@@ -164,7 +184,10 @@ def _bounds(sequences: Sequences, part: Part) -> tuple[IntArray, IntArray]:
 
 
 def _read_asked(dataset: SequenceDataset, part: Part, *, times: bool, max_users: int | None) -> Sequences | None:
-    """Sequences of the users that hold out something in `part`, by user index, read row group by row group; None: no one does."""
+    """Sequences of the users that hold out something in `part`, by user index; None where no one does.
+
+    Row groups are read one at a time, so that of the users left out only one group's are ever in memory.
+    """
     share = 1.0 if max_users is None else max_users / max(dataset.num_rows, 1)
     kept: list[Sequences] = []
     for group in range(len(dataset.groups)):
@@ -211,9 +234,9 @@ def _read_negatives(
     asked = (place < len(users)) & (users[np.minimum(place, len(users) - 1)] == owner)
     if missing := len(users) - len(np.unique(owner[asked])):
         raise DataError(
-            f"expected negatives of protocol {protocol!r} for {len(users):,} users of split {split!r}, domain {domain!r}, "
-            f"part {part}, found none for {missing:,} in release {release.number} of {release.lake}; add the protocol to "
-            "negatives.protocols of the etl's configuration and run it again, or leave it out of evaluation.protocols"
+            f"expected negatives of protocol {protocol!r} for {len(users):,} users of split {split!r}, domain "
+            f"{domain!r}, part {part}, found none for {missing:,} in release {release.number} of {release.lake}; add it to "
+            "negatives.protocols of the etl's configuration and run that again, or drop it from evaluation.protocols"
         )
     rows = catalogue.rows(np.concatenate([np.empty(0, np.int32), *items])).astype(np.int64)
     position = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -221,8 +244,3 @@ def _read_negatives(
     negatives = np.full((len(users), int(lengths[asked].max(initial=0))), -1, dtype=np.int64)
     negatives[np.repeat(place, lengths)[of_asked], position[of_asked]] = np.where(rows == UNK, -1, rows)[of_asked]
     return negatives
-
-
-def flatten(ranked: Mapping[str, Mapping[str, FloatArray]]) -> dict[str, FloatArray]:
-    """``{"full": {"NDCG@10": …}}`` as ``{"full/NDCG@10": …}``."""
-    return {f"{protocol}/{name}": values for protocol, metrics in ranked.items() for name, values in metrics.items()}

@@ -1,4 +1,4 @@
-"""A tiny lake, written straight to Delta by the table contract: what tests of the trainers read instead of an ETL run."""
+"""A tiny lake, written straight to Delta by the table contract: read by tests instead of an ETL run's."""
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +15,10 @@ PROTOCOLS = ("uniform-100", "popular-100", "top-100")
 
 
 def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
-    """Two domains, users with a taste in both (or, unshared, one in each), items with a director and actors of their taste.
+    """Two domains, users with a taste in both (or, unshared, one in each), items with people of their taste.
 
     Every user has a source sequence; user 0 has no target item and users 1 to 5 too few for a hold-out. Items are
-    distinct within a user; times are distinct and the two domains meet in time. Splits `last-5` and `causal`. Release 1.
+    distinct within a user; times are distinct and the two domains meet in time. The splits are `last-5` and `causal`. Release 1.
     """
     random = np.random.default_rng(seed)
     num_items = NUM_SOURCE + NUM_TARGET
@@ -60,7 +60,9 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
          "head_index": i["index"], "tail_index": FIRST_INDEX + person}
         for i in items
         for relation, rank, person in (
-            ("director", 1, i["taste"]), ("actor", 1, NUM_TASTES + i["taste"]), ("actor", 2, 2 * NUM_TASTES + i["taste"]),
+            ("director", 1, i["taste"]),
+            ("actor", 1, NUM_TASTES + i["taste"]),
+            ("actor", 2, 2 * NUM_TASTES + i["taste"]),
         )
         if i["index"] % 7  # some items without metadata
     ])  # fmt: skip
