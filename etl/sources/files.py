@@ -76,20 +76,25 @@ def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
     ]
 
 
-def fingerprint(files: Sequence[RawFile]) -> str:
-    """First 32 hex digits of a SHA-256 over the names and the SHA-256 of each file's bytes."""
+def digests(files: Sequence[RawFile]) -> list[str]:
+    """First 32 hex digits of the SHA-256 of each file's bytes, whatever its name."""
 
-    def digest(file: RawFile) -> bytes:
+    def digest(file: RawFile) -> str:
         sha = hashlib.sha256()
-        with open_raw(file.path) as stream:
+        with reading(file), open_raw(file.path) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 sha.update(chunk)
-        return sha.digest()
+        return sha.hexdigest()[:32]
 
-    whole = hashlib.sha256()
     with ThreadPoolExecutor(4) as pool:
-        for file, content in zip(files, pool.map(digest, files), strict=True):
-            whole.update(file.name.encode() + b"\0" + content)
+        return list(pool.map(digest, files))
+
+
+def fingerprint(files: Sequence[RawFile]) -> str:
+    """First 32 hex digits of a SHA-256 over the names and contents of files."""
+    whole = hashlib.sha256()
+    for file, content in zip(files, digests(files), strict=True):
+        whole.update(f"{file.name}\0{content}".encode())
     return whole.hexdigest()[:32]
 
 

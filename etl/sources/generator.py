@@ -9,7 +9,7 @@ Users are made in blocks of BLOCK, each user from a random stream of its own, an
 user's events depend on the configuration and the user's number alone. Cost per user doesn't grow with the catalogue.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import GeneratorSource, code_version, config_hash
 from etl.sources.names import person_key
-from etl.sources.schema import PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS, spark_schema
+from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS, spark_schema
 from etl.sources.world import ACTORS, Floats, Ints, Shelf, categories, generator, person_name, title, unit, world
 
 BLOCK = 256  # users
@@ -56,11 +56,14 @@ class Generator:
     def time(self) -> Literal["timestamp", "ordinal"]:
         return "timestamp"
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
         here = Path(__file__)
         return f"{config_hash(self.config)}-{code_version(here, here.with_name('world.py'))}"
 
-    def events(self, spark: SparkSession) -> DataFrame:
+    def deliveries(self) -> list[str]:
+        return [self.fingerprint()]
+
+    def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
         return self._frame(spark, self.config.users, RAW_EVENTS, lambda config, users: events(config, users))
 
     def items(self, spark: SparkSession) -> DataFrame:

@@ -7,6 +7,7 @@ time before `cleaning.min_time` or after `cleaning.max_time` (unless times are m
 
 import datetime as dt
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pyspark.sql import DataFrame, SparkSession
@@ -14,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from etl.config import CleaningConfig, FileConfig, GraftrecError, LogSource
 from etl.sources import files, shapes, values
 from etl.sources.rows import RANGE_BYTES, RawRows
-from etl.sources.schema import PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
+from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
 
 
 class FileLog:
@@ -30,15 +31,13 @@ class FileLog:
         ordered = events.columns.time is None or (events.time_unit == "ordinal" and events.time_format is None)
         return "ordinal" if ordered else "timestamp"
 
-    def fingerprint(self) -> str:
-        found = []
-        for name in ("events", "items", "users", "edges"):
-            described = getattr(self.config, name)
-            if described is not None:
-                found += files.find_files(self.config.root, described.path, what=f"source.{name}.path")
-        return files.fingerprint(found)
+    def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
+        return files.fingerprint([file for kind in kinds for file in self._files(kind)])
 
-    def events(self, spark: SparkSession) -> DataFrame:
+    def deliveries(self) -> list[str]:
+        return files.digests(self._files("events"))
+
+    def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
         config = self.config.events
         wanted = {name: column for name, column in config.columns.model_dump().items() if column is not None}
         for name in ("user", "item"):
@@ -48,7 +47,15 @@ class FileLog:
                 )
         earliest, latest = self._time_bounds()
         shape = shapes.events(config, list(wanted), earliest=earliest, latest=latest)
-        rows = self._open("events", config, list(wanted.values()))
+        found = self._files("events")
+        if only is not None:
+            by_content = {content: file for content, file in reversed(list(zip(self.deliveries(), found, strict=True)))}
+            chosen = sorted((by_content[content] for content in set(only)), key=lambda file: file.index)
+            found = [replace(file, index=before + place) for place, file in enumerate(chosen)]
+        rows = RawRows(
+            config, self.config.root, list(wanted.values()), setting="source.events.path", found=found,
+            range_bytes=self.range_bytes,
+        )  # fmt: skip
         return rows.frame(spark, kind="interactions", shape=shape, schema=RAW_EVENTS)
 
     def items(self, spark: SparkSession) -> DataFrame | None:
@@ -82,6 +89,12 @@ class FileLog:
         if config is None or not config.people:
             return None
         return self._open("items", config, shapes.item_columns(config)).map(spark, shapes.people(config), PEOPLE)
+
+    def _files(self, kind: str) -> list[files.RawFile]:
+        described = getattr(self.config, kind)
+        if described is None:
+            return []
+        return files.find_files(self.config.root, described.path, what=f"source.{kind}.path")
 
     def _open(self, name: str, config: FileConfig, wanted: Sequence[str | int]) -> RawRows:
         if name not in self._rows:

@@ -34,16 +34,24 @@ class Range:
 
 
 class RawRows:
-    """The rows of one FileConfig, of which the columns `wanted` are read. `setting` names it in messages.
+    """The rows of one FileConfig, of which the columns `wanted` are read. `setting` names it in messages; `found`, where
+    given, are the files to read in the place of all.
 
     Raises GraftrecError where there is no file, no row, or not every wanted column.
     """
 
     def __init__(
-        self, config: FileConfig, root: str, wanted: list[str | int], *, setting: str, range_bytes: int = RANGE_BYTES
+        self,
+        config: FileConfig,
+        root: str,
+        wanted: list[str | int],
+        *,
+        setting: str,
+        range_bytes: int = RANGE_BYTES,
+        found: list[RawFile] | None = None,
     ) -> None:
         self.config, self.wanted, self.setting, self.range_bytes = config, wanted, setting, range_bytes
-        self.files = files.find_files(root, config.path, what=setting)
+        self.files = files.find_files(root, config.path, what=setting) if found is None else found
         self._ranges: list[Range] | None = None
 
     def frame(self, spark: SparkSession, *, kind: str, shape: Shape, schema: pa.Schema) -> DataFrame:

@@ -5,11 +5,13 @@ Each row says where it was found (`kind`, `file`, `line`); `reason` is null in a
 rows, always.
 """
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
+KINDS = ("events", "items", "users", "edges")  # of files
 RAW_CHARACTERS = 1_000  # of a rejected row kept for the quarantine
 
 _ATTRIBUTES = pa.list_(pa.struct([pa.field("name", pa.string()), pa.field("value", pa.string())]))
@@ -65,12 +67,16 @@ class Source(Protocol):
         """What `time` of the events means: microseconds, or order only."""
         ...
 
-    def fingerprint(self) -> str:
-        """The content's identity: equal where all files (or the generator's settings) are equal."""
+    def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
+        """The content's identity: equal where all files of these kinds (or the generator's settings) are equal."""
         ...
 
-    def events(self, spark: SparkSession) -> DataFrame:
-        """RAW_EVENTS."""
+    def deliveries(self) -> list[str]:
+        """The content identity of each of the events' files, in order of path, whatever their names."""
+        ...
+
+    def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
+        """RAW_EVENTS; of the deliveries `only`, where given, numbered on from the `before` that came earlier."""
         ...
 
     def items(self, spark: SparkSession) -> DataFrame | None:
