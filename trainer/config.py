@@ -7,17 +7,22 @@ from pydantic import Field
 from etl.config import ConfigError, GraftrecError, Section, load
 
 __all__ = [
+    "BaselinesConfig",
     "Bert4RecConfig",
     "ConfigError",
     "DataConfig",
     "EvaluateConfig",
+    "EvaluatedModel",
+    "EvaluationConfig",
     "FinetuneConfig",
+    "GateConfig",
     "GraftrecError",
     "LossConfig",
     "MaskedItemConfig",
     "ModelConfig",
     "NextItemConfig",
     "PretrainConfig",
+    "PromoteConfig",
     "RuntimeConfig",
     "TaskConfig",
     "TrackingConfig",
@@ -36,6 +41,7 @@ class DataConfig(Section):
     domain: str = "source"
     block_rows: int = Field(65_536, ge=1)  # sequences decoded and shuffled together
     cache_bytes: int = Field(1 << 30, ge=0)  # decoded blocks are kept up to this size, read again beyond it
+    unknown_users: float = Field(0.05, ge=0, lt=1)  # share of training sequences whose user is hidden
     window: Literal["last", "random"] = "random"  # which part of a sequence longer than the model is trained on
 
 
@@ -94,6 +100,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up, over `epochs`
+    final_rate: float = Field(0.0, ge=0, le=1)  # least share of the learning rate that a schedule falls to
     clip_norm: float = Field(5.0, gt=0)
     seed: int = 0
     checkpoint_seconds: float = Field(60.0, ge=0)  # 0: every step
@@ -115,11 +122,20 @@ class TrackingConfig(Section):
     experiment: str = "graftrec"
     enabled: bool = True
     system_metrics: bool = True
+    system_metrics_seconds: float = Field(10.0, gt=0)  # between two samples
+    close_seconds: float = Field(20.0, ge=0)  # how long a run waits, at its end, for a server that does not answer
 
 
 class EvaluationConfig(Section):
-    protocols: tuple[Literal["full", "uniform-100", "popular-100", "top-100"], ...] = ("full", "uniform-100", "popular-100")
+    """How held-out items are ranked."""
+
+    protocols: tuple[Literal["full", "uniform-100", "popular-100", "top-100"], ...] = (
+        "full",
+        "uniform-100",
+        "popular-100",
+    )
     batch_size: int = Field(256, ge=1)
+    max_users: int | None = Field(None, ge=2)  # about so many, the same for every model; None: all
 
 
 class PretrainConfig(Section):
@@ -148,16 +164,77 @@ class FinetuneConfig(PretrainConfig):
     freeze: tuple[str, ...] = ()  # parameter groups that do not train
 
 
-class EvaluateConfig(Section):
-    """Score a model folder under the protocols, beside the simple baselines."""
+class EvaluatedModel(Section):
+    """A model folder, the row of the table it belongs to, and the seed it was trained with."""
 
     model: str
-    lake: str | None = None  # None: the model's own
-    release: int | None = None  # None: the model's own
+    label: str | None = None  # None: the run's transfer, e.g. `deep`; several seeds share a label
+    seed: int | None = None  # None: the run's
+
+
+class BaselinesConfig(Section):
+    """The simple baselines beside the models."""
+
+    enabled: bool = True
+    last: int = Field(5, ge=1)  # items of a history that item-to-item reads
+    decay: float = Field(0.8, gt=0, le=1)  # of the decayed variant: the n-th last item weighs decay**n
+    max_users: int = Field(1_000_000, ge=2)  # whose training parts are counted, about
+
+
+class EvaluateConfig(Section):
+    """Score model folders on one pinned release, beside the simple baselines."""
+
+    name: str = "evaluate"
+    output: str = "runs"  # results go to <output>/<name>/evaluation
+    model: str | None = None  # one model folder…
+    models: tuple[EvaluatedModel, ...] = ()  # … or several
+    lake: str | None = None  # None, here and below: the first model's own
+    release: int | None = None
+    split: str | None = None
+    domain: str | None = None
     part: Literal["validation", "test"] = "test"
+    against: str = "none"  # the label that gains are over
+    metrics: tuple[str, ...] = ("NDCG@10", "Recall@10", "MRR")  # of the comparison table
     evaluation: EvaluationConfig = EvaluationConfig()
-    baselines: bool = True
+    baselines: BaselinesConfig = BaselinesConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
-    output: str = "runs"
-    name: str = "evaluate"
+
+
+class GateConfig(Section):
+    """What a model version must show before the alias moves to it (DESIGN section 7). Margins are shares of a mean."""
+
+    protocol: Literal["full", "uniform-100", "popular-100", "top-100"] = "full"
+    metric: str = "NDCG@10"
+    level: float = Field(0.05, gt=0, lt=1)  # a difference with a larger p-value is taken for chance
+    min_gain: float = Field(0.0, ge=0)  # over from-scratch, beyond being significant
+    min_seeds: int = Field(2, ge=1)  # of from-scratch: one can be bad luck
+    min_users: int = Field(100, ge=2)  # fewer say nothing
+    champion_margin: float = Field(0.0, ge=0)  # how far below the champion is let pass
+    slice_margin: float = Field(0.1, ge=0)  # how far below the champion (without one: from-scratch) in a slice
+    min_slice_users: int = Field(100, ge=2)  # a slice of fewer is not judged
+    cold_user_items: int = Field(10, ge=0)  # cold users: at most so many items of the domain in the training part
+    cold_item_interactions: int = Field(20, ge=0)  # cold items: at most so many training interactions
+    above: tuple[str, ...] = ("popularity",)  # simple baselines that it must beat
+
+
+class PromoteConfig(Section):
+    """Judge a candidate, and move the registry's alias to it if it passes."""
+
+    name: str = "promote"
+    output: str = "runs"  # the decision goes to <output>/<name>/decision.json
+    registered_model: str = "graftrec"
+    candidate: str | None = None  # a version's number, or a model folder (registered then); None: alias `candidate`
+    replicas: tuple[str, ...] = ()  # the candidate's recipe with other seeds
+    from_scratch: tuple[str, ...] = ()  # model folders of transfer `none`, one a seed
+    lake: str | None = None  # None, here and below: the candidate's own
+    release: int | None = None
+    split: str | None = None
+    domain: str | None = None
+    part: Literal["validation", "test"] = "test"
+    gate: GateConfig = GateConfig()
+    rollback: bool = False  # no judgement: the previous champion is champion again
+    evaluation: EvaluationConfig = EvaluationConfig(protocols=("full",))
+    baselines: BaselinesConfig = BaselinesConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()

@@ -235,8 +235,8 @@ def _read_negatives(
     if missing := len(users) - len(np.unique(owner[asked])):
         raise DataError(
             f"expected negatives of protocol {protocol!r} for {len(users):,} users of split {split!r}, domain "
-            f"{domain!r}, part {part}, found none for {missing:,} in release {release.number} of {release.lake}; add it to "
-            "negatives.protocols of the etl's configuration and run that again, or drop it from evaluation.protocols"
+            f"{domain!r}, part {part}, found none for {missing:,} in release {release.number} of {release.lake}; add "
+            "it to negatives.protocols of the etl's configuration and run that again, or drop it from evaluation.protocols"
         )
     rows = catalogue.rows(np.concatenate([np.empty(0, np.int32), *items])).astype(np.int64)
     position = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)

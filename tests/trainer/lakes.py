@@ -18,7 +18,7 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
     """Two domains, users with a taste in both (or, unshared, one in each), items with people of their taste.
 
     Every user has a source sequence; user 0 has no target item and users 1 to 5 too few for a hold-out. Items are
-    distinct within a user; times are distinct and the two domains meet in time. The splits are `last-5` and `causal`. Release 1.
+    distinct within a user; times are distinct, the two domains meet in time. Splits `last-5` and `causal`. Release 1.
     """
     random = np.random.default_rng(seed)
     num_items = NUM_SOURCE + NUM_TARGET
