@@ -1,0 +1,583 @@
+"""MLflow: runs, and the connection that `registry.py` uses. The only module that imports mlflow.
+
+Without MLFLOW_TRACKING_URI everything lies in the working directory: `mlflow.db` (SQLite) and `mlartifacts/`.
+mlflow is imported by the thread that talks to it (about two seconds), so a command starts at once. Only rank 0 tracks.
+"""
+
+import contextlib
+import fcntl
+import functools
+import getpass
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import yaml
+
+from etl.config import GraftrecError, Section
+from trainer.config import TrackingConfig
+from trainer.outbox import Entry, Outbox, Refused, keep, kept, one_line
+
+if TYPE_CHECKING:  # both are slow to import
+    from matplotlib.figure import Figure
+
+    from trainer.data.dataset import Release
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+JOINED_VARIABLE = "MLFLOW_RUN_ID"  # set by `mlflow run`
+PARENT_VARIABLE = "GRAFTREC_PARENT_RUN"  # set for the processes a run starts
+UNSENT = Path("mlflow-unsent")  # what a dead server did not take, until it does
+
+PARAM_CHARACTERS, TAG_CHARACTERS = 500, 5_000  # the shortest limits of the servers in use
+PARAMS_PER_BATCH = 100
+TERMINATED_EXIT = 128 + signal.SIGTERM
+
+
+class TrackingError(GraftrecError):
+    """MLflow can't do what was asked."""
+
+
+# --- the connection ---------------------------------------------------------------------------------------------------
+
+# MLflow's chatter stays off the terminal, and a dead server is noticed in seconds. Each can be overridden.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+
+
+def tracking_uri() -> str:
+    """$MLFLOW_TRACKING_URI, else the SQLite store of the working directory."""
+    return os.environ.get(URI_VARIABLE) or f"sqlite:///{Path.cwd()}/mlflow.db"
+
+
+def local_folder(uri: str) -> Path | None:
+    """The folder of a store that is files on this machine; None for a server."""
+    if uri.startswith("sqlite:///"):
+        return Path(uri.removeprefix("sqlite:///")).absolute().parent
+    return Path(uri.removeprefix("file://")).absolute() if uri.startswith("file://") or "://" not in uri else None
+
+
+def quieten() -> None:
+    """Settings for mlflow, to be made before it is first imported."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"mlflow(\..*)?")
+
+
+def connect(uri: str | None = None) -> Any:
+    """An MlflowClient of the store. The first to come to a new SQLite store makes its tables, others wait."""
+    quieten()
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.ERROR)  # mlflow has set its own level when it was imported
+    uri = uri or tracking_uri()
+    folder = local_folder(uri)
+    if folder is None:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder / "mlflow.db.lock"):
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on a file; the kernel frees it when its holder dies. Yields False where another has it."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn what MLflow raises into a TrackingError of one line: "<what>: <its reason>"."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise TrackingError(redact(f"{what}: {one_line(error)} (store: {tracking_uri()})")) from None
+
+
+def experiment_id(client: Any, config: TrackingConfig) -> str:
+    """The experiment of $MLFLOW_EXPERIMENT_ID or $MLFLOW_EXPERIMENT_NAME, else the configured one, made if need be."""
+    if chosen := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return chosen
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or config.experiment
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = None if os.environ.get(URI_VARIABLE) else (Path.cwd() / "mlartifacts").as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except Exception:  # made by another process meanwhile?
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
+
+
+# --- secrets, code version --------------------------------------------------------------------------------------------
+
+_SECRET_NAME = re.compile(r"passw|secret|token|credential|access.?key|api.?key|private.?key", re.IGNORECASE)
+_USER_INFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+
+
+def redact(text: str) -> str:
+    """`text` without user info in URIs and values of environment variables that are secret by their name."""
+    text = _USER_INFO.sub("***", text)
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= 6 and not Path(value).exists():
+            text = text.replace(value, "***")
+    return text
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _without_secrets(entry, str(key)) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(entry, name) for entry in value]
+    if isinstance(value, str):
+        return "***" if value and _SECRET_NAME.search(name) else redact(value)
+    return value
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as {"section.key": text}; lists as JSON."""
+    flat: dict[str, str] = {}
+    for key, entry in value.items():
+        if isinstance(entry, dict) and entry:
+            flat |= flatten(entry, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = entry if isinstance(entry, str) else json.dumps(entry)
+    return flat
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """Hash of the two packages' sources, and the git commit they stand at (with "+" where they differ from it)."""
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted([*root.glob("etl/**/*.py"), *root.glob("trainer/**/*.py")]):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    version = {"sources": digest.hexdigest()[:16]}
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "trainer/tracking.py") and (commit := git("rev-parse", "HEAD")):
+        version["commit"] = commit + ("+" if git("status", "--porcelain", "--", "etl", "trainer") else "")
+    return version
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One MLflow run. This base class tracks nothing: it is what other ranks, and runs with tracking off, get.
+
+    No method raises, and only `id` may wait, for the run to be made.
+    """
+
+    id: str = ""  # "" where there is none
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Settings; a value is kept as text, cut at 500 characters."""
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+        """Numbers by name, e.g. {"validation/full/NDCG@10": 0.18}. MLflow forbids "@": it becomes "_"."""
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Short texts by name."""
+
+    def log_figure(self, figure: "Figure", path: str) -> None:
+        """A picture as PNG at `path` ("curves/learning.png") among the run's artifacts."""
+
+    def log_text(self, text: str, path: str) -> None:
+        """A text file at `path` among the run's artifacts."""
+
+    def log_artifact(self, path: str | Path, folder: str = "") -> None:
+        """A file or folder, put in `folder` among the run's artifacts. It must stay unchanged until the run ends."""
+
+    def log_release(self, release: "Release", *, context: str = "training") -> None:
+        """Each snapshot of a release as a dataset input, a tag and a parameter."""
+
+
+_active: list[Run] = []
+
+
+@contextlib.contextmanager
+def start_run(
+    config: TrackingConfig,
+    *,
+    name: str,
+    resolved: Section,
+    release: "Release | None" = None,
+    parent_run_id: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Iterator[Run]:
+    """Track what happens inside: configuration, snapshots, code version, system metrics, and how it ended.
+
+    Under `mlflow run` (MLFLOW_RUN_ID) the run that it made is joined. A run started inside another, or in a process
+    given `child_environment()`, is its child. An exception ends the run as FAILED with the error's line as the tag
+    `graftrec.error`; SIGTERM and Ctrl-C end it as KILLED.
+    """
+    if not config.enabled or int(os.environ.get("RANK", "0")) != 0:
+        yield Run()
+        return
+    parent = parent_run_id or (_active[-1].id if _active else os.environ.get(PARENT_VARIABLE)) or None
+    run = _TrackedRun(config, name=name, parent=parent, joined=os.environ.pop(JOINED_VARIABLE, None))
+    settings = _without_secrets(resolved.model_dump(mode="json"))
+    run.log_params(flatten(settings))
+    run.log_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "config.yaml")
+    run.set_tags({f"graftrec.code.{key}": value for key, value in code_version().items()} | dict(tags or {}))
+    if release is not None:
+        run.log_release(release)
+    status = "FINISHED"
+    _active.append(run)
+    try:
+        with _terminable():
+            yield run
+    except BaseException as error:
+        status = _status(error)
+        if status != "FINISHED":
+            run.set_tags({"graftrec.error": one_line(error) or status})
+        raise
+    finally:
+        _active.remove(run)
+        run.close(status)
+
+
+def child_environment(run: Run) -> dict[str, str]:
+    """The environment for a process whose run shall be a child of `run`."""
+    environment = {key: value for key, value in os.environ.items() if key not in (JOINED_VARIABLE, PARENT_VARIABLE)}
+    return environment | ({PARENT_VARIABLE: run.id} if run.id else {})
+
+
+def _status(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED"
+    if isinstance(error, SystemExit):
+        return {None: "FINISHED", 0: "FINISHED", TERMINATED_EXIT: "KILLED", 130: "KILLED"}.get(error.code, "FAILED")  # type: ignore[arg-type]
+    return "FAILED"
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the run properly, where nobody else (the training loop) handles it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED_EXIT)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _TrackedRun(Run):
+    """A run whose entries go through an outbox."""
+
+    def __init__(self, config: TrackingConfig, *, name: str, parent: str | None, joined: str | None) -> None:
+        quieten()
+        self._config, self._uri = config, tracking_uri()
+        self._header = _header(name, parent, joined)
+        self._staging = Path(tempfile.mkdtemp(prefix="graftrec-tracking-"))
+        self._sender = _Sender(self._uri, config, self._header)
+        self._outbox = Outbox(self._sender.send)
+        self._ended = threading.Event()
+        self._outbox.add({"kind": "tags", "values": {}})  # makes the run
+        if config.system_metrics:
+            threading.Thread(target=self._watch, name="system metrics", daemon=True).start()
+
+    @property
+    def id(self) -> str:  # type: ignore[override]
+        """The run's id; waits for the run to be made, "" where the server does not answer."""
+        self._sender.made.wait(self._config.close_seconds)
+        return self._sender.run_id
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        texts = [[_name(key), _cut(redact(str(value)), PARAM_CHARACTERS)] for key, value in params.items()]
+        for start in range(0, len(texts), PARAMS_PER_BATCH):
+            self._outbox.add({"kind": "params", "values": dict(texts[start : start + PARAMS_PER_BATCH])})
+
+    def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
+        now = _now()
+        values = [[_name(key), float(value), now, step or 0] for key, value in metrics.items()]
+        if values:
+            self._outbox.add({"kind": "metrics", "values": values})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        texts = {_name(key): _cut(redact(str(value)), TAG_CHARACTERS) for key, value in tags.items()}
+        self._outbox.add({"kind": "tags", "values": texts})
+
+    def log_figure(self, figure: "Figure", path: str) -> None:
+        file = self._staged(path)
+        figure.savefig(file, dpi=130)
+        self._artifact(file, path)
+
+    def log_text(self, text: str, path: str) -> None:
+        file = self._staged(path)
+        file.write_text(redact(text))
+        self._artifact(file, path)
+
+    def log_artifact(self, path: str | Path, folder: str = "") -> None:
+        self._outbox.add({"kind": "artifact", "path": str(Path(path).absolute()), "folder": folder})
+
+    def log_release(self, release: "Release", *, context: str = "training") -> None:
+        lake = redact(release.lake)
+        self.log_params({"release": release.number} | {f"snapshot.{k}": v for k, v in release.versions.items()})
+        tags = {"graftrec.release": release.number, "graftrec.lake": lake}
+        self.set_tags(tags | {f"graftrec.snapshot.{table}": v for table, v in release.versions.items()})
+        values = [{"table": t, "version": v, "lake": lake} for t, v in release.versions.items()]
+        self._outbox.add({"kind": "datasets", "values": values, "context": context})
+
+    def close(self, status: str) -> None:
+        self._ended.set()
+        self._outbox.add({"kind": "end", "status": status, "time": _now()})
+        left = self._outbox.close(self._config.close_seconds)
+        if left:
+            folder = UNSENT.absolute() / self._header["uid"]
+            keep(folder, self._header | {"run_id": self._sender.run_id, "uri": _fingerprint(self._uri)}, left)
+            print(f"tracking: kept what MLflow did not take in {folder}; the next run sends it", file=sys.stderr)
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _staged(self, path: str) -> Path:
+        file = self._staging / uuid.uuid4().hex / Path(path).name
+        file.parent.mkdir()
+        return file
+
+    def _artifact(self, file: Path, path: str) -> None:
+        folder = str(Path(path).parent)
+        self.log_artifact(file, "" if folder == "." else folder)
+
+    def _watch(self) -> None:
+        """System metrics under the names that MLflow's page knows."""
+        me, step = psutil.Process(), 0
+        sent, received = _network()
+        psutil.cpu_percent()
+        while not self._ended.wait(self._config.system_metrics_seconds):
+            with contextlib.suppress(psutil.Error):
+                memory, (sent_now, received_now) = psutil.virtual_memory(), _network()
+                values = {
+                    "cpu_utilization_percentage": psutil.cpu_percent(),
+                    "system_memory_usage_megabytes": memory.used / 1e6,
+                    "system_memory_usage_percentage": memory.percent,
+                    "process_memory_usage_megabytes": me.memory_info().rss / 1e6,
+                    "disk_usage_percentage": psutil.disk_usage(".").percent,
+                    "network_transmit_megabytes": (sent_now - sent) / 1e6,
+                    "network_receive_megabytes": (received_now - received) / 1e6,
+                }
+                self.log_metrics({f"system/{key}": value for key, value in values.items()}, step=step)
+            step += 1
+
+
+def _network() -> tuple[int, int]:
+    counters = psutil.net_io_counters()
+    return (counters.bytes_sent, counters.bytes_recv) if counters else (0, 0)
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", text, flags=re.ASCII)
+
+
+def _fingerprint(uri: str) -> str:
+    return hashlib.sha256(uri.encode()).hexdigest()[:16]
+
+
+def _header(name: str, parent: str | None, joined: str | None) -> Entry:
+    """Everything needed to make the run, whenever the server answers."""
+    uid = uuid.uuid4().hex
+    tags = {
+        "graftrec.uid": uid,
+        "graftrec.host": socket.gethostname(),
+        "graftrec.process": _process(psutil.Process()),
+        "mlflow.source.name": redact(" ".join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]))[:TAG_CHARACTERS],
+        "mlflow.source.type": "LOCAL",
+    }
+    with contextlib.suppress(Exception):  # no name for this user id, as in some containers
+        tags["mlflow.user"] = getpass.getuser()
+    if commit := code_version().get("commit"):
+        tags["mlflow.source.git.commit"] = commit.removesuffix("+")
+    if parent:
+        tags["mlflow.parentRunId"] = parent
+    return {"uid": uid, "name": name, "tags": tags, "start": _now(), "joined": joined}
+
+
+def _process(process: psutil.Process) -> str:
+    return f"{process.pid}@{process.create_time():.0f}"
+
+
+class _Sender:
+    """Sends entries of one run; makes or joins the run first."""
+
+    def __init__(self, uri: str, config: TrackingConfig, header: Entry, run_id: str = "") -> None:
+        self._uri, self._config, self._header = uri, config, header
+        self._client: Any = None
+        self.run_id = run_id
+        self.made = threading.Event()
+        self._known_params: set[str] = set()
+
+    def send(self, entry: Entry) -> None:
+        """Send one entry. Raises Refused where the server says that it never will be taken."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if not self.made.is_set():
+                self._open()
+            self._send(entry)
+        except MlflowException as error:
+            if error.error_code in _FINAL:
+                raise Refused(one_line(error)) from None
+            raise
+
+    def _open(self) -> None:
+        if self._client is None:
+            self._client = connect(self._uri)
+        header = self._header
+        if header["joined"]:
+            joined = self._client.get_run(header["joined"])
+            self.run_id, self._known_params = joined.info.run_id, set(joined.data.params)
+            own = {k: v for k, v in header["tags"].items() if not k.startswith("mlflow.") or k == "mlflow.parentRunId"}
+            self._send({"kind": "tags", "values": own})
+            self._client.update_run(self.run_id, status="RUNNING")
+        elif not self.run_id:
+            experiment = experiment_id(self._client, self._config)
+            # A run that was made although the answer got lost is found again by its uid.
+            made = self._client.search_runs([experiment], f"tags.`graftrec.uid` = '{header['uid']}'", max_results=1)
+            run = made[0] if made else self._client.create_run(
+                experiment, start_time=header["start"], tags=header["tags"], run_name=header["name"]
+            )  # fmt: skip
+            self.run_id = run.info.run_id
+            end_abandoned(self._client, experiment)
+        self.made.set()
+        self._send_kept()
+
+    def _send(self, entry: Entry) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        values: Any = entry.get("values")
+        match entry["kind"]:
+            case "metrics":
+                self._client.log_batch(self.run_id, metrics=[Metric(*value) for value in values])
+            case "params":
+                # `mlflow run` has logged its own parameters to a joined run, and a parameter can't change.
+                new = [Param(key, value) for key, value in values.items() if key not in self._known_params]
+                self._client.log_batch(self.run_id, params=new)
+            case "tags" if values:
+                self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in values.items()])
+            case "artifact" if Path(entry["path"]).is_dir():
+                self._client.log_artifacts(self.run_id, entry["path"], entry["folder"] or None)
+            case "artifact":
+                self._client.log_artifact(self.run_id, entry["path"], entry["folder"] or None)
+            case "datasets":
+                self._client.log_inputs(self.run_id, datasets=[_dataset(v, entry["context"]) for v in values])
+            case "end":
+                self._client.set_terminated(self.run_id, entry["status"], entry["time"])
+
+    def _send_kept(self) -> None:
+        """Send what earlier processes could not. Nothing here may stop this run's own entries."""
+        for folder, header, entries in kept(UNSENT.absolute()):
+            if header.pop("uri") != _fingerprint(self._uri):
+                continue
+            with file_lock(folder / "lock", wait=False) as mine:
+                if not mine or not (folder / "unsent.json").exists():
+                    continue
+                sender = _Sender(self._uri, self._config, header, header.pop("run_id"))
+                if sender.run_id:
+                    sender._client = self._client
+                    sender.made.set()
+                for entry in entries:
+                    with contextlib.suppress(Refused):
+                        sender.send(entry)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+# Errors that the same request will meet again; all others are tried again.
+_FINAL = {
+    "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_STATE",
+    "BAD_REQUEST", "ENDPOINT_NOT_FOUND", "RESOURCE_ALREADY_EXISTS", "MALFORMED_REQUEST",
+}  # fmt: skip
+
+
+def _dataset(value: Mapping[str, Any], context: str) -> Any:
+    """A dataset input that points to one version of one Delta table.
+
+    Made by hand: MLflow's own DeltaDatasetSource drops version 0.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    path = f"{value['lake'].rstrip('/')}/{value['table']}"
+    source = {"path": path, "delta_table_version": value["version"], "is_databricks_uc_table": False}
+    digest = hashlib.sha256(f"{path}@{value['version']}".encode()).hexdigest()[:8]
+    dataset = Dataset(f"{value['table']}@{value['version']}", digest, "delta_table", json.dumps(source))
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+
+
+def end_abandoned(client: Any, experiment: str) -> int:
+    """End, as KILLED, runs of this machine that say RUNNING though their process is gone. Returns how many."""
+    host = socket.gethostname().replace("'", "")
+    stale = client.search_runs(
+        [experiment], f"attributes.status = 'RUNNING' AND tags.`graftrec.host` = '{host}'", max_results=100
+    )
+    ended = 0
+    for run in stale:
+        number, _, _started = run.data.tags.get("graftrec.process", "").partition("@")
+        try:
+            alive = _process(psutil.Process(int(number))) == run.data.tags["graftrec.process"]
+        except (psutil.Error, ValueError):
+            alive = False
+        if not alive:
+            client.set_tag(run.info.run_id, "graftrec.error", "the process ended without a word (killed?)")
+            client.set_terminated(run.info.run_id, "KILLED")
+            ended += 1
+    return ended
