@@ -45,6 +45,12 @@ class DataConfig(Section):
     window: Literal["last", "random"] = "random"  # which part of a sequence longer than the model is trained on
 
 
+class TargetDataConfig(DataConfig):
+    """As DataConfig, of the domain that is transferred to."""
+
+    domain: str = "target"
+
+
 class Bert4RecConfig(Section):
     """BERT4Rec (Sun et al. 2019) with the survey's user and knowledge embeddings (4.3, 4.4)."""
 
@@ -103,6 +109,7 @@ class TrainConfig(Section):
     final_rate: float = Field(0.0, ge=0, le=1)  # least share of the learning rate that a schedule falls to
     clip_norm: float = Field(5.0, gt=0)
     seed: int = 0
+    validation_users: int = Field(20_000, ge=1)  # at most, the same ones every epoch and run
     checkpoint_seconds: float = Field(60.0, ge=0)  # 0: every step
     keep_checkpoints: int = Field(2, ge=1)
 
@@ -159,6 +166,7 @@ class FinetuneConfig(PretrainConfig):
     """One training run on a target domain, started from a pre-trained model by `transfer` (DESIGN section 6)."""
 
     name: str = "finetune"
+    data: TargetDataConfig = TargetDataConfig()
     transfer: TransferName = "deep"
     parent: str | None = None  # folder of the pre-trained model; not needed by transfer `none`
     freeze: tuple[str, ...] = ()  # parameter groups that do not train

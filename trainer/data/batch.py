@@ -1,6 +1,6 @@
 """The typed batch that models and tasks see."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ class Batch:
     """Padded sequences of B users, T positions, oldest first, padded at the end.
 
     items [B, T] int64 catalogue rows (PAD past the end); lengths [B]; users [B] global user index;
-    rows: this rank's slice of the global batch of `global_rows` users; draw: what randomness of this batch is a function of.
+    rows: this rank's slice of the global batch of `global_rows` users and `global_items` items; draw: (seed, epoch, step),
+    which whatever is random about this batch is a function of.
     """
 
     items: Tensor
@@ -20,6 +21,7 @@ class Batch:
     global_rows: int
     rows: slice
     draw: tuple[int, ...]
+    global_items: int = 0
 
     @property
     def mask_BT(self) -> Tensor:
@@ -27,7 +29,9 @@ class Batch:
         return torch.arange(self.items.shape[1], device=self.items.device) < self.lengths[:, None]
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(
-            self.items.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True),
-            self.users.to(device, non_blocking=True), self.global_rows, self.rows, self.draw,
-        )  # fmt: skip
+        return replace(
+            self,
+            items=self.items.to(device, non_blocking=True),
+            lengths=self.lengths.to(device, non_blocking=True),
+            users=self.users.to(device, non_blocking=True),
+        )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from etl.tables import PAD
+from etl.tables import PAD, UNK
 from trainer.config import ConfigError, DataConfig
 from trainer.data import order
 from trainer.data.batch import Batch
@@ -95,8 +95,12 @@ class Loader:
             starts = np.where(random < 0.5, starts, ((random - 0.5) * 2 * (starts + 1)).astype(np.int64))
         mine = order.rank_slice(len(rows), self.rank, self.world_size)
         items = pad_windows(sequences, self.catalogue, rows[mine], starts[mine], lengths[mine], max(int(lengths.max()), 1))
+        users = sequences.users[rows]
+        if self.config.unknown_users:  # so that the unknown user's row is trained, and a cold user is served well
+            hidden = np.random.default_rng([*draw, 3]).random(len(rows)) < self.config.unknown_users
+            users = np.where(hidden, UNK, users)
         return Batch(
-            items, torch.from_numpy(lengths[mine]), torch.from_numpy(sequences.users[rows[mine]]), len(rows), mine, draw
+            items, torch.from_numpy(lengths[mine]), torch.from_numpy(users[mine]), len(rows), mine, draw, int(lengths.sum())
         )
 
     def _read(self, groups: IntArray) -> Sequences:

@@ -1,0 +1,67 @@
+"""``python -m trainer <recipe> --config NAME [--section.key value …]``: one recipe, one configuration, one exit code.
+
+Exit codes: 0 done; 2 a mistake to mend (one line says which); 3 the gate refused; 4 the loss was not a number; 143 stopped
+by a signal, to be gone on with by the same command.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from etl.config import GraftrecError, Section, load
+from trainer import config as configs
+
+RECIPES: dict[str, tuple[type[Section], str]] = {
+    "pretrain": (configs.PretrainConfig, "train a model on one domain"),
+    "finetune": (configs.FinetuneConfig, "train on a target domain, grafted on a pre-trained model"),
+    "evaluate": (configs.EvaluateConfig, "score models beside the simple baselines"),
+    "promote": (configs.PromoteConfig, "ask the gate, and move the champion alias if it agrees"),
+    "recommend": (configs.RecommendConfig, "write the top-k of every user as a Delta table"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    described = "\n".join(f"  {name:<10} {what}" for name, (_, what) in RECIPES.items())
+    parser = argparse.ArgumentParser(
+        "python -m trainer", description=f"recipes:\n{described}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", choices=RECIPES)
+    parser.add_argument("--config", required=True, help="a YAML file, or a name under conf/, e.g. pretrain/ml1m")
+    known, overrides = parser.parse_known_args(arguments)
+    kind, _ = RECIPES[known.recipe]
+    try:
+        _recipe(known.recipe)(load(kind, known.config, overrides))
+    except GraftrecError as error:
+        print(f"{known.recipe}: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _recipe(name: str) -> Callable[[Any], object]:
+    """Imported when asked for: Spark, or scipy, only where a recipe needs them."""
+    match name:
+        case "pretrain":
+            from trainer import pretrain
+
+            return pretrain.run
+        case "finetune":
+            from trainer import finetune
+
+            return finetune.run
+        case "evaluate":
+            from trainer import evaluate
+
+            return evaluate.run
+        case "promote":
+            from trainer import promote
+
+            return promote.run
+        case _:
+            from trainer import recommend
+
+            return recommend.run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

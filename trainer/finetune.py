@@ -1,0 +1,15 @@
+"""Train on a target domain, grafted on a pre-trained model by `transfer` (survey 4.3)."""
+
+from trainer.artifact import load_artifact
+from trainer.config import FinetuneConfig
+from trainer.pretrain import Result, fit
+from trainer.transfer import TransferError
+
+
+def run(config: FinetuneConfig) -> Result:
+    """The recipe `finetune`. Raises GraftrecError."""
+    if config.transfer == "none":
+        return fit(config, parent=None)
+    if config.parent is None:
+        raise TransferError(f"transfer {config.transfer} needs a pre-trained model; set parent to its `model` folder")
+    return fit(config, parent=load_artifact(config.parent))

@@ -1,0 +1,254 @@
+"""Pre-train a model on one domain, or train it from scratch on any: read top to bottom.
+
+`fit` is the whole recipe; `finetune.py` calls it with a parent to graft on.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from etl import tables
+from etl.config import code_version, config_hash
+from etl.tables import FIRST_INDEX
+from trainer import checkpoint, pictures, tracking
+from trainer.artifact import MANIFEST, Artifact, artifact_hash, save_artifact
+from trainer.config import FinetuneConfig, GraftrecError, PretrainConfig
+from trainer.data.dataset import (
+    Catalogue,
+    Int32Array,
+    Release,
+    SequenceDataset,
+    pin,
+    read_catalogue,
+    read_knowledge,
+    vocabulary_size,
+)
+from trainer.data.loader import Loader
+from trainer.distributed import World, join
+from trainer.loop import Epoch, Training, train
+from trainer.metrics import means
+from trainer.models import Bert4Rec, build_model
+from trainer.ranking import FULL, HeldOut, rank, read_held_out
+from trainer.scoring import Scorer
+from trainer.tasks import Task, build_task
+from trainer.tracking import Run
+from trainer.transfer import Account, graft
+
+SCORE = "NDCG@10"  # of the validation part, full ranking: what early stopping watches
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run leaves. `metrics`: best validation metrics, epochs, seconds."""
+
+    folder: Path  # of the run; the model is in <folder>/model
+    metrics: dict[str, float]
+    reused: bool  # nothing had changed: the earlier result stands
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+
+def run(config: PretrainConfig) -> Result:
+    """The recipe `pretrain`. Raises GraftrecError."""
+    return fit(config, parent=None)
+
+
+def fit(config: PretrainConfig, *, parent: Artifact | None) -> Result:
+    """Train `config` on its domain, grafted on `parent` where there is one. Resumes a run of the same identity."""
+    world = join(config.runtime)
+    say: Callable[[str], None] = print if world.first else lambda line: None
+    release = pin(config.data.lake, config.data.release)
+    folder = Path(config.output) / config.name
+    identity = _identity(config, release, parent)
+    if (finished := _finished(folder, identity)) is not None:
+        say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
+        return finished
+    _clear_other(folder, identity, world, say)
+
+    catalogue = read_catalogue(release, config.data.domain)
+    knowledge = read_knowledge(release, catalogue, config.model.knowledge)
+    held_out = read_held_out(
+        release, config.data.split, config.data.domain, catalogue, "validation", max_users=config.train.validation_users
+    )
+    model, account = _model(config, release, knowledge, parent, world)
+    dataset = SequenceDataset(release, config.data.split, config.data.domain)
+    loader = Loader(
+        dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
+        seed=config.train.seed, rank=world.rank, world_size=world.size,
+    )  # fmt: skip
+    task = build_task(config.task)
+    training = Training(model, task, loader, config.train, world)
+    say(_introduction(config, release, catalogue, dataset, held_out, model))
+    say(account.text())
+
+    with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
+        tracked.log_text(json.dumps(account.as_dict(), indent=1), "transfer.json")
+        tracked.set_tags({"graftrec.recipe": _recipe(config), "graftrec.transfer": account.transfer})
+        train(
+            training,
+            validate=lambda: _validate(model, task, held_out, world, config.evaluation.batch_size),
+            score=SCORE,
+            checkpoints=folder / "checkpoints",
+            on_epoch=lambda epoch: _tell(epoch, tracked, say),
+            show_progress=config.runtime.progress,
+            say=say,
+        )
+        metrics = _summary(training, parent)
+        if world.first:
+            _finish(folder, config, release, catalogue, knowledge, training, metrics, parent, identity, tracked)
+        world.wait()
+    say(
+        f"{config.name}: best epoch {training.progress.best_epoch} of {len(training.progress.history)}, validation {SCORE} "
+        f"{training.progress.best_score:.4f}, {metrics['seconds']:.0f} s; model in {folder / 'model'}"
+    )
+    return Result(folder, metrics, reused=False)
+
+
+def _model(
+    config: PretrainConfig, release: Release, knowledge: Int32Array, parent: Artifact | None, world: World
+) -> tuple[Bert4Rec, Account]:
+    model = build_model(
+        config.model, num_users=vocabulary_size(release, tables.USERS),
+        num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
+        knowledge_VS=torch.from_numpy(knowledge), seed=config.train.seed,
+    )  # fmt: skip
+    model.to(device=world.device, dtype=world.dtype)
+    is_finetune = isinstance(config, FinetuneConfig)
+    transfer = config.transfer if is_finetune else "none"
+    account = graft(model, config.model, parent, transfer, config.freeze if is_finetune else ())
+    return model, account
+
+
+def _validate(model: Bert4Rec, task: Task, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:
+    """Mean validation metrics; each process ranks its share of the users."""
+    share = np.arange(len(held_out) * world.rank // world.size, len(held_out) * (world.rank + 1) // world.size)
+    ranked = rank(Scorer(model, task, device=world.device).score, held_out.take(share), batch_size=batch_size)[FULL]
+    names = [name for name in ranked if not name.startswith("single/")]
+    table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))
+    return means({name: table[:, place].numpy() for place, name in enumerate(names)})
+
+
+def _summary(training: Training, parent: Artifact | None) -> dict[str, float]:
+    progress = training.progress
+    seconds = sum(epoch.seconds for epoch in progress.history)
+    best = {f"validation/{name}": value for name, value in progress.history[progress.best_epoch - 1].metrics.items()}
+    cost = {"seconds": seconds, "epochs": len(progress.history), "best_epoch": progress.best_epoch}
+    inherited = 0.0 if parent is None else parent.metrics["seconds"] + parent.metrics.get("pretrain_seconds", 0.0)
+    return best | cost | {"pretrain_seconds": inherited}
+
+
+def _finish(
+    folder: Path, config: PretrainConfig, release: Release, catalogue: Catalogue, knowledge: Int32Array,
+    training: Training, metrics: dict[str, float], parent: Artifact | None, identity: str, tracked: Run,
+) -> None:  # fmt: skip
+    """Model folder, curves, and the note that all is done."""
+    popularity = _popularity(training.loader.dataset, catalogue)
+    digest = save_artifact(
+        folder / "model", config=config, release=release, catalogue=catalogue, popularity=popularity, knowledge=knowledge,
+        weights=training.best, metrics=metrics, parent=parent.hash if parent else None,
+        users=release.read(tables.USERS, ["user", "index"]),
+    )  # fmt: skip
+    history = [vars(epoch) for epoch in training.progress.history]
+    (folder / "history.json").write_text(json.dumps(history, indent=1))
+    curve = pictures.Curve(
+        config.name, [epoch["loss"] for epoch in history], [epoch["metrics"][SCORE] for epoch in history]
+    )
+    tracked.log_figure(pictures.learning_curves([curve], title=config.name), "pictures/learning_curve.png")
+    tracked.log_metrics(metrics)
+    tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
+    tracked.log_artifact(folder / "model")
+    done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
+    unfinished = folder / (DONE + ".new")
+    unfinished.write_text(json.dumps(done, indent=1))
+    unfinished.rename(folder / DONE)
+    checkpoint.clear(folder / "checkpoints")
+
+
+def _popularity(dataset: SequenceDataset, catalogue: Catalogue) -> npt.NDArray[np.int64]:
+    """Interactions [V] of each row in the training parts, row group by row group."""
+    counts = np.zeros(len(catalogue), dtype=np.int64)
+    for group in range(len(dataset.groups)):
+        sequences = dataset.read([group])
+        lengths = np.diff(sequences.offsets)
+        position = np.arange(len(sequences.items)) - np.repeat(sequences.offsets[:-1], lengths)
+        trained = sequences.items[position < np.repeat(sequences.valid_start, lengths)]
+        counts += np.bincount(catalogue.rows(trained), minlength=len(catalogue))
+    counts[:FIRST_INDEX] = 0
+    return counts
+
+
+def _tell(epoch: Epoch, tracked: Run, say: Callable[[str], None]) -> None:
+    numbers = {f"validation/{name}": value for name, value in epoch.metrics.items()}
+    speed = {"train/loss": epoch.loss, "train/items_per_second": epoch.items_per_second, "train/epoch_seconds": epoch.seconds}
+    tracked.log_metrics(numbers | speed, step=epoch.epoch)
+    say(
+        f"epoch {epoch.epoch:>3}  loss {epoch.loss:.4f}  validation {SCORE} {epoch.metrics[SCORE]:.4f}  "
+        f"{epoch.items_per_second:,.0f} items/s  {epoch.seconds:.1f} s"
+    )
+
+
+def _introduction(
+    config: PretrainConfig, release: Release, catalogue: Catalogue, dataset: SequenceDataset, held_out: HeldOut, model: Bert4Rec
+) -> str:  # fmt: skip
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{config.name}: {config.model.kind}, {size:,} parameters; release {release.number} of {release.lake}, "
+        f"domain {config.data.domain}: {len(catalogue) - FIRST_INDEX:,} items, {dataset.num_rows:,} users, "
+        f"{len(held_out):,} of them validated"
+    )
+
+
+# --- identity: a run whose inputs are unchanged is not done again -------------------------------------------------------
+
+_READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS, tables.SEQUENCES)
+
+
+def _recipe(config: PretrainConfig) -> str:
+    return "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+
+
+def _identity(config: PretrainConfig, release: Release, parent: Artifact | None) -> str:
+    """Changes with whatever could change the weights: settings, snapshots, code, parent; not with where or how it runs."""
+    settings = config.model_copy(
+        update={"runtime": type(config.runtime)(precision=config.runtime.precision), "tracking": type(config.tracking)()}
+    )
+    here = Path(__file__).parent
+    modules = [here / f"{name}.py" for name in ("loop", "transfer", "ranking", "metrics", "scoring", "artifact")]
+    code = code_version(*modules, here / "data", here / "models", here / "tasks")
+    versions = {table.name: release.versions.get(table.name) for table in _READ_TABLES}
+    told = [config_hash(settings), code, json.dumps(versions, sort_keys=True), parent.hash if parent else ""]
+    return ":".join(told)
+
+
+def _finished(folder: Path, identity: str) -> Result | None:
+    try:
+        done = json.loads((folder / DONE).read_text())
+        if done["identity"] == identity and artifact_hash(folder / "model") == done["hash"]:
+            return Result(folder, done["metrics"], reused=True)
+    except (OSError, ValueError, KeyError, GraftrecError):
+        pass
+    return None
+
+
+def _clear_other(folder: Path, identity: str, world: World, say: Callable[[str], None]) -> None:
+    """Remove what a run of another identity left under this name; keep the checkpoints of this one."""
+    note = folder / "identity"
+    if world.first:
+        if folder.exists() and not (note.is_file() and note.read_text() == identity):
+            if (folder / "checkpoints").exists() or (folder / "model" / MANIFEST).exists():
+                say(f"{folder} holds a run with other settings, data or code: it is replaced")
+            for name in ("checkpoints", "model", "evaluation"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / DONE).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(identity)
+    world.wait()
