@@ -53,7 +53,7 @@ class HeldOut:
     negatives: dict[str, IntArray]  # protocol -> [U, N] rows, -1 padded
     protocols: tuple[str, ...]
     num_rows: int  # V
-    first_time: IntArray  # [U] time of the first held-out item; empty where times were not read
+    first_time: IntArray  # [U] time of the first held-out item; empty where there are no times, or they were not read
 
     def __len__(self) -> int:
         return len(self.users)
@@ -89,7 +89,14 @@ def read_held_out(
     Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
     that the catalogue lacks (it must be of the same release and domain).
     """
-    asked = _read_asked(SequenceDataset(release, split, domain), part, times=times, max_users=max_users)
+    dataset = SequenceDataset(release, split, domain)
+    share = 1.0 if max_users is None else max_users / max(dataset.num_rows, 1)
+
+    def holds_out(sequences: Sequences) -> npt.NDArray[np.bool_]:
+        start, stop = _bounds(sequences, part)
+        return (stop > start) & sampled(sequences.users, share)
+
+    asked = read_users(dataset, holds_out, times=times)
     if asked is None:
         raise DataError(
             f"no user of split {split!r} and domain {domain!r} holds out items for {part} in release {release.number} "
@@ -115,7 +122,7 @@ def read_held_out(
         {p: _read_negatives(release, split, domain, catalogue, part, p, asked.users) for p in protocols if p != FULL},
         tuple(protocols),
         len(catalogue),
-        asked.times[asked.offsets[:-1] + start] if times else np.empty(0, dtype=np.int64),
+        asked.times[asked.offsets[:-1] + start] if len(asked.times) else asked.times,
     )
 
 
@@ -183,17 +190,17 @@ def _bounds(sequences: Sequences, part: Part) -> tuple[IntArray, IntArray]:
     return sequences.test_start, sequences.end
 
 
-def _read_asked(dataset: SequenceDataset, part: Part, *, times: bool, max_users: int | None) -> Sequences | None:
-    """Sequences of the users that hold out something in `part`, by user index; None where no one does.
+def read_users(
+    dataset: SequenceDataset, wanted: Callable[[Sequences], npt.NDArray[np.bool_]], *, times: bool = False
+) -> Sequences | None:
+    """The sequences that `wanted` flags, by user index; None where there are none.
 
-    Row groups are read one at a time, so that of the users left out only one group's are ever in memory.
+    Row groups are read one at a time, so that of what is left out only one group is ever in memory.
     """
-    share = 1.0 if max_users is None else max_users / max(dataset.num_rows, 1)
-    kept: list[Sequences] = []
+    kept = []
     for group in range(len(dataset.groups)):
         sequences = dataset.read([group], times=times)
-        start, stop = _bounds(sequences, part)
-        kept.append(sequences.take(np.flatnonzero((stop > start) & (_uniform(sequences.users) < share))))
+        kept.append(sequences.take(np.flatnonzero(wanted(sequences))))
     if not sum(map(len, kept)):
         return None
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(s.offsets) for s in kept]))])
@@ -205,13 +212,13 @@ def _read_asked(dataset: SequenceDataset, part: Part, *, times: bool, max_users:
     return together.take(np.argsort(together.users, kind="stable"))
 
 
-def _uniform(users: IntArray) -> FloatArray:
-    """A fixed number in [0, 1) for each user index (the finaliser of SplitMix64, Steele et al. 2014)."""
+def sampled(users: IntArray, share: float) -> npt.NDArray[np.bool_]:
+    """About this share of users, whatever table they come from (the finaliser of SplitMix64, Steele et al. 2014)."""
     z = users.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    uniform: FloatArray = (z ^ (z >> np.uint64(31))).astype(np.float64) / 2.0**64
-    return uniform
+    flags: npt.NDArray[np.bool_] = (z ^ (z >> np.uint64(31))).astype(np.float64) < share * 2.0**64
+    return flags
 
 
 def _read_negatives(
@@ -236,7 +243,7 @@ def _read_negatives(
         raise DataError(
             f"expected negatives of protocol {protocol!r} for {len(users):,} users of split {split!r}, domain "
             f"{domain!r}, part {part}, found none for {missing:,} in release {release.number} of {release.lake}; add "
-            "it to negatives.protocols of the etl's configuration and run that again, or drop it from evaluation.protocols"
+            "it to negatives.protocols of the etl's configuration, or take it out of evaluation.protocols"
         )
     rows = catalogue.rows(np.concatenate([np.empty(0, np.int32), *items])).astype(np.int64)
     position = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)

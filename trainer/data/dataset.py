@@ -125,7 +125,13 @@ def read_catalogue(release: Release, domain: str) -> Catalogue:
 
 
 def _partitions(release: Release, table: Table) -> list[dict[str, str]]:
-    return _open(release.lake, table, release.versions.get(table.name)).partitions()
+    partitions: list[dict[str, str]] = _open(release.lake, table, release.versions.get(table.name)).partitions()
+    return partitions
+
+
+def domains_with_sequences(release: Release, split: str) -> list[str]:
+    """Domains that have sequences in a split; none where there is no such split."""
+    return sorted({part["domain"] for part in _partitions(release, tables.SEQUENCES) if part["split"] == split})
 
 
 def vocabulary_size(release: Release, table: Table) -> int:

@@ -1,0 +1,290 @@
+"""Who is ranked: models and the simple baselines, each as a score over the rows of one catalogue (DESIGN section 5).
+
+Models may come from other releases, lakes or domains than the one they are scored on. Items and users meet by raw id,
+never by index. What a model does not know it can't find: such an item scores -inf, and is passed over in a history.
+
+Shape letters: ``U`` held-out users, ``B`` users of a batch, ``V`` rows of the evaluated catalogue.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import torch
+from torch import Tensor
+
+from etl import tables
+from etl.config import GraftrecError
+from etl.tables import DOMAIN_ALL, FIRST_INDEX, UNK
+from trainer.artifact import Artifact
+from trainer.baselines import Histories, item_to_item, merge, popularity
+from trainer.config import BaselinesConfig, EvaluationConfig
+from trainer.data.dataset import Catalogue, Release, SequenceDataset, Sequences, domains_with_sequences, read_catalogue
+from trainer.ranking import HeldOut, Part, Score, read_held_out, read_users, sampled
+
+IntArray = npt.NDArray[np.int64]
+
+
+class EvaluateError(GraftrecError):
+    """A model that can't be scored on what it is asked about, or results that can't be compared."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """One pinned release, split, domain and part: the same questions for every contender."""
+
+    release: Release
+    split: str
+    domain: str
+    part: Part
+    catalogue: Catalogue
+    held_out: HeldOut
+
+    @property
+    def users(self) -> IntArray:
+        return self.held_out.users
+
+    @functools.cached_property
+    def raw_users(self) -> list[str]:
+        """Raw ids of the users, in their order."""
+        files = self.release.files(tables.USERS)
+        wanted = pc.field("index").isin(pa.array(self.users, pa.int32()))
+        found = pads.dataset(files, format="parquet").to_table(columns=["user", "index"], filter=wanted)
+        raw: list[str] = found.sort_by("index")["user"].to_pylist()
+        return raw
+
+    @functools.cached_property
+    def everything(self) -> Catalogue:
+        """The items of all domains."""
+        return read_catalogue(self.release, DOMAIN_ALL)
+
+    @functools.cached_property
+    def other_domains(self) -> list[str]:
+        """Domains beside the evaluated one that have sequences in this split."""
+        if self.domain == DOMAIN_ALL or not len(self.held_out.first_time):
+            return []
+        return [d for d in domains_with_sequences(self.release, self.split) if d not in (self.domain, DOMAIN_ALL)]
+
+    @functools.cached_property
+    def input_anywhere(self) -> Histories:
+        """The users' inputs as rows of `everything`, with times."""
+        given = self.held_out.histories
+        rows = self.everything.rows(self.catalogue.global_index[given.items]).astype(np.int64)
+        return dataclasses.replace(given, items=rows)
+
+    @functools.cached_property
+    def elsewhere(self) -> Histories:
+        """What the users did in other domains strictly before their first held-out item, as rows of `everything`."""
+        users = np.asarray(self.users)
+        found = read_users(SequenceDataset(self.release, self.split, DOMAIN_ALL), _is_among(users), times=True)
+        others = aligned(self._rows(found), users).before(self.held_out.first_time)
+        return others.keep(~np.isin(others.items, self.own_rows))
+
+    @functools.cached_property
+    def training_elsewhere(self) -> Histories:
+        """The training parts of the users in other domains, as rows of `everything`."""
+        users = np.asarray(self.users)
+        parts = [
+            aligned(self._rows(read_users(dataset, _is_among(users), times=True), training=True), users)
+            for dataset in (SequenceDataset(self.release, self.split, domain) for domain in self.other_domains)
+        ]
+        together = functools.reduce(merge, parts)
+        return together.keep(~np.isin(together.items, self.own_rows))
+
+    @functools.cached_property
+    def own_rows(self) -> IntArray:
+        """[V] rows of the evaluated catalogue's items in `everything`."""
+        return self.everything.rows(self.catalogue.global_index).astype(np.int64)
+
+    def _rows(self, sequences: Sequences | None, *, training: bool = False) -> Histories:
+        if sequences is None:
+            none = np.empty(0, np.int64)
+            return Histories(none, np.zeros(1, np.int64), none, none)
+        rows = self.everything.rows(sequences.items).astype(np.int64)
+        whole = Histories(sequences.users, sequences.offsets, rows, sequences.times)
+        return whole.until(sequences.valid_start if training else sequences.end)
+
+    def training(self, domain: str, *, max_users: int) -> Histories:
+        """Training parts of a domain, of about `max_users` users, as rows of `everything`; without times."""
+        dataset = SequenceDataset(self.release, self.split, domain)
+        share = max_users / max(dataset.num_rows, 1)
+        return self._rows(read_users(dataset, lambda s: sampled(s.users, share)), training=True)
+
+
+def read_evaluation_set(
+    release: Release, split: str, domain: str, part: Part, config: EvaluationConfig
+) -> EvaluationSet:
+    """Pin what is asked. Raises DataError."""
+    catalogue = read_catalogue(release, domain)
+    held_out = read_held_out(
+        release, split, domain, catalogue, part, config.protocols, times=True, max_users=config.max_users
+    )
+    return EvaluationSet(release, split, domain, part, catalogue, held_out)
+
+
+def aligned(histories: Histories, users: IntArray) -> Histories:
+    """The histories of exactly these users, in that order; empty for a user that has none. `histories` by user."""
+    if not len(histories):
+        return Histories(users, np.zeros(len(users) + 1, np.int64), histories.items, histories.times)
+    place = np.minimum(np.searchsorted(histories.users, users), len(histories) - 1)
+    found = histories.users[place] == users
+    taken = histories.take(place)
+    return dataclasses.replace(taken.keep(np.repeat(found, taken.lengths)), users=users)
+
+
+def _is_among(users: IntArray) -> Callable[[Sequences], npt.NDArray[np.bool_]]:
+    return lambda sequences: np.isin(sequences.users, users)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One scorer in the ranking, and what a reader of the table must know of it."""
+
+    label: str
+    seed: int | None  # None: it has none, as a counting baseline
+    score: Score  # histories as rows of the evaluated catalogue -> [B, V]
+    reads: str
+    is_model: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)  # folder, hash, seconds…
+
+
+# --- models -------------------------------------------------------------------------------------------------------------
+
+
+def model_contender(
+    artifact: Artifact, asked: EvaluationSet, *, label: str | None = None, seed: int | None = None, device: str = "cpu"
+) -> Contender:
+    """A model, scored on the evaluated domain's items whatever it was trained on.
+
+    A model of the evaluated domain reads that domain's items; a model of the domain `all` also reads what the user did
+    elsewhere before the first held-out item. Raises EvaluateError: it knows no item, or was trained on held-out ones.
+    """
+    reads_all = artifact.config.data.domain == DOMAIN_ALL != asked.domain and bool(asked.other_domains)
+    rows = rows_by_raw_id(artifact.catalogue, asked.catalogue)
+    known = np.flatnonzero(rows != UNK)
+    known = known[known >= FIRST_INDEX]
+    if not len(known):
+        raise EvaluateError(
+            f"expected a model that knows items of domain {asked.domain!r}, found none of its "
+            f"{len(asked.catalogue) - FIRST_INDEX:,} items in {artifact.folder} (trained on domain "
+            f"{artifact.config.data.domain!r}); fine-tune it on the domain first"
+        )
+    _refuse_leak(artifact, asked)
+    user_rows = _user_rows(artifact, asked)
+    item_rows = rows_by_raw_id(artifact.catalogue, asked.everything) if reads_all else rows
+    source = merge(asked.input_anywhere, asked.elsewhere) if reads_all else asked.held_out.histories
+    scorer = artifact.scorer(device=device)
+    candidates = rows[known]
+    width = len(asked.catalogue)
+
+    def score(histories: Histories) -> Tensor:
+        place = np.searchsorted(asked.users, histories.users)
+        given = source.take(place) if reads_all else histories
+        own = Histories(user_rows[place], given.offsets, item_rows[given.items], given.times)
+        scores_BV = torch.full((len(histories), width), -torch.inf)
+        scores_BV[:, torch.from_numpy(known)] = scorer.score(own.keep(own.items != UNK), candidates).float().cpu()
+        return scores_BV
+
+    reads = "all domains, others until the first held-out item" if reads_all else asked.domain
+    return Contender(
+        label or str(getattr(artifact.config, "transfer", artifact.config.name)),
+        artifact.config.train.seed if seed is None else seed,
+        score,
+        reads,
+        is_model=True,
+        facts={"folder": str(artifact.folder), "hash": artifact.hash, "parent": artifact.parent} | artifact.metrics,
+    )
+
+
+def rows_by_raw_id(own: Catalogue, asked: Catalogue) -> IntArray:
+    """[rows of `asked`] rows of `own` with the same raw id, UNK where it has none; reserved rows are the same in both."""
+    wanted, had = (pa.array(catalogue.raw_ids[FIRST_INDEX:], pa.string()) for catalogue in (asked, own))
+    found = pc.index_in(wanted, had)
+    rows = found.fill_null(UNK - FIRST_INDEX).to_numpy(zero_copy_only=False).astype(np.int64) + FIRST_INDEX
+    return np.concatenate([np.arange(FIRST_INDEX), rows])
+
+
+def _user_rows(artifact: Artifact, asked: EvaluationSet) -> IntArray:
+    """[U] rows of the model's user table, UNK for users that it does not know."""
+    known = artifact.users or {}
+    return np.array([known.get(raw, UNK) for raw in asked.raw_users], dtype=np.int64)
+
+
+def _refuse_leak(artifact: Artifact, asked: EvaluationSet) -> None:
+    """A domain's training part may hold what another domain holds out: `all` under `last-5` does, under `causal` not."""
+    data = artifact.config.data
+    if data.domain == asked.domain or data.domain not in domains_with_sequences(asked.release, data.split):
+        return
+    dataset = SequenceDataset(asked.release, data.split, data.domain)
+    trained = aligned(asked._rows(read_users(dataset, _is_among(asked.users)), training=True), asked.users)
+    owner = np.repeat(np.arange(len(trained)), trained.lengths)
+    own = np.bincount(owner[np.isin(trained.items, asked.own_rows)], minlength=len(trained))
+    leaked = int(np.maximum(own - asked.held_out.histories.lengths, 0).sum())
+    if leaked:
+        raise EvaluateError(
+            f"expected a model that has not seen what it is asked, found {leaked:,} held-out interactions of domain "
+            f"{asked.domain!r} in what {artifact.folder} was trained on (split {data.split!r}, domain {data.domain!r}); "
+            f"train it on a split that is causal for {asked.domain!r}"
+        )
+
+
+# --- baselines ----------------------------------------------------------------------------------------------------------
+
+
+def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[Contender]:
+    """Popularity, item-to-item over the evaluated domain's last items, and over the last items of all domains."""
+    own_rows = asked.own_rows
+    num_items = len(asked.everything)
+    own = asked.training(asked.domain, max_users=config.max_users)
+    popular = popularity(own, num_items)
+    within = item_to_item(own, num_items, last=config.last, towards=own_rows)
+    decayed = dataclasses.replace(within, last=None, decay=config.decay)
+    here = asked.input_anywhere
+    last = f"last {config.last}"
+    contenders = [
+        Contender("popularity", None, lambda given: popular.score(given, own_rows), "nothing"),
+        _over("item-to-item", within, here, f"{last} of {asked.domain}", asked),
+        _over("item-to-item, decayed", decayed, here, f"{asked.domain}, the n-th last weighs {config.decay}^n", asked),
+    ]
+    if asked.other_domains:
+        rest = [asked.training(domain, max_users=config.max_users) for domain in asked.other_domains]
+        joined = functools.reduce(_side_by_side, [own, *rest])
+        across = item_to_item(joined, num_items, last=config.last, towards=own_rows)
+        across = dataclasses.replace(across, popularity=popular)
+        decayed = dataclasses.replace(across, last=None, decay=config.decay)
+        training, prior = merge(here, asked.training_elsewhere), merge(here, asked.elsewhere)
+        before = "others: until the first held-out item"
+        contenders += [
+            _over("item-to-item, all domains, training rows", across, training,
+                  f"{last} of all domains (others: training part)", asked),
+            _over("item-to-item, all domains", across, prior, f"{last} of all domains ({before})", asked),
+            _over("item-to-item, all domains, decayed", decayed, prior,
+                  f"all domains ({before}), the n-th last weighs {config.decay}^n", asked),
+        ]  # fmt: skip
+    return contenders
+
+
+def _over(label: str, scorer: Any, histories: Histories, reads: str, asked: EvaluationSet) -> Contender:
+    """A baseline that reads its own histories of the asked users, as rows of all domains' catalogue."""
+
+    def score(given: Histories) -> Tensor:
+        scores: Tensor = scorer.score(histories.take(np.searchsorted(asked.users, given.users)), asked.own_rows)
+        return scores
+
+    return Contender(label, None, score, reads)
+
+
+def _side_by_side(first: Histories, second: Histories) -> Histories:
+    """Both domains' interactions of each user, the order of domains for want of times: for counting only."""
+    users, places = np.unique(np.concatenate([first.users, second.users]), return_inverse=True)
+    owner = np.repeat(places, np.concatenate([first.lengths, second.lengths]))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(users)))])
+    items = np.concatenate([first.items, second.items])[np.argsort(owner, kind="stable")]
+    return Histories(users, offsets, items, np.empty(0, np.int64))
