@@ -271,13 +271,14 @@ def commit_files(
     metadata: Mapping[str, str],
     properties: Mapping[str, str] | None = None,
     partition_scope: Mapping[str, Sequence[Any]] | None = None,
+    transactions: Mapping[str, int] | None = None,
 ) -> Written:
     """Verify `files` and commit them all in one transaction, once per (app, app_version).
 
     `mode`: "append" adds; "overwrite" replaces the table; "partitions" replaces the partitions the files belong to, or
     those `partition_scope` (column -> values; columns left out match anything) names. `properties` are table properties,
-    set when the table is made, and when it is overwritten. Raises InvalidFile, LakeError, CommitConflict; the table is
-    then as it was.
+    set when the table is made, and when it is overwritten. `transactions` are recorded beside (app, app_version), for
+    `transactions()` to find. Raises InvalidFile, LakeError, CommitConflict; the table is then as it was.
     """
     if done := landed(lake, table, app, app_version):
         return done
@@ -290,6 +291,7 @@ def commit_files(
         _check_inside(Path(table_uri(lake, table)), files)
         _sync_data(root, Path(table_uri(lake, table)), files)
     custom = {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows)}
+    recorded = [Transaction(name, number) for name, number in {**(transactions or {}), app: app_version}.items()]
     deadline = time.monotonic() + PATIENCE_SECONDS
     for attempt in range(1_000_000):
         handle = open_table(lake, table)
@@ -312,7 +314,7 @@ def commit_files(
                 handle.schema(),
                 list(table.partition_by),
                 filters,
-                commit_properties=CommitProperties(custom, 0, [Transaction(app, app_version)]),
+                commit_properties=CommitProperties(custom, 0, recorded),
                 post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
             )
         except (DeltaError, OSError) as error:
@@ -341,6 +343,13 @@ def landed(lake: str, table: Table, app: str, app_version: int) -> Written | Non
     """What an earlier call with this (app, app_version), or a newer version of app, committed; None if nothing."""
     handle = open_table(lake, table)
     return None if handle is None else _landed(handle, app, app_version)
+
+
+def transactions(lake: str, table: Table, apps: Sequence[str]) -> dict[str, int]:
+    """Application -> the newest version of it that has landed, of those of `apps` that have."""
+    handle = open_table(lake, table)
+    found = {} if handle is None else {app: handle.transaction_version(app) for app in apps}
+    return {app: int(version) for app, version in found.items() if version is not None}
 
 
 def _landed(handle: DeltaTable, app: str, app_version: int) -> Written | None:

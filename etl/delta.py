@@ -40,6 +40,7 @@ from etl.commit import (
     snapshot_files,
     table_filesystem,
     table_uri,
+    transactions,
 )
 from etl.datafile import DataFile, InvalidFile, data_schema, partition_text
 from etl.tables import Table
@@ -57,7 +58,9 @@ __all__ = [
     "landed",
     "last_commit",
     "read",
+    "snapshot_files",
     "table_uri",
+    "transactions",
     "write",
 ]
 
@@ -103,6 +106,7 @@ def write(
     metadata: Mapping[str, str],
     properties: Mapping[str, str] | None = None,
     partition_scope: Mapping[str, Sequence[Any]] | None = None,
+    transactions: Mapping[str, int] | None = None,
 ) -> Written:
     """Write `frame` to `table` in one transaction, once per (app, app_version): see `etl.commit.commit_files`.
 
@@ -129,6 +133,7 @@ def write(
         metadata=metadata,
         properties=properties,
         partition_scope=partition_scope,
+        transactions=transactions,
     )
 
 
