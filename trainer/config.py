@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from etl.config import ConfigError, GraftrecError, Section, load
+from etl.config import ConfigError, GraftrecError, Section, SparkConfig, load
 
 __all__ = [
     "BaselinesConfig",
@@ -22,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "NextItemConfig",
     "PretrainConfig",
+    "RecommendConfig",
     "PromoteConfig",
     "RuntimeConfig",
     "TaskConfig",
@@ -245,4 +246,20 @@ class PromoteConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig(protocols=("full",))
     baselines: BaselinesConfig = BaselinesConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class RecommendConfig(Section):
+    """Write the top-k of every user of a domain to the Delta table `recommendations`."""
+
+    name: str = "recommend"
+    registered_model: str = "graftrec"
+    model: str = "champion"  # an alias or the number of a registered version, or a model folder
+    lake: str | None = None  # None: the model's own
+    release: int | None = None  # None: the newest complete one, pinned when the run starts
+    split: str | None = None  # None, here and below: the model's own
+    domain: str | None = None
+    k: int = Field(10, ge=1)  # items a user
+    batch_size: int = Field(256, ge=1)  # users scored at once
+    spark: SparkConfig = SparkConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -1,7 +1,7 @@
 """What a run has to tell a tracking server, sent by a thread of its own: the training loop never waits for a server.
 
 Entries are plain JSON, in order. A server that is dead or slow keeps them waiting: they are tried again, later and
-later, and a single line says so. What is still unsent when the process ends is kept in a folder, and the next run sends it.
+later, and a single line says so. What is unsent when the process ends is kept in a folder, and the next run sends it.
 Sending an entry twice (an answer got lost) changes nothing: a metric is keyed by name, step, time and value.
 """
 
