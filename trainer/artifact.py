@@ -1,11 +1,11 @@
 """A model folder: all that is needed to score, to serve, and to graft on. No pickle; damaged files are refused by name.
 
-    config.json          the run's whole configuration, its release, table versions, parent, metrics
-    weights.safetensors  every tensor but the user table
-    users.safetensors    the user table, apart from the rest: it can be huge, and it is personal data. Optional.
-    users.parquet        raw user id -> row of the user table. Optional, as above.
-    catalogue.parquet    row, global index, raw item id, title, popularity, entity index of each knowledge slot
-    manifest.json        SHA-256 of each file above; written last, so that a half-written folder is no model
+config.json          the run's whole configuration, its release, table versions, parent, metrics
+weights.safetensors  every tensor but the user table
+users.safetensors    the user table, apart from the rest: it can be huge, and it is personal data. Optional.
+users.parquet        raw user id -> row of the user table. Optional, as above.
+catalogue.parquet    row, global index, raw item id, title, popularity, entity index of each knowledge slot
+manifest.json        SHA-256 of each file above; written last, so that a half-written folder is no model
 """
 
 import hashlib

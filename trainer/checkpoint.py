@@ -34,7 +34,10 @@ def save(root: Path, step: int, checkpoint: Checkpoint, *, keep: int) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for stem, tensors in checkpoint.tensors.items():
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / f"{stem}.safetensors")
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            folder / f"{stem}.safetensors",
+        )
     (folder / "state.json").write_text(json.dumps(checkpoint.state))
     digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
     for name in digests:

@@ -271,5 +271,3 @@ def _stop_flag() -> Iterator[list[bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

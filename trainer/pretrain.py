@@ -188,7 +188,11 @@ def _popularity(dataset: SequenceDataset, catalogue: Catalogue) -> npt.NDArray[n
 
 def _tell(epoch: Epoch, tracked: Run, say: Callable[[str], None]) -> None:
     numbers = {f"validation/{name}": value for name, value in epoch.metrics.items()}
-    speed = {"train/loss": epoch.loss, "train/items_per_second": epoch.items_per_second, "train/epoch_seconds": epoch.seconds}
+    speed = {
+        "train/loss": epoch.loss,
+        "train/items_per_second": epoch.items_per_second,
+        "train/epoch_seconds": epoch.seconds,
+    }
     tracked.log_metrics(numbers | speed, step=epoch.epoch)
     say(
         f"epoch {epoch.epoch:>3}  loss {epoch.loss:.4f}  validation {SCORE} {epoch.metrics[SCORE]:.4f}  "
@@ -219,7 +223,10 @@ def _recipe(config: PretrainConfig) -> str:
 def _identity(config: PretrainConfig, release: Release, parent: Artifact | None) -> str:
     """Changes with whatever could change the weights: settings, snapshots, code, parent; not with where or how it runs."""
     settings = config.model_copy(
-        update={"runtime": type(config.runtime)(precision=config.runtime.precision), "tracking": type(config.tracking)()}
+        update={
+            "runtime": type(config.runtime)(precision=config.runtime.precision),
+            "tracking": type(config.tracking)(),
+        }
     )
     here = Path(__file__).parent
     modules = [here / f"{name}.py" for name in ("loop", "transfer", "ranking", "metrics", "scoring", "artifact")]

@@ -77,7 +77,9 @@ def graft(
     if transfer != "none" and parent is None:
         raise TransferError(f"transfer {transfer} needs a pre-trained model; set parent to its `model` folder")
     if unknown := set(freeze) - set(groups_of(config)):
-        raise TransferError(f"freeze: expected parameter groups ({', '.join(groups_of(config))}), found {sorted(unknown)}")
+        raise TransferError(
+            f"freeze: expected parameter groups ({', '.join(groups_of(config))}), found {sorted(unknown)}"
+        )
     given = dict(parent.model.named_parameters()) if parent is not None and transfer != "none" else {}
     groups = group_of(model, config)
     lines = []

@@ -46,7 +46,11 @@ class Release:
         schema = pa.schema([table.schema.field(name) for name in columns])
         if not files:
             return schema.empty_table()
-        return pads.dataset(files, format="parquet", schema=_data_schema(table)).to_table(columns=list(columns)).cast(schema)
+        return (
+            pads.dataset(files, format="parquet", schema=_data_schema(table))
+            .to_table(columns=list(columns))
+            .cast(schema)
+        )
 
 
 def _data_schema(table: Table) -> pa.Schema:
@@ -62,7 +66,9 @@ def _open(lake: str, table: Table, version: int | None) -> deltalake.DeltaTable:
             f"no table {table.name} in the lake {lake}: expected the tables of a complete run; run `python -m etl all --lake {lake}`"
         ) from None
     except Exception as error:  # deltalake raises a plain DeltaError for a version that is not there or a torn log
-        raise DataError(f"table {table.name} of the lake {lake}, version {version}: {' '.join(str(error).split())}") from None
+        raise DataError(
+            f"table {table.name} of the lake {lake}, version {version}: {' '.join(str(error).split())}"
+        ) from None
 
 
 def pin(lake: str, release: int | None) -> Release:
@@ -109,7 +115,9 @@ def read_catalogue(release: Release, domain: str) -> Catalogue:
     members = release.read(tables.DOMAINS, ["index"], {"domain": domain})
     if not len(members):
         known = sorted({part["domain"] for part in _partitions(release, tables.DOMAINS)})
-        raise DataError(f"no domain {domain!r} in release {release.number} of {release.lake}; it has {', '.join(known)}")
+        raise DataError(
+            f"no domain {domain!r} in release {release.number} of {release.lake}; it has {', '.join(known)}"
+        )
     items = release.read(tables.ITEMS, ["index", "item", "title", "kept"])
     items = items.filter(items["kept"])
     items = items.filter(pa.compute.is_in(items["index"], value_set=members["index"])).sort_by("index")
@@ -154,7 +162,9 @@ def read_knowledge(release: Release, catalogue: Catalogue, slots: dict[str, int]
     triples = release.read(tables.KNOWLEDGE, ["head_index", "relation", "rank", "tail_index"])
     start = 0
     for relation, width in slots.items():
-        chosen = triples.filter(pa.compute.equal(triples["relation"], relation)).sort_by([("head_index", "ascending"), ("rank", "ascending")])
+        chosen = triples.filter(pa.compute.equal(triples["relation"], relation)).sort_by(
+            [("head_index", "ascending"), ("rank", "ascending")]
+        )
         heads, tails = chosen["head_index"].to_numpy(), chosen["tail_index"].to_numpy()
         rows = catalogue.rows(heads)
         # Position among the triples of one head, so that a gap in ranks leaves no empty slot.
@@ -238,7 +248,9 @@ class SequenceDataset:
             try:
                 parts.append(_parquet(file).read_row_groups(numbers, columns=wanted, use_threads=False))
             except (OSError, pa.ArrowException) as error:
-                raise DataError(f"can't read {file}: {' '.join(str(error).split())}; restore it, or run the etl job `sequences` again") from None
+                raise DataError(
+                    f"can't read {file}: {' '.join(str(error).split())}; restore it, or run the etl job `sequences` again"
+                ) from None
         return _flatten(pa.concat_tables(parts), times=times)
 
     def read_all(self, *, times: bool = False) -> Sequences:

@@ -38,7 +38,9 @@ class Loader:
         batch_size: int, max_length: int, seed: int, rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
         if batch_size < world_size:
-            raise ConfigError(f"train.batch_size is {batch_size}, less than the {world_size} processes; give each at least one row")
+            raise ConfigError(
+                f"train.batch_size is {batch_size}, less than the {world_size} processes; give each at least one row"
+            )
         self.dataset, self.catalogue, self.config = dataset, catalogue, config
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.rank, self.world_size = rank, world_size
@@ -94,13 +96,21 @@ class Loader:
             # Half the windows are the newest: the model is asked at the end of a history.
             starts = np.where(random < 0.5, starts, ((random - 0.5) * 2 * (starts + 1)).astype(np.int64))
         mine = order.rank_slice(len(rows), self.rank, self.world_size)
-        items = pad_windows(sequences, self.catalogue, rows[mine], starts[mine], lengths[mine], max(int(lengths.max()), 1))
+        items = pad_windows(
+            sequences, self.catalogue, rows[mine], starts[mine], lengths[mine], max(int(lengths.max()), 1)
+        )
         users = sequences.users[rows]
         if self.config.unknown_users:  # so that the unknown user's row is trained, and a cold user is served well
             hidden = np.random.default_rng([*draw, 3]).random(len(rows)) < self.config.unknown_users
             users = np.where(hidden, UNK, users)
         return Batch(
-            items, torch.from_numpy(lengths[mine]), torch.from_numpy(users[mine]), len(rows), mine, draw, int(lengths.sum())
+            items,
+            torch.from_numpy(lengths[mine]),
+            torch.from_numpy(users[mine]),
+            len(rows),
+            mine,
+            draw,
+            int(lengths.sum()),
         )
 
     def _read(self, groups: IntArray) -> Sequences:

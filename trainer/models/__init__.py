@@ -12,9 +12,7 @@ from trainer.models.bert4rec import Bert4Rec
 __all__ = ["Bert4Rec", "build_model", "group_of", "groups_of"]
 
 
-def build_model(
-    config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int
-) -> Bert4Rec:
+def build_model(config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int) -> Bert4Rec:
     """A new model, its weights a function of `seed` alone (the global random state is left as it was)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -16,7 +16,13 @@ from trainer.models.bert4rec import Bert4Rec
 
 
 def summed_loss(
-    model: Bert4Rec, hidden_ND: Tensor, targets_N: Tensor, config: LossConfig, *, draw: tuple[int, ...], table_VD: Tensor | None
+    model: Bert4Rec,
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    config: LossConfig,
+    *,
+    draw: tuple[int, ...],
+    table_VD: Tensor | None,
 ) -> Tensor:
     """Sum over N positions of the negative log-likelihood (nats) of their targets (catalogue rows)."""
     if config.kind == "full":

@@ -30,7 +30,9 @@ class MaskedItem:
         table_VD = model.item_vectors() if whole else None
         hidden_BTD = model(corrupted_BT, batch.lengths, batch.users, causal=False, table_VD=table_VD)
         targets_N = batch.items[chosen_BT]
-        loss = summed_loss(model, hidden_BTD[chosen_BT], targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
+        loss = summed_loss(
+            model, hidden_BTD[chosen_BT], targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD
+        )
         return loss, chosen_BT.sum()
 
     def mask(self, batch: Batch, num_items: int) -> tuple[Tensor, Tensor]:

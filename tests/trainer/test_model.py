@@ -1,0 +1,227 @@
+"""BERT4Rec and its tasks: what a position may see, which positions train, and that the query is what was trained."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from etl.tables import CLS, FIRST_INDEX, MASK, PAD, UNK
+from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, NextItemConfig
+from trainer.data.batch import Batch
+from trainer.models import build_model, group_of, groups_of
+from trainer.tasks import MaskedItem, NextItem
+from trainer.tasks.loss import sampled_softmax, summed_loss
+
+NUM_ITEMS = FIRST_INDEX + 30
+SMALL = Bert4RecConfig(blocks=2, width=16, heads=2, max_length=12, dropout=0.0, user_width=4, knowledge_width=3)
+
+
+def model_of(config=SMALL, *, seed=0, slots=4):
+    knowledge = torch.from_numpy(np.random.default_rng(7).integers(UNK, 20, (NUM_ITEMS, slots)))
+    model = build_model(config, num_users=50, num_entities=20, knowledge_VS=knowledge, seed=seed)
+    return model.double().eval()
+
+
+def batch_of(lengths, *, seed=0, draw=(0, 0, 0), width=None):
+    random = np.random.default_rng(seed)
+    lengths = torch.tensor(lengths)
+    width = width or int(lengths.max())
+    items = torch.from_numpy(random.integers(FIRST_INDEX, NUM_ITEMS, (len(lengths), width)))
+    items[torch.arange(width) >= lengths[:, None]] = PAD
+    users = torch.from_numpy(random.integers(FIRST_INDEX, 50, len(lengths)))
+    return Batch(items, lengths, users, len(lengths), slice(0, len(lengths)), draw, int(lengths.sum()))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_hidden_states_do_not_depend_on_padding(causal):
+    model, batch = model_of(), batch_of([5, 3, 8])
+    wide = torch.cat([batch.items, torch.full((3, 4), PAD)], dim=1)
+    narrow_BTD = model(batch.items, batch.lengths, batch.users, causal=causal)
+    wide_BTD = model(wide, batch.lengths, batch.users, causal=causal)
+    for row, length in enumerate(batch.lengths.tolist()):
+        torch.testing.assert_close(wide_BTD[row, :length], narrow_BTD[row, :length])
+        alone = model(
+            batch.items[row : row + 1, :length], batch.lengths[row : row + 1], batch.users[row : row + 1], causal=causal
+        )
+        torch.testing.assert_close(alone[0], narrow_BTD[row, :length])
+
+
+def test_causal_position_sees_nothing_after_it_and_bidirectional_does():
+    model, batch = model_of(), batch_of([8])
+    changed = batch.items.clone()
+    changed[0, 5] = FIRST_INDEX + (changed[0, 5] - FIRST_INDEX + 1) % 30
+    for causal in (True, False):
+        before = model(batch.items, batch.lengths, batch.users, causal=causal)
+        after = model(changed, batch.lengths, batch.users, causal=causal)
+        moved = ((before - after).abs().amax(-1) > 1e-9)[0].tolist()
+        assert moved == ([False] * 5 + [True] * 3 if causal else [True] * 8)
+
+
+def test_unknown_users_share_one_vector_and_known_ones_have_their_own():
+    model, batch = model_of(), batch_of([6, 6])
+    items = batch.items[:1].expand(3, -1)
+    lengths = torch.tensor([6, 6, 6])
+    hidden = model(items, lengths, torch.tensor([UNK, 50, 10_000]), causal=False)
+    torch.testing.assert_close(hidden[0], hidden[1])
+    torch.testing.assert_close(hidden[0], hidden[2])
+    known = model(items, lengths, torch.tensor([6, 7, 7]), causal=False)
+    assert not torch.allclose(known[0], known[1])
+    torch.testing.assert_close(known[1], known[2])
+
+
+def test_items_are_scored_with_the_table_they_are_embedded_with():
+    model, batch = model_of(), batch_of([4, 7])
+    table_VD = model.item_vectors()
+    torch.testing.assert_close(model.item_vectors(batch.items), table_VD[batch.items])
+    hidden_BTD = model(batch.items, batch.lengths, batch.users, causal=False)
+    with_table = model(batch.items, batch.lengths, batch.users, causal=False, table_VD=table_VD)
+    torch.testing.assert_close(hidden_BTD, with_table)
+    rows = torch.tensor([9, 5, 30])
+    scores = model.scores(hidden_BTD[:, 0])
+    torch.testing.assert_close(model.scores(hidden_BTD[:, 0], rows), scores[:, rows])
+    by_hand = model.head(hidden_BTD[:, 0]) @ table_VD.T + model.output_bias
+    torch.testing.assert_close(scores, by_hand)
+
+
+def test_knowledge_enters_the_item_vectors_of_its_items_only():
+    model = model_of()
+    before = model.item_vectors().detach().clone()
+    with torch.no_grad():
+        model.entity_embedding.weight[11] += 1
+    moved = ((model.item_vectors() - before).abs().amax(-1) > 1e-9).tolist()
+    assert moved == (model.knowledge_VS == 11).any(1).tolist()
+    without = model_of(SMALL.model_copy(update={"knowledge": {}}), slots=0)
+    assert "entity_embedding.weight" not in dict(without.named_parameters())
+    assert without.item_vectors().shape == (NUM_ITEMS, 16)
+
+
+def test_every_parameter_belongs_to_one_group():
+    for user_width, slots in ((4, 4), (0, 4), (4, 0)):
+        config = SMALL.model_copy(update={"user_width": user_width})
+        model = model_of(config, slots=slots)
+        found = group_of(model, config)
+        assert set(found) == set(dict(model.named_parameters()))
+        assert set(found.values()) <= set(groups_of(config))
+        assert ("user" in found.values(), "knowledge" in found.values()) == (user_width > 0, slots > 0)
+
+
+def test_build_model_is_a_function_of_its_seed_and_leaves_random_state_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first, again, other = model_of(seed=1), model_of(seed=1), model_of(seed=2)
+    torch.testing.assert_close(torch.rand(2), expected)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+    assert not torch.equal(first.item_embedding.weight, other.item_embedding.weight)
+
+
+# --- masked item -------------------------------------------------------------------------------------------------------
+
+
+def test_mask_shares_are_those_of_the_settings():
+    config = MaskedItemConfig(mask_probability=0.3, last_only_probability=0.25)
+    batch = batch_of([40] * 4_000)
+    corrupted, chosen = MaskedItem(config).mask(batch, NUM_ITEMS)
+    alone = (chosen.sum(1) == 1) & chosen[:, -1]
+    assert alone.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert (corrupted[alone, -1] == MASK).all()
+    rest = ~alone
+    assert chosen[rest].float().mean().item() == pytest.approx(0.3, abs=0.01)
+    picked, original = corrupted[rest][chosen[rest]], batch.items[rest][chosen[rest]]
+    assert (picked == MASK).float().mean().item() == pytest.approx(0.8, abs=0.01)
+    # a random item is the original one in 30th of the cases
+    assert (picked == original).float().mean().item() == pytest.approx(0.1 + 0.1 / 30, abs=0.01)
+    assert torch.equal(corrupted[~chosen], batch.items[~chosen])
+    assert ((picked == MASK) | (picked >= FIRST_INDEX)).all()
+
+
+def test_mask_takes_at_least_one_real_position_of_each_sequence():
+    batch = batch_of([1, 2, 3] * 200, width=9)
+    _, chosen = MaskedItem(MaskedItemConfig(mask_probability=0.01, last_only_probability=0)).mask(batch, NUM_ITEMS)
+    assert (chosen.sum(1) >= 1).all()
+    assert not chosen[~batch.mask_BT].any()
+
+
+def test_mask_of_a_rank_is_its_slice_of_the_global_one():
+    whole = batch_of([9, 4, 6, 7, 5])
+    task = MaskedItem(MaskedItemConfig())
+    expected_items, expected_chosen = task.mask(whole, NUM_ITEMS)
+    for rows in (slice(0, 2), slice(2, 5)):
+        part = Batch(whole.items[rows], whole.lengths[rows], whole.users[rows], 5, rows, whole.draw)
+        items, chosen = task.mask(part, NUM_ITEMS)
+        assert torch.equal(items, expected_items[rows])
+        assert torch.equal(chosen, expected_chosen[rows])
+
+
+@pytest.mark.parametrize("task", [MaskedItem(MaskedItemConfig()), NextItem(NextItemConfig())])
+def test_loss_of_the_whole_is_the_sum_of_its_parts(task):
+    model, whole = model_of(), batch_of([9, 4, 6, 7, 5])
+    loss, positions = task.loss(model, whole)
+    parts = [
+        task.loss(model, Batch(whole.items[rows], whole.lengths[rows], whole.users[rows], 5, rows, whole.draw))
+        for rows in (slice(0, 3), slice(3, 5), slice(5, 5))
+    ]
+    assert sum(int(part[1]) for part in parts) == int(positions)
+    assert sum(part[0].item() for part in parts) == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_masked_query_is_the_training_sample_with_the_last_item_masked():
+    model, batch = model_of(), batch_of([6, 9])
+    task = MaskedItem(MaskedItemConfig(last_only_probability=1.0))
+    corrupted, chosen = task.mask(batch, NUM_ITEMS)
+    trained = model(corrupted, batch.lengths, batch.users, causal=False)[chosen]
+    shorter = Batch(batch.items[:, :-1].clone(), batch.lengths - 1, batch.users, 2, slice(0, 2), ())
+    shorter.items[0, 5] = PAD
+    torch.testing.assert_close(task.query(model, shorter), trained)
+
+
+def test_next_item_query_is_the_trained_position():
+    model, batch = model_of(), batch_of([7, 7])
+    inputs = torch.cat([torch.full((2, 1), CLS), batch.items[:, :-1]], dim=1)
+    trained = model(inputs, batch.lengths, batch.users, causal=True)[:, -1]
+    shorter = Batch(batch.items[:, :-1], batch.lengths - 1, batch.users, 2, slice(0, 2), ())
+    torch.testing.assert_close(NextItem(NextItemConfig()).query(model, shorter), trained)
+
+
+@pytest.mark.parametrize("task", [MaskedItem(MaskedItemConfig()), NextItem(NextItemConfig())])
+def test_query_of_an_empty_history_is_finite(task):
+    empty = Batch(torch.zeros(2, 0, dtype=torch.long), torch.tensor([0, 0]), torch.tensor([UNK, 7]), 2, slice(0, 2), ())
+    assert torch.isfinite(task.query(model_of(), empty)).all()
+
+
+# --- loss --------------------------------------------------------------------------------------------------------------
+
+
+def test_full_loss_is_the_negative_log_likelihood_over_real_items():
+    model = model_of()
+    hidden, targets = torch.randn(3, 16, dtype=torch.float64), torch.tensor([FIRST_INDEX, 20, NUM_ITEMS - 1])
+    scores = model.scores(hidden).detach().numpy()
+    expected = 0.0
+    for row, target in enumerate(targets.tolist()):
+        expected -= scores[row, target] - math.log(sum(math.exp(s) for s in scores[row, FIRST_INDEX:]))
+    found = summed_loss(model, hidden, targets, LossConfig(), draw=(0,), table_VD=None)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_sampled_partition_function_is_unbiased():
+    """Over many draws, exp(loss + own score) averages to the full partition function."""
+    model = model_of()
+    with torch.no_grad():
+        model.item_embedding.weight *= 20
+    hidden, target = (
+        torch.randn(1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([11]),
+    )
+    scores = model.scores(hidden)[0, FIRST_INDEX:]
+    full = torch.exp(scores).sum().item()
+    random, num = np.random.default_rng(0), 8
+    totals = []
+    for _ in range(4_000):
+        negatives = torch.from_numpy(random.integers(FIRST_INDEX, NUM_ITEMS, num))
+        loss = sampled_softmax(model, hidden, target, negatives, math.log(num / 30))
+        totals.append(math.exp(loss.item() + scores[11 - FIRST_INDEX].item()))
+    error = np.std(totals) / math.sqrt(len(totals))
+    assert abs(np.mean(totals) - full) < 4 * error
+    assert error < 0.05 * full
