@@ -186,7 +186,7 @@ class BaselinesConfig(Section):
 
     enabled: bool = True
     last: int = Field(5, ge=1)  # items of a history that item-to-item reads
-    decay: float = Field(0.8, gt=0, le=1)  # of the decayed variant: the n-th last item weighs decay**n
+    decay: float = Field(0.6, gt=0, le=1)  # of the variant that reads all: the n-th last item weighs decay**n
     max_users: int = Field(1_000_000, ge=2)  # whose training parts are counted, about
 
 

@@ -155,7 +155,7 @@ class Contender:
     facts: dict[str, Any] = field(default_factory=dict)  # folder, hash, seconds…
 
 
-# --- models -------------------------------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------------------------------
 
 
 def model_contender(
@@ -204,7 +204,7 @@ def model_contender(
 
 
 def rows_by_raw_id(own: Catalogue, asked: Catalogue) -> IntArray:
-    """[rows of `asked`] rows of `own` with the same raw id, UNK where it has none; reserved rows are the same in both."""
+    """[rows of `asked`] rows of `own` with the same raw id, UNK where it has none; reserved rows are themselves."""
     wanted, had = (pa.array(catalogue.raw_ids[FIRST_INDEX:], pa.string()) for catalogue in (asked, own))
     found = pc.index_in(wanted, had)
     rows = found.fill_null(UNK - FIRST_INDEX).to_numpy(zero_copy_only=False).astype(np.int64) + FIRST_INDEX
@@ -218,7 +218,7 @@ def _user_rows(artifact: Artifact, asked: EvaluationSet) -> IntArray:
 
 
 def _refuse_leak(artifact: Artifact, asked: EvaluationSet) -> None:
-    """A domain's training part may hold what another domain holds out: `all` under `last-5` does, under `causal` not."""
+    """A domain's training part may hold what another holds out: that of `all` under `last-5` does, not so `causal`."""
     data = artifact.config.data
     if data.domain == asked.domain or data.domain not in domains_with_sequences(asked.release, data.split):
         return
@@ -230,12 +230,12 @@ def _refuse_leak(artifact: Artifact, asked: EvaluationSet) -> None:
     if leaked:
         raise EvaluateError(
             f"expected a model that has not seen what it is asked, found {leaked:,} held-out interactions of domain "
-            f"{asked.domain!r} in what {artifact.folder} was trained on (split {data.split!r}, domain {data.domain!r}); "
-            f"train it on a split that is causal for {asked.domain!r}"
+            f"{asked.domain!r} in what {artifact.folder} was trained on (split {data.split!r}, domain "
+            f"{data.domain!r}); train it on a split that is causal for {asked.domain!r}"
         )
 
 
-# --- baselines ----------------------------------------------------------------------------------------------------------
+# --- baselines --------------------------------------------------------------------------------------------------------
 
 
 def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[Contender]:
