@@ -6,7 +6,6 @@ mlflow is imported by the thread that talks to it (about two seconds), so a comm
 
 import contextlib
 import fcntl
-import functools
 import getpass
 import hashlib
 import json
@@ -16,14 +15,14 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ import yaml
 from etl.config import GraftrecError, Section
 from trainer.config import TrackingConfig
 from trainer.outbox import Entry, Outbox, Refused, keep, kept, one_line
+from trainer.provenance import code_version, cut, flatten, redact, without_secrets
 
 if TYPE_CHECKING:  # both are slow to import
     from matplotlib.figure import Figure
@@ -150,67 +150,6 @@ def experiment_id(client: Any, config: TrackingConfig) -> str:
     return str(found.experiment_id)
 
 
-# --- secrets, code version --------------------------------------------------------------------------------------------
-
-_SECRET_NAME = re.compile(r"passw|secret|token|credential|access.?key|api.?key|private.?key", re.IGNORECASE)
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-
-
-def redact(text: str) -> str:
-    """`text` without user info in URIs and values of environment variables that are secret by their name."""
-    text = _USER_INFO.sub("***", text)
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= 6 and not Path(value).exists():
-            text = text.replace(value, "***")
-    return text
-
-
-def _without_secrets(value: Any, name: str = "") -> Any:
-    if isinstance(value, dict):
-        return {key: _without_secrets(entry, str(key)) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(entry, name) for entry in value]
-    if isinstance(value, str):
-        return "***" if value and _SECRET_NAME.search(name) else redact(value)
-    return value
-
-
-def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as {"section.key": text}; lists as JSON."""
-    flat: dict[str, str] = {}
-    for key, entry in value.items():
-        if isinstance(entry, dict) and entry:
-            flat |= flatten(entry, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = entry if isinstance(entry, str) else json.dumps(entry)
-    return flat
-
-
-def _cut(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-@functools.cache
-def code_version() -> dict[str, str]:
-    """Hash of the two packages' sources, and the git commit they stand at (with "+" where they differ from it)."""
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for file in sorted([*root.glob("etl/**/*.py"), *root.glob("trainer/**/*.py")]):
-        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
-    version = {"sources": digest.hexdigest()[:16]}
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "trainer/tracking.py") and (commit := git("rev-parse", "HEAD")):
-        version["commit"] = commit + ("+" if git("status", "--porcelain", "--", "etl", "trainer") else "")
-    return version
-
-
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +207,7 @@ def start_run(
         return
     parent = parent_run_id or (_active[-1].id if _active else os.environ.get(PARENT_VARIABLE)) or None
     run = _TrackedRun(config, name=name, parent=parent, joined=os.environ.pop(JOINED_VARIABLE, None))
-    settings = _without_secrets(resolved.model_dump(mode="json"))
+    settings = without_secrets(resolved.model_dump(mode="json"))
     run.log_params(flatten(settings))
     run.log_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "config.yaml")
     run.set_tags({f"graftrec.code.{key}": value for key, value in code_version().items()} | dict(tags or {}))
@@ -342,7 +281,7 @@ class _TrackedRun(Run):
         return self._sender.run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        texts = [[_name(key), _cut(redact(str(value)), PARAM_CHARACTERS)] for key, value in params.items()]
+        texts = [[_name(key), cut(redact(str(value)), PARAM_CHARACTERS)] for key, value in params.items()]
         for start in range(0, len(texts), PARAMS_PER_BATCH):
             self._outbox.add({"kind": "params", "values": dict(texts[start : start + PARAMS_PER_BATCH])})
 
@@ -353,7 +292,7 @@ class _TrackedRun(Run):
             self._outbox.add({"kind": "metrics", "values": values})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        texts = {_name(key): _cut(redact(str(value)), TAG_CHARACTERS) for key, value in tags.items()}
+        texts = {_name(key): cut(redact(str(value)), TAG_CHARACTERS) for key, value in tags.items()}
         self._outbox.add({"kind": "tags", "values": texts})
 
     def log_figure(self, figure: "Figure", path: str) -> None:
@@ -581,3 +520,93 @@ def end_abandoned(client: Any, experiment: str) -> int:
             client.set_terminated(run.info.run_id, "KILLED")
             ended += 1
     return ended
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+_REQUIREMENTS = (  # of scoring: what trainer.serving imports
+    "mlflow", "torch", "numpy", "pandas", "pyarrow", "deltalake", "scipy", "safetensors", "pydantic", "pyyaml",
+    "psutil",
+)  # fmt: skip
+
+
+def pack(folder: Path, target: Path, *, artifact: str, model_id: str, run_id: str | None) -> None:
+    """Write an MLflow model around a model folder: a copy of the folder, of our sources, and no pickle.
+
+    The sources travel with it (`code_paths`), so that a served version runs the code that it was made by, on a machine
+    that has only the packages of its requirements.txt.
+    """
+    from mlflow.models import Model, ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    root = Path(__file__).parent
+    texts, numbers = Array(DataType.string), Array(DataType.double)
+    signature = ModelSignature(
+        Schema([ColSpec(DataType.string, "user", required=False), ColSpec(texts, "items")]),
+        Schema(
+            [
+                ColSpec(texts, "items"),
+                ColSpec(numbers, "scores"),
+                ColSpec(DataType.string, "basis"),
+                ColSpec(texts, "unknown"),
+                ColSpec(DataType.string, "version"),
+            ]
+        ),
+        ParamSchema([ParamSpec("k", DataType.long, 10)]),
+    )
+    requirements = [f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS]
+    save_model(
+        str(target), python_model=str(root / "served.py"), artifacts={artifact: str(folder)}, signature=signature,
+        code_paths=[str(root.parent / "etl"), str(root)], pip_requirements=requirements,
+        mlflow_model=Model(model_id=model_id, run_id=run_id),
+    )  # fmt: skip
+
+
+def offer(load: Callable[[Path, str], Any], answer: Callable[[Any, list[dict[str, Any]], dict[str, Any]], Any]) -> None:
+    """Tell MLflow what the model being loaded is: `load(folder, version label)`, then `answer` for each request.
+
+    A GraftrecError of `answer` becomes a 400.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import set_model
+    from mlflow.pyfunc import PythonModel
+
+    class Served(PythonModel):  # type: ignore[misc]
+        def load_context(self, context: Any) -> None:
+            folder = Path(next(iter(context.artifacts.values())))
+            self._state = load(folder, _label(folder))
+
+        def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+            try:
+                return answer(self._state, _records(model_input), params or {})
+            except GraftrecError as error:
+                raise MlflowException.invalid_parameter_value(str(error)) from None
+
+    set_model(Served())
+
+
+def _records(model_input: Any) -> list[dict[str, Any]]:
+    if isinstance(model_input, dict):
+        names = list(model_input)
+        return [dict(zip(names, row, strict=True)) for row in zip(*model_input.values(), strict=True)]
+    return list(model_input if isinstance(model_input, list) else model_input.to_dict("records"))
+
+
+def _label(folder: Path) -> str:
+    """Registered name and version, which MLflow writes beside a model that it fetches by models:/<name>."""
+    for parent in folder.parents:
+        file = parent / "registered_model_meta"
+        if file.is_file():
+            meta = yaml.safe_load(file.read_text())
+            return f"{meta['model_name']}/{meta['model_version']}"
+        if (parent / "MLmodel").is_file():
+            break
+    return "unregistered"
+
+
+def download(uri: str, target: str, store: str) -> str:
+    """Fetch an artifact folder into `target`; returns where it is."""
+    from mlflow.artifacts import download_artifacts
+
+    return str(download_artifacts(artifact_uri=uri, dst_path=target, tracking_uri=store, registry_uri=store))

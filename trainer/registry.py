@@ -1,0 +1,334 @@
+"""Registered model versions: register, aliases, the model folder of a version, and the lock that promoters take.
+
+A version holds an MLflow model made of code and JSON (`serving.py`) around a model folder (`artifact.py`). Aliases, not
+stages: `candidate` (registered last), `champion` (served), `previous` (champion before). Tags say what a version is.
+"""
+
+import atexit
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from trainer import tracking
+from trainer.artifact import artifact_hash
+from trainer.config import TrackingConfig
+from trainer.outbox import warn
+from trainer.provenance import redact
+from trainer.tracking import TrackingError, translated
+
+CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+TAG_HASH = "graftrec.hash"  # of the model folder
+TAG_PARENT = "graftrec.parent"  # hash of the model it was grafted on
+TAG_KIND = "graftrec.kind"  # full | patch
+MODEL_FOLDER = "model"  # of the model folder among the artifacts of the MLflow model
+LEASE_SECONDS = 900.0  # after which another promoter may take over, where the store is a server
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a registered model. `label` is what answers and tables say: "graftrec/3"."""
+
+    name: str
+    number: int
+    aliases: tuple[str, ...]
+    tags: dict[str, str]
+    run_id: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.number}"
+
+    @property
+    def hash(self) -> str:
+        return self.tags.get(TAG_HASH, "")
+
+
+class Registry:
+    """The versions of one registered model in the store of $MLFLOW_TRACKING_URI. Methods raise TrackingError."""
+
+    def __init__(self, name: str = "graftrec") -> None:
+        if not name or any(character in name for character in "/:@"):
+            raise TrackingError(f"a registered model's name has none of / : @ and is not empty, found {name!r}")
+        self.name, self.uri = name, tracking.tracking_uri()
+        with self._asking("can't reach the registry"):
+            self._client = tracking.connect(self.uri)
+
+    # --- versions -----------------------------------------------------------------------------------------------------
+
+    def register(
+        self,
+        folder: str | Path,
+        *,
+        run_id: str = "",
+        tags: Mapping[str, str] | None = None,
+        alias: str | None = CANDIDATE,
+    ) -> Version:
+        """A version of a model folder; the one there is, where this very model is registered already."""
+        digest = artifact_hash(folder)
+        known = next((version for version in self.versions() if version.hash == digest), None)
+        if known is None:
+            known = self._add(Path(folder), digest, run_id, dict(tags or {}))
+        elif tags:
+            self.set_tags(known.number, tags)
+        if alias is not None:
+            self.set_alias(alias, known.number)
+        return self.version(str(known.number))
+
+    def _add(self, folder: Path, digest: str, run_id: str, tags: dict[str, str]) -> Version:
+        every = {TAG_HASH: digest, TAG_KIND: "full"} | {key: redact(value) for key, value in tags.items()}
+        with self._asking(f"can't register {folder} as {self.name}"), tempfile.TemporaryDirectory() as scratch:
+            experiment = self._experiment(run_id)
+            with contextlib.suppress(Exception):  # there is one already, or another process has just made it
+                self._client.create_registered_model(self.name)
+            logged = self._client.create_logged_model(
+                experiment, name=self.name, source_run_id=run_id or None, tags=every
+            )
+            packed = Path(scratch) / "packed"
+            tracking.pack(folder, packed, artifact=MODEL_FOLDER, model_id=logged.model_id, run_id=run_id or None)
+            self._client.log_model_artifacts(logged.model_id, str(packed))
+            self._client.finalize_logged_model(logged.model_id, "READY")
+            made = self._client.create_model_version(
+                self.name, f"models:/{logged.model_id}", run_id=run_id or None, tags=every, model_id=logged.model_id
+            )
+        return self._version(made)
+
+    def _experiment(self, run_id: str) -> str:
+        if run_id:
+            return str(self._client.get_run(run_id).info.experiment_id)
+        return tracking.experiment_id(self._client, TrackingConfig())
+
+    def versions(self) -> list[Version]:
+        """All, newest first; none where nothing is registered."""
+        with self._asking("can't list versions"):
+            found = self._client.search_model_versions(f"name = '{self.name.replace(chr(39), '')}'")
+            aliases = self._aliases()
+        return sorted((self._version(entry, aliases) for entry in found), key=lambda version: -version.number)
+
+    def find(self, alias: str) -> Version | None:
+        """The version an alias stands at, if any."""
+        return next((version for version in self.versions() if alias in version.aliases), None)
+
+    def version(self, reference: str) -> Version:
+        """The version of a number ("3") or alias ("champion", "@champion")."""
+        wanted = reference.removeprefix("@")
+        versions = self.versions()
+        for version in versions:
+            if wanted == str(version.number) or wanted in version.aliases:
+                return version
+        there = ", ".join(f"{v.number}{''.join(f' @{a}' for a in v.aliases)}" for v in versions[:10]) or "nothing"
+        raise TrackingError(
+            f"no version or alias {wanted!r} of the registered model {self.name}, it has {there}; register or promote one"
+        )
+
+    def folder(self, version: Version) -> Path:
+        """The model folder of a version: in place where the store is local, else a copy that ends with this process."""
+        with self._asking(f"can't fetch {version.label}"):
+            uri = self._client.get_model_version_download_uri(self.name, str(version.number))
+            place = urlparse(uri)
+            if place.scheme in ("", "file"):
+                folder = Path(unquote(place.path))
+            else:
+                scratch = tempfile.mkdtemp(prefix="graftrec-model-")
+                atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+                folder = Path(tracking.download(f"models:/{self.name}/{version.number}", scratch, self.uri))
+        folder = folder / "artifacts" / MODEL_FOLDER
+        if not folder.is_dir():
+            raise TrackingError(f"{version.label} holds no model folder: expected {folder}; register the model again")
+        return folder
+
+    def delete(self, number: int) -> None:
+        """Delete a version for ever. Refused while an alias stands at it, or while it is the parent of patches."""
+        version = self.version(str(number))
+        if version.aliases:
+            raise TrackingError(f"{version.label} is @{', @'.join(version.aliases)}: move the alias before deleting it")
+        patches = [
+            v for v in self.versions() if v.tags.get(TAG_KIND) == "patch" and v.tags.get(TAG_PARENT) == version.hash
+        ]
+        if patches and version.hash:
+            raise TrackingError(
+                f"{version.label} is the parent of {', '.join(v.label for v in patches)}: delete those first"
+            )
+        with self._asking(f"can't delete {version.label}"):
+            self._client.delete_model_version(self.name, str(number))
+
+    # --- aliases and tags ---------------------------------------------------------------------------------------------
+
+    def set_alias(self, alias: str, number: int) -> None:
+        with self._asking(f"can't set the alias {alias} of {self.name}"):
+            self._client.set_registered_model_alias(self.name, alias, str(number))
+
+    def drop_alias(self, alias: str) -> None:
+        """Remove an alias; nothing happens where it stands at no version."""
+        with self._asking(f"can't remove the alias {alias} of {self.name}"):
+            self._client.delete_registered_model_alias(self.name, alias)
+
+    def set_tags(self, number: int, tags: Mapping[str, str]) -> None:
+        with self._asking(f"can't tag {self.name}/{number}"):
+            for key, value in tags.items():
+                self._client.set_model_version_tag(self.name, str(number), key, redact(value))
+
+    # --- one promoter at a time ---------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def promoting(self, *, wait_seconds: float = 900.0) -> Iterator["Promotion"]:
+        """Hold this model's promotion lock; waits for another promoter. Raises TrackingError after `wait_seconds`.
+
+        A local store has a lock file, which the kernel frees when a promoter dies. A server has none, and no
+        compare-and-set: there the lock is a chain of registered models, since making one of a name that exists fails.
+        """
+        folder = tracking.local_folder(self.uri)
+        if folder is None:
+            lock = _ServerLock(self._client, self.name)
+            _wait(lock.acquire, self.name, wait_seconds)
+            try:
+                yield Promotion(self, lock)
+            finally:
+                with contextlib.suppress(Exception):  # a lock that stays runs out
+                    lock.release()
+            return
+        with contextlib.ExitStack() as stack:
+            path = folder / f"mlflow.db.promote-{uuid.uuid5(uuid.NAMESPACE_URL, self.name).hex[:12]}.lock"
+
+            def acquire() -> bool:
+                with contextlib.ExitStack() as attempt:
+                    if attempt.enter_context(tracking.file_lock(path, wait=False)):
+                        stack.push(attempt.pop_all())
+                        return True
+                return False
+
+            _wait(acquire, self.name, wait_seconds)
+            yield Promotion(self, None)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        tracking.quieten()
+        with translated(what):
+            yield
+
+    def _aliases(self) -> dict[str, str]:
+        with contextlib.suppress(Exception):  # no such model yet
+            return dict(self._client.get_registered_model(self.name).aliases)
+        return {}
+
+    def _version(self, entry: Any, aliases: Mapping[str, str] | None = None) -> Version:
+        at = tuple(sorted(alias for alias, number in (aliases or {}).items() if str(number) == str(entry.version)))
+        return Version(self.name, int(entry.version), at, dict(entry.tags), entry.run_id or "")
+
+
+class Promotion:
+    """What the holder of the promotion lock may do. It makes sure that the lock is still held before every write."""
+
+    def __init__(self, registry: Registry, lock: "_ServerLock | None") -> None:
+        self._registry, self._lock = registry, lock
+
+    def move(self, alias: str, number: int | None) -> None:
+        """Set an alias to a version, or remove it."""
+        if self._lock is not None:
+            self._lock.check()
+        if number is None:
+            self._registry.drop_alias(alias)
+        else:
+            self._registry.set_alias(alias, number)
+
+    def crown(self, number: int) -> int | None:
+        """Make a version the champion and the old one `previous`; returns the old one's number.
+
+        `previous` moves first: a promoter that dies in between leaves the old champion serving.
+        """
+        old = self._registry.find(CHAMPION)
+        if old is not None and old.number == number:
+            return None
+        if old is not None:
+            self.move(PREVIOUS, old.number)
+        self.move(CHAMPION, number)
+        return None if old is None else old.number
+
+
+def _wait(acquire: Any, name: str, seconds: float) -> None:
+    start, told = time.monotonic(), False
+    while not acquire():
+        if time.monotonic() - start > seconds:
+            raise TrackingError(f"another promoter of {name} is still at work after {seconds:.0f} s; try again later")
+        if not told:
+            warn(f"another promoter of {name} is at work; waiting for it")
+            told = True
+        time.sleep(0.2)
+
+
+class _ServerLock:
+    """Registered models "<name>.promotion-lock.<n>": whoever makes number n + 1 holds the lock until it is released.
+
+    Number n + 1 may be made when n is released or its lease ran out. The newest number is never deleted but by its
+    maker, so a late maker of a number that was used before sees a larger one, and steps back.
+    """
+
+    def __init__(self, client: Any, name: str) -> None:
+        self._client, self._prefix = client, f"{name}.promotion-lock."
+        self._mine = 0
+        self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+    def acquire(self) -> bool:
+        numbers = self._numbers()
+        newest = max(numbers, default=0)
+        if newest and not self._is_free(newest):
+            return False
+        tags = {"graftrec.owner": self._owner, "graftrec.until": f"{time.time() + LEASE_SECONDS:.0f}"}
+        try:
+            self._client.create_registered_model(f"{self._prefix}{newest + 1}", tags=tags)
+        except Exception as error:
+            if "RESOURCE_ALREADY_EXISTS" not in (getattr(error, "error_code", ""), str(error).split(":")[0]):
+                raise
+            if self._owner_of(newest + 1) != self._owner:  # else it was made, and only the answer was lost
+                return False
+        self._mine = newest + 1
+        if max(self._numbers()) != self._mine:
+            self._remove(self._mine)
+            return False
+        for number in numbers:
+            if number < newest:
+                self._remove(number)
+        return True
+
+    def check(self) -> None:
+        """Renew the lease. Raises TrackingError where another promoter has taken over."""
+        if max(self._numbers(), default=0) != self._mine:
+            raise TrackingError(
+                "this promotion took so long that another promoter took over; nothing was changed, run it again"
+            )
+        self._client.set_registered_model_tag(
+            f"{self._prefix}{self._mine}", "graftrec.until", f"{time.time() + LEASE_SECONDS:.0f}"
+        )
+
+    def release(self) -> None:
+        self._client.set_registered_model_tag(f"{self._prefix}{self._mine}", "graftrec.until", "0")
+
+    def _numbers(self) -> list[int]:
+        found = self._client.search_registered_models(f"name LIKE '{self._prefix}%'", max_results=1000)
+        return [int(model.name.rpartition(".")[2]) for model in found]
+
+    def _is_free(self, number: int) -> bool:
+        try:
+            tags = self._client.get_registered_model(f"{self._prefix}{number}").tags
+        except Exception:  # removed meanwhile: look again
+            return False
+        return float(tags.get("graftrec.until", "inf")) < time.time()
+
+    def _owner_of(self, number: int) -> str:
+        with contextlib.suppress(Exception):
+            return str(self._client.get_registered_model(f"{self._prefix}{number}").tags.get("graftrec.owner", ""))
+        return ""
+
+    def _remove(self, number: int) -> None:
+        with contextlib.suppress(Exception):
+            self._client.delete_registered_model(f"{self._prefix}{number}")

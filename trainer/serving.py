@@ -1,0 +1,138 @@
+"""What a served model answers: raw item ids in, the k best raw item ids, their scores and the version out.
+
+    mlflow models serve -m models:/graftrec@champion --env-manager local --port 5001
+    curl -d '{"dataframe_records": [{"user": "42", "items": ["318", "858"]}], "params": {"k": 5}}' \
+         -H 'Content-Type: application/json' localhost:5001/invocations
+
+`items` is a history, oldest first; `user` may be left out. An answer holds
+
+    items     raw ids, best first; what is in the history is left out
+    scores    the scorer's own: what evaluation ranked by; of `popular` answers, training interactions
+    basis     model | popular (the history is empty, or holds no known item)
+    unknown   ids of the history that the model does not know, which were ignored
+    version   registered version, e.g. graftrec/3
+
+A malformed request gets a 400. This module knows nothing of MLflow; `served.py` is what MLflow runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from etl.tables import FIRST_INDEX, UNK
+from trainer.artifact import Artifact, load_artifact
+from trainer.baselines import Histories
+from trainer.config import GraftrecError
+from trainer.data.dataset import IntArray
+
+DEFAULT_K, MAX_K = 10, 10_000
+BATCH_SIZE = 256  # histories scored at once
+
+
+class RequestError(GraftrecError):
+    """A request that can't be understood."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One history of raw item ids, oldest first."""
+
+    items: Sequence[str]
+    user: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request; see the top of this module."""
+
+    items: list[str]
+    scores: list[float]
+    basis: str
+    unknown: list[str]
+    version: str
+
+
+def top_k(scores_BV: Tensor, seen: Histories, k: int) -> tuple[IntArray, Tensor]:
+    """Rows [B, K] and scores [B, K] of the best rows not in `seen` (rows), K = min(k, V); -inf where there are no more.
+
+    Equal scores are in order of rows. Changes `scores_BV`.
+    """
+    owner = np.repeat(np.arange(len(seen)), seen.lengths)
+    scores_BV[torch.from_numpy(owner), torch.from_numpy(seen.items)] = -torch.inf
+    scores_BV[:, :FIRST_INDEX] = -torch.inf
+    best, rows = scores_BV.topk(min(k, scores_BV.shape[1]), sorted=False)
+    rows, order = rows.sort(dim=1)
+    best, second = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return rows.gather(1, second).numpy(), best
+
+
+class Recommender:
+    """A model folder, ready to answer."""
+
+    def __init__(self, artifact: Artifact, version: str) -> None:
+        self.artifact, self.version = artifact, version
+        self._scorer = artifact.scorer()
+        self._row_of = {raw: row for row, raw in enumerate(artifact.catalogue.raw_ids) if row >= FIRST_INDEX}
+
+    @classmethod
+    def load(cls, folder: Path, version: str) -> "Recommender":
+        return cls(load_artifact(folder), version)
+
+    def answer(self, requests: Sequence[Request], k: int = DEFAULT_K) -> list[Answer]:
+        """One answer for each request, in order. Raises RequestError."""
+        if not 1 <= k <= MAX_K:
+            raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {k}")
+        answers: list[Answer] = []
+        for start in range(0, len(requests), BATCH_SIZE):
+            answers += self._answer(requests[start : start + BATCH_SIZE], k)
+        return answers
+
+    def _answer(self, requests: Sequence[Request], k: int) -> list[Answer]:
+        rows = [[self._row_of.get(item, UNK) for item in request.items] for request in requests]
+        known = [[row for row in history if row != UNK] for history in rows]
+        users = self.artifact.users or {}
+        histories = Histories(
+            np.array([users.get(request.user or "", UNK) for request in requests], dtype=np.int64),
+            np.concatenate([[0], np.cumsum([len(history) for history in known])]).astype(np.int64),
+            np.array([row for history in known for row in history], dtype=np.int64),
+            np.empty(0, dtype=np.int64),
+        )
+        has_history = histories.lengths > 0
+        scores = torch.from_numpy(self.artifact.popularity.astype(np.float32)).repeat(len(requests), 1)
+        asked = np.flatnonzero(has_history)
+        if len(asked):
+            scores[torch.from_numpy(asked)] = self._scorer.score(histories.take(asked))
+        best_rows, best = top_k(scores, histories, k)
+        return [
+            self._one(request, history, best_rows[place], best[place], "model" if has_history[place] else "popular")
+            for place, (request, history) in enumerate(zip(requests, rows, strict=True))
+        ]
+
+    def _one(self, request: Request, history: Sequence[int], rows: IntArray, scores: Tensor, basis: str) -> Answer:
+        count = int(torch.isfinite(scores).sum())
+        raw_ids = self.artifact.catalogue.raw_ids
+        unknown = [item for item, row in zip(request.items, history, strict=True) if row == UNK]
+        return Answer([raw_ids[row] for row in rows[:count]], scores[:count].tolist(), basis, unknown, self.version)
+
+
+def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
+    """Requests of records with `items` and perhaps `user`. Raises RequestError."""
+    return [_parse(record, place) for place, record in enumerate(records)]
+
+
+def _parse(record: Mapping[str, Any], place: int) -> Request:
+    items, user = record.get("items"), record.get("user")
+    if isinstance(items, np.ndarray):
+        items = items.tolist()
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+        raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {str(items)[:100]!r}")
+    if user is None or user != user:  # pandas has NaN for what is not there
+        return Request(items)
+    if not isinstance(user, str):
+        raise RequestError(f"record {place}: `user` is a raw user id (a string), found {str(user)[:100]!r}")
+    return Request(items, user)
