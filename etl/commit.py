@@ -287,7 +287,7 @@ def commit_files(
     _check_distinct([file.path for file in files], table)
     scope = None if partition_scope is None else partition_scope_texts(table, partition_scope)
     rows = sum(count for _, count in checked)
-    if (root := local_path(lake)) is not None:
+    if files and (root := local_path(lake)) is not None:
         _check_inside(Path(table_uri(lake, table)), files)
         _sync_data(root, Path(table_uri(lake, table)), files)
     custom = {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows)}
