@@ -76,6 +76,7 @@ QUARANTINE = Table(
         ]
     ),
     key=("file", "line"),
+    partition_by=("kind", "file"),  # so that a file read again replaces its own rows
 )
 
 ITEMS = Table(

@@ -1,7 +1,7 @@
 """The vocabulary of items: index, title, year, categories, attributes, degree, and whether k-core keeps the item.
 
-It holds every item of the log and of the item file. An item that a delivery describes is described anew; what a delivery
-doesn't mention keeps its description.
+It holds every item of the log and of the item file. An item that a delivery describes is described anew; what a
+delivery doesn't mention keeps its description.
 """
 
 from pyspark.sql import DataFrame
@@ -10,7 +10,7 @@ from pyspark.sql import functions as F
 from etl.config import KCoreConfig
 from etl.jobs import kcore, quarantine
 from etl.jobs.job import Job, Outcome, Run
-from etl.jobs.vocabulary import first_described, with_index
+from etl.jobs.vocabulary import described_by, first_described, with_index
 from etl.tables import INTERACTIONS, ITEMS
 
 _TYPES = {
@@ -40,7 +40,7 @@ def transform(
 def describe(
     frame: DataFrame, described: DataFrame | None, old: DataFrame | None, *, key: str, types: dict[str, str]
 ) -> DataFrame:
-    """Add the columns `types`: from the new description where the id has one, else from the old; empty lists for none."""
+    """Add the columns `types`: from the new description where the id has one, else the old; empty lists for none."""
     for number, told in enumerate([described, old]):
         if told is not None:
             columns = [F.col(name).cast(kind).alias(f"_{name}{number}") for name, kind in types.items()]
@@ -55,15 +55,19 @@ def describe(
 
 
 def run(run: Run) -> Outcome:
-    raw = run.source.items(run.spark)
-    notes = []
+    raw = run.engine.raw("items")
     described = None
     if raw is not None:
-        raw = raw.persist()
-        notes = quarantine.set_aside(run, raw, kind="items")
+        quarantine.set_aside(run, raw, kind="items")
         described = first_described(raw, "item")
-    frame = transform(run.read(INTERACTIONS), described, run.own(ITEMS), run.config.kcore)
-    return run.commit(frame, ITEMS, "overwrite", notes=notes)
+    return run.commit(transform(run.read(INTERACTIONS), described, run.own(), run.config.kcore))
 
 
-JOB = Job("items", ITEMS, reads=(INTERACTIONS,), sections=("source", "cleaning", "kcore"), from_source=True, run=run)
+JOB = Job(
+    ITEMS,
+    run,
+    reads=(INTERACTIONS,),
+    settings=lambda config: [described_by(config, "items"), config.kcore.model_dump()],
+    files=lambda source, config: source.fingerprint(["items"]),
+    needs_source=True,
+)

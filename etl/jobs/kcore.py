@@ -1,8 +1,8 @@
 """k-core: the largest set of users and items in which each user has `min_user` interactions and each item `min_item`.
 
-Decided on the whole log, before domains (survey 4.1: "at least five interactions", done once). A repeated interaction counts
-each time. The k-core is unique (Seidman 1983), so a user belongs to it exactly when enough of its interactions are with kept
-items: the users' job needs the kept items only, and no second search.
+Decided on the whole log, before domains (survey 4.1: "at least five interactions", done once). A repeated interaction
+counts each time. The k-core is unique (Seidman 1983), so a user belongs to it exactly when enough of its interactions
+are with kept items: the users' job needs the kept items only, and no second search.
 """
 
 from pyspark.sql import DataFrame

@@ -7,7 +7,7 @@ from etl.config import KCoreConfig
 from etl.jobs import kcore, quarantine
 from etl.jobs.items import describe
 from etl.jobs.job import Job, Outcome, Run
-from etl.jobs.vocabulary import first_described, with_index
+from etl.jobs.vocabulary import described_by, first_described, with_index
 from etl.tables import INTERACTIONS, ITEMS, USERS
 
 _TYPES = {"attributes": "array<struct<name: string, value: string>>"}
@@ -30,17 +30,19 @@ def transform(
 
 
 def run(run: Run) -> Outcome:
-    raw = run.source.users(run.spark)
-    notes = []
+    raw = run.engine.raw("users")
     described = None
     if raw is not None:
-        raw = raw.persist()
-        notes = quarantine.set_aside(run, raw, kind="users")
+        quarantine.set_aside(run, raw, kind="users")
         described = first_described(raw, "user")
-    frame = transform(run.read(INTERACTIONS), run.read(ITEMS), described, run.own(USERS), run.config.kcore)
-    return run.commit(frame, USERS, "overwrite", notes=notes)
+    return run.commit(transform(run.read(INTERACTIONS), run.read(ITEMS), described, run.own(), run.config.kcore))
 
 
 JOB = Job(
-    "users", USERS, reads=(INTERACTIONS, ITEMS), sections=("source", "cleaning", "kcore"), from_source=True, run=run
+    USERS,
+    run,
+    reads=(INTERACTIONS, ITEMS),
+    settings=lambda config: [described_by(config, "users"), config.kcore.model_dump()],
+    files=lambda source, config: source.fingerprint(["users"]),
+    needs_source=True,
 )

@@ -1,13 +1,17 @@
 """Append-only dense indices: a raw id gets its index once and keeps it for ever.
 
-New ids are numbered in the order of their bytes, after the old ones, from a range partitioning and the partitions' sizes:
-no single partition, nothing collected but one count per partition. The result doesn't depend on the partitioning.
+New ids are numbered in the order of their bytes, after the old ones, from a range partitioning and the partitions'
+sizes: no single partition, nothing collected but one count per partition. The result doesn't depend on the
+partitioning.
 """
+
+from typing import Any
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from etl.config import GraftrecError
+from etl.config import EtlConfig, GeneratorSource, GraftrecError, LogSource, MovielensSource
+from etl.sources.movielens import described
 from etl.tables import FIRST_INDEX
 
 _RECORD_BITS = 33  # monotonically_increasing_id: partition number above, record number within the partition below
@@ -53,3 +57,13 @@ def first_described(rows: DataFrame, column: str) -> DataFrame:
     good = rows.where(F.col("reason").isNull())
     chosen = good.groupBy(column).agg(F.min_by(F.struct(*described), F.struct("file", "line")).alias("_first"))
     return chosen.select(column, *[F.col(f"_first.{name}").alias(name) for name in described])
+
+
+def described_by(config: EtlConfig, kind: str) -> Any:
+    """The settings that decide what a row of the source's items, users or edges becomes; where files lie doesn't."""
+    source = config.source
+    if isinstance(source, GeneratorSource):
+        return source.model_dump()
+    log: LogSource = described(source.root) if isinstance(source, MovielensSource) else source
+    part = getattr(log, kind)
+    return None if part is None else part.model_dump(exclude={"path"})

@@ -60,14 +60,17 @@ class Generator:
         here = Path(__file__)
         return f"{config_hash(self.config)}-{code_version(here, here.with_name('world.py'))}"
 
-    def deliveries(self) -> list[str]:
-        return [self.fingerprint()]
+    def deliveries(self) -> dict[str, str]:
+        return {self.fingerprint(): "generator"}
 
     def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
         return self._frame(spark, self.config.users, RAW_EVENTS, lambda config, users: events(config, users))
 
     def items(self, spark: SparkSession) -> DataFrame:
         return self._frame(spark, self.config.items, RAW_ITEMS, lambda config, items: _items(config, items))
+
+    def known_items(self, spark: SparkSession) -> None:
+        return None
 
     def users(self, spark: SparkSession) -> DataFrame:
         return self._frame(spark, self.config.users, RAW_USERS, lambda config, users: _users(config, users))

@@ -34,8 +34,10 @@ class FileLog:
     def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
         return files.fingerprint([file for kind in kinds for file in self._files(kind)])
 
-    def deliveries(self) -> list[str]:
-        return files.digests(self._files("events"))
+    def deliveries(self) -> dict[str, str]:
+        found = self._files("events")
+        named = zip(files.digests(found), found, strict=True)
+        return {content: file.name for content, file in reversed(list(named))}
 
     def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
         config = self.config.events
@@ -49,8 +51,7 @@ class FileLog:
         shape = shapes.events(config, list(wanted), earliest=earliest, latest=latest)
         found = self._files("events")
         if only is not None:
-            by_content = {content: file for content, file in reversed(list(zip(self.deliveries(), found, strict=True)))}
-            chosen = sorted((by_content[content] for content in set(only)), key=lambda file: file.index)
+            chosen = [file for file in found if file.name in only]
             found = [replace(file, index=before + place) for place, file in enumerate(chosen)]
         rows = RawRows(
             config, self.config.root, list(wanted.values()), setting="source.events.path", found=found,
@@ -64,6 +65,10 @@ class FileLog:
             return None
         rows = self._open("items", config, shapes.item_columns(config))
         return rows.frame(spark, kind="items", shape=shapes.items(config), schema=RAW_ITEMS)
+
+    def known_items(self, spark: SparkSession) -> DataFrame | None:
+        described = self.items(spark) if self.config.require_known_items else None
+        return None if described is None else described.where("reason is null").select("item").distinct()
 
     def users(self, spark: SparkSession) -> DataFrame | None:
         config = self.config.users

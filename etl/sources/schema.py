@@ -71,16 +71,20 @@ class Source(Protocol):
         """The content's identity: equal where all files of these kinds (or the generator's settings) are equal."""
         ...
 
-    def deliveries(self) -> list[str]:
-        """The content identity of each of the events' files, in order of path, whatever their names."""
+    def deliveries(self) -> dict[str, str]:
+        """Content identity -> name of the events' files; of files with equal content the first by path."""
         ...
 
     def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
-        """RAW_EVENTS; of the deliveries `only`, where given, numbered on from the `before` that came earlier."""
+        """RAW_EVENTS; of the files named `only`, where given, numbered on from the `before` that came earlier."""
         ...
 
     def items(self, spark: SparkSession) -> DataFrame | None:
         """RAW_ITEMS."""
+        ...
+
+    def known_items(self, spark: SparkSession) -> DataFrame | None:
+        """`item` of the items that an event may name; None: any."""
         ...
 
     def users(self, spark: SparkSession) -> DataFrame | None:

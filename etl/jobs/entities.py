@@ -1,0 +1,71 @@
+"""The vocabulary of entities: whoever and whatever the knowledge about items names."""
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from etl.config import EtlConfig, GeneratorSource
+from etl.jobs.job import Job, Outcome, Run
+from etl.jobs.vocabulary import described_by, with_index
+from etl.sources import Source
+from etl.sources.metadata import knowledge, knowledge_fingerprint
+from etl.tables import ENTITIES, ITEMS
+
+_PEOPLE = ("director", "actor", "writer", "producer", "composer", "author", "artist", "person")  # relations to persons
+
+
+def transform(told: DataFrame, old: DataFrame | None) -> DataFrame:
+    """ENTITIES named by `told` (relation, name, key), and those of `old`, the table as it was."""
+    named = told.groupBy(entity().alias("entity")).agg(
+        F.min(kind()).alias("kind"),
+        F.min("name").alias("name"),  # of several spellings the first by its bytes
+    )
+    frame = with_index(named, old, column="entity")
+    if old is None:
+        return frame.join(named, "entity").select(*ENTITIES.schema.names)
+    before = old.select("entity", F.col("kind").alias("_kind"), F.col("name").alias("_name"))
+    frame = frame.join(named, "entity", "left").join(before, "entity", "left")
+    kept = [F.coalesce(name, f"_{name}").alias(name) for name in ("kind", "name")]
+    return frame.select("entity", "index", *kept).select(*ENTITIES.schema.names)
+
+
+def kind() -> Column:
+    """The kind of thing that a relation leads to."""
+    return F.when(F.col("relation").isin(*_PEOPLE), F.lit("person")).otherwise(F.col("relation"))
+
+
+def entity() -> Column:
+    """Raw id of the entity that a row (relation, key) names."""
+    return F.concat(kind(), F.lit(":"), F.col("key"))
+
+
+def told(run: Run) -> DataFrame:
+    """item, relation, rank, name, key, source: what the source itself tells, then what the knowledge files add."""
+    own = run.engine.raw("people")
+    items = run.read(ITEMS).select("item", "title", "year")
+    if own is None:
+        return knowledge(run.spark, run.config.knowledge, items)
+    own = own.withColumn("source", F.lit(run.config.source.kind))
+    if not run.config.knowledge.files:
+        return own
+    beside = knowledge(run.spark, run.config.knowledge, items)
+    lacking = beside.join(own.select("item", "relation").distinct(), ["item", "relation"], "left_anti")
+    return own.unionByName(lacking)
+
+
+def settings(config: EtlConfig) -> object:
+    """What of the configuration decides which knowledge there is."""
+    files = [file.model_dump(exclude={"path"}) for file in config.knowledge.files]
+    return [described_by(config, "items"), files]
+
+
+def fingerprint(source: Source, config: EtlConfig) -> str:
+    """The content of the files that knowledge comes from."""
+    people = isinstance(config.source, GeneratorSource) or config.source.kind == "log"
+    return (source.fingerprint(["items"]) if people else "") + knowledge_fingerprint(config.knowledge)
+
+
+def run(run: Run) -> Outcome:
+    return run.commit(transform(run.engine.kept("told", lambda: told(run)), run.own()))
+
+
+JOB = Job(ENTITIES, run, reads=(ITEMS,), settings=settings, files=fingerprint, needs_source=True)

@@ -1,0 +1,133 @@
+"""The cleaned log: unreadable rows, events of unknown items and exact duplicates left out; appended to, day by day.
+
+A file is delivered once, known by its content whatever its name: the digest is an application transaction of the commit
+that holds its events. New files append, and their lines come after all earlier ones in `source_order`. Other settings,
+or other code, read everything anew.
+"""
+
+from typing import Any
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from etl import delta
+from etl.config import EtlConfig, GeneratorSource, GraftrecError, LogSource, MovielensSource
+from etl.jobs import quarantine
+from etl.jobs.job import Job, Outcome, Run
+from etl.sources.movielens import described
+from etl.tables import INTERACTIONS, PROPERTY_BUCKETS, PROPERTY_TIME
+
+_IDENTITY = INTERACTIONS.key
+_DIGITS = 16  # of a content's digest in its transaction's name
+
+
+class LostDeliveries(GraftrecError):
+    """The log is to be read anew, but files that were delivered are no longer there."""
+
+
+def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> DataFrame:
+    """INTERACTIONS of raw events (RAW_EVENTS), less those that `old`, the table so far, has already."""
+    good = events.where(F.col("reason").isNull())
+    bucket = F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int").alias("bucket")
+    unique = good.groupBy(bucket, *_IDENTITY).agg(F.min("source_order").alias("source_order"))
+    if old is not None:
+        known = old.select(*(F.col(name).alias(f"_{name}") for name in _IDENTITY))
+        same = [F.col(name).eqNullSafe(F.col(f"_{name}")) for name in _IDENTITY]
+        unique = unique.join(known, same, "left_anti")
+    return unique.select(*INTERACTIONS.schema.names)
+
+
+def reject_unknown(events: DataFrame, known: DataFrame) -> DataFrame:
+    """Give events (RAW_EVENTS) of items that `known` (item) lacks a reason, and their content as raw text."""
+    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
+    unknown = F.col("reason").isNull() & F.col("_known").isNull()
+    marked = events.join(known.select("item", F.lit(True).alias("_known")), "item", "left")
+    marked = marked.withColumn("raw", F.when(unknown, content).otherwise(F.col("raw")))
+    marked = marked.withColumn("reason", F.when(unknown, F.lit("unknown item")).otherwise(F.col("reason")))
+    return marked.select(*events.columns)
+
+
+def run(run: Run) -> Outcome:
+    found = run.engine.source.deliveries()
+    kind = run.config.source.kind
+    generation = run.last.get("generation") if run.same_rules else None
+    if generation is None:
+        _check_nothing_lost(run, found)
+        generation = f"{run.provenance['config_hash']}-{run.provenance['code_version']}-{(run.base or 0) + 1}"
+        old, before = None, 0
+        new = found
+    else:
+        known = delta.transactions(run.lake, INTERACTIONS, [_transaction(generation, content) for content in found])
+        new = {content: name for content, name in found.items() if _transaction(generation, content) not in known}
+        before = int(run.last["deliveries"])
+        if not new:
+            return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new file",))
+        old = run.own()
+    return _deliver(run, new, old, before=before, generation=generation, kind=kind)
+
+
+def _deliver(
+    run: Run, new: dict[str, str], old: DataFrame | None, *, before: int, generation: str, kind: str
+) -> Outcome:
+    source = run.engine.source
+    events = source.events(run.spark, only=list(new.values()), before=before)
+    known = source.known_items(run.spark)
+    if known is not None:
+        events = reject_unknown(events, known)
+    events = events.persist()
+    good = quarantine.set_aside(run, events, kind="interactions", files=None if old is None else list(new.values()))
+    if good == 0 and old is None:
+        raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
+    properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
+    delivered = {"generation": generation, "deliveries": str(before + len(new)), "kind": kind, "good": str(good)}
+    outcome = run.commit(
+        transform(events, old, buckets=run.config.buckets),
+        mode="overwrite" if old is None else "append",
+        metadata={**delivered, "buckets": str(run.config.buckets), "time": source.time},
+        properties=properties,
+        transactions={_transaction(generation, content): 0 for content in new},
+    )
+    events.unpersist()
+    notes = [f"{good - outcome.rows:,} exact duplicates dropped", *outcome.notes]
+    if old is not None:
+        notes.insert(0, f"{len(new)} new file(s)")
+    return Outcome(outcome.version, outcome.rows, outcome.committed, tuple(notes))
+
+
+def _transaction(generation: str, content: str) -> str:
+    return f"delivery/{generation}/{content[:_DIGITS]}"
+
+
+def _check_nothing_lost(run: Run, found: dict[str, str]) -> None:
+    """Before everything is read anew. A generated log can always be made again."""
+    last = run.last
+    if not last or last.get("kind") == "generator" or "generation" not in last:
+        return
+    names = [_transaction(last["generation"], content) for content in found]
+    lost = int(last["deliveries"]) - len(delta.transactions(run.lake, INTERACTIONS, names))
+    if lost > 0:
+        raise LostDeliveries(
+            f"the settings or the code have changed, so the log is to be read anew, but {lost} of {last['deliveries']} "
+            f"files whose events the lake {run.lake} holds are not among the source's; put them back, or use another --lake"
+        )
+
+
+def _settings(config: EtlConfig) -> Any:
+    """All that decides what a row of the log becomes. Where files lie doesn't, and neither do the other files."""
+    source = config.source
+    if isinstance(source, GeneratorSource):
+        rules: Any = source.model_dump()
+    else:
+        log: LogSource = described(source.root) if isinstance(source, MovielensSource) else source
+        rules = {**log.events.model_dump(exclude={"path"}), "known": log.require_known_items and log.items is not None}
+    cleaning = config.cleaning.model_dump(exclude={"max_quarantine_share"})
+    return {"source": rules, "cleaning": cleaning, "buckets": config.buckets}
+
+
+JOB = Job(
+    INTERACTIONS,
+    run,
+    settings=_settings,
+    files=lambda source, config: source.fingerprint(["events"]),
+    needs_source=True,
+)

@@ -1,0 +1,222 @@
+"""What a job is, what it is given when it runs, and when it need not run.
+
+A job writes one table. It runs again when a snapshot it reads, the content of a raw file it reads, its part of the
+configuration or its own sources differ from what its table's last commit records.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pyspark.sql import DataFrame, SparkSession
+
+from etl import delta
+from etl.config import EtlConfig, GraftrecError, code_version
+from etl.session import spark_session
+from etl.sources import Source, open_source
+from etl.tables import Table
+
+Frame = TypeVar("Frame", DataFrame, DataFrame | None)
+
+_ROOT = Path(__file__).parent.parent
+# What runs, reads and writes for every job alike: a change there changes no table's content.
+_MACHINERY = {"etl.delta", "etl.commit", "etl.datafile", "etl.session", "etl.config", "etl.checks", "etl.jobs.job"}
+
+
+class MissingInput(GraftrecError):
+    """A job whose input table isn't there."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """`run` writes `table` from the tables `reads`, raw files, and `settings` of the configuration.
+
+    `files`: the content identity of the raw files it reads. `needs_source`: the sources' code is part of its own.
+    """
+
+    table: Table
+    run: Callable[["Run"], "Outcome"]
+    reads: tuple[Table, ...] = ()
+    settings: Callable[[EtlConfig], Any] = lambda config: None
+    files: Callable[[Source, EtlConfig], str] = lambda source, config: ""
+    needs_source: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.table.name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job left: its table's version and rows written, whether it committed, and lines for the reader."""
+
+    version: int
+    rows: int
+    committed: bool
+    notes: tuple[str, ...] = ()
+
+
+class Engine:
+    """What the jobs of one command share: the configuration, and, made when first asked for, Spark and the source."""
+
+    def __init__(self, config: EtlConfig) -> None:
+        self.config = config
+        self._kept: dict[str, DataFrame | None] = {}
+
+    @functools.cached_property
+    def spark(self) -> SparkSession:
+        return spark_session(self.config.spark, name="graftrec etl")
+
+    @functools.cached_property
+    def source(self) -> Source:
+        return open_source(self.config)
+
+    def raw(self, kind: str) -> DataFrame | None:
+        """The source's `items`, `users`, `edges` or `people`, None where it has none."""
+        return self.kept(kind, lambda: getattr(self.source, kind)(self.spark))
+
+    def kept(self, name: str, make: Callable[[], Frame]) -> Frame:
+        """A frame that several jobs use, made once and held by Spark until the command ends."""
+        if name not in self._kept:
+            frame = make()
+            self._kept[name] = None if frame is None else frame.persist()
+        return cast(Frame, self._kept[name])
+
+
+@dataclass
+class Run:
+    """One run of a job, given to its `run`."""
+
+    job: Job
+    engine: Engine
+    inputs: Mapping[str, int]  # pinned versions of the tables it reads
+    base: int | None  # its own table's version before the run
+    last: Mapping[str, Any]  # its own table's last commit
+    provenance: Mapping[str, str]  # what its commit records; see `due`
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def config(self) -> EtlConfig:
+        return self.engine.config
+
+    @property
+    def spark(self) -> SparkSession:
+        return self.engine.spark
+
+    @property
+    def lake(self) -> str:
+        return self.config.lake
+
+    @property
+    def same_rules(self) -> bool:
+        """Whether the table's last commit was made by these settings and this code (of other inputs, then)."""
+        return all(self.last.get(key) == self.provenance[key] for key in ("job", "config_hash", "code_version"))
+
+    def read(self, table: Table) -> DataFrame:
+        """A table as pinned when the run began."""
+        return delta.read(self.spark, self.lake, table, version=self.inputs[table.name])
+
+    def own(self) -> DataFrame | None:
+        """The job's own table as it was, None where there is none yet."""
+        if self.base is None:
+            return None
+        return delta.read(self.spark, self.lake, self.job.table, version=self.base)
+
+    def commit(
+        self,
+        frame: DataFrame,
+        *,
+        mode: delta.Mode = "overwrite",
+        metadata: Mapping[str, str] | None = None,
+        properties: Mapping[str, str] | None = None,
+        transactions: Mapping[str, int] | None = None,
+    ) -> Outcome:
+        """Write the job's table. Twins that began from the same base commit once."""
+        written = delta.write(
+            self.spark,
+            frame,
+            self.lake,
+            self.job.table,
+            mode=mode,
+            app=f"job/{self.job.name}",
+            app_version=0 if self.base is None else self.base + 1,
+            metadata={**self.provenance, **(metadata or {})},
+            properties=properties,
+            transactions=transactions,
+        )
+        if not written.committed:
+            self._check_twin()
+        return Outcome(written.version, written.rows, written.committed, tuple(self.notes))
+
+    def _check_twin(self) -> None:
+        """Another run began from the same base and was faster. Raises CommitConflict unless it did the same work."""
+        theirs = delta.last_commit(self.lake, self.job.table)
+        if any(theirs.get(key) != value for key, value in self.provenance.items()):
+            raise delta.CommitConflict(
+                f"{self.job.name}: another run with other inputs or settings wrote the table meanwhile; run again"
+            )
+
+
+def due(job: Job, engine: Engine) -> Run | Outcome:
+    """The run that is to be made, or, where nothing it depends on has changed, what the last one left.
+
+    Raises MissingInput.
+    """
+    lake = engine.config.lake
+    inputs: dict[str, int] = {}
+    for table in job.reads:
+        version = delta.current_version(lake, table)
+        if version is None:
+            raise MissingInput(
+                f"{job.name} reads the table {table.name}, which the lake {lake} lacks; run `python -m etl all` first"
+            )
+        inputs[table.name] = version
+    provenance = {
+        "job": job.name,
+        "config_hash": _hash(job.settings(engine.config)),
+        "code_version": job_code_version(job),
+        "inputs": json.dumps(inputs, sort_keys=True),
+        "files": job.files(engine.source, engine.config),
+    }
+    base = delta.current_version(lake, job.table)
+    last = delta.last_commit(lake, job.table)
+    if last and all(last.get(key) == value for key, value in provenance.items()):
+        return Outcome(int(last["version"]), int(last["rows"]), False)
+    return Run(job, engine, inputs, base, last, provenance)
+
+
+def job_code_version(job: Job) -> str:
+    """A hash of the job's own module, of the modules of ours it is made of, and, where it reads raw files, the sources."""
+    found: dict[str, Path] = {}
+    waiting = [job.run.__module__]
+    while waiting:
+        name = waiting.pop()
+        path = _ROOT.joinpath(*name.split(".")[1:]).with_suffix(".py")
+        if name in found or name in _MACHINERY or not path.is_file():
+            continue
+        found[name] = path
+        waiting += _imported(path.read_text(encoding="utf-8"))
+    parts = [code_version(path) for _, path in sorted(found.items())]
+    if job.needs_source:
+        parts.append(code_version(_ROOT / "sources"))
+    return _hash(parts)
+
+
+def _imported(source: str) -> list[str]:
+    """Modules of `etl` that a source imports, also as `from package import module`."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.startswith("etl.")]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
