@@ -53,6 +53,7 @@ class HeldOut:
     negatives: dict[str, IntArray]  # protocol -> [U, N] rows, -1 padded
     protocols: tuple[str, ...]
     num_rows: int  # V
+    training_items: IntArray  # [U] length of the training part
     first_time: IntArray  # [U] time of the first held-out item; empty where there are no times, or they were not read
 
     def __len__(self) -> int:
@@ -66,6 +67,7 @@ class HeldOut:
             histories=self.histories.take(rows),
             targets=self.targets[rows],
             negatives={protocol: items[rows] for protocol, items in self.negatives.items()},
+            training_items=self.training_items[rows],
             first_time=self.first_time[rows] if len(self.first_time) else self.first_time,
         )
 
@@ -122,6 +124,7 @@ def read_held_out(
         {p: _read_negatives(release, split, domain, catalogue, part, p, asked.users) for p in protocols if p != FULL},
         tuple(protocols),
         len(catalogue),
+        asked.valid_start,
         asked.times[asked.offsets[:-1] + start] if len(asked.times) else asked.times,
     )
 

@@ -1,0 +1,273 @@
+"""What contenders scored on one evaluation set, and the table that compares them (DESIGN section 5).
+
+Shape letters: ``S`` seeds, ``U`` users, ``R`` held-out items of a user.
+
+A row of the table is a label: all seeds of a transfer, or a baseline. Gains are over the label ``against`` (from
+scratch), paired by user and seed; p-values know both (`trainer.stats.compare`) and are adjusted by Holm's method over
+all gains of models that the table shows. A baseline's gain is shown without a p-value: no claim is made for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trainer.baselines import Histories
+from trainer.contenders import Contender, EvaluateError, EvaluationSet
+from trainer.metrics import KS, FloatArray, metrics_from_ranks
+from trainer.ranking import SINGLE, Score, ranks
+from trainer.stats import Comparison, bootstrap_interval, compare, holm
+
+RankArray = npt.NDArray[np.int32]
+Key = tuple[str, int | None]  # label, seed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Ranks of every contender's held-out items, from which any metric of any user follows."""
+
+    asked: EvaluationSet
+    contenders: Mapping[Key, Contender]
+    ranks: Mapping[Key, Mapping[str, RankArray]]  # protocol -> [U, R]
+    broken: Mapping[Key, int]  # scores that were not a number
+
+    @property
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(label for label, _ in self.contenders))
+
+    def seeds(self, label: str) -> list[int | None]:
+        return [seed for name, seed in self.contenders if name == label]
+
+    def is_model(self, label: str) -> bool:
+        return any(contender.is_model for (name, _), contender in self.contenders.items() if name == label)
+
+    def metrics(self, key: Key, protocol: str) -> dict[str, FloatArray]:
+        """Per-user metrics [U] of one contender, both conventions."""
+        found = torch.from_numpy(self.ranks[key][protocol].astype(np.int64))
+        single = metrics_from_ranks(found, convention="single")
+        return metrics_from_ranks(found) | {SINGLE + name: values for name, values in single.items()}
+
+    def matrix(
+        self, label: str, protocol: str, metric: str, *, seeds: Sequence[int | None] | None = None,
+        only_UR: npt.NDArray[np.bool_] | None = None,
+    ) -> FloatArray:  # fmt: skip
+        """A metric [S, U] of a label's seeds. `only_UR`: of these held-out items alone, NaN for users without."""
+        convention, name = ("single", metric.removeprefix(SINGLE)) if metric.startswith(SINGLE) else ("list", metric)
+        rows = []
+        for seed in self.seeds(label) if seeds is None else seeds:
+            found = torch.from_numpy(self.ranks[label, seed][protocol].astype(np.int64))
+            metrics = metrics_from_ranks(
+                found, convention="single" if convention == "single" else "list", ks=KS, only_BR=only_UR
+            )
+            if name not in metrics:
+                raise EvaluateError(
+                    f"no metric {metric!r}; expected one of {', '.join(metrics)}, or {SINGLE} before it"
+                )
+            rows.append(metrics[name])
+        return np.stack(rows)
+
+
+def evaluate_contenders(
+    contenders: Sequence[Contender], asked: EvaluationSet, *, batch_size: int = 256, progress: bool = False
+) -> Evaluation:
+    """Rank what the users held out, once by each contender. Raises EvaluateError for two of one label and seed."""
+    by_key: dict[Key, Contender] = {}
+    found: dict[Key, Mapping[str, RankArray]] = {}
+    broken: dict[Key, int] = {}
+    for contender in contenders:
+        key = (contender.label, contender.seed)
+        if key in by_key:
+            raise EvaluateError(
+                f"expected one model of each label and seed, found two of {contender.label!r}, seed {contender.seed}; "
+                "give `label` or `seed` in models"
+            )
+        by_key[key] = contender
+        broken[key] = 0
+
+        given = ranks(
+            _counting_nan(contender.score, broken, key), asked.held_out, batch_size=batch_size, progress=progress
+        )
+        found[key] = {protocol: ranks_UR.astype(np.int32) for protocol, ranks_UR in given.items()}
+    return Evaluation(asked, by_key, found, broken)
+
+
+def _counting_nan(score: Score, broken: dict[Key, int], key: Key) -> Score:
+    def counted(histories: Histories) -> Tensor:
+        scores = score(histories)
+        broken[key] += int(scores.isnan().sum())
+        return scores
+
+    return counted
+
+
+@dataclass(frozen=True)
+class Row:
+    """One label under one protocol and metric."""
+
+    label: str
+    protocol: str
+    metric: str
+    mean: float  # over users and seeds
+    spread: float  # standard deviation of the seeds' means; NaN for one
+    num_seeds: int
+    is_model: bool
+    reads: str
+    gain: Comparison | None = None  # over `against`; its p-value is not adjusted
+    p_value: float | None = None  # adjusted over the table's grid; None for baselines
+    bootstrap: tuple[float, float] | None = None  # interval of the gain over users, seeds averaged
+    seconds: float = 0.0  # of training, mean over seeds
+    pretrain_seconds: float = 0.0
+
+
+def compare_table(
+    evaluation: Evaluation, *, against: str, protocols: Sequence[str], metrics: Sequence[str], seed: int = 0
+) -> list[Row]:
+    """Every label under every protocol and metric. Gains are left out where no label is `against`."""
+    rows: list[Row] = []
+    for protocol in protocols:
+        for metric in metrics:
+            rows += [_row(evaluation, label, against, protocol, metric, seed) for label in evaluation.labels]
+    tested = [n for n, row in enumerate(rows) if row.is_model and row.gain is not None]
+    adjusted = holm([_p(rows[n].gain) for n in tested]) if tested else []
+    for n, p_value in zip(tested, adjusted, strict=True):
+        rows[n] = Row(**{**vars(rows[n]), "p_value": p_value})
+    return rows
+
+
+def _p(gain: Comparison | None) -> float:
+    return 1.0 if gain is None else gain.p_value
+
+
+def _row(evaluation: Evaluation, label: str, against: str, protocol: str, metric: str, seed: int) -> Row:
+    values_SU = evaluation.matrix(label, protocol, metric)
+    own = [c for (name, _), c in evaluation.contenders.items() if name == label]
+    of_seed = np.nanmean(values_SU, axis=1)
+    gain = interval = None
+    if against in evaluation.labels and label != against:
+        gain, diff_U = gain_over(evaluation, label, against, protocol, metric)
+        interval = bootstrap_interval(diff_U, seed=seed) if evaluation.is_model(label) else None
+    return Row(
+        label, protocol, metric, float(of_seed.mean()), float(of_seed.std(ddof=1)) if len(own) > 1 else float("nan"),
+        len(own), evaluation.is_model(label), own[0].reads, gain, None, interval,
+        _mean_fact(own, "seconds"), _mean_fact(own, "pretrain_seconds"),
+    )  # fmt: skip
+
+
+def _mean_fact(contenders: Sequence[Contender], name: str) -> float:
+    return float(np.mean([float(contender.facts.get(name, 0.0)) for contender in contenders]))
+
+
+def gain_over(
+    evaluation: Evaluation, label: str, against: str, protocol: str, metric: str
+) -> tuple[Comparison, FloatArray]:
+    """The comparison of two labels, and their difference [U], seeds averaged.
+
+    Seeds that both have are paired; of seeds that only one has, nothing is used. A label without seeds (a baseline) is
+    compared with each seed of the other. Raises EvaluateError where they share no seed.
+    """
+    ours, theirs = evaluation.seeds(label), evaluation.seeds(against)
+    if None not in ours and None not in theirs:
+        ours = theirs = [seed for seed in ours if seed in theirs]
+        if not ours:
+            raise EvaluateError(
+                f"expected {label!r} and {against!r} to share a seed, found {evaluation.seeds(label)} and "
+                f"{evaluation.seeds(against)}; train both with the same seeds, or give `seed` in models"
+            )
+    ours_SU = evaluation.matrix(label, protocol, metric, seeds=ours)
+    theirs_SU = evaluation.matrix(against, protocol, metric, seeds=theirs)
+    known = ~(np.isnan(ours_SU).any(0) | np.isnan(theirs_SU).any(0))
+    ours_SU, theirs_SU = ours_SU[:, known], theirs_SU[:, known]
+    diff_U: FloatArray = ours_SU.mean(0) - theirs_SU.mean(0)
+    without_seed = [
+        values[0] if seeds == [None] else values for values, seeds in ((ours_SU, ours), (theirs_SU, theirs))
+    ]
+    return compare(without_seed[0], without_seed[1]), diff_U
+
+
+# --- the table as text ------------------------------------------------------------------------------------------------
+
+
+def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:
+    """The table for people: one block a protocol, models above baselines."""
+    blocks = []
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        blocks.append(_block([row for row in rows if row.protocol == protocol], protocol, asked, against))
+    tested = sum(row.p_value is not None for row in rows)
+    notes = [
+        f"several held-out items in one list; gains over {against}"
+        + (f"; p over users and seeds, Holm over {tested} tests" if tested else "")
+    ]
+    notes += [_cost(row) for row in rows if _is_headline(row, rows) and row.is_model and row.gain is not None]
+    notes += _beside_baselines(rows)
+    return "\n\n".join(blocks) + "\n\n" + "\n".join(notes)
+
+
+def _block(rows: Sequence[Row], protocol: str, asked: EvaluationSet, against: str) -> str:
+    metrics = list(dict.fromkeys(row.metric for row in rows))
+    labels = list(dict.fromkeys(row.label for row in rows))
+    labels.sort(key=lambda label: not any(row.is_model for row in rows if row.label == label))
+    width = max(len(label) for label in [*labels, "model"])
+    compared = any(row.gain for row in rows)
+    head = f"{'model':<{width}} seeds" + "".join(
+        f"{metric:>11}" + (f"{'gain':>9}{'p':>8}" if compared else "") for metric in metrics
+    )
+    lines = [
+        f"{protocol} · {asked.part} · domain {asked.domain} · split {asked.split} · {len(asked.users):,} users",
+        head,
+        "-" * len(head),
+    ]
+    was_model = True
+    for label in labels:
+        own = {row.metric: row for row in rows if row.label == label}
+        first = own[metrics[0]]
+        if was_model and not first.is_model and lines[-1] != "-" * len(head):
+            lines.append("")
+        was_model = first.is_model
+        cells = "".join(_cells(own[metric], compared) for metric in metrics)
+        lines.append(f"{label:<{width}} {first.num_seeds if first.is_model else '–':>5}{cells}".rstrip())
+    return "\n".join(lines)
+
+
+def _cells(row: Row, compared: bool) -> str:
+    text = f"{row.mean:>11.4f}"
+    if compared:
+        gain = f"{100 * row.gain.relative_gain:+.1f} %" if row.gain is not None else ""
+        text += f"{gain:>9}{p_text(row.p_value):>8}"
+    return text
+
+
+def p_text(p_value: float | None) -> str:
+    if p_value is None:
+        return ""
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def _is_headline(row: Row, rows: Sequence[Row]) -> bool:
+    return row.protocol == rows[0].protocol and row.metric == rows[0].metric
+
+
+def _cost(row: Row) -> str:
+    gain = row.gain
+    assert gain is not None
+    varied = "users and seeds" if gain.seeds_varied else "users (one seed)"
+    text = f"{row.label}: {row.metric} {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] over {varied}"
+    if row.bootstrap is not None:
+        text += f", bootstrap over users [{row.bootstrap[0]:+.4f}, {row.bootstrap[1]:+.4f}]"
+    return text + f"; trained {row.seconds:,.0f} s after {row.pretrain_seconds:,.0f} s of pre-training"
+
+
+def _beside_baselines(rows: Sequence[Row]) -> list[str]:
+    """One line: is the best model above the best baseline?"""
+    headline = [row for row in rows if _is_headline(row, rows)]
+    models, baselines = ([r for r in headline if r.is_model is flag] for flag in (True, False))
+    if not models or not baselines:
+        return []
+    best, bar = max(models, key=lambda row: row.mean), max(baselines, key=lambda row: row.mean)
+    word = "above" if best.mean > bar.mean else "below"
+    return [
+        f"best model {best.label} {best.mean:.4f} is {word} the best simple baseline, {bar.label} {bar.mean:.4f} "
+        f"({best.metric}, {best.protocol})"
+    ]

@@ -1,0 +1,191 @@
+"""Recipe: score model folders on one pinned release, beside the simple baselines, and compare them.
+
+    python -m trainer evaluate --config evaluate/default --model runs/finetune/model
+
+Writes to <output>/<name>/evaluation: users.parquet (every user's metrics under every protocol and convention),
+summary.json (means, comparisons, snapshots, models), table.txt and gains.png. An unchanged rerun is skipped.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from etl.config import code_version
+from etl.tables import FIRST_INDEX
+from trainer import tracking
+from trainer.artifact import artifact_hash, load_artifact
+from trainer.comparison import Evaluation, Row, compare_table, evaluate_contenders, p_text, render
+from trainer.config import ConfigError, EvaluateConfig, EvaluatedModel
+from trainer.contenders import Contender, EvaluationSet, baseline_contenders, model_contender, read_evaluation_set
+from trainer.data.dataset import pin
+from trainer.distributed import join
+from trainer.metrics import means
+from trainer.pictures import Gain, transfer_gains
+from trainer.ranking import SINGLE
+
+USERS, SUMMARY, TABLE, GAINS = "users.parquet", "summary.json", "table.txt", "gains.png"
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Where the results lie, and the table."""
+
+    folder: Path
+    rows: list[dict[str, Any]]  # of the comparison, as in summary.json
+    text: str
+    skipped: bool  # nothing had changed since the last run
+
+
+def run(config: EvaluateConfig) -> EvaluationReport:
+    """Evaluate as configured. Raises GraftrecError (a model, lake, release or protocol that is not there…)."""
+    chosen = _chosen(config)
+    first = load_artifact(chosen[0].model)
+    release = pin(config.lake or first.lake, config.release if config.release or config.lake else first.release)
+    folder = Path(config.output) / config.name / "evaluation"
+    key = _key(config, [artifact_hash(model.model) for model in chosen], release.versions)
+    if (done := _done(folder, key)) is not None:
+        print(f"evaluate: nothing has changed since the last run, skipped ({folder})")
+        print(done.text)
+        return done
+    with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as run:
+        asked = read_evaluation_set(
+            release, config.split or first.config.data.split, config.domain or first.config.data.domain, config.part,
+            config.evaluation,
+        )  # fmt: skip
+        evaluation = evaluate_contenders(
+            _contenders(config, chosen, asked), asked, batch_size=config.evaluation.batch_size,
+            progress=config.runtime.progress,
+        )  # fmt: skip
+        rows = compare_table(
+            evaluation, against=config.against, protocols=config.evaluation.protocols, metrics=config.metrics
+        )
+        text = render(rows, asked, against=config.against)
+        print(text)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_users(evaluation, folder / USERS)
+        (folder / TABLE).write_text(text + "\n", encoding="utf-8")
+        gains = _picture(rows, asked, config.against)
+        if gains is not None:
+            gains.savefig(folder / GAINS, dpi=130)
+            run.log_figure(gains, f"evaluation/{GAINS}")
+        data = [asdict(row) for row in rows]
+        summary = {"key": key, "rows": data} | _summary(evaluation, config)
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        for name in (USERS, SUMMARY, TABLE):
+            run.log_artifact(folder / name, "evaluation")
+        run.log_metrics({f"{config.part}/{r.label}/{r.protocol}/{r.metric}": r.mean for r in rows})
+    return EvaluationReport(folder, data, text, skipped=False)
+
+
+def _chosen(config: EvaluateConfig) -> list[EvaluatedModel]:
+    chosen = [*([EvaluatedModel(model=config.model)] if config.model else []), *config.models]
+    if not chosen:
+        raise ConfigError(
+            "expected a model to evaluate, found none; give --model FOLDER, or `models` in the configuration"
+        )
+    return chosen
+
+
+def _contenders(config: EvaluateConfig, chosen: Sequence[EvaluatedModel], asked: EvaluationSet) -> list[Contender]:
+    device = str(join(config.runtime).device)
+    models = [
+        model_contender(load_artifact(m.model, device=device), asked, label=m.label, seed=m.seed, device=device)
+        for m in chosen
+    ]
+    return models + (baseline_contenders(asked, config.baselines) if config.baselines.enabled else [])
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def write_users(evaluation: Evaluation, path: Path) -> None:
+    """Per-user metrics as Parquet: label, seed, protocol, convention, user (raw id) and a column a metric."""
+    users = pa.array(evaluation.asked.raw_users, pa.string())
+    unfinished = path.with_name(path.name + ".new")
+    writer: pq.ParquetWriter | None = None
+    for (label, seed), by_protocol in evaluation.ranks.items():
+        for protocol in by_protocol:
+            metrics = evaluation.metrics((label, seed), protocol)
+            for convention in ("list", "single"):
+                prefix = SINGLE if convention == "single" else ""
+                names = [name for name in metrics if "/" not in name]
+                columns: dict[str, Any] = {
+                    "label": pa.array([label] * len(users), pa.string()),
+                    "seed": pa.array([seed] * len(users), pa.int64()),
+                    "protocol": pa.array([protocol] * len(users), pa.string()),
+                    "convention": pa.array([convention] * len(users), pa.string()),
+                    "user": users,
+                } | {name: metrics[prefix + name] for name in names}
+                part = pa.table(columns)
+                writer = writer or pq.ParquetWriter(unfinished, part.schema, compression="zstd")
+                writer.write_table(part)
+    if writer is not None:
+        writer.close()
+        unfinished.replace(path)
+
+
+def _summary(evaluation: Evaluation, config: EvaluateConfig) -> dict[str, Any]:
+    asked = evaluation.asked
+    return {
+        "lake": asked.release.lake,
+        "release": asked.release.number,
+        "versions": asked.release.versions,
+        "split": asked.split,
+        "domain": asked.domain,
+        "part": asked.part,
+        "users": len(asked.users),
+        "items": len(asked.catalogue) - FIRST_INDEX,
+        "against": config.against,
+        "contenders": [
+            {"label": label, "seed": seed, "reads": contender.reads, "is_model": contender.is_model}
+            | {"facts": contender.facts, "scores_not_a_number": evaluation.broken[label, seed]}
+            | {"means": {p: means(evaluation.metrics((label, seed), p)) for p in asked.held_out.protocols}}
+            for (label, seed), contender in evaluation.contenders.items()
+        ],
+    }
+
+
+def _picture(rows: Sequence[Row], asked: EvaluationSet, against: str) -> Figure | None:
+    """Gains in the first metric of the first protocol; None where nothing was compared."""
+    shown = [r for r in rows if r.gain and (r.protocol, r.metric) == (rows[0].protocol, rows[0].metric)]
+    gains = [
+        Gain(
+            row.label, row.gain.gain, row.gain.low, row.gain.high,
+            f"{100 * row.gain.relative_gain:+.0f} %" + (f", p {p_text(row.p_value)}" if row.is_model else ""),
+        )
+        for row in shown if row.gain
+    ]  # fmt: skip
+    if not gains:
+        return None
+    over = "from scratch" if against == "none" else against
+    title = f"{asked.domain}, {rows[0].protocol} ranking, {len(asked.users):,} users"
+    return transfer_gains(gains, metric=rows[0].metric, over=over, title=title)
+
+
+# --- reuse ------------------------------------------------------------------------------------------------------------
+
+
+def _key(config: EvaluateConfig, hashes: Sequence[str], versions: dict[str, int]) -> str:
+    """Of everything that the results depend on."""
+    settings = config.model_dump(mode="json", exclude={"tracking", "runtime", "output", "name"})
+    code = code_version(Path(__file__).parent)
+    told = json.dumps([settings, list(hashes), versions, code], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def _done(folder: Path, key: str) -> EvaluationReport | None:
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        text = (folder / TABLE).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, ValueError):
+        return None
+    if summary.get("key") != key or not (folder / USERS).is_file():
+        return None
+    return EvaluationReport(folder, summary["rows"], text, skipped=True)
