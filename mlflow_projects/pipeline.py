@@ -1,37 +1,188 @@
 """The main job: raw log → tables → pre-train → fine-tune by each transfer → evaluate → registry → recommendations.
 
-    python mlflow_projects/pipeline.py --config pipeline/demo [--section.key value …]
+    python mlflow_projects/pipeline.py --config pipeline/demo [--data FOLDER] [--section.key value …]
 
-One process runs the steps one after the other, each as a child of one MLflow run; a step whose inputs, settings and code
-are unchanged says so and is skipped (the recipes decide that themselves). Exit codes: 0, 2 for a mistake in settings or
-data, 3 where the gate refuses the candidate.
+One process runs the steps one after the other, each a child of one MLflow run. A step whose inputs, settings and code are
+unchanged says so and is skipped: the recipes decide that themselves. Exit codes: 0; 2 for a mistake in settings or data;
+3 where the gate refuses the candidate.
 """
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from etl.config import EtlConfig, GraftrecError, Section, load  # noqa: E402
-from trainer.config import FinetuneConfig, PretrainConfig, TrackingConfig, TransferName  # noqa: E402
+from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, Section, load
+from trainer.config import (
+    EvaluateConfig,
+    EvaluatedModel,
+    FinetuneConfig,
+    PretrainConfig,
+    PromoteConfig,
+    RecommendConfig,
+    TrackingConfig,
+    TransferName,
+)
+
+SCORE = "validation/NDCG@10"  # chooses the candidate; test numbers choose nothing
+SCRATCH: TransferName = "none"
 
 
 class PipelineConfig(Section):
-    """One setting for each step, and which transfers and seeds the steps are repeated for.
+    """A configuration for each step, and the transfers and seeds that fine-tuning is repeated for.
 
-    The lake, the release and the folders of runs flow from one step to the next, whatever the sections say of them.
+    What flows from one step to the next (lake, release, model folders, names) is set here, whatever the sections say.
     """
 
     name: str = "pipeline"
-    runs: str = "runs"  # folder of this pipeline's training runs
+    runs: str = "runs"  # folder of the training runs, their evaluation and the gate's decision
+    registered_model: str = "graftrec"
     etl: EtlConfig
     pretrain: PretrainConfig
     finetune: FinetuneConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromoteConfig = PromoteConfig()
+    recommend: RecommendConfig = RecommendConfig()
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     seeds: tuple[int, ...] = (0, 1, 2)
-    pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all
+    pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all of them
     tracking: TrackingConfig = TrackingConfig()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One fine-tuned model."""
+
+    transfer: TransferName
+    seed: int
+    model: Path
+    score: float  # on the validation part
+
+
+# --- the steps ----------------------------------------------------------------------------------------------------------
+
+
+def train_all(config: PipelineConfig, release: int) -> list[Trained]:
+    """Pre-train, then fine-tune by every transfer and seed."""
+    from trainer import finetune, pretrain
+
+    parents: dict[int, Path] = {}
+    if set(config.transfers) - {SCRATCH}:
+        with step("pre-train"):
+            for seed in config.seeds if config.pretrain_each_seed else config.seeds[:1]:
+                parents[seed] = pretrain.run(pretrain_config(config, release, seed)).model
+    trained = []
+    with step("fine-tune"):
+        for transfer in config.transfers:
+            for seed in config.seeds:
+                parent = None if transfer == SCRATCH else parents.get(seed, parents[config.seeds[0]])
+                done = finetune.run(finetune_config(config, release, transfer, seed, parent))
+                trained.append(Trained(transfer, seed, done.model, done.metrics[SCORE]))
+    return trained
+
+
+def choose(trained: Sequence[Trained]) -> list[Trained]:
+    """The candidate, and then its replicas: the transfer with the best mean validation score, its best seed first.
+
+    From-scratch is chosen only where there is nothing else; the gate then refuses it.
+    """
+    grafted = [model for model in trained if model.transfer != SCRATCH] or list(trained)
+    by_transfer: dict[TransferName, list[Trained]] = {}
+    for model in grafted:
+        by_transfer.setdefault(model.transfer, []).append(model)
+    best = max(by_transfer.values(), key=lambda models: sum(model.score for model in models) / len(models))
+    return sorted(best, key=lambda model: -model.score)
+
+
+# --- what each step is given --------------------------------------------------------------------------------------------
+
+ConfigT = TypeVar("ConfigT", bound=PretrainConfig)
+
+
+def pretrain_config(config: PipelineConfig, release: int, seed: int) -> PretrainConfig:
+    return _trained(config.pretrain, config, release, f"pretrain-{seed}", seed)
+
+
+def finetune_config(
+    config: PipelineConfig, release: int, transfer: TransferName, seed: int, parent: Path | None
+) -> FinetuneConfig:
+    made = _trained(config.finetune, config, release, f"{transfer}-{seed}", seed)
+    return made.model_copy(update={"transfer": transfer, "parent": str(parent) if parent else None})
+
+
+def evaluate_config(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> EvaluateConfig:
+    models = tuple(EvaluatedModel(model=str(one.model), label=one.transfer, seed=one.seed) for one in trained)
+    return config.evaluate.model_copy(
+        update={
+            "name": "evaluate", "output": config.runs, "model": None, "models": models, "lake": config.etl.lake,
+            "release": release, "tracking": config.tracking,
+        }
+    )  # fmt: skip
+
+
+def promote_config(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> PromoteConfig:
+    candidate, *replicas = choose(trained)
+    return config.promote.model_copy(
+        update={
+            "name": "promote", "output": config.runs, "registered_model": config.registered_model,
+            "candidate": str(candidate.model), "replicas": tuple(str(one.model) for one in replicas),
+            "from_scratch": tuple(str(one.model) for one in trained if one.transfer == SCRATCH),
+            "lake": config.etl.lake, "release": release, "tracking": config.tracking,
+        }
+    )  # fmt: skip
+
+
+def recommend_config(config: PipelineConfig, release: int) -> RecommendConfig:
+    return config.recommend.model_copy(
+        update={
+            "registered_model": config.registered_model, "model": "champion", "lake": config.etl.lake,
+            "release": release, "spark": config.etl.spark, "tracking": config.tracking,
+        }
+    )  # fmt: skip
+
+
+def _trained(section: ConfigT, config: PipelineConfig, release: int, name: str, seed: int) -> ConfigT:
+    data = section.data.model_copy(update={"lake": config.etl.lake, "release": release})
+    train = section.train.model_copy(update={"seed": seed})
+    return section.model_copy(
+        update={"name": name, "output": config.runs, "data": data, "train": train, "tracking": config.tracking}
+    )
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Print a heading, and how long the step took."""
+    print(f"\n== {name}", flush=True)
+    begun = time.monotonic()
+    yield
+    print(f"-- {name}: {time.monotonic() - begun:.0f} s", flush=True)
+
+
+def movielens_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
+    """Take the log from `folder`, and of the knowledge files those that are there; without any, models do without."""
+    files = []
+    for file in config.etl.knowledge.files:
+        places = [folder / Path(file.path).name, folder.parent / file.path]
+        if found := next((place for place in places if place.is_file()), None):
+            files.append(file.model_copy(update={"path": str(found.resolve())}))
+        else:
+            print(f"no {places[1]}: no directors and actors from {file.name}")
+    knowledge = KnowledgeConfig(root=str(folder), files=tuple(files))
+    etl = config.etl.model_copy(
+        update={"source": config.etl.source.model_copy(update={"root": str(folder)}), "knowledge": knowledge}
+    )
+    update: dict[str, Section] = {"etl": etl}
+    if not files:
+        for name in ("pretrain", "finetune"):
+            section: PretrainConfig = getattr(config, name)
+            update[name] = section.model_copy(update={"model": section.model.model_copy(update={"knowledge": {}})})
+    return config.model_copy(update=update)
