@@ -126,7 +126,7 @@ class Registry:
                 return version
         there = ", ".join(f"{v.number}{''.join(f' @{a}' for a in v.aliases)}" for v in versions[:10]) or "nothing"
         raise TrackingError(
-            f"no version or alias {wanted!r} of the registered model {self.name}, it has {there}; register or promote one"
+            f"no version or alias {wanted!r} of the registered model {self.name}, it has {there}; register one first"
         )
 
     def folder(self, version: Version) -> Path:

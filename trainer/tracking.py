@@ -538,7 +538,7 @@ def pack(folder: Path, target: Path, *, artifact: str, model_id: str, run_id: st
     """
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
-    from mlflow.types import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     root = Path(__file__).parent
     texts, numbers = Array(DataType.string), Array(DataType.double)
@@ -568,6 +568,7 @@ def offer(load: Callable[[Path, str], Any], answer: Callable[[Any, list[dict[str
 
     A GraftrecError of `answer` becomes a 400.
     """
+    import pandas as pd
     from mlflow.exceptions import MlflowException
     from mlflow.models import set_model
     from mlflow.pyfunc import PythonModel
@@ -577,20 +578,13 @@ def offer(load: Callable[[Path, str], Any], answer: Callable[[Any, list[dict[str
             folder = Path(next(iter(context.artifacts.values())))
             self._state = load(folder, _label(folder))
 
-        def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+        def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
             try:
-                return answer(self._state, _records(model_input), params or {})
+                return answer(self._state, model_input.to_dict("records"), params or {})
             except GraftrecError as error:
                 raise MlflowException.invalid_parameter_value(str(error)) from None
 
     set_model(Served())
-
-
-def _records(model_input: Any) -> list[dict[str, Any]]:
-    if isinstance(model_input, dict):
-        names = list(model_input)
-        return [dict(zip(names, row, strict=True)) for row in zip(*model_input.values(), strict=True)]
-    return list(model_input if isinstance(model_input, list) else model_input.to_dict("records"))
 
 
 def _label(folder: Path) -> str:
