@@ -4,11 +4,11 @@ Shape letters: ``S`` seeds, ``U`` users, ``R`` held-out items of a user.
 
 A row of the table is a label: all seeds of a transfer, or a baseline. Gains are over the label ``against`` (from
 scratch), paired by user and seed; p-values know both (`trainer.stats.compare`) and are adjusted by Holm's method over
-all gains of models that the table shows. A baseline's gain is shown without a p-value: no claim is made for it.
+the gains of all models in all metrics under one protocol. A baseline has no p-value: no claim is made for it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -116,7 +116,7 @@ class Row:
     is_model: bool
     reads: str
     gain: Comparison | None = None  # over `against`; its p-value is not adjusted
-    p_value: float | None = None  # adjusted over the table's grid; None for baselines
+    p_value: float | None = None  # adjusted over models and metrics of the protocol; None for baselines
     bootstrap: tuple[float, float] | None = None  # interval of the gain over users, seeds averaged
     seconds: float = 0.0  # of training, mean over seeds
     pretrain_seconds: float = 0.0
@@ -130,15 +130,12 @@ def compare_table(
     for protocol in protocols:
         for metric in metrics:
             rows += [_row(evaluation, label, against, protocol, metric, seed) for label in evaluation.labels]
-    tested = [n for n, row in enumerate(rows) if row.is_model and row.gain is not None]
-    adjusted = holm([_p(rows[n].gain) for n in tested]) if tested else []
-    for n, p_value in zip(tested, adjusted, strict=True):
-        rows[n] = Row(**{**vars(rows[n]), "p_value": p_value})
+    for protocol in protocols:
+        tested = [(n, row.gain) for n, row in enumerate(rows) if row.is_model and row.protocol == protocol and row.gain]
+        adjusted = holm([gain.p_value for _, gain in tested]) if tested else []
+        for (n, _), p_value in zip(tested, adjusted, strict=True):
+            rows[n] = replace(rows[n], p_value=p_value)
     return rows
-
-
-def _p(gain: Comparison | None) -> float:
-    return 1.0 if gain is None else gain.p_value
 
 
 def _row(evaluation: Evaluation, label: str, against: str, protocol: str, metric: str, seed: int) -> Row:
@@ -191,48 +188,50 @@ def gain_over(
 
 
 def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:
-    """The table for people: one block a protocol, models above baselines."""
-    blocks = []
-    for protocol in dict.fromkeys(row.protocol for row in rows):
-        blocks.append(_block([row for row in rows if row.protocol == protocol], protocol, asked, against))
-    tested = sum(row.p_value is not None for row in rows)
-    notes = [
-        f"several held-out items in one list; gains over {against}"
-        + (f"; p over users and seeds, Holm over {tested} tests" if tested else "")
-    ]
-    notes += [_cost(row) for row in rows if _is_headline(row, rows) and row.is_model and row.gain is not None]
-    notes += _beside_baselines(rows)
+    """The table for people: every metric of the first protocol, then the first metric of the others."""
+    protocols, metrics = (
+        list(dict.fromkeys(names)) for names in zip(*((r.protocol, r.metric) for r in rows), strict=True)
+    )
+    where = f"{asked.part} · domain {asked.domain} · split {asked.split} · {len(asked.users):,} users"
+    blocks = [f"{protocols[0]} ranking · {where}\n" + _block(rows, [(protocols[0], metric) for metric in metrics])]
+    if protocols[1:]:
+        columns = [(protocol, metrics[0]) for protocol in protocols[1:]]
+        blocks.append(f"{metrics[0]} among sampled negatives\n" + _block(rows, columns))
+    headline = [row for row in rows if (row.protocol, row.metric) == (protocols[0], metrics[0])]
+    tested = sum(row.p_value is not None for row in rows if row.protocol == protocols[0])
+    notes = ["several held-out items are relevant in one list (convention `list`)"]
+    if tested:
+        notes.append(f"gains over {against}; p over users and seeds, Holm over {tested} tests")
+    notes += [_account(row) for row in headline if row.is_model and row.gain is not None]
+    notes += [f"{row.label} reads {row.reads}" for row in headline if not row.is_model or row.reads != asked.domain]
+    notes += _beside_baselines(headline)
     return "\n\n".join(blocks) + "\n\n" + "\n".join(notes)
 
 
-def _block(rows: Sequence[Row], protocol: str, asked: EvaluationSet, against: str) -> str:
-    metrics = list(dict.fromkeys(row.metric for row in rows))
+def _block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
+    """Labels × columns (protocol, metric); models above baselines."""
     labels = list(dict.fromkeys(row.label for row in rows))
-    labels.sort(key=lambda label: not any(row.is_model for row in rows if row.label == label))
+    cells = {(row.label, row.protocol, row.metric): row for row in rows}
+    models = [label for label in labels if cells[label, *columns[0]].is_model]
     width = max(len(label) for label in [*labels, "model"])
     compared = any(row.gain for row in rows)
+    several = len({protocol for protocol, _ in columns}) > 1 or columns[0][0] != rows[0].protocol
     head = f"{'model':<{width}} seeds" + "".join(
-        f"{metric:>11}" + (f"{'gain':>9}{'p':>8}" if compared else "") for metric in metrics
+        f"{protocol if several else metric:>13}" + (f"{'gain':>9}{'p':>8}" if compared else "")
+        for protocol, metric in columns
     )
-    lines = [
-        f"{protocol} · {asked.part} · domain {asked.domain} · split {asked.split} · {len(asked.users):,} users",
-        head,
-        "-" * len(head),
-    ]
-    was_model = True
-    for label in labels:
-        own = {row.metric: row for row in rows if row.label == label}
-        first = own[metrics[0]]
-        if was_model and not first.is_model and lines[-1] != "-" * len(head):
+    lines = [head, "─" * len(head)]
+    for label in models + [label for label in labels if label not in models]:
+        own = [cells[label, *column] for column in columns]
+        if models and label not in models and len(lines) == 2 + len(models):
             lines.append("")
-        was_model = first.is_model
-        cells = "".join(_cells(own[metric], compared) for metric in metrics)
-        lines.append(f"{label:<{width}} {first.num_seeds if first.is_model else '–':>5}{cells}".rstrip())
+        seeds = own[0].num_seeds if own[0].is_model else "–"
+        lines.append(f"{label:<{width}} {seeds:>5}{''.join(_cell(row, compared) for row in own)}".rstrip())
     return "\n".join(lines)
 
 
-def _cells(row: Row, compared: bool) -> str:
-    text = f"{row.mean:>11.4f}"
+def _cell(row: Row, compared: bool) -> str:
+    text = f"{row.mean:>13.4f}"
     if compared:
         gain = f"{100 * row.gain.relative_gain:+.1f} %" if row.gain is not None else ""
         text += f"{gain:>9}{p_text(row.p_value):>8}"
@@ -245,23 +244,19 @@ def p_text(p_value: float | None) -> str:
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def _is_headline(row: Row, rows: Sequence[Row]) -> bool:
-    return row.protocol == rows[0].protocol and row.metric == rows[0].metric
-
-
-def _cost(row: Row) -> str:
+def _account(row: Row) -> str:
+    """A model's gain with its intervals, and what it cost."""
     gain = row.gain
     assert gain is not None
-    varied = "users and seeds" if gain.seeds_varied else "users (one seed)"
-    text = f"{row.label}: {row.metric} {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] over {varied}"
+    varied = "users and seeds" if gain.seeds_varied else "users, one seed"
+    text = f"{row.label}: {row.metric} {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] ({varied})"
     if row.bootstrap is not None:
-        text += f", bootstrap over users [{row.bootstrap[0]:+.4f}, {row.bootstrap[1]:+.4f}]"
-    return text + f"; trained {row.seconds:,.0f} s after {row.pretrain_seconds:,.0f} s of pre-training"
+        text += f", bootstrap [{row.bootstrap[0]:+.4f}, {row.bootstrap[1]:+.4f}] (users)"
+    return text + f"; pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"
 
 
-def _beside_baselines(rows: Sequence[Row]) -> list[str]:
+def _beside_baselines(headline: Sequence[Row]) -> list[str]:
     """One line: is the best model above the best baseline?"""
-    headline = [row for row in rows if _is_headline(row, rows)]
     models, baselines = ([r for r in headline if r.is_model is flag] for flag in (True, False))
     if not models or not baselines:
         return []
