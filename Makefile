@@ -53,6 +53,7 @@ check: $(BIN)/.dev  ## lint, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy mlflow_projects/run_etl.py mlflow_projects/pipeline.py
 
 format: $(BIN)/.dev  ## mend what ruff can
 	@$(BIN)/ruff check --fix .

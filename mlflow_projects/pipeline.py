@@ -2,12 +2,13 @@
 
     python mlflow_projects/pipeline.py --config pipeline/demo [--data FOLDER] [--section.key value …]
 
-One process runs the steps one after the other, each a child of one MLflow run. A step whose inputs, settings and code are
-unchanged says so and is skipped: the recipes decide that themselves. Exit codes: 0; 2 for a mistake in settings or data;
-3 where the gate refuses the candidate.
+One process runs the steps one after the other, each a child of one MLflow run. A step whose inputs, settings and code
+are unchanged says so and is skipped: the recipes decide that themselves. Exit codes: 0; 2 for a mistake in settings or
+data; 3 where the gate refuses the candidate.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, Section, load
+from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, load
 from trainer.config import (
     EvaluateConfig,
     EvaluatedModel,
@@ -32,6 +33,7 @@ from trainer.config import (
 
 SCORE = "validation/NDCG@10"  # chooses the candidate; test numbers choose nothing
 SCRATCH: TransferName = "none"
+REFUSED = 3
 
 
 class PipelineConfig(Section):
@@ -65,7 +67,38 @@ class Trained:
     score: float  # on the validation part
 
 
-# --- the steps ----------------------------------------------------------------------------------------------------------
+# --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def run(config: PipelineConfig) -> int:
+    """All steps, then what came of them. Gives the exit code: 0, or 3 where the gate refuses."""
+    from trainer import tracking
+
+    begun = time.monotonic()
+    tags = {"graftrec.recipe": "pipeline"}
+    with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
+        release = build_tables(config)
+        tracked.set_tags({"graftrec.release": release, "graftrec.lake": config.etl.lake})
+        trained = train_all(config, release)
+        table = evaluate(config, release, trained)
+        tracked.log_text(table, "table.txt")
+        refusal = promote(config, release, trained)
+        tracked.set_tags({"graftrec.gate": refusal or "promoted"})
+        written = recommend(config, release)
+    print(f"\n== {config.name}, in {time.monotonic() - begun:.0f} s\n\n{table}\n")
+    print(f"gate             {f'refused: {refusal}' if refusal else 'passed'}")
+    for line in written:
+        print(line)
+    print(f"MLflow page      {page_command()}", flush=True)
+    return REFUSED if refusal else 0
+
+
+def build_tables(config: PipelineConfig) -> int:
+    """Run the ETL; gives the release that everything after reads."""
+    import run_etl
+
+    with step("tables"):
+        return run_etl.run(config.etl, config.tracking)
 
 
 def train_all(config: PipelineConfig, release: int) -> list[Trained]:
@@ -87,33 +120,84 @@ def train_all(config: PipelineConfig, release: int) -> list[Trained]:
     return trained
 
 
+def evaluate(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> str:
+    """Score all models beside the baselines; gives the table."""
+    from trainer import evaluate
+
+    with step("evaluate"):
+        return evaluate.run(evaluate_config(config, release, trained)).text
+
+
+def promote(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> str:
+    """Register the candidate and ask the gate; gives its reason to refuse, "" where it agrees."""
+    from trainer import promote
+
+    with step("promote"):
+        try:
+            promote.run(promote_config(config, release, trained))
+        except GraftrecError as refusal:
+            if refusal.exit_code != REFUSED:
+                raise
+            print(refusal)
+            return str(refusal)
+    return ""
+
+
+def recommend(config: PipelineConfig, release: int) -> list[str]:
+    """Write the champion's recommendations; gives lines on the champion and on what was written."""
+    from trainer import recommend
+    from trainer.registry import CHAMPION, Registry
+
+    if not config.tracking.enabled:
+        return []
+    champion = Registry(config.registered_model).find(CHAMPION)
+    if champion is None:
+        return ["champion         none yet, so no recommendations are written"]
+    with step("recommend"):
+        recommend.run(recommend_config(config, release))
+    return [f"champion         {champion.label} (models:/{champion.name}@{CHAMPION})"]
+
+
 def choose(trained: Sequence[Trained]) -> list[Trained]:
     """The candidate, and then its replicas: the transfer with the best mean validation score, its best seed first.
 
     From-scratch is chosen only where there is nothing else; the gate then refuses it.
     """
-    grafted = [model for model in trained if model.transfer != SCRATCH] or list(trained)
     by_transfer: dict[TransferName, list[Trained]] = {}
-    for model in grafted:
+    for model in [model for model in trained if model.transfer != SCRATCH] or trained:
         by_transfer.setdefault(model.transfer, []).append(model)
     best = max(by_transfer.values(), key=lambda models: sum(model.score for model in models) / len(models))
     return sorted(best, key=lambda model: -model.score)
 
 
-# --- what each step is given --------------------------------------------------------------------------------------------
+def page_command() -> str:
+    """What opens the MLflow page of the store in use."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return f"it is served at {uri}" if uri.startswith("http") else "make page, then http://127.0.0.1:5000"
+
+
+# --- what each step is given ------------------------------------------------------------------------------------------
 
 ConfigT = TypeVar("ConfigT", bound=PretrainConfig)
 
 
 def pretrain_config(config: PipelineConfig, release: int, seed: int) -> PretrainConfig:
-    return _trained(config.pretrain, config, release, f"pretrain-{seed}", seed)
+    return _training(config.pretrain, config, release, f"pretrain-{seed}", seed)
 
 
 def finetune_config(
     config: PipelineConfig, release: int, transfer: TransferName, seed: int, parent: Path | None
 ) -> FinetuneConfig:
-    made = _trained(config.finetune, config, release, f"{transfer}-{seed}", seed)
+    made = _training(config.finetune, config, release, f"{transfer}-{seed}", seed)
     return made.model_copy(update={"transfer": transfer, "parent": str(parent) if parent else None})
+
+
+def _training(section: ConfigT, config: PipelineConfig, release: int, name: str, seed: int) -> ConfigT:
+    data = section.data.model_copy(update={"lake": config.etl.lake, "release": release})
+    train = section.train.model_copy(update={"seed": seed})
+    return section.model_copy(
+        update={"name": name, "output": config.runs, "data": data, "train": train, "tracking": config.tracking}
+    )
 
 
 def evaluate_config(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> EvaluateConfig:
@@ -147,15 +231,7 @@ def recommend_config(config: PipelineConfig, release: int) -> RecommendConfig:
     )  # fmt: skip
 
 
-def _trained(section: ConfigT, config: PipelineConfig, release: int, name: str, seed: int) -> ConfigT:
-    data = section.data.model_copy(update={"lake": config.etl.lake, "release": release})
-    train = section.train.model_copy(update={"seed": seed})
-    return section.model_copy(
-        update={"name": name, "output": config.runs, "data": data, "train": train, "tracking": config.tracking}
-    )
-
-
-# --- the command --------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -169,20 +245,41 @@ def step(name: str) -> Iterator[None]:
 
 def movielens_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
     """Take the log from `folder`, and of the knowledge files those that are there; without any, models do without."""
+    if not isinstance(config.etl.source, MovielensSource):
+        raise GraftrecError(
+            f"--data is for MovieLens-1M, found a source {config.etl.source.kind}; set --etl.source.root"
+        )
     files = []
     for file in config.etl.knowledge.files:
         places = [folder / Path(file.path).name, folder.parent / file.path]
         if found := next((place for place in places if place.is_file()), None):
             files.append(file.model_copy(update={"path": str(found.resolve())}))
         else:
-            print(f"no {places[1]}: no directors and actors from {file.name}")
+            print(f"no {places[1]}: the models get no directors and actors from {file.name}")
+    source = config.etl.source.model_copy(update={"root": str(folder)})
     knowledge = KnowledgeConfig(root=str(folder), files=tuple(files))
-    etl = config.etl.model_copy(
-        update={"source": config.etl.source.model_copy(update={"root": str(folder)}), "knowledge": knowledge}
-    )
-    update: dict[str, Section] = {"etl": etl}
+    update: dict[str, Section] = {"etl": config.etl.model_copy(update={"source": source, "knowledge": knowledge})}
     if not files:
-        for name in ("pretrain", "finetune"):
-            section: PretrainConfig = getattr(config, name)
-            update[name] = section.model_copy(update={"model": section.model.model_copy(update={"knowledge": {}})})
+        for name, section in (("pretrain", config.pretrain), ("finetune", config.finetune)):
+            model = section.model.model_copy(update={"knowledge": {}})
+            update[name] = section.model_copy(update={"model": model})
     return config.model_copy(update=update)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "pipeline.py", description="From a raw log to recommendations.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="a name under conf/ or a YAML file, e.g. pipeline/demo")
+    parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
+    known, overrides = parser.parse_known_args(arguments)
+    try:
+        config = load(PipelineConfig, known.config, overrides)
+        return run(movielens_in(config, known.data) if known.data else config)
+    except GraftrecError as error:
+        print(f"pipeline: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

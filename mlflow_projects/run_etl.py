@@ -1,6 +1,6 @@
-"""The ETL as an MLflow run, which `etl` itself, knowing nothing of trainers, can't make: its tables, and pictures of them.
+"""The ETL as an MLflow run, which `etl` itself, knowing nothing of trainers, can't make: its tables, and pictures.
 
-    python mlflow_projects/run_etl.py all --config etl/demo [--section.key value …]
+python mlflow_projects/run_etl.py all --config etl/demo [--section.key value …]
 """
 
 import argparse
@@ -54,7 +54,7 @@ def _picture(release: Release, split: str, tracked: tracking.Run) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("run_etl.py", description="Raw logs to Delta tables, as an MLflow run.")
+    parser = argparse.ArgumentParser("run_etl.py", description="Raw logs to tables.", allow_abbrev=False)
     parser.add_argument("job", help="all, or a job's name, which is its table's")
     parser.add_argument("--config", required=True, help="a name under conf/ or a YAML file")
     known, overrides = parser.parse_known_args(arguments)
