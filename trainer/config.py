@@ -236,8 +236,8 @@ class PromoteConfig(Section):
     candidate: str | None = None  # a version's number, or a model folder (registered then); None: alias `candidate`
     replicas: tuple[str, ...] = ()  # the candidate's recipe with other seeds
     from_scratch: tuple[str, ...] = ()  # model folders of transfer `none`, one a seed
+    release: int | None = None  # None: the newest
     lake: str | None = None  # None, here and below: the candidate's own
-    release: int | None = None
     split: str | None = None
     domain: str | None = None
     part: Literal["validation", "test"] = "test"

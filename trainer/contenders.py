@@ -99,6 +99,18 @@ class EvaluationSet:
         return together.keep(~np.isin(together.items, self.own_rows))
 
     @functools.cached_property
+    def training_interactions(self) -> IntArray:
+        """[V] interactions of each row of the catalogue in the domain's training parts, of all users."""
+        counts = np.zeros(len(self.catalogue), dtype=np.int64)
+        dataset = SequenceDataset(self.release, self.split, self.domain)
+        for group in range(len(dataset.groups)):
+            sequences = dataset.read([group])
+            train = Histories(sequences.users, sequences.offsets, sequences.items.astype(np.int64), sequences.times)
+            rows = self.catalogue.rows(train.until(sequences.valid_start).items)
+            counts += np.bincount(rows, minlength=len(counts))
+        return counts
+
+    @functools.cached_property
     def own_rows(self) -> IntArray:
         """[V] rows of the evaluated catalogue's items in `everything`."""
         return self.everything.rows(self.catalogue.global_index).astype(np.int64)
@@ -159,18 +171,25 @@ class Contender:
 
 
 def model_contender(
-    artifact: Artifact, asked: EvaluationSet, *, label: str | None = None, seed: int | None = None, device: str = "cpu"
+    artifact: Artifact,
+    asked: EvaluationSet,
+    *,
+    label: str | None = None,
+    seed: int | None = None,
+    device: str = "cpu",
+    must_know: bool = True,
 ) -> Contender:
     """A model, scored on the evaluated domain's items whatever it was trained on.
 
     A model of the evaluated domain reads that domain's items; a model of the domain `all` also reads what the user did
-    elsewhere before the first held-out item. Raises EvaluateError: it knows no item, or was trained on held-out ones.
+    elsewhere before the first held-out item. Raises EvaluateError: it was trained on what is held out here, or
+    (`must_know`) knows none of the items; without `must_know` such a model finds nothing.
     """
     reads_all = artifact.config.data.domain == DOMAIN_ALL != asked.domain and bool(asked.other_domains)
     rows = rows_by_raw_id(artifact.catalogue, asked.catalogue)
     known = np.flatnonzero(rows != UNK)
     known = known[known >= FIRST_INDEX]
-    if not len(known):
+    if must_know and not len(known):
         raise EvaluateError(
             f"expected a model that knows items of domain {asked.domain!r}, found none of its "
             f"{len(asked.catalogue) - FIRST_INDEX:,} items in {artifact.folder} (trained on domain "
@@ -189,6 +208,8 @@ def model_contender(
         given = source.take(place) if reads_all else histories
         own = Histories(user_rows[place], given.offsets, item_rows[given.items], given.times)
         scores_BV = torch.full((len(histories), width), -torch.inf)
+        if not len(known):
+            return scores_BV
         scores_BV[:, torch.from_numpy(known)] = scorer.score(own.keep(own.items != UNK), candidates).float().cpu()
         return scores_BV
 
@@ -219,7 +240,12 @@ def _user_rows(artifact: Artifact, asked: EvaluationSet) -> IntArray:
 
 def _refuse_leak(artifact: Artifact, asked: EvaluationSet) -> None:
     """A domain's training part may hold what another holds out: that of `all` under `last-5` does, not so `causal`."""
-    data = artifact.config.data
+    data, release = artifact.config.data, asked.release
+    if artifact.lake == release.lake and artifact.release > release.number:
+        raise EvaluateError(
+            f"expected a release at least as new as {artifact.release}, which {artifact.folder} was trained on, found "
+            f"{release.number}, which may hold out what the model has seen; evaluate on a newer release"
+        )
     if data.domain == asked.domain or data.domain not in domains_with_sequences(asked.release, data.split):
         return
     dataset = SequenceDataset(asked.release, data.split, data.domain)
