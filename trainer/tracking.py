@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import psutil
 import yaml
@@ -310,7 +310,7 @@ class _TrackedRun(Run):
 
     def log_release(self, release: "Release", *, context: str = "training") -> None:
         lake = redact(release.lake)
-        self.log_params({"release": release.number} | {f"snapshot.{k}": v for k, v in release.versions.items()})
+        self.log_params({"pinned.release": release.number} | {f"pinned.{k}": v for k, v in release.versions.items()})
         tags = {"graftrec.release": release.number, "graftrec.lake": lake}
         self.set_tags(tags | {f"graftrec.snapshot.{table}": v for table, v in release.versions.items()})
         values = [{"table": t, "version": v, "lake": lake} for t, v in release.versions.items()]
@@ -580,7 +580,7 @@ def offer(load: Callable[[Path, str], Any], answer: Callable[[Any, list[dict[str
 
         def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
             try:
-                return answer(self._state, model_input.to_dict("records"), params or {})
+                return answer(self._state, cast(list[dict[str, Any]], model_input.to_dict("records")), params or {})
             except GraftrecError as error:
                 raise MlflowException.invalid_parameter_value(str(error)) from None
 

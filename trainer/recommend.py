@@ -1,0 +1,261 @@
+"""Batch recommendations: the k best items of every user of a domain, in the Delta table `recommendations`.
+
+Executors score in parallel: each Python worker loads the model folder once, which Spark ships to it, and runs torch on
+one thread. A user's whole known sequence is the input, and what is in it is left out of the answer; a user with no item
+that the model knows gets the popular ones. The rows are those that the served model would answer, up to the last bits.
+
+One commit replaces the domain's partitions, all or nothing. It records what it was made of: a rerun of what the table
+holds already does nothing.
+"""
+
+import functools
+import hashlib
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pyspark import SparkFiles
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from tqdm import tqdm
+
+from etl import delta, tables
+from etl.config import code_version
+from etl.session import spark_session
+from etl.tables import UNK
+from trainer import tracking
+from trainer.artifact import MANIFEST, USER_IDS, Artifact, load_artifact
+from trainer.baselines import Histories
+from trainer.config import RecommendConfig
+from trainer.data.dataset import Release, SequenceDataset, pin
+from trainer.registry import Registry
+from trainer.serving import top_k
+
+ROWS_SCHEMA = (
+    "domain string, bucket int, user string, rank int, item string, score float, model_version string, release long"
+)
+USERS_PER_TASK = 20_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written: users, rows, the table's version; `committed` False where the table held it already."""
+
+    users: int
+    rows: int
+    version: int
+    committed: bool
+    seconds: float
+
+
+def run(config: RecommendConfig) -> Result:
+    """The recipe `recommend`. Raises GraftrecError."""
+    folder, label = _model(config)
+    artifact = load_artifact(folder, users=False)
+    split, domain = config.split or artifact.config.data.split, config.domain or artifact.config.data.domain
+    release = pin(config.lake or artifact.lake, config.release)
+    num_users = SequenceDataset(release, split, domain).num_rows
+    app, identity = f"recommend/{domain}", _identity(config, artifact, label, release, split, domain)
+    recorded = delta.transactions(release.lake, tables.RECOMMENDATIONS, [app, identity])
+    if app in recorded and recorded.get(identity) == recorded[app]:
+        version = delta.current_version(release.lake, tables.RECOMMENDATIONS)
+        print(
+            f"recommend: unchanged, the table at {_place(release)} holds what {label} says of release {release.number}"
+        )
+        return Result(num_users, 0, version or 0, False, 0.0)
+    with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
+        tracked.set_tags(
+            {"graftrec.recipe": "recommend", "graftrec.model_version": label, "graftrec.hash": artifact.hash}
+        )
+        number = recorded.get(app, 0) + 1
+        result = _write(config, artifact, label, release, split, domain, num_users, (app, identity, number))
+        speed = result.users / max(result.seconds, 1e-9)
+        tracked.log_metrics(
+            {"users": result.users, "rows": result.rows, "seconds": result.seconds, "users_per_second": speed}
+        )
+    print(
+        f"recommend: top {config.k} of {result.users:,} users of {domain} by {label}, release {release.number}: "
+        f"{result.rows:,} rows in {result.seconds:.1f} s ({speed:,.0f} users/s); "
+        f"{_place(release)} version {result.version}"
+    )
+    return result
+
+
+def _model(config: RecommendConfig) -> tuple[Path, str]:
+    """The model folder and what rows say of it: "graftrec/3", or "unregistered/<hash>" for a folder."""
+    if (Path(config.model) / MANIFEST).is_file() or "/" in config.model:
+        return Path(config.model), f"unregistered/{load_artifact(config.model, users=False).hash[:12]}"
+    registry = Registry(config.registered_model)
+    version = registry.version(config.model)
+    return registry.folder(version), version.label
+
+
+def _identity(
+    config: RecommendConfig, artifact: Artifact, label: str, release: Release, split: str, domain: str
+) -> str:  # fmt: skip
+    """Names everything that the rows depend on."""
+    here = Path(__file__).parent
+    code = code_version(Path(__file__), here / "serving.py", here / "scoring.py", here / "models", here / "tasks")
+    versions = [release.versions.get(table.name) for table in (tables.SEQUENCES, tables.USERS)]
+    told = [artifact.hash, label, release.number, versions, split, domain, config.k, code]
+    return f"recommend/{domain}/{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
+
+
+def _place(release: Release) -> str:
+    return delta.table_uri(release.lake, tables.RECOMMENDATIONS)
+
+
+def _write(
+    config: RecommendConfig, artifact: Artifact, label: str, release: Release, split: str, domain: str, num_users: int,
+    transaction: tuple[str, str, int],
+) -> Result:  # fmt: skip
+    app, identity, number = transaction
+    start = time.monotonic()
+    spark = spark_session(config.spark, name="graftrec recommend")
+    with _shipped(spark, artifact) as model, _progress(spark, num_users) as count:
+        score = functools.partial(
+            _score_batches, model=model, count=count, k=config.k, batch_size=config.batch_size, domain=domain,
+            label=label, release=release.number,
+        )  # fmt: skip
+        rows = _histories(spark, release, split, domain, num_users).mapInArrow(score, ROWS_SCHEMA)
+        written = delta.write(
+            spark, rows, release.lake, tables.RECOMMENDATIONS, mode="partitions", app=app, app_version=number,
+            metadata={"job": "recommend", "model_version": label, "release": str(release.number), "k": str(config.k)},
+            partition_scope={"domain": [domain]}, transactions={identity: number},
+        )  # fmt: skip
+    return Result(num_users, written.rows, written.version, written.committed, time.monotonic() - start)
+
+
+def _histories(spark: SparkSession, release: Release, split: str, domain: str, num_users: int) -> DataFrame:
+    """user (raw id), index, bucket, items; spread over enough tasks to keep every core busy."""
+    sequences = delta.read(
+        spark, release.lake, tables.SEQUENCES, version=release.versions[tables.SEQUENCES.name],
+        partitions={"split": [split], "domain": [domain]},
+    )  # fmt: skip
+    users = delta.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
+    named = users.select("index", F.col("user").alias("raw"))
+    joined = sequences.select(F.col("user").alias("index"), "bucket", "items").join(named, "index")
+    tasks = max(2 * _cores(spark), -(-num_users // USERS_PER_TASK))
+    return joined.repartition(tasks, "index").select("raw", "index", "bucket", "items")
+
+
+def _cores(spark: SparkSession) -> int:
+    return int(spark.sparkContext.defaultParallelism) if _has_context(spark) else 4
+
+
+def _has_context(spark: SparkSession) -> bool:
+    """False for a Spark Connect client."""
+    return isinstance(spark, SparkSession) and type(spark).__module__.startswith("pyspark.sql.session")
+
+
+# --- in the executors -------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)  # a Python worker serves many tasks
+def _loaded(model: str) -> Artifact:
+    torch.set_num_threads(1)  # Spark runs as many workers as there are cores
+    path = Path(model) if "/" in model else Path(SparkFiles.get(model))
+    return load_artifact(path)
+
+
+def _score_batches(
+    batches: Iterator[pa.RecordBatch], *, model: str, count: Any, k: int, batch_size: int, domain: str, label: str,
+    release: int,
+) -> Iterator[pa.RecordBatch]:  # fmt: skip
+    """Top-k rows of the users in `batches` (raw, index, bucket, items)."""
+    artifact = _loaded(model)
+    raw_ids = pa.array(artifact.catalogue.raw_ids, pa.string())
+    scorer = artifact.scorer()
+    popularity = torch.from_numpy(artifact.popularity.astype(np.float32))
+    for batch in batches:
+        # Users of like lengths together: less padding.
+        order = np.argsort(pa.compute.list_value_length(batch.column("items")).to_numpy(), kind="stable")
+        for start in range(0, len(order), batch_size):
+            chosen = batch.take(pa.array(order[start : start + batch_size]))
+            histories = _as_histories(chosen, artifact)
+            scores = popularity.repeat(len(histories), 1)
+            asked = np.flatnonzero(histories.lengths > 0)
+            if len(asked):
+                scores[torch.from_numpy(asked)] = scorer.score(histories.take(asked))
+            rows, best = top_k(scores, histories, k)
+            owner, place = torch.isfinite(best).numpy().nonzero()
+            users = pa.array(owner)
+            yield pa.RecordBatch.from_arrays(
+                [
+                    pa.repeat(domain, len(owner)),
+                    chosen.column("bucket").take(users),
+                    chosen.column("raw").take(users),
+                    pa.array(place + 1, pa.int32()),
+                    raw_ids.take(pa.array(rows[owner, place])),
+                    pa.array(best.numpy()[owner, place], pa.float32()),
+                    pa.repeat(label, len(owner)),
+                    pa.repeat(pa.scalar(release, pa.int64()), len(owner)),
+                ],
+                names=tables.RECOMMENDATIONS.schema.names,
+            )
+        if count is not None:
+            count.add(batch.num_rows)
+
+
+def _as_histories(batch: pa.RecordBatch, artifact: Artifact) -> Histories:
+    """What the model knows of the users' items, as its rows."""
+    items = batch.column("items")
+    lengths = pa.compute.list_value_length(items).to_numpy()
+    rows = artifact.catalogue.rows(items.flatten().to_numpy(zero_copy_only=False)).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    users = batch.column("index").to_numpy().astype(np.int64)
+    return Histories(users, offsets, rows, np.empty(0, dtype=np.int64)).keep(rows != UNK)
+
+
+# --- shipping and progress --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _shipped(spark: SparkSession, artifact: Artifact) -> Iterator[str]:
+    """Give executors the model folder, without raw user ids, which they don't need. Yields what `_loaded` finds it by.
+
+    A Spark Connect client can't ship files: its server must see the model folder under the same path.
+    """
+    if not _has_context(spark):
+        yield str(artifact.folder.absolute())
+        return
+    name = f"model-{artifact.hash}.zip"
+    with TemporaryDirectory() as scratch:
+        archive = Path(scratch) / name
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as target:
+            for file in sorted(artifact.folder.iterdir()):
+                if file.is_file() and file.name != USER_IDS:
+                    target.write(file, file.name)
+        spark.sparkContext.addArchive(str(archive))
+        yield name
+
+
+@contextmanager
+def _progress(spark: SparkSession, num_users: int) -> Iterator[Any]:
+    """A bar of the users scored, fed by an accumulator; yields the accumulator, None where Spark has none."""
+    if not _has_context(spark):
+        yield None
+        return
+    count, ended = spark.sparkContext.accumulator(0), threading.Event()
+    with tqdm(total=num_users, unit=" users", desc="recommend", mininterval=1, leave=False, disable=None) as bar:
+
+        def follow() -> None:
+            while not ended.wait(0.5):
+                bar.update(min(count.value, num_users) - bar.n)
+
+        follower = threading.Thread(target=follow, daemon=True)
+        follower.start()
+        try:
+            yield count
+        finally:
+            ended.set()
+            follower.join()
