@@ -234,7 +234,7 @@ def _judge_and_move(
             entry = _entry(decision, evaluation, champion, run)
             if not decision.passed:
                 registry.set_tags(
-                    version.number, {TAG_GATE: _verdict(decision)} | _audit(entry | {"action": "refused"})
+                    version.number, {TAG_GATE: _verdict(decision)} | _audit({"action": "refused"} | entry)
                 )
                 return decision, None
             return decision, _crown(registry, promotion, version, champion, decision, entry)
@@ -249,7 +249,7 @@ def _crown(
 ) -> Promoted:  # fmt: skip
     """Tags first: a champion without its papers is worse than papers of a promotion that did not happen."""
     before = str(champion.number) if champion else ""
-    tags = {TAG_GATE: _verdict(decision), TAG_BEFORE: before} | _audit(entry | {"action": "promoted"})
+    tags = {TAG_GATE: _verdict(decision), TAG_BEFORE: before} | _audit({"action": "promoted"} | entry)
     registry.set_tags(version.number, tags)
     replaced = promotion.crown(version.number)
     if (candidate := registry.find(CANDIDATE)) is not None and candidate.number == version.number:
