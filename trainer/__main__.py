@@ -1,7 +1,7 @@
 """``python -m trainer <recipe> --config NAME [--section.key value …]``: one recipe, one configuration, one exit code.
 
-Exit codes: 0 done; 2 a mistake to mend (one line says which); 3 the gate refused; 4 the loss was not a number; 143 stopped
-by a signal, to be gone on with by the same command.
+Exit codes: 0 done; 2 a mistake to mend (one line says which); 3 the gate refused; 4 the loss was not a number; 143
+stopped by a signal, to be gone on with by the same command.
 """
 
 import argparse

@@ -131,7 +131,7 @@ def load_artifact(folder: str | Path, *, device: str = "cpu", users: bool = True
         weights[_USER_TABLE] = table.to(next(iter(weights.values())).dtype)
     model = build_model(
         config.model, num_users=len(weights[_USER_TABLE]) if config.model.user_width else 0,
-        num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge), seed=0,
+        num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), seed=0,
     )  # fmt: skip
     model.to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights)
@@ -156,7 +156,7 @@ def _verified(folder: Path) -> dict[str, str]:
     """Digests of the files that are there. Raises ArtifactError for one that is missing or differs."""
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(
-            f"no model in {folder}: expected {MANIFEST} and the files it names; give the `model` folder of a finished run"
+            f"no model in {folder}: expected {MANIFEST} and the files it names; give a finished run's `model` folder"
         )
     try:
         digests: dict[str, str] = json.loads((folder / MANIFEST).read_text())

@@ -92,6 +92,8 @@ def fit(config: PretrainConfig, *, parent: Artifact | None) -> Result:
 
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
         tracked.log_text(json.dumps(account.as_dict(), indent=1), "transfer.json")
+        if world.first:
+            (folder / "transfer.json").write_text(json.dumps(account.as_dict(), indent=1))
         tracked.set_tags({"graftrec.recipe": _recipe(config), "graftrec.transfer": account.transfer})
         train(
             training,
@@ -107,8 +109,8 @@ def fit(config: PretrainConfig, *, parent: Artifact | None) -> Result:
             _finish(folder, config, release, catalogue, knowledge, training, metrics, parent, identity, tracked)
         world.wait()
     say(
-        f"{config.name}: best epoch {training.progress.best_epoch} of {len(training.progress.history)}, validation {SCORE} "
-        f"{training.progress.best_score:.4f}, {metrics['seconds']:.0f} s; model in {folder / 'model'}"
+        f"{config.name}: best epoch {training.progress.best_epoch} of {len(training.progress.history)}, validation "
+        f"{SCORE} {training.progress.best_score:.4f}, {metrics['seconds']:.0f} s; model in {folder / 'model'}"
     )
     return Result(folder, metrics, reused=False)
 
@@ -153,7 +155,8 @@ def _finish(
     """Model folder, curves, and the note that all is done."""
     popularity = _popularity(training.loader.dataset, catalogue)
     digest = save_artifact(
-        folder / "model", config=config, release=release, catalogue=catalogue, popularity=popularity, knowledge=knowledge,
+        folder / "model", config=config, release=release, catalogue=catalogue, popularity=popularity,
+        knowledge=knowledge,
         weights=training.best, metrics=metrics, parent=parent.hash if parent else None,
         users=release.read(tables.USERS, ["user", "index"]),
     )  # fmt: skip
@@ -201,7 +204,8 @@ def _tell(epoch: Epoch, tracked: Run, say: Callable[[str], None]) -> None:
 
 
 def _introduction(
-    config: PretrainConfig, release: Release, catalogue: Catalogue, dataset: SequenceDataset, held_out: HeldOut, model: Bert4Rec
+    config: PretrainConfig, release: Release, catalogue: Catalogue, dataset: SequenceDataset, held_out: HeldOut,
+    model: Bert4Rec,
 ) -> str:  # fmt: skip
     size = sum(parameter.numel() for parameter in model.parameters())
     return (
@@ -211,7 +215,7 @@ def _introduction(
     )
 
 
-# --- identity: a run whose inputs are unchanged is not done again -------------------------------------------------------
+# --- identity: a run whose inputs are unchanged is not done again ---------------------------------------------
 
 _READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS, tables.SEQUENCES)
 
@@ -221,7 +225,8 @@ def _recipe(config: PretrainConfig) -> str:
 
 
 def _identity(config: PretrainConfig, release: Release, parent: Artifact | None) -> str:
-    """Changes with whatever could change the weights: settings, snapshots, code, parent; not with where or how it runs."""
+    """Changes with whatever could change the weights: settings, snapshots, code, parent; not with where or how it
+    runs."""
     settings = config.model_copy(
         update={
             "runtime": type(config.runtime)(precision=config.runtime.precision),

@@ -30,8 +30,8 @@ class Scorer:
     def score(self, histories: Histories, candidates: IntArray | None = None) -> Tensor:
         """Scores float32 [B, C] on the CPU; items and candidates are catalogue rows, users global indices.
 
-        Candidates None: every row, the reserved ones at -inf. The newest items that fit the model are read, the rest is cut.
-        Users beyond the model's table, and UNK, are asked as unknown users. A history may be empty.
+        Candidates None: every row, the reserved ones at -inf. The newest items that fit the model are read, the rest is
+        cut. Users beyond the model's table, and UNK, are asked as unknown users. A history may be empty.
         """
         was_training = self.model.training
         self.model.eval()

@@ -117,42 +117,56 @@ def test_build_model_is_a_function_of_its_seed_and_leaves_random_state_alone():
     assert not torch.equal(first.item_embedding.weight, other.item_embedding.weight)
 
 
-# --- masked item -------------------------------------------------------------------------------------------------------
+# --- masked item ---------------------------------------------
 
 
 def test_mask_shares_are_those_of_the_settings():
     config = MaskedItemConfig(mask_probability=0.3, last_only_probability=0.25)
     batch = batch_of([40] * 4_000)
-    corrupted, chosen = MaskedItem(config).mask(batch, NUM_ITEMS)
-    alone = (chosen.sum(1) == 1) & chosen[:, -1]
+    corrupted, lengths, chosen = MaskedItem(config).mask(batch, NUM_ITEMS)
+    alone = (chosen.sum(1) == 1) & (corrupted[torch.arange(4_000), lengths - 1] == MASK)
     assert alone.float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert (corrupted[alone, -1] == MASK).all()
+    ends = lengths[alone].double()
+    assert (ends.mean().item(), ends.min().item(), ends.max().item()) == (pytest.approx(20.5, abs=1.5), 1, 40)
     rest = ~alone
+    assert (lengths[rest] == 40).all()
     assert chosen[rest].float().mean().item() == pytest.approx(0.3, abs=0.01)
     picked, original = corrupted[rest][chosen[rest]], batch.items[rest][chosen[rest]]
     assert (picked == MASK).float().mean().item() == pytest.approx(0.8, abs=0.01)
     # a random item is the original one in 30th of the cases
     assert (picked == original).float().mean().item() == pytest.approx(0.1 + 0.1 / 30, abs=0.01)
-    assert torch.equal(corrupted[~chosen], batch.items[~chosen])
     assert ((picked == MASK) | (picked >= FIRST_INDEX)).all()
+
+
+def test_mask_leaves_what_is_not_chosen_and_hides_what_lies_behind_a_cut():
+    batch = batch_of([1, 2, 3, 30] * 200, width=33)
+    corrupted, lengths, chosen = MaskedItem(MaskedItemConfig(last_only_probability=0.5)).mask(batch, NUM_ITEMS)
+    inside = torch.arange(33) < lengths[:, None]
+    assert (lengths >= 1).all()
+    assert (lengths <= batch.lengths).all()
+    assert torch.equal(corrupted[inside & ~chosen], batch.items[inside & ~chosen])
+    assert (corrupted[~inside] == PAD).all()
+    assert not chosen[~inside].any()
+    assert (chosen.sum(1) >= 1).all()
 
 
 def test_mask_takes_at_least_one_real_position_of_each_sequence():
     batch = batch_of([1, 2, 3] * 200, width=9)
-    _, chosen = MaskedItem(MaskedItemConfig(mask_probability=0.01, last_only_probability=0)).mask(batch, NUM_ITEMS)
+    task = MaskedItem(MaskedItemConfig(mask_probability=0.01, last_only_probability=0))
+    _, lengths, chosen = task.mask(batch, NUM_ITEMS)
     assert (chosen.sum(1) >= 1).all()
+    assert torch.equal(lengths, batch.lengths)
     assert not chosen[~batch.mask_BT].any()
 
 
 def test_mask_of_a_rank_is_its_slice_of_the_global_one():
     whole = batch_of([9, 4, 6, 7, 5])
-    task = MaskedItem(MaskedItemConfig())
-    expected_items, expected_chosen = task.mask(whole, NUM_ITEMS)
+    task = MaskedItem(MaskedItemConfig(last_only_probability=0.5))
+    expected = task.mask(whole, NUM_ITEMS)
     for rows in (slice(0, 2), slice(2, 5)):
         part = Batch(whole.items[rows], whole.lengths[rows], whole.users[rows], 5, rows, whole.draw)
-        items, chosen = task.mask(part, NUM_ITEMS)
-        assert torch.equal(items, expected_items[rows])
-        assert torch.equal(chosen, expected_chosen[rows])
+        for found, of_whole in zip(task.mask(part, NUM_ITEMS), expected, strict=True):
+            assert torch.equal(found, of_whole[rows])
 
 
 @pytest.mark.parametrize("task", [MaskedItem(MaskedItemConfig()), NextItem(NextItemConfig())])
@@ -168,13 +182,12 @@ def test_loss_of_the_whole_is_the_sum_of_its_parts(task):
 
 
 def test_masked_query_is_the_training_sample_with_the_last_item_masked():
-    model, batch = model_of(), batch_of([6, 9])
+    model, batch = model_of(), batch_of([6, 9, 9, 9, 9])
     task = MaskedItem(MaskedItemConfig(last_only_probability=1.0))
-    corrupted, chosen = task.mask(batch, NUM_ITEMS)
-    trained = model(corrupted, batch.lengths, batch.users, causal=False)[chosen]
-    shorter = Batch(batch.items[:, :-1].clone(), batch.lengths - 1, batch.users, 2, slice(0, 2), ())
-    shorter.items[0, 5] = PAD
-    torch.testing.assert_close(task.query(model, shorter), trained)
+    corrupted, lengths, chosen = task.mask(batch, NUM_ITEMS)
+    trained = model(corrupted, lengths, batch.users, causal=False)[chosen]
+    asked = Batch(torch.where(corrupted == MASK, PAD, corrupted)[:, :-1], lengths - 1, batch.users, 5, slice(0, 5), ())
+    torch.testing.assert_close(task.query(model, asked), trained)
 
 
 def test_next_item_query_is_the_trained_position():
@@ -191,7 +204,7 @@ def test_query_of_an_empty_history_is_finite(task):
     assert torch.isfinite(task.query(model_of(), empty)).all()
 
 
-# --- loss --------------------------------------------------------------------------------------------------------------
+# --- loss ---------------------------------------------
 
 
 def test_full_loss_is_the_negative_log_likelihood_over_real_items():

@@ -11,8 +11,8 @@ class Batch:
     """Padded sequences of B users, T positions, oldest first, padded at the end.
 
     items [B, T] int64 catalogue rows (PAD past the end); lengths [B]; users [B] global user index;
-    rows: this rank's slice of the global batch of `global_rows` users and `global_items` items; draw: (seed, epoch, step),
-    which whatever is random about this batch is a function of.
+    rows: this rank's slice of the global batch of `global_rows` users and `global_items` items; draw: (seed, epoch,
+    step), which whatever is random about this batch is a function of.
     """
 
     items: Tensor

@@ -63,7 +63,7 @@ def _open(lake: str, table: Table, version: int | None) -> deltalake.DeltaTable:
         return deltalake.DeltaTable(f"{lake.rstrip('/')}/{table.name}", version=version)
     except TableNotFoundError:
         raise DataError(
-            f"no table {table.name} in the lake {lake}: expected the tables of a complete run; run `python -m etl all --lake {lake}`"
+            f"no table {table.name} in the lake {lake}: expected those of a complete run; run `python -m etl all` on it"
         ) from None
     except Exception as error:  # deltalake raises a plain DeltaError for a version that is not there or a torn log
         raise DataError(
@@ -87,7 +87,8 @@ def pin(lake: str, release: int | None) -> Release:
 class Catalogue:
     """A domain's items as model rows: rows below FIRST_INDEX are reserved, then kept items by global index.
 
-    global_index [V]; raw ids [V] (empty for reserved rows); popularity [V], interactions in the training part of the domain.
+    global_index [V]; raw ids [V] (empty for reserved rows); popularity [V], interactions in the training part of the
+    domain.
     """
 
     global_index: IntArray
@@ -153,7 +154,8 @@ def vocabulary_size(release: Release, table: Table) -> int:
 def read_knowledge(release: Release, catalogue: Catalogue, slots: dict[str, int]) -> Int32Array:
     """Entity indices [V, slots] of a catalogue's rows: slots of one relation in order of rank; UNK where unknown.
 
-    `slots` maps relation -> number of slots, e.g. {"director": 1, "actor": 3}. Raises DataError for a relation without triples.
+    `slots` maps relation -> number of slots, e.g. {"director": 1, "actor": 3}. Raises DataError for a relation without
+    triples.
     """
     filled = np.full((len(catalogue), sum(slots.values())), tables.UNK, dtype=np.int32)
     filled[: tables.UNK] = tables.PAD
@@ -195,7 +197,8 @@ class Sequences:
         return int(self.items.nbytes + self.times.nbytes + 5 * self.users.nbytes)
 
     def history_end(self, part: str) -> IntArray:
-        """Where the input ends when `part` is asked for: training part for validation, training and validation for test."""
+        """Where the input ends when `part` is asked for: training part for validation, training and validation for
+        test."""
         return {"train": self.valid_start, "validation": self.valid_start, "test": self.test_start}[part]
 
     def take(self, rows: IntArray) -> "Sequences":
@@ -249,7 +252,7 @@ class SequenceDataset:
                 parts.append(_parquet(file).read_row_groups(numbers, columns=wanted, use_threads=False))
             except (OSError, pa.ArrowException) as error:
                 raise DataError(
-                    f"can't read {file}: {' '.join(str(error).split())}; restore it, or run the etl job `sequences` again"
+                    f"can't read {file}: {' '.join(str(error).split())}; restore it, or run `python -m etl sequences`"
                 ) from None
         return _flatten(pa.concat_tables(parts), times=times)
 

@@ -16,7 +16,8 @@ from trainer.data.dataset import Catalogue, IntArray, SequenceDataset, Sequences
 def pad_windows(
     sequences: Sequences, catalogue: Catalogue, rows: IntArray, starts: IntArray, lengths: IntArray, width: int
 ) -> torch.Tensor:
-    """Catalogue rows [len(rows), width] of ``items[start:start + length]`` of each row, PAD behind. One gather, no loop."""
+    """Catalogue rows [len(rows), width] of ``items[start:start + length]`` of each row, PAD behind. One gather, no
+    loop."""
     columns = np.arange(width)
     inside = columns < lengths[:, None]
     flat = np.where(inside, (sequences.offsets[rows] + starts)[:, None] + columns, 0)
@@ -29,8 +30,9 @@ def pad_windows(
 class Loader:
     """Training batches of one rank, epoch after epoch.
 
-    The order is a pure function of (snapshot, seed, epoch): a *global* batch is cut first, then each rank takes its slice,
-    so every world size sees the same samples in the same order. Memory: one block, plus the cache up to `cache_bytes`.
+    The order is a pure function of (snapshot, seed, epoch): a *global* batch is cut first, then each rank takes its
+    slice, so every world size sees the same samples in the same order. Memory: one block, plus the cache up to
+    `cache_bytes`.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Which rows, in which order: pure functions of (row counts or lengths, seed, epoch). No I/O, no state.
 
-Rows are shuffled in two stages, so that memory stays bounded whatever the table's size: row groups are shuffled and dealt
-into *blocks* (what is decoded at once), then rows are shuffled inside a block and cut into batches of similar length.
+Rows are shuffled in two stages, so that memory stays bounded whatever the table's size: row groups are shuffled and
+dealt into *blocks* (what is decoded at once), then rows are shuffled inside a block and cut into batches of similar
+length.
 """
 
 import numpy as np

@@ -1,12 +1,13 @@
-"""BERT4Rec (Sun et al. 2019): a bidirectional Transformer over item sequences (survey 3.2.2), with the survey's user and
-knowledge embeddings (4.3, 4.4). With `causal`, the same network reads left to right, for next item prediction.
+"""BERT4Rec (Sun et al. 2019): a bidirectional Transformer over item sequences (survey 3.2.2), with the survey's user
+and knowledge embeddings (4.3, 4.4). With `causal`, the same network reads left to right, for next item prediction.
 
-Shape letters: ``B`` sequences, ``T`` positions, ``D`` width, ``H`` heads, ``V`` catalogue rows, ``S`` knowledge slots of
-an item, ``N`` any number of positions, ``C`` candidates.
+Shape letters: ``B`` sequences, ``T`` positions, ``D`` width, ``H`` heads, ``V`` catalogue rows, ``S`` knowledge slots
+of an item, ``N`` any number of positions, ``C`` candidates.
 
 Where the survey leaves the network open: layers are normalised before each sub-layer (Xiong et al. 2020), which spares
-the warm-up plateau; positions count back from the newest item, so that the position asked at evaluation is the same one for
-every user, whatever the length, and means the same in another domain; attention has no key bias (its gradient is zero).
+the warm-up plateau; attention has no key bias (its gradient is zero). Positions count from the oldest item that is
+read. Counting back from the newest was tried: the position that is asked is then hardly ever trained (NDCG@10 0.05 for
+0.12).
 """
 
 import torch
@@ -97,12 +98,11 @@ class Bert4Rec(nn.Module):
     def forward(
         self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, *, causal: bool, table_VD: Tensor | None = None
     ) -> Tensor:
-        """Hidden states [B, T, D]; items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows of
-        the user table (those beyond it are unknown). `table_VD`: item_vectors(), where the caller has it already."""
+        """Hidden states [B, T, D]; items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows
+        of the user table (those beyond it are unknown). `table_VD`: item_vectors(), where the caller has it already."""
         T = items_BT.shape[1]
         x_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
-        age_BT = (lengths_B[:, None] - 1 - torch.arange(T, device=items_BT.device)).clamp_(min=0)
-        x_BTD = x_BTD + self.position_embedding(age_BT)
+        x_BTD = x_BTD + self.position_embedding.weight[:T]
         if self.config.user_width:
             known = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)
             x_BTD = x_BTD + self.user_projection(self.user_embedding(known))[:, None]
@@ -124,7 +124,8 @@ class Bert4Rec(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    """Truncated normals: BERT's 0.02 for tables (Devlin et al. 2019), and for layers 1 / sqrt(inputs) (LeCun et al. 1998).
+    """Truncated normals: BERT's 0.02 for tables (Devlin et al. 2019), and for layers 1 / sqrt(inputs) (LeCun et al.
+    1998).
 
     BERT's 0.02 for layers too would fit a width of 768: at 64 it makes attention a whisper beside the residual, and the
     loss stays at the popularity plateau for tens of epochs.

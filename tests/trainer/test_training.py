@@ -1,0 +1,271 @@
+"""Training runs with real processes: killed anywhere they end with the same weights, and two processes equal one."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from etl.config import load
+from trainer import checkpoint
+from trainer.artifact import ArtifactError, load_artifact
+from trainer.baselines import Histories
+from trainer.checkpoint import Checkpoint
+from trainer.config import FinetuneConfig, PretrainConfig, TrainConfig
+from trainer.finetune import run as finetune
+from trainer.loop import NonFiniteLoss, learning_rate
+from trainer.pretrain import run as pretrain
+from trainer.transfer import TransferError
+
+TINY = {
+    "model": {"width": 16, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4},
+    "train": {"batch_size": 8, "epochs": 3, "warmup_steps": 0, "checkpoint_seconds": 0, "min_epochs": 3},
+    "runtime": {"progress": False, "threads": 1},
+    "tracking": {"enabled": False},
+}
+
+
+def config_file(folder, lake, **sections):
+    """A YAML (JSON is YAML) of a tiny run; `sections` are merged key by key."""
+    settings = {**TINY, "output": str(folder / "runs"), "data": {"lake": str(lake), "domain": "source"}}
+    for name, value in sections.items():
+        settings[name] = {**settings.get(name, {}), **value} if isinstance(value, dict) else value
+    path = Path(folder) / f"{settings.get('name', 'tiny')}.yaml"
+    path.write_text(json.dumps(settings))
+    return path
+
+
+def tiny(kind, folder, lake, **sections):
+    return load(kind, config_file(folder, lake, **sections))
+
+
+def weights_of(folder):
+    return load_file(Path(folder) / "model" / "weights.safetensors") | load_file(
+        Path(folder) / "model" / "users.safetensors"
+    )
+
+
+def equal_weights(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def start(folder, lake, *, launcher=(), recipe="pretrain", **sections):
+    path = config_file(folder, lake, **sections)
+    command = [sys.executable, *launcher, "-m", "trainer", recipe, "--config", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_lake, tmp_path_factory):
+    """The run that every interrupted one must equal."""
+    folder = tmp_path_factory.mktemp("whole")
+    return pretrain(tiny(PretrainConfig, folder, tiny_lake, name="whole")).folder
+
+
+def test_pretrain_learns_and_leaves_a_model(uninterrupted):
+    history = json.loads((uninterrupted / "history.json").read_text())
+    assert [line["epoch"] for line in history] == [1, 2, 3]
+    assert history[-1]["loss"] < history[0]["loss"]
+    model = load_artifact(uninterrupted / "model")
+    best = max(line["metrics"]["NDCG@10"] for line in history)
+    assert model.metrics["validation/NDCG@10"] == best
+    assert not (uninterrupted / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(number, tiny_lake, tmp_path, uninterrupted):
+    checkpoints = tmp_path / "runs" / "whole" / "checkpoints"
+    process = start(tmp_path, tiny_lake, name="whole")
+    deadline = time.monotonic() + 120
+    while len(list(checkpoints.glob("step-*/manifest.json"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert not (tmp_path / "runs" / "whole" / "done.json").exists(), "killed too late to show anything"
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert "run the same command to go on" in output
+    kept = sorted(checkpoints.glob("step-*"))
+    assert kept
+
+    result = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="whole"))
+    assert equal_weights(weights_of(result.folder), weights_of(uninterrupted))
+    resumed, whole = (json.loads((folder / "history.json").read_text()) for folder in (result.folder, uninterrupted))
+    assert [(e["loss"], e["metrics"]) for e in resumed] == [(e["loss"], e["metrics"]) for e in whole]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(tmp_path, capsys):
+    told = []
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, Checkpoint({"model": {"w": torch.full((3,), step)}}, {"at": step}), keep=3)
+    newest = tmp_path / "step-0000000003" / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    (tmp_path / "step-0000000002" / "state.json").unlink()
+    (tmp_path / "step-0000000009").mkdir()  # begun, never finished
+    found = checkpoint.newest(tmp_path, warn=told.append)
+    assert found is not None
+    assert found.state == {"at": 1}
+    assert found.tensors["model"]["w"].tolist() == [1, 1, 1]
+    assert "step-0000000003: model.safetensors is damaged" in told[0]
+    assert "step-0000000002: state.json is missing" in told[1]
+    assert len(told) == 2
+
+
+def test_checkpoints_beyond_keep_are_dropped(tmp_path):
+    for step in range(5):
+        checkpoint.save(tmp_path, step, Checkpoint({}, {}), keep=2)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-0000000003", "step-0000000004"]
+
+
+def test_unchanged_run_is_not_done_again_and_a_changed_one_is(tiny_lake, tmp_path, capsys):
+    config = tiny(PretrainConfig, tmp_path, tiny_lake, train={"epochs": 1})
+    first = pretrain(config)
+    again = pretrain(config)
+    assert (first.reused, again.reused) == (False, True)
+    assert again.metrics == first.metrics
+    assert "unchanged" in capsys.readouterr().out
+    other = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, train={"epochs": 1, "seed": 1}))
+    assert not other.reused
+    (other.folder / "model" / "weights.safetensors").write_bytes(b"broken")
+    assert not pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, train={"epochs": 1, "seed": 1})).reused
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(tiny_lake, tmp_path):
+    config = tiny(PretrainConfig, tmp_path, tiny_lake, train={"learning_rate": 1e30, "epochs": 3})
+    with pytest.raises(NonFiniteLoss, match=r"at epoch \d+, step \d+: the batch of \d+ users"):
+        pretrain(config)
+    assert not (tmp_path / "runs" / "pretrain" / "model").exists()
+
+
+@pytest.mark.parametrize("task", ["masked_item", "next_item"])
+def test_two_processes_give_the_weights_of_one(task, tiny_lake, tmp_path):
+    sections = {
+        "model": {"dropout": 0.0},
+        "runtime": {"precision": "fp64"},
+        "task": {"kind": task},
+        "train": {"batch_size": 7, "epochs": 2, "min_epochs": 2, "checkpoint_seconds": 600},  # 7: unequal slices
+    }
+    one = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="one", **sections))
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    process = start(tmp_path, tiny_lake, launcher=launcher, name="two", **sections)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    alone, together = weights_of(one.folder), weights_of(tmp_path / "runs" / "two")
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=0, atol=1e-9)
+    one_run, two_runs = (json.loads((tmp_path / "runs" / n / "history.json").read_text()) for n in ("one", "two"))
+    assert [e["loss"] for e in two_runs] == pytest.approx([e["loss"] for e in one_run], rel=1e-9)
+    assert [e["metrics"] for e in two_runs] == [pytest.approx(e["metrics"], abs=1e-12) for e in one_run]
+
+
+# --- transfer ---------------------------------------------
+
+
+def initial(tmp_path, lake, transfer, parent, **sections):
+    """Weights right after grafting: a run whose learning rate is next to nothing."""
+    train = {"epochs": 1, "min_epochs": 0, "learning_rate": 1e-30, "seed": 5}
+    data = {"domain": "target"}
+    config = tiny(
+        FinetuneConfig, tmp_path, lake, name=f"graft-{transfer}", transfer=transfer, parent=str(parent / "model"),
+        train=train, data=data, **sections,
+    )  # fmt: skip
+    return load_artifact(finetune(config).model)
+
+
+ITEM = {"item_embedding.weight", "output_bias"}
+SHARED = {"user_embedding.weight", "entity_embedding.weight"}
+
+
+@pytest.mark.parametrize("transfer", ["none", "shallow", "deep"])
+def test_transfer_copies_exactly_its_groups(transfer, tiny_lake, tmp_path, uninterrupted):
+    parent = load_artifact(uninterrupted / "model").model.state_dict()
+    grafted = initial(tmp_path, tiny_lake, transfer, uninterrupted).model.state_dict()
+    scratch = initial(tmp_path, tiny_lake, "none", uninterrupted).model.state_dict()
+    copied = {"none": set(), "shallow": SHARED, "deep": set(parent) - ITEM}[transfer]
+    for name, tensor in grafted.items():
+        expected = parent[name] if name in copied else scratch[name]
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-25, msg=name)  # zeros move by the rate
+    account = json.loads((tmp_path / "runs" / f"graft-{transfer}" / "transfer.json").read_text())
+    assert {line["tensor"] for line in account["tensors"] if line["origin"] == "copied"} == copied
+
+
+def test_frozen_groups_do_not_move_and_the_others_do(tiny_lake, tmp_path, uninterrupted):
+    config = tiny(
+        FinetuneConfig, tmp_path, tiny_lake, transfer="deep", parent=str(uninterrupted / "model"),
+        freeze=["body", "user"], data={"domain": "target"}, train={"epochs": 1, "min_epochs": 0},
+    )  # fmt: skip
+    before, after = load_artifact(uninterrupted / "model"), load_artifact(finetune(config).model)
+    moved = {
+        name for name, tensor in after.model.state_dict().items()
+        if name not in ITEM and not torch.equal(tensor, before.model.state_dict()[name])
+    }  # fmt: skip
+    assert moved
+    assert all(name.startswith(("entity_embedding", "position_embedding", "head")) for name in moved)
+    assert after.parent == before.hash
+    assert after.metrics["pretrain_seconds"] == before.metrics["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"width": 32}}, "expected the parent's"),
+        ({"model": {"blocks": 2}}, "has no tensor"),
+        ({"freeze": ["everything"]}, "expected parameter groups"),
+        ({"parent": None}, "set parent"),
+        ({"parent": "nowhere"}, "no model in nowhere"),
+    ],
+)
+def test_a_parent_that_does_not_fit_is_refused_in_one_line(change, said, tiny_lake, tmp_path, uninterrupted):
+    settings = {"transfer": "deep", "parent": str(uninterrupted / "model"), "data": {"domain": "target"}} | change
+    with pytest.raises((TransferError, ArtifactError), match=said) as error:
+        finetune(tiny(FinetuneConfig, tmp_path, tiny_lake, **settings))
+    assert "\n" not in str(error.value)
+
+
+# --- model folders, rates ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "catalogue.parquet", "config.json", "users.safetensors"])
+def test_a_damaged_model_file_is_refused_by_name(name, uninterrupted, tmp_path):
+    copy = tmp_path / "model"
+    subprocess.run(["cp", "-r", str(uninterrupted / "model"), str(copy)], check=True)
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(ArtifactError, match=f"{name} is damaged"):
+        load_artifact(copy)
+
+
+def test_a_model_without_its_user_table_serves_everybody_as_unknown(uninterrupted, tmp_path):
+    copy = tmp_path / "model"
+    subprocess.run(["cp", "-r", str(uninterrupted / "model"), str(copy)], check=True)
+    whole = load_artifact(copy)
+    for name in ("users.safetensors", "users.parquet"):
+        (copy / name).unlink()
+    bare = load_artifact(copy)
+    assert bare.users is None
+    assert bare.hash == whole.hash, "the user table is no part of a version's identity"
+    item = len(whole.catalogue) - 1
+    histories = Histories(np.array([9, 10]), np.array([0, 1, 2]), np.array([item, item]), np.empty(0, dtype=np.int64))
+    scores = bare.scorer().score(histories)
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(*whole.scorer().score(histories))
+
+
+def test_learning_rate_warms_up_and_falls():
+    config = TrainConfig(learning_rate=1.0, warmup_steps=4, schedule="linear", epochs=10, final_rate=0.1)
+    rates = [learning_rate(config, step, 2) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.25, 0.5 * 0.95, 0.75 * 0.9, 0.85])
+    assert rates[10] == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx(0.1)
+    flat = TrainConfig(learning_rate=0.5, warmup_steps=0)
+    assert [learning_rate(flat, step, 2) for step in (0, 1_000)] == [0.5, 0.5]
