@@ -25,9 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, config: EtlConfig) -> None:
-    if command == "report":
-        from etl.jobs.report import print_report
+    from etl.jobs.report import print_report
 
+    if command == "report":
         print_report(config.lake)
         return
     from etl.jobs.job import Engine
@@ -38,6 +38,7 @@ def _run(command: str, config: EtlConfig) -> None:
         run_one(engine, command)
         return
     run_all(engine)
+    print_report(config.lake)
 
 
 if __name__ == "__main__":

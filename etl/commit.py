@@ -1,42 +1,46 @@
-"""Delta tables without Spark: open one, commit data files to it exactly once, remove what no version names.
+"""Data files into a Delta table, exactly once: verified, synced to disk, committed in one transaction.
 
-The part of `etl.delta` that talks to the log; apart because racing processes, tests and maintenance need it without a
-JVM. All of a write is *one* Delta transaction. It carries an application transaction (app, version) that is read and
-committed on the same handle, so a repeated, duplicated or racing delivery lands once. `max_commit_retries` is 0: the
-log is never rebased beneath a decision; a loser opens a fresh handle, looks again and decides again.
+Apart from `etl.delta` because racing processes and tests need it without a JVM. All of a write is *one* transaction. It
+carries an application transaction (app, version) that is read and committed on the same handle, so a repeated,
+duplicated or racing delivery lands once. `max_commit_retries` is 0: the log is never rebased beneath a decision (an
+append that lands under a stale partition overwrite would survive in the replaced partition); a loser opens a fresh
+handle, looks again and decides again.
 """
 
+import contextlib
 import os
 import random
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlparse
 
-import pyarrow as pa
-import pyarrow.fs as pafs
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.fs import DeltaStorageHandler
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import AddAction
 
 from etl.config import GraftrecError
-from etl.datafile import DataFile, InvalidFile, check_file, partition_text, partition_value
-from etl.tables import TABLES, Table
+from etl.datafile import DataFile, InvalidFile, check_file
+from etl.lake import (
+    LakeError,
+    UnsupportedFeature,
+    active_files,
+    check_contract,
+    local_path,
+    open_table,
+    our_commits,
+    partition_texts,
+    table_filesystem,
+    table_uri,
+    within,
+)
+from etl.tables import Table
 
 Mode = Literal["append", "overwrite", "partitions"]
-STAGING = "_staging-"  # folders of unfinished writes, beside the data
 PATIENCE_SECONDS = 120.0  # how long a loser of races tries again
-
-
-class LakeError(GraftrecError):
-    """What lies at a lake's or a table's place can't be used as one."""
-
-
-class UnsupportedFeature(LakeError):
-    """A table that uses a Delta feature this reader or writer doesn't know."""
+CHECKERS = 8  # threads that read footers
 
 
 class CommitConflict(GraftrecError):
@@ -50,214 +54,6 @@ class Written:
     version: int
     rows: int
     committed: bool
-
-
-# --- where tables lie ---------------------------------------------------------------------------------------------------
-
-
-def local_path(lake: str) -> Path | None:
-    """The folder of a lake on a local disk, None for an object store's URI."""
-    if lake.startswith("file://"):
-        return Path(unquote(urlparse(lake).path))
-    return None if "://" in lake else Path(lake)
-
-
-def table_uri(lake: str, table: Table) -> str:
-    """Where `table` lies: an absolute local path, or a URI."""
-    local = local_path(lake)
-    return str((local / table.name).absolute()) if local is not None else f"{lake.rstrip('/')}/{table.name}"
-
-
-def table_filesystem(lake: str, table: Table) -> pafs.FileSystem:
-    """A pyarrow file system rooted at the table, on local disks or whatever store `deltalake` reaches."""
-    uri = table_uri(lake, table)
-    if local_path(lake) is not None:
-        return pafs.SubTreeFileSystem(uri, pafs.LocalFileSystem())
-    return pafs.PyFileSystem(DeltaStorageHandler(uri))
-
-
-def open_table(lake: str, table: Table, version: int | None = None) -> DeltaTable | None:
-    """A fresh handle on `table` at `version` (None: the newest), or None where there is no such table.
-
-    Raises LakeError where something else lies there, the log is torn, or the version isn't there; UnsupportedFeature
-    where its readers need to know more than we do.
-    """
-    uri = table_uri(lake, table)
-    logged = _check_local(lake, table)
-    try:
-        handle = DeltaTable(uri, version=version)
-    except TableNotFoundError:
-        return None
-    except (DeltaError, OSError, ValueError) as error:
-        raise _unreadable(uri, table, version, error) from None
-    if version is None and handle.version() < logged:
-        raise LakeError(
-            f"{uri}: the log has version {logged}, but only {handle.version()} is readable; restore the log"
-        )
-    _check_features(handle, table)
-    return handle
-
-
-def current_version(lake: str, table: Table) -> int | None:
-    """The newest version of `table`, None where there is no such table. Raises LakeError (see open_table)."""
-    handle = open_table(lake, table)
-    return None if handle is None else int(handle.version())
-
-
-def last_commit(lake: str, table: Table) -> Mapping[str, Any]:
-    """The custom metadata of the newest version that one of our jobs wrote, with its `version`; {} where there is none."""
-    handle = open_table(lake, table)
-    return {} if handle is None else next(_our_commits(handle), {})
-
-
-def _our_commits(handle: DeltaTable) -> Iterator[dict[str, Any]]:
-    return (commit for commit in handle.history() if "app" in commit and "app_version" in commit)
-
-
-def _unreadable(uri: str, table: Table, version: int | None, error: Exception) -> LakeError:
-    reason = " ".join(str(error).split())
-    if version is not None:
-        try:
-            newest = DeltaTable(uri).version()
-        except (DeltaError, OSError, ValueError):
-            pass
-        else:
-            return LakeError(
-                f"{uri}: expected version {version} of {table.name}, found 0 to {newest}; pin one of these"
-            )
-    return LakeError(
-        f"{uri}: expected the Delta table {table.name}, found one that can't be read ({reason}); restore its log"
-    )
-
-
-def _check_local(lake: str, table: Table) -> int:
-    """On a local disk: refuse what isn't a lake, a table or a whole log. The newest version in the log, -1 for none."""
-    root = local_path(lake)
-    if root is None or not root.exists():
-        return -1
-    advice = "give an empty folder or another --lake"
-    if not root.is_dir():
-        raise LakeError(f"{root}: expected a lake (a folder of Delta tables), found a file; {advice}")
-    entries = [path.name for path in root.iterdir() if path.name[0] not in "._"]
-    known = {*TABLES, table.name}
-    if (root / "_delta_log").exists() or (entries and not any(name in known for name in entries)):
-        found = "a single table" if (root / "_delta_log").exists() else ", ".join(sorted(entries)[:3])
-        raise LakeError(f"{root}: expected a lake (a folder of Delta tables), found {found}; {advice}")
-    folder = root / table.name
-    if not folder.exists():
-        return -1
-    if not folder.is_dir():
-        raise LakeError(f"{folder}: expected the Delta table {table.name}, found a file; {advice}")
-    log = folder / "_delta_log"
-    if not log.is_dir():
-        ours = ("part-", *(f"{column}=" for column in table.partition_by[:1]))
-        if foreign := [p.name for p in folder.iterdir() if not p.name.startswith((*ours, STAGING, "."))]:
-            raise LakeError(f"{folder}: expected the Delta table {table.name}, found {min(foreign)}; {advice}")
-        return -1
-    versions = {int(path.stem): path for path in log.glob("*.json") if re.fullmatch(r"\d{20}", path.stem)}
-    for version, path in versions.items():
-        if path.stat().st_size == 0:
-            raise LakeError(f"{path}: expected version {version} of {table.name}, found an empty file; restore the log")
-    return max(versions, default=-1)
-
-
-def _check_features(handle: DeltaTable, table: Table) -> None:
-    protocol = handle.protocol()
-    features = list(protocol.reader_features or [])
-    mapping = handle.metadata().configuration.get("delta.columnMapping.mode", "none")
-    if mapping != "none" and "columnMapping" not in features:
-        features.append("columnMapping")
-    if features or protocol.min_reader_version > 2:
-        names = ", ".join(sorted(features)) or f"reader version {protocol.min_reader_version}"
-        raise UnsupportedFeature(
-            f"{table.name}: its readers must know {names}, which graftrec doesn't; rewrite the table without"
-        )
-
-
-# --- snapshots ----------------------------------------------------------------------------------------------------------
-
-
-def snapshot_files(
-    lake: str, table: Table, version: int | None = None, partitions: Mapping[str, Sequence[Any]] | None = None
-) -> list[DataFile]:
-    """The files of `table` at `version` (None: the newest), sorted by path; only of `partitions` (column -> values).
-
-    Raises LakeError where there is no such table or version, or (local disks) where one of the files is missing.
-    """
-    handle = open_table(lake, table, version)
-    if handle is None:
-        raise LakeError(
-            f"{table_uri(lake, table)}: expected the Delta table {table.name}, found none; run the job that writes it"
-        )
-    check_contract(handle, lake, table)
-    scope = partition_scope_texts(table, partitions or {})
-    files = [file for file in active_files(handle, table) if _within(file, scope)]
-    if local_path(lake) is not None:
-        root = Path(table_uri(lake, table))
-        for file in files:
-            path = root / file.path
-            if not path.is_file() or path.stat().st_size != file.size:
-                raise LakeError(
-                    f"{path}: version {handle.version()} of {table.name} needs this file of {file.size:,} bytes, "
-                    f"found {'another size' if path.is_file() else 'none'}; restore it, or pin another version"
-                )
-    return files
-
-
-def active_files(handle: DeltaTable, table: Table) -> list[DataFile]:
-    """The files a handle's version names, sorted by path."""
-    actions = pa.table(handle.get_add_actions())
-    if actions.num_rows == 0:
-        return []
-    partitions = actions.column("partition").to_pylist() if table.partition_by else [{}] * actions.num_rows
-    rows = zip(actions.column("path").to_pylist(), partitions, actions.column("size_bytes").to_pylist(), strict=True)
-    return sorted(
-        (
-            DataFile(unquote(path), {k: partition_text(v) for k, v in values.items()}, size)
-            for path, values, size in rows
-        ),
-        key=lambda file: file.path,
-    )
-
-
-def check_contract(handle: DeltaTable, lake: str, table: Table) -> None:
-    """Raise LakeError unless the table has the contract's columns, types, nullability and partition columns."""
-    found, expected = handle.schema(), Schema.from_arrow(table.schema)
-    partitioned = tuple(handle.metadata().partition_columns)
-    if found == expected and partitioned == table.partition_by:
-        return
-    ours, theirs = ({field.name: field for field in schema.fields} for schema in (expected, found))
-    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    what = (
-        f"columns {differing} differ"
-        if differing
-        else f"it is ordered or partitioned otherwise, by {list(partitioned)}"
-    )
-    raise LakeError(
-        f"{table_uri(lake, table)}: expected the columns of etl/tables.py, but {what}; write it anew to another lake"
-    )
-
-
-def partition_scope_texts(table: Table, scope: Mapping[str, Sequence[Any]]) -> dict[str, list[str | None]]:
-    """Partition values as the log spells them. Raises LakeError for a column or a value that can't be one."""
-    texts: dict[str, list[str | None]] = {}
-    for column, values in scope.items():
-        if column not in table.partition_by:
-            raise LakeError(f"{table.name}: expected partition columns {list(table.partition_by)}, found {column}")
-        texts[column] = [partition_text(value) for value in values]
-        for text in texts[column]:
-            try:
-                partition_value(text, table.schema.field(column))
-            except ValueError as error:
-                raise LakeError(f"{table.name}: partition column {column}: {error}") from None
-    return texts
-
-
-def _within(file: DataFile, scope: Mapping[str, Sequence[str | None]]) -> bool:
-    return all(file.partition[column] in values for column, values in scope.items())
-
-
-# --- commits ------------------------------------------------------------------------------------------------------------
 
 
 def commit_files(
@@ -276,29 +72,33 @@ def commit_files(
     """Verify `files` and commit them all in one transaction, once per (app, app_version).
 
     `mode`: "append" adds; "overwrite" replaces the table; "partitions" replaces the partitions the files belong to, or
-    those `partition_scope` (column -> values; columns left out match anything) names. `properties` are table properties,
-    set when the table is made, and when it is overwritten. `transactions` are recorded beside (app, app_version), for
-    `transactions()` to find. Raises InvalidFile, LakeError, CommitConflict; the table is then as it was.
+    those `partition_scope` (column -> values; columns left out match anything) names. `properties` are the table's,
+    set when it is made, and when it is overwritten. `transactions` are recorded beside (app, app_version), for
+    `etl.lake.transactions` to find. No file is ever deleted. Raises InvalidFile, LakeError, CommitConflict; the table's
+    rows are then as they were.
     """
     if done := landed(lake, table, app, app_version):
         return done
-    filesystem = table_filesystem(lake, table)
-    checked = [check_file(filesystem, file, table) for file in files]
-    _check_distinct([file.path for file in files], table)
-    scope = None if partition_scope is None else partition_scope_texts(table, partition_scope)
-    rows = sum(count for _, count in checked)
-    if files and (root := local_path(lake)) is not None:
-        _check_inside(Path(table_uri(lake, table)), files)
-        _sync_data(root, Path(table_uri(lake, table)), files)
-    custom = {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows)}
-    recorded = [Transaction(name, number) for name, number in {**(transactions or {}), app: app_version}.items()]
+    if mode != "partitions" and partition_scope is not None:
+        raise LakeError(
+            f"{table.name}: expected no partition_scope with mode {mode}; replace partitions, or leave it out"
+        )
+    scope = None if partition_scope is None else partition_texts(table, partition_scope)
+    actions, rows = _check(lake, table, files)
+    _sync_data(lake, table, files)
+    commit_properties = CommitProperties(
+        {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows)},
+        0,
+        [Transaction(name, number) for name, number in {**(transactions or {}), app: app_version}.items()],
+    )
     deadline = time.monotonic() + PATIENCE_SECONDS
-    for attempt in range(1_000_000):
+    losses = 0
+    while True:
         handle = open_table(lake, table)
         if handle is None:
             _create(lake, table, properties or {})
             continue
-        if done := _landed(handle, app, app_version):
+        if done := _landed(handle, lake, table, app, app_version):
             return done
         check_contract(handle, lake, table)
         _check_writable(handle, table, mode)
@@ -309,103 +109,81 @@ def commit_files(
         how, filters = _replacement(table, files, existing, mode, scope)
         try:
             handle.create_write_transaction(
-                [action for action, _ in checked],
+                actions,
                 how,
                 handle.schema(),
                 list(table.partition_by),
                 filters,
-                commit_properties=CommitProperties(custom, 0, recorded),
+                commit_properties=commit_properties,
                 post_commithook_properties=PostCommitHookProperties(cleanup_expired_logs=False),
             )
         except (DeltaError, OSError) as error:
             # Whatever was raised, the commit may have landed: ours or a twin's. Only a fresh handle knows.
-            if done := landed(lake, table, app, app_version):
-                _sync_log(lake, table, done.version)
-                return done
-            if not isinstance(error, CommitFailedError):
+            if not isinstance(error, CommitFailedError) and landed(lake, table, app, app_version) is None:
                 raise LakeError(
                     f"{table.name}: the commit failed ({' '.join(str(error).split())}); try again"
                 ) from None
+            losses += 1
             if time.monotonic() > deadline:
                 raise CommitConflict(
-                    f"{table.name}: expected to commit within {PATIENCE_SECONDS:.0f} s, others were always faster "
-                    f"({attempt + 1} tries); run fewer writers at once, or again"
+                    f"{table.name}: expected to commit within {PATIENCE_SECONDS:.0f} s, others were faster "
+                    f"{losses:,} times; run fewer writers at once, or again"
                 ) from None
-            time.sleep(random.uniform(0, min(0.02 * 2**attempt, 1.0)))
+            time.sleep(random.uniform(0, min(0.02 * 2 ** min(losses, 8), 1.0)))
             continue
-        version = int(handle.version()) + 1
+        version = int(handle.version()) + 1  # with no retries, the one after the handle's
         _sync_log(lake, table, version)
         return Written(version, rows, True)
-    raise AssertionError("unreachable")
 
 
 def landed(lake: str, table: Table, app: str, app_version: int) -> Written | None:
     """What an earlier call with this (app, app_version), or a newer version of app, committed; None if nothing."""
     handle = open_table(lake, table)
-    return None if handle is None else _landed(handle, app, app_version)
+    return None if handle is None else _landed(handle, lake, table, app, app_version)
 
 
-def transactions(lake: str, table: Table, apps: Sequence[str]) -> dict[str, int]:
-    """Application -> the newest version of it that has landed, of those of `apps` that have."""
-    handle = open_table(lake, table)
-    found = {} if handle is None else {app: handle.transaction_version(app) for app in apps}
-    return {app: int(version) for app, version in found.items() if version is not None}
-
-
-def _landed(handle: DeltaTable, app: str, app_version: int) -> Written | None:
+def _landed(handle: DeltaTable, lake: str, table: Table, app: str, app_version: int) -> Written | None:
     recorded = handle.transaction_version(app)
     if recorded is None or recorded < app_version:
         return None
-    for commit in _our_commits(handle):
+    for commit in our_commits(handle):
         if commit["app"] == app and int(commit["app_version"]) == app_version:
+            _sync_log(lake, table, int(commit["version"]))  # its writer may have died before it could
             return Written(int(commit["version"]), int(commit["rows"]), False)
-    return Written(int(handle.version()), 0, False)  # its commit has left the log
+    return Written(int(handle.version()), 0, False)  # a newer version of app, or its commit has left the log
 
 
-def _create(lake: str, table: Table, properties: Mapping[str, str]) -> None:
-    """Version 0: an empty table. One of several racing creators wins, the others find its table."""
-    uri = table_uri(lake, table)
+# --- what is checked --------------------------------------------------------------------------------------------------
+
+
+def _check(lake: str, table: Table, files: Sequence[DataFile]) -> tuple[list[AddAction], int]:
+    """Log entries of all files, each verified, and their rows."""
+    _check_distinct([file.path for file in files], table)
+    filesystem = table_filesystem(lake, table)
+    with ThreadPoolExecutor(CHECKERS) as pool:
+        checked = list(pool.map(lambda file: check_file(filesystem, file, table), files))
     if local_path(lake) is not None:
-        Path(uri).mkdir(parents=True, exist_ok=True)
-    try:
-        DeltaTable.create(
-            uri,
-            table.schema,
-            mode="error",
-            partition_by=list(table.partition_by),
-            configuration=dict(properties),
-            raise_if_key_not_exists=False,
-        )
-    except (DeltaError, OSError) as error:
-        if open_table(lake, table) is None:
-            raise LakeError(f"{uri}: can't make a table ({' '.join(str(error).split())})") from None
-    _sync_log(lake, table, 0)
+        root = os.path.realpath(table_uri(lake, table))
+        for file in files:
+            if not os.path.realpath(os.path.join(root, file.path)).startswith(root + os.sep):
+                raise InvalidFile(f"{file.path}: expected a file in {root}, found a link that leads out; copy it there")
+    return [action for action, _ in checked], sum(rows for _, rows in checked)
 
 
-def _set_properties(handle: DeltaTable, table: Table, mode: Mode, properties: Mapping[str, str]) -> bool:
-    """Whether table properties had to be changed, in a commit of its own, which only an overwrite may do."""
-    found = handle.metadata().configuration
-    changed = {key: value for key, value in properties.items() if found.get(key) != value}
-    if not changed:
-        return False
-    if mode != "overwrite":
-        differing = ", ".join(f"{key}={found.get(key)} (now {value})" for key, value in changed.items())
-        raise LakeError(
-            f"{table.name}: its rows were written with {differing}; overwrite the whole table, or keep the setting"
-        )
-    try:
-        handle.alter.set_table_properties(changed, raise_if_not_exists=False)
-    except CommitFailedError:
-        pass  # somebody was faster: look again
-    return True
+def _check_distinct(paths: Sequence[str], table: Table) -> None:
+    if len(set(paths)) < len(paths):
+        seen: set[str] = set()
+        twice = next(path for path in paths if path in seen or seen.add(path))  # type: ignore[func-returns-value]
+        raise InvalidFile(f"{table.name}: expected each file once, found {twice} twice; name new files by a UUID")
 
 
 def _check_writable(handle: DeltaTable, table: Table, mode: Mode) -> None:
-    configuration = handle.metadata().configuration
-    constraints = [key for key in configuration if key.startswith("delta.constraints.")]
-    features = sorted(handle.protocol().writer_features or [])
-    if constraints or features or handle.protocol().min_writer_version > 2:
-        names = ", ".join(constraints or features) or f"writer version {handle.protocol().min_writer_version}"
+    configuration, protocol = handle.metadata().configuration, handle.protocol()
+    needed = [key for key in configuration if key.startswith("delta.constraints.")] or list(
+        protocol.writer_features or []
+    )
+    if needed or protocol.min_writer_version > 2:
+        names = ", ".join(sorted(needed)) or f"writer version {protocol.min_writer_version}"
         raise UnsupportedFeature(
             f"{table.name}: its writers must know {names}, which graftrec doesn't; rewrite the table without"
         )
@@ -423,46 +201,80 @@ def _replacement(
     """deltalake's mode and partition filters. It removes what they match and checks nothing, so it is checked here."""
     if mode != "partitions":
         return mode, None
-    if not table.partition_by:
+    if not table.partition_by or (scope is not None and not scope):
         raise LakeError(f"{table.name}: expected partition columns to replace by, found none; overwrite or append")
-    touched = {file.key(table) for file in files}
     if scope is None:
+        touched = {file.key(table) for file in files}
         scope = {c: sorted({key[i] for key in touched}, key=str) for i, c in enumerate(table.partition_by)}
-        if lost := {file.key(table) for file in existing if _within(file, scope)} - touched:
+        if lost := {file.key(table) for file in existing if within(file, scope)} - touched:
             raise LakeError(
-                f"{table.name}: replacing the partitions written would remove others too, such as {min(lost, key=str)}; "
-                f"name a partition_scope, or write all of them"
+                f"{table.name}: replacing the partitions written would remove others too, such as "
+                f"{min(lost, key=str)}; name a partition_scope, or write all of them"
             )
-    elif outside := [file for file in files if not _within(file, scope)]:
+    elif outside := [file for file in files if not within(file, scope)]:
         raise InvalidFile(
-            f"{table.name}: {outside[0].path} belongs to {dict(outside[0].partition)}, outside the replaced partitions; "
-            f"write it apart, or widen the scope"
+            f"{table.name}: {outside[0].path} belongs to {dict(outside[0].partition)}, outside the partitions that are "
+            f"replaced; write it apart, or widen the scope"
         )
     if not all(scope.values()):  # nothing to replace: only the transaction is recorded
         return "append", None
     return "overwrite", [(column, "in", [text or "" for text in texts]) for column, texts in scope.items()]
 
 
-def _check_distinct(paths: Sequence[str], table: Table) -> None:
-    if twice := sorted({path for path in paths if paths.count(path) > 1} if len(set(paths)) < len(paths) else ()):
-        raise InvalidFile(f"{table.name}: expected each file once, found {twice[0]} twice; name new files by a UUID")
+# --- what is committed besides ----------------------------------------------------------------------------------------
 
 
-def _check_inside(root: Path, files: Sequence[DataFile]) -> None:
-    real = os.path.realpath(root)
-    for file in files:
-        if not os.path.realpath(root / file.path).startswith(real + os.sep):
-            raise InvalidFile(
-                f"{file.path}: expected a file under {root}, found a link that leads out of it; copy it there"
-            )
+def make_folder(folder: Path) -> None:
+    """A local folder and those above it. Raises LakeError where there can't be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LakeError(f"{folder}: expected to make a folder ({error.strerror}); give another --lake") from None
 
 
-# --- to disk ------------------------------------------------------------------------------------------------------------
+def _create(lake: str, table: Table, properties: Mapping[str, str]) -> None:
+    """Version 0: an empty table. One of several racing creators wins, the others find its table."""
+    uri = table_uri(lake, table)
+    if local_path(lake) is not None:
+        make_folder(Path(uri))
+    try:
+        DeltaTable.create(
+            uri,
+            table.schema,
+            mode="error",
+            partition_by=list(table.partition_by),
+            configuration=dict(properties),
+            raise_if_key_not_exists=False,
+        )
+    except (DeltaError, OSError) as error:
+        if open_table(lake, table) is None:
+            raise LakeError(f"{uri}: a table can't be made ({' '.join(str(error).split())}); mend that") from None
+    _sync_log(lake, table, 0)
 
 
-def _sync_data(lake: Path, root: Path, files: Sequence[DataFile]) -> None:
-    """Files first, then every folder between them and the lake, so that a commit never names what power loss can take."""
-    folders = {lake, root}
+def _set_properties(handle: DeltaTable, table: Table, mode: Mode, properties: Mapping[str, str]) -> bool:
+    """Whether table properties had to be changed, in a commit of its own, which only an overwrite may do."""
+    found = handle.metadata().configuration
+    changed = {key: value for key, value in properties.items() if found.get(key) != value}
+    if not changed:
+        return False
+    if mode != "overwrite":
+        differing = ", ".join(f"{key}={found.get(key)} (now {value})" for key, value in changed.items())
+        raise LakeError(f"{table.name}: its rows were written with {differing}; overwrite it all, or keep the setting")
+    with contextlib.suppress(CommitFailedError):  # somebody was faster: look again
+        handle.alter.set_table_properties(changed, raise_if_not_exists=False)
+    return True
+
+
+# --- to disk ----------------------------------------------------------------------------------------------------------
+
+
+def _sync_data(lake: str, table: Table, files: Sequence[DataFile]) -> None:
+    """Files first, then every folder up to the lake, so that no commit names what a power loss can take."""
+    if local_path(lake) is None or not files:
+        return
+    root = Path(table_uri(lake, table))
+    folders = {root, root.parent}
     for file in files:
         path = root / file.path
         _sync(path)
@@ -472,12 +284,13 @@ def _sync_data(lake: Path, root: Path, files: Sequence[DataFile]) -> None:
 
 
 def _sync_log(lake: str, table: Table, version: int) -> None:
-    root = local_path(lake)
-    if root is None:
+    """The log entry, a checkpoint beside it, and the folders up to the one that holds the lake."""
+    if local_path(lake) is None:
         return
     log = Path(table_uri(lake, table)) / "_delta_log"
-    for path in [*log.glob(f"{version:020d}.*"), log / "_last_checkpoint", log, log.parent, root]:
-        if path.exists():
+    entries = [*log.glob(f"{version:020d}.*"), log / "_last_checkpoint", log]
+    for path in [*entries, log.parent, log.parent.parent, log.parent.parent.parent]:
+        with contextlib.suppress(FileNotFoundError):
             _sync(path)
 
 

@@ -8,6 +8,7 @@ fails or runs twice leaves files that no version names.
 Reading: always a snapshot. The list of files comes from the log, and exactly these are read.
 """
 
+import itertools
 import json
 import os
 import re
@@ -18,23 +19,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
-from etl.commit import (
+from etl.commit import CommitConflict, Mode, Written, commit_files, landed, make_folder
+from etl.config import GraftrecError
+from etl.datafile import DataFile, InvalidFile, data_schema, partition_text, partition_value
+from etl.lake import (
     STAGING,
-    CommitConflict,
     LakeError,
-    Mode,
     UnsupportedFeature,
-    Written,
-    commit_files,
     current_version,
-    landed,
     last_commit,
     local_path,
     snapshot_files,
@@ -42,7 +43,8 @@ from etl.commit import (
     table_uri,
     transactions,
 )
-from etl.datafile import DataFile, InvalidFile, data_schema, partition_text
+from etl.orphans import remove_orphans
+from etl.session import user_errors
 from etl.tables import Table
 
 __all__ = [
@@ -58,7 +60,10 @@ __all__ = [
     "landed",
     "last_commit",
     "read",
+    "remove_orphans",
     "snapshot_files",
+    "spark_schema",
+    "table_filesystem",
     "table_uri",
     "transactions",
     "write",
@@ -67,6 +72,11 @@ __all__ = [
 ROW_GROUP_BYTES = 16 << 20
 ROW_GROUP_ROWS = 65_536
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+
+
+def spark_schema(table: Table) -> StructType:
+    """The contract as a Spark schema."""
+    return from_arrow_schema(table.schema)
 
 
 def read(
@@ -81,14 +91,14 @@ def read(
 
     Raises LakeError where there is no such table or version, or what is there can't be read.
     """
-    schema = from_arrow_schema(table.schema)
+    schema = from_arrow_schema(_nullable(table))  # as Spark reads any file
     files = snapshot_files(lake, table, version, partitions)
     if not files:
         return spark.createDataFrame([], schema)
     if local_path(lake) is not None and all(_hive_partition(file.path, table) == file.partition for file in files):
         root = table_uri(lake, table)
         reader = spark.read.schema(schema).option("basePath", root).option("__globPaths__", "false")
-        return reader.parquet(*(f"{root}/{file.path}" for file in files)).select(table.schema.names)
+        return reader.parquet(*(f"{root}/{file.path}" for file in files)).select(*_columns(table))
     rows = [(json.dumps({"path": file.path, "partition": dict(file.partition)}),) for file in files]
     names = spark.createDataFrame(rows, "file string").repartition(len(rows))
     return names.mapInArrow(partial(_read_files, lake=lake, table=table), schema)
@@ -110,14 +120,13 @@ def write(
 ) -> Written:
     """Write `frame` to `table` in one transaction, once per (app, app_version): see `etl.commit.commit_files`.
 
-    The frame must have the contract's columns and types, in any order. Where this (app, app_version) has landed already,
-    nothing is computed.
+    The frame must have the contract's columns and types, in any order. Where this (app, app_version) has landed
+    already, nothing is computed.
     """
     if done := landed(lake, table, app, app_version):
         return done
     _check_frame(frame, table)
-    columns = [F.col(f"`{name}`") for name in table.schema.names]
-    frame = frame.select(*columns)
+    frame = frame.select(*_columns(table))
     if table.partition_by:
         frame = frame.repartition(*table.partition_by)
     if order := [*table.partition_by, *table.order]:
@@ -137,32 +146,39 @@ def write(
     )
 
 
+def _columns(table: Table) -> list[str]:
+    return [f"`{name}`" for name in table.schema.names]
+
+
+def _nullable(table: Table) -> pa.Schema:
+    return pa.schema([field.with_nullable(True) for field in table.schema])
+
+
 def _check_frame(frame: DataFrame, table: Table) -> None:
-    """The frame's columns and types must be the contract's: Spark and Delta would cast, and lose, in silence."""
-    expected = {field.name: field.dataType for field in from_arrow_schema(table.schema)}
-    found = {field.name: field.dataType for field in frame.schema}
+    """The frame's columns and types must be the contract's: Spark and Delta would cast, and lose, in silence.
+
+    Nullability isn't compared: Spark calls most columns nullable; the files are checked for nulls.
+    """
+    expected = {field.name: field.dataType.simpleString() for field in spark_schema(table)}
+    found = {field.name: field.dataType.simpleString() for field in frame.schema}
     if expected.keys() != found.keys() or len(frame.columns) != len(expected):
         missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         raise InvalidFile(
-            f"{table.name}: expected the columns {list(expected)}, found {missing} missing, {extra} extra"
+            f"{table.name}: expected the columns {list(expected)}, each once, found {frame.columns} (missing "
+            f"{missing}, extra {extra}); mend the job"
         )
     for name, kind in expected.items():
-        if _plain(kind) != _plain(found[name]):
-            raise InvalidFile(
-                f"{table.name}: column {name} should be {kind.simpleString()}, found {found[name].simpleString()}; cast it"
-            )
+        if kind != found[name]:
+            raise InvalidFile(f"{table.name}: column {name} should be {kind}, found {found[name]}; cast it in the job")
 
 
-def _plain(kind: Any) -> str:
-    return str(kind.simpleString())  # nullability is checked in the files
-
-
-# --- Spark's own writer -------------------------------------------------------------------------------------------------
+# --- Spark's own writer -----------------------------------------------------------------------------------------------
 
 
 def _write_local(frame: DataFrame, lake: str, table: Table) -> list[DataFile]:
     """Into a staging folder, then, renamed, into the table's. Until the commit no version names them."""
     root = Path(table_uri(lake, table))
+    make_folder(root)
     staging = root / f"{STAGING}{uuid.uuid4().hex}"
     try:
         (
@@ -173,24 +189,33 @@ def _write_local(frame: DataFrame, lake: str, table: Table) -> list[DataFile]:
             .parquet(str(staging))
         )
         return [file for path in sorted(staging.rglob("*.parquet")) if (file := _move(path, staging, root, table))]
+    except Exception as error:
+        if "No space left on device" in str(error):
+            raise LakeError(
+                f"{root}: no space left on the disk, nothing was committed; make room, then again"
+            ) from None
+        if "File name too long" in str(error):  # partition values of some 250 bytes make no folder's name
+            return _write_arrow(frame, lake, table)
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)  # what a version may name has been moved out of it
 
 
 def _move(path: Path, staging: Path, root: Path, table: Table) -> DataFile | None:
+    """Give a staged file its place in the table; None for one without rows."""
     if pq.read_metadata(path).num_rows == 0:
         return None
-    relative = path.relative_to(staging)
-    target = relative.parent / f"part-{uuid.uuid4().hex}.zstd.parquet"
+    target = path.relative_to(staging).parent / f"part-{uuid.uuid4().hex}.zstd.parquet"
     (root / target).parent.mkdir(parents=True, exist_ok=True)
+    size = path.stat().st_size
     os.rename(path, root / target)
-    return DataFile(target.as_posix(), _hive_partition(target.as_posix(), table) or {}, (root / target).stat().st_size)
+    return DataFile(target.as_posix(), _hive_partition(target.as_posix(), table) or {}, size)
 
 
 def _hive_partition(path: str, table: Table) -> dict[str, str | None] | None:
     """The partition values a path spells, None unless it spells exactly the partition columns, in order."""
     folders = [part.partition("=") for part in path.split("/")[:-1]]
-    if [name for name, equals, _ in folders if equals] != list(table.partition_by) or not all(f[1] for f in folders):
+    if [name for name, _, _ in folders] != list(table.partition_by):
         return None
     return {name: None if text == _NULL_PARTITION else _unescape(text) for name, _, text in folders}
 
@@ -199,80 +224,99 @@ def _unescape(text: str) -> str:
     return re.sub(r"%([0-9A-Fa-f]{2})", lambda found: chr(int(found[1], 16)), text)
 
 
-# --- through Arrow ------------------------------------------------------------------------------------------------------
+# --- through Arrow ----------------------------------------------------------------------------------------------------
 
 
 def _write_arrow(frame: DataFrame, lake: str, table: Table) -> list[DataFile]:
-    written = frame.mapInArrow(partial(_write_batches, lake=lake, table=table), "file string").collect()
-    found = [json.loads(row["file"]) for row in written]
-    return [DataFile(entry["path"], entry["partition"], entry["size"]) for entry in found]
+    if local_path(lake) is not None:
+        make_folder(Path(table_uri(lake, table)))
+    with user_errors():
+        rows = frame.mapInArrow(partial(_write_batches, lake=lake, table=table), "file string").collect()
+    written = [json.loads(row["file"]) for row in rows]
+    return [DataFile(entry["path"], entry["partition"], entry["size"]) for entry in written]
 
 
 def _write_batches(batches: Iterator[pa.RecordBatch], lake: str, table: Table) -> Iterator[pa.RecordBatch]:
     """One task: each run of rows with equal partition values (they come sorted) becomes a file."""
     filesystem = table_filesystem(lake, table)
-    schema = data_schema(table)
-    key: tuple[Any, ...] | None = None
-    path, writer, sink = "", None, None
-    done: list[str] = []
-
-    def close() -> None:
-        if writer is None or sink is None or key is None:
-            return
-        writer.close()
-        size = sink.tell()
-        sink.close()
-        partition = dict(zip(table.partition_by, map(partition_text, key), strict=True))
-        done.append(json.dumps({"path": path, "partition": partition, "size": size}))
-
+    writer: _FileWriter | None = None
     for batch in batches:
-        for values, rows in _runs(pa.Table.from_batches([batch]), table):
-            if values != key:
-                close()
-                key, path = values, f"part-{uuid.uuid4().hex}.zstd.parquet"
-                sink = filesystem.open_output_stream(path)
-                writer = pq.ParquetWriter(sink, schema, compression="zstd")
-            assert writer is not None
-            writer.write_table(rows.select(schema.names).cast(schema), row_group_size=ROW_GROUP_ROWS)
-    close()
-    yield pa.RecordBatch.from_pydict({"file": pa.array(done, pa.string())})
+        for key, rows in _runs(batch, table):
+            if writer is None or writer.key != key:
+                if writer is not None:
+                    yield writer.close()
+                writer = _FileWriter(filesystem, table, key)
+            writer.add(rows)
+    if writer is not None:
+        yield writer.close()
 
 
-def _runs(rows: pa.Table, table: Table) -> Iterator[tuple[tuple[Any, ...], pa.Table]]:
-    """Cut rows, sorted by partition columns, into (partition values, rows)."""
-    if not rows.num_rows:
+class _FileWriter:
+    """One data file of one partition, in row groups of ROW_GROUP_ROWS."""
+
+    def __init__(self, filesystem: pafs.FileSystem, table: Table, key: tuple[Any, ...]) -> None:
+        self.key = key
+        self._filesystem, self._table, self._schema = filesystem, table, data_schema(table)
+        self._path = f"part-{uuid.uuid4().hex}.zstd.parquet"
+        self._sink = filesystem.open_output_stream(self._path)
+        self._writer = pq.ParquetWriter(self._sink, self._schema, compression="zstd")
+        self._waiting: list[pa.RecordBatch] = []
+
+    def add(self, rows: pa.RecordBatch) -> None:
+        for field in self._schema:
+            if not field.nullable and (nulls := rows.column(field.name).null_count):
+                raise GraftrecError(
+                    f"{self._table.name}: column {field.name} may not be null, found {nulls:,}; mend the job"
+                )
+        self._waiting.append(rows.select(self._schema.names))
+        if sum(batch.num_rows for batch in self._waiting) >= ROW_GROUP_ROWS:
+            self._flush()
+
+    def close(self) -> pa.RecordBatch:
+        """Finish the file; what the driver is told of it."""
+        self._flush()
+        self._writer.close()
+        self._sink.close()
+        entry = {
+            "path": self._path,
+            "partition": dict(zip(self._table.partition_by, map(partition_text, self.key), strict=True)),
+            "size": self._filesystem.get_file_info(self._path).size,
+        }
+        return pa.RecordBatch.from_pydict({"file": [json.dumps(entry)]})
+
+    def _flush(self) -> None:
+        if self._waiting:
+            rows = pa.Table.from_batches(self._waiting).cast(self._schema)
+            self._writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+            self._waiting = []
+
+
+def _runs(batch: pa.RecordBatch, table: Table) -> Iterator[tuple[tuple[Any, ...], pa.RecordBatch]]:
+    """Cut rows, sorted by partition columns, into (partition values, rows), without a Python object per row."""
+    if not batch.num_rows:
         return
-    keys = (
-        list(zip(*(rows.column(name).to_pylist() for name in table.partition_by), strict=True)) or [()] * rows.num_rows
-    )
-    start = 0
-    for stop in range(1, len(keys) + 1):
-        if stop == len(keys) or keys[stop] != keys[start]:
-            yield keys[start], rows.slice(start, stop - start)
-            start = stop
+    columns = [batch.column(name) for name in table.partition_by]
+    changes = np.zeros(batch.num_rows - 1, bool)
+    for column in columns:
+        changes |= np.diff(pc.dictionary_encode(column, null_encoding="encode").indices.to_numpy()) != 0
+    starts = [0, *(np.flatnonzero(changes) + 1).tolist(), batch.num_rows]
+    for start, stop in itertools.pairwise(starts):
+        yield tuple(column[start].as_py() for column in columns), batch.slice(start, stop - start)
 
 
 def _read_files(batches: Iterator[pa.RecordBatch], lake: str, table: Table) -> Iterator[pa.RecordBatch]:
     """One task: the named files, row group by row group, with the log's partition values as columns."""
-    from etl.datafile import partition_value
-
-    filesystem = table_filesystem(lake, table)
-    schema = pa.schema([field.with_nullable(True) for field in table.schema])
-    for batch in batches:
-        for entry in batch.column(0).to_pylist():
-            found = json.loads(entry)
-            values = {c: partition_value(found["partition"][c], table.schema.field(c)) for c in table.partition_by}
-            with filesystem.open_input_file(found["path"]) as file:
-                for rows in pq.ParquetFile(file).iter_batches(batch_size=ROW_GROUP_ROWS, use_threads=False):
-                    arrays = [
-                        pa.repeat(pa.scalar(values[f.name], f.type), rows.num_rows)
-                        if f.name in values
-                        else rows.column(f.name).cast(f.type)
-                        for f in schema
-                    ]
-                    yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def spark_schema(table: Table) -> StructType:
-    """The contract as a Spark schema."""
-    return from_arrow_schema(table.schema)
+    filesystem, schema = table_filesystem(lake, table), _nullable(table)
+    for entry in (json.loads(text) for batch in batches for text in batch.column(0).to_pylist()):
+        values = {
+            name: partition_value(entry["partition"][name], table.schema.field(name)) for name in table.partition_by
+        }
+        with filesystem.open_input_file(entry["path"]) as file:
+            for rows in pq.ParquetFile(file).iter_batches(batch_size=ROW_GROUP_ROWS, use_threads=False):
+                columns = [
+                    pa.repeat(pa.scalar(values[field.name], field.type), rows.num_rows)
+                    if field.name in values
+                    else rows.column(field.name).cast(field.type)
+                    for field in schema
+                ]
+                yield pa.RecordBatch.from_arrays(columns, schema=schema)

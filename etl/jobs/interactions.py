@@ -79,11 +79,16 @@ def _deliver(
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
-    delivered = {"generation": generation, "deliveries": str(before + len(new)), "kind": kind, "good": str(good)}
+    delivered = {"generation": generation, "deliveries": str(before + len(new)), "kind": kind}
     outcome = run.commit(
         transform(events, old, buckets=run.config.buckets),
         mode="overwrite" if old is None else "append",
-        metadata={**delivered, "buckets": str(run.config.buckets), "time": source.time},
+        metadata={
+            **delivered,
+            "good": str(good + (0 if old is None else int(run.last["good"]))),
+            "buckets": str(run.config.buckets),
+            "time": source.time,
+        },
         properties=properties,
         transactions={_transaction(generation, content): 0 for content in new},
     )
@@ -108,7 +113,8 @@ def _check_nothing_lost(run: Run, found: dict[str, str]) -> None:
     if lost > 0:
         raise LostDeliveries(
             f"the settings or the code have changed, so the log is to be read anew, but {lost} of {last['deliveries']} "
-            f"files whose events the lake {run.lake} holds are not among the source's; put them back, or use another --lake"
+            f"files whose events the lake {run.lake} holds are not among the source's; put them back, or use another "
+            f"--lake"
         )
 
 

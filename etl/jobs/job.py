@@ -85,7 +85,7 @@ class Engine:
         if name not in self._kept:
             frame = make()
             self._kept[name] = None if frame is None else frame.persist()
-        return cast(Frame, self._kept[name])
+        return cast(Frame, self._kept[name])  # type: ignore[redundant-cast]
 
 
 @dataclass
@@ -191,7 +191,7 @@ def due(job: Job, engine: Engine) -> Run | Outcome:
 
 
 def job_code_version(job: Job) -> str:
-    """A hash of the job's own module, of the modules of ours it is made of, and, where it reads raw files, the sources."""
+    """A hash of the job's own module, the modules of ours it is made of, and, where it reads raw files, the sources."""
     found: dict[str, Path] = {}
     waiting = [job.run.__module__]
     while waiting:

@@ -2,8 +2,8 @@
 
 `uniform-100` draws uniformly, `popular-100` in proportion to popularity without replacement (the item's degree; an
 exponential race, Efraimidis & Spirakis 2006), `top-100` takes the most popular. A draw is a function of the seed, the
-domain, the part and the *raw* ids of user and item: each (user, item) pair has a number of its own, and the smallest win.
-What was drawn stays as it is when a new day comes, less what the user has taken meanwhile, which the next in line
+domain, the part and the *raw* ids of user and item: each (user, item) pair has a number of its own, and the smallest
+win. What was drawn stays as it is when a new day comes, less what the user has taken meanwhile, which the next in line
 replaces.
 """
 

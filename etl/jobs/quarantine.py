@@ -37,8 +37,9 @@ def set_aside(run: Run, raw: DataFrame, *, kind: str, files: Sequence[str] | Non
     most = run.config.cleaning.max_quarantine_share
     if rejected > most * read:
         raise TooManyRejected(
-            f"{kind}: expected at most {most:.2%} of rows rejected (cleaning.max_quarantine_share), found {rejected:,} of "
-            f"{read:,} ({rejected / read:.2%}): {_examples(raw)}; mend the files or raise the share; nothing was written"
+            f"{kind}: expected at most {most:.2%} of rows rejected (cleaning.max_quarantine_share), found {rejected:,} "
+            f"of {read:,} ({rejected / read:.2%}): {_examples(raw)}; mend the files or raise the share; nothing was "
+            f"written"
         )
     scope: dict[str, Sequence[Any]] = {"kind": [kind]} if files is None else {"kind": [kind], "file": files}
     if rejected:
