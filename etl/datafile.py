@@ -3,7 +3,7 @@
 `deltalake` commits whatever it is told (FACTS 1.2), so everything a reader relies on is verified here: the path lies
 under the table, the file exists with the size its writer reported, its Parquet footer parses and has the contract's
 columns and types, columns that may not be null hold no null, partition values parse to their types, and the statistics
-in the log are the ones computed here from the footer. Part of `etl.delta`, apart because it needs neither Spark nor a log.
+in the log are the ones computed here from the footer. Apart from `etl.delta` because it needs neither Spark nor a log.
 """
 
 import datetime
@@ -53,7 +53,7 @@ def data_schema(table: Table) -> pa.Schema:
 
 
 def check_file(filesystem: pafs.FileSystem, file: DataFile, table: Table) -> tuple[AddAction, int]:
-    """Verify `file` (under `filesystem`, rooted at the table); its log entry and its number of rows. Raises InvalidFile."""
+    """Verify `file` (`filesystem` is rooted at the table); its log entry and number of rows. Raises InvalidFile."""
     check_path(file.path)
     _check_partition(file, table)
     info = filesystem.get_file_info(file.path)
@@ -206,7 +206,7 @@ def _null_counts(metadata: pq.FileMetaData) -> dict[str, int]:
 def _check_nulls(
     filesystem: pafs.FileSystem, path: str, metadata: pq.FileMetaData, counts: Mapping[str, int], table: Table
 ) -> None:
-    """Refuse nulls where the contract has none. Lists, whose footers don't tell null from empty, are read if need be."""
+    """Refuse nulls where the contract has none. Lists are read if need be: their footers don't tell null from empty."""
     optional = {field.name for field in metadata.schema.to_arrow_schema() if field.nullable}
     for field in data_schema(table):
         if field.nullable or field.name not in optional:

@@ -1,0 +1,243 @@
+"""A lake of Delta tables, without Spark: where a table lies, opening it, and the files and commits a version names.
+
+The part of `etl.delta` that only looks. What isn't a lake, a table or a whole log is refused in one line, and so is a
+table with features (deletion vectors, column mapping…) that a reader of plain Parquet files would get wrong.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+from deltalake import DeltaTable, Schema
+from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.fs import DeltaStorageHandler
+
+from etl.config import GraftrecError
+from etl.datafile import DataFile, partition_text, partition_value
+from etl.tables import TABLES, Table
+
+STAGING = "_staging-"  # folders of unfinished writes, beside the data
+_ADVICE = "give an empty folder or another --lake"
+
+
+class LakeError(GraftrecError):
+    """What lies at a lake's or a table's place can't be used as one."""
+
+
+class UnsupportedFeature(LakeError):
+    """A table that uses a Delta feature this reader or writer doesn't know."""
+
+
+def local_path(lake: str) -> Path | None:
+    """The folder of a lake on a local disk, None for an object store's URI."""
+    if lake.startswith("file://"):
+        return Path(unquote(urlparse(lake).path))
+    return None if "://" in lake else Path(lake)
+
+
+def table_uri(lake: str, table: Table) -> str:
+    """Where `table` lies: an absolute local path, or a URI."""
+    local = local_path(lake)
+    return str((local / table.name).absolute()) if local is not None else f"{lake.rstrip('/')}/{table.name}"
+
+
+def table_filesystem(lake: str, table: Table) -> pafs.FileSystem:
+    """A pyarrow file system rooted at the table, on local disks or whatever store `deltalake` reaches."""
+    uri = table_uri(lake, table)
+    if local_path(lake) is not None:
+        return pafs.SubTreeFileSystem(uri, pafs.LocalFileSystem())
+    return pafs.PyFileSystem(DeltaStorageHandler(uri))
+
+
+def open_table(lake: str, table: Table, version: int | None = None) -> DeltaTable | None:
+    """A fresh handle on `table` at `version` (None: the newest), or None where there is no such table.
+
+    Raises LakeError where something else lies there, the log is torn, or the version isn't there; UnsupportedFeature
+    where its readers need to know more than we do.
+    """
+    uri = table_uri(lake, table)
+    logged = _check_local(lake, table)  # before opening: what is committed meanwhile is only newer
+    try:
+        handle = DeltaTable(uri, version=version)
+    except TableNotFoundError as error:
+        if logged < 0:
+            return None
+        raise _unreadable(uri, table, version, error) from None
+    except (DeltaError, OSError, ValueError, OverflowError) as error:
+        raise _unreadable(uri, table, version, error) from None
+    if version is None and handle.version() < logged:
+        raise LakeError(f"{uri}: expected version {logged}, as logged, found {handle.version()}; restore the log")
+    _check_features(handle, table)
+    return handle
+
+
+def existing_table(lake: str, table: Table, version: int | None = None) -> DeltaTable:
+    """As open_table, but a table that isn't there is a LakeError too."""
+    handle = open_table(lake, table, version)
+    if handle is None:
+        raise LakeError(
+            f"{table_uri(lake, table)}: expected the Delta table {table.name}, found none; run its job first"
+        )
+    return handle
+
+
+def current_version(lake: str, table: Table) -> int | None:
+    """The newest version of `table`, None where there is no such table. Raises LakeError (see open_table)."""
+    handle = open_table(lake, table)
+    return None if handle is None else int(handle.version())
+
+
+def last_commit(lake: str, table: Table, version: int | None = None) -> Mapping[str, Any]:
+    """The custom metadata, with its `version`, of the newest version one of our jobs wrote; {} where there is none.
+
+    `version`: the newest up to this one.
+    """
+    handle = open_table(lake, table)
+    commits = iter(()) if handle is None else our_commits(handle)
+    return next((commit for commit in commits if version is None or commit["version"] <= version), {})
+
+
+def transactions(lake: str, table: Table, apps: Sequence[str]) -> dict[str, int]:
+    """Application -> the newest version of it that has landed, of those of `apps` that have."""
+    handle = open_table(lake, table)
+    found = {} if handle is None else {app: handle.transaction_version(app) for app in apps}
+    return {app: int(version) for app, version in found.items() if version is not None}
+
+
+def our_commits(handle: DeltaTable) -> Iterator[dict[str, Any]]:
+    """Custom metadata, with `version`, of the commits our jobs made, newest first."""
+    return (commit for commit in handle.history() if "app" in commit and "app_version" in commit)
+
+
+def snapshot_files(
+    lake: str, table: Table, version: int | None = None, partitions: Mapping[str, Sequence[Any]] | None = None
+) -> list[DataFile]:
+    """The files of `table` at `version` (None: the newest), sorted by path; only of `partitions` (column -> values).
+
+    Raises LakeError where there is no such table or version, or (local disks) where one of the files is missing.
+    """
+    handle = existing_table(lake, table, version)
+    check_contract(handle, lake, table)
+    scope = partition_texts(table, partitions or {})
+    files = [file for file in active_files(handle, table) if within(file, scope)]
+    if local_path(lake) is not None:
+        root = Path(table_uri(lake, table))
+        for file in files:
+            path = root / file.path
+            if not path.is_file() or path.stat().st_size != file.size:
+                raise LakeError(
+                    f"{path}: version {handle.version()} of {table.name} needs this file of {file.size:,} bytes, found "
+                    f"{'another size' if path.is_file() else 'none'}; restore it, or pin another version"
+                )
+    return files
+
+
+def active_files(handle: DeltaTable, table: Table) -> list[DataFile]:
+    """The files a handle's version names, sorted by path."""
+    actions = pa.table(handle.get_add_actions())
+    if actions.num_rows == 0:
+        return []
+    partitions = actions.column("partition").to_pylist() if table.partition_by else [{}] * actions.num_rows
+    rows = zip(actions.column("path").to_pylist(), partitions, actions.column("size_bytes").to_pylist(), strict=True)
+    files = [
+        DataFile(unquote(path), {column: partition_text(value) for column, value in values.items()}, size)
+        for path, values, size in rows
+    ]
+    return sorted(files, key=lambda file: file.path)
+
+
+def check_contract(handle: DeltaTable, lake: str, table: Table) -> None:
+    """Raise LakeError unless the table has the contract's columns, types, nullability and partition columns."""
+    found, expected = handle.schema(), Schema.from_arrow(table.schema)
+    partitioned = tuple(handle.metadata().partition_columns)
+    if found == expected and partitioned == table.partition_by:
+        return
+    ours, theirs = ({field.name: field for field in schema.fields} for schema in (expected, found))
+    differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    what = f"columns {differing} differ" if differing else f"order or partition columns {list(partitioned)} differ"
+    raise LakeError(
+        f"{table_uri(lake, table)}: expected the columns of etl/tables.py, but {what}; write it anew to another lake"
+    )
+
+
+def partition_texts(table: Table, scope: Mapping[str, Sequence[Any]]) -> dict[str, list[str | None]]:
+    """Partition values as the log spells them. Raises LakeError for a column or a value that can't be one."""
+    texts: dict[str, list[str | None]] = {}
+    for column, values in scope.items():
+        if column not in table.partition_by:
+            raise LakeError(f"{table.name}: expected partition columns {list(table.partition_by)}, found {column}")
+        texts[column] = [partition_text(value) for value in values]
+        for text in texts[column]:
+            try:
+                partition_value(text, table.schema.field(column))
+            except ValueError as error:
+                raise LakeError(f"{table.name}: partition column {column}: {error}; name one that can be") from None
+    return texts
+
+
+def within(file: DataFile, scope: Mapping[str, Sequence[str | None]]) -> bool:
+    """Whether a file's partition is one that `scope` (column -> values) names."""
+    return all(file.partition[column] in values for column, values in scope.items())
+
+
+def _unreadable(uri: str, table: Table, version: int | None, error: Exception) -> LakeError:
+    if version is not None:
+        try:
+            newest = DeltaTable(uri).version()
+        except (DeltaError, OSError, ValueError):
+            pass
+        else:
+            return LakeError(f"{uri}: expected version {version} of {table.name}, newest is {newest}; pin one it has")
+    reason = " ".join(str(error).split())
+    return LakeError(f"{uri}: expected the Delta table {table.name}, its log can't be read ({reason}); restore the log")
+
+
+def _check_local(lake: str, table: Table) -> int:
+    """On a local disk: refuse what isn't a lake, a table or a whole log. The newest version in the log, -1 for none."""
+    root = local_path(lake)
+    if root is None or not root.exists():
+        return -1
+    if not root.is_dir():
+        raise LakeError(f"{root}: expected a lake (a folder of Delta tables), found a file; {_ADVICE}")
+    entries = sorted(path.name for path in root.iterdir() if path.name[0] not in "._")
+    if (root / "_delta_log").exists() or (entries and not any(name in (*TABLES, table.name) for name in entries)):
+        found = "a single table" if (root / "_delta_log").exists() else ", ".join(entries[:3])
+        raise LakeError(f"{root}: expected a lake (a folder of Delta tables), found {found}; {_ADVICE}")
+    folder = root / table.name
+    if not folder.exists():
+        return -1
+    if not folder.is_dir():
+        raise LakeError(f"{folder}: expected the Delta table {table.name}, found a file; {_ADVICE}")
+    if not (folder / "_delta_log").is_dir():
+        ours = ("part-", STAGING, ".", *(f"{column}=" for column in table.partition_by[:1]))  # of an unfinished write
+        if foreign := sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours)):
+            raise LakeError(f"{folder}: expected the Delta table {table.name}, found {foreign[0]}; {_ADVICE}")
+        return -1
+    return _newest_logged(folder / "_delta_log")
+
+
+def _newest_logged(log: Path) -> int:
+    """`deltalake` ignores an empty newest entry, and with it a commit: power loss can leave one."""
+    newest = -1
+    for path in log.iterdir():
+        if re.fullmatch(r"\d{20}\.json", path.name):
+            if path.stat().st_size == 0:
+                raise LakeError(f"{path}: expected a commit, found an empty file; restore the log from a copy")
+            newest = max(newest, int(path.stem))
+    return newest
+
+
+def _check_features(handle: DeltaTable, table: Table) -> None:
+    protocol = handle.protocol()
+    features = set(protocol.reader_features or [])
+    if handle.metadata().configuration.get("delta.columnMapping.mode", "none") != "none":
+        features.add("columnMapping")
+    if features or protocol.min_reader_version > 3:
+        names = ", ".join(sorted(features)) or f"reader version {protocol.min_reader_version}"
+        raise UnsupportedFeature(
+            f"{table.name}: its readers must know {names}, which graftrec doesn't; rewrite the table without"
+        )
