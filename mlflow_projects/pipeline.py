@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
@@ -27,6 +27,7 @@ from trainer.config import (
     PretrainConfig,
     PromoteConfig,
     RecommendConfig,
+    RuntimeConfig,
     TrackingConfig,
     TransferName,
 )
@@ -80,7 +81,7 @@ def run(config: PipelineConfig) -> int:
         release = build_tables(config)
         tracked.set_tags({"graftrec.release": release, "graftrec.lake": config.etl.lake})
         trained = train_all(config, release)
-        table = evaluate(config, release, trained)
+        table = gain_table(evaluate(config, release, trained))
         tracked.log_text(table, "table.txt")
         refusal = promote(config, release, trained)
         tracked.set_tags({"graftrec.gate": refusal or "promoted"})
@@ -120,12 +121,12 @@ def train_all(config: PipelineConfig, release: int) -> list[Trained]:
     return trained
 
 
-def evaluate(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> str:
-    """Score all models beside the baselines; gives the table."""
+def evaluate(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> list[dict[str, Any]]:
+    """Score all models beside the baselines; gives the rows of the comparison."""
     from trainer import evaluate
 
     with step("evaluate"):
-        return evaluate.run(evaluate_config(config, release, trained)).text
+        return evaluate.run(evaluate_config(config, release, trained)).rows
 
 
 def promote(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> str:
@@ -170,6 +171,25 @@ def choose(trained: Sequence[Trained]) -> list[Trained]:
     return sorted(best, key=lambda model: -model.score)
 
 
+def gain_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Transfer × metric under the first protocol: mean, gain over from-scratch, p-value; and the best baseline."""
+    shown = [row for row in rows if row["protocol"] == rows[0]["protocol"]]
+    metrics = list(dict.fromkeys(row["metric"] for row in shown))
+    baselines = [row for row in shown if not row["is_model"] and row["metric"] == metrics[0]]
+    best = {max(baselines, key=lambda row: row["mean"])["label"]} if baselines else set()
+    labels = dict.fromkeys(row["label"] for row in shown if row["is_model"] or row["label"] in best)
+    width = max(len(label) for label in labels) + 2
+    lines = [f"{'transfer':<{width}}" + "".join(f"{metric:>10}{'gain':>10}{'p':>9}" for metric in metrics)]
+    for label in labels:
+        line = f"{label:<{width}}"
+        for row in (row for row in shown if row["label"] == label):
+            gain, p_value = row["gain"], row["p_value"]
+            line += f"{row['mean']:>10.4f}" + (f"{100 * gain['relative_gain']:>+8.1f} %" if gain else " " * 10)
+            line += " " * 9 if p_value is None else f"{'<0.001' if p_value < 0.001 else f'{p_value:.3f}':>9}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
 def page_command() -> str:
     """What opens the MLflow page of the store in use."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -196,8 +216,16 @@ def _training(section: ConfigT, config: PipelineConfig, release: int, name: str,
     data = section.data.model_copy(update={"lake": config.etl.lake, "release": release})
     train = section.train.model_copy(update={"seed": seed})
     return section.model_copy(
-        update={"name": name, "output": config.runs, "data": data, "train": train, "tracking": config.tracking}
-    )
+        update={
+            "name": name, "output": config.runs, "data": data, "train": train,
+            "runtime": _quiet(section.runtime), "tracking": config.tracking,
+        }
+    )  # fmt: skip
+
+
+def _quiet(runtime: RuntimeConfig) -> RuntimeConfig:
+    """Progress bars are for terminals; a file gets the lines."""
+    return runtime.model_copy(update={"progress": runtime.progress and sys.stderr.isatty()})
 
 
 def evaluate_config(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> EvaluateConfig:
@@ -205,7 +233,7 @@ def evaluate_config(config: PipelineConfig, release: int, trained: Sequence[Trai
     return config.evaluate.model_copy(
         update={
             "name": "evaluate", "output": config.runs, "model": None, "models": models, "lake": config.etl.lake,
-            "release": release, "tracking": config.tracking,
+            "release": release, "runtime": _quiet(config.evaluate.runtime), "tracking": config.tracking,
         }
     )  # fmt: skip
 
@@ -217,7 +245,8 @@ def promote_config(config: PipelineConfig, release: int, trained: Sequence[Train
             "name": "promote", "output": config.runs, "registered_model": config.registered_model,
             "candidate": str(candidate.model), "replicas": tuple(str(one.model) for one in replicas),
             "from_scratch": tuple(str(one.model) for one in trained if one.transfer == SCRATCH),
-            "lake": config.etl.lake, "release": release, "tracking": config.tracking,
+            "lake": config.etl.lake, "release": release, "runtime": _quiet(config.promote.runtime),
+            "tracking": config.tracking,
         }
     )  # fmt: skip
 
