@@ -115,7 +115,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-# --- between processes ------------------------------------------------------------------------------------------------
+# --- between processes ---------------------------------------------
 
 
 def keep(folder: Path, header: Entry, entries: list[Entry]) -> None:

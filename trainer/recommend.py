@@ -157,7 +157,7 @@ def _has_context(spark: SparkSession) -> bool:
     return isinstance(spark, SparkSession) and type(spark).__module__.startswith("pyspark.sql.session")
 
 
-# --- in the executors -------------------------------------------------------------------------------------------------
+# --- in the executors ---------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)  # a Python worker serves many tasks
@@ -216,7 +216,7 @@ def _as_histories(batch: pa.RecordBatch, artifact: Artifact) -> Histories:
     return Histories(users, offsets, rows, np.empty(0, dtype=np.int64)).keep(rows != UNK)
 
 
-# --- shipping and progress --------------------------------------------------------------------------------------------
+# --- shipping and progress ---------------------------------------------
 
 
 @contextmanager

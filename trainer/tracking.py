@@ -54,7 +54,7 @@ class TrackingError(GraftrecError):
     """MLflow can't do what was asked."""
 
 
-# --- the connection ---------------------------------------------------------------------------------------------------
+# --- the connection ---------------------------------------------
 
 # MLflow's chatter stays off the terminal, and a dead server is noticed in seconds. Each can be overridden.
 _ENVIRONMENT = {
@@ -150,7 +150,7 @@ def experiment_id(client: Any, config: TrackingConfig) -> str:
     return str(found.experiment_id)
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
+# --- runs ---------------------------------------------
 
 
 class Run:
@@ -522,7 +522,7 @@ def end_abandoned(client: Any, experiment: str) -> int:
     return ended
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------
 
 _REQUIREMENTS = (  # of scoring: what trainer.serving imports
     "mlflow", "torch", "numpy", "pandas", "pyarrow", "deltalake", "scipy", "safetensors", "pydantic", "pyyaml",
