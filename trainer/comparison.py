@@ -184,7 +184,7 @@ def gain_over(
     return compare(without_seed[0], without_seed[1]), diff_U
 
 
-# --- the table as text ------------------------------------------------------------------------------------------------
+# --- the table as text ---------------------------------------------
 
 
 def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:

@@ -167,7 +167,7 @@ class Contender:
     facts: dict[str, Any] = field(default_factory=dict)  # folder, hash, seconds…
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------
 
 
 def model_contender(
@@ -261,7 +261,7 @@ def _refuse_leak(artifact: Artifact, asked: EvaluationSet) -> None:
         )
 
 
-# --- baselines --------------------------------------------------------------------------------------------------------
+# --- baselines ---------------------------------------------
 
 
 def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[Contender]:

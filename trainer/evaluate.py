@@ -102,7 +102,7 @@ def _contenders(config: EvaluateConfig, chosen: Sequence[EvaluatedModel], asked:
     return models + (baseline_contenders(asked, config.baselines) if config.baselines.enabled else [])
 
 
-# --- what is written --------------------------------------------------------------------------------------------------
+# --- what is written ---------------------------------------------
 
 
 def write_users(evaluation: Evaluation, path: Path) -> None:
@@ -169,7 +169,7 @@ def _picture(rows: Sequence[Row], asked: EvaluationSet, against: str) -> Figure 
     return transfer_gains(gains, metric=rows[0].metric, over=over, title=title)
 
 
-# --- reuse ------------------------------------------------------------------------------------------------------------
+# --- reuse ---------------------------------------------
 
 
 def _key(config: EvaluateConfig, hashes: Sequence[str], versions: dict[str, int]) -> str:

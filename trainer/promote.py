@@ -115,7 +115,7 @@ def _is_version(name: str) -> bool:
     return name.isdigit() or name.startswith("@")
 
 
-# --- evidence ---------------------------------------------------------------------------------------------------------
+# --- evidence ---------------------------------------------
 
 
 def _with_gate_protocol(config: PromoteConfig) -> EvaluationConfig:
@@ -216,7 +216,7 @@ def _slices(evaluation: Evaluation, champion: Evaluation | None, gate: GateConfi
     ]
 
 
-# --- aliases ----------------------------------------------------------------------------------------------------------
+# --- aliases ---------------------------------------------
 
 
 def _judge_and_move(

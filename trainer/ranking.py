@@ -12,7 +12,7 @@ Protocols: ``full`` ranks the held-out items among every item of the catalogue l
 named as in `trainer.metrics`: bare names are of the convention ``list``, those of ``single`` begin with ``single/``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,9 +37,6 @@ Score = Callable[[Histories], Tensor]  # histories in rows -> [B, V]
 
 FULL = "full"
 SINGLE = "single/"  # prefix of metrics of the convention `single`
-_NEGATIVES_SCHEMA = pa.schema(
-    [tables.NEGATIVES.schema.field(name).with_nullable(True) for name in ("protocol", "part", "user", "items")]
-)
 SCORES_PER_BATCH = 1 << 26  # at most; 4 bytes each, so that a large catalogue makes batches smaller, not memory larger
 
 
@@ -228,16 +225,12 @@ def _read_negatives(
     release: Release, split: str, domain: str, catalogue: Catalogue, part: Part, protocol: str, users: IntArray
 ) -> IntArray:
     """Fixed negatives [U, N] of `users` (ascending), as rows; -1 padded. What k-core no longer keeps is left out."""
-    files = release.files(tables.NEGATIVES, {"split": split, "domain": domain})
     owners, counts, items = [], [], []
-    if files:
-        data = pads.dataset(files, format="parquet", schema=_NEGATIVES_SCHEMA)
-        wanted = (pc.field("protocol") == protocol) & (pc.field("part") == part)
-        for batch in data.to_batches(columns=["user", "items"], filter=wanted):
-            lists = batch.column("items")
-            owners.append(batch.column("user").to_numpy(zero_copy_only=False).astype(np.int64))
-            counts.append(np.diff(lists.offsets.to_numpy()).astype(np.int64))
-            items.append(lists.flatten().to_numpy(zero_copy_only=False))
+    for rows_read in _negatives_of(release.files(tables.NEGATIVES, {"split": split, "domain": domain}), protocol, part):
+        lists = rows_read["items"].combine_chunks()
+        owners.append(rows_read["user"].to_numpy().astype(np.int64))
+        counts.append(np.diff(lists.offsets.to_numpy()).astype(np.int64))
+        items.append(lists.flatten().to_numpy(zero_copy_only=False))
     owner = np.concatenate([np.empty(0, np.int64), *owners])
     lengths = np.concatenate([np.empty(0, np.int64), *counts])
     place = np.searchsorted(users, owner)
@@ -254,3 +247,19 @@ def _read_negatives(
     negatives = np.full((len(users), int(lengths[asked].max(initial=0))), -1, dtype=np.int64)
     negatives[np.repeat(place, lengths)[of_asked], position[of_asked]] = np.where(rows == UNK, -1, rows)[of_asked]
     return negatives
+
+
+def _negatives_of(files: Sequence[str], protocol: str, part: Part) -> Iterator[pa.Table]:
+    """Users and items of one protocol and part, row group by row group; those without either are not read.
+
+    The filter is not pushed into the scan: files that delta-rs rewrites hold string views, which Arrow can't filter.
+    """
+    wanted = {"protocol": protocol, "part": part}
+    for fragment in pads.dataset(files, format="parquet").get_fragments() if files else ():
+        for piece in fragment.split_by_row_group():
+            known = piece.row_groups[0].statistics or {}
+            ranges = [(known[name], value) for name, value in wanted.items() if name in known]
+            if all(bounds["min"] <= value <= bounds["max"] for bounds, value in ranges):
+                table = piece.to_table(columns=[*wanted, "user", "items"])
+                flags = [pc.equal(table[name].cast(pa.string()), value) for name, value in wanted.items()]
+                yield table.select(["user", "items"]).filter(pc.and_(*flags))

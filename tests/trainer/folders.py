@@ -1,0 +1,61 @@
+"""Model folders without training: fresh weights, and an output bias that says how good the model is."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from etl import tables
+from etl.tables import FIRST_INDEX
+from trainer.artifact import save_artifact
+from trainer.config import FinetuneConfig
+from trainer.data.dataset import SequenceDataset, pin, read_catalogue, read_knowledge, vocabulary_size
+from trainer.models import build_model
+
+MODEL = {"width": 8, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4, "dropout": 0.0}
+
+
+def popularity_of(lake, domain="target", split="last-5"):
+    """[V] interactions in training parts, counted one by one."""
+    release = pin(lake, None)
+    catalogue = read_catalogue(release, domain)
+    counts = np.zeros(len(catalogue), dtype=np.int64)
+    sequences = SequenceDataset(release, split, domain).read_all()
+    for start, length in zip(sequences.offsets, sequences.valid_start, strict=False):
+        for item in sequences.items[start : start + length]:
+            counts[catalogue.rows(np.array([item]))[0]] += 1
+    return counts
+
+
+def write_model(folder, lake, *, skill=0.0, domain="target", split="last-5", seed=0, transfer="none", poison=False):
+    """A model whose scores are noise of one plus `skill` times the popularity's logarithm. Returns its folder."""
+    release = pin(lake, None)
+    catalogue = read_catalogue(release, domain)
+    config = FinetuneConfig.model_validate(
+        {
+            "name": Path(folder).name,
+            "model": MODEL,
+            "data": {"lake": lake, "domain": domain, "split": split},
+            "train": {"seed": seed},
+            "transfer": transfer,
+        }
+    )
+    knowledge = read_knowledge(release, catalogue, config.model.knowledge)
+    popularity = popularity_of(lake, domain, split)
+    model = build_model(
+        config.model, num_users=vocabulary_size(release, tables.USERS),
+        num_entities=vocabulary_size(release, tables.ENTITIES), knowledge_VS=torch.from_numpy(knowledge), seed=seed,
+    )  # fmt: skip
+    weights = dict(model.state_dict())
+    noise = np.random.default_rng(seed).normal(size=len(catalogue))
+    bias = noise + skill * np.log1p(popularity)
+    bias[:FIRST_INDEX] = 0
+    if poison:
+        bias[-1] = np.nan
+    weights["output_bias"] = torch.from_numpy(bias).float()
+    save_artifact(
+        Path(folder), config=config, release=release, catalogue=catalogue, popularity=popularity, knowledge=knowledge,
+        weights=weights, metrics={"seconds": 10.0 + seed, "pretrain_seconds": 5.0, "validation/NDCG@10": 0.1},
+        parent=None, users=release.read(tables.USERS, ["user", "index"]),
+    )  # fmt: skip
+    return str(folder)
