@@ -60,6 +60,9 @@ class Bert4RecConfig(Section):
     width: int = Field(64, ge=1)
     heads: int = Field(2, ge=1)
     max_length: int = Field(200, ge=2)  # positions, the asked one included
+    # learned: an embedding of each position, as in the paper; rotary: the query and key of each head are turned by their
+    # position too, so that attention knows distances (Su et al. 2021).
+    positions: Literal["learned", "rotary"] = "rotary"
     dropout: float = Field(0.1, ge=0, lt=1)
     user_width: int = Field(32, ge=0)  # 0: no user embedding
     knowledge: dict[str, int] = {"director": 1, "actor": 3}  # relation -> slots; {}: metadata off

@@ -43,10 +43,12 @@ class Block(nn.Module):
         self.feed_out = nn.Linear(4 * width, width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, *, causal: bool) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, rotation_2TE: Tensor | None, *, causal: bool) -> Tensor:
         B, T, D = x_BTD.shape
         qkv = self.qkv(self.attention_norm(x_BTD)).view(B, T, 3, self.heads, D // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D / H]
+        if rotation_2TE is not None:
+            query, key = _rotated(query, rotation_2TE), _rotated(key, rotation_2TE)
         # No dropout of attention weights: it would rule out the fused kernels, and the residual branch has its own.
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11T, is_causal=causal)
         x_BTD = x_BTD + self.dropout(self.attention_out(attended.transpose(1, 2).reshape(B, T, D)))
@@ -61,6 +63,7 @@ class Bert4Rec(nn.Module):
     """
 
     knowledge_VS: Tensor
+    rotation_2TE: Tensor
 
     def __init__(self, config: Bert4RecConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor) -> None:
         super().__init__()
@@ -77,6 +80,8 @@ class Bert4Rec(nn.Module):
             self.user_embedding = nn.Embedding(num_users, config.user_width)
             self.user_projection = nn.Linear(config.user_width, width, bias=False)
         self.position_embedding = nn.Embedding(config.max_length, width)
+        if config.positions == "rotary":
+            self.register_buffer("rotation_2TE", _rotation(config), persistent=False)
         self.input_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.output_norm = nn.LayerNorm(width)
@@ -110,8 +115,9 @@ class Bert4Rec(nn.Module):
         mask_B11T = None
         if not causal and bool((lengths_B < T).any()):  # a causal query never sees what stands behind it
             mask_B11T = (torch.arange(T, device=items_BT.device) < lengths_B[:, None])[:, None, None]
+        rotation_2TE = self.rotation_2TE[:, :T] if self.config.positions == "rotary" else None
         for block in self.blocks:
-            x_BTD = block(x_BTD, mask_B11T, causal=causal)
+            x_BTD = block(x_BTD, mask_B11T, rotation_2TE, causal=causal)
         hidden: Tensor = self.output_norm(x_BTD)
         return hidden
 
@@ -121,6 +127,20 @@ class Bert4Rec(nn.Module):
             table_VD = self.item_vectors(rows_C)
         bias_C = self.output_bias if rows_C is None else self.output_bias[rows_C]
         return F.linear(self.head(hidden_ND), table_VD, bias_C)
+
+
+def _rotation(config: Bert4RecConfig) -> Tensor:
+    """Cosines and sines [2, T, E / 2] of each position's angles, for heads of width E (Su et al. 2021, equation 15)."""
+    half = config.width // config.heads // 2
+    angles_TE = torch.arange(config.max_length)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    return torch.stack([angles_TE.cos(), angles_TE.sin()])
+
+
+def _rotated(x_BHTE: Tensor, rotation_2TE: Tensor) -> Tensor:
+    """Each pair of coordinates turned by its position's angle, so that a product of two knows their distance only."""
+    cos_TE, sin_TE = rotation_2TE.to(x_BHTE.dtype)
+    left, right = x_BHTE.chunk(2, dim=-1)
+    return torch.cat([left * cos_TE - right * sin_TE, right * cos_TE + left * sin_TE], dim=-1)
 
 
 def _initialise(module: nn.Module) -> None:
