@@ -124,10 +124,9 @@ def _model(
         knowledge_VS=torch.from_numpy(knowledge), seed=config.train.seed,
     )  # fmt: skip
     model.to(device=world.device, dtype=world.dtype)
-    is_finetune = isinstance(config, FinetuneConfig)
-    transfer = config.transfer if is_finetune else "none"
-    account = graft(model, config.model, parent, transfer, config.freeze if is_finetune else ())
-    return model, account
+    if isinstance(config, FinetuneConfig):
+        return model, graft(model, config.model, parent, config.transfer, config.freeze)
+    return model, graft(model, config.model, None, "none")
 
 
 def _validate(model: Bert4Rec, task: Task, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:

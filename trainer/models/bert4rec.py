@@ -53,7 +53,8 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11T, is_causal=causal)
         x_BTD = x_BTD + self.dropout(self.attention_out(attended.transpose(1, 2).reshape(B, T, D)))
         inner = F.gelu(self.feed_in(self.feed_norm(x_BTD)), approximate="tanh")
-        return x_BTD + self.dropout(self.feed_out(inner))
+        out_BTD: Tensor = x_BTD + self.dropout(self.feed_out(inner))
+        return out_BTD
 
 
 class Bert4Rec(nn.Module):

@@ -28,7 +28,7 @@ def summed_loss(
     if config.kind == "full":
         scores_NV = model.scores(hidden_ND, table_VD=table_VD)[:, FIRST_INDEX:]
         loss: Tensor = F.cross_entropy(
-            scores_NV.float() if scores_NV.dtype == torch.bfloat16 else scores_NV, targets_N - FIRST_INDEX,
+            _wide(scores_NV), targets_N - FIRST_INDEX,
             reduction="sum", label_smoothing=config.label_smoothing,
         )  # fmt: skip
         return loss
@@ -47,5 +47,11 @@ def sampled_softmax(
     own_N = (query_ND * model.item_vectors(targets_N)).sum(-1) + model.output_bias[targets_N]
     others_NK = F.linear(query_ND, model.item_vectors(negatives_K), model.output_bias[negatives_K]) - log_expected
     others_NK = others_NK.masked_fill(negatives_K == targets_N[:, None], -torch.inf)
-    total_N = torch.logsumexp(torch.cat([own_N[:, None], others_NK], dim=1).float(), dim=1)
-    return (total_N - own_N).sum()
+    total_N = torch.logsumexp(_wide(torch.cat([own_N[:, None], others_NK], dim=1)), dim=1)
+    loss: Tensor = (total_N - own_N).sum()
+    return loss
+
+
+def _wide(scores: Tensor) -> Tensor:
+    """Sums of exponentials lose too much in bf16."""
+    return scores.float() if scores.dtype == torch.bfloat16 else scores

@@ -69,4 +69,5 @@ class MaskedItem:
         items_BT = torch.cat([batch.items, batch.items.new_zeros(len(rows), 1)], dim=1)
         items_BT[rows, batch.lengths] = MASK
         hidden_BTD = model(items_BT, batch.lengths + 1, batch.users, causal=False)
-        return hidden_BTD[rows, batch.lengths]
+        query_BD: Tensor = hidden_BTD[rows, batch.lengths]
+        return query_BD

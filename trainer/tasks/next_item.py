@@ -36,7 +36,8 @@ class NextItem:
         """How the model is asked: hidden states [B, D] at the newest item (at CLS for an empty history)."""
         items_BT = torch.cat([_begin(batch), batch.items], dim=1)
         hidden_BTD = model(items_BT, batch.lengths + 1, batch.users, causal=True)
-        return hidden_BTD[torch.arange(len(items_BT), device=items_BT.device), batch.lengths]
+        query_BD: Tensor = hidden_BTD[torch.arange(len(items_BT), device=items_BT.device), batch.lengths]
+        return query_BD
 
 
 def _begin(batch: Batch) -> Tensor:
