@@ -237,6 +237,8 @@ def child_environment(run: Run) -> dict[str, str]:
 def _status(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "KILLED"
+    if isinstance(error, GraftrecError):
+        return "KILLED" if error.exit_code == TERMINATED_EXIT else "FAILED"
     if isinstance(error, SystemExit):
         return {None: "FINISHED", 0: "FINISHED", TERMINATED_EXIT: "KILLED", 130: "KILLED"}.get(error.code, "FAILED")  # type: ignore[arg-type]
     return "FAILED"
