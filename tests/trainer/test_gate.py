@@ -16,8 +16,8 @@ def metrics(random, mean, *, users=USERS, spread=0.25, taste=None):
     return mean + taste + random.normal(0, 0.05, users)
 
 
-def evidence(seed=0, *, version=0.18, scratch=0.13, champion=None, popularity=0.08, seeds=3, luck=0.001, **given):
-    """Scores of a version, of its replicas and of from-scratch, whose seeds are lucky by about `luck`."""
+def evidence(seed=0, *, version=0.18, scratch=0.13, champion=None, low=0.08, seeds=3, luck=0.001, **given):
+    """Scores of a version, its replicas and from-scratch, whose seeds are lucky by about `luck`; `low`: popularity's."""
     random = np.random.default_rng(seed)
     taste = random.normal(0, 0.25, USERS)
 
@@ -30,7 +30,7 @@ def evidence(seed=0, *, version=0.18, scratch=0.13, champion=None, popularity=0.
         recipe_SU=recipe if seeds > 1 else None,
         scratch_SU=several(scratch),
         champion_U=None if champion is None else metrics(random, champion, taste=taste),
-        baselines={"popularity": metrics(random, popularity, taste=taste)},
+        baselines={"popularity": metrics(random, low, taste=taste)},
         **given,
     )
 
@@ -111,9 +111,9 @@ def test_gate_lets_a_set_share_below_the_champion_pass():
 
 
 def test_gate_refuses_what_is_not_above_popularity():
-    decision = decide(evidence(popularity=0.2), GATE)
+    decision = decide(evidence(low=0.2), GATE)
     assert decision.reasons[0].startswith("not above the simple baseline popularity")
-    assert decide(evidence(popularity=0.2), GATE.model_copy(update={"above": ()})).passed
+    assert decide(evidence(low=0.2), GATE.model_copy(update={"above": ()})).passed
     assert "mend gate.above" in decide(evidence(), GATE.model_copy(update={"above": ("gossip",)})).reasons[0]
 
 
@@ -169,7 +169,7 @@ def test_gate_leaves_users_without_cold_items_out_of_a_slice():
 
 
 def test_gate_tells_every_check_not_only_the_first_refusal():
-    given = evidence(version=0.13, champion=0.2, popularity=0.3, slices=(slice_of(-0.06, 1_000),))
+    given = evidence(version=0.13, champion=0.2, low=0.3, slices=(slice_of(-0.06, 1_000),))
     decision = decide(given, GATE)
     assert len(decision.reasons) == 4
     assert decision.text().count("✗") == 4

@@ -50,7 +50,7 @@ def random_score(num_rows, seed=0):
     return lambda histories: table[torch.from_numpy(histories.users)]
 
 
-# --- what is asked ----------------------------------------------------------------------------------------------------
+# --- what is asked ---------------------------------------------
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -117,7 +117,7 @@ def test_read_held_out_of_an_unknown_split_names_the_known(tiny_lake):
         read_held_out(release, "last-9", "target", read_catalogue(release, "target"), "test")
 
 
-# --- how it is ranked -------------------------------------------------------------------------------------------------
+# --- how it is ranked ---------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", EVERY)
