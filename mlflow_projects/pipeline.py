@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, load
+from etl.tables import RECOMMENDATIONS
 from trainer.config import (
     EvaluateConfig,
     EvaluatedModel,
@@ -155,8 +156,12 @@ def recommend(config: PipelineConfig, release: int) -> list[str]:
     if champion is None:
         return ["champion         none yet, so no recommendations are written"]
     with step("recommend"):
-        recommend.run(recommend_config(config, release))
-    return [f"champion         {champion.label} (models:/{champion.name}@{CHAMPION})"]
+        written = recommend.run(recommend_config(config, release))
+    made = f"{written.rows:,} rows" if written.committed else "unchanged"
+    return [
+        f"champion         {champion.label} (models:/{champion.name}@{CHAMPION})",
+        f"recommendations  {config.etl.lake}/{RECOMMENDATIONS.name}, version {written.version}: {made}",
+    ]
 
 
 def choose(trained: Sequence[Trained]) -> list[Trained]:
