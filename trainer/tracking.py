@@ -32,7 +32,7 @@ import yaml
 
 from etl.config import GraftrecError, Section
 from trainer.config import TrackingConfig
-from trainer.outbox import Entry, Outbox, Refused, keep, kept, one_line
+from trainer.outbox import Entry, Outbox, Refused, keep, kept, one_line, warn
 from trainer.provenance import code_version, cut, flatten, redact, without_secrets
 
 if TYPE_CHECKING:  # both are slow to import
@@ -268,7 +268,7 @@ class _TrackedRun(Run):
         quieten()
         self._config, self._uri = config, tracking_uri()
         self._header = _header(name, parent, joined)
-        self._staging = Path(tempfile.mkdtemp(prefix="graftrec-tracking-"))
+        self._staging: Path | None = None
         self._sender = _Sender(self._uri, config, self._header)
         self._outbox = Outbox(self._sender.send)
         self._ended = threading.Event()
@@ -298,14 +298,16 @@ class _TrackedRun(Run):
         self._outbox.add({"kind": "tags", "values": texts})
 
     def log_figure(self, figure: "Figure", path: str) -> None:
-        file = self._staged(path)
-        figure.savefig(file, dpi=130)
-        self._artifact(file, path)
+        with _harmless(f"can't log {path}"):
+            file = self._staged(path)
+            figure.savefig(file, dpi=130)
+            self._artifact(file, path)
 
     def log_text(self, text: str, path: str) -> None:
-        file = self._staged(path)
-        file.write_text(redact(text))
-        self._artifact(file, path)
+        with _harmless(f"can't log {path}"):
+            file = self._staged(path)
+            file.write_text(redact(text))
+            self._artifact(file, path)
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         self._outbox.add({"kind": "artifact", "path": str(Path(path).absolute()), "folder": folder})
@@ -323,12 +325,15 @@ class _TrackedRun(Run):
         self._outbox.add({"kind": "end", "status": status, "time": _now()})
         left = self._outbox.close(self._config.close_seconds)
         if left:
-            folder = UNSENT.absolute() / self._header["uid"]
-            keep(folder, self._header | {"run_id": self._sender.run_id, "uri": _fingerprint(self._uri)}, left)
-            print(f"tracking: kept what MLflow did not take in {folder}; the next run sends it", file=sys.stderr)
-        shutil.rmtree(self._staging, ignore_errors=True)
+            with _harmless("can't keep what MLflow did not take"):
+                folder = UNSENT.absolute() / self._header["uid"]
+                keep(folder, self._header | {"run_id": self._sender.run_id, "uri": _fingerprint(self._uri)}, left)
+                warn(f"kept what MLflow did not take in {folder}; the next run sends it")
+        if self._staging is not None:
+            shutil.rmtree(self._staging, ignore_errors=True)
 
     def _staged(self, path: str) -> Path:
+        self._staging = self._staging or Path(tempfile.mkdtemp(prefix="graftrec-tracking-"))
         file = self._staging / uuid.uuid4().hex / Path(path).name
         file.parent.mkdir()
         return file
@@ -356,6 +361,15 @@ class _TrackedRun(Run):
                 }
                 self.log_metrics({f"system/{key}": value for key, value in values.items()}, step=step)
             step += 1
+
+
+@contextlib.contextmanager
+def _harmless(what: str) -> Iterator[None]:
+    """A full disk, or a picture that can't be drawn, is told and no more."""
+    try:
+        yield
+    except Exception as error:
+        warn(f"{what}: {redact(one_line(error))}")
 
 
 def _network() -> tuple[int, int]:
