@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from trainer import tracking
-from trainer.artifact import artifact_hash
+from trainer.artifact import MANIFEST, artifact_hash
 from trainer.config import TrackingConfig
 from trainer.outbox import warn
 from trainer.provenance import redact
@@ -140,10 +140,12 @@ class Registry:
                 scratch = tempfile.mkdtemp(prefix="graftrec-model-")
                 atexit.register(shutil.rmtree, scratch, ignore_errors=True)
                 folder = Path(tracking.download(f"models:/{self.name}/{version.number}", scratch, self.uri))
-        folder = folder / "artifacts" / MODEL_FOLDER
-        if not folder.is_dir():
-            raise TrackingError(f"{version.label} holds no model folder: expected {folder}; register the model again")
-        return folder
+        inside = sorted((folder / "artifacts").glob(f"*/{MANIFEST}"))  # MLflow keeps the name that the folder had
+        if len(inside) != 1:
+            raise TrackingError(
+                f"{version.label} holds no model folder: expected one in {folder / 'artifacts'}; register the model again"
+            )
+        return inside[0].parent
 
     def delete(self, number: int) -> None:
         """Delete a version for ever. Refused while an alias stands at it, or while it is the parent of patches."""
