@@ -120,11 +120,9 @@ def _draw_domain(
     rows: pa.Table, domain: str, candidates: Candidates, config: NegativesConfig
 ) -> Iterator[pa.RecordBatch]:
     places_of = _lookup(candidates.index)
-    items = rows["items"].to_pylist()
     seen_BV = np.zeros((len(rows), len(candidates.index)), bool)
-    for row, taken in enumerate(items):
-        places = places_of(taken)
-        seen_BV[row, places] = True
+    for row, taken in enumerate(rows["items"]):
+        seen_BV[row, places_of(taken.values.to_numpy())] = True
     words = rows["word"].to_numpy().astype(np.int64).view(np.uint64)
     drawn = rows["drawn"].to_pylist()
     for part in ("validation", "test"):
@@ -162,10 +160,10 @@ def _earlier(drawn: list[dict[str, object]] | None, protocol: str, part: str) ->
     return []
 
 
-def _lookup(index: Ints) -> Callable[[Sequence[int]], Ints]:
+def _lookup(index: Ints) -> Callable[[npt.ArrayLike], Ints]:
     """A function from global indices to positions in `index` (sorted), those that it lacks left out."""
 
-    def places(wanted: Sequence[int]) -> Ints:
+    def places(wanted: npt.ArrayLike) -> Ints:
         asked = np.asarray(wanted, np.int64)
         at = np.minimum(np.searchsorted(index, asked), max(len(index) - 1, 0))
         found: Ints = at[index[at] == asked] if len(index) else at[:0]

@@ -2,10 +2,13 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pyspark.errors import PySparkException
 
 from etl import delta
-from etl.config import ConfigError
+from etl.config import ConfigError, GraftrecError
 from etl.jobs import (
     baskets,
     domains,
@@ -78,7 +81,7 @@ def run_one(engine: Engine, name: str) -> None:
 def run_job(job: Job, engine: Engine, *, label: str = "") -> Outcome:
     """Run `job` if it is due, and print a line on what came of it."""
     began = time.monotonic()
-    with user_errors():
+    with user_errors(), _full_disk(engine):
         found = due(job, engine)
         if isinstance(found, Outcome):
             print(f"{label}{job.name:<13}unchanged, skipped (version {found.version})", flush=True)
@@ -95,3 +98,16 @@ def run_job(job: Job, engine: Engine, *, label: str = "") -> Outcome:
         told = f"nothing new (version {outcome.version})"
     print(f"{label}{job.name:<13}{told}{notes}", flush=True)
     return outcome
+
+
+@contextmanager
+def _full_disk(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except (PySparkException, OSError) as error:
+        if "No space left on device" not in str(error):
+            raise
+        raise GraftrecError(
+            f"no space left on the disk of the lake {engine.config.lake} or of Spark's temporary files; "
+            f"make room and run again: tables are as they were"
+        ) from None

@@ -46,7 +46,7 @@ class Report:
     """Of one release and split.
 
     `shared_users`: (domain, domain) -> users with items in both; `rejected`: (kind, reason) -> rows; `events`: of the
-    cleaned log.
+    cleaned log; `related`: relation -> kept items that have it.
     """
 
     lake: str
@@ -57,6 +57,7 @@ class Report:
     rejected: Counter[tuple[str, str]]
     duplicates: int
     events: int
+    related: dict[str, int]
 
 
 def make_report(lake: str, *, release: int | None = None, split: str | None = None) -> Report:
@@ -68,7 +69,7 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
     files = _files(lake, versions, SEQUENCES)
     splits = sorted({str(file.partition["split"]) for file in files})
     chosen = split or (splits[0] if splits else "")
-    domains = _items(lake, versions)
+    domains, related = _items(lake, versions)
     shared = _users(lake, [file for file in files if file.partition["split"] == chosen], domains)
     rejected: Counter[tuple[str, str]] = Counter()
     for file in _files(lake, versions, QUARANTINE):
@@ -79,7 +80,7 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
     log = _files(lake, versions, INTERACTIONS)
     events = sum(batch.num_rows for batch in _batches(lake, INTERACTIONS, log, ["time"]))
     good = int(delta.last_commit(lake, INTERACTIONS, versions[INTERACTIONS.name])["good"])
-    return Report(lake, number, chosen, list(domains.values()), shared, rejected, good - events, events)
+    return Report(lake, number, chosen, list(domains.values()), shared, rejected, good - events, events, related)
 
 
 def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int]:
@@ -94,16 +95,18 @@ def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int]:
     return {entry["table"]: entry["version"] for entry in found[number]}, number
 
 
-def _items(lake: str, versions: dict[str, int]) -> dict[str, DomainReport]:
-    """Domains with what their kept items tell."""
+def _items(lake: str, versions: dict[str, int]) -> tuple[dict[str, DomainReport], dict[str, int]]:
+    """Domains with what is known of their kept items, and relation -> kept items that have it."""
     kept: list[Ints] = []
     for batch in _batches(lake, ITEMS, _files(lake, versions, ITEMS), ["index", "kept"]):
         kept.append(batch.filter(batch.column("kept")).column("index").to_numpy().astype(np.int64))
     told: dict[str, set[int]] = {}
-    for batch in _batches(lake, KNOWLEDGE, _files(lake, versions, KNOWLEDGE), ["source", "head_index"]):
-        for source in pc.unique(batch.column("source")).to_pylist():
-            heads = batch.filter(pc.equal(batch.column("source"), source)).column("head_index")
-            told.setdefault(source, set()).update(heads.unique().to_pylist())
+    related: dict[str, set[int]] = {}
+    for batch in _batches(lake, KNOWLEDGE, _files(lake, versions, KNOWLEDGE), ["source", "relation", "head_index"]):
+        for column, found in (("source", told), ("relation", related)):
+            for name in pc.unique(batch.column(column)).to_pylist():
+                heads = batch.filter(pc.equal(batch.column(column), name)).column("head_index")
+                found.setdefault(name, set()).update(heads.unique().to_pylist())
     is_kept = set(np.concatenate([np.zeros(0, np.int64), *kept]).tolist())
     domains: dict[str, DomainReport] = {}
     for file in _files(lake, versions, DOMAINS):
@@ -115,7 +118,7 @@ def _items(lake: str, versions: dict[str, int]) -> dict[str, DomainReport]:
             for source, heads in told.items():
                 report.covered[source] += len(members & heads)
     first = sorted(domains, key=lambda name: (name != DOMAIN_ALL, name))
-    return {name: domains[name] for name in first}
+    return {name: domains[name] for name in first}, {name: len(heads & is_kept) for name, heads in related.items()}
 
 
 def _users(lake: str, files: Sequence[DataFile], domains: dict[str, DomainReport]) -> dict[tuple[str, str], int]:
@@ -173,6 +176,9 @@ def lines(report: Report) -> list[str]:
     for row in [titles, *rows]:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         told.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    if report.related:
+        known = ", ".join(f"{relation} of {count:,}" for relation, count in sorted(report.related.items()))
+        told.append(f"known: {known} items")
     for (left, right), count in report.shared_users.items():
         told.append(f"users in both {left} and {right}: {count:,}")
     told.append(f"{report.events:,} events after cleaning; {report.duplicates:,} exact duplicates dropped")
