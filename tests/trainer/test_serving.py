@@ -1,0 +1,263 @@
+"""Answers of a served model: the scorer's own scores over raw ids, in the process and through `mlflow models serve`."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from folders import write_model
+from stores import enter_store
+
+from etl.tables import FIRST_INDEX, UNK
+from trainer.artifact import load_artifact
+from trainer.baselines import Histories
+from trainer.registry import CHAMPION, Registry
+from trainer.serving import Recommender, Request, RequestError, parse, top_k
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_lake, tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("served") / "model", tiny_lake, seed=3, skill=0.3)
+
+
+@pytest.fixture(scope="module")
+def artifact(folder):
+    return load_artifact(folder)
+
+
+@pytest.fixture(scope="module")
+def recommender(artifact):
+    return Recommender(artifact, "graftrec/3")
+
+
+def histories(artifact, *rows, users=None):
+    """Histories of catalogue rows."""
+    return Histories(
+        np.array(users or [UNK] * len(rows)), np.cumsum([0, *map(len, rows)]),
+        np.array([row for history in rows for row in history], dtype=np.int64), np.empty(0, dtype=np.int64),
+    )  # fmt: skip
+
+
+def raw(artifact, *rows):
+    return [artifact.catalogue.raw_ids[row] for row in rows]
+
+
+# --- answers ---------------------------------------------
+
+
+def test_scores_are_the_scorers_and_what_was_seen_is_left_out(artifact, recommender):
+    seen = [7, 12, 9]
+    answer = recommender.answer([Request(raw(artifact, *seen))], k=1_000)[0]
+    scores = artifact.scorer().score(histories(artifact, seen))[0]
+    rows = [row for row in range(FIRST_INDEX, len(artifact.catalogue)) if row not in seen]
+    rows.sort(key=lambda row: -float(scores[row]))
+    assert answer.items == raw(artifact, *rows)
+    assert answer.scores == [float(scores[row]) for row in rows]
+    assert (answer.basis, answer.unknown, answer.version) == ("model", [], "graftrec/3")
+
+
+def test_k_cuts_the_list(artifact, recommender):
+    request = Request(raw(artifact, 6, 8))
+    whole, cut = recommender.answer([request], k=1_000)[0], recommender.answer([request], k=3)[0]
+    assert cut.items == whole.items[:3]
+    assert cut.scores == whole.scores[:3]
+
+
+def test_unknown_ids_are_ignored_and_reported(artifact, recommender):
+    known = raw(artifact, 6, 8)
+    mixed = recommender.answer([Request(["nothing", known[0], "", known[1], "nothing"])])[0]
+    assert mixed.unknown == ["nothing", "", "nothing"]
+    assert mixed.scores == recommender.answer([Request(known)])[0].scores
+
+
+@pytest.mark.parametrize("items", [[], ["nothing", "never"]])
+def test_without_a_known_item_the_popular_ones_are_answered(artifact, recommender, items):
+    answer = recommender.answer([Request(items)], k=4)[0]
+    counts = artifact.popularity
+    best = sorted(range(FIRST_INDEX, len(counts)), key=lambda row: (-counts[row], row))[:4]
+    assert answer.items == raw(artifact, *best)
+    assert answer.scores == [float(counts[row]) for row in best]
+    assert (answer.basis, answer.unknown) == ("popular", items)
+
+
+def test_a_known_user_is_asked_as_that_user(artifact, recommender):
+    items, user = raw(artifact, 6, 8), artifact.users["u007"]
+    as_user = recommender.answer([Request(items, "u007")], k=5)[0]
+    scores = artifact.scorer().score(histories(artifact, [6, 8], users=[user]))[0]
+    assert as_user.scores == pytest.approx(
+        sorted(scores[FIRST_INDEX:].tolist(), reverse=True)[: len(as_user.scores)], abs=2
+    )
+    assert as_user.scores[0] in scores.tolist()
+    stranger, anyone = recommender.answer([Request(items, "nobody"), Request(items)], k=5)
+    assert stranger == anyone
+    assert as_user.scores != anyone.scores
+
+
+def test_many_requests_are_answered_in_order_and_like_one(artifact, recommender):
+    requests = [Request(raw(artifact, *range(FIRST_INDEX, FIRST_INDEX + n % 5))) for n in range(600)]
+    answers = recommender.answer(requests, k=3)
+    assert len(answers) == 600
+    for n in (0, 1, 4, 599):
+        alone = recommender.answer([requests[n]], k=3)[0]
+        assert answers[n].items == alone.items
+        assert answers[n].scores == pytest.approx(alone.scores, rel=1e-5)
+
+
+def test_a_model_without_its_user_table_answers(folder, artifact):
+    anonymous = Recommender(load_artifact(folder, users=False), "graftrec/3")
+    answer = anonymous.answer([Request(raw(artifact, 6, 8), "u007")])[0]
+    assert len(answer.items) == 10
+
+
+def test_equal_scores_are_in_order_of_rows():
+    scores = torch.zeros(1, FIRST_INDEX + 6)
+    rows, best = top_k(scores, Histories(np.array([0]), np.array([0, 1]), np.array([6]), np.empty(0)), 9)
+    assert rows[0][:5].tolist() == [5, 7, 8, 9, 10]
+    assert torch.isfinite(best[0]).sum() == 5
+
+
+@pytest.mark.parametrize("k", [0, -1, 10_001])
+def test_a_senseless_k_is_refused(recommender, k):
+    with pytest.raises(RequestError, match="k is a number of items from 1 to 10000"):
+        recommender.answer([Request([])], k)
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"items": "318"}, {"items": [318]}, {"items": None}, {"items": ["1"], "user": 5}]
+)
+def test_a_malformed_record_is_refused_by_place(record):
+    with pytest.raises(RequestError, match=r"record 1: `(items|user)` is a"):
+        parse([{"items": []}, record])
+
+
+def test_records_of_a_data_frame_are_parsed():
+    assert parse([{"items": np.array(["1", "2"]), "user": float("nan")}]) == [Request(["1", "2"])]
+
+
+# --- through MLflow, in processes of their own, away from the sources ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scoring_server(folder, tmp_path_factory):
+    """`mlflow models serve` of the champion. Yields its port and its store's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        store = tmp_path_factory.mktemp("store")
+        enter_store(store, patch)
+        Registry().register(folder, alias=CHAMPION)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = ["mlflow", "models", "serve", "-m", "models:/graftrec@champion", "--env-manager", "local"]
+        with (store / "server.log").open("w") as log:
+            server = subprocess.Popen(
+                [sys.executable, "-m", *command, "--port", str(port)],
+                cwd=store, env=without_sources(), stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 400
+            while not answers(port):
+                assert server.poll() is None, (store / "server.log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            yield port, store
+        finally:
+            os.killpg(server.pid, 15)
+            server.wait()
+
+
+def without_sources():
+    """An environment in which nothing is unpickled and the checkout is not on the path."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    path = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return environment | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+
+
+def answers(port):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=2) as answer:
+            return answer.status == 200
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def ask(port, body):
+    """(status, JSON) of a request."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_the_scoring_server_answers_raw_ids_with_the_scorers_scores(scoring_server, artifact, recommender):
+    port, _ = scoring_server
+    items = raw(artifact, 6, 8)
+    records = [{"user": "u007", "items": items}, {"items": ["zzz", *items]}, {"items": []}]
+    status, answer = ask(port, {"dataframe_records": records, "params": {"k": 4}})
+    assert status == 200
+    expected = recommender.answer(parse(records), k=4)
+    for found, one in zip(answer["predictions"], expected, strict=True):
+        assert found["items"] == one.items
+        assert found["scores"] == pytest.approx(one.scores, rel=1e-6)
+        assert (found["basis"], found["unknown"]) == (one.basis, one.unknown)
+        assert found["version"] == "graftrec/1"
+    assert ask(port, {"inputs": records[1:2], "params": {"k": 4}})[1]["predictions"] == answer["predictions"][1:2]
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_loaded_version_runs_the_sources_that_travel_with_it(scoring_server, artifact):
+    _, store = scoring_server
+    script = (
+        "import json, sys, mlflow, pandas as pd\n"
+        "model = mlflow.pyfunc.load_model('models:/graftrec@champion')\n"
+        "answer = model.predict(pd.DataFrame({'items': [json.loads(sys.argv[1])]}), params={'k': 2})\n"
+        "import etl, trainer\nanswer = answer[0]\n"
+        "print(json.dumps([answer['version'], len(answer['items']), etl.__file__, trainer.__file__]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(raw(artifact, 6, 8))],
+        cwd=store, env=without_sources(), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    version, count, *sources = json.loads(done.stdout.splitlines()[-1])
+    assert (version, count) == ("graftrec/1", 2)
+    assert all(Path(source).is_relative_to(store) for source in sources)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"not JSON",
+        {},
+        [],
+        {"dataframe_records": []},
+        {"dataframe_records": [{"user": "u007"}]},
+        {"dataframe_records": [{"items": "318"}]},
+        {"dataframe_records": [{"items": [318]}]},
+        {"dataframe_records": [{"items": None}]},
+        {"dataframe_records": [{"items": {"a": 1}}]},
+        {"dataframe_records": [{"items": ["1"], "user": 5}]},
+        {"dataframe_records": [{"items": ["1"]}], "params": {"k": 0}},
+        {"dataframe_records": [{"items": ["1"]}], "params": {"k": "many"}},
+    ],
+    ids=str,
+)
+def test_the_scoring_server_refuses_a_malformed_request(scoring_server, body):
+    status, answer = ask(scoring_server[0], body)
+    assert status == 400
+    assert answer["message"]
