@@ -143,7 +143,7 @@ class Registry:
         inside = sorted((folder / "artifacts").glob(f"*/{MANIFEST}"))  # MLflow keeps the name that the folder had
         if len(inside) != 1:
             raise TrackingError(
-                f"{version.label} holds no model folder: expected one in {folder / 'artifacts'}; register the model again"
+                f"{version.label} holds no model folder: expected one in {folder}/artifacts; register it again"
             )
         return inside[0].parent
 
