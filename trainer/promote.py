@@ -107,7 +107,10 @@ def _candidate(registry: Registry, config: PromoteConfig) -> Version:
         "graftrec.transfer": str(getattr(artifact.config, "transfer", "none")),
         "graftrec.parent": artifact.parent or "",
     } | {f"graftrec.metric.{name.replace('@', '_')}": f"{value:.6g}" for name, value in artifact.metrics.items()}
-    return registry.register(named, tags=tags)
+    version = registry.register(named, tags=tags, alias=None)
+    if CHAMPION not in version.aliases:
+        registry.set_alias(CANDIDATE, version.number)
+    return version
 
 
 def _is_version(name: str) -> bool:

@@ -27,8 +27,10 @@ def popularity_of(lake, domain="target", split="last-5"):
     return counts
 
 
-def write_model(folder, lake, *, skill=0.0, domain="target", split="last-5", seed=0, transfer="none", poison=False):
-    """A model whose scores are noise of one plus `skill` times the popularity's logarithm. Returns its folder."""
+def write_model(
+    folder, lake, *, skill=0.0, domain="target", split="last-5", seed=0, transfer="none", poison=False, noise=1.0
+):
+    """A model whose scores are `noise` plus `skill` times the popularity's logarithm. Returns its folder."""
     release = pin(lake, None)
     catalogue = read_catalogue(release, domain)
     config = FinetuneConfig.model_validate(
@@ -47,8 +49,7 @@ def write_model(folder, lake, *, skill=0.0, domain="target", split="last-5", see
         num_entities=vocabulary_size(release, tables.ENTITIES), knowledge_VS=torch.from_numpy(knowledge), seed=seed,
     )  # fmt: skip
     weights = dict(model.state_dict())
-    noise = np.random.default_rng(seed).normal(size=len(catalogue))
-    bias = noise + skill * np.log1p(popularity)
+    bias = noise * np.random.default_rng(seed).normal(size=len(catalogue)) + skill * np.log1p(popularity)
     bias[:FIRST_INDEX] = 0
     if poison:
         bias[-1] = np.nan

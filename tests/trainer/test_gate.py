@@ -11,13 +11,13 @@ USERS = 1_500
 
 
 def metrics(random, mean, *, users=USERS, spread=0.25, taste=None):
-    """Per-user metrics about `mean`: what a user is like (`taste`, shared by all models) and what a model makes of it."""
+    """Per-user metrics about `mean`: what a user is like (`taste`, the same for all models), and the rest."""
     taste = random.normal(0, spread, users) if taste is None else taste
     return mean + taste + random.normal(0, 0.05, users)
 
 
-def evidence(seed=0, *, version=0.18, scratch=0.13, champion=None, low=0.08, seeds=3, luck=0.001, **given):
-    """Scores of a version, its replicas and from-scratch, whose seeds are lucky by about `luck`; `low`: popularity's."""
+def evidence(seed=0, *, version=0.18, scratch=0.13, champion=None, low=0.08, seeds=3, luck=0.001, **more):
+    """A version, its replicas and from-scratch, whose seeds are lucky by about `luck`; `low`: popularity's mean."""
     random = np.random.default_rng(seed)
     taste = random.normal(0, 0.25, USERS)
 
@@ -31,7 +31,7 @@ def evidence(seed=0, *, version=0.18, scratch=0.13, champion=None, low=0.08, see
         scratch_SU=several(scratch),
         champion_U=None if champion is None else metrics(random, champion, taste=taste),
         baselines={"popularity": metrics(random, low, taste=taste)},
-        **given,
+        **more,
     )
 
 
