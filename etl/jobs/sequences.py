@@ -67,8 +67,8 @@ def _cut(split: SplitConfig, names: Sequence[str]) -> Column:
     if split.causal_target is None:
         return F.lit(None).cast("struct<time: bigint, source_order: bigint>")
     target = _of_domain(split.causal_target, names)
-    held = split.validation + split.test
-    first = F.element_at(target, F.when(_enough(F.size(target), split), F.lit(-held)).otherwise(F.lit(None)))
+    at = F.size(target) - (split.validation + split.test)
+    first = F.get(target, F.when(_enough(F.size(target), split), at))
     return F.when(first.isNotNull(), F.struct(first["time"].alias("time"), first["source_order"].alias("source_order")))
 
 

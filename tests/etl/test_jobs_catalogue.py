@@ -1,0 +1,103 @@
+"""Domains, entities, knowledge and social edges."""
+
+import pytest
+from pyspark.sql import SparkSession
+
+from etl.config import ConfigError, DomainConfig
+from etl.jobs import domains, entities, knowledge, social
+from etl.tables import DOMAINS, ENTITIES, KNOWLEDGE, SOCIAL
+from tests.etl.frames import frame
+
+TOLD = "item string, relation string, rank int, name string, key string, source string"
+
+
+def test_domains_follow_their_rules(spark: SparkSession) -> None:
+    rows = [
+        ("a", 5, ["Action", "War"], []),
+        ("b", 6, ["Comedy"], [("market", "de")]),
+        ("c", 7, [], [("market", "fr")]),
+    ]
+    items = frame(
+        spark,
+        rows,
+        "item string, index int, categories array<string>, attributes array<struct<name: string, value: string>>",
+    )
+    rules = [
+        DomainConfig(name="war", all_of=("Action", "War")),
+        DomainConfig(name="any", any_of=("Action", "Comedy")),
+        DomainConfig(name="not", none_of=("Action",), any_of=("Comedy",)),
+        DomainConfig(name="rest", none_of=("Action", "Comedy")),
+        DomainConfig(name="fr", attribute="market", any_of=("fr", "es")),
+    ]
+    found = domains.transform(items, rules)
+    assert found.columns == DOMAINS.schema.names
+    members: dict[str, list[tuple[str, int]]] = {}
+    for row in sorted(found.collect(), key=lambda row: row["index"]):
+        members.setdefault(row["domain"], []).append((row["item"], row["index"]))
+    assert members == {
+        "all": [("a", 5), ("b", 6), ("c", 7)],
+        "war": [("a", 5)],
+        "any": [("a", 5), ("b", 6)],
+        "not": [("b", 6)],
+        "rest": [("c", 7)],
+        "fr": [("c", 7)],
+    }
+    assert {row["rule"] for row in found.where("domain = 'not'").collect()} == {"any of Comedy; none of Action"}
+    assert domains.rule(rules[4]) == "market: any of fr, es"
+
+
+@pytest.mark.parametrize("names", [["all"], ["a", "a"], [" "], [f"d{n}" for n in range(62)]])
+def test_domain_names_that_cannot_stand_are_refused(names: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        domains.check([DomainConfig(name=name) for name in names])
+
+
+def test_entities_are_people_or_things_and_keep_their_index(spark: SparkSession) -> None:
+    told = [
+        ("i", "director", 1, "James Cameron", "james cameron", "x"),
+        ("j", "actor", 2, "JAMES CAMERON", "james cameron", "x"),
+        ("j", "keyword", 1, "ship", "ship", "x"),
+    ]
+    first = entities.transform(frame(spark, told, TOLD), None)
+    assert first.columns == ENTITIES.schema.names
+    rows = {row["entity"]: tuple(row)[1:] for row in first.collect()}
+    assert rows == {
+        "keyword:ship": (5, "keyword", "ship"),
+        "person:james cameron": (6, "person", "JAMES CAMERON"),
+    }
+    second = entities.transform(frame(spark, [("k", "actor", 1, "Ann", "ann", "x")], TOLD), first)
+    assert {row["entity"]: row["index"] for row in second.collect()} == {
+        "keyword:ship": 5, "person:james cameron": 6, "person:ann": 7,
+    }  # fmt: skip
+
+
+def test_knowledge_joins_both_ends_and_counts_a_name_once(spark: SparkSession) -> None:
+    told = [
+        ("i", "actor", 3, "Ann", "ann", "b"),
+        ("i", "actor", 1, "Ann", "ann", "a"),
+        ("i", "director", 1, "Ann", "ann", "a"),
+        ("nowhere", "actor", 1, "Ann", "ann", "a"),
+    ]
+    items = frame(spark, [("i", 9)], "item string, index int")
+    known = frame(spark, [("person:ann", 5)], "entity string, index int")
+    found = knowledge.transform(frame(spark, told, TOLD), items, known)
+    assert found.columns == KNOWLEDGE.schema.names
+    assert sorted(tuple(row) for row in found.collect()) == [
+        ("i", "actor", "person:ann", 1, "a", 9, 5),
+        ("i", "director", "person:ann", 1, "a", 9, 5),
+    ]
+
+
+def test_social_keeps_edges_between_users_of_the_log(spark: SparkSession) -> None:
+    rows = [
+        ("u", "v", 1.0, None),
+        ("u", "v", 2.5, None),
+        ("v", "u", 1.0, None),
+        ("u", "stranger", 1.0, None),
+        ("v", "v", 1.0, None),
+        (None, None, None, "user is missing"),
+    ]
+    edges = frame(spark, rows, "user string, friend string, weight float, reason string")
+    found = social.transform(edges, frame(spark, [("u", 5), ("v", 6)], "user string, index int"))
+    assert found.columns == SOCIAL.schema.names
+    assert sorted(tuple(row) for row in found.collect()) == [("u", "v", 2.5, 5, 6), ("v", "u", 1.0, 6, 5)]
