@@ -11,6 +11,9 @@ from etl.session import spark_session
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
-    session = spark_session(SparkConfig(master="local[2]", shuffle_partitions=4, driver_memory="1g"), name="tests")
+    # Tiny frames: the JVM's optimising compiler would cost more than it gains.
+    settings = {"spark.driver.defaultJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"}
+    config = SparkConfig(master="local[2]", shuffle_partitions=4, driver_memory="1g", settings=settings)
+    session = spark_session(config, name="tests")
     yield session
     session.stop()
