@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -86,8 +87,9 @@ def commit_files(
     scope = None if partition_scope is None else partition_texts(table, partition_scope)
     actions, rows = _check(lake, table, files)
     _sync_data(lake, table, files)
+    mark = uuid.uuid4().hex  # tells our commit from a twin's
     commit_properties = CommitProperties(
-        {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows)},
+        {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows), "commit": mark},
         0,
         [Transaction(name, number) for name, number in {**(transactions or {}), app: app_version}.items()],
     )
@@ -98,7 +100,7 @@ def commit_files(
         if handle is None:
             _create(lake, table, properties or {})
             continue
-        if done := _landed(handle, lake, table, app, app_version):
+        if done := _landed(handle, lake, table, app, app_version, mark):
             return done
         check_contract(handle, lake, table)
         _check_writable(handle, table, mode)
@@ -142,14 +144,15 @@ def landed(lake: str, table: Table, app: str, app_version: int) -> Written | Non
     return None if handle is None else _landed(handle, lake, table, app, app_version)
 
 
-def _landed(handle: DeltaTable, lake: str, table: Table, app: str, app_version: int) -> Written | None:
+def _landed(handle: DeltaTable, lake: str, table: Table, app: str, app_version: int, mark: str = "") -> Written | None:
+    """See landed. `mark`: what this call's commit carries; it may have landed though an error was raised."""
     recorded = handle.transaction_version(app)
     if recorded is None or recorded < app_version:
         return None
     for commit in our_commits(handle):
         if commit["app"] == app and int(commit["app_version"]) == app_version:
             _sync_log(lake, table, int(commit["version"]))  # its writer may have died before it could
-            return Written(int(commit["version"]), int(commit["rows"]), False)
+            return Written(int(commit["version"]), int(commit["rows"]), bool(mark) and commit.get("commit") == mark)
     return Written(int(handle.version()), 0, False)  # a newer version of app, or its commit has left the log
 
 
@@ -197,7 +200,7 @@ def _replacement(
     existing: Sequence[DataFile],
     mode: Mode,
     scope: Mapping[str, Sequence[str | None]] | None,
-) -> tuple[str, list[tuple[str, str, list[str]]] | None]:
+) -> tuple[str, list[tuple[str, str, Any]] | None]:
     """deltalake's mode and partition filters. It removes what they match and checks nothing, so it is checked here."""
     if mode != "partitions":
         return mode, None
@@ -216,9 +219,29 @@ def _replacement(
             f"{table.name}: {outside[0].path} belongs to {dict(outside[0].partition)}, outside the partitions that are "
             f"replaced; write it apart, or widen the scope"
         )
-    if not all(scope.values()):  # nothing to replace: only the transaction is recorded
+    return _filters(table, existing, [file for file in existing if within(file, scope)])
+
+
+def _filters(
+    table: Table, existing: Sequence[DataFile], replaced: Sequence[DataFile]
+) -> tuple[str, list[tuple[str, str, Any]] | None]:
+    """Partition filters that match exactly `replaced`, which a scope cut out of `existing`."""
+    if not replaced:
         return "append", None
-    return "overwrite", [(column, "in", [text or "" for text in texts]) for column, texts in scope.items()]
+    filters: list[tuple[str, str, Any]] = []
+    for column in table.partition_by:
+        texts = {file.partition[column] for file in replaced}
+        if texts == {file.partition[column] for file in existing}:
+            continue
+        if texts == {None}:
+            filters.append((column, "=", ""))  # deltalake's spelling of null, which "in" doesn't know
+        elif None in texts:
+            raise LakeError(
+                f"{table.name}: the null and other values of {column} can't be replaced at once; do it apart"
+            )
+        else:
+            filters.append((column, "in", sorted(text for text in texts if text is not None)))
+    return "overwrite", filters or None
 
 
 # --- what is committed besides ----------------------------------------------------------------------------------------
