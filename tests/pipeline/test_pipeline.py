@@ -1,0 +1,161 @@
+"""The main job: what its steps are given, and, slowly, the whole path on the demo's own settings."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from etl.config import GraftrecError, load
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
+
+import pipeline
+from pipeline import PipelineConfig, Trained
+
+ROOT = Path(__file__).parents[2]
+
+
+def demo(*overrides: str) -> PipelineConfig:
+    return load(PipelineConfig, "pipeline/demo", overrides)
+
+
+def trained(**scores: list[float]) -> list[Trained]:
+    return [
+        Trained(transfer, seed, Path("runs") / f"{transfer}-{seed}" / "model", score)  # type: ignore[arg-type]
+        for transfer, of_seeds in scores.items()
+        for seed, score in enumerate(of_seeds)
+    ]
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_lake_and_release_flow_through_every_step() -> None:
+    config = demo("--etl.lake", "elsewhere")
+    models = trained(none=[0.1, 0.1], deep=[0.2, 0.3])
+    assert pipeline.pretrain_config(config, 7, 1).data.lake == "elsewhere"
+    for made in (
+        pipeline.evaluate_config(config, 7, models),
+        pipeline.promote_config(config, 7, models),
+        pipeline.recommend_config(config, 7),
+    ):
+        assert (made.lake, made.release) == ("elsewhere", 7)
+
+
+def test_each_transfer_and_seed_trains_in_a_folder_of_its_own() -> None:
+    config = demo()
+    names = {
+        pipeline.finetune_config(config, 1, transfer, seed, None).name
+        for transfer in config.transfers
+        for seed in config.seeds
+    }
+    assert len(names) == len(config.transfers) * len(config.seeds)
+    made = pipeline.finetune_config(config, 1, "deep", 2, Path("runs/pretrain-0/model"))
+    assert (made.train.seed, made.transfer, made.parent) == (2, "deep", "runs/pretrain-0/model")
+
+
+def test_candidate_is_the_best_seed_of_the_transfer_that_is_best_on_the_whole() -> None:
+    models = trained(none=[0.9, 0.9], shallow=[0.1, 0.6], deep=[0.4, 0.5])
+    assert [(model.transfer, model.seed) for model in pipeline.choose(models)] == [("deep", 1), ("deep", 0)]
+    asked = pipeline.promote_config(demo(), 1, models)
+    assert asked.candidate == str(Path("runs/deep-1/model"))
+    assert asked.replicas == (str(Path("runs/deep-0/model")),)
+    assert len(asked.from_scratch) == 2
+
+
+def test_from_scratch_is_the_candidate_only_where_it_is_alone() -> None:
+    assert {model.transfer for model in pipeline.choose(trained(none=[0.1, 0.2]))} == {"none"}
+
+
+def test_movielens_without_knowledge_files_trains_without_knowledge(tmp_path: Path) -> None:
+    config = pipeline.movielens_in(load(PipelineConfig, "pipeline/ml1m"), tmp_path)
+    assert config.etl.knowledge.files == ()
+    assert config.pretrain.model.knowledge == config.finetune.model.knowledge == {}
+
+
+def test_movielens_takes_the_knowledge_files_that_are_there(tmp_path: Path) -> None:
+    folder = tmp_path / "ml-1m"
+    folder.mkdir()
+    (folder / "dbpedia.csv").touch()
+    config = pipeline.movielens_in(load(PipelineConfig, "pipeline/ml1m"), folder)
+    assert [file.name for file in config.etl.knowledge.files] == ["dbpedia"]
+    assert config.finetune.model.knowledge != {}
+
+
+def test_data_is_refused_for_another_source() -> None:
+    with pytest.raises(GraftrecError, match="MovieLens"):
+        pipeline.movielens_in(demo(), Path("data"))
+
+
+def test_unknown_setting_ends_with_two_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline.main(["--config", "pipeline/demo", "--finetune.train.epoch", "3"]) == 2
+    assert re.fullmatch(r"pipeline: .*finetune\.train\.epoch.*\n", capsys.readouterr().err)
+
+
+# --- the whole path ---------------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The script in an empty folder, as `make demo` runs it."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "GRAFTREC_"))}
+    command = [sys.executable, str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", "pipeline/demo", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def gains(output: str) -> dict[str, float]:
+    """Transfer -> gain in the first metric, in percent, from the closing table."""
+    table = output[output.rindex("transfer ") :]
+    return {name: float(gain) for name, gain in re.findall(r"^(shallow|deep) +[0-9.]+ +([+-][0-9.]+) %", table, re.M)}
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.timeout(1_800)
+def test_demo_moves_knowledge_promotes_and_recommends(tmp_path: Path) -> None:
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert min(gains(done.stdout).values()) > 5
+    assert "models:/graftrec@champion" in done.stdout
+
+    again = run(tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "epoch" not in again.stdout  # nothing is trained twice
+    assert gains(again.stdout) == gains(done.stdout)
+    assert "version 1: unchanged" in again.stdout
+
+    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S):
+        read = subprocess.run(
+            [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert read.returncode == 0, read.stderr
+
+    check_tracked(tmp_path)
+
+
+def check_tracked(folder: Path) -> None:
+    """One parent run, each step its child, all finished, and no pickle among what was logged."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("graftrec")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], max_results=1_000)
+    parents = [run for run in runs if run.data.tags.get("graftrec.recipe") == "pipeline"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[-1].info.run_id]
+    assert {"etl", "pretrain-0", "none-0", "deep-2", "evaluate", "promote"} <= {run.info.run_name for run in children}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    suffixes = {path.suffix for path in (folder / "mlartifacts").rglob("*")}
+    assert not suffixes & {".pkl", ".pickle", ".pt", ".pth", ".bin"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1_800)
+def test_demo_without_shared_tastes_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, "--etl.source.share_tastes", "false")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "gate             refused" in done.stdout
+    assert "no recommendations are written" in done.stdout
+    assert gains(done.stdout)["shallow"] < 5
