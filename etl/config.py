@@ -1,8 +1,8 @@
 """Configuration: frozen pydantic models, and the loader that composes YAML into them (DESIGN section 8).
 
-Three rules. A string where a section is expected names ``conf/<section>/<string>.yaml``. ``base: name`` (a file beside this
-one) is inherited, key by key. ``--section.key value`` overrides. Unknown keys are refused by name. This module is shared:
-trainers import it too, so it imports neither pyspark nor torch.
+Three rules. A string where a section is expected names ``conf/<section>/<string>.yaml``. ``base: name`` (a file beside
+this one) is inherited, key by key. ``--section.key value`` overrides. Unknown keys are refused by name. This module is
+shared: trainers import it too, so it imports neither pyspark nor torch.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-# --- the ETL's sections -------------------------------------------------------------------------------------------------
+# --- the ETL's sections ---------------------------------------------------------------------------------------------
 
 
 class SparkConfig(Section):
@@ -233,7 +233,7 @@ class EtlConfig(Section):
     buckets: int = Field(4, ge=1)  # of users; fixed when the lake is made
 
 
-# --- the loader ---------------------------------------------------------------------------------------------------------
+# --- the loader -----------------------------------------------------------------------------------------------------
 
 SectionT = TypeVar("SectionT", bound=Section)
 

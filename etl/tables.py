@@ -1,8 +1,8 @@
 """The contract between ETL and everything that reads its tables: names, schemas, keys, order, reserved ids.
 
-A table is a Delta table at ``<lake>/<name>``. Raw ids are strings, whatever the log called them; an *index* is the dense
-global int32 a vocabulary table (`items`, `users`, `entities`) gives a raw id, once and for ever. This module imports
-pyarrow and nothing heavier, so that trainers can read the contract without Spark.
+A table is a Delta table at ``<lake>/<name>``. Raw ids are strings, whatever the log called them; an *index* is the
+dense global int32 a vocabulary table (`items`, `users`, `entities`) gives a raw id, once and for ever. This module
+imports pyarrow and nothing heavier, so that trainers can read the contract without Spark.
 """
 
 import zlib
@@ -25,7 +25,8 @@ TIME_TIMESTAMP, TIME_ORDINAL = "timestamp", "ordinal"
 
 @dataclass(frozen=True)
 class Table:
-    """One table: `schema` in column order, `key` unique columns, `partition_by` Delta partitions, `order` inside a file."""
+    """One table: `schema` in column order, `key` unique columns, `partition_by` Delta partitions, `order` inside a
+    file."""
 
     name: str
     schema: pa.Schema
@@ -173,8 +174,9 @@ SOCIAL = Table(
     order=("user_index", "friend_index"),
 )
 
-# items[:valid_start] is the training part, items[valid_start:test_start] validation, items[test_start:end] test; what lies
-# past `end` belongs to no part (the `causal` split cuts there). A user too short for a hold-out has all three equal.
+# items[:valid_start] is the training part, items[valid_start:test_start] validation, items[test_start:end] test; what
+# lies past `end` belongs to no part (the `causal` split cuts there). A user too short for a hold-out has all three
+# equal.
 SEQUENCES = Table(
     "sequences",
     pa.schema(

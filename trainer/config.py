@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from etl.config import ConfigError, GraftrecError, Section, SparkConfig, load
 
@@ -60,13 +60,21 @@ class Bert4RecConfig(Section):
     width: int = Field(64, ge=1)
     heads: int = Field(2, ge=1)
     max_length: int = Field(200, ge=2)  # positions, the asked one included
-    # learned: an embedding of each position, as in the paper; rotary: the query and key of each head are turned by their
-    # position too, so that attention knows distances (Su et al. 2021).
+    # learned: an embedding of each position, as in the paper; rotary: the query and key of each head are turned by
+    # their position too, so that attention knows distances (Su et al. 2021).
     positions: Literal["learned", "rotary"] = "rotary"
     dropout: float = Field(0.1, ge=0, lt=1)
     user_width: int = Field(32, ge=0)  # 0: no user embedding
-    knowledge: dict[str, int] = {"director": 1, "actor": 3}  # relation -> slots; {}: metadata off
+    # relation -> slots; {}: metadata off
+    knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
     knowledge_width: int = Field(16, ge=1)  # of each slot
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "Bert4RecConfig":
+        unit = 2 * self.heads if self.positions == "rotary" else self.heads
+        if self.width % unit:
+            raise ValueError(f"expected a width that {unit} divides ({self.heads} heads), found {self.width}")
+        return self
 
 
 ModelConfig = Bert4RecConfig

@@ -34,8 +34,8 @@ class Range:
 
 
 class RawRows:
-    """The rows of one FileConfig, of which the columns `wanted` are read. `setting` names it in messages; `found`, where
-    given, are the files to read in the place of all.
+    """The rows of one FileConfig, of which the columns `wanted` are read. `setting` names it in messages; `found`,
+    where given, are the files to read in the place of all.
 
     Raises GraftrecError where there is no file, no row, or not every wanted column.
     """

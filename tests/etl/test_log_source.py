@@ -1,4 +1,5 @@
-"""Raw logs: every row read is either good or rejected with its file, line and reason, however the file is spelled or cut."""
+"""Raw logs: every row read is either good or rejected with its file, line and reason, however the file is spelled or
+cut."""
 
 import bz2
 import codecs
@@ -23,7 +24,7 @@ from etl.sources.log import FileLog
 Rows = list[dict[str, Any]]
 
 
-@pytest.fixture()
+@pytest.fixture
 def read(spark: SparkSession, tmp_path: Path) -> Callable[..., Rows]:
     """Reads tmp_path's files as an events (or other) file by settings; rows by source order."""
 
@@ -306,7 +307,7 @@ def test_events_missing_root_is_named(spark: SparkSession, tmp_path: Path) -> No
     config = LogSource.model_validate(
         {"root": str(tmp_path / "none"), "events": {"path": "x", "columns": {"user": 0, "item": 1}}}
     )
-    with pytest.raises(GraftrecError, match="is no folder: set source.root"):
+    with pytest.raises(GraftrecError, match=r"is no folder: set source.root"):
         FileLog(config, CleaningConfig()).events(spark)
 
 
@@ -314,7 +315,7 @@ def test_cleaning_bounds_are_dates_and_inclusive(read: Callable[..., Rows], tmp_
     (tmp_path / "log").write_text("user,item,time,value\na,b,1995-01-31,1\na,b,1995-02-01,1\na,b,1995-02-02,1\n")
     cleaning = CleaningConfig(min_time="1995-02-01", max_time="1995-02-01")
     assert sorted(_reasons(read(cleaning=cleaning, time_format="%Y-%m-%d"))) == [2, 4]
-    with pytest.raises(GraftrecError, match="cleaning.min_time: expected a date"):
+    with pytest.raises(GraftrecError, match=r"cleaning.min_time: expected a date"):
         read(cleaning=CleaningConfig(min_time="long ago"))
 
 
@@ -332,7 +333,7 @@ def test_fingerprint_follows_content_alone(tmp_path: Path) -> None:
     assert len({first, second, FileLog(config, CleaningConfig()).fingerprint()}) == 3
 
 
-# --- without Spark ------------------------------------------------------------------------------------------------------
+# --- without Spark --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(40))
