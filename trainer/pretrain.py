@@ -5,7 +5,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,10 @@ SCORE = "NDCG@10"  # of the validation part, full ranking: what early stopping w
 DONE = "done.json"
 
 
+class RunError(GraftrecError):
+    """A run that can't go on where it should."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a training run leaves. `metrics`: best validation metrics, epochs, seconds."""
@@ -65,9 +70,13 @@ def run(config: PretrainConfig) -> Result:
 def fit(config: PretrainConfig, *, parent: Artifact | None) -> Result:
     """Train `config` on its domain, grafted on `parent` where there is one. Resumes a run of the same identity."""
     world = join(config.runtime)
+    with _alone(Path(config.output) / config.name, world) as folder:
+        return _fit(config, parent, world, folder)
+
+
+def _fit(config: PretrainConfig, parent: Artifact | None, world: World, folder: Path) -> Result:
     say: Callable[[str], None] = print if world.first else lambda line: None
     release = pin(config.data.lake, config.data.release)
-    folder = Path(config.output) / config.name
     identity = _identity(config, release, parent)
     if (finished := _finished(folder, identity)) is not None:
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
@@ -250,6 +259,19 @@ def _finished(folder: Path, identity: str) -> Result | None:
     return None
 
 
+@contextmanager
+def _alone(folder: Path, world: World) -> Iterator[Path]:
+    """The run's folder, held by this run alone: two processes in one would mix their checkpoints. Raises RunError."""
+    if not world.first:
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tracking.file_lock(folder / "lock", wait=False) as held:
+        if not held:
+            raise RunError(f"another process is training in {folder}; wait for it, or give this run another name")
+        yield folder
+
+
 def _clear_other(folder: Path, identity: str, world: World, say: Callable[[str], None]) -> None:
     """Remove what a run of another identity left under this name; keep the checkpoints of this one."""
     note = folder / "identity"
@@ -260,6 +282,5 @@ def _clear_other(folder: Path, identity: str, world: World, say: Callable[[str],
             for name in ("checkpoints", "model", "evaluation"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             (folder / DONE).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
         note.write_text(identity)
     world.wait()

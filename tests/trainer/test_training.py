@@ -1,5 +1,6 @@
 """Training runs with real processes: killed anywhere they end with the same weights, and two processes equal one."""
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import FinetuneConfig, PretrainConfig, TrainConfig
 from trainer.finetune import run as finetune
 from trainer.loop import NonFiniteLoss, learning_rate
+from trainer.pretrain import RunError
 from trainer.pretrain import run as pretrain
 from trainer.transfer import TransferError
 
@@ -99,6 +101,17 @@ def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(number, tiny_lake
     assert equal_weights(weights_of(result.folder), weights_of(uninterrupted))
     resumed, whole = (json.loads((folder / "history.json").read_text()) for folder in (result.folder, uninterrupted))
     assert [(e["loss"], e["metrics"]) for e in resumed] == [(e["loss"], e["metrics"]) for e in whole]
+
+
+def test_two_runs_in_one_folder_are_refused(tiny_lake, tmp_path):
+    config = tiny(PretrainConfig, tmp_path, tiny_lake, name="taken")
+    folder = tmp_path / "runs" / "taken"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process is training in"):
+            pretrain(config)
+    assert not list(folder.glob("checkpoints/*"))
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(tmp_path, capsys):
