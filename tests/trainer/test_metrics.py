@@ -282,7 +282,7 @@ def test_ranks_of_six_thousand_users_take_well_under_a_second():
     candidates = torch.rand(6_000, 1_067) < 0.9
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # others may keep this machine busy
         metrics_from_ranks(rank_targets(scores, targets, candidates))
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1, f"the fastest of three took {min(seconds):.2f} s"
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1, f"the fastest of three took {min(seconds):.2f} s of CPU"
