@@ -35,7 +35,7 @@ from etl.tables import UNK
 from trainer import tracking
 from trainer.artifact import MANIFEST, USER_IDS, Artifact, load_artifact
 from trainer.baselines import Histories
-from trainer.config import RecommendConfig
+from trainer.config import GraftrecError, RecommendConfig
 from trainer.data.dataset import Release, SequenceDataset, pin
 from trainer.registry import Registry
 from trainer.serving import top_k
@@ -132,6 +132,13 @@ def _write(
             metadata={"job": "recommend", "model_version": label, "release": str(release.number), "k": str(config.k)},
             partition_scope={"domain": [domain]}, transactions={identity: number},
         )  # fmt: skip
+    if (
+        not written.committed
+        and delta.transactions(release.lake, tables.RECOMMENDATIONS, [identity]).get(identity) != number
+    ):
+        raise GraftrecError(
+            f"another run has written recommendations of {domain} meanwhile: these are dropped; run it again"
+        )
     return Result(num_users, written.rows, written.version, written.committed, time.monotonic() - start)
 
 

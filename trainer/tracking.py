@@ -124,10 +124,11 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
 def translated(what: str) -> Iterator[None]:
     """Turn what MLflow raises into a TrackingError of one line: "<what>: <its reason>"."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         raise TrackingError(redact(f"{what}: {one_line(error)} (store: {tracking_uri()})")) from None
 
 
@@ -434,6 +435,8 @@ class _Sender:
             if error.error_code in _FINAL:
                 raise Refused(one_line(error)) from None
             raise
+        except (TypeError, AttributeError, LookupError) as error:  # a mistake of ours, which waiting does not mend
+            raise Refused(repr(error)) from None
 
     def _open(self) -> None:
         if self._client is None:
@@ -461,6 +464,8 @@ class _Sender:
         from mlflow.entities import Metric, Param, RunTag
 
         values: Any = entry.get("values")
+        if entry["kind"] == "artifact" and not Path(entry["path"]).exists():
+            raise Refused(f"{entry['path']} is not there")
         match entry["kind"]:
             case "metrics":
                 self._client.log_batch(self.run_id, metrics=[Metric(*value) for value in values])

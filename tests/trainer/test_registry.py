@@ -116,6 +116,17 @@ def test_secrets_stay_out_of_a_versions_tags(store, models):
     assert version.tags["lake"] == "s3://***@bucket/lake"
 
 
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:1", "sqlite:////dev/null/mlflow.db", "nonsense://host"])
+def test_a_store_that_does_not_answer_is_one_line(tmp_path, monkeypatch, uri):
+    enter_store(tmp_path, monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError) as raised:
+        Registry().versions()
+    assert "\n" not in str(raised.value)
+    assert uri in str(raised.value)
+
+
 # --- one promoter at a time ---------------------------------------------
 
 
@@ -153,7 +164,7 @@ def test_a_killed_promoter_holds_no_lock(store):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     holder = subprocess.Popen([sys.executable, "-c", script], cwd=store, env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (store / "held").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)

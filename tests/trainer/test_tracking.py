@@ -383,6 +383,16 @@ def test_a_full_disk_stops_no_training(store, monkeypatch, capfd):
     assert "can't keep what MLflow did not take" in said
 
 
+def test_a_file_that_is_gone_holds_nothing_up(store, capfd):
+    begun = time.monotonic()
+    with start_run(TrackingConfig(system_metrics=False), name="gone", resolved=PretrainConfig()) as run:
+        run.log_artifact("never-there")
+        run.log_metrics({"loss": 1.0})
+    assert time.monotonic() - begun < 20
+    assert "never-there is not there" in capfd.readouterr().err
+    assert runs_of(store)["gone"].data.metrics == {"loss": 1.0}
+
+
 @pytest.mark.slow
 def test_processes_that_make_a_store_at_once_all_get_in(tmp_path, monkeypatch):
     enter_store(tmp_path, monkeypatch)
