@@ -1,0 +1,201 @@
+"""Batch recommendations: what the served model would say, for every user, committed once."""
+
+import shutil
+from collections import defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from deltalake import DeltaTable
+from folders import write_model
+from stores import enter_store, runs_of
+
+from etl.config import GraftrecError
+from etl.tables import UNK, bucket_of
+from trainer import recommend
+from trainer.artifact import load_artifact
+from trainer.config import RecommendConfig
+from trainer.data.dataset import SequenceDataset, pin
+from trainer.registry import CHAMPION, Registry
+from trainer.serving import Recommender, Request
+
+BUCKETS = 2  # of the tiny lake
+
+
+@pytest.fixture(scope="module")
+def done(spark, tiny_lake, tmp_path_factory):
+    """A lake with the champion's top 4, and its result, store, model folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("recommend")
+        enter_store(root / "store", patch)
+        lake = str(root / "lake")
+        shutil.copytree(tiny_lake, lake)
+        folder = write_model(root / "model", lake, seed=5, skill=0.2)
+        Registry().register(folder, alias=CHAMPION)
+        result = recommend.run(config(lake))
+        yield SimpleNamespace(lake=lake, folder=folder, store=root / "store", result=result, root=root)
+
+
+def config(lake, **settings):
+    tracking = {"system_metrics": False, "close_seconds": 60}
+    return RecommendConfig.model_validate({"lake": lake, "k": 4, "batch_size": 16, "tracking": tracking} | settings)
+
+
+def rows_of(lake, domain="target"):
+    """raw user id -> rows in order of rank."""
+    table = DeltaTable(f"{lake}/recommendations").to_pyarrow_table().to_pylist()
+    found = defaultdict(list)
+    for row in sorted(table, key=lambda row: row["rank"]):
+        if row["domain"] == domain:
+            found[row["user"]].append(row)
+    return dict(found)
+
+
+def histories_of(lake, domain="target"):
+    """raw user id -> raw item ids, all that is known."""
+    release = pin(lake, None)
+    users = dict(
+        zip(*DeltaTable(f"{lake}/users").to_pyarrow_table(columns=["index", "user"]).to_pydict().values(), strict=True)
+    )
+    items = dict(
+        zip(*DeltaTable(f"{lake}/items").to_pyarrow_table(columns=["index", "item"]).to_pydict().values(), strict=True)
+    )
+    sequences = SequenceDataset(release, "last-5", domain).read_all()
+    return {
+        users[int(user)]: [items[int(i)] for i in sequences.items[start:stop]]
+        for user, start, stop in zip(sequences.users, sequences.offsets, sequences.offsets[1:], strict=False)
+    }
+
+
+def test_every_user_gets_what_the_served_model_answers(done):
+    found, histories = rows_of(done.lake), histories_of(done.lake)
+    assert found.keys() == histories.keys()
+    server = Recommender(load_artifact(done.folder), "graftrec/1")
+    answers = server.answer([Request(items, user) for user, items in histories.items()], k=4)
+    for (user, items), answer in zip(histories.items(), answers, strict=True):
+        rows = found[user]
+        assert [row["item"] for row in rows] == answer.items
+        assert [row["score"] for row in rows] == pytest.approx(answer.scores, rel=1e-5)
+        assert not set(answer.items) & set(items)
+
+
+def test_rows_say_where_they_come_from(done):
+    rows = [row for rows in rows_of(done.lake).values() for row in rows]
+    assert {row["model_version"] for row in rows} == {"graftrec/1"}
+    assert {row["release"] for row in rows} == {1}
+    assert all(row["bucket"] == bucket_of(row["user"], BUCKETS) for row in rows)
+    for own in rows_of(done.lake).values():
+        assert [row["rank"] for row in own] == list(range(1, len(own) + 1))
+    assert DeltaTable(f"{done.lake}/recommendations").metadata().partition_columns == ["domain", "bucket"]
+
+
+def test_the_run_is_tracked_with_its_speed(done):
+    found = runs_of(done.store)["recommend"]
+    assert found.data.tags["graftrec.model_version"] == "graftrec/1"
+    assert found.data.metrics["users"] == len(histories_of(done.lake))
+    assert found.data.metrics["users_per_second"] > 0
+    assert done.result.rows == found.data.metrics["rows"] == sum(map(len, rows_of(done.lake).values()))
+
+
+def test_an_unchanged_rerun_writes_nothing(done, capsys):
+    again = recommend.run(config(done.lake))
+    assert not again.committed
+    assert DeltaTable(f"{done.lake}/recommendations").version() == done.result.version == again.version
+    assert "unchanged" in capsys.readouterr().out
+
+
+def test_another_setting_replaces_the_domains_rows_and_no_others(done):
+    lake = str(done.root / "other")
+    shutil.copytree(done.lake, lake)
+    source = write_model(done.root / "source", lake, domain="source", seed=6)
+    recommend.run(config(lake, model=source, k=2))
+    before = rows_of(lake, "source")
+    assert before.keys() == histories_of(lake, "source").keys()
+    assert {row["model_version"] for rows in before.values() for row in rows} == {
+        f"unregistered/{load_artifact(source).hash[:12]}"
+    }
+    assert recommend.run(config(lake, k=1)).committed
+    assert {len(rows) for rows in rows_of(lake).values()} == {1}
+    assert rows_of(lake, "source") == before
+    assert recommend.run(config(lake)).committed  # back to what an earlier run had written
+    assert rows_of(lake) == rows_of(done.lake)
+
+
+def test_of_two_runs_at_once_the_one_that_lost_says_so(done, monkeypatch):
+    lake = str(done.root / "raced")
+    shutil.copytree(done.lake, lake)
+    stale = recommend.delta.transactions
+
+    def before_the_other(lake, table, apps):
+        return {} if "recommend/target" in apps else stale(lake, table, apps)
+
+    monkeypatch.setattr(recommend.delta, "transactions", before_the_other)
+    with pytest.raises(GraftrecError, match="another run has written recommendations of target meanwhile"):
+        recommend.run(config(lake, k=3))
+    assert rows_of(lake) == rows_of(done.lake)
+
+
+def test_unknown_and_missing_items_are_no_obstacle(done):
+    artifact = load_artifact(done.folder, users=False)
+    catalogue = artifact.catalogue
+    index = catalogue.global_index
+    beyond = int(index.max()) + 1_000
+    batch = pa.RecordBatch.from_arrays(
+        [
+            pa.array(["a", "b", "c"]),
+            pa.array([7, 10_000, UNK], pa.int32()),
+            pa.array([0, 1, 0], pa.int32()),
+            pa.array([[beyond], [int(index[6]), beyond, int(index[9])], []], pa.list_(pa.int32())),
+        ],
+        names=["raw", "index", "bucket", "items"],
+    )
+    settings = {"model": done.folder, "count": None, "k": 3, "batch_size": 2, "domain": "d", "label": "l", "release": 9}
+    rows = pa.Table.from_batches(recommend._score_batches(iter([batch]), **settings)).to_pylist()
+    popular = sorted(range(5, len(catalogue)), key=lambda row: (-artifact.popularity[row], row))[:3]
+    for user in "ac":
+        assert [row["item"] for row in rows if row["user"] == user] == [catalogue.raw_ids[row] for row in popular]
+    own = [row["item"] for row in rows if row["user"] == "b"]
+    assert len(own) == 3
+    assert not {catalogue.raw_ids[6], catalogue.raw_ids[9]} & set(own)
+
+
+def test_scoring_is_the_same_whatever_the_batches(done):
+    histories = histories_of(done.lake)
+    release = pin(done.lake, None)
+    sequences = SequenceDataset(release, "last-5", "target").read_all()
+    whole = pa.RecordBatch.from_arrays(
+        [
+            pa.array(list(histories)),
+            pa.array(sequences.users, pa.int32()),
+            pa.array(np.zeros(len(sequences)), pa.int32()),
+            pa.ListArray.from_arrays(pa.array(sequences.offsets, pa.int32()), pa.array(sequences.items)),
+        ],
+        names=["raw", "index", "bucket", "items"],
+    )
+    settings = {"model": done.folder, "count": None, "k": 4, "domain": "d", "label": "l", "release": 1}
+
+    def scored(batches, batch_size):
+        tables = pa.Table.from_batches(recommend._score_batches(iter(batches), batch_size=batch_size, **settings))
+        return {(row["user"], row["rank"]): (row["item"], row["score"]) for row in tables.to_pylist()}
+
+    one, other = scored([whole], 256), scored([whole.slice(0, 11), whole.slice(11)], 7)
+    assert one.keys() == other.keys()
+    for key, (item, score) in one.items():
+        assert other[key] == (item, pytest.approx(score, rel=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "nobody"}, "no version or alias 'nobody' of the registered model graftrec, it has 1 @champion"),
+        ({"model": "some/folder"}, "no model in some/folder"),
+        ({"release": 9}, "no release 9"),
+        ({"domain": "moon"}, "no sequences of split 'last-5' and domain 'moon'"),
+    ],
+    ids=lambda value: next(iter(value.values()), "") if isinstance(value, dict) else "",
+)
+def test_mistakes_are_one_line(done, settings, message):
+    with pytest.raises(GraftrecError, match=message) as raised:
+        recommend.run(config(done.lake, **settings))
+    assert "\n" not in str(raised.value)
