@@ -1,18 +1,22 @@
 """A small partitioned table for the tests of Delta, its files written by pyarrow, and readers that are not ours."""
 
+import os
+import random
+import signal
 import uuid
 from collections.abc import Sequence
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
-import duckdb
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable, QueryBuilder
 
+from etl import commit as committing
 from etl.commit import Written, commit_files
 from etl.datafile import DataFile, data_schema
+from etl.lake import current_version
 from etl.tables import Table
 
 SHOWS = Table(
@@ -76,6 +80,9 @@ def deliver(lake: Path, number: int, rows: int = 10) -> Written:
 
 def users_of(lake: Path) -> list[int]:
     """Users in the newest version, sorted, as three readers that are not ours agree on them."""
+    import duckdb  # here, since the processes that only commit start faster without
+    import polars as pl
+
     table = DeltaTable(lake / "shows")
     found = pl.read_delta(str(lake / "shows")).get_column("user").sort().to_list()
     files = table.file_uris()
@@ -87,3 +94,30 @@ def users_of(lake: Path) -> list[int]:
     query = QueryBuilder().register("shows", table).execute('select "user" from shows')
     assert sorted(pa.table(query).column("user").to_pylist()) == found
     return found
+
+
+def deliver_together(barrier: Barrier, lake: Path, numbers: list[int], seed: int) -> None:
+    random.Random(seed).shuffle(numbers)
+    barrier.wait(300)
+    for number in numbers:
+        deliver(lake, number)
+
+
+def deliver_and_die(barrier: Barrier, lake: Path, function: str, before: bool) -> None:
+    """Deliver 1, but be killed before or after the last call of `function`."""
+    real = getattr(committing, function)
+    calls = 2 if function == "_sync_log" and current_version(str(lake), SHOWS) is None else 1
+
+    def die(*arguments: Any) -> Any:
+        nonlocal calls
+        calls -= 1
+        if before and calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*arguments)
+        if calls == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(committing, function, die)
+    barrier.wait(300)
+    deliver(lake, 1)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from shows import SHOWS, commit, file_of, users_of
 
@@ -251,16 +251,19 @@ def test_table_of_another_contract_is_not_written(other: Table, tmp_path: Path) 
     assert users_of(tmp_path) == [1]
 
 
+@settings(deadline=None)
 @given(st.one_of(st.integers(-(2**31), 2**31 - 1), st.none()))
 def test_partition_integers_round_trip(value: int | None) -> None:
     assert partition_value(partition_text(value), pa.field("x", pa.int32())) == value
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(blacklist_categories=["Cs"])))
 def test_partition_strings_round_trip(value: str) -> None:
     assert partition_value(partition_text(value), pa.field("x", pa.string())) == (value or None)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "..", ".", "", "b=1", "_x", ".y", "c%2F", "é", "\\", "file:", "\n"]), max_size=4))
 def test_accepted_paths_stay_under_the_table(parts: list[str]) -> None:
     path = "/".join(parts)
