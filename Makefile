@@ -37,7 +37,8 @@ pipeline: $(BIN)/.installed  ## the same on your own log: make pipeline CONFIG=p
 	@$(BIN)/python mlflow_projects/pipeline.py --config "$(CONFIG)" $(ARGS)
 
 page: $(BIN)/.installed  ## open the MLflow page on http://127.0.0.1:5000 (PORT=…)
-	@MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) \
+	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+		$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
 test: $(BIN)/.dev  ## the default tests
