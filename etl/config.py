@@ -275,7 +275,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"expected --section.key value, found {word!r}; give every key a value")
             value = rest.pop(0)
         try:
-            pairs.append((key, yaml.safe_load(value)))
+            pairs.append((key, _yaml(value)))
         except yaml.YAMLError:
             pairs.append((key, value))
     return pairs
@@ -296,6 +296,20 @@ def code_version(*folders: Path, suffix: str = ".py") -> str:
     return digest.hexdigest()[:16]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose dates stay the text they are: `cleaning.min_time: 2020-01-31` needs no quotes."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
 def _resolve(path: str | Path) -> Path:
     for candidate in (Path(path), conf_root() / f"{path}.yaml", conf_root() / path):
         if candidate.is_file():
@@ -308,7 +322,7 @@ def _resolve(path: str | Path) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     """One YAML file with its `base` merged beneath it."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        raw = _yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):

@@ -1,8 +1,8 @@
 """The cleaned log: unreadable rows, events of unknown items and exact duplicates left out; appended to, day by day.
 
 A file is delivered once, known by its content whatever its name: the digest is an application transaction of the commit
-that holds its events. New files append, and their lines come after all earlier ones in `source_order`. Other settings,
-or other code, read everything anew.
+that holds its events. New files append, and their lines come after all earlier ones in `source_order`. Other settings
+read everything anew, and so does other code, unless files that were delivered are gone.
 """
 
 from typing import Any
@@ -49,26 +49,32 @@ def reject_unknown(events: DataFrame, known: DataFrame) -> DataFrame:
 
 def run(run: Run) -> Outcome:
     found = run.engine.source.deliveries()
-    kind = run.config.source.kind
-    generation = run.last.get("generation") if run.same_rules else None
-    if generation is None:
-        _check_nothing_lost(run, found)
-        generation = f"{run.provenance['config_hash']}-{run.provenance['code_version']}-{(run.base or 0) + 1}"
-        old, before = None, 0
-        new = found
-    else:
-        known = delta.transactions(run.lake, INTERACTIONS, [_transaction(generation, content) for content in found])
-        new = {content: name for content, name in found.items() if _transaction(generation, content) not in known}
-        before = int(run.last["deliveries"])
-        if not new:
-            return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new file",))
-        old = run.own()
-    return _deliver(run, new, old, before=before, generation=generation, kind=kind)
+    lost = _lost(run, found)
+    same_settings = "generation" in run.last and run.last["config_hash"] == run.provenance["config_hash"]
+    if same_settings and (lost or run.same_rules):
+        if not run.same_rules:
+            run.notes.append(f"the code has changed, but {lost} delivered file(s) are gone, so nothing is read anew")
+        return _append(run, found)
+    if lost:
+        raise LostDeliveries(
+            f"the log's settings have changed, so it is to be read anew, but {lost} of {run.last['deliveries']} files "
+            f"whose events the lake {run.lake} holds are not among the source's; put them back, or use another --lake"
+        )
+    generation = f"{run.provenance['config_hash']}-{run.provenance['code_version']}-{(run.base or 0) + 1}"
+    return _deliver(run, found, None, before=0, generation=generation)
 
 
-def _deliver(
-    run: Run, new: dict[str, str], old: DataFrame | None, *, before: int, generation: str, kind: str
-) -> Outcome:
+def _append(run: Run, found: dict[str, str]) -> Outcome:
+    generation = run.last["generation"]
+    known = delta.transactions(run.lake, INTERACTIONS, [_transaction(generation, content) for content in found])
+    new = {content: name for content, name in found.items() if _transaction(generation, content) not in known}
+    if not new:
+        return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new file", *run.notes))
+    run.notes.append(f"{len(new)} new file(s)")
+    return _deliver(run, new, run.own(), before=int(run.last["deliveries"]), generation=generation)
+
+
+def _deliver(run: Run, new: dict[str, str], old: DataFrame | None, *, before: int, generation: str) -> Outcome:
     source = run.engine.source
     events = source.events(run.spark, only=list(new.values()), before=before)
     known = source.known_items(run.spark)
@@ -79,7 +85,8 @@ def _deliver(
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
-    delivered = {"generation": generation, "deliveries": str(before + len(new)), "kind": kind}
+    delivered = {"generation": generation, "deliveries": str(before + len(new))}
+    delivered["kind"] = run.config.source.kind
     outcome = run.commit(
         transform(events, old, buckets=run.config.buckets),
         mode="overwrite" if old is None else "append",
@@ -93,29 +100,20 @@ def _deliver(
         transactions={_transaction(generation, content): 0 for content in new},
     )
     events.unpersist()
-    notes = [f"{good - outcome.rows:,} exact duplicates dropped", *outcome.notes]
-    if old is not None:
-        notes.insert(0, f"{len(new)} new file(s)")
-    return Outcome(outcome.version, outcome.rows, outcome.committed, tuple(notes))
+    notes = (*outcome.notes, f"{good - outcome.rows:,} exact duplicates dropped")
+    return Outcome(outcome.version, outcome.rows, outcome.committed, notes)
 
 
 def _transaction(generation: str, content: str) -> str:
     return f"delivery/{generation}/{content[:_DIGITS]}"
 
 
-def _check_nothing_lost(run: Run, found: dict[str, str]) -> None:
-    """Before everything is read anew. A generated log can always be made again."""
-    last = run.last
-    if not last or last.get("kind") == "generator" or "generation" not in last:
-        return
-    names = [_transaction(last["generation"], content) for content in found]
-    lost = int(last["deliveries"]) - len(delta.transactions(run.lake, INTERACTIONS, names))
-    if lost > 0:
-        raise LostDeliveries(
-            f"the settings or the code have changed, so the log is to be read anew, but {lost} of {last['deliveries']} "
-            f"files whose events the lake {run.lake} holds are not among the source's; put them back, or use another "
-            f"--lake"
-        )
+def _lost(run: Run, found: dict[str, str]) -> int:
+    """How many files that were delivered are no longer there. A generated log can always be made again."""
+    if "generation" not in run.last or run.last["kind"] == "generator":
+        return 0
+    names = [_transaction(run.last["generation"], content) for content in found]
+    return int(run.last["deliveries"]) - len(delta.transactions(run.lake, INTERACTIONS, names))
 
 
 def _settings(config: EtlConfig) -> Any:

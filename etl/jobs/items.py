@@ -58,7 +58,7 @@ def run(run: Run) -> Outcome:
     raw = run.engine.raw("items")
     described = None
     if raw is not None:
-        quarantine.set_aside(run, raw, kind="items")
+        quarantine.set_aside_if_any(run, raw, kind="items")
         described = first_described(raw, "item")
     return run.commit(transform(run.read(INTERACTIONS), described, run.own(), run.config.kcore))
 

@@ -178,7 +178,7 @@ def due(job: Job, engine: Engine) -> Run | Outcome:
         inputs[table.name] = version
     provenance = {
         "job": job.name,
-        "config_hash": _hash(job.settings(engine.config)),
+        "config_hash": digest(job.settings(engine.config)),
         "code_version": job_code_version(job),
         "inputs": json.dumps(inputs, sort_keys=True),
         "files": job.files(engine.source, engine.config),
@@ -204,7 +204,7 @@ def job_code_version(job: Job) -> str:
     parts = [code_version(path) for _, path in sorted(found.items())]
     if job.needs_source:
         parts.append(code_version(_ROOT / "sources"))
-    return _hash(parts)
+    return digest(parts)
 
 
 def _imported(source: str) -> list[str]:
@@ -218,5 +218,6 @@ def _imported(source: str) -> list[str]:
     return [name for name in names if name.startswith("etl.")]
 
 
-def _hash(value: Any) -> str:
+def digest(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from etl.jobs import (
     social,
     users,
 )
-from etl.jobs.job import Engine, Job, Outcome, due, job_code_version
+from etl.jobs.job import Engine, Job, Outcome, digest, due, job_code_version
 from etl.session import user_errors
 from etl.tables import QUARANTINE
 
@@ -60,7 +60,7 @@ def run_all(engine: Engine) -> int:
     quarantined = delta.current_version(engine.config.lake, QUARANTINE)
     if quarantined is not None:
         versions[QUARANTINE.name] = quarantined
-    code = "+".join(job_code_version(job)[:6] for job in ordered)
+    code = digest([job_code_version(job) for job in ordered])
     number, outcome = releases.release(engine, versions, code=code)
     seconds = time.monotonic() - began
     fate = "new" if outcome.committed else "unchanged"

@@ -50,6 +50,14 @@ def set_aside(run: Run, raw: DataFrame, *, kind: str, files: Sequence[str] | Non
     return read - rejected
 
 
+def set_aside_if_any(run: Run, raw: DataFrame, *, kind: str) -> None:
+    """As set_aside, of a kind whose good rows nobody counts: a source that rejects nothing is spared the count."""
+    if run.engine.source.flawless:
+        _clear(run, {"kind": [kind]})
+    else:
+        set_aside(run, raw, kind=kind)
+
+
 def _replace(run: Run, rows: DataFrame, scope: dict[str, Sequence[Any]]) -> None:
     delta.write(
         run.spark,

@@ -21,6 +21,8 @@ from etl.datafile import DataFile
 from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, KNOWLEDGE, QUARANTINE, RELEASES, SEQUENCES, Table
 
 Ints = npt.NDArray[np.int64]
+Pair = tuple[str, str]
+Pairs = list[Pair]
 
 
 @dataclass
@@ -45,16 +47,17 @@ class DomainReport:
 class Report:
     """Of one release and split.
 
-    `shared_users`: (domain, domain) -> users with items in both; `rejected`: (kind, reason) -> rows; `events`: of the
-    cleaned log; `related`: relation -> kept items that have it.
+    `shared_users`: (domain, domain) -> users with items in both; `shared_items` -> kept items of both; `rejected`:
+    (kind, reason) -> rows; `events`: of the cleaned log; `related`: relation -> kept items that have it.
     """
 
     lake: str
     release: int
     split: str
     domains: list[DomainReport]
-    shared_users: dict[tuple[str, str], int]
-    rejected: Counter[tuple[str, str]]
+    shared_users: dict[Pair, int]
+    shared_items: dict[Pair, int]
+    rejected: Counter[Pair]
     duplicates: int
     events: int
     related: dict[str, int]
@@ -69,18 +72,36 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
     files = _files(lake, versions, SEQUENCES)
     splits = sorted({str(file.partition["split"]) for file in files})
     chosen = split or (splits[0] if splits else "")
-    domains, related = _items(lake, versions)
-    shared = _users(lake, [file for file in files if file.partition["split"] == chosen], domains)
-    rejected: Counter[tuple[str, str]] = Counter()
+    told = _told(lake, versions)
+    members = _items(lake, versions, told)
+    domains = {name: _domain(name, items, told["source"]) for name, items in members.items()}
+    pairs = [(a, b) for a in domains for b in domains if a < b and DOMAIN_ALL not in (a, b)]
+    users = _users(lake, [file for file in files if file.partition["split"] == chosen], domains, pairs)
+    log = _files(lake, versions, INTERACTIONS)
+    events = sum(batch.num_rows for batch in _batches(lake, INTERACTIONS, log, ["time"]))
+    good = int(delta.last_commit(lake, INTERACTIONS, versions[INTERACTIONS.name])["good"])
+    return Report(
+        lake=lake,
+        release=number,
+        split=chosen,
+        domains=list(domains.values()),
+        shared_users=users,
+        shared_items={(a, b): len(members[a] & members[b]) for a, b in pairs},
+        rejected=_rejected(lake, versions),
+        duplicates=good - events,
+        events=events,
+        related={relation: len(heads) for relation, heads in told["relation"].items()},
+    )
+
+
+def _rejected(lake: str, versions: dict[str, int]) -> Counter[Pair]:
+    rejected: Counter[Pair] = Counter()
     for file in _files(lake, versions, QUARANTINE):
         for batch in _batches(lake, QUARANTINE, [file], ["reason"]):
             counts = batch.column(0).value_counts()
             for reason, count in zip(counts.field(0).to_pylist(), counts.field(1).to_pylist(), strict=True):
                 rejected[str(file.partition["kind"]), reason] += count
-    log = _files(lake, versions, INTERACTIONS)
-    events = sum(batch.num_rows for batch in _batches(lake, INTERACTIONS, log, ["time"]))
-    good = int(delta.last_commit(lake, INTERACTIONS, versions[INTERACTIONS.name])["good"])
-    return Report(lake, number, chosen, list(domains.values()), shared, rejected, good - events, events, related)
+    return rejected
 
 
 def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int]:
@@ -95,37 +116,42 @@ def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int]:
     return {entry["table"]: entry["version"] for entry in found[number]}, number
 
 
-def _items(lake: str, versions: dict[str, int]) -> tuple[dict[str, DomainReport], dict[str, int]]:
-    """Domains with what is known of their kept items, and relation -> kept items that have it."""
-    kept: list[Ints] = []
+def _items(lake: str, versions: dict[str, int], told: dict[str, dict[str, set[int]]]) -> dict[str, set[int]]:
+    """Domain, `all` first, -> its kept items; `told`'s items are cut down to the kept ones."""
+    kept: set[int] = set()
     for batch in _batches(lake, ITEMS, _files(lake, versions, ITEMS), ["index", "kept"]):
-        kept.append(batch.filter(batch.column("kept")).column("index").to_numpy().astype(np.int64))
-    told: dict[str, set[int]] = {}
-    related: dict[str, set[int]] = {}
-    for batch in _batches(lake, KNOWLEDGE, _files(lake, versions, KNOWLEDGE), ["source", "relation", "head_index"]):
-        for column, found in (("source", told), ("relation", related)):
+        kept.update(batch.filter(batch.column("kept")).column("index").to_pylist())
+    for heads in (heads for found in told.values() for heads in found.values()):
+        heads &= kept
+    members: dict[str, set[int]] = {}
+    for file in _files(lake, versions, DOMAINS):
+        own = members.setdefault(str(file.partition["domain"]), set())
+        for batch in _batches(lake, DOMAINS, [file], ["index"]):
+            own |= kept.intersection(batch.column(0).to_pylist())
+    return {name: members[name] for name in sorted(members, key=lambda name: (name != DOMAIN_ALL, name))}
+
+
+def _told(lake: str, versions: dict[str, int]) -> dict[str, dict[str, set[int]]]:
+    """``source`` and ``relation`` -> each value of it -> the items that have such knowledge."""
+    told: dict[str, dict[str, set[int]]] = {"source": {}, "relation": {}}
+    for batch in _batches(lake, KNOWLEDGE, _files(lake, versions, KNOWLEDGE), [*told, "head_index"]):
+        for column, found in told.items():
             for name in pc.unique(batch.column(column)).to_pylist():
                 heads = batch.filter(pc.equal(batch.column(column), name)).column("head_index")
                 found.setdefault(name, set()).update(heads.unique().to_pylist())
-    is_kept = set(np.concatenate([np.zeros(0, np.int64), *kept]).tolist())
-    domains: dict[str, DomainReport] = {}
-    for file in _files(lake, versions, DOMAINS):
-        report = domains.setdefault(str(file.partition["domain"]), DomainReport(str(file.partition["domain"])))
-        for batch in _batches(lake, DOMAINS, [file], ["index"]):
-            members = is_kept.intersection(batch.column(0).to_pylist())
-            report.items += len(members)
-            report.described_items += len(members.intersection(*[set().union(*told.values())]))
-            for source, heads in told.items():
-                report.covered[source] += len(members & heads)
-    first = sorted(domains, key=lambda name: (name != DOMAIN_ALL, name))
-    return {name: domains[name] for name in first}, {name: len(heads & is_kept) for name, heads in related.items()}
+    return told
 
 
-def _users(lake: str, files: Sequence[DataFile], domains: dict[str, DomainReport]) -> dict[tuple[str, str], int]:
+def _domain(name: str, members: set[int], sources: dict[str, set[int]]) -> DomainReport:
+    described = members.intersection(set().union(*sources.values()))
+    covered = Counter({source: len(members & heads) for source, heads in sources.items()})
+    return DomainReport(name, items=len(members), described_items=len(described), covered=covered)
+
+
+def _users(lake: str, files: Sequence[DataFile], domains: dict[str, DomainReport], pairs: Pairs) -> dict[Pair, int]:
     """Count users and interactions of each domain, and the users that two domains share."""
-    shared: Counter[tuple[str, str]] = Counter()
+    shared: Counter[Pair] = Counter()
     buckets = sorted({str(file.partition["bucket"]) for file in files}, key=int)
-    pairs = [(a, b) for a in domains for b in domains if a < b and DOMAIN_ALL not in (a, b)]
     for bucket in buckets:
         users: dict[str, Ints] = {}
         for name, report in domains.items():
@@ -180,7 +206,8 @@ def lines(report: Report) -> list[str]:
         known = ", ".join(f"{relation} of {count:,}" for relation, count in sorted(report.related.items()))
         told.append(f"known: {known} items")
     for (left, right), count in report.shared_users.items():
-        told.append(f"users in both {left} and {right}: {count:,}")
+        items = report.shared_items[left, right]
+        told.append(f"in both {left} and {right}: {count:,} users, {items:,} items")
     told.append(f"{report.events:,} events after cleaning; {report.duplicates:,} exact duplicates dropped")
     told.append(f"{sum(report.rejected.values()):,} rows in quarantine")
     for (kind, reason), count in report.rejected.most_common(10):

@@ -23,7 +23,7 @@ def run(run: Run) -> Outcome:
     raw = run.engine.raw("edges")
     if raw is None:
         return run.commit(transform(run.spark.createDataFrame([], spark_schema(RAW_EDGES)), run.read(USERS)))
-    quarantine.set_aside(run, raw, kind="edges")
+    quarantine.set_aside_if_any(run, raw, kind="edges")
     return run.commit(transform(raw, run.read(USERS)))
 
 

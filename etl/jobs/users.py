@@ -33,7 +33,7 @@ def run(run: Run) -> Outcome:
     raw = run.engine.raw("users")
     described = None
     if raw is not None:
-        quarantine.set_aside(run, raw, kind="users")
+        quarantine.set_aside_if_any(run, raw, kind="users")
         described = first_described(raw, "user")
     return run.commit(transform(run.read(INTERACTIONS), run.read(ITEMS), described, run.own(), run.config.kcore))
 

@@ -31,6 +31,10 @@ class FileLog:
         ordered = events.columns.time is None or (events.time_unit == "ordinal" and events.time_format is None)
         return "ordinal" if ordered else "timestamp"
 
+    @property
+    def flawless(self) -> bool:
+        return False
+
     def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
         return files.fingerprint([file for kind in kinds for file in self._files(kind)])
 

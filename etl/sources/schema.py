@@ -67,6 +67,11 @@ class Source(Protocol):
         """What `time` of the events means: microseconds, or order only."""
         ...
 
+    @property
+    def flawless(self) -> bool:
+        """Whether no row is ever rejected, so that none need be looked for."""
+        ...
+
     def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
         """The content's identity: equal where all files of these kinds (or the generator's settings) are equal."""
         ...
