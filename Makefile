@@ -61,7 +61,7 @@ format: $(BIN)/.dev  ## mend what ruff can
 	@$(BIN)/ruff format .
 
 clean:  ## remove what runs left: tables, runs, the MLflow store, caches
-	@rm -rf lake lakes runs mlruns mlartifacts mlflow.db* spark-warehouse metastore_db derby.log \
+	@rm -rf lake lakes lake-* mlflow-unsent runs mlruns mlartifacts mlflow.db* spark-warehouse metastore_db derby.log \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 
 clean-all: clean  ## and the virtual environment
