@@ -24,7 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
@@ -126,7 +127,7 @@ def write(
     if done := landed(lake, table, app, app_version):
         return done
     _check_frame(frame, table)
-    frame = frame.select(*_columns(table))
+    frame = frame.select(*(_opaque(name) if name in table.partition_by else f"`{name}`" for name in table.schema.names))
     if table.partition_by:
         frame = frame.repartition(*table.partition_by)
     if order := [*table.partition_by, *table.order]:
@@ -144,6 +145,13 @@ def write(
         partition_scope=partition_scope,
         transactions=transactions,
     )
+
+
+def _opaque(name: str) -> Column:
+    """The column, but no constant to the optimizer, which would drop that from our order, find the rows not sorted by
+    partition, and sort them again by partition alone, losing ours.
+    """
+    return F.when(F.monotonically_increasing_id() >= 0, F.col(f"`{name}`")).alias(name)
 
 
 def _columns(table: Table) -> list[str]:
@@ -194,7 +202,7 @@ def _write_local(frame: DataFrame, lake: str, table: Table) -> list[DataFile]:
             raise LakeError(
                 f"{root}: no space left on the disk, nothing was committed; make room, then again"
             ) from None
-        if "File name too long" in str(error):  # partition values of some 250 bytes make no folder's name
+        if re.search("File name too long|Mkdirs failed", str(error)):  # a partition value too long for a folder's name
             return _write_arrow(frame, lake, table)
         raise
     finally:
