@@ -72,6 +72,7 @@ __all__ = [
 
 ROW_GROUP_BYTES = 16 << 20
 ROW_GROUP_ROWS = 65_536
+MAX_NAME_BYTES = 255  # of a file or folder
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
@@ -228,6 +229,20 @@ def _hive_partition(path: str, table: Table) -> dict[str, str | None] | None:
     return {name: None if text == _NULL_PARTITION else _unescape(text) for name, _, text in folders}
 
 
+def _hive_folder(table: Table, key: tuple[Any, ...]) -> str:
+    """Where a partition's files lie. Readers should go by the log, but Polars goes by this, and reads a table wrongly that
+    has a file without; a value too long for a folder's name leaves no choice.
+    """
+    texts = [_NULL_PARTITION if (text := partition_text(value)) is None else _escape(text) for value in key]
+    names = [f"{column}={text}" for column, text in zip(table.partition_by, texts, strict=True)]
+    return "" if any(len(name.encode()) > MAX_NAME_BYTES for name in names) else "".join(f"{name}/" for name in names)
+
+
+def _escape(text: str) -> str:
+    """As Spark does."""
+    return re.sub(r"""[\x01-\x1f"#%'*/:=?\\\x7f{\[\]^]""", lambda found: f"%{ord(found[0]):02X}", text)
+
+
 def _unescape(text: str) -> str:
     return re.sub(r"%([0-9A-Fa-f]{2})", lambda found: chr(int(found[1], 16)), text)
 
@@ -265,7 +280,10 @@ class _FileWriter:
     def __init__(self, filesystem: pafs.FileSystem, table: Table, key: tuple[Any, ...]) -> None:
         self.key = key
         self._filesystem, self._table, self._schema = filesystem, table, data_schema(table)
-        self._path = f"part-{uuid.uuid4().hex}.zstd.parquet"
+        folder = _hive_folder(table, key)
+        if folder:
+            filesystem.create_dir(folder, recursive=True)
+        self._path = f"{folder}part-{uuid.uuid4().hex}.zstd.parquet"
         self._sink = filesystem.open_output_stream(self._path)
         self._writer = pq.ParquetWriter(self._sink, self._schema, compression="zstd")
         self._waiting: list[pa.RecordBatch] = []
