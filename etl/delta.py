@@ -230,8 +230,8 @@ def _hive_partition(path: str, table: Table) -> dict[str, str | None] | None:
 
 
 def _hive_folder(table: Table, key: tuple[Any, ...]) -> str:
-    """Where a partition's files lie. Readers should go by the log, but Polars goes by this, and reads a table wrongly that
-    has a file without; a value too long for a folder's name leaves no choice.
+    """Where a partition's files lie. The log decides, but Polars goes by this, and misreads a table that has
+    a file without; a value too long for a folder's name leaves no choice.
     """
     texts = [_NULL_PARTITION if (text := partition_text(value)) is None else _escape(text) for value in key]
     names = [f"{column}={text}" for column, text in zip(table.partition_by, texts, strict=True)]
