@@ -50,8 +50,8 @@ class PipelineConfig(Section):
     etl: EtlConfig
     pretrain: PretrainConfig
     finetune: FinetuneConfig
+    promote: PromoteConfig  # no default: the gate's thresholds are data in conf/
     evaluate: EvaluateConfig = EvaluateConfig()
-    promote: PromoteConfig = PromoteConfig()
     recommend: RecommendConfig = RecommendConfig()
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # script
 import pipeline
 from pipeline import PipelineConfig, Trained
 
+from trainer.config import GateConfig
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,6 +45,14 @@ def test_lake_and_release_flow_through_every_step() -> None:
         pipeline.recommend_config(config, 7),
     ):
         assert (made.lake, made.release) == ("elsewhere", 7)
+
+
+@pytest.mark.parametrize("name", ["pipeline/demo", "pipeline/ml1m"])
+def test_gate_takes_its_thresholds_from_its_yaml(name: str) -> None:
+    wanted = load(GateConfig, "gate/default")
+    assert wanted != GateConfig(), "the file says nothing that the type doesn't"
+    config = load(PipelineConfig, name)
+    assert pipeline.promote_config(config, 1, trained(none=[0.1], deep=[0.2])).gate == wanted
 
 
 def test_each_transfer_and_seed_trains_in_a_folder_of_its_own() -> None:
