@@ -268,6 +268,7 @@ def _create(lake: str, table: Table, properties: Mapping[str, str]) -> None:
             partition_by=list(table.partition_by),
             configuration=dict(properties),
             raise_if_key_not_exists=False,
+            commit_properties=CommitProperties(max_commit_retries=0),  # a retry would add a second table's metadata
         )
     except (DeltaError, OSError) as error:
         if open_table(lake, table) is None:

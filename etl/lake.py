@@ -212,12 +212,15 @@ def _check_local(lake: str, table: Table) -> int:
         return -1
     if not folder.is_dir():
         raise LakeError(f"{folder}: expected the Delta table {table.name}, found a file; {_ADVICE}")
-    if not (folder / "_delta_log").is_dir():
+    log = folder / "_delta_log"
+    if not log.is_dir():
         ours = ("part-", STAGING, ".", *(f"{column}=" for column in table.partition_by[:1]))  # of an unfinished write
-        if foreign := sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours)):
+        foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours))
+        begun = foreign == [log.name] and log.is_dir()  # by another process, since we looked
+        if foreign and not begun:
             raise LakeError(f"{folder}: expected the Delta table {table.name}, found {foreign[0]}; {_ADVICE}")
         return -1
-    return _newest_logged(folder / "_delta_log")
+    return _newest_logged(log)
 
 
 def _newest_logged(log: Path) -> int:

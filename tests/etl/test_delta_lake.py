@@ -245,3 +245,24 @@ def test_lake_copied_elsewhere_is_the_same(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "lake")
     assert len(snapshot_files(str(tmp_path / "copy [1] {2} é"), SHOWS)) == 1
     assert DeltaTable(tmp_path / "copy [1] {2} é" / "shows").version() == 1
+
+
+def test_a_table_that_another_process_begins_meanwhile_is_not_foreign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shows"
+    folder.mkdir()
+    listed = Path.iterdir
+
+    def begun_before_listing(path: Path) -> object:
+        if path == folder:
+            (folder / "_delta_log").mkdir(exist_ok=True)
+        return listed(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", begun_before_listing)
+        assert current_version(str(tmp_path), SHOWS) is None
+    (folder / "_delta_log").rmdir()
+    (folder / "_delta_log").write_text("a file of that name is no log")
+    with pytest.raises(LakeError, match="found _delta_log"):
+        current_version(str(tmp_path), SHOWS)
