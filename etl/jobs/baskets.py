@@ -12,9 +12,10 @@ from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
 from etl.config import SplitConfig
+from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
-from etl.jobs.sequences import kept_events
-from etl.tables import BASKETS, DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, SEQUENCES, USERS
+from etl.jobs.sequences import kept_events, settings
+from etl.tables import BASKETS, DOMAINS, INTERACTIONS, ITEMS, SEQUENCES, USERS
 
 _MIN_BASKETS = 3
 
@@ -82,7 +83,7 @@ def run(run: Run) -> Outcome:
         run.read(ITEMS),
         run.read(DOMAINS),
         run.read(SEQUENCES),
-        names=[DOMAIN_ALL, *(domain.name for domain in run.config.domains)],
+        names=names_of(run.config.domains),
         splits=run.config.splits,
     )
     return run.commit(frame)
@@ -92,8 +93,5 @@ JOB = Job(
     BASKETS,
     run,
     reads=(INTERACTIONS, USERS, ITEMS, DOMAINS, SEQUENCES),
-    settings=lambda config: [
-        [split.model_dump() for split in config.splits],
-        [domain.name for domain in config.domains],
-    ],
+    settings=settings,
 )

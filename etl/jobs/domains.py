@@ -35,9 +35,14 @@ def rule(domain: DomainConfig) -> str:
     return text if domain.attribute is None else f"{domain.attribute}: {text}"
 
 
+def names_of(domains: Sequence[DomainConfig]) -> list[str]:
+    """All domains' names, `all` first."""
+    return [DOMAIN_ALL, *(domain.name for domain in domains)]
+
+
 def check(domains: Sequence[DomainConfig]) -> None:
     """Raise ConfigError for names that can't stand beside each other."""
-    names = [DOMAIN_ALL, *(domain.name for domain in domains)]
+    names = names_of(domains)
     for name in names:
         if names.count(name) > 1 or not name.strip():
             raise ConfigError(f"domains: expected different names other than {DOMAIN_ALL!r}, found {name!r}; rename it")

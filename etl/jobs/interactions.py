@@ -85,13 +85,13 @@ def _deliver(run: Run, new: dict[str, str], old: DataFrame | None, *, before: in
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
-    delivered = {"generation": generation, "deliveries": str(before + len(new))}
-    delivered["kind"] = run.config.source.kind
     outcome = run.commit(
         transform(events, old, buckets=run.config.buckets),
         mode="overwrite" if old is None else "append",
         metadata={
-            **delivered,
+            "generation": generation,
+            "deliveries": str(before + len(new)),
+            "kind": run.config.source.kind,
             "good": str(good + (0 if old is None else int(run.last["good"]))),
             "buckets": str(run.config.buckets),
             "time": source.time,

@@ -25,7 +25,16 @@ Frame = TypeVar("Frame", DataFrame, DataFrame | None)
 
 _ROOT = Path(__file__).parent.parent
 # What runs, reads and writes for every job alike: a change there changes no table's content.
-_MACHINERY = {"etl.delta", "etl.commit", "etl.datafile", "etl.session", "etl.config", "etl.checks", "etl.jobs.job"}
+_MACHINERY = {
+    "etl.commit",
+    "etl.config",
+    "etl.datafile",
+    "etl.delta",
+    "etl.jobs.job",
+    "etl.lake",
+    "etl.orphans",
+    "etl.session",
+}
 
 
 class MissingInput(GraftrecError):

@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 
 from etl import delta
 from etl.config import ConfigError, EtlConfig, SplitConfig
+from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, PROPERTY_BUCKETS, PROPERTY_TIME, SEQUENCES, USERS
 
@@ -115,6 +116,11 @@ def _lists() -> list[Column]:
     ]
 
 
+def settings(config: EtlConfig) -> object:
+    """What of the configuration decides how histories are cut."""
+    return [[split.model_dump() for split in config.splits], [domain.name for domain in config.domains]]
+
+
 def check(config: EtlConfig) -> None:
     """Raise ConfigError for splits that can't be made."""
     names = [split.name for split in config.splits]
@@ -122,7 +128,7 @@ def check(config: EtlConfig) -> None:
         raise ConfigError("splits: expected at least one, found none; leave the setting out for last-5")
     if len(set(names)) < len(names):
         raise ConfigError(f"splits: expected different names, found {', '.join(names)}; rename one")
-    known = [DOMAIN_ALL, *(domain.name for domain in config.domains)]
+    known = names_of(config.domains)
     for split in config.splits:
         if split.causal_target is not None and split.causal_target not in known:
             raise ConfigError(
@@ -138,7 +144,7 @@ def run(run: Run) -> Outcome:
         run.read(USERS),
         run.read(ITEMS),
         run.read(DOMAINS),
-        names=[DOMAIN_ALL, *(domain.name for domain in run.config.domains)],
+        names=names_of(run.config.domains),
         splits=run.config.splits,
     )
     log = delta.last_commit(run.lake, INTERACTIONS)
@@ -149,8 +155,5 @@ JOB = Job(
     SEQUENCES,
     run,
     reads=(INTERACTIONS, USERS, ITEMS, DOMAINS),
-    settings=lambda config: [
-        [split.model_dump() for split in config.splits],
-        [domain.name for domain in config.domains],
-    ],
+    settings=settings,
 )

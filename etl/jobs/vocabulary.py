@@ -51,6 +51,48 @@ def with_index(ids: DataFrame, old: DataFrame | None, *, column: str) -> DataFra
     return numbered if old is None else old.select(column, "index").unionByName(numbered)
 
 
+def vocabulary(
+    interactions: DataFrame,
+    described: DataFrame | None,
+    old: DataFrame | None,
+    *,
+    column: str,
+    kept: DataFrame | int,
+    types: dict[str, str],
+) -> DataFrame:
+    """`column`, index, degree, kept and the columns `types` of every id of the log, of `described`, and of `old`.
+
+    `described`: one row an id; `old`: the table as it was. `kept`: the ids that k-core keeps, or the least degree.
+    """
+    degree = interactions.groupBy(column).agg(F.count(F.lit(1)).alias("degree"))
+    ids = degree.select(column) if described is None else degree.select(column).unionByName(described.select(column))
+    frame = with_index(ids, old, column=column).join(degree, column, "left")
+    if isinstance(kept, int):  # the degree is at hand
+        frame = frame.withColumn("kept", F.coalesce(F.col("degree") >= kept, F.lit(False)))
+    else:
+        frame = frame.join(kept.withColumn("kept", F.lit(True)), column, "left")
+        frame = frame.withColumn("kept", F.coalesce("kept", F.lit(False)))
+    frame = frame.withColumn("degree", F.coalesce("degree", F.lit(0)).cast("long"))
+    return _describe(frame, described, old, key=column, types=types)
+
+
+def _describe(
+    frame: DataFrame, described: DataFrame | None, old: DataFrame | None, *, key: str, types: dict[str, str]
+) -> DataFrame:
+    """Add the columns `types`: from the new description where the id has one, else the old; empty lists for none."""
+    for number, told in enumerate([described, old]):
+        if told is not None:
+            columns = [F.col(name).cast(kind).alias(f"_{name}{number}") for name, kind in types.items()]
+            frame = frame.join(told.select(key, *columns, F.lit(True).alias(f"_told{number}")), key, "left")
+    for name, kind in types.items():
+        value = F.lit(None).cast(kind)
+        for number, told in reversed(list(enumerate([described, old]))):
+            if told is not None:
+                value = F.when(F.col(f"_told{number}"), F.col(f"_{name}{number}")).otherwise(value)
+        frame = frame.withColumn(name, F.coalesce(value, F.array().cast(kind)) if kind.startswith("array") else value)
+    return frame
+
+
 def first_described(rows: DataFrame, column: str) -> DataFrame:
     """One row per id where a description file has several: the first by file and line. Rejected rows are left out."""
     described = [name for name in rows.columns if name not in (column, "kind", "file", "line", "reason", "raw")]
