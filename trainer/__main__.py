@@ -31,11 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known, overrides = parser.parse_known_args(arguments)
     kind, _ = RECIPES[known.recipe]
     try:
-        _recipe(known.recipe)(load(kind, known.config, overrides))
+        config = load(kind, known.config, overrides)
+        _run(known.recipe, config)
     except GraftrecError as error:
         print(f"{known.recipe}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _run(recipe: str, config: Section) -> None:
+    function = _recipe(recipe)
+    from trainer import distributed
+
+    try:
+        function(config)
+    finally:
+        distributed.leave()
 
 
 def _recipe(name: str) -> Callable[[Any], object]:

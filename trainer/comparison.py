@@ -17,8 +17,8 @@ from torch import Tensor
 
 from trainer.baselines import Histories
 from trainer.contenders import Contender, EvaluateError, EvaluationSet
-from trainer.metrics import KS, FloatArray, metrics_from_ranks
-from trainer.ranking import SINGLE, Score, ranks
+from trainer.metrics import Convention, FloatArray, metrics_from_ranks
+from trainer.ranking import SINGLE, Score, metrics_of, ranks
 from trainer.stats import Comparison, bootstrap_interval, compare, holm
 
 RankArray = npt.NDArray[np.int32]
@@ -46,22 +46,19 @@ class Evaluation:
 
     def metrics(self, key: Key, protocol: str) -> dict[str, FloatArray]:
         """Per-user metrics [U] of one contender, both conventions."""
-        found = torch.from_numpy(self.ranks[key][protocol].astype(np.int64))
-        single = metrics_from_ranks(found, convention="single")
-        return metrics_from_ranks(found) | {SINGLE + name: values for name, values in single.items()}
+        return metrics_of(self.ranks[key][protocol].astype(np.int64))
 
     def matrix(
         self, label: str, protocol: str, metric: str, *, seeds: Sequence[int | None] | None = None,
         only_UR: npt.NDArray[np.bool_] | None = None,
     ) -> FloatArray:  # fmt: skip
         """A metric [S, U] of a label's seeds. `only_UR`: of these held-out items alone, NaN for users without."""
-        convention, name = ("single", metric.removeprefix(SINGLE)) if metric.startswith(SINGLE) else ("list", metric)
+        convention: Convention = "single" if metric.startswith(SINGLE) else "list"
+        name = metric.removeprefix(SINGLE)
         rows = []
         for seed in self.seeds(label) if seeds is None else seeds:
             found = torch.from_numpy(self.ranks[label, seed][protocol].astype(np.int64))
-            metrics = metrics_from_ranks(
-                found, convention="single" if convention == "single" else "list", ks=KS, only_BR=only_UR
-            )
+            metrics = metrics_from_ranks(found, convention=convention, only_BR=only_UR)
             if name not in metrics:
                 raise EvaluateError(
                     f"no metric {metric!r}; expected one of {', '.join(metrics)}, or {SINGLE} before it"

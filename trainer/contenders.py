@@ -26,7 +26,15 @@ from etl.tables import DOMAIN_ALL, FIRST_INDEX, UNK
 from trainer.artifact import Artifact
 from trainer.baselines import Histories, item_to_item, merge, popularity
 from trainer.config import BaselinesConfig, EvaluationConfig
-from trainer.data.dataset import Catalogue, Release, SequenceDataset, Sequences, domains_with_sequences, read_catalogue
+from trainer.data.dataset import (
+    Catalogue,
+    Release,
+    SequenceDataset,
+    Sequences,
+    domains_with_sequences,
+    read_catalogue,
+    training_interactions,
+)
 from trainer.ranking import HeldOut, Part, Score, read_held_out, read_users, sampled
 
 IntArray = npt.NDArray[np.int64]
@@ -101,14 +109,7 @@ class EvaluationSet:
     @functools.cached_property
     def training_interactions(self) -> IntArray:
         """[V] interactions of each row of the catalogue in the domain's training parts, of all users."""
-        counts = np.zeros(len(self.catalogue), dtype=np.int64)
-        dataset = SequenceDataset(self.release, self.split, self.domain)
-        for group in range(len(dataset.groups)):
-            sequences = dataset.read([group])
-            train = Histories(sequences.users, sequences.offsets, sequences.items.astype(np.int64), sequences.times)
-            rows = self.catalogue.rows(train.until(sequences.valid_start).items)
-            counts += np.bincount(rows, minlength=len(counts))
-        return counts
+        return training_interactions(SequenceDataset(self.release, self.split, self.domain), self.catalogue)
 
     @functools.cached_property
     def own_rows(self) -> IntArray:

@@ -60,6 +60,7 @@ def join(config: RuntimeConfig) -> World:
 
 
 def leave() -> None:
+    """Leave the process group, where there is one: the end of a command, however it ends."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -162,11 +162,10 @@ def train_step(training: Training, batch: Batch, *, stop: bool) -> bool:
     cast = torch.autocast(world.device.type, torch.bfloat16) if world.autocast else nullcontext()
     with cast:
         loss, positions = training.loss(batch)
-    num_positions, wants_stop = world.sum(float(positions), float(stop))
+    num_positions, total, wants_stop = world.sum(float(positions), loss.item(), float(stop))
     # DistributedDataParallel takes the mean over ranks, hence the world's size.
     (loss * (world.size / num_positions)).backward()
     norm = nn.utils.clip_grad_norm_(training.parameters.values(), config.clip_norm)
-    (total,) = world.sum(loss.item())
     if not (math.isfinite(total) and math.isfinite(norm.item())):
         raise NonFiniteLoss(_blame(batch, total, float(norm)))
     for group in training.optimizer.param_groups:

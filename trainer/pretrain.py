@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from etl import tables
@@ -28,6 +27,7 @@ from trainer.data.dataset import (
     pin,
     read_catalogue,
     read_knowledge,
+    training_interactions,
     vocabulary_size,
 )
 from trainer.data.loader import Loader
@@ -35,7 +35,7 @@ from trainer.distributed import World, join
 from trainer.loop import Epoch, Training, train
 from trainer.metrics import means
 from trainer.models import Bert4Rec, build_model
-from trainer.ranking import FULL, HeldOut, rank, read_held_out
+from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
 from trainer.scoring import Scorer
 from trainer.tasks import Task, build_task
 from trainer.tracking import Run
@@ -100,9 +100,10 @@ def _fit(config: PretrainConfig, parent: Artifact | None, world: World, folder: 
     say(account.text())
 
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
-        tracked.log_text(json.dumps(account.as_dict(), indent=1), "transfer.json")
+        told = json.dumps(account.as_dict(), indent=1)
+        tracked.log_text(told, "transfer.json")
         if world.first:
-            (folder / "transfer.json").write_text(json.dumps(account.as_dict(), indent=1))
+            (folder / "transfer.json").write_text(told)
         tracked.set_tags({"graftrec.recipe": _recipe(config), "graftrec.transfer": account.transfer})
         train(
             training,
@@ -142,7 +143,7 @@ def _validate(model: Bert4Rec, task: Task, held_out: HeldOut, world: World, batc
     """Mean validation metrics; each process ranks its share of the users."""
     share = np.arange(len(held_out) * world.rank // world.size, len(held_out) * (world.rank + 1) // world.size)
     ranked = rank(Scorer(model, task, device=world.device).score, held_out.take(share), batch_size=batch_size)[FULL]
-    names = [name for name in ranked if not name.startswith("single/")]
+    names = [name for name in ranked if not name.startswith(SINGLE)]
     table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))
     return means({name: table[:, place].numpy() for place, name in enumerate(names)})
 
@@ -161,11 +162,10 @@ def _finish(
     training: Training, metrics: dict[str, float], parent: Artifact | None, identity: str, tracked: Run,
 ) -> None:  # fmt: skip
     """Model folder, curves, and the note that all is done."""
-    popularity = _popularity(training.loader.dataset, catalogue)
+    popularity = training_interactions(training.loader.dataset, catalogue)
     digest = save_artifact(
         folder / "model", config=config, release=release, catalogue=catalogue, popularity=popularity,
-        knowledge=knowledge,
-        weights=training.best, metrics=metrics, parent=parent.hash if parent else None,
+        knowledge=knowledge, weights=training.best, metrics=metrics, parent=parent.hash if parent else None,
         users=release.read(tables.USERS, ["user", "index"]),
     )  # fmt: skip
     history = [vars(epoch) for epoch in training.progress.history]
@@ -182,19 +182,6 @@ def _finish(
     unfinished.write_text(json.dumps(done, indent=1))
     unfinished.rename(folder / DONE)
     checkpoint.clear(folder / "checkpoints")
-
-
-def _popularity(dataset: SequenceDataset, catalogue: Catalogue) -> npt.NDArray[np.int64]:
-    """Interactions [V] of each row in the training parts, row group by row group."""
-    counts = np.zeros(len(catalogue), dtype=np.int64)
-    for group in range(len(dataset.groups)):
-        sequences = dataset.read([group])
-        lengths = np.diff(sequences.offsets)
-        position = np.arange(len(sequences.items)) - np.repeat(sequences.offsets[:-1], lengths)
-        trained = sequences.items[position < np.repeat(sequences.valid_start, lengths)]
-        counts += np.bincount(catalogue.rows(trained), minlength=len(catalogue))
-    counts[:FIRST_INDEX] = 0
-    return counts
 
 
 def _tell(epoch: Epoch, tracked: Run, say: Callable[[str], None]) -> None:

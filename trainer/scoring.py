@@ -42,7 +42,7 @@ class Scorer:
                 scores[:, :FIRST_INDEX] = -torch.inf
             else:
                 rows = torch.from_numpy(np.ascontiguousarray(candidates)).to(self.device)
-                scores = self.model.scores(hidden_BD, rows).float()
+                scores = self.model.scores(hidden_BD, rows, self._table_VD).float()
             return scores.cpu()
         finally:
             self.model.train(was_training)

@@ -260,6 +260,19 @@ class SequenceDataset:
         return self.read(range(len(self.groups)), times=times)
 
 
+def training_interactions(dataset: SequenceDataset, catalogue: Catalogue) -> IntArray:
+    """Interactions [V] of each catalogue row in all users' training parts, 0 for reserved rows; by row group."""
+    counts = np.zeros(len(catalogue), dtype=np.int64)
+    for group in range(len(dataset.groups)):
+        sequences = dataset.read([group])
+        lengths = np.diff(sequences.offsets)
+        position = np.arange(len(sequences.items)) - np.repeat(sequences.offsets[:-1], lengths)
+        trained = sequences.items[position < np.repeat(sequences.valid_start, lengths)]
+        counts += np.bincount(catalogue.rows(trained), minlength=len(catalogue))
+    counts[:FIRST_INDEX] = 0
+    return counts
+
+
 def _parquet(file: str) -> pq.ParquetFile:
     path = file.removeprefix("file://")
     try:

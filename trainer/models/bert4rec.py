@@ -123,11 +123,15 @@ class Bert4Rec(nn.Module):
         return hidden
 
     def scores(self, hidden_ND: Tensor, rows_C: Tensor | None = None, table_VD: Tensor | None = None) -> Tensor:
-        """Scores [N, C] of catalogue rows for hidden states; `rows_C` None: every row, reserved ones included."""
-        if table_VD is None or rows_C is not None:
-            table_VD = self.item_vectors(rows_C)
+        """Scores [N, C] of catalogue rows for hidden states; `rows_C` None: every row, reserved ones included.
+
+        `table_VD`: item_vectors(), where the caller has it already."""
+        if rows_C is None:
+            table_CD = self.item_vectors() if table_VD is None else table_VD
+        else:
+            table_CD = self.item_vectors(rows_C) if table_VD is None else table_VD[rows_C]
         bias_C = self.output_bias if rows_C is None else self.output_bias[rows_C]
-        return F.linear(self.head(hidden_ND), table_VD, bias_C)
+        return F.linear(self.head(hidden_ND), table_CD, bias_C)
 
 
 def _rotation(config: Bert4RecConfig) -> Tensor:
