@@ -1,0 +1,55 @@
+"""``python -m tests.benchmarks bench|peers|growth [--only NAME…] [--data FOLDER] [--work FOLDER]``.
+
+Each benchmark is a module of this package with ``measure(report, options)``, which prints tables and holds bars.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.benchmarks.harness import Report, machine
+
+SUITES = {
+    "bench": ("stream", "train_small", "train_survey", "catalogue", "score"),
+    "peers": ("peers_stream", "peers_train", "peers_score", "peers_etl"),
+    "growth": ("growth", "new_day", "heavy_user"),
+}
+_PACKAGES = ("torch", "pyspark", "pysail", "pyarrow", "deltalake", "polars", "duckdb", "numpy")
+
+
+@dataclass(frozen=True)
+class Options:
+    """`data`: a folder of MovieLens-1M (ratings.dat) or None: a generated log of its shape; `work`: where benchmarks
+    put their lakes and peers' environments, kept between runs."""
+
+    data: Path | None
+    work: Path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--only", nargs="*", help="some of the suite's benchmarks")
+    parser.add_argument("--data", type=Path, default=None, help="a folder of MovieLens-1M")
+    parser.add_argument("--work", type=Path, default=Path(".bench"), help="scratch space, kept between runs")
+    given = parser.parse_args()
+    chosen = [name for name in SUITES[given.suite] if not given.only or name in given.only]
+    if not chosen:
+        parser.error(f"--only: expected some of {', '.join(SUITES[given.suite])}")
+    options = Options(given.data, given.work.absolute())
+    options.work.mkdir(parents=True, exist_ok=True)
+    report = Report(given.suite)
+    report.say(f"# {given.suite}\n\n{machine(_PACKAGES)}")
+    begun = time.monotonic()
+    for name in chosen:
+        report.say(f"\n## {name}")
+        importlib.import_module(f"tests.benchmarks.{name}").measure(report, options)
+    report.say(f"\n{(time.monotonic() - begun) / 60:.1f} minutes")
+    return report.end(options.work / "reports")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
