@@ -88,13 +88,16 @@ def read(
     *,
     version: int | None = None,
     partitions: Mapping[str, Sequence[Any]] | None = None,
+    files: Sequence[DataFile] | None = None,
 ) -> DataFrame:
     """`table` at `version` (None: the newest as of this call), in the contract's columns; only `partitions` if given.
+    `files`: of these files of a snapshot instead (see `etl.lake.snapshot_files`).
 
     Raises LakeError where there is no such table or version, or what is there can't be read.
     """
     schema = from_arrow_schema(_nullable(table))  # as Spark reads any file
-    files = snapshot_files(lake, table, version, partitions)
+    if files is None:
+        files = snapshot_files(lake, table, version, partitions)
     if not files:
         return spark.createDataFrame([], schema)
     if local_path(lake) is not None and all(_hive_partition(file.path, table) == file.partition for file in files):

@@ -130,6 +130,35 @@ class Run:
         """A table as pinned when the run began."""
         return delta.read(self.spark, self.lake, table, version=self.inputs[table.name])
 
+    @functools.cached_property
+    def before(self) -> Mapping[str, int] | None:
+        """The versions of its inputs that the table's last commit read, None where it followed other rules."""
+        if self.base is None or not self.same_rules:
+            return None
+        return cast(dict[str, int], json.loads(self.last["inputs"]))
+
+    def read_before(self, table: Table) -> DataFrame:
+        """A table as it was when the job's own table was last written. Only where there is a `before`."""
+        assert self.before is not None
+        return delta.read(self.spark, self.lake, table, version=self.before[table.name])
+
+    def appended(self, table: Table) -> DataFrame | None:
+        """The rows of a table that were appended since `before`; None where it was rewritten, or there is no `before`.
+
+        By files: those of the pinned version that the earlier one lacks, where it still has all of the earlier ones.
+        """
+        if self.before is None or table.name not in self.before:
+            return None
+        now = delta.snapshot_files(self.lake, table, self.inputs[table.name])
+        try:
+            earlier = {file.path for file in delta.snapshot_files(self.lake, table, self.before[table.name])}
+        except delta.LakeError:  # maintenance has removed that version
+            return None
+        if not earlier <= {file.path for file in now}:
+            return None
+        new = [file for file in now if file.path not in earlier]
+        return delta.read(self.spark, self.lake, table, version=self.inputs[table.name], files=new)
+
     def own(self) -> DataFrame | None:
         """The job's own table as it was, None where there is none yet."""
         if self.base is None:
