@@ -35,7 +35,10 @@ def measure(report: Report, options: Options, *, sizes: tuple[int, ...] = EVENTS
         shutil.rmtree(lake, ignore_errors=True)
         arguments = {"log": str(log), "lake": str(lake), "spark": SPARK}
         numbers = run(Case(f"{events:,}", "tests.benchmarks.growth:etl", arguments), timeout=4 * 3_600)
-        found.append({"events": events, **numbers})
+        sizes_of = {
+            table.name: sum(f.stat().st_size for f in table.rglob("*.parquet")) for table in sorted(lake.iterdir())
+        }
+        found.append({"events": events, "tables": sizes_of, **numbers})
         shutil.rmtree(lake, ignore_errors=True)
     jobs = list(found[0]["jobs"])
     report.table(
@@ -47,6 +50,12 @@ def measure(report: Report, options: Options, *, sizes: tuple[int, ...] = EVENTS
             for n in found
         ],
     )  # fmt: skip
+    tables = list(found[0]["tables"])
+    report.table(
+        "Bytes of each table per interaction, and written in all, scratch files too",
+        ["interactions", "written", *tables],
+        [[n["events"], *(size / n["events"] for size in (n["written_bytes"], *n["tables"].values()))] for n in found],
+    )
     for small, large in itertools.pairwise(found):
         grown = (large["seconds"] / small["seconds"]) / (large["events"] / small["events"])
         report.bar(f"time from {small['events']:,} to {large['events']:,}, over linear", grown, at_most=1.15)

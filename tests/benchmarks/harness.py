@@ -120,7 +120,8 @@ def machine(packages: Sequence[str]) -> str:
 
 
 def run(case: Case, *, timeout: float = 3_600) -> Numbers:
-    """Run a case. Its numbers, with `wall_seconds` and `peak_bytes` (of its process and all below it, summed).
+    """Run a case. Its numbers, with `wall_seconds`, `peak_bytes` (of its process and all below it, summed), and
+    `written_bytes` (to disk, by all of them, scratch files too).
 
     Raises RuntimeError with the end of its output where it fails.
     """
@@ -148,7 +149,7 @@ def run(case: Case, *, timeout: float = 3_600) -> Numbers:
     if process.returncode or not last.startswith("{"):
         raise RuntimeError(f"{case.name}: exit {process.returncode}: {(errors or output)[-2_000:]}")
     numbers: Numbers = json.loads(last)
-    return {"wall_seconds": seconds, "peak_bytes": peak.bytes, **numbers}
+    return {"wall_seconds": seconds, "peak_bytes": peak.bytes, "written_bytes": sum(peak.written.values()), **numbers}
 
 
 def alternate(cases: Sequence[Case], *, rounds: int = 3, timeout: float = 3_600) -> dict[str, list[Numbers]]:
@@ -176,10 +177,12 @@ def quick(function: Callable[[], Any], *, seconds: float = 1.0, least: int = 3) 
 
 
 class _Peak:
-    """Peak of the summed proportional memory (PSS; where that can't be read, resident memory) of a process tree."""
+    """Peak of the summed proportional memory (PSS; where that can't be read, resident memory) of a process tree, and
+    what each of its processes has written."""
 
     def __init__(self, pid: int) -> None:
         self.bytes = 0
+        self.written: dict[int, int] = {}
         self._pid, self._over = pid, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -195,6 +198,7 @@ class _Peak:
                 root = psutil.Process(self._pid)
                 for process in [root, *root.children(recursive=True)]:
                     total += _memory(process)
+                    self.written[process.pid] = _written(process)
             except psutil.Error:
                 continue
             self.bytes = max(self.bytes, total)
@@ -208,6 +212,13 @@ def _memory(process: psutil.Process) -> int:
             return int(process.memory_info().rss)
         except psutil.Error:
             return 0
+
+
+def _written(process: psutil.Process) -> int:
+    try:
+        return int(process.io_counters().write_bytes)
+    except (psutil.Error, AttributeError):
+        return 0
 
 
 def _text(cell: object) -> str:
