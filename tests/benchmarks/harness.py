@@ -177,8 +177,11 @@ def quick(function: Callable[[], Any], *, seconds: float = 1.0, least: int = 3) 
 
 
 class _Peak:
-    """Peak of the summed proportional memory (PSS; where that can't be read, resident memory) of a process tree, and
-    what each of its processes has written."""
+    """Peak of the summed resident memory of a process tree, and what each of its processes has written.
+
+    Pages that processes share count for each. (Proportional memory would be exact, but reading it stops a JVM for
+    seconds.)
+    """
 
     def __init__(self, pid: int) -> None:
         self.bytes = 0
@@ -197,21 +200,11 @@ class _Peak:
             try:
                 root = psutil.Process(self._pid)
                 for process in [root, *root.children(recursive=True)]:
-                    total += _memory(process)
+                    total += process.memory_info().rss
                     self.written[process.pid] = _written(process)
             except psutil.Error:
                 continue
             self.bytes = max(self.bytes, total)
-
-
-def _memory(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_full_info().pss)
-    except (psutil.Error, AttributeError):
-        try:
-            return int(process.memory_info().rss)
-        except psutil.Error:
-            return 0
 
 
 def _written(process: psutil.Process) -> int:
