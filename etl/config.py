@@ -44,12 +44,17 @@ class Section(BaseModel):
 
 
 class SparkConfig(Section):
-    """How Spark runs. Embedded by default; `master` may be any Spark master."""
+    """What runs the jobs, and how (etl/README.md, "Engines").
 
+    `spark`: Spark, embedded or on the cluster `master` names; `connect`: the Spark Connect server at `master` (sc://…)
+    or $SPARK_REMOTE; `sail`: Sail in this process, without Java; `auto`: the first of connect, spark and sail that can.
+    """
+
+    engine: Literal["auto", "spark", "connect", "sail"] = "auto"
     master: str = "local[*]"
     driver_memory: str = "1g"
     shuffle_partitions: int = Field(4, ge=1)
-    settings: dict[str, str] = {}  # any further spark.* setting
+    settings: dict[str, str] = {}  # any further spark.* setting; of Sail's own, sail.*
 
 
 class ColumnsConfig(Section):
@@ -213,6 +218,15 @@ class SplitConfig(Section):
     causal_target: str | None = None  # cut every other domain at the user's first held-out item of this domain
 
 
+class SequencesConfig(Section):
+    """Of a user with more kept events than `max_events`, over all domains, the newest so many are kept (of events at
+    the same time those that stand last in the log), in sequences and baskets. A task's memory depends on it: a million
+    events are 12 MB of a row, and more than a person makes: one in half a minute, for a year.
+    """
+
+    max_events: int = Field(1_000_000, ge=1, le=100_000_000)
+
+
 class NegativesConfig(Section):
     protocols: tuple[Literal["uniform-100", "popular-100", "top-100"], ...] = ("uniform-100", "popular-100")
     seed: int = 0
@@ -228,6 +242,7 @@ class EtlConfig(Section):
     domains: tuple[DomainConfig, ...] = ()
     knowledge: KnowledgeConfig = KnowledgeConfig()
     splits: tuple[SplitConfig, ...] = (SplitConfig(),)
+    sequences: SequencesConfig = SequencesConfig()
     negatives: NegativesConfig = NegativesConfig()
     spark: SparkConfig = SparkConfig()
     buckets: int = Field(4, ge=1)  # of users; fixed when the lake is made

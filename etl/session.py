@@ -1,27 +1,32 @@
-"""The Spark session: checks Java, keeps the terminal quiet, and sets what every job relies on.
+"""The Spark session on whichever engine: classic Spark, a Spark Connect server, or Sail, which needs no Java.
 
-Relied on everywhere: session time zone UTC, Parquet timestamps in microseconds, Arrow between Spark and Python,
-executors that run this very Python. A `master` of ``sc://…`` (Spark Connect, Sail) opens a client session instead of
-a JVM.
+Relied on everywhere: session time zone UTC, Parquet timestamps in microseconds, Arrow between the engine and Python,
+functions of ours that run in this very Python. Sail (Rust, DataFusion) runs inside this process and is spoken to as a
+Spark Connect server. A process has one engine: pyspark can't hold a classic and a Connect session beside each other.
 """
 
+import atexit
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Literal
 
-from pyspark import SparkConf, SparkContext
 from pyspark.errors import PySparkException
-from pyspark.java_gateway import launch_gateway
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
-from etl.config import GraftrecError, SparkConfig
+from etl.config import ConfigError, GraftrecError, SparkConfig
+
+if TYPE_CHECKING:
+    from pyspark import SparkConf, SparkContext
+
+EngineName = Literal["spark", "connect", "sail"]
 
 MIN_JAVA = 17
 _INSTALL = "on Debian or Ubuntu: apt-get install openjdk-17-jre-headless; on macOS: brew install openjdk@17"
@@ -45,16 +50,61 @@ def spark_session(config: SparkConfig, *, name: str = "graftrec") -> SparkSessio
     """The session for `config`: the active one if there is any (SQL settings are then brought up to date), else a new
     one.
 
-    Raises JavaError where an embedded Spark would find no Java ≥ 17.
+    Raises JavaError where an embedded Spark would find no Java ≥ 17, ConfigError where an engine's settings lack
+    something.
     """
-    sql = _sql_settings(config)
-    if "://" in config.master and config.master.startswith("sc"):
-        session = SparkSession.builder.remote(config.master).appName(name).getOrCreate()
-    else:
-        session = SparkSession.getActiveSession() or _embedded(config, name)
-    for key, value in sql.items():
+    session = SparkSession.getActiveSession()
+    if session is None:
+        match choose_engine(config):
+            case "spark":
+                session = _embedded(config, name)
+            case "connect":
+                session = _remote(_connect_url(config), name)
+            case "sail":
+                session = _sail(config, name)
+    for key, value in _sql_settings(config).items():
         session.conf.set(key, value)
     return session
+
+
+def choose_engine(config: SparkConfig) -> EngineName:
+    """What `spark.engine: auto` means here: a Connect server where one is named, else Spark where it can run (a cluster
+    is named, or there is Java), else Sail."""
+    if config.engine != "auto":
+        return config.engine
+    if config.master.startswith("sc://") or "SPARK_REMOTE" in os.environ:
+        return "connect"
+    if not config.master.startswith("local") or "PYSPARK_GATEWAY_PORT" in os.environ:
+        return "spark"
+    try:
+        check_java()
+    except JavaError as error:
+        print(f"{error}; going on with Sail", file=sys.stderr)
+        return "sail"
+    return "spark"
+
+
+def engine_of(spark: SparkSession) -> EngineName:
+    """Which engine a session runs on. Of a server that is asked for the first time, one query."""
+    if type(spark).__module__ != "pyspark.sql.connect.session":
+        return "spark"
+    if spark.session_id not in _engines:
+        told = spark.sql("select version()").first()  # Sail tells its own, Spark the one its clients are told
+        assert told is not None
+        _engines[spark.session_id] = "connect" if str(told[0]).startswith(spark.version) else "sail"
+    return _engines[spark.session_id]
+
+
+_engines: dict[str, EngineName] = {}  # session id -> engine
+
+
+def held(frame: DataFrame) -> DataFrame:
+    """The frame's rows, computed now and once, cut off from the plan that made them; for as long as the session lives.
+
+    For what is read several times, or is dear. Spark keeps them in its block manager (memory, then disk), Sail in
+    Parquet files of a temporary folder. `persist` wouldn't do: Sail ignores it.
+    """
+    return frame.localCheckpoint(eager=True)
 
 
 def java_version(java: str) -> int | None:
@@ -112,6 +162,70 @@ def _sql_settings(config: SparkConfig) -> dict[str, str]:
     return fixed | {k: v for k, v in config.settings.items() if k in fixed}
 
 
+def _connect_url(config: SparkConfig) -> str:
+    url = config.master if config.master.startswith("sc://") else os.environ.get("SPARK_REMOTE")
+    if url is None:
+        raise ConfigError(
+            f"spark.engine connect: expected spark.master sc://host:port, or $SPARK_REMOTE, found {config.master!r}; "
+            f"name the server"
+        )
+    return url
+
+
+def _remote(url: str, name: str) -> SparkSession:
+    try:
+        return SparkSession.builder.remote(url).appName(name).getOrCreate()
+    except PySparkException as error:
+        raise GraftrecError(f"no Spark Connect server answers at {url} ({_first_line(error)}); start it") from None
+
+
+def _sail(config: SparkConfig, name: str) -> SparkSession:
+    """A Sail server in this process, stopped when it ends, and a session on it.
+
+    `driver_memory` bounds what its operators hold (they spill sorts and aggregations; our own functions' memory isn't
+    counted), `master: local[n]` sets its threads, and settings `sail.x.y` become its own x.y, as $SAIL_X__Y does.
+    """
+    try:
+        from pysail.spark import SparkConnectServer
+    except ImportError:
+        raise GraftrecError("spark.engine sail: expected the package pysail, found none; pip install pysail") from None
+    folder = tempfile.mkdtemp(prefix="graftrec-sail-", dir=config.settings.get("spark.local.dir"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    threads = re.fullmatch(r"local\[(\d+)\]", config.master)
+    settings = {
+        "execution.default_parallelism": threads[1] if threads else "1" if config.master == "local" else "0",
+        "execution.checkpoint.path": Path(folder).as_uri(),
+        "runtime.memory_pool.type": "greedy",
+        "runtime.memory_pool.greedy.max_size": str(num_bytes(config.driver_memory)),
+        "runtime.temporary_files.paths": f'["{folder}"]',
+    }
+    settings |= {key.removeprefix("sail."): value for key, value in config.settings.items() if key.startswith("sail.")}
+    for key, value in settings.items():
+        os.environ.setdefault(f"SAIL_{key.replace('.', '__').upper()}", value)
+    os.environ.setdefault("RUST_LOG", "error")
+    server = SparkConnectServer("127.0.0.1", 0)
+    server.start(background=True)
+    atexit.register(server.stop)
+    assert server.listening_address is not None
+    host, port = server.listening_address
+    session = _remote(f"sc://{host}:{port}", name)
+    atexit.register(session.stop)
+    _engines[session.session_id] = "sail"
+    return session
+
+
+def num_bytes(text: str) -> int:
+    """Bytes of a size as Spark spells them, e.g. 512m or 1g. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+)([kmgt]?)b?", text.strip().lower())
+    if found is None:
+        raise ConfigError(f"spark.driver_memory: expected a size such as 512m or 4g, found {text!r}; mend it")
+    return int(found[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[found[2]]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _embedded(config: SparkConfig, name: str) -> SparkSession:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
@@ -127,14 +241,20 @@ def _embedded(config: SparkConfig, name: str) -> SparkSession:
         "spark.pyspark.python": os.environ["PYSPARK_PYTHON"],
         **_sql_settings(config),
     }
+    given = {key: value for key, value in config.settings.items() if key.startswith("spark.")}
     if config.master.startswith("local"):
         settings["spark.driver.host"] = settings["spark.driver.bindAddress"] = "127.0.0.1"
-    conf = SparkConf(loadDefaults=False).setAll(list((settings | config.settings).items()))
+    from pyspark import SparkConf
+
+    conf = SparkConf(loadDefaults=False).setAll(list((settings | given).items()))
     return SparkSession(_context(conf))
 
 
-def _context(conf: SparkConf) -> SparkContext:
+def _context(conf: "SparkConf") -> "SparkContext":
     """A context whose JVM writes to a filter of start-up noise instead of straight to the terminal."""
+    from pyspark import SparkContext
+    from pyspark.java_gateway import launch_gateway
+
     if SparkContext._active_spark_context is not None or "PYSPARK_GATEWAY_PORT" in os.environ:
         return SparkContext.getOrCreate(conf)
     reader, writer = os.pipe()
