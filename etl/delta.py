@@ -2,10 +2,13 @@
 
 Writing: executors write Parquet (zstd, sorted by the table's order), with Spark's own writer on local disks, which is
 3 to 5 times faster than anything through Python, and with pyarrow inside `mapInArrow` on object stores, which needs no
-Hadoop file system. The driver verifies each file and commits all of them in one transaction (`etl.commit`). A task that
-fails or runs twice leaves files that no version names.
+Hadoop file system, and on Sail, whose own writer heeds no bounds on row groups. The driver verifies each file and
+commits all of them in one transaction (`etl.commit`). A task that fails or runs twice leaves files that no version
+names.
 
 Reading: always a snapshot. The list of files comes from the log, and exactly these are read.
+
+Through Arrow, an executor imports this package: on another machine it must be installed.
 """
 
 import itertools
@@ -14,7 +17,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,7 @@ from etl.lake import (
     transactions,
 )
 from etl.orphans import remove_orphans
-from etl.session import user_errors
+from etl.session import engine_of, user_errors
 from etl.tables import Table
 
 __all__ = [
@@ -96,17 +99,34 @@ def read(
     Raises LakeError where there is no such table or version, or what is there can't be read.
     """
     schema = from_arrow_schema(_nullable(table))  # as Spark reads any file
+    whole = files is None
     if files is None:
+        version = current_version(lake, table) if version is None else version
         files = snapshot_files(lake, table, version, partitions)
     if not files:
         return spark.createDataFrame([], schema)
-    if local_path(lake) is not None and all(_hive_partition(file.path, table) == file.partition for file in files):
+    if local_path(lake) is not None and engine_of(spark) == "sail":
+        if whole:
+            return _read_sail(spark, lake, table, version, partitions or {})
+    elif local_path(lake) is not None and all(_hive_partition(file.path, table) == file.partition for file in files):
         root = table_uri(lake, table)
         reader = spark.read.schema(schema).option("basePath", root).option("__globPaths__", "false")
         return reader.parquet(*(f"{root}/{file.path}" for file in files)).select(*_columns(table))
     rows = [(json.dumps({"path": file.path, "partition": dict(file.partition)}),) for file in files]
     names = spark.createDataFrame(rows, "file string").repartition(len(rows))
     return names.mapInArrow(partial(_read_files, lake=lake, table=table), schema)
+
+
+def _read_sail(
+    spark: SparkSession, lake: str, table: Table, version: int | None, partitions: Mapping[str, Sequence[Any]]
+) -> DataFrame:
+    """By Sail's own reader of Delta: of Parquet files in hive folders it doesn't see the partition values."""
+    reader = spark.read.format("delta").option("versionAsOf", str(version))
+    frame = reader.load(Path(table_uri(lake, table)).as_uri())
+    for name, values in partitions.items():
+        given = F.col(f"`{name}`").isin([value for value in values if value is not None])
+        frame = frame.where(given | F.col(f"`{name}`").isNull() if None in values else given)
+    return frame.select(*_columns(table))
 
 
 def write(
@@ -131,12 +151,18 @@ def write(
     if done := landed(lake, table, app, app_version):
         return done
     _check_frame(frame, table)
-    frame = frame.select(*(_opaque(name) if name in table.partition_by else f"`{name}`" for name in table.schema.names))
+    through_arrow = local_path(lake) is None or engine_of(spark) == "sail"
+    if through_arrow:
+        frame = frame.select(*_columns(table))
+    else:
+        frame = frame.select(
+            *(_opaque(name) if name in table.partition_by else f"`{name}`" for name in table.schema.names)
+        )
     if table.partition_by:
         frame = frame.repartition(*table.partition_by)
     if order := [*table.partition_by, *table.order]:
         frame = frame.sortWithinPartitions(*order)
-    files = _write_local(frame, lake, table) if local_path(lake) is not None else _write_arrow(frame, lake, table)
+    files = _write_arrow(frame, lake, table) if through_arrow else _write_local(frame, lake, table)
     return commit_files(
         lake,
         table,
@@ -258,27 +284,32 @@ def _write_arrow(frame: DataFrame, lake: str, table: Table) -> list[DataFile]:
         make_folder(Path(table_uri(lake, table)))
     with user_errors():
         rows = frame.mapInArrow(partial(_write_batches, lake=lake, table=table), "file string").collect()
-    written = [json.loads(row["file"]) for row in rows]
+    return data_files(row["file"] for row in rows)
+
+
+def data_files(entries: Iterable[str]) -> list[DataFile]:
+    """What tasks told of the files they wrote: see FileWriter.close."""
+    written = [json.loads(entry) for entry in entries]
     return [DataFile(entry["path"], entry["partition"], entry["size"]) for entry in written]
 
 
 def _write_batches(batches: Iterator[pa.RecordBatch], lake: str, table: Table) -> Iterator[pa.RecordBatch]:
     """One task: each run of rows with equal partition values (they come sorted) becomes a file."""
     filesystem = table_filesystem(lake, table)
-    writer: _FileWriter | None = None
+    writer: FileWriter | None = None
     for batch in batches:
         for key, rows in _runs(batch, table):
             if writer is None or writer.key != key:
                 if writer is not None:
                     yield writer.close()
-                writer = _FileWriter(filesystem, table, key)
+                writer = FileWriter(filesystem, table, key)
             writer.add(rows)
     if writer is not None:
         yield writer.close()
 
 
-class _FileWriter:
-    """One data file of one partition, in row groups of ROW_GROUP_ROWS."""
+class FileWriter:
+    """One data file of one partition, in row groups of at most ROW_GROUP_ROWS, and ROW_GROUP_BYTES before encoding."""
 
     def __init__(self, filesystem: pafs.FileSystem, table: Table, key: tuple[Any, ...]) -> None:
         self.key = key
@@ -297,6 +328,8 @@ class _FileWriter:
                 raise GraftrecError(
                     f"{self._table.name}: column {field.name} may not be null, found {nulls:,}; mend the job"
                 )
+        if sum(batch.nbytes for batch in self._waiting) + rows.nbytes > ROW_GROUP_BYTES:
+            self._flush()
         self._waiting.append(rows.select(self._schema.names))
         if sum(batch.num_rows for batch in self._waiting) >= ROW_GROUP_ROWS:
             self._flush()

@@ -1,79 +1,87 @@
 """Append-only dense indices: a raw id gets its index once and keeps it for ever.
 
-New ids are numbered in the order of their bytes, after the old ones, from a range partitioning and the partitions'
-sizes: no single partition, nothing collected but one count per partition. The result doesn't depend on the
-partitioning.
+New ids are numbered in the order of their bytes, after the old ones. They are cut into ranges at ids drawn from them
+and each range is numbered by itself, so that no task holds them all; how they are cut changes nothing.
 """
 
+import itertools
 from typing import Any
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.window import Window
 
 from etl.config import EtlConfig, GeneratorSource, GraftrecError, LogSource, MovielensSource
+from etl.session import held
 from etl.sources.movielens import described
 from etl.tables import FIRST_INDEX
 
-_RECORD_BITS = 33  # monotonically_increasing_id: partition number above, record number within the partition below
+RANGE_ROWS = 1_000_000  # ids that a task sorts
+_SAMPLE = 20  # ids drawn for each range
 _MOST = 2**31 - 1
 
 
-def with_index(ids: DataFrame, old: DataFrame | None, *, column: str) -> DataFrame:
+def with_index(ids: DataFrame, old: DataFrame | None, *, column: str, range_rows: int = RANGE_ROWS) -> DataFrame:
     """`column`, `index` of all old ids and of those in `ids` (any frame that holds `column`; repeated ids are one).
 
-    `old` holds `column` and `index`. Runs one action. Raises GraftrecError beyond 2^31 ids.
+    `old` holds `column` and `index`. Raises GraftrecError beyond 2^31 ids.
     """
     new = ids.select(column).distinct()
     start = FIRST_INDEX
     if old is not None:
         new = new.join(old.select(column), column, "left_anti")
         start += old.count()
-    placed = (
-        new.repartitionByRange(column)
-        .sortWithinPartitions(column)
-        .withColumn("_at", F.monotonically_increasing_id())
-        .persist()
-    )
-    part = F.shiftright("_at", _RECORD_BITS)
-    sizes = {row[0]: row[1] for row in placed.groupBy(part).count().collect()}
-    if start + sum(sizes.values()) > _MOST:
+    new = held(new)
+    size = new.count()
+    if start + size > _MOST:
         raise GraftrecError(f"{column}: expected fewer than 2^31 different ids, found more; drop or merge some")
-    starts, at = [], start
-    for number in range(max(sizes, default=-1) + 1):
-        starts.append(at)
-        at += sizes.get(number, 0)
-    if not sizes:
-        numbered = placed.select(column, F.lit(0).alias("index"))
-    else:
-        first = F.element_at(F.array([F.lit(s) for s in starts]), (part + 1).cast("int"))
-        within = F.col("_at").bitwiseAND(F.lit((1 << _RECORD_BITS) - 1))
-        numbered = placed.select(column, (first + within).cast("int").alias("index"))
+    part = _range(new, size, column, range_rows)
+    sizes = {row[0]: row[1] for row in new.groupBy(part.alias("part")).count().collect()}
+    starts = itertools.accumulate((sizes.get(number, 0) for number in range(max(sizes, default=0))), initial=start)
+    first = F.element_at(F.array([F.lit(at) for at in starts]), F.col("_part") + 1)
+    place = F.row_number().over(Window.partitionBy("_part").orderBy(column)) - 1
+    numbered = new.withColumn("_part", part).select(column, (first + place).cast("int").alias("index"))
     return numbered if old is None else old.select(column, "index").unionByName(numbered)
 
 
-def vocabulary(
-    interactions: DataFrame,
-    described: DataFrame | None,
-    old: DataFrame | None,
-    *,
-    column: str,
-    kept: DataFrame | int,
-    types: dict[str, str],
-) -> DataFrame:
-    """`column`, index, degree, kept and the columns `types` of every id of the log, of `described`, and of `old`.
+def _range(ids: DataFrame, size: int, column: str, range_rows: int) -> Column:
+    """The number of the range that an id falls into, of about `range_rows` ids each."""
+    num_ranges = -(-size // range_rows)
+    if num_ranges < 2:
+        return F.lit(0)
+    drawn = ids.where(F.pmod(F.xxhash64(column), F.lit(max(range_rows // _SAMPLE, 1))) == 0)
+    sample = sorted((row[0] for row in drawn.collect()), key=str.encode)
+    cuts = sorted({sample[len(sample) * number // num_ranges] for number in range(1, num_ranges)} if sample else set())
+    return sum((F.when(F.col(column) >= F.lit(cut), 1).otherwise(0) for cut in cuts), F.lit(0)).cast("int")
 
-    `described`: one row an id; `old`: the table as it was. `kept`: the ids that k-core keeps, or the least degree.
+
+def grown(old: DataFrame, appended: DataFrame, column: str) -> DataFrame:
+    """`column`, degree, more (of it, in `appended`) and kept, as it was, of the ids of `old` and of `appended`."""
+    counts = appended.groupBy(column).agg(F.count(F.lit(1)).alias("more"))
+    both = old.select(column, F.col("degree").alias("_degree"), "kept").join(counts, column, "full_outer")
+    more = F.coalesce("more", F.lit(0))
+    degree = (F.coalesce("_degree", F.lit(0)) + more).alias("degree")
+    return held(both.select(column, degree, more.alias("more"), F.coalesce("kept", F.lit(False)).alias("kept")))
+
+
+def vocabulary(
+    found: DataFrame, described: DataFrame | None, old: DataFrame | None, *, column: str, types: dict[str, str]
+) -> DataFrame:
+    """`column`, index, degree, kept and the columns `types` of every id of `found`, of `described`, and of `old`.
+
+    `found`: `column`, degree, kept of the log's ids, held; `described`: one row an id; `old`: the table as it was.
     """
-    degree = interactions.groupBy(column).agg(F.count(F.lit(1)).alias("degree"))
-    ids = degree.select(column) if described is None else degree.select(column).unionByName(described.select(column))
-    frame = with_index(ids, old, column=column).join(degree, column, "left")
-    if isinstance(kept, int):  # the degree is at hand
-        frame = frame.withColumn("kept", F.coalesce(F.col("degree") >= kept, F.lit(False)))
-    else:
-        frame = frame.join(kept.withColumn("kept", F.lit(True)), column, "left")
-        frame = frame.withColumn("kept", F.coalesce("kept", F.lit(False)))
+    ids = found.select(column) if described is None else found.select(column).unionByName(described.select(column))
+    frame = with_index(ids, old, column=column).join(found.select(column, "degree", "kept"), column, "left")
     frame = frame.withColumn("degree", F.coalesce("degree", F.lit(0)).cast("long"))
+    frame = frame.withColumn("kept", F.coalesce("kept", F.lit(False)))
     return _describe(frame, described, old, key=column, types=types)
+
+
+def mark_kept(found: DataFrame, kept: DataFrame, column: str) -> DataFrame:
+    """`found`, `kept` (frame of `column`) being kept besides those it calls so."""
+    marked = found.join(kept.select(column, F.lit(True).alias("_kept")), column, "left")
+    return held(marked.select(column, "degree", (F.col("kept") | F.coalesce("_kept", F.lit(False))).alias("kept")))
 
 
 def _describe(

@@ -21,10 +21,13 @@ def _random_log(seed: int, *, num_users: int = 40, num_items: int = 30, rows: in
     return [(f"u{u}", f"i{i}", t) for t, (u, i) in enumerate(zip(user.tolist(), item.tolist(), strict=True))]
 
 
-@pytest.mark.parametrize("partitions", [1, 3, 7])
-def test_with_index_numbers_by_bytes_whatever_the_partitions(spark: SparkSession, partitions: int) -> None:
-    ids = ["b", "a", "é", "Z", "a10", "a9", "", "b"]
-    found = with_index(frame(spark, [(i,) for i in ids], "id string").repartition(partitions), None, column="id")
+@pytest.mark.parametrize(("partitions", "range_ids"), [(1, 100), (3, 1), (7, 2)])
+def test_with_index_numbers_by_bytes_whatever_the_partitions_and_ranges(
+    spark: SparkSession, partitions: int, range_ids: int
+) -> None:
+    ids = ["b", "a", "é", "Z", "a10", "a9", "", "b", *map(str, range(40))]
+    rows = frame(spark, [(i,) for i in ids], "id string").repartition(partitions)
+    found = with_index(rows, None, column="id", range_ids=range_ids)
     in_order = sorted(set(ids), key=str.encode)
     assert {row["id"]: row["index"] for row in found.collect()} == {
         name: FIRST_INDEX + place for place, name in enumerate(in_order)
@@ -109,3 +112,37 @@ def test_first_described_takes_the_first_line_that_can_be_used(spark: SparkSessi
     ]
     found = first_described(frame(spark, rows, spark_schema(RAW_ITEMS)), "item").collect()
     assert [(row["item"], row["title"]) for row in found] == [("a", "second")]
+
+
+def _days(seed: int) -> list[list[tuple[str, str, int]]]:
+    """A log in three days: later ones bring new users and items, and old ones over the bar."""
+    rows = _random_log(seed)
+    new = [
+        (f"n{user}" if n % 3 else user, f"j{item}" if n % 4 else item, t)
+        for n, (user, item, t) in enumerate(rows[200:])
+    ]
+    return [rows[:120], rows[120:200], new]
+
+
+@pytest.mark.parametrize("iterate", [True, False])
+@pytest.mark.parametrize("seed", [2, 3])
+def test_vocabularies_grown_by_day_equal_those_of_the_whole_log(spark: SparkSession, seed: int, iterate: bool) -> None:
+    config = KCoreConfig(min_user=4, min_item=4, iterate=iterate)
+    days = _days(seed)
+    log = interactions(spark, days[0])
+    catalogue = items.transform(log, None, None, config).persist()
+    people = users.transform(log, catalogue, None, None, config).persist()
+    for number in (1, 2):
+        rows = [row for day in days[: number + 1] for row in day]
+        whole, appended = interactions(spark, rows), interactions(spark, days[number])
+        catalogue_now = items.grow(log, appended, None, catalogue, people, config).persist()
+        people = users.grow(log, appended, catalogue_now, None, people, config).persist()
+        log, catalogue = whole, catalogue_now
+        fresh = items.transform(whole, None, None, config)
+        pairs = [(catalogue, fresh), (people, users.transform(whole, fresh, None, None, config))]
+        for found, expected in pairs:
+            key = found.columns[0]
+            told = [{row[key]: (row["degree"], row["kept"]) for row in table.collect()} for table in (found, expected)]
+            assert told[0] == told[1]
+            assert any(kept for _, kept in told[0].values())
+            assert sorted(row["index"] for row in found.collect()) == list(range(5, 5 + len(told[0])))
