@@ -4,13 +4,18 @@ It holds every item of the log and of the item file. An item that a delivery des
 delivery doesn't mention keeps its description.
 """
 
-from pyspark.sql import DataFrame
+import json
 
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from etl import delta
 from etl.config import KCoreConfig
 from etl.jobs import kcore, quarantine
 from etl.jobs.job import Job, Outcome, Run
-from etl.jobs.vocabulary import described_by, first_described, vocabulary
-from etl.tables import INTERACTIONS, ITEMS
+from etl.jobs.vocabulary import described_by, first_described, grown, mark_kept, vocabulary
+from etl.session import held
+from etl.tables import INTERACTIONS, ITEMS, USERS
 
 _TYPES = {
     "title": "string",
@@ -24,8 +29,31 @@ def transform(
     interactions: DataFrame, described: DataFrame | None, old: DataFrame | None, config: KCoreConfig
 ) -> DataFrame:
     """ITEMS. `described`: item, title, year, categories, attributes (one row an item); `old`: the table as it was."""
-    kept = kcore.kept_items(interactions, config) if config.iterate else config.min_item
-    return vocabulary(interactions, described, old, column="item", kept=kept, types=_TYPES).select(*ITEMS.schema.names)
+    counts = interactions.groupBy("item").agg(F.count(F.lit(1)).alias("degree"))
+    found = held(counts.withColumn("kept", F.lit(False)))
+    found = mark_kept(found, kcore.kept_items(interactions, config, found), "item")
+    return vocabulary(found, described, old, column="item", types=_TYPES).select(*ITEMS.schema.names)
+
+
+def grow(
+    log: DataFrame,
+    appended: DataFrame,
+    described: DataFrame | None,
+    old: DataFrame,
+    users: DataFrame,
+    config: KCoreConfig,
+) -> DataFrame:
+    """ITEMS as `transform` gives them for `log` and what was `appended` to it, up to the order of indices.
+
+    `old`, `users`: ITEMS and USERS as `log` gave them.
+    """
+    found = grown(old, appended, "item")
+    if config.iterate:
+        kept = kcore.grown_items(log, appended, found, grown(users, appended, "user"), config)
+    else:
+        kept = found.where(F.col("degree") >= config.min_item)
+    found = mark_kept(found, kept, "item")
+    return vocabulary(found, described, old, column="item", types=_TYPES).select(*ITEMS.schema.names)
 
 
 def run(run: Run) -> Outcome:
@@ -34,7 +62,20 @@ def run(run: Run) -> Outcome:
     if raw is not None:
         quarantine.set_aside_if_any(run, raw, kind="items")
         described = first_described(raw, "item")
-    return run.commit(transform(run.read(INTERACTIONS), described, run.own(), run.config.kcore))
+    appended, old, users, config = run.appended(INTERACTIONS), run.own(), _users_then(run), run.config.kcore
+    if appended is None or old is None or users is None:
+        return run.commit(transform(run.read(INTERACTIONS), described, old, config))
+    return run.commit(grow(run.read_before(INTERACTIONS), appended, described, old, users, config))
+
+
+def _users_then(run: Run) -> DataFrame | None:
+    """USERS as made of the log and items before, None where the table isn't of these."""
+    last = delta.last_commit(run.lake, USERS)
+    if run.before is None or run.base is None or last.get("kcore") != kcore.rules(run.config.kcore):
+        return None
+    if json.loads(last["inputs"]) != {**run.before, ITEMS.name: run.base}:
+        return None
+    return delta.read(run.spark, run.lake, USERS, version=int(last["version"]))
 
 
 JOB = Job(

@@ -3,41 +3,120 @@
 Decided on the whole log, before domains (survey 4.1: "at least five interactions", done once). A repeated interaction
 counts each time. The k-core is unique (Seidman 1983), so a user belongs to it exactly when enough of its interactions
 are with kept items: the users' job needs the kept items only, and no second search.
+
+A log that only grows has a core that only grows. So after a new day whoever was kept stays, whoever has too few
+interactions at all goes, and only the *free* are to be decided, by the interactions that have a free end.
 """
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from etl.config import KCoreConfig
+from etl.jobs.job import digest
+from etl.session import held
+
+_BROADCAST_ROWS = 1_000_000  # ids that each executor may hold
 
 
-def kept_items(interactions: DataFrame, config: KCoreConfig) -> DataFrame:
-    """`item` of the items that stay. One action per round until a round drops nothing; lazy where `iterate` is off."""
+def kept_items(interactions: DataFrame, config: KCoreConfig, degrees: DataFrame | None = None) -> DataFrame:
+    """`item` of the items that stay. `degrees`: item, degree, where they are known already."""
+    if degrees is None:
+        degrees = interactions.groupBy("item").agg(F.count(F.lit(1)).alias("degree"))
+    enough = degrees.where(F.col("degree") >= config.min_item).select("item")
     if not config.iterate:
-        return _enough(interactions.select("item", F.lit(1).alias("weight")), "item", config.min_item)
-    edges = interactions.groupBy("user", "item").agg(F.count(F.lit(1)).alias("weight")).persist()
-    size = edges.count()
-    while True:
-        smaller = _round(edges, config).localCheckpoint(eager=False)  # cuts the plan, which would grow with the rounds
-        left = smaller.count()
-        edges.unpersist()
-        edges = smaller
-        if left == size:
-            return edges.select("item").distinct()
-        size = left
+        return enough
+    edges = interactions.select("user", "item", F.lit(True).alias("free_user"), F.lit(True).alias("free_item"))
+    return peel(edges, held(enough), config)
 
 
 def kept_users(interactions: DataFrame, kept_items: DataFrame, config: KCoreConfig) -> DataFrame:
     """`user` of the users that stay, given the kept items (`item`). Lazy."""
     if config.iterate:
         interactions = interactions.join(kept_items.select("item"), "item", "left_semi")
-    return _enough(interactions.select("user", F.lit(1).alias("weight")), "user", config.min_user)
+    return interactions.groupBy("user").count().where(F.col("count") >= config.min_user).select("user")
 
 
-def _round(edges: DataFrame, config: KCoreConfig) -> DataFrame:
-    edges = edges.join(_enough(edges, "item", config.min_item), "item", "left_semi")
-    return edges.join(_enough(edges, "user", config.min_user), "user", "left_semi")
+def peel(edges: DataFrame, items: DataFrame, config: KCoreConfig) -> DataFrame:
+    """`item` of the free items that stay, of `items`, the free ones that may.
+
+    `edges`: user, item, free_user, free_item; an end that isn't free stays. A round counts each user's edges with what
+    stays, then each item's edges with the users that do. Edges are read anew from their source until half of them are
+    gone; then the rest is set aside, and so on, so that rounds that drop little cost no more than reading.
+    """
+    num_items, size = items.count(), edges.count()
+    while True:
+        stays = broadcast(items.withColumn("_stays", F.lit(True)), num_items)
+        alive = edges.join(stays, "item", "left").where(~F.col("free_item") | F.col("_stays")).drop("_stays")
+        users = alive.where("free_user").groupBy("user").count().where(F.col("count") < config.min_user)
+        dropped = held(users.select("user"))
+        num_dropped = dropped.count()
+        if num_dropped == 0:
+            return items
+        alive = alive.join(broadcast(dropped, num_dropped), "user", "left_anti")
+        counts = alive.where("free_item").groupBy("item").agg(F.count(F.lit(1)).alias("count"))
+        counts = held(counts.where(F.col("count") >= config.min_item))
+        told = counts.agg(F.count(F.lit(1)), F.sum("count")).first()
+        assert told is not None
+        items, left = counts.select("item"), int(told[0])
+        if left in (0, num_items):
+            return items
+        num_items = left
+        if int(told[1]) < size / 2:
+            edges, size = held(alive), int(told[1])
 
 
-def _enough(edges: DataFrame, column: str, least: int) -> DataFrame:
-    return edges.groupBy(column).agg(F.sum("weight").alias("weight")).where(F.col("weight") >= least).select(column)
+def grown_items(
+    old: DataFrame, appended: DataFrame, items: DataFrame, users: DataFrame, config: KCoreConfig
+) -> DataFrame:
+    """`item` of the items that stay by what was `appended` to `old`, the log so far, and did not before.
+
+    `items`, `users`: id, degree (in both), more (of it, in `appended`), and kept, as it was, of all ids.
+    """
+    free_items, free_users = _free(items, "item", config.min_item), _free(users, "user", config.min_user)
+    edges = _open_edges(old, appended, {"item": free_items, "user": free_users})
+    for column, found in (("item", items), ("user", users)):
+        stayed = found.where("kept").select(column, F.lit(True).alias("_stayed"))
+        edges = edges.join(stayed, column, "left").where(F.col(f"free_{column}") | F.col("_stayed")).drop("_stayed")
+    edges = held(edges)
+    counts = edges.where("free_item").groupBy("item").count()
+    return peel(edges, held(counts.where(F.col("count") >= config.min_item).select("item")), config)
+
+
+def grown_users(
+    old: DataFrame, appended: DataFrame, kept_items: DataFrame, users: DataFrame, config: KCoreConfig
+) -> DataFrame:
+    """`user` of the users that stay by now and did not before. `kept_items`: item; `users`: see grown_items."""
+    edges = _open_edges(old, appended, {"user": _free(users, "user", config.min_user)})
+    return kept_users(held(edges), kept_items, config)
+
+
+def _free(found: DataFrame, column: str, least: int) -> DataFrame:
+    """`column`, known (whether it is of the log so far) of the ids that aren't kept and may be."""
+    known = (F.col("degree") > F.col("more")).alias("known")
+    return held(found.where(~F.col("kept") & (F.col("degree") >= least)).select(column, known))
+
+
+def _open_edges(old: DataFrame, appended: DataFrame, free: dict[str, DataFrame]) -> DataFrame:
+    """user, item and free_<column> of each column of `free` (column -> ids): the interactions with a free end.
+
+    The log so far is read only where a free id is of it.
+    """
+    edges, any_free = appended.select("user", "item"), F.lit(False)
+    if any(ids.where("known").count() for ids in free.values()):
+        edges = edges.unionByName(old.select("user", "item"))
+    for column, ids in free.items():
+        flag = f"free_{column}"
+        marked = broadcast(ids.select(column, F.lit(True).alias(flag)), ids.count())
+        edges = edges.join(marked, column, "left").withColumn(flag, F.coalesce(flag, F.lit(False)))
+        any_free = any_free | F.col(flag)
+    return edges.where(any_free)
+
+
+def rules(config: KCoreConfig) -> str:
+    """What a table's commit says of how its `kept` came about."""
+    return digest(config.model_dump())
+
+
+def broadcast(ids: DataFrame, rows: int) -> DataFrame:
+    """A hint to join `ids` by sending them to every executor, where there are few enough."""
+    return F.broadcast(ids) if rows <= _BROADCAST_ROWS else ids

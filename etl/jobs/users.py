@@ -1,11 +1,13 @@
 """The vocabulary of users: index, attributes, degree, and whether k-core keeps the user."""
 
 from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 
 from etl.config import KCoreConfig
 from etl.jobs import kcore, quarantine
 from etl.jobs.job import Job, Outcome, Run
-from etl.jobs.vocabulary import described_by, first_described, vocabulary
+from etl.jobs.vocabulary import described_by, first_described, grown, mark_kept, vocabulary
+from etl.session import held
 from etl.tables import INTERACTIONS, ITEMS, USERS
 
 _TYPES = {"attributes": "array<struct<name: string, value: string>>"}
@@ -15,8 +17,36 @@ def transform(
     interactions: DataFrame, items: DataFrame, described: DataFrame | None, old: DataFrame | None, config: KCoreConfig
 ) -> DataFrame:
     """USERS. `items`: item, kept; `described`: user, attributes (one row a user); `old`: the table as it was."""
-    kept = kcore.kept_users(interactions, items.where("kept"), config) if config.iterate else config.min_user
-    return vocabulary(interactions, described, old, column="user", kept=kept, types=_TYPES).select(*USERS.schema.names)
+    counted = interactions
+    core = F.count(F.lit(1))
+    if config.iterate:
+        gone = items.where("not kept").select("item", F.lit(1).alias("_gone"))
+        counted = counted.join(kcore.broadcast(gone, gone.count()), "item", "left")
+        core = core - F.count("_gone")
+    counts = counted.groupBy("user").agg(F.count(F.lit(1)).alias("degree"), core.alias("core"))
+    found = held(counts.select("user", "degree", (F.col("core") >= config.min_user).alias("kept")))
+    return vocabulary(found, described, old, column="user", types=_TYPES).select(*USERS.schema.names)
+
+
+def grow(
+    log: DataFrame,
+    appended: DataFrame,
+    items: DataFrame,
+    described: DataFrame | None,
+    old: DataFrame,
+    config: KCoreConfig,
+) -> DataFrame:
+    """USERS as `transform` gives them for `log` and what was `appended` to it, up to the order of indices.
+
+    `items`: item, kept, as they are now; `old`: USERS as `log` gave them.
+    """
+    found = grown(old, appended, "user")
+    if config.iterate:
+        kept = kcore.grown_users(log, appended, items.where("kept"), found, config)
+    else:
+        kept = found.where(F.col("degree") >= config.min_user)
+    found = mark_kept(found, kept, "user")
+    return vocabulary(found, described, old, column="user", types=_TYPES).select(*USERS.schema.names)
 
 
 def run(run: Run) -> Outcome:
@@ -25,7 +55,12 @@ def run(run: Run) -> Outcome:
     if raw is not None:
         quarantine.set_aside_if_any(run, raw, kind="users")
         described = first_described(raw, "user")
-    return run.commit(transform(run.read(INTERACTIONS), run.read(ITEMS), described, run.own(), run.config.kcore))
+    appended, old, items, config = run.appended(INTERACTIONS), run.own(), run.read(ITEMS), run.config.kcore
+    if appended is None or old is None:
+        frame = transform(run.read(INTERACTIONS), items, described, old, config)
+    else:
+        frame = grow(run.read_before(INTERACTIONS), appended, items, described, old, config)
+    return run.commit(frame, metadata={"kcore": kcore.rules(config)})
 
 
 JOB = Job(

@@ -16,12 +16,12 @@ from etl.session import held
 from etl.sources.movielens import described
 from etl.tables import FIRST_INDEX
 
-RANGE_ROWS = 1_000_000  # ids that a task sorts
+RANGE_IDS = 1_000_000  # ids that a task sorts
 _SAMPLE = 20  # ids drawn for each range
 _MOST = 2**31 - 1
 
 
-def with_index(ids: DataFrame, old: DataFrame | None, *, column: str, range_rows: int = RANGE_ROWS) -> DataFrame:
+def with_index(ids: DataFrame, old: DataFrame | None, *, column: str, range_ids: int = RANGE_IDS) -> DataFrame:
     """`column`, `index` of all old ids and of those in `ids` (any frame that holds `column`; repeated ids are one).
 
     `old` holds `column` and `index`. Raises GraftrecError beyond 2^31 ids.
@@ -35,7 +35,7 @@ def with_index(ids: DataFrame, old: DataFrame | None, *, column: str, range_rows
     size = new.count()
     if start + size > _MOST:
         raise GraftrecError(f"{column}: expected fewer than 2^31 different ids, found more; drop or merge some")
-    part = _range(new, size, column, range_rows)
+    part = _range(new, size, column, range_ids)
     sizes = {row[0]: row[1] for row in new.groupBy(part.alias("part")).count().collect()}
     starts = itertools.accumulate((sizes.get(number, 0) for number in range(max(sizes, default=0))), initial=start)
     first = F.element_at(F.array([F.lit(at) for at in starts]), F.col("_part") + 1)
@@ -44,12 +44,12 @@ def with_index(ids: DataFrame, old: DataFrame | None, *, column: str, range_rows
     return numbered if old is None else old.select(column, "index").unionByName(numbered)
 
 
-def _range(ids: DataFrame, size: int, column: str, range_rows: int) -> Column:
-    """The number of the range that an id falls into, of about `range_rows` ids each."""
-    num_ranges = -(-size // range_rows)
+def _range(ids: DataFrame, size: int, column: str, range_ids: int) -> Column:
+    """The number of the range that an id falls into, of about `range_ids` ids each."""
+    num_ranges = -(-size // range_ids)
     if num_ranges < 2:
         return F.lit(0)
-    drawn = ids.where(F.pmod(F.xxhash64(column), F.lit(max(range_rows // _SAMPLE, 1))) == 0)
+    drawn = ids.where(F.pmod(F.xxhash64(column), F.lit(max(range_ids // _SAMPLE, 1))) == 0)
     sample = sorted((row[0] for row in drawn.collect()), key=str.encode)
     cuts = sorted({sample[len(sample) * number // num_ranges] for number in range(1, num_ranges)} if sample else set())
     return sum((F.when(F.col(column) >= F.lit(cut), 1).otherwise(0) for cut in cuts), F.lit(0)).cast("int")

@@ -124,8 +124,14 @@ def _days(seed: int) -> list[list[tuple[str, str, int]]]:
     return [rows[:120], rows[120:200], new]
 
 
-@pytest.mark.parametrize("iterate", [True, False])
-@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize(
+    ("seed", "iterate"),
+    [
+        (2, True),
+        pytest.param(2, False, marks=[pytest.mark.slow, pytest.mark.ci]),
+        *(pytest.param(seed, True, marks=pytest.mark.slow) for seed in range(3, 8)),
+    ],
+)
 def test_vocabularies_grown_by_day_equal_those_of_the_whole_log(spark: SparkSession, seed: int, iterate: bool) -> None:
     config = KCoreConfig(min_user=4, min_item=4, iterate=iterate)
     days = _days(seed)
