@@ -2,96 +2,99 @@
 validation, where there are at least three.
 
 Baskets are made per domain: of a basket, a domain sees its own items. Where a split is `causal`, other domains' events
-at or after the first held-out item's time are left out first.
+at or after the first held-out item's time are left out first. Of a user's kept events, of all domains, with or without
+a basket, only the newest `sequences.max_events` count. A log without baskets isn't read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
-from pyspark.sql import Column, DataFrame
-from pyspark.sql import functions as F
-from pyspark.sql.window import Window
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from etl import bucketed, delta
+from etl.bucketed import Key
 from etl.config import SplitConfig
+from etl.histories import Histories, inputs
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
-from etl.jobs.sequences import kept_events, settings
-from etl.tables import BASKETS, DOMAINS, INTERACTIONS, ITEMS, SEQUENCES, USERS
+from etl.jobs.sequences import cut, of_domain, settings
+from etl.tables import BASKETS, DOMAINS, INTERACTIONS, ITEMS, USERS
 
 _MIN_BASKETS = 3
+_PARTS = pa.array(["train", "validation", "test"])
 
 
-def transform(
-    interactions: DataFrame,
-    users: DataFrame,
-    items: DataFrame,
-    domains: DataFrame,
-    sequences: DataFrame,
-    *,
-    names: Sequence[str],
-    splits: Sequence[SplitConfig],
-) -> DataFrame:
-    """BASKETS. `sequences` says where causal splits cut."""
-    found = F.array(*(F.when(_in(k), F.lit(name)) for k, name in enumerate(names)))
-    events = (
-        kept_events(interactions.where("basket is not null"), items, domains, names)
-        .join(users.where("kept").select("user", F.col("index").alias("user_index")), "user")
-        .withColumn("domain", F.explode(F.filter(found, lambda name: name.isNotNull())))
-        .withColumn("split", F.explode(F.array(*(F.lit(split.name) for split in splits))))
-    )
+def rows(
+    histories: Histories, *, names: Sequence[str], splits: Sequence[SplitConfig]
+) -> Iterator[tuple[Key, pa.RecordBatch]]:
+    """BASKETS, less its partition columns, of each split and domain. `names`: the domains, in the order of bits."""
+    coded = pc.dictionary_encode(histories.more["basket"])
+    basket = coded.indices.fill_null(-1).to_numpy()
+    last = np.append(histories.time, np.iinfo(np.int64).max)
     for split in splits:
-        if split.causal_target is not None:
-            events = _cut(events, sequences, split)
-    event = F.struct("time", "source_order", "index")
-    whole = events.groupBy("split", "domain", "bucket", "user_index", "basket").agg(
-        F.sort_array(F.collect_list(event)).alias("events")
+        cut_time = last[cut(histories, split, names)]
+        before = histories.time < cut_time[histories.user]
+        before |= cut_time[histories.user] == last[-1]
+        for number, name in enumerate(names):
+            at = of_domain(histories, number)
+            at = at[basket[at] >= 0]
+            if split.causal_target not in (None, name):
+                at = at[before[at]]
+            if len(at):
+                yield (split.name, name), _baskets(histories, at, basket[at])
+
+
+def _baskets(histories: Histories, at: np.ndarray, basket: np.ndarray) -> pa.RecordBatch:
+    """The baskets of the events in rows `at`, each a row, by user and first event."""
+    user = histories.user[at]
+    order = np.lexsort((basket, user))  # stable: events stay in time order
+    changes = (np.diff(user[order]) != 0) | (np.diff(basket[order]) != 0)
+    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    first = order[starts]  # place of each basket's first event
+    size = np.diff(np.append(starts, len(order)))
+    turn = np.argsort(first)
+    first, size, starts = first[turn], size[turn], starts[turn]
+    offsets = np.concatenate([[0], np.cumsum(size)])
+    events = order[np.arange(len(order)) - np.repeat(offsets[:-1], size) + np.repeat(starts, size)]
+    owner = user[first]
+    count = np.bincount(owner, minlength=len(histories.users))
+    number = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
+    left = count[owner] - number
+    part = np.where(count[owner] >= _MIN_BASKETS, np.maximum(3 - left, 0), 0)
+    return pa.RecordBatch.from_pydict(
+        {
+            "user": pa.array(histories.users[owner], pa.int32()),
+            "basket": pa.array(number, pa.int32()),
+            "time": pa.array(histories.time[at[first]], pa.int64()),
+            "part": _PARTS.take(pa.array(part)),
+            "items": pa.ListArray.from_arrays(
+                pa.array(offsets, pa.int32()), pa.array(histories.item[at[events]], pa.int32())
+            ),
+        }
     )
-    of_user = Window.partitionBy("split", "domain", "bucket", "user_index")
-    first = F.struct(F.col("events")[0]["time"], F.col("events")[0]["source_order"])
-    placed = whole.withColumn("number", F.row_number().over(of_user.orderBy(first)) - 1)
-    left = F.count(F.lit(1)).over(of_user) - F.col("number")
-    enough = F.count(F.lit(1)).over(of_user) >= _MIN_BASKETS
-    part = F.when(enough & (left == 1), "test").when(enough & (left == 2), "validation").otherwise("train")
-    return placed.select(
-        "split",
-        "domain",
-        "bucket",
-        F.col("user_index").alias("user"),
-        F.col("number").cast("int").alias("basket"),
-        F.col("events")[0]["time"].alias("time"),
-        part.alias("part"),
-        F.transform("events", lambda event: event["index"]).alias("items"),
-    )
-
-
-def _in(number: int) -> Column:
-    return F.col("bits").bitwiseAND(F.lit(1 << number).cast("long")) != 0
-
-
-def _cut(events: DataFrame, sequences: DataFrame, split: SplitConfig) -> DataFrame:
-    held = sequences.where((F.col("split") == split.name) & (F.col("domain") == split.causal_target))
-    held = held.where("valid_start < end")
-    first = held.select(F.col("user").alias("user_index"), F.col("times")[F.col("valid_start")].alias("_cut"))
-    other = (F.col("split") == split.name) & (F.col("domain") != split.causal_target)
-    joined = events.join(first, "user_index", "left")
-    return joined.where(~other | F.col("_cut").isNull() | (F.col("time") < F.col("_cut"))).drop("_cut")
 
 
 def run(run: Run) -> Outcome:
-    frame = transform(
-        run.read(INTERACTIONS),
+    names, splits = names_of(run.config.domains), run.config.splits
+    read = inputs(run.lake, run.inputs, names=names, columns=("basket",), max_events=run.config.sequences.max_events)
+    if not read.columns:
+        return run.commit_files([])
+    files = bucketed.write(
         run.read(USERS),
-        run.read(ITEMS),
-        run.read(DOMAINS),
-        run.read(SEQUENCES),
-        names=names_of(run.config.domains),
-        splits=run.config.splits,
+        partial(rows, names=names, splits=splits),
+        run.lake,
+        BASKETS,
+        read,
+        buckets=int(delta.last_commit(run.lake, INTERACTIONS)["buckets"]),
     )
-    return run.commit(frame)
+    return run.commit_files(files)
 
 
 JOB = Job(
     BASKETS,
     run,
-    reads=(INTERACTIONS, USERS, ITEMS, DOMAINS, SEQUENCES),
+    reads=(INTERACTIONS, USERS, ITEMS, DOMAINS),
     settings=settings,
 )

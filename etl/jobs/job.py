@@ -8,7 +8,7 @@ import ast
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -187,6 +187,31 @@ class Run:
             properties=properties,
             transactions=transactions,
         )
+        return self._outcome(written)
+
+    def commit_files(
+        self,
+        files: Sequence[delta.DataFile],
+        *,
+        mode: delta.Mode = "overwrite",
+        properties: Mapping[str, str] | None = None,
+        partition_scope: Mapping[str, Sequence[Any]] | None = None,
+    ) -> Outcome:
+        """As `commit`, of data files that tasks have written."""
+        written = delta.commit_files(
+            self.lake,
+            self.job.table,
+            files,
+            mode=mode,
+            app=f"job/{self.job.name}",
+            app_version=0 if self.base is None else self.base + 1,
+            metadata=self.provenance,
+            properties=properties,
+            partition_scope=partition_scope,
+        )
+        return self._outcome(written)
+
+    def _outcome(self, written: delta.Written) -> Outcome:
         if not written.committed:
             self._check_twin()
         return Outcome(written.version, written.rows, written.committed, tuple(self.notes))

@@ -1,124 +1,104 @@
 """One row per split, domain and user: the user's kept items in time order, and where its hold-out begins.
 
-A user's events meet once, sorted by (time, source_order), with each item's domains as bits; every domain and split is
-then cut from that row, so that neither multiplies the shuffle. A user's events must fit into one row of Spark: about
-ten million of them.
+A task sorts the events of a bucket's users once, with each item's domains as bits (`etl.histories`); every domain and
+split is then cut from that. Of a user's kept events, of all domains, only the newest `sequences.max_events` count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
-from pyspark.sql import Column, DataFrame
-from pyspark.sql import functions as F
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from etl import delta
+from etl import bucketed, delta
+from etl.bucketed import Key
 from etl.config import ConfigError, EtlConfig, SplitConfig
+from etl.histories import Histories, Ints, inputs
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
-from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, PROPERTY_BUCKETS, PROPERTY_TIME, SEQUENCES, USERS
+from etl.tables import DOMAINS, INTERACTIONS, ITEMS, PROPERTY_BUCKETS, PROPERTY_TIME, SEQUENCES, USERS
 
 
-def transform(
-    interactions: DataFrame,
-    users: DataFrame,
-    items: DataFrame,
-    domains: DataFrame,
-    *,
-    names: Sequence[str],
-    splits: Sequence[SplitConfig],
-) -> DataFrame:
-    """SEQUENCES. `names`: the domains, the same as in the frame `domains`."""
-    event = F.struct("time", "source_order", "index", "bits", "event_type", "value")
-    histories = (
-        kept_events(interactions, items, domains, names)
-        .groupBy("bucket", "user")
-        .agg(F.sort_array(F.collect_list(event)).alias("events"))
-        .join(users.where("kept").select("user", F.col("index").alias("user_index")), "user")
-    )
-    for number, split in enumerate(splits):
-        histories = histories.withColumn(f"cut{number}", _cut(split, names))
-    rows = []
-    for name in names:
-        cuts = [F.lit(None) if split.causal_target == name else F.col(f"cut{n}") for n, split in enumerate(splits)]
-        rows.append(F.struct(F.lit(name).alias("domain"), _of_domain(name, names).alias("events"), *_named(cuts)))
-    by_domain = histories.select("bucket", "user_index", F.explode(F.array(*rows)).alias("row"))
-    by_domain = by_domain.select("bucket", "user_index", "row.*").where(F.size("events") > 0)
-    parts = F.explode(F.array(*(_parts(split, F.col(f"cut{n}")) for n, split in enumerate(splits)))).alias("part")
-    listed = by_domain.select("domain", "bucket", F.col("user_index").alias("user"), *_lists(), parts)
-    return listed.select("*", "part.*").select(*SEQUENCES.schema.names)
+def rows(
+    histories: Histories, *, names: Sequence[str], splits: Sequence[SplitConfig]
+) -> Iterator[tuple[Key, pa.RecordBatch]]:
+    """SEQUENCES, less its partition columns, of each split and domain. `names`: the domains, in the order of bits."""
+    cuts = {split.name: cut(histories, split, names) for split in splits}
+    for number, name in enumerate(names):
+        at = of_domain(histories, number)
+        if not len(at):
+            continue
+        user = histories.user[at]
+        num_events = np.bincount(user, minlength=len(histories.users))
+        present = np.flatnonzero(num_events)
+        size = num_events[present]
+        lists = _lists(histories, at, size)
+        for split in splits:
+            end = size
+            if split.causal_target not in (None, name):
+                end = np.add.reduceat(at < cuts[split.name][user], np.cumsum(size) - size, dtype=np.int64)
+            valid_start, test_start = _parts(end, split)
+            columns = {
+                "user": pa.array(histories.users[present], pa.int32()),
+                **lists,
+                "valid_start": pa.array(valid_start, pa.int32()),
+                "test_start": pa.array(test_start, pa.int32()),
+                "end": pa.array(end, pa.int32()),
+            }
+            yield (split.name, name), pa.RecordBatch.from_pydict(columns)
 
 
-def kept_events(interactions: DataFrame, items: DataFrame, domains: DataFrame, names: Sequence[str]) -> DataFrame:
-    """The interactions with kept items, with the item's `index` and its domains' `bits` (bit k: names[k])."""
-    number = F.create_map(*(F.lit(part) for k, name in enumerate(names) for part in (name, 1 << k)))
-    member = domains.select("item", number[F.col("domain")].cast("long").alias("bit"))
-    bits = member.where("bit is not null").groupBy("item").agg(F.bit_or("bit").alias("bits"))
-    catalogue = items.where("kept").select("item", "index").join(bits, "item")
-    return interactions.join(catalogue, "item")
+def of_domain(histories: Histories, number: int) -> npt.NDArray[np.int64]:
+    """The rows of events of the domain that has this number."""
+    return np.flatnonzero(histories.bits & np.int64(1 << number))
 
 
-def _of_domain(name: str, names: Sequence[str]) -> Column:
-    if name == DOMAIN_ALL:
-        return F.col("events")
-    bit = F.lit(1 << list(names).index(name)).cast("long")
-    return F.filter("events", lambda event: event["bits"].bitwiseAND(bit) != 0)
-
-
-def _cut(split: SplitConfig, names: Sequence[str]) -> Column:
-    """(time, source_order) of the user's first held-out item of the split's causal target; null: nothing to cut."""
+def cut(histories: Histories, split: SplitConfig, names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The row of each user's first held-out event of the split's causal target; for those without: past the last."""
+    found = np.full(len(histories.users), len(histories.user))
     if split.causal_target is None:
-        return F.lit(None).cast("struct<time: bigint, source_order: bigint>")
-    target = _of_domain(split.causal_target, names)
-    at = F.size(target) - (split.validation + split.test)
-    first = F.get(target, F.when(_enough(F.size(target), split), at))
-    return F.when(first.isNotNull(), F.struct(first["time"].alias("time"), first["source_order"].alias("source_order")))
+        return found
+    at = of_domain(histories, list(names).index(split.causal_target))
+    size = np.bincount(histories.user[at], minlength=len(found))
+    held = split.validation + split.test
+    cut_users = np.flatnonzero(size >= split.min_train + held) if held else np.zeros(0, np.int64)
+    found[cut_users] = at[np.cumsum(size)[cut_users] - held]
+    return found
 
 
-def _named(cuts: Sequence[Column]) -> list[Column]:
-    kind = "struct<time: bigint, source_order: bigint>"
-    return [cut.cast(kind).alias(f"cut{number}") for number, cut in enumerate(cuts)]
+def _parts(end: Ints, split: SplitConfig) -> tuple[Ints, Ints]:
+    """valid_start and test_start."""
+    enough = end >= split.min_train + split.validation + split.test
+    return np.where(enough, end - (split.validation + split.test), end), np.where(enough, end - split.test, end)
 
 
-def _parts(split: SplitConfig, cut: Column) -> Column:
-    """split, valid_start, test_start, end of the events of a user and domain."""
-    end = F.size("events")
-    if split.causal_target is not None:
-        before = F.filter("events", lambda event: F.struct(event["time"], event["source_order"]) < cut)
-        end = F.when(cut.isNull(), end).otherwise(F.size(before))
-    enough = _enough(end, split)
-    valid_start = F.when(enough, end - (split.validation + split.test)).otherwise(end)
-    test_start = F.when(enough, end - split.test).otherwise(end)
-    return F.struct(
-        F.lit(split.name).alias("split"),
-        valid_start.cast("int").alias("valid_start"),
-        test_start.cast("int").alias("test_start"),
-        end.cast("int").alias("end"),
-    )
-
-
-def _enough(size: Column, split: SplitConfig) -> Column:
-    return size >= F.lit(split.min_train + split.validation + split.test)
-
-
-def _lists() -> list[Column]:
-    """The parallel lists; event types and values only where the user has any."""
-
-    def listed(name: str) -> Column:
-        return F.transform("events", lambda event: event[name])
-
-    def given(name: str) -> Column:
-        return F.exists("events", lambda event: event[name].isNotNull())
-
-    return [
-        listed("index").alias("items"),
-        listed("time").alias("times"),
-        F.when(given("event_type"), listed("event_type")).alias("event_types"),
-        F.when(given("value"), listed("value").cast("array<float>")).alias("values"),
-    ]
+def _lists(histories: Histories, at: npt.NDArray[np.int64], size: Ints) -> dict[str, pa.Array]:
+    """The parallel lists of users with `size` events; event types and values only where a user has any."""
+    offsets = np.concatenate([[0], np.cumsum(size)])
+    columns: dict[str, pa.Array] = {
+        "items": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(histories.item[at], pa.int32())),
+        "times": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(histories.time[at], pa.int64())),
+    }
+    for name, column in (("event_type", "event_types"), ("value", "values")):
+        kind = SEQUENCES.schema.field(column).type
+        if name not in histories.more:
+            columns[column] = pa.nulls(len(size), kind)
+            continue
+        values = histories.more[name].take(pa.array(at)).cast(kind.value_type)
+        given = np.logical_or.reduceat(pc.is_valid(values).to_numpy(zero_copy_only=False), offsets[:-1])
+        offsets_given = np.concatenate([[0], np.cumsum(size * given)])
+        columns[column] = pa.ListArray.from_arrays(
+            pa.array(offsets_given, pa.int32()), values.filter(pa.array(np.repeat(given, size))), mask=pa.array(~given)
+        )
+    return columns
 
 
 def settings(config: EtlConfig) -> object:
     """What of the configuration decides how histories are cut."""
-    return [[split.model_dump() for split in config.splits], [domain.name for domain in config.domains]]
+    splits = [split.model_dump() for split in config.splits]
+    return [splits, [domain.name for domain in config.domains], config.sequences.model_dump()]
 
 
 def check(config: EtlConfig) -> None:
@@ -139,16 +119,23 @@ def check(config: EtlConfig) -> None:
 
 def run(run: Run) -> Outcome:
     check(run.config)
-    frame = transform(
-        run.read(INTERACTIONS),
-        run.read(USERS),
-        run.read(ITEMS),
-        run.read(DOMAINS),
-        names=names_of(run.config.domains),
-        splits=run.config.splits,
-    )
+    names, splits = names_of(run.config.domains), run.config.splits
     log = delta.last_commit(run.lake, INTERACTIONS)
-    return run.commit(frame, properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]})
+    files = bucketed.write(
+        run.read(USERS),
+        partial(rows, names=names, splits=splits),
+        run.lake,
+        SEQUENCES,
+        inputs(
+            run.lake,
+            run.inputs,
+            names=names,
+            columns=("event_type", "value"),
+            max_events=run.config.sequences.max_events,
+        ),
+        buckets=int(log["buckets"]),
+    )
+    return run.commit_files(files, properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]})
 
 
 JOB = Job(

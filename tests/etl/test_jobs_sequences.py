@@ -1,121 +1,319 @@
-"""Sequences, hold-outs and baskets against hand-made ones and against Polars."""
+"""Sequences, hold-outs and baskets against hand-made ones, and against plain loops over a random log."""
 
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from pyspark.sql import SparkSession
+from lakes import BUCKETS, write_lake
 
-from etl.config import ConfigError, DomainConfig, EtlConfig, GeneratorSource, SplitConfig
+from etl import bucketed, histories
+from etl.config import ConfigError, DomainConfig, EtlConfig, GeneratorSource, GraftrecError, SplitConfig
 from etl.jobs import baskets, sequences
-from etl.tables import BASKETS, FIRST_INDEX, SEQUENCES, bucket_of
-from tests.etl.frames import BUCKETS, interactions, members, vocabulary
+from etl.tables import BASKETS, FIRST_INDEX, INTERACTIONS, SEQUENCES, Table, bucket_of
 
 LAST = SplitConfig(name="last-2", validation=1, test=1)
+CAUSAL = SplitConfig(name="causal", validation=1, test=1, causal_target="target")
 DOMAINS = {"all": ["a", "b", "c", "d", "x"], "source": ["a", "b", "x"], "target": ["c", "d"]}
 ITEMS = {"a": True, "b": True, "c": True, "d": True, "x": False}
 A, B, C, D, X = range(FIRST_INDEX, FIRST_INDEX + 5)
+Rows = dict[tuple[str, str, int], list[dict[str, Any]]]
+
+
+def _made(
+    lake: Path,
+    log: Sequence[tuple[Any, ...]],
+    table: Table,
+    splits: Sequence[SplitConfig],
+    users: Mapping[str, bool],
+    *,
+    max_events: int = 1_000_000,
+    files: int = 1,
+    shown: list[dict[str, Any]] | None = None,
+) -> Rows:
+    """(split, domain, user) -> the rows that one task writes for all buckets, in the order of the files."""
+    versions = write_lake(lake, log, users=users, items=ITEMS, domains=DOMAINS, files=files)
+    (lake / table.name).mkdir()
+    job, columns = (sequences, ("event_type", "value")) if table is SEQUENCES else (baskets, ("basket",))
+    read = histories.inputs(str(lake), versions, names=list(DOMAINS), columns=columns, max_events=max_events)
+    if table is BASKETS and not read.columns:
+        return {}
+    rows = partial(job.rows, names=list(DOMAINS), splits=splits)
+    kept = [
+        (bucket_of(user, BUCKETS), user, FIRST_INDEX + place, sum(row[0] == user for row in log))
+        for place, (user, keep) in reversed(list(enumerate(users.items())))
+        if keep
+    ]
+    schema = pa.schema([("bucket", pa.int32()), ("user", pa.string()), ("index", pa.int32()), ("degree", pa.int64())])
+    batches = [
+        pa.RecordBatch.from_pylist([dict(zip(schema.names, row, strict=True)) for row in part], schema=schema)
+        for part in (kept[::2], [], kept[1::2])
+    ]
+    found: Rows = {}
+    for batch in bucketed.write_task(iter(batches), rows=rows, lake=str(lake), table=table, read=read):
+        for entry in map(json.loads, batch["file"].to_pylist()):
+            part = entry["partition"]
+            written = pq.ParquetFile(lake / table.name / entry["path"]).read().to_pylist()
+            assert written == sorted(written, key=lambda row: [row[name] for name in table.order])
+            for row in written:
+                assert int(part["bucket"]) == bucket_of(list(users)[row["user"] - FIRST_INDEX], BUCKETS)
+                found.setdefault((part["split"], part["domain"], row["user"]), []).append(row)
+            if shown is not None:
+                shown.append(entry)
+    return found
 
 
 def _sequences(
-    spark: SparkSession, rows: Sequence[tuple[Any, ...]], splits: Sequence[SplitConfig], kept: dict[str, bool]
+    lake: Path, log: Sequence[tuple[Any, ...]], splits: Sequence[SplitConfig], users: dict[str, bool], **more: int
 ) -> dict[tuple[str, str, int], dict[str, Any]]:
-    frame = sequences.transform(
-        interactions(spark, rows),
-        vocabulary(spark, "user", kept),
-        vocabulary(spark, "item", ITEMS),
-        members(spark, DOMAINS),
-        names=list(DOMAINS),
-        splits=splits,
-    )
-    assert frame.columns == SEQUENCES.schema.names
-    return {(row["split"], row["domain"], row["user"]): row.asDict(recursive=True) for row in frame.collect()}
+    found = _made(lake, log, SEQUENCES, splits, users, **more)
+    assert all(len(rows) == 1 for rows in found.values())
+    return {key: row for key, (row,) in found.items()}
 
 
-def test_sequences_are_in_time_order_and_ties_keep_source_order(spark: SparkSession) -> None:
-    rows = [("u", "b", 7), ("u", "a", 7), ("u", "c", 3), ("u", "x", 1), ("u", "a", 9), ("v", "d", 1), ("w", "a", 1)]
-    found = _sequences(spark, rows, [LAST], {"u": True, "v": True, "w": False})
+def _offsets(row: dict[str, Any]) -> tuple[int, int, int]:
+    return row["valid_start"], row["test_start"], row["end"]
+
+
+def test_sequences_are_in_time_order_and_ties_keep_source_order(tmp_path: Path) -> None:
+    log = [("u", "b", 7), ("u", "a", 7), ("u", "c", 3), ("u", "x", 1), ("u", "a", 9), ("v", "d", 1), ("w", "a", 1)]
+    found = _sequences(tmp_path, log, [LAST], {"u": True, "v": True, "w": False})
     assert set(found) == {("last-2", d, 5) for d in ("all", "source", "target")} | {
         ("last-2", d, 6) for d in ("all", "target")
     }
     row = found["last-2", "all", 5]
     assert (row["items"], row["times"]) == ([C, B, A, A], [3, 7, 7, 9])
-    assert row["bucket"] == bucket_of("u", BUCKETS)
     assert (row["event_types"], row["values"]) == (None, None)
-    assert (row["valid_start"], row["test_start"], row["end"]) == (2, 3, 4)
+    assert _offsets(row) == (2, 3, 4)
     source = found["last-2", "source", 5]
     assert (source["items"], source["valid_start"], source["end"]) == ([B, A, A], 1, 3)
 
 
-def test_sequences_of_users_too_short_train_only(spark: SparkSession) -> None:
-    rows = [("u", "a", 1), ("u", "b", 2), ("v", "a", 1), ("v", "b", 2), ("v", "a", 3)]
+def test_sequences_of_users_too_short_train_only(tmp_path: Path) -> None:
+    log = [("u", "a", 1), ("u", "b", 2), ("v", "a", 1), ("v", "b", 2), ("v", "a", 3)]
     strict = SplitConfig(name="strict", validation=1, test=1, min_train=2)
-    found = _sequences(spark, rows, [LAST, strict], {"u": True, "v": True})
-    offsets = {key: (row["valid_start"], row["test_start"], row["end"]) for key, row in found.items()}
-    assert offsets["last-2", "all", 5] == (2, 2, 2)
-    assert offsets["last-2", "all", 6] == (1, 2, 3)
-    assert offsets["strict", "all", 6] == (3, 3, 3)
+    found = _sequences(tmp_path, log, [LAST, strict], {"u": True, "v": True})
+    assert _offsets(found["last-2", "all", 5]) == (2, 2, 2)
+    assert _offsets(found["last-2", "all", 6]) == (1, 2, 3)
+    assert _offsets(found["strict", "all", 6]) == (3, 3, 3)
 
 
-def test_sequences_carry_types_and_values_of_users_that_have_them(spark: SparkSession) -> None:
-    rows = [("u", "a", 2, "view", 1.5), ("u", "b", 1), ("v", "a", 1, None, 2.0)]
-    found = _sequences(spark, rows, [LAST], {"u": True, "v": True})
+def test_sequences_carry_types_and_values_of_users_that_have_them(tmp_path: Path) -> None:
+    log = [("u", "a", 2, "view", 1.5), ("u", "b", 1), ("v", "a", 1, None, 2.0), ("w", "a", 1)]
+    found = _sequences(tmp_path, log, [LAST], {"u": True, "v": True, "w": True})
     assert found["last-2", "all", 5]["event_types"] == [None, "view"]
     assert found["last-2", "all", 5]["values"] == [None, 1.5]
     assert (found["last-2", "all", 6]["event_types"], found["last-2", "all", 6]["values"]) == (None, [2.0])
+    assert (found["last-2", "all", 7]["event_types"], found["last-2", "all", 7]["values"]) == (None, None)
 
 
-def test_causal_split_cuts_other_domains_at_the_first_held_out_target_item(spark: SparkSession) -> None:
-    causal = SplitConfig(name="causal", validation=1, test=1, causal_target="target")
-    rows = [
+def test_causal_split_cuts_other_domains_at_the_first_held_out_target_item(tmp_path: Path) -> None:
+    log = [
         ("u", "c", 1), ("u", "a", 2), ("u", "b", 3), ("u", "a", 4), ("u", "b", 5), ("u", "d", 5), ("u", "a", 5),
         ("u", "c", 8), ("u", "b", 9),
         ("v", "a", 1), ("v", "b", 2), ("v", "a", 3), ("v", "c", 1),
     ]  # fmt: skip
-    found = _sequences(spark, rows, [LAST, causal], {"u": True, "v": True})
-    offsets = {key: (row["valid_start"], row["test_start"], row["end"]) for key, row in found.items()}
+    found = _sequences(tmp_path, log, [LAST, CAUSAL], {"u": True, "v": True})
     # u's target items are at 1, 5 and 8; the first held out is d at 5, after b at 5 and before a at 5.
-    assert offsets["causal", "target", 5] == offsets["last-2", "target", 5] == (1, 2, 3)
+    assert _offsets(found["causal", "target", 5]) == _offsets(found["last-2", "target", 5]) == (1, 2, 3)
     assert found["causal", "source", 5]["items"] == [A, B, A, B, A, B]
-    assert offsets["causal", "source", 5] == (2, 3, 4)
-    assert offsets["last-2", "source", 5] == (4, 5, 6)
+    assert _offsets(found["causal", "source", 5]) == (2, 3, 4)
+    assert _offsets(found["last-2", "source", 5]) == (4, 5, 6)
     assert found["causal", "all", 5]["items"][:5] == [C, A, B, A, B]
-    assert offsets["causal", "all", 5] == (3, 4, 5)
+    assert _offsets(found["causal", "all", 5]) == (3, 4, 5)
     # v has no hold-out in the target domain, so nothing is cut.
-    assert offsets["causal", "source", 6] == offsets["last-2", "source", 6] == (1, 2, 3)
+    assert _offsets(found["causal", "source", 6]) == _offsets(found["last-2", "source", 6]) == (1, 2, 3)
 
 
-def test_sequences_equal_polars_on_a_random_log(spark: SparkSession) -> None:
-    draw = np.random.default_rng(3)
-    size = 600
-    names = np.array(list(ITEMS))
-    rows = [
-        (f"u{u}", str(names[i]), int(t))
-        for u, i, t in zip(
-            draw.integers(0, 30, size), draw.integers(0, 5, size), draw.integers(0, 40, size), strict=True
-        )
-    ]
-    kept = {f"u{u}": u % 7 != 0 for u in range(30)}
-    split = SplitConfig(validation=2, test=3)
-    found = _sequences(spark, rows, [split], kept)
-    log = pl.DataFrame(rows, schema=["user", "item", "time"], orient="row").with_row_index("place")
-    log = log.filter(pl.col("user").is_in([u for u, keep in kept.items() if keep])).sort("time", "place")
-    index = {name: FIRST_INDEX + place for place, name in enumerate(ITEMS)}
-    expected = {}
-    for domain, inside in DOMAINS.items():
-        own = log.filter(pl.col("item").is_in([i for i in inside if ITEMS[i]]))
-        for (user,), events in own.group_by(["user"], maintain_order=True):
-            size = len(events)
-            cut = (size - 5, size - 3, size) if size >= 6 else (size, size, size)
-            number = FIRST_INDEX + list(kept).index(str(user))
-            expected["last-5", domain, number] = ([index[i] for i in events["item"]], events["time"].to_list(), cut)
-    shown = {
-        key: (row["items"], row["times"], (row["valid_start"], row["test_start"], row["end"]))
-        for key, row in found.items()
+def test_baskets_are_in_order_with_the_last_held_out(tmp_path: Path) -> None:
+    log = [
+        ("u", "a", 1, None, None, "k"), ("u", "c", 1, None, None, "k"), ("u", "b", 2, None, None, "k"),
+        ("u", "d", 3, None, None, "m"), ("u", "x", 4, None, None, "gone"), ("u", "a", 5, None, None, "n"),
+        ("u", "c", 6, None, None, "o"), ("u", "a", 7, None, None, "p"),
+        ("v", "a", 1, None, None, "k"), ("v", "b", 1),
+    ]  # fmt: skip
+    made = _made(tmp_path, log, BASKETS, [LAST, CAUSAL], {"u": True, "v": True})
+    found = {
+        key: [tuple(row[name] for name in ("basket", "time", "part", "items")) for row in rows]
+        for key, rows in made.items()
     }
-    assert shown == expected
+    assert found["last-2", "source", 5] == [(0, 1, "train", [A, B]), (1, 5, "validation", [A]), (2, 7, "test", [A])]
+    assert found["last-2", "target", 5] == [(0, 1, "train", [C]), (1, 3, "validation", [D]), (2, 6, "test", [C])]
+    assert found["causal", "target", 5] == found["last-2", "target", 5]
+    assert found["causal", "source", 5] == [(0, 1, "train", [A, B])]  # the first held-out target item is at 3
+    assert found["last-2", "all", 6] == [(0, 1, "train", [A])]
+    assert [row[3] for row in found["last-2", "all", 5]] == [[A, C, B], [D], [A], [C], [A]]
+
+
+def test_of_a_long_history_the_newest_events_are_kept(tmp_path: Path) -> None:
+    log = [("u", "a", 5, None, None, "k"), ("u", "x", 9), ("u", "b", 3), ("u", "c", 5, None, None, "k"), ("u", "d", 5)]
+    log += [("v", "a", 1)]
+    found = _sequences(tmp_path / "s", log, [LAST], {"u": True, "v": True}, max_events=2)
+    # x isn't kept, so it doesn't count; of three events at time 5 the last two of the log stay
+    assert found["last-2", "all", 5]["items"] == [C, D]
+    assert ("last-2", "source", 5) not in found
+    assert found["last-2", "all", 6]["items"] == [A]
+    made = _made(tmp_path / "b", log, BASKETS, [LAST], {"u": True, "v": True}, max_events=2)
+    assert [row["items"] for row in made["last-2", "all", 5]] == [[C]]
+
+
+# --- against plain loops ----------------------------------------------------------------------------------------------
+
+
+def _random_log(seed: int, *, size: int, times: int, full: bool) -> list[tuple[Any, ...]]:
+    """`times`: how many there are; few give many ties. `full`: with types, values and baskets."""
+    draw = np.random.default_rng(seed)
+    log = []
+    for _ in range(size):
+        user, item = int(draw.zipf(1.5)) % 40, "abcdx"[draw.integers(5)]
+        more = (
+            str(draw.choice(["view", "buy"])) if draw.random() < 0.3 else None,
+            float(draw.integers(9)) if draw.random() < 0.2 else None,
+            f"k{draw.integers(8)}" if draw.random() < 0.7 else None,
+        )
+        log.append((f"u{user}", item, int(draw.integers(times)) * 7 - 100, *(more if full else ())))
+    return log
+
+
+def _histories(log: Sequence[tuple[Any, ...]], users: Mapping[str, bool], most: int) -> dict[int, list[Any]]:
+    """User index -> its kept events (time, place, item, event_type, value, basket), in order."""
+    found: dict[int, list[Any]] = {}
+    for place, row in enumerate(log):
+        user, item, time, event_type, value, basket = (*row, None, None, None)[:6]
+        if users.get(user) and ITEMS[item]:
+            index = FIRST_INDEX + list(users).index(user)
+            found.setdefault(index, []).append((time, place, item, event_type, value, basket))
+    return {index: sorted(events, key=lambda event: event[:2])[-most:] for index, events in found.items()}
+
+
+def _first_held_out(events: Sequence[Any], split: SplitConfig) -> Any:
+    own = [event for event in events if event[2] in DOMAINS[split.causal_target or "all"]]
+    held = split.validation + split.test
+    return own[-held] if held and len(own) >= split.min_train + held else None
+
+
+def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], most: int) -> dict[Any, Any]:
+    expected = {}
+    for index, events in _histories(log, users, most).items():
+        for split, (domain, inside) in itertools.product(splits, DOMAINS.items()):
+            own = [event for event in events if event[2] in inside]
+            end = len(own)
+            if split.causal_target not in (None, domain) and (first := _first_held_out(events, split)):
+                end = sum(event[:2] < first[:2] for event in own)
+            enough = end >= split.min_train + split.validation + split.test
+            if own:
+                expected[split.name, domain, index] = {
+                    "user": index,
+                    "items": [FIRST_INDEX + list(ITEMS).index(event[2]) for event in own],
+                    "times": [event[0] for event in own],
+                    "event_types": [event[3] for event in own] if any(event[3] is not None for event in own) else None,
+                    "values": [event[4] for event in own] if any(event[4] is not None for event in own) else None,
+                    "valid_start": end - split.validation - split.test if enough else end,
+                    "test_start": end - split.test if enough else end,
+                    "end": end,
+                }
+    return expected
+
+
+def _expected_baskets(log: Any, users: Any, splits: Sequence[SplitConfig], most: int) -> dict[Any, Any]:
+    expected: dict[Any, Any] = {}
+    for index, events in _histories(log, users, most).items():
+        for split, (domain, inside) in itertools.product(splits, DOMAINS.items()):
+            own = [event for event in events if event[2] in inside and event[5] is not None]
+            if split.causal_target not in (None, domain) and (first := _first_held_out(events, split)):
+                own = [event for event in own if event[0] < first[0]]
+            lists: dict[str, list[Any]] = {}
+            for event in own:
+                lists.setdefault(event[5], []).append(event)
+            for number, basket in enumerate(lists.values()):
+                parts = ["train"] * (len(lists) - 2) + ["validation", "test"]
+                row = {
+                    "user": index,
+                    "basket": number,
+                    "time": basket[0][0],
+                    "part": parts[number] if len(lists) >= 3 else "train",
+                    "items": [FIRST_INDEX + list(ITEMS).index(event[2]) for event in basket],
+                }
+                expected.setdefault((split.name, domain, index), []).append(row)
+    return expected
+
+
+SPLITS = (
+    SplitConfig(),
+    CAUSAL,
+    SplitConfig(name="strict", validation=0, test=1, min_train=4, causal_target="source"),
+    SplitConfig(name="none", validation=0, test=0, causal_target="target"),
+)
+
+
+@pytest.mark.parametrize("most", [1_000, 9])
+@pytest.mark.parametrize(("part", "chunk"), [(1 << 22, 1 << 20), (50, 16), (1, 1)])
+@pytest.mark.parametrize(("times", "full"), [(3, True), (10_000, True), (30, False)])
+def test_tables_equal_plain_loops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, full: bool, part: int, chunk: int, most: int
+) -> None:
+    """Whatever the parts a bucket is cut into, the files the log lies in, ties, and how long a history may be."""
+    monkeypatch.setattr(histories, "PART_EVENTS", part)
+    monkeypatch.setattr(histories, "CHUNK_EVENTS", chunk)
+    log = _random_log(times, size=700, times=times, full=full)
+    users = {f"u{number}": number % 7 != 3 for number in range(35)}  # the log has users that the vocabulary lacks
+    shown: list[dict[str, Any]] = []
+    made = _made(tmp_path / "s", log, SEQUENCES, SPLITS, users, max_events=most, files=3, shown=shown)
+    assert {key: row for key, (row,) in made.items()} == _expected_sequences(log, users, SPLITS, most)
+    partitions = {json.dumps(entry["partition"]) for entry in shown}
+    if most == 1_000:
+        assert (len(shown) > len(partitions)) == (part < most)
+    made = _made(tmp_path / "b", log, BASKETS, SPLITS, users, max_events=most, files=2)
+    assert made == _expected_baskets(log, users, SPLITS, most)
+
+
+@pytest.mark.parametrize("scale", [1, 10**6, 10**15])
+@pytest.mark.parametrize("users", [1, 50, 2**31 - 1])
+def test_time_order_equals_polars(users: int, scale: int) -> None:
+    """Also where user and time don't fit into one number, and where times differ by more than an int64 holds."""
+    draw = np.random.default_rng(0)
+    user = draw.integers(0, users, 3_000).astype(np.int32)
+    time = draw.integers(-9_000, 9_000, 3_000) // 100 * 100 * scale + draw.integers(0, 2, 3_000)
+    source_order = draw.permutation(3_000)
+    rows = pl.DataFrame({"user": user, "time": time, "source_order": source_order}).with_row_index("row")
+    expected = rows.sort("user", "time", "source_order")["row"].to_list()
+    assert histories.time_order(user, time, source_order).tolist() == expected
+
+
+def test_long_lists_make_small_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucketed, "ROW_GROUP_BYTES", 1_000)
+    monkeypatch.setattr("etl.delta.ROW_GROUP_BYTES", 1_000)
+    log = [(f"u{number % 9}", "a", number) for number in range(450)]
+    shown: list[dict[str, Any]] = []
+    _made(tmp_path, log, SEQUENCES, [LAST], {f"u{number}": True for number in range(9)}, shown=shown)
+    for entry in shown:
+        metadata = pq.read_metadata(tmp_path / "sequences" / entry["path"])
+        # 50 events of 12 bytes each and offsets: one user's row is all that goes into a group
+        assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [1] * (
+            metadata.num_rows
+        )
+
+
+def test_a_damaged_file_of_the_log_is_named(tmp_path: Path) -> None:
+    log = [("u", "a", 1), ("u", "b", 2)]
+    versions = write_lake(tmp_path, log, users={"u": True}, items=ITEMS, domains=DOMAINS)
+    read = histories.inputs(str(tmp_path), versions, names=list(DOMAINS), columns=(), max_events=9)
+    (path,) = (tmp_path / INTERACTIONS.name).rglob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-50] + b"\0" * 50)
+    users = pa.RecordBatch.from_pylist(
+        [{"bucket": bucket_of("u", BUCKETS), "user": "u", "index": 5, "degree": 2}]
+    )  # fmt: skip
+    rows = partial(sequences.rows, names=list(DOMAINS), splits=[LAST])
+    with pytest.raises(GraftrecError, match=r"interactions: bucket=\d/part-\w+.zstd.parquet can't be read"):
+        list(bucketed.write_task([users], rows=rows, lake=str(tmp_path), table=SEQUENCES, read=read))
+    assert not list((tmp_path / "sequences").rglob("*.parquet"))
 
 
 def test_splits_that_cannot_be_made_are_refused() -> None:
@@ -130,33 +328,3 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             sequences.check(config(*splits))
-
-
-def test_baskets_are_in_order_with_the_last_held_out(spark: SparkSession) -> None:
-    causal = SplitConfig(name="causal", validation=1, test=1, causal_target="target")
-    rows = [
-        ("u", "a", 1, None, None, "k"), ("u", "c", 1, None, None, "k"), ("u", "b", 2, None, None, "k"),
-        ("u", "d", 3, None, None, "m"), ("u", "x", 4, None, None, "gone"), ("u", "a", 5, None, None, "n"),
-        ("u", "c", 6, None, None, "o"), ("u", "a", 7, None, None, "p"),
-        ("v", "a", 1, None, None, "k"), ("v", "b", 1),
-    ]  # fmt: skip
-    tables = (
-        interactions(spark, rows),
-        vocabulary(spark, "user", {"u": True, "v": True}),
-        vocabulary(spark, "item", ITEMS),
-        members(spark, DOMAINS),
-    )
-    splits = [LAST, causal]
-    listed = sequences.transform(*tables, names=list(DOMAINS), splits=splits)
-    frame = baskets.transform(*tables, listed, names=list(DOMAINS), splits=splits)
-    assert set(frame.columns) == set(BASKETS.schema.names)
-    found: dict[tuple[str, str, int], list[tuple[Any, ...]]] = {}
-    for row in sorted(frame.collect(), key=lambda row: row["basket"]):
-        told = (row["basket"], row["time"], row["part"], row["items"])
-        found.setdefault((row["split"], row["domain"], row["user"]), []).append(told)
-    assert found["last-2", "source", 5] == [(0, 1, "train", [A, B]), (1, 5, "validation", [A]), (2, 7, "test", [A])]
-    assert found["last-2", "target", 5] == [(0, 1, "train", [C]), (1, 3, "validation", [D]), (2, 6, "test", [C])]
-    assert found["causal", "target", 5] == found["last-2", "target", 5]
-    assert found["causal", "source", 5] == [(0, 1, "train", [A, B])]  # the first held-out target item is at 3
-    assert found["last-2", "all", 6] == [(0, 1, "train", [A])]
-    assert [row[3] for row in found["last-2", "all", 5]] == [[A, C, B], [D], [A], [C], [A]]

@@ -1,0 +1,92 @@
+"""Tables made of users' histories are written bucket by bucket, without a shuffle of events.
+
+Only the kept users travel: brought together by bucket they are the rows of one `mapInArrow` pass, whose tasks read
+their buckets' part of the log (`etl.histories`) and write the data files. A task that fails or runs twice leaves files
+that no version names.
+"""
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from etl.commit import make_folder
+from etl.config import GraftrecError
+from etl.datafile import DataFile
+from etl.delta import ROW_GROUP_BYTES, FileWriter, data_files
+from etl.histories import Histories, Inputs, histories, read_catalogue, runs
+from etl.lake import local_path, table_filesystem, table_uri
+from etl.session import user_errors
+from etl.tables import Table
+
+Key = tuple[str, str]  # split and domain
+Rows = Callable[[Histories], Iterator[tuple[Key, pa.RecordBatch]]]
+
+# Sail runs its tasks as threads of one process: no more at once than there are cores, or each would hold a part.
+_TURNS = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
+def write(users: DataFrame, rows: Rows, lake: str, table: Table, read: Inputs, *, buckets: int) -> list[DataFile]:
+    """Write data files of `table`, partitioned by split, domain and bucket, from the histories of the kept `users`.
+
+    `rows` turns histories into ((split, domain), rows in the table's order), once for each that has any. The files are
+    the caller's to commit.
+    """
+    bucket = F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int").alias("bucket")
+    kept = users.where("kept").select(bucket, "user", "index", "degree")
+    if local_path(lake) is not None:
+        make_folder(Path(table_uri(lake, table)))
+    # Buckets fall into partitions by hash: of several times as many partitions few get more than one.
+    gathered = kept.repartition(4 * buckets, "bucket")
+    with user_errors():
+        written = gathered.mapInArrow(partial(write_task, rows=rows, lake=lake, table=table, read=read), "file string")
+        return data_files(row["file"] for row in written.collect())
+
+
+def write_task(
+    batches: Iterable[pa.RecordBatch], rows: Rows, lake: str, table: Table, read: Inputs
+) -> Iterator[pa.RecordBatch]:
+    """One task: the users (bucket, user, index, degree) of some buckets, in any order, to these buckets' files."""
+    received = [batch for batch in batches if batch.num_rows]
+    if not received:
+        return
+    users = pa.Table.from_batches(received)
+    users = users.take(pa.array(np.lexsort((users["index"].to_numpy(), users["bucket"].to_numpy()))))
+    with _TURNS:
+        try:
+            written = list(_write_buckets(users, rows, lake, table, read))
+        except OSError as error:
+            raise GraftrecError(
+                f"{table.name}: a task can't write its files ({' '.join(str(error).split())}); make room in {lake} and "
+                f"in {tempfile.gettempdir()}, then again"
+            ) from None
+    yield from written
+
+
+def _write_buckets(users: pa.Table, rows: Rows, lake: str, table: Table, read: Inputs) -> Iterator[pa.RecordBatch]:
+    filesystem = table_filesystem(lake, table)
+    catalogue = read_catalogue(read)
+    for bucket, start, stop in runs(users["bucket"].to_numpy()):
+        for part in histories(users.slice(start, stop - start), bucket, catalogue, read):
+            for key, batch in rows(part):
+                writer = FileWriter(filesystem, table, (*key, bucket))
+                for piece in _pieces(batch):
+                    writer.add(piece)
+                yield writer.close()
+
+
+def _pieces(rows: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """Halve rows until a row group holds them: of long lists few fit."""
+    if rows.nbytes <= ROW_GROUP_BYTES or rows.num_rows == 1:
+        yield rows
+        return
+    half = rows.num_rows // 2
+    yield from _pieces(rows.slice(0, half))
+    yield from _pieces(rows.slice(half))

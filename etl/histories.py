@@ -1,0 +1,288 @@
+"""Users' histories from the log, a bucket at a time, in one task and without Spark.
+
+The log is partitioned by the user's bucket, so what a task needs of it lies in a few files, which pyarrow reads and
+numpy sorts; no row and no user is a Python object. What is held at once is bounded by settings, not by the log: a
+bucket of more than PART_EVENTS events is cut into parts of neighbouring users, by way of files in the temporary folder;
+and of a user with a history longer than `max_events` the newest so many are kept, while reading.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from etl.config import GraftrecError
+from etl.lake import existing_table, snapshot_files, table_filesystem
+from etl.tables import DOMAINS, INTERACTIONS, ITEMS, Table
+
+PART_EVENTS = 1 << 22  # sorted at once
+CHUNK_EVENTS = 1 << 20  # read at once
+
+Ints = npt.NDArray[np.signedinteger]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a task reads: data files of pinned versions, and the rules of reading."""
+
+    lake: str
+    log: Mapping[int, tuple[str, ...]]  # bucket -> files of INTERACTIONS
+    items: tuple[str, ...]  # files of ITEMS
+    domains: tuple[tuple[str, str], ...]  # (domain, file of DOMAINS)
+    names: tuple[str, ...]  # the domains; bit k stands for names[k]
+    columns: tuple[str, ...]  # of event_type, value and basket: those to read
+    max_events: int
+
+
+@dataclass(frozen=True)
+class Histories:
+    """The `N` kept events of `U` users of a bucket, by user, time and source_order."""
+
+    users: Ints  # [U] global index, ascending
+    user: Ints  # [N] place in `users`
+    item: Ints  # [N] global index
+    bits: Ints  # [N] bit k: the item belongs to domain k
+    time: Ints  # [N]
+    more: Mapping[str, pa.Array]  # [N] each: the columns asked for
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The `V` kept items of the domains asked for."""
+
+    item: pa.Array  # [V] raw id
+    index: Ints  # [V]
+    bits: Ints  # [V]
+
+
+def inputs(
+    lake: str, versions: Mapping[str, int], *, names: Sequence[str], columns: Sequence[str], max_events: int
+) -> Inputs:
+    """The inputs as of `versions`; of `columns` only those that have a value anywhere in the log."""
+    log: dict[int, list[str]] = {}
+    for file in snapshot_files(lake, INTERACTIONS, versions[INTERACTIONS.name]):
+        log.setdefault(int(file.partition["bucket"] or 0), []).append(file.path)
+    members = snapshot_files(lake, DOMAINS, versions[DOMAINS.name], {"domain": names})
+    return Inputs(
+        lake=lake,
+        log={bucket: tuple(paths) for bucket, paths in log.items()},
+        items=tuple(file.path for file in snapshot_files(lake, ITEMS, versions[ITEMS.name])),
+        domains=tuple((file.partition["domain"] or "", file.path) for file in members),
+        names=tuple(names),
+        columns=tuple(_given(lake, versions[INTERACTIONS.name], columns)),
+        max_events=max_events,
+    )
+
+
+def _given(lake: str, version: int, columns: Sequence[str]) -> list[str]:
+    """Those of the log's columns that have a value, by the statistics that our commits record."""
+    actions = pa.table(existing_table(lake, INTERACTIONS, version).get_add_actions(flatten=True))
+
+    def empty(name: str) -> bool:
+        nulls = f"null_count.{name}"
+        return nulls in actions.column_names and actions[nulls].to_pylist() == actions["num_records"].to_pylist()
+
+    return [name for name in columns if not empty(name)]
+
+
+def read_catalogue(read: Inputs) -> Catalogue:
+    """It grows with the items alone."""
+    items = pa.concat_tables([_read(read.lake, ITEMS, path, ["item", "index", "kept"]) for path in read.items])
+    items = items.filter(items["kept"])
+    index = items["index"].to_numpy()
+    bits_of_index = np.zeros(int(index.max(initial=0)) + 1, np.int64)
+    for name, path in read.domains:
+        members = _read(read.lake, DOMAINS, path, ["index"])["index"].to_numpy()
+        bits_of_index[members[members < len(bits_of_index)]] |= np.int64(1 << read.names.index(name))
+    bits = bits_of_index[index]
+    inside = np.flatnonzero(bits)
+    return Catalogue(_whole(items["item"].take(pa.array(inside))), index[inside], bits[inside])
+
+
+def histories(users: pa.Table, bucket: int, catalogue: Catalogue, read: Inputs) -> Iterator[Histories]:
+    """The kept events of `users` (user, index, degree; by index), who are of one bucket: in parts, by index.
+
+    `degree` decides where parts are cut, so that they are of about the same size, and nothing else.
+    """
+    index = users["index"].to_numpy()
+    length = np.clip(users["degree"].to_numpy(), 1, read.max_events)
+    parts = [(start, stop) for _, start, stop in runs((np.cumsum(length) - 1) // PART_EVENTS)]
+    events = _read_events(_whole(users["user"]), bucket, catalogue, read)
+    if len(parts) == 1:
+        yield _histories(events, index, catalogue, read)
+        return
+    with tempfile.TemporaryDirectory(prefix="graftrec-") as scratch:
+        paths = [Path(scratch) / str(number) for number in range(len(parts))]
+        _scatter(events, parts, paths, read)
+        for path, (start, stop) in zip(paths, parts, strict=True):
+            with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
+                yield _histories(stream, index[start:stop], catalogue, read, first=start)
+            path.unlink()
+
+
+def runs(values: Ints) -> Iterator[tuple[int, int, int]]:
+    """(value, start, stop) of each run of equal values."""
+    if len(values):
+        starts = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist()]
+        yield from zip(values[starts].tolist(), starts, [*starts[1:], len(values)], strict=True)
+
+
+def _schema(read: Inputs) -> pa.Schema:
+    """Events in a task. `user` and `item` are places in the bucket's users and in the catalogue."""
+    own = [("user", pa.int32()), ("item", pa.int32()), ("time", pa.int64()), ("source_order", pa.int64())]
+    return pa.schema([*own, *((name, INTERACTIONS.schema.field(name).type) for name in read.columns)])
+
+
+def _read_events(users: pa.Array, bucket: int, catalogue: Catalogue, read: Inputs) -> Iterator[pa.RecordBatch]:
+    """The bucket's events of these users with items of the catalogue, in the order of the files."""
+    schema = _schema(read)
+    for chunk in _chunks(bucket, read):
+        user, item = _places(chunk["user"], users), _places(chunk["item"], catalogue.item)
+        known = (user >= 0) & (item >= 0)
+        if not known.all():
+            user, item, chunk = user[known], item[known], chunk.filter(pa.array(known))
+        rest = [_whole(chunk[name]) for name in schema.names[2:]]
+        yield pa.record_batch([pa.array(user), pa.array(item), *rest], schema=schema)
+
+
+def _chunks(bucket: int, read: Inputs) -> Iterator[pa.Table]:
+    """The bucket's part of the log in tables of about CHUNK_EVENTS rows. Ids come as dictionaries."""
+    filesystem = table_filesystem(read.lake, INTERACTIONS)
+    columns = ["user", "item", "time", "source_order", *read.columns]
+    waiting: list[pa.Table] = []
+    for path in read.log.get(bucket, ()):
+        with _named(INTERACTIONS, path), filesystem.open_input_file(path) as source:
+            file = pq.ParquetFile(source, read_dictionary=["user", "item"])
+            for group in range(file.num_row_groups):
+                waiting.append(file.read_row_group(group, columns=columns, use_threads=False))
+                if sum(len(table) for table in waiting) >= CHUNK_EVENTS:
+                    yield pa.concat_tables(waiting)
+                    waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _places(column: pa.ChunkedArray, known: pa.Array) -> npt.NDArray[np.int32]:
+    """Where in `known` the values of a dictionary column stand, -1 for those it lacks."""
+    coded = _whole(column.unify_dictionaries())
+    place = pc.index_in(coded.dictionary, value_set=known).fill_null(-1).to_numpy(zero_copy_only=False)
+    found: npt.NDArray[np.int32] = place[coded.indices.to_numpy()]
+    return found
+
+
+def _scatter(
+    events: Iterable[pa.RecordBatch], parts: Sequence[tuple[int, int]], paths: Sequence[Path], read: Inputs
+) -> None:
+    """Events to the file of their user's part."""
+    starts = np.array([start for start, _ in parts])
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(pa.ipc.new_stream(str(path), _schema(read))) for path in paths]
+        for batch in events:
+            part_of_row = np.searchsorted(starts, batch["user"].to_numpy(), "right") - 1
+            order = np.argsort(part_of_row.astype(np.int16), kind="stable")
+            for part, start, stop in runs(part_of_row[order]):
+                writers[part].write_batch(batch.take(pa.array(order[start:stop])))
+
+
+def _histories(
+    events: Iterable[pa.RecordBatch], users: Ints, catalogue: Catalogue, read: Inputs, *, first: int = 0
+) -> Histories:
+    """The newest `max_events` of each user, sorted. `first`: the place that events call the first of `users`."""
+    held: list[pa.RecordBatch] = []
+    num_held, limit = 0, PART_EVENTS
+    for batch in events:
+        held.append(batch)
+        num_held += len(batch)
+        if num_held > limit:
+            held = [_newest(_joined(held, read), read.max_events)]
+            num_held = len(held[0])
+            limit = max(PART_EVENTS, num_held + CHUNK_EVENTS)
+    kept = _newest(_joined(held, read), read.max_events)
+    del held
+    user = kept["user"].to_numpy() - np.int32(first)
+    order = time_order(user, kept["time"].to_numpy(), kept["source_order"].to_numpy())
+    item = kept["item"].to_numpy()[order]
+    return Histories(
+        users=users,
+        user=user[order],
+        item=catalogue.index[item],
+        bits=catalogue.bits[item],
+        time=kept["time"].to_numpy()[order],
+        more={name: kept[name].take(pa.array(order)) for name in read.columns},
+    )
+
+
+def _joined(batches: list[pa.RecordBatch], read: Inputs) -> pa.RecordBatch:
+    return pa.concat_batches(batches) if batches else pa.RecordBatch.from_pylist([], schema=_schema(read))
+
+
+def _newest(events: pa.RecordBatch, most: int) -> pa.RecordBatch:
+    """The newest `most` events of each user, in the order they came."""
+    user = events["user"].to_numpy()
+    excess = np.maximum(np.bincount(user) - most, 0) if len(user) else np.zeros(0, np.int64)
+    if not excess.any():
+        return events
+    rows = np.flatnonzero(excess[user] > 0)
+    of_row = events.take(pa.array(rows))
+    rows = rows[time_order(user[rows], of_row["time"].to_numpy(), of_row["source_order"].to_numpy())]
+    keep = np.ones(len(user), bool)
+    for place, start, _ in runs(user[rows]):
+        keep[rows[start : start + excess[place]]] = False
+    return events.filter(pa.array(keep))
+
+
+def time_order(user: Ints, time: Ints, source_order: Ints) -> npt.NDArray[np.int64]:
+    """The order of rows by user (≥ 0), time and source_order.
+
+    One sort of 64-bit numbers that hold the user and as much of the time as there is room for, then one by all of the
+    rest where these numbers are equal: a third of the time of a sort by three keys.
+    """
+    if not len(user):
+        return np.zeros(0, np.int64)
+    since = (time - time.min()).view(np.uint64)  # also where the difference is no int64
+    since //= max(np.gcd.reduce(since), np.uint64(1))  # times are often whole seconds
+    bits = int(since.max()).bit_length()
+    room = 64 - int(user.max()).bit_length()
+    key = since >> np.uint64(max(bits - room, 0))
+    if room < 64:
+        key |= user.astype(np.uint64) << np.uint64(min(bits, room))
+    order = np.argsort(key)
+    key = key[order]
+    equal = key[1:] == key[:-1]
+    if equal.any():
+        tied = np.zeros(len(key), bool)
+        tied[1:] |= equal
+        tied[:-1] |= equal
+        at = np.flatnonzero(tied)
+        rows = order[at]
+        order[at] = rows[np.lexsort((source_order[rows], time[rows], key[at]))]
+    return order
+
+
+def _read(lake: str, table: Table, path: str, columns: list[str]) -> pa.Table:
+    with _named(table, path), table_filesystem(lake, table).open_input_file(path) as source:
+        return pq.ParquetFile(source).read(columns, use_threads=False)
+
+
+@contextlib.contextmanager
+def _named(table: Table, path: str) -> Iterator[None]:
+    """Name the file that can't be read."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise GraftrecError(
+            f"{table.name}: {path} can't be read ({reason}); restore it, or make the table anew"
+        ) from None
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece."""
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])
