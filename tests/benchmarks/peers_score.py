@@ -1,0 +1,77 @@
+"""Scoring beside RecTools: the 100 best items of every user, the whole catalogue scored, what was seen left out.
+
+The same architecture and log as in `peers_train`; the weights are random, which changes no arithmetic. Both begin with
+the histories in memory and end with ids and scores.
+"""
+
+import time
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+from tests.benchmarks.__main__ import Options
+from tests.benchmarks.environments import PEERS, pythons
+from tests.benchmarks.harness import Case, Numbers, Report, alternate, median
+from tests.benchmarks.movielens import movielens
+from tests.benchmarks.peers_train import ARCHITECTURE, ours
+from trainer.baselines import Histories
+from trainer.scoring import Scorer, top_k
+
+K = 100
+USERS_PER_BATCH = 512
+BAR = 5.0
+
+
+def measure(report: Report, options: Options) -> None:
+    what = f"users/s over {PEERS['rectools']}"
+    python, missing = pythons(options.work)
+    if "rectools" in missing:
+        report.skip(what, missing["rectools"])
+        return
+    log = movielens(options.data, options.work)
+    told = {**ARCHITECTURE, "train": str(log.train), "precision": "32-true", "k": K}
+    cases = [
+        Case("graftrec", "tests.benchmarks.peers_score:score", {"lake": str(log.lake), "k": K}),
+        Case("rectools", "tests/benchmarks/peers/rectools_score.py", told, python["rectools"]),
+    ]
+    found = alternate(cases, timeout=300)
+    speed = {name: median(rounds, "users_per_second") for name, rounds in found.items()}
+    report.table(
+        f"The {K} best unseen items of every user of {log.name}",
+        ["library", "version", "torch", "users/s", "graftrec is faster by", "peak GB"],
+        [
+            [name, rounds[0]["version"], rounds[0]["torch"], speed[name], speed["graftrec"] / speed[name],
+             median(rounds, "peak_bytes") / 2**30]
+            for name, rounds in found.items()
+        ],
+    )  # fmt: skip
+    report.bar(what, speed["graftrec"] / speed["rectools"], at_least=BAR)
+
+
+def score(*, lake: str, k: int) -> Numbers:
+    """Every user of the lake, in batches of like lengths."""
+    made = ours(lake=lake, **ARCHITECTURE)
+    read = made.loader.dataset.read_all()
+    rows = made.catalogue.rows(read.items).astype(np.int64)
+    everyone = Histories(read.users, read.offsets, rows, np.empty(0, np.int64)).until(read.valid_start)
+    scorer = Scorer(made.training.model, made.training.task)
+
+    def answer(histories: Histories) -> int:
+        """Global index and score of each user's best; their number."""
+        order = np.argsort(histories.lengths, kind="stable")
+        found = np.empty((len(histories), k), np.int64), np.empty((len(histories), k), np.float32)
+        for users in np.split(order, range(USERS_PER_BATCH, len(order), USERS_PER_BATCH)):
+            batch = histories.take(users)
+            best, scores = top_k(scorer.scores(batch), batch, k)
+            found[0][users], found[1][users] = made.catalogue.global_index[best], scores.numpy()
+        return int(np.isfinite(found[1]).sum())
+
+    answer(everyone.take(np.arange(256)))
+    begun = time.perf_counter()
+    answers = answer(everyone)
+    spent = time.perf_counter() - begun
+    return {
+        "users_per_second": len(everyone) / spent, "rows": answers, "version": version("graftrec"),
+        "torch": torch.__version__,
+    }  # fmt: skip
