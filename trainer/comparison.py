@@ -19,6 +19,7 @@ from trainer.baselines import Histories
 from trainer.contenders import Contender, EvaluateError, EvaluationSet
 from trainer.metrics import Convention, FloatArray, metrics_from_ranks
 from trainer.ranking import SINGLE, Score, metrics_of, ranks
+from trainer.scoring import Scores
 from trainer.stats import Comparison, bootstrap_interval, compare, holm
 
 RankArray = npt.NDArray[np.int32]
@@ -92,10 +93,18 @@ def evaluate_contenders(
 
 
 def _counting_nan(score: Score, broken: dict[Key, int], key: Key) -> Score:
-    def counted(histories: Histories) -> Tensor:
+    def counted(histories: Histories) -> Scores:
         scores = score(histories)
-        broken[key] += int(scores.isnan().sum())
-        return scores
+        met: set[int] = set()  # a block may be made twice
+
+        def columns(start: int, stop: int) -> Tensor:
+            block = scores.columns(start, stop)
+            if start not in met:
+                met.add(start)
+                broken[key] += int(block.isnan().sum())
+            return block
+
+        return Scores(scores.num_users, scores.num_rows, columns)
 
     return counted
 

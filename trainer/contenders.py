@@ -36,6 +36,7 @@ from trainer.data.dataset import (
     training_interactions,
 )
 from trainer.ranking import HeldOut, Part, Score, read_held_out, read_users, sampled
+from trainer.scoring import Scores
 
 IntArray = npt.NDArray[np.int64]
 
@@ -204,15 +205,22 @@ def model_contender(
     candidates = rows[known]
     width = len(asked.catalogue)
 
-    def score(histories: Histories) -> Tensor:
+    def score(histories: Histories) -> Scores:
         place = np.searchsorted(asked.users, histories.users)
         given = source.take(place) if reads_all else histories
         own = Histories(user_rows[place], given.offsets, item_rows[given.items], given.times)
-        scores_BV = torch.full((len(histories), width), -torch.inf)
-        if not len(known):
-            return scores_BV
-        scores_BV[:, torch.from_numpy(known)] = scorer.score(own.keep(own.items != UNK), candidates).float().cpu()
-        return scores_BV
+        if len(known) == 0:
+            return Scores.of(torch.full((1, 1), -torch.inf).expand(len(histories), width))
+        scores = scorer.scores(own.keep(own.items != UNK), candidates)
+
+        def columns(start: int, stop: int) -> Tensor:
+            first, last = np.searchsorted(known, [start, stop])
+            own_BC = scores.columns(first, last)
+            block = own_BC.new_full((len(histories), stop - start), -torch.inf)
+            block[:, torch.from_numpy(known[first:last] - start).to(block.device)] = own_BC
+            return block
+
+        return Scores(len(histories), width, columns)
 
     reads = "all domains, others until the first held-out item" if reads_all else asked.domain
     return Contender(
@@ -276,7 +284,7 @@ def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[C
     here = asked.input_anywhere
     last = f"last {config.last}"
     contenders = [
-        Contender("popularity", None, lambda given: popular.score(given, own_rows), "nothing"),
+        Contender("popularity", None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing"),
         _over("item-to-item", within, here, f"{last} of {asked.domain}", asked),
         _over("item-to-item, decayed", decayed, here, f"{asked.domain}, the n-th last weighs {config.decay}^n", asked),
     ]
@@ -301,9 +309,8 @@ def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[C
 def _over(label: str, scorer: Any, histories: Histories, reads: str, asked: EvaluationSet) -> Contender:
     """A baseline that reads its own histories of the asked users, as rows of all domains' catalogue."""
 
-    def score(given: Histories) -> Tensor:
-        scores: Tensor = scorer.score(histories.take(np.searchsorted(asked.users, given.users)), asked.own_rows)
-        return scores
+    def score(given: Histories) -> Scores:
+        return Scores.of(scorer.score(histories.take(np.searchsorted(asked.users, given.users)), asked.own_rows))
 
     return Contender(label, None, score, reads)
 

@@ -1,7 +1,6 @@
 """Ranks and ranking metrics of a batch of users, vectorised (survey 4.5, table 2).
 
-Shape letters: ``B`` users in the batch, ``V`` catalogue rows, ``R`` held-out items of a user (ragged, padded by -1),
-``N`` sampled negatives (ragged, padded by -1).
+Shape letters: ``B`` users in the batch, ``R`` held-out items of a user (ragged, padded by -1).
 
 Two conventions, which give different numbers and must never share a column:
 
@@ -33,51 +32,22 @@ PADDED = -1  # no held-out item in this place, or one that an earlier place alre
 MISSED = 0  # a held-out item that is no candidate: it can't be found at any rank
 
 
-def rank_targets(scores_BV: Tensor, targets_BR: Tensor, candidates_BV: Tensor | None = None) -> Tensor:
-    """Ranks int64 [B, R] of held-out items among the candidates: 1 = best, PADDED, or MISSED.
+def place_targets(above_BR: Tensor, scores_BR: Tensor, targets_BR: Tensor, is_candidate_BR: Tensor) -> Tensor:
+    """Ranks int64 [B, R] of held-out items: 1 = best, PADDED, or MISSED.
 
-    scores [B, V] floating; targets [B, R] int64 rows of the catalogue, -1 where padded; candidates [B, V] or [V] bool,
-    None: every row. Memory beside the input: two bool [B, V].
+    above [B, R]: how many competitors (candidates that are not held out) score not below each; scores [B, R] floating;
+    targets [B, R] int64 rows of the catalogue, -1 where padded. To its competitors a rank adds the target's place among
+    the user's own targets.
     """
-    competes_BV = torch.ones_like(scores_BV, dtype=torch.bool) if candidates_BV is None else candidates_BV
-    competes_BV = competes_BV.expand_as(scores_BV).clone()
-    places_BR = targets_BR.clamp(min=0)
-    is_candidate_BR = competes_BV.gather(1, places_BR)
-    # A held-out item competes with no other: padded places write False where True may have been, hence the restore.
-    first_B = competes_BV[:, :1].clone()
-    competes_BV.scatter_(1, places_BR, False)
-    competes_BV[:, :1] = first_B & ~(targets_BR == 0).any(1, keepdim=True)
-    return _ranks(scores_BV, competes_BV, scores_BV.gather(1, places_BR), targets_BR, is_candidate_BR)
-
-
-def rank_targets_among(scores_BV: Tensor, targets_BR: Tensor, negatives_BN: Tensor) -> Tensor:
-    """Ranks int64 [B, R] of held-out items among themselves and fixed negatives [B, N] (-1 where padded).
-
-    The protocols `uniform-100`, `popular-100` and `top-100`. A negative that is a held-out item is left out.
-    """
-    competes_BN = (negatives_BN >= 0) & ~(negatives_BN[:, :, None] == targets_BR[:, None, :]).any(2)
-    scores_BN = scores_BV.gather(1, negatives_BN.clamp(min=0))
-    targets = scores_BV.gather(1, targets_BR.clamp(min=0))
-    return _ranks(scores_BN, competes_BN, targets, targets_BR, torch.ones_like(targets_BR, dtype=torch.bool))
-
-
-def _ranks(
-    scores_BC: Tensor, competes_BC: Tensor, scores_BR: Tensor, targets_BR: Tensor, is_candidate_BR: Tensor
-) -> Tensor:
-    """Competitors not below each target, plus the target's place among the user's targets."""
     num_targets = targets_BR.shape[1]
     same_BRR = targets_BR[:, :, None] == targets_BR[:, None, :]
     earlier_RR = torch.ones(num_targets, num_targets, dtype=torch.bool, device=targets_BR.device).tril(-1)
     repeated_BR = (same_BRR & earlier_RR).any(2)
     counts_BR = (targets_BR >= 0) & is_candidate_BR & ~repeated_BR
-    ranks_BR = torch.ones_like(targets_BR)
-    for r in range(num_targets):  # one target at a time, so that memory stays B x C
-        # "not less" rather than "greater or equal": a NaN on either side counts against the target.
-        ranks_BR[:, r] += ((scores_BC < scores_BR[:, r, None]).logical_not_() & competes_BC).sum(1)
     # Order among the user's own targets: by score, NaN last, then by place.
     key_BR = torch.where(scores_BR.isnan(), -torch.inf, scores_BR)
-    above_BRR = (key_BR[:, None, :] > key_BR[:, :, None]) | ((key_BR[:, None, :] == key_BR[:, :, None]) & earlier_RR)
-    ranks_BR += (above_BRR & counts_BR[:, None, :]).sum(2)
+    over_BRR = (key_BR[:, None, :] > key_BR[:, :, None]) | ((key_BR[:, None, :] == key_BR[:, :, None]) & earlier_RR)
+    ranks_BR = 1 + above_BR + (over_BRR & counts_BR[:, None, :]).sum(2)
     ranks_BR = torch.where(counts_BR, ranks_BR, MISSED)
     return torch.where((targets_BR < 0) | repeated_BR, PADDED, ranks_BR)
 

@@ -5,7 +5,7 @@ wherever it is printed. Everything is in *rows* of one catalogue: rows below FIR
 candidates.
 
 Shape letters: ``U`` users, ``B`` users of a batch, ``V`` rows of the catalogue, ``R`` held-out items of a user (ragged,
-padded by -1), ``N`` negatives of a user (ragged, padded by -1).
+padded by -1), ``N`` negatives of a user (ragged, padded by -1), ``P`` pairs of a user and a row.
 
 Protocols: ``full`` ranks the held-out items among every item of the catalogue less those in the user's input;
 ``uniform-100``, ``popular-100`` and ``top-100`` rank them among themselves and the user's fixed negatives. Metrics are
@@ -29,15 +29,15 @@ from etl import tables
 from etl.tables import FIRST_INDEX, UNK
 from trainer.baselines import Histories
 from trainer.data.dataset import Catalogue, DataError, Release, SequenceDataset, Sequences
-from trainer.metrics import KS, FloatArray, metrics_from_ranks, rank_targets, rank_targets_among
+from trainer.metrics import KS, FloatArray, metrics_from_ranks, place_targets
+from trainer.scoring import Scores
 
 IntArray = npt.NDArray[np.int64]
 Part = Literal["validation", "test"]
-Score = Callable[[Histories], Tensor]  # histories in rows -> [B, V]
+Score = Callable[[Histories], Scores]  # histories in rows -> [B, V]
 
 FULL = "full"
 SINGLE = "single/"  # prefix of metrics of the convention `single`
-SCORES_PER_BATCH = 1 << 26  # at most; 4 bytes each, so that a large catalogue makes batches smaller, not memory larger
 
 
 @dataclass(frozen=True)
@@ -140,31 +140,82 @@ def rank(
 
 
 def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: bool = False) -> dict[str, IntArray]:
-    """Protocol -> ranks int64 [U, R] of the held-out items (see `trainer.metrics.rank_targets`). One scoring pass.
+    """Protocol -> ranks int64 [U, R] of the held-out items (see `trainer.metrics.place_targets`).
 
-    `score` maps histories (rows) to scores [B, V] on any device. Users are batched by length, to spare padding. Memory:
-    that of one batch beside the result. Ties count against the held-out item, and so does a score that is NaN.
+    Users are batched by length, to spare padding. Memory: that of a batch and a block of its scores, beside the result,
+    whatever the catalogue. Where a batch's scores are more than one block they are made twice: once for those of the
+    held-out items, once to count what is not below them. Ties count against the held-out item, and so does a score that
+    is NaN.
     """
     order = np.argsort(held_out.histories.lengths, kind="stable")
-    height = max(1, min(batch_size, SCORES_PER_BATCH // held_out.num_rows))
     found = {protocol: np.empty_like(held_out.targets) for protocol in held_out.protocols}
+    drawn = [protocol for protocol in held_out.protocols if protocol != FULL]
+    num_targets = held_out.targets.shape[1]
     bar = tqdm(total=len(held_out), unit=" users", desc="ranking", disable=not progress, leave=False)
-    for start in range(0, len(order), height):
-        users = order[start : start + height]
+    for start in range(0, len(order), batch_size):
+        users = order[start : start + batch_size]
         histories = held_out.histories.take(users)
-        scores_BV = score(histories).detach()
-        targets_BR = torch.from_numpy(held_out.targets[users]).to(scores_BV.device)
-        for protocol, ranks_UR in found.items():
-            if protocol == FULL:
-                candidates_BV = _candidates(histories, held_out.num_rows).to(scores_BV.device)
-                ranks_BR = rank_targets(scores_BV, targets_BR, candidates_BV)
-            else:
-                negatives_BN = torch.from_numpy(held_out.negatives[protocol][users]).to(scores_BV.device)
-                ranks_BR = rank_targets_among(scores_BV, targets_BR, negatives_BN)
-            ranks_UR[users] = ranks_BR.cpu().numpy()
+        scores = score(histories)
+        asked = [torch.from_numpy(held_out.negatives[protocol][users]) for protocol in drawn]
+        targets_BR = torch.from_numpy(held_out.targets[users])
+        parts = scores.gather(torch.cat([targets_BR, *asked], 1), FIRST_INDEX).split(
+            [num_targets, *(negatives_BN.shape[1] for negatives_BN in asked)], dim=1
+        )
+        for protocol, negatives_BN, scores_BN in zip(drawn, asked, parts[1:], strict=True):
+            device = scores_BN.device
+            ranks_BR = rank_among(parts[0], targets_BR.to(device), scores_BN, negatives_BN.to(device))
+            found[protocol][users] = ranks_BR.cpu().numpy()
+        if FULL in found:
+            found[FULL][users] = rank_in_full(scores, parts[0], targets_BR, histories, FIRST_INDEX).cpu().numpy()
         bar.update(len(users))
     bar.close()
     return found
+
+
+@torch.inference_mode()
+def rank_in_full(scores: Scores, scores_BR: Tensor, targets_BR: Tensor, left_out: Histories, first: int) -> Tensor:
+    """Ranks int64 [B, R] of held-out items among all rows from `first` but those `left_out`.
+
+    `scores_BR`: the held-out items' (`scores.gather`). Competitors are counted block by block: all that are not below,
+    less those of them that don't compete, which are few.
+    """
+    B, device = len(targets_BR), scores_BR.device
+    owner = np.concatenate([np.repeat(np.arange(B), left_out.lengths), np.arange(B).repeat(targets_BR.shape[1])])
+    rows = np.concatenate([left_out.items, targets_BR.numpy().ravel()])
+    given = left_out.offsets[-1]
+    not_candidates = owner[:given] * scores.num_rows + rows[:given]
+    targets = owner[given:] * scores.num_rows + rows[given:]
+    is_candidate_BR = ((rows[given:] >= first) & ~np.isin(targets, not_candidates)).reshape(targets_BR.shape)
+    apart = np.unique((owner * scores.num_rows + rows)[rows >= first])  # each pair once, though it be left out twice
+    owner_P, rows_P = (torch.from_numpy(part).to(device) for part in np.divmod(apart, scores.num_rows))
+    above_BR = torch.zeros(targets_BR.shape, dtype=torch.long, device=device)
+    for start, block in scores.blocks(first):
+        here = (rows_P >= start) & (rows_P < start + block.shape[1])
+        owner_N, scores_N = owner_P[here], block[owner_P[here], rows_P[here] - start]
+        for r in range(targets_BR.shape[1]):  # one target at a time, so that memory stays that of a block
+            # "not below" rather than "above or equal": a NaN on either side counts against the target.
+            apart_N = ~(scores_N < scores_BR[owner_N, r])
+            above_BR[:, r] += block.shape[1] - _count(block < scores_BR[:, r, None])
+            above_BR[:, r] -= torch.bincount(owner_N[apart_N], minlength=B)
+    targets_BR = targets_BR.to(device)
+    return place_targets(above_BR, scores_BR, targets_BR, torch.from_numpy(is_candidate_BR).to(device))
+
+
+def rank_among(scores_BR: Tensor, targets_BR: Tensor, scores_BN: Tensor, negatives_BN: Tensor) -> Tensor:
+    """Ranks int64 [B, R] of held-out items among themselves and fixed negatives [B, N] (-1 where padded).
+
+    The protocols `uniform-100`, `popular-100` and `top-100`. A negative that is a held-out item is left out.
+    """
+    competes_BN = (negatives_BN >= 0) & ~(negatives_BN[:, :, None] == targets_BR[:, None, :]).any(2)
+    above_BR = (~(scores_BN[:, :, None] < scores_BR[:, None, :]) & competes_BN[:, :, None]).sum(1)
+    return place_targets(above_BR, scores_BR, targets_BR, torch.ones_like(targets_BR, dtype=torch.bool))
+
+
+def _count(flags_BV: Tensor) -> Tensor:
+    """How many of each user are set, [B]; numpy counts bits 5 times as fast as torch."""
+    if flags_BV.device.type != "cpu":
+        return flags_BV.sum(1)
+    return torch.from_numpy(np.count_nonzero(flags_BV.numpy(), axis=1))
 
 
 def metrics_of(ranks_UR: IntArray, *, ks: Sequence[int] = KS) -> dict[str, FloatArray]:
@@ -172,15 +223,6 @@ def metrics_of(ranks_UR: IntArray, *, ks: Sequence[int] = KS) -> dict[str, Float
     given = torch.from_numpy(ranks_UR)
     single = metrics_from_ranks(given, convention="single", ks=ks)
     return metrics_from_ranks(given, ks=ks) | {SINGLE + name: values for name, values in single.items()}
-
-
-def _candidates(histories: Histories, num_rows: int) -> Tensor:
-    """Bool [B, V]: every item less the user's input."""
-    candidates_BV = torch.ones(len(histories), num_rows, dtype=torch.bool)
-    candidates_BV[:, :FIRST_INDEX] = False
-    owner = np.repeat(np.arange(len(histories)), histories.lengths)
-    candidates_BV[torch.from_numpy(owner), torch.from_numpy(histories.items)] = False
-    return candidates_BV
 
 
 def _bounds(sequences: Sequences, part: Part) -> tuple[IntArray, IntArray]:

@@ -15,6 +15,7 @@
 A malformed request gets a 400. This module knows nothing of MLflow; `served.py` is what MLflow runs.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from trainer.artifact import Artifact, load_artifact
 from trainer.baselines import Histories
 from trainer.config import GraftrecError
 from trainer.data.dataset import IntArray
+from trainer.scoring import Scores, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
 BATCH_SIZE = 256  # histories scored at once
@@ -57,18 +59,27 @@ class Answer:
     version: str
 
 
-def top_k(scores_BV: Tensor, seen: Histories, k: int) -> tuple[IntArray, Tensor]:
-    """Rows [B, K] and scores [B, K] of the best rows not in `seen` (rows), K = min(k, V); -inf where there are no more.
+class Shortlist:
+    """The best rows for histories: the model's, and for an empty history the popular ones."""
 
-    Equal scores are in order of rows. Changes `scores_BV`.
-    """
-    owner = np.repeat(np.arange(len(seen)), seen.lengths)
-    scores_BV[torch.from_numpy(owner), torch.from_numpy(seen.items)] = -torch.inf
-    scores_BV[:, :FIRST_INDEX] = -torch.inf
-    best, rows = scores_BV.topk(min(k, scores_BV.shape[1]), sorted=False)
-    rows, order = rows.sort(dim=1)
-    best, second = best.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return rows.gather(1, second).numpy(), best
+    def __init__(self, artifact: Artifact) -> None:
+        self._scorer = artifact.scorer()
+        self._popularity = Scores.of(torch.from_numpy(artifact.popularity.astype(np.float32))[None])
+        self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
+
+    def best(self, histories: Histories, k: int) -> tuple[IntArray, Tensor]:
+        """Rows [B, K] and scores [B, K] that are not in the history, best first; see `trainer.scoring.top_k`."""
+        rows, scores = self._popular(k)
+        rows_BK, scores_BK = rows.repeat(len(histories), axis=0), scores.repeat(len(histories), 1)
+        asked = np.flatnonzero(histories.lengths > 0)
+        if len(asked):
+            own = histories.take(asked)
+            rows_BK[asked], scores_BK[torch.from_numpy(asked)] = top_k(self._scorer.scores(own), own, k)
+        return rows_BK, scores_BK
+
+    def _popular_rows(self, k: int) -> tuple[IntArray, Tensor]:
+        none = np.empty(0, dtype=np.int64)
+        return top_k(self._popularity, Histories(np.array([UNK]), np.zeros(2, np.int64), none, none), k)
 
 
 class Recommender:
@@ -76,7 +87,7 @@ class Recommender:
 
     def __init__(self, artifact: Artifact, version: str) -> None:
         self.artifact, self.version = artifact, version
-        self._scorer = artifact.scorer()
+        self._shortlist = Shortlist(artifact)
         self._row_of = {raw: row for row, raw in enumerate(artifact.catalogue.raw_ids) if row >= FIRST_INDEX}
 
     @classmethod
@@ -103,11 +114,7 @@ class Recommender:
             np.empty(0, dtype=np.int64),
         )
         has_history = histories.lengths > 0
-        scores = torch.from_numpy(self.artifact.popularity.astype(np.float32)).repeat(len(requests), 1)
-        asked = np.flatnonzero(has_history)
-        if len(asked):
-            scores[torch.from_numpy(asked)] = self._scorer.score(histories.take(asked))
-        best_rows, best = top_k(scores, histories, k)
+        best_rows, best = self._shortlist.best(histories, k)
         return [
             self._one(request, history, best_rows[place], best[place], "model" if has_history[place] else "popular")
             for place, (request, history) in enumerate(zip(requests, rows, strict=True))

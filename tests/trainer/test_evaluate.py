@@ -28,6 +28,7 @@ from trainer.contenders import (
 )
 from trainer.data.dataset import Catalogue, pin
 from trainer.metrics import means
+from trainer.scoring import Scores
 from trainer.stats import compare
 
 FAST = EvaluationConfig(protocols=("full", "uniform-100"))
@@ -54,7 +55,7 @@ def models(tiny_lake, tmp_path_factory):
 def fixed(label, seed, values, *, is_model=True):
     """A contender that gives every user the scores [V] `values`."""
     scores = torch.as_tensor(values, dtype=torch.float32)
-    return Contender(label, seed, lambda histories: scores.expand(len(histories), -1), "nothing", is_model)
+    return Contender(label, seed, lambda histories: Scores.of(scores.expand(len(histories), -1)), "nothing", is_model)
 
 
 def noise(asked, seed):
@@ -130,7 +131,7 @@ def test_item_to_item_is_the_sum_of_cosines_counted_by_hand(tiny_lake, asked, ev
         for row in rows_of(tiny_lake, "sequences", split="last-5", domain="all")
         for item, time in zip(row["items"], row["times"], strict=True)
     }
-    scores = found.score(asked.held_out.histories)
+    scores = found.score(asked.held_out.histories).whole()
     candidates = asked.catalogue.global_index[FIRST_INDEX:].tolist()
     for n in (0, 17, 53):
         user = int(asked.users[n])
@@ -144,7 +145,7 @@ def test_item_to_item_is_the_sum_of_cosines_counted_by_hand(tiny_lake, asked, ev
 
 def test_popularity_is_the_training_parts_count(tiny_lake, asked):
     (popular,) = [c for c in baseline_contenders(asked, BaselinesConfig()) if c.label == "popularity"]
-    assert popular.score(asked.held_out.histories)[0].tolist() == popularity_of(tiny_lake).tolist()
+    assert popular.score(asked.held_out.histories).whole()[0].tolist() == popularity_of(tiny_lake).tolist()
 
 
 def test_baselines_of_a_lone_domain_have_no_other_to_read(tiny_lake):
@@ -167,7 +168,7 @@ def test_model_is_scored_as_its_own_scorer_scores_it(asked, models):
     histories = asked.held_out.histories
     rows = np.array([artifact.users[raw] for raw in asked.raw_users])
     expected = artifact.scorer().score(dataclasses.replace(histories, users=rows))
-    assert torch.equal(contender.score(histories)[:, FIRST_INDEX:], expected[:, FIRST_INDEX:])
+    assert torch.equal(contender.score(histories).whole()[:, FIRST_INDEX:], expected[:, FIRST_INDEX:])
 
 
 def test_model_meets_items_and_users_by_raw_id(asked, models):
@@ -186,8 +187,8 @@ def test_model_meets_items_and_users_by_raw_id(asked, models):
     )
     other = dataclasses.replace(shuffled, catalogue=renamed)
     histories = asked.held_out.histories
-    scores = model_contender(artifact, asked).score(histories)
-    assert model_contender(other, asked).score(histories).numpy() == pytest.approx(scores.numpy(), abs=1e-6)
+    scores = model_contender(artifact, asked).score(histories).whole()
+    assert model_contender(other, asked).score(histories).whole().numpy() == pytest.approx(scores.numpy(), abs=1e-6)
 
 
 def test_model_that_lacks_items_ranks_them_last(asked, models):
@@ -201,7 +202,7 @@ def test_model_that_lacks_items_ranks_them_last(asked, models):
             ],
         ),
     )
-    scores = model_contender(lacking, asked).score(asked.held_out.histories)
+    scores = model_contender(lacking, asked).score(asked.held_out.histories).whole()
     known = np.arange(FIRST_INDEX, len(asked.catalogue)) % 2 == 1
     assert torch.isneginf(scores[:, FIRST_INDEX:][:, ~known]).all()
     assert torch.isfinite(scores[:, FIRST_INDEX:][:, known]).all()
@@ -209,7 +210,7 @@ def test_model_that_lacks_items_ranks_them_last(asked, models):
 
 def test_model_without_a_user_table_is_scored_with_the_unknown_user(asked, models):
     without = load_artifact(models["deep-0"], users=False)
-    scores = model_contender(without, asked).score(asked.held_out.histories)
+    scores = model_contender(without, asked).score(asked.held_out.histories).whole()
     assert torch.isfinite(scores[:, FIRST_INDEX:]).all()
 
 
@@ -225,10 +226,10 @@ def test_model_of_all_domains_reads_what_came_before_everywhere(tiny_lake, asked
     met = {}
 
     class Watching:
-        def score(self, histories, candidates):
+        def scores(self, histories, candidates):
             for n, user in enumerate(histories.users.tolist()):
                 met[user] = histories.items[histories.offsets[n] : histories.offsets[n + 1]].tolist()
-            return torch.zeros(len(histories), len(candidates))
+            return Scores.of(torch.zeros(len(histories), len(candidates)))
 
     watched = dataclasses.replace(artifact)
     object.__setattr__(watched, "scorer", lambda device: Watching())

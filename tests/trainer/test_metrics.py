@@ -7,8 +7,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from dense import rank_targets, rank_targets_among
 
-from trainer.metrics import KS, MISSED, PADDED, means, metrics_from_ranks, rank_targets, rank_targets_among
+from trainer.metrics import KS, MISSED, PADDED, means, metrics_from_ranks
 
 
 def log2(x):

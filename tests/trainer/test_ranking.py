@@ -6,11 +6,13 @@ import deltalake
 import numpy as np
 import pytest
 import torch
+from dense import dense, rank_targets, ranks_by_listing
 from folders import popularity_of
 from lakes import PROTOCOLS, build_tiny_lake
 from ranx import Qrels, Run, evaluate
 
 from etl.tables import FIRST_INDEX
+from trainer import scoring
 from trainer.data.dataset import DataError, pin, read_catalogue
 from trainer.metrics import means
 from trainer.ranking import rank, ranks, read_held_out
@@ -47,7 +49,7 @@ def asked(lake, part="test", protocols=("full",), domain="target", **settings):
 def random_score(num_rows, seed=0):
     """A random but fixed score of each user and row, ties included."""
     table = torch.from_numpy(np.random.default_rng(seed).integers(0, 40, (200, num_rows)).astype(np.float32))
-    return lambda histories: table[torch.from_numpy(histories.users)]
+    return dense(lambda histories: table[torch.from_numpy(histories.users)])
 
 
 # --- what is asked ---------------------------------------------
@@ -125,7 +127,7 @@ def test_read_held_out_of_an_unknown_split_names_the_known(tiny_lake):
 def test_rank_agrees_with_ranx(tiny_lake, protocol, part):
     catalogue, held_out = asked(tiny_lake, part, (protocol,), "all")
     scores = torch.from_numpy(np.random.default_rng(3).normal(size=(200, len(catalogue))))
-    ours = means(rank(lambda h: scores[torch.from_numpy(h.users)], held_out, batch_size=7)[protocol])
+    ours = means(rank(dense(lambda h: scores[torch.from_numpy(h.users)]), held_out, batch_size=7)[protocol])
     expected = literal(tiny_lake, "last-5", "all", part)
     kept = set(catalogue.global_index[FIRST_INDEX:].tolist())
     negatives = {
@@ -157,7 +159,7 @@ def test_rank_of_a_known_order_is_the_fraction_made_by_hand(tiny_lake):
         scores[0, others[place]] = 10 - 2 * place
     scores[0, :FIRST_INDEX] = 100  # reserved rows are no candidates
     scores[0, one.histories.items] = 100  # nor is what was read
-    metrics = rank(lambda histories: scores, one)["full"]
+    metrics = rank(dense(lambda histories: scores), one)["full"]
     ideal = 1 + 1 / math.log2(3) + 0.5
     assert metrics["NDCG@10"][0] == pytest.approx((1 / math.log2(3) + 1 / math.log2(5) + 1 / math.log2(7)) / ideal)
     assert metrics["Recall@5"][0] == pytest.approx(2 / 3)
@@ -190,14 +192,14 @@ def test_rank_scores_each_user_once_with_its_own_history(tiny_lake):
             met.append(user)
         return torch.zeros(len(histories), len(catalogue))
 
-    rank(score, held_out, batch_size=8)
+    rank(dense(score), held_out, batch_size=8)
     assert sorted(met) == held_out.users.tolist()
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("-inf")])
 def test_rank_of_a_scorer_that_says_nothing_finds_nothing(tiny_lake, value):
     catalogue, held_out = asked(tiny_lake, protocols=EVERY)
-    ranked = rank(lambda h: torch.full((len(h), len(catalogue)), value), held_out)
+    ranked = rank(dense(lambda h: torch.full((len(h), len(catalogue)), value)), held_out)
     assert all(means(metrics)["NDCG@1"] == 0 for metrics in ranked.values())
 
 
@@ -208,13 +210,13 @@ def test_rank_misses_a_held_out_item_that_was_read(tiny_lake):
     one.targets[0, 0] = one.histories.items[-1]
     scores = torch.zeros(1, len(catalogue))
     scores[0, one.targets[0, 0]] = 9
-    assert ranks(lambda h: scores, one)["full"][0, 0] == 0
+    assert ranks(dense(lambda h: scores), one)["full"][0, 0] == 0
 
 
 def test_rank_by_popularity_is_the_baseline_counted_by_hand(tiny_lake):
     catalogue, held_out = asked(tiny_lake)
     counts = popularity_of(tiny_lake)
-    ranked = ranks(lambda h: torch.from_numpy(counts).float().expand(len(h), -1), held_out)["full"]
+    ranked = ranks(dense(lambda h: torch.from_numpy(counts).float().expand(len(h), -1)), held_out)["full"]
     for user, (given, wanted, _) in literal(tiny_lake, "last-5", "target", "test").items():
         n = int(np.searchsorted(held_out.users, user))
         read, targets = catalogue.rows(np.array(given)).tolist(), catalogue.rows(np.array(wanted)).tolist()
@@ -223,3 +225,41 @@ def test_rank_by_popularity_is_the_baseline_counted_by_hand(tiny_lake):
             above = sum(counts[rival] >= counts[target] for rival in rivals)
             tied = sum(counts[other] == counts[target] for other in targets[: targets.index(target)])
             assert found == 1 + above + tied + sum(counts[other] > counts[target] for other in targets)
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 59, 60, 61])
+@pytest.mark.parametrize("kind", ["distinct", "tied", "broken"])
+def test_ranks_are_places_in_a_list_however_the_catalogue_is_cut(monkeypatch, kind, width):
+    """V around the borders of blocks, ties across them, repeats in the input, held-out items that were read, NaN."""
+    random = np.random.default_rng(width)
+    B, V, R = 30, 60, 4
+    scores = random.integers(0, 5 if kind == "tied" else 10_000, (B, V)).astype(np.float32)
+    if kind == "broken":
+        scores[random.random((B, V)) < 0.2] = np.nan
+        scores[random.random((B, V)) < 0.1] = -np.inf
+        scores[random.random((B, V)) < 0.1] = np.inf
+    targets = torch.from_numpy(random.integers(-1, V, (B, R)))
+    candidates = torch.from_numpy(random.random((B, V)) < 0.8)
+    monkeypatch.setattr(scoring, "SCORES_PER_BLOCK", width * B)
+    found = rank_targets(torch.from_numpy(scores), targets, candidates)
+    assert torch.equal(found, ranks_by_listing(scores, targets, candidates))
+
+
+def test_ranks_hold_no_more_scores_than_a_block(tiny_lake, monkeypatch):
+    catalogue, held_out = asked(tiny_lake, protocols=EVERY)
+    whole = ranks(random_score(len(catalogue)), held_out)
+    monkeypatch.setattr(scoring, "SCORES_PER_BLOCK", 16 * 5)
+    widths = set()
+
+    def narrow(histories):
+        scores = random_score(len(catalogue))(histories)
+
+        def columns(start, stop):
+            widths.add(stop - start)
+            return scores.columns(start, stop)
+
+        return scoring.Scores(scores.num_users, scores.num_rows, columns)
+
+    found = ranks(narrow, held_out, batch_size=16)
+    assert all((found[protocol] == whole[protocol]).all() for protocol in EVERY)
+    assert max(widths) * 16 <= scoring.SCORES_PER_BLOCK * 3, "the last batch is smaller, its blocks wider"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from folders import write_model
 from stores import enter_store
 
@@ -20,7 +19,7 @@ from etl.tables import FIRST_INDEX, UNK
 from trainer.artifact import load_artifact
 from trainer.baselines import Histories
 from trainer.registry import CHAMPION, Registry
-from trainer.serving import Recommender, Request, RequestError, parse, top_k
+from trainer.serving import Recommender, Request, RequestError, parse
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +114,6 @@ def test_a_model_without_its_user_table_answers(folder, artifact):
     anonymous = Recommender(load_artifact(folder, users=False), "graftrec/3")
     answer = anonymous.answer([Request(raw(artifact, 6, 8), "u007")])[0]
     assert len(answer.items) == 10
-
-
-def test_equal_scores_are_in_order_of_rows():
-    scores = torch.zeros(1, FIRST_INDEX + 6)
-    rows, best = top_k(scores, Histories(np.array([0]), np.array([0, 1]), np.array([6]), np.empty(0)), 9)
-    assert rows[0][:5].tolist() == [5, 7, 8, 9, 10]
-    assert torch.isfinite(best[0]).sum() == 5
 
 
 @pytest.mark.parametrize("k", [0, -1, 10_001])
