@@ -31,6 +31,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
+from pyspark.sql.window import Window
 
 from etl.commit import CommitConflict, Mode, Written, commit_files, landed, make_folder
 from etl.config import GraftrecError
@@ -151,18 +152,12 @@ def write(
     if done := landed(lake, table, app, app_version):
         return done
     _check_frame(frame, table)
-    through_arrow = local_path(lake) is None or engine_of(spark) == "sail"
-    if through_arrow:
-        frame = frame.select(*_columns(table))
+    if engine_of(spark) == "sail":
+        files = _write_arrow(_placed(frame, table), lake, table)
+    elif local_path(lake) is None:
+        files = _write_arrow(_sorted(frame, table), lake, table)
     else:
-        frame = frame.select(
-            *(_opaque(name) if name in table.partition_by else f"`{name}`" for name in table.schema.names)
-        )
-    if table.partition_by:
-        frame = frame.repartition(*table.partition_by)
-    if order := [*table.partition_by, *table.order]:
-        frame = frame.sortWithinPartitions(*order)
-    files = _write_arrow(frame, lake, table) if through_arrow else _write_local(frame, lake, table)
+        files = _write_local(_sorted(frame, table), lake, table)
     return commit_files(
         lake,
         table,
@@ -175,6 +170,22 @@ def write(
         partition_scope=partition_scope,
         transactions=transactions,
     )
+
+
+def _sorted(frame: DataFrame, table: Table) -> DataFrame:
+    """The rows of a partition together, each task's in the order of partitions, then the table's."""
+    frame = frame.select(*(_opaque(name) if name in table.partition_by else f"`{name}`" for name in table.schema.names))
+    if table.partition_by:
+        frame = frame.repartition(*table.partition_by)
+    order = [*table.partition_by, *table.order]
+    return frame.sortWithinPartitions(*order) if order else frame
+
+
+def _placed(frame: DataFrame, table: Table) -> DataFrame:
+    """As _sorted, for Sail, which drops a sort whose order no operator asks for: the rows with their places in it."""
+    window = Window.partitionBy(*table.partition_by) if table.partition_by else Window
+    place = F.row_number().over(window.orderBy(*(table.order or table.key)))
+    return frame.select(*_columns(table), place.alias("_place"))
 
 
 def _opaque(name: str) -> Column:

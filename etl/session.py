@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,6 +204,8 @@ def _sail(config: SparkConfig, name: str) -> SparkSession:
     for key, value in settings.items():
         os.environ.setdefault(f"SAIL_{key.replace('.', '__').upper()}", value)
     os.environ.setdefault("RUST_LOG", "error")
+    # Sail sorts the rows of a window without partitions in parallel, and merges.
+    warnings.filterwarnings("ignore", message=".*No Partition Defined for Window")
     server = SparkConnectServer("127.0.0.1", 0)
     server.start(background=True)
     atexit.register(server.stop)

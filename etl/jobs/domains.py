@@ -51,14 +51,12 @@ def check(domains: Sequence[DomainConfig]) -> None:
 
 
 def _meets(domain: DomainConfig) -> Column:
-    if domain.attribute is None:
-        values = F.col("categories")
-    else:
-        named = F.filter("attributes", lambda attribute: attribute["name"] == domain.attribute)
-        values = F.transform(named, lambda attribute: attribute["value"])
-
     def has(name: str) -> Column:
-        return F.array_contains(values, name)
+        if domain.attribute is None:
+            return F.array_contains("categories", name)
+        wanted = F.struct(F.lit(domain.attribute).alias("name"), F.lit(name).alias("value"))
+        # With a lambda Sail couldn't push the condition down to the files.
+        return F.coalesce(F.arrays_overlap("attributes", F.array(wanted)), F.lit(False))
 
     conditions = [~has(name) for name in domain.none_of] + [has(name) for name in domain.all_of]
     if domain.any_of:
