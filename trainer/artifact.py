@@ -10,7 +10,9 @@ manifest.json        SHA-256 of each file above; written last, so that a half-wr
 
 import hashlib
 import json
+import math
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from etl.tables import UNK
 from trainer.config import FinetuneConfig, PretrainConfig
 from trainer.data.dataset import Catalogue, Int32Array, Release
 from trainer.models import Bert4Rec, build_model
+from trainer.models.table import interleave
 from trainer.scoring import Scorer
 from trainer.tasks import Task, build_task
 
@@ -66,14 +69,17 @@ class Artifact:
 
 def save_artifact(
     folder: Path, *, config: PretrainConfig, release: Release, catalogue: Catalogue, popularity: npt.NDArray[np.int64],
-    knowledge: Int32Array, weights: dict[str, Tensor], metrics: dict[str, float], parent: str | None,
-    users: pa.Table | None,
+    knowledge: Int32Array, weights: Mapping[str, Tensor | Sequence[Tensor]], metrics: dict[str, float],
+    parent: str | None, users: pa.Table | None,
 ) -> str:  # fmt: skip
-    """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index."""
+    """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index.
+
+    `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
+    """
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    tensors = {name: _whole(parts, new / f"{name}.whole") for name, parts in weights.items()}
     user_table = tensors.pop(_USER_TABLE, None)
     save_file(tensors, new / WEIGHTS)
     described: dict[str, Any] = {
@@ -103,11 +109,24 @@ def save_artifact(
         save_file({_USER_TABLE: user_table}, new / USERS)
         if users is not None:
             pq.write_table(users.select(["user", "index"]), new / USER_IDS)
+    for scratch in new.glob("*.whole"):
+        scratch.unlink()
     digests = {path.name: _digest(path) for path in sorted(new.iterdir())}
     (new / MANIFEST).write_text(json.dumps(digests, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     return _hash(digests)
+
+
+def _whole(parts: Tensor | Sequence[Tensor], scratch: Path) -> Tensor:
+    """One tensor of its parts. It is put together in the file `scratch`, for it may be larger than memory."""
+    if isinstance(parts, Tensor) or len(parts) == 1:
+        one = parts if isinstance(parts, Tensor) else parts[0]
+        return one.detach().cpu().contiguous()
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    whole = torch.from_file(str(scratch), shared=True, size=math.prod(shape), dtype=parts[0].dtype).view(shape)
+    interleave(whole, parts)
+    return whole
 
 
 def load_artifact(folder: str | Path, *, device: str = "cpu", users: bool = True) -> Artifact:

@@ -41,7 +41,7 @@ class DataConfig(Section):
     split: str = "last-5"
     domain: str = "source"
     block_rows: int = Field(65_536, ge=1)  # sequences decoded and shuffled together
-    cache_bytes: int = Field(1 << 30, ge=0)  # decoded blocks are kept up to this size, read again beyond it
+    cache_bytes: int = Field(256 << 20, ge=0)  # decoded row groups are kept up to this size, others read each epoch
     unknown_users: float = Field(0.05, ge=0, lt=1)  # share of training sequences whose user is hidden
     window: Literal["last", "random"] = "random"  # which part of a sequence longer than the model is trained on
 
@@ -87,6 +87,12 @@ class LossConfig(Section):
     num_negatives: int = Field(1_024, ge=1)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
+    @model_validator(mode="after")
+    def _smoothing_has_a_catalogue(self) -> "LossConfig":
+        if self.kind == "sampled" and self.label_smoothing:
+            raise ValueError("label_smoothing is of the whole catalogue's softmax; set it to 0, or kind to full")
+        return self
+
 
 class MaskedItemConfig(Section):
     """Masked item prediction (3.2.1), masked as in 4.4."""
@@ -115,6 +121,10 @@ class TrainConfig(Section):
     min_epochs: int = Field(10, ge=0)  # before the tenth the loss sits at the popularity plateau
     patience: int = Field(8, ge=1)  # epochs without a better validation NDCG@10
     learning_rate: float = Field(1e-3, gt=0)
+    # Of item, user and entity tables. adamw: dense, as all else. rowwise: a step reads, changes and keeps state for the
+    # rows of its batch only, and the tables are shared out over the processes; for catalogues past memory's comfort.
+    table_optimizer: Literal["adamw", "rowwise"] = "adamw"
+    table_learning_rate: float = Field(0.02, gt=0)  # of rowwise; warms up and falls as learning_rate does
     weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up, over `epochs`
@@ -169,6 +179,15 @@ class PretrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _rows_are_few(self) -> "PretrainConfig":
+        if self.train.table_optimizer == "rowwise" and self.task.loss.kind == "full":
+            raise ValueError(
+                "train.table_optimizer rowwise needs a loss that reads few rows, and task.loss.kind full reads all; "
+                "set task.loss.kind=sampled, or train.table_optimizer=adamw"
+            )
+        return self
 
 
 TransferName = Literal["none", "shallow", "deep"]

@@ -2,12 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from etl.config import GraftrecError
 from trainer.config import RuntimeConfig
+
+_Object = TypeVar("_Object")
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,35 @@ class World:
         """The processes' parts (first dimension may differ) one after the other, the same on every process."""
         if self.size == 1:
             return part
-        parts: list[torch.Tensor | None] = [None] * self.size
-        dist.all_gather_object(parts, part)
-        return torch.cat([found for found in parts if found is not None])
+        return torch.cat(self.objects(part))
+
+    def exchange(self, values: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """Send the first ``counts[0]`` rows of `values` to process 0, the next to process 1, and so on.
+
+        Returns what the processes sent to this one, in their order, and how many rows each sent.
+        """
+        sizes = torch.tensor(counts, device=values.device)
+        theirs = torch.empty_like(sizes)
+        dist.all_to_all_single(theirs, sizes)
+        received: list[int] = theirs.tolist()
+        found = values.new_empty(sum(received), *values.shape[1:])
+        dist.all_to_all_single(found, values.contiguous(), received, counts)
+        return found, received
+
+    def objects(self, mine: _Object) -> list[_Object]:
+        """What each process gave, in their order; for small things."""
+        if self.size == 1:
+            return [mine]
+        found: list[_Object | None] = [None] * self.size
+        dist.all_gather_object(found, mine)
+        return [one for one in found if one is not None]
 
     def wait(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+ALONE = World(0, 1, torch.device("cpu"), torch.float32, autocast=False)
 
 
 def join(config: RuntimeConfig) -> World:

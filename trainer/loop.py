@@ -29,6 +29,8 @@ from trainer.data.batch import Batch
 from trainer.data.loader import Loader
 from trainer.distributed import World
 from trainer.models import Bert4Rec
+from trainer.models.table import take_rows
+from trainer.optimizer import Optimizer
 from trainer.tasks import Task
 
 
@@ -86,32 +88,49 @@ class Training:
 
     def __init__(self, model: Bert4Rec, task: Task, loader: Loader, config: TrainConfig, world: World) -> None:
         self.model, self.task, self.loader, self.config, self.world = model, task, loader, config, world
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = _optimizer(self.parameters, config)
+        self.optimizer = Optimizer(model, config, world)
         self.progress = Progress()
-        self.best: dict[str, Tensor] = {}
+        self.saved: Path | None = None  # the newest checkpoint; the best epoch's weights lie in it too
         self.loss: nn.Module = Loss(model, task)
         if world.size > 1:
+            # Row-wise tables differ from process to process, and have an exchange of their own; buffers never change.
+            apart = [*model.row_tables(), *(name for name, _ in model.named_buffers())]
+            ignore: Callable[[nn.Module, list[str]], None] = (
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            )
+            ignore(self.loss, [f"model.{name}" for name in apart])
             self.loss = DistributedDataParallel(self.loss)
 
+    @property
+    def best(self) -> dict[str, list[Tensor]]:
+        """The best epoch's weights, mapped from disk: each tensor whole, or the processes' parts of it (row r is in
+        part r mod their number)."""
+        assert self.saved is not None
+        return checkpoint.weights(self.saved, "best")
+
     def state(self) -> Checkpoint:
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        moments = {
-            f"{names[id(parameter)]}:{key}": value
-            for parameter, slots in self.optimizer.state.items()
-            for key, value in slots.items()
-        }
-        tensors = {"model": self.model.state_dict(), "optimizer": moments, "best": self.best}
-        return Checkpoint(tensors, {"loader": self.loader.state_dict(), "progress": asdict(self.progress)})
+        moments, sums = self.optimizer.state()
+        tables = self.model.row_tables()
+        weights = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tables}
+        return Checkpoint(
+            tensors={"model": weights, "optimizer": moments},
+            parts={
+                "model": {name: [part] for name, part in tables.items()},
+                "optimizer": {n: [p] for n, p in sums.items()},
+            },
+            state={"loader": self.loader.state_dict(), "progress": asdict(self.progress)},
+        )
 
     def restore(self, saved: Checkpoint) -> None:
-        self.model.load_state_dict(saved.tensors["model"])
-        for key, value in saved.tensors["optimizer"].items():
-            name, _, slot = key.rpartition(":")
-            # The step count stays on the CPU, as the optimiser made it.
-            at = value if slot == "step" else value.to(self.parameters[name].device)
-            self.optimizer.state[self.parameters[name]][slot] = at
-        self.best = saved.tensors["best"]
+        tables = self.model.row_tables()
+        self.model.load_state_dict(saved.tensors["model"], strict=not tables)
+        self.optimizer.restore(saved.tensors["optimizer"])
+        with torch.no_grad():
+            for name, table in tables.items():
+                take_rows(table, saved.parts["model"][name], self.world)
+            for name, part in self.optimizer.state()[1].items():
+                take_rows(part, saved.parts["optimizer"][name], self.world)
+        self.saved = saved.folder
         self.loader.load_state_dict(saved.state["loader"])
         told = dict(saved.state["progress"])
         told["history"] = [Epoch(**line) for line in told["history"]]
@@ -148,8 +167,8 @@ def train(
                 if stop:
                     at = f"epoch {training.loader.epoch + 1}, step {training.loader.step}"
                     raise Stopped(f"stopped by a signal at {at}; the state is saved: run the same command to go on")
-            _finish_epoch(training, validate(), score, time.monotonic() - begun)
-            _save(training, checkpoints)
+            is_best = _finish_epoch(training, validate(), score, time.monotonic() - begun)
+            _save(training, checkpoints, is_best=is_best)
             last_saved = time.monotonic()
             on_epoch(progress.history[-1])
 
@@ -165,13 +184,10 @@ def train_step(training: Training, batch: Batch, *, stop: bool) -> bool:
     num_positions, total, wants_stop = world.sum(float(positions), loss.item(), float(stop))
     # DistributedDataParallel takes the mean over ranks, hence the world's size.
     (loss * (world.size / num_positions)).backward()
-    norm = nn.utils.clip_grad_norm_(training.parameters.values(), config.clip_norm)
-    if not (math.isfinite(total) and math.isfinite(norm.item())):
-        raise NonFiniteLoss(_blame(batch, total, float(norm)))
-    for group in training.optimizer.param_groups:
-        group["lr"] = learning_rate(config, progress.step, training.loader.num_steps)
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
+    norm = training.optimizer.clip(config.clip_norm)
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise NonFiniteLoss(_blame(batch, total, norm))
+    training.optimizer.update(learning_rate(config, progress.step, training.loader.num_steps))
     progress.step += 1
     progress.loss_sum += total
     progress.positions += num_positions
@@ -193,32 +209,30 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.learning_rate * warm * max(fall, config.final_rate)
 
 
-def _optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices of layers only, not on tables, biases, norms."""
-    decayed = [p for name, p in parameters.items() if p.ndim == 2 and "embedding" not in name]
-    others = [p for name, p in parameters.items() if not (p.ndim == 2 and "embedding" not in name)]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
-
-
-def _finish_epoch(training: Training, metrics: dict[str, float], score: str, validation_seconds: float) -> None:
+def _finish_epoch(training: Training, metrics: dict[str, float], score: str, validation_seconds: float) -> bool:
+    """Close the epoch's line of the history. Whether it is the best so far."""
     progress, config = training.progress, training.config
     epoch = len(progress.history) + 1
     speed = progress.items / max(progress.seconds, 1e-9)
     loss = progress.loss_sum / max(progress.positions, 1)
     progress.history.append(Epoch(epoch, loss, metrics, speed, progress.seconds + validation_seconds))
-    if metrics[score] > progress.best_score:
+    is_best = metrics[score] > progress.best_score
+    if is_best:
         progress.best_score, progress.best_epoch = metrics[score], epoch
-        training.best = {name: tensor.detach().clone() for name, tensor in training.model.state_dict().items()}
     waited = epoch - max(progress.best_epoch, config.min_epochs)
     progress.finished = epoch >= config.epochs or waited >= config.patience
     progress.loss_sum = progress.positions = progress.seconds = 0.0
     progress.items = 0
+    return is_best
 
 
-def _save(training: Training, checkpoints: Path) -> None:
-    if training.world.first:
-        checkpoint.save(checkpoints, training.progress.step, training.state(), keep=training.config.keep_checkpoints)
+def _save(training: Training, checkpoints: Path, *, is_best: bool = False) -> None:
+    """Write a checkpoint. The best epoch's weights are never held in memory: they are the `model` files of the
+    checkpoint that ended it, which every later one links to."""
+    training.saved = checkpoint.save(
+        checkpoints, training.progress.step, training.state(), keep=training.config.keep_checkpoints,
+        world=training.world, is_best=is_best, before=training.saved,
+    )  # fmt: skip
 
 
 def _shown(training: Training, show: bool) -> Iterator[Batch]:

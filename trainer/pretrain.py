@@ -34,7 +34,7 @@ from trainer.data.loader import Loader
 from trainer.distributed import World, join
 from trainer.loop import Epoch, Training, train
 from trainer.metrics import means
-from trainer.models import Bert4Rec, build_model
+from trainer.models import Bert4Rec, RowTables, build_model
 from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
 from trainer.scoring import Scorer
 from trainer.tasks import Task, build_task
@@ -132,6 +132,7 @@ def _model(
         config.model, num_users=vocabulary_size(release, tables.USERS),
         num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
         knowledge_VS=torch.from_numpy(knowledge), seed=config.train.seed,
+        tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
     )  # fmt: skip
     model.to(device=world.device, dtype=world.dtype)
     if isinstance(config, FinetuneConfig):
@@ -140,11 +141,16 @@ def _model(
 
 
 def _validate(model: Bert4Rec, task: Task, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:
-    """Mean validation metrics; each process ranks its share of the users."""
-    share = np.arange(len(held_out) * world.rank // world.size, len(held_out) * (world.rank + 1) // world.size)
-    ranked = rank(Scorer(model, task, device=world.device).score, held_out.take(share), batch_size=batch_size)[FULL]
+    """Mean validation metrics; each process ranks its share of the users.
+
+    All shares are equally long (the last user may be ranked again), so that processes which share a table out ask for
+    its rows equally often.
+    """
+    length = -(-len(held_out) // world.size)
+    share = np.minimum(np.arange(length * world.rank, length * (world.rank + 1)), len(held_out) - 1)
+    ranked = rank(Scorer(model, task, device=world.device).scores, held_out.take(share), batch_size=batch_size)[FULL]
     names = [name for name in ranked if not name.startswith(SINGLE)]
-    table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))
+    table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))[: len(held_out)]
     return means({name: table[:, place].numpy() for place, name in enumerate(names)})
 
 
@@ -229,7 +235,9 @@ def _identity(config: PretrainConfig, release: Release, parent: Artifact | None)
         }
     )
     here = Path(__file__).parent
-    modules = [here / f"{name}.py" for name in ("loop", "transfer", "ranking", "metrics", "scoring", "artifact")]
+    modules = [
+        here / f"{name}.py" for name in ("loop", "optimizer", "transfer", "ranking", "metrics", "scoring", "artifact")
+    ]
     code = code_version(*modules, here / "data", here / "models", here / "tasks")
     versions = {table.name: release.versions.get(table.name) for table in _READ_TABLES}
     told = [config_hash(settings), code, json.dumps(versions, sort_keys=True), parent.hash if parent else ""]

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from etl.config import GraftrecError
 from trainer.artifact import Artifact
 from trainer.config import ModelConfig, TransferName
-from trainer.models import group_of, groups_of
+from trainer.models import Bert4Rec, group_of, groups_of
 
 COPIED_GROUPS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -68,7 +67,7 @@ class Account:
 
 @torch.no_grad()
 def graft(
-    model: nn.Module, config: ModelConfig, parent: Artifact | None, transfer: TransferName, freeze: Sequence[str] = ()
+    model: Bert4Rec, config: ModelConfig, parent: Artifact | None, transfer: TransferName, freeze: Sequence[str] = ()
 ) -> Account:
     """Copy what `transfer` says from `parent` into `model`, freeze the groups `freeze`, and account for every tensor.
 
@@ -92,7 +91,10 @@ def graft(
                     f"transfer {transfer}: the parent {_named(parent)} has no tensor {name}; give both models the same "
                     "knowledge, user_width and blocks"
                 )
-            origin = _copy(tensor, given[name], name, rows=group in ("user", "knowledge"))
+            source: torch.Tensor = given[name]
+            if model.tables is not None and name in model.row_tables():
+                source = source[model.tables.world.rank :: model.tables.world.size]  # this process's rows
+            origin = _copy(tensor, source, name, rows=group in ("user", "knowledge"))
         tensor.requires_grad_(group not in freeze)
         lines.append(Line(name, group, tuple(tensor.shape), origin, group not in freeze))
     return Account(transfer, _named(parent) if given else None, tuple(lines))

@@ -8,17 +8,31 @@ from torch import Tensor, nn
 from trainer.config import Bert4RecConfig, ModelConfig
 from trainer.models import bert4rec
 from trainer.models.bert4rec import Bert4Rec
+from trainer.models.table import RowTable, RowTables
 
-__all__ = ["Bert4Rec", "build_model", "group_of", "groups_of"]
+__all__ = ["Bert4Rec", "RowTables", "build_model", "group_of", "groups_of"]
 
 
-def build_model(config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int) -> Bert4Rec:
-    """A new model, its weights a function of `seed` alone (the global random state is left as it was)."""
+def build_model(
+    config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int,
+    tables: RowTables | None = None,
+) -> Bert4Rec:  # fmt: skip
+    """A new model, its weights a function of `seed` alone (the global random state is left as it was).
+
+    `tables`: its item, user and entity tables are row-wise, and this process keeps its share of them. Raises
+    ConfigError where there are more processes than rows.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         match config:
             case Bert4RecConfig():
-                return Bert4Rec(config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS)
+                model = Bert4Rec(
+                    config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
+                )
+    if tables is not None:
+        for place, table in enumerate(module for module in model.modules() if isinstance(module, RowTable)):
+            tables.initialise(table, seed=[seed, place], std=bert4rec.TABLE_STD)
+    return model
 
 
 def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:

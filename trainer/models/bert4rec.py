@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from etl.tables import UNK
 from trainer.config import Bert4RecConfig
+from trainer.models.table import RowTable, RowTables
 
 # Parameter groups by name prefix (DESIGN section 6): the one place that says which tensor is of which kind.
 GROUPS = {
@@ -26,6 +27,8 @@ GROUPS = {
     "body": ("item_projection.", "knowledge_projection.", "user_projection.", "input_norm.", "blocks.", "output_norm."),
     "head": ("head.",),
 }
+TABLE_STD = 0.02
+_EVERY = slice(None)
 
 
 class Block(nn.Module):
@@ -66,19 +69,27 @@ class Bert4Rec(nn.Module):
     knowledge_VS: Tensor
     rotation_2TE: Tensor
 
-    def __init__(self, config: Bert4RecConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor) -> None:
+    def __init__(
+        self, config: Bert4RecConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
+        tables: RowTables | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         num_items, num_slots = knowledge_VS.shape
         self.config, self.num_items = config, num_items
+        self.tables = tables  # None: dense ones
+
+        def embedding(num_embeddings: int, width: int) -> nn.Embedding | RowTable:
+            return nn.Embedding(num_embeddings, width) if tables is None else RowTable(num_embeddings, width, tables)
+
         width = config.width
-        self.item_embedding = nn.Embedding(num_items, width)
+        self.item_embedding = embedding(num_items, width)
         self.item_projection = nn.Linear(width, width) if num_slots else None
         self.register_buffer("knowledge_VS", knowledge_VS.int(), persistent=False)
         if num_slots:
-            self.entity_embedding = nn.Embedding(num_entities, config.knowledge_width)
+            self.entity_embedding = embedding(num_entities, config.knowledge_width)
             self.knowledge_projection = nn.Linear(num_slots * config.knowledge_width, width, bias=False)
         if config.user_width:
-            self.user_embedding = nn.Embedding(num_users, config.user_width)
+            self.user_embedding = embedding(num_users, config.user_width)
             self.user_projection = nn.Linear(config.user_width, width, bias=False)
         self.position_embedding = nn.Embedding(config.max_length, width)
         if config.positions == "rotary":
@@ -87,19 +98,38 @@ class Bert4Rec(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.output_norm = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(approximate="tanh"), nn.LayerNorm(width))
-        self.output_bias = nn.Parameter(torch.zeros(num_items))
+        self.output_bias = nn.Parameter(torch.zeros(num_items if tables is None else tables.share(num_items)))
         self.dropout = nn.Dropout(config.dropout)
         self.apply(_initialise)
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         """Knowledge-enhanced vectors of catalogue rows, [V, D] or [*rows.shape, D]: the projected concatenation of the
         item's embedding and those of its director and actors (survey 4.3), written as a sum of two projections."""
-        own = self.item_embedding.weight if rows is None else self.item_embedding(rows)
+        own = self._rows_of(self.item_embedding.weight, rows)
         if self.item_projection is None:
             return own
-        entities = self.entity_embedding(self.knowledge_VS if rows is None else self.knowledge_VS[rows]).flatten(-2)
+        known = self.knowledge_VS if rows is None else self.knowledge_VS[rows]
+        entities = self._rows_of(self.entity_embedding.weight, known).flatten(-2)
         vectors: Tensor = self.item_projection(own) + self.knowledge_projection(entities)
         return vectors
+
+    def bias(self, rows: Tensor | None = None) -> Tensor:
+        """Output biases of catalogue rows, [V] or [*rows.shape]."""
+        return self._rows_of(self.output_bias, rows)
+
+    def _rows_of(self, table: Tensor, rows: Tensor | None) -> Tensor:
+        """Rows of an item, user or entity table, however it is kept; `rows` None: all of an item table's."""
+        if self.tables is not None:
+            return self.tables.whole(table, self.num_items) if rows is None else self.tables.lookup(table, rows)
+        if rows is None:
+            return table
+        return F.embedding(rows, table) if table.ndim == 2 else table[rows]
+
+    def row_tables(self) -> dict[str, Tensor]:
+        """Names of the tables that are looked up by row, and this process's part of each; none where all are dense."""
+        names = ("item_embedding.weight", "output_bias", "user_embedding.weight", "entity_embedding.weight")
+        given = dict(self.named_parameters()) if self.tables is not None else {}
+        return {name: given[name] for name in names if name in given}
 
     def forward(
         self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, *, causal: bool, table_VD: Tensor | None = None
@@ -111,7 +141,7 @@ class Bert4Rec(nn.Module):
         x_BTD = x_BTD + self.position_embedding.weight[:T]
         if self.config.user_width:
             known = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)
-            x_BTD = x_BTD + self.user_projection(self.user_embedding(known))[:, None]
+            x_BTD = x_BTD + self.user_projection(self._rows_of(self.user_embedding.weight, known))[:, None]
         x_BTD = self.dropout(self.input_norm(x_BTD))
         mask_B11T = None
         if not causal and bool((lengths_B < T).any()):  # a causal query never sees what stands behind it
@@ -122,15 +152,20 @@ class Bert4Rec(nn.Module):
         hidden: Tensor = self.output_norm(x_BTD)
         return hidden
 
-    def scores(self, hidden_ND: Tensor, rows_C: Tensor | None = None, table_VD: Tensor | None = None) -> Tensor:
-        """Scores [N, C] of catalogue rows for hidden states; `rows_C` None: every row, reserved ones included.
+    def scores(
+        self, hidden_ND: Tensor, rows: Tensor | slice = _EVERY, table_VD: Tensor | None = None,
+        bias_V: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Scores [N, C] of catalogue rows for hidden states; all of them, reserved ones included, where none are named.
 
-        `table_VD`: item_vectors(), where the caller has it already."""
-        if rows_C is None:
-            table_CD = self.item_vectors() if table_VD is None else table_VD
+        `table_VD`, `bias_V`: item_vectors() and bias(), where the caller has them already: a slice of rows copies
+        nothing then."""
+        if isinstance(rows, slice):
+            table_CD = (self.item_vectors() if table_VD is None else table_VD)[rows]
+            bias_C = (self.bias() if bias_V is None else bias_V)[rows]
         else:
-            table_CD = self.item_vectors(rows_C) if table_VD is None else table_VD[rows_C]
-        bias_C = self.output_bias if rows_C is None else self.output_bias[rows_C]
+            table_CD = self.item_vectors(rows) if table_VD is None else table_VD[rows]
+            bias_C = self.bias(rows) if bias_V is None else bias_V[rows]
         return F.linear(self.head(hidden_ND), table_CD, bias_C)
 
 
@@ -156,7 +191,7 @@ def _initialise(module: nn.Module) -> None:
     loss stays at the popularity plateau for tens of epochs.
     """
     if isinstance(module, nn.Linear | nn.Embedding):
-        std = 0.02 if isinstance(module, nn.Embedding) else module.in_features**-0.5
+        std = TABLE_STD if isinstance(module, nn.Embedding) else module.in_features**-0.5
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -44,8 +44,10 @@ def sampled_softmax(
 ) -> Tensor:
     """The sampled loss for given negatives [K], all drawn with the same expected count exp(log_expected)."""
     query_ND = model.head(hidden_ND)
-    own_N = (query_ND * model.item_vectors(targets_N)).sum(-1) + model.output_bias[targets_N]
-    others_NK = F.linear(query_ND, model.item_vectors(negatives_K), model.output_bias[negatives_K]) - log_expected
+    rows = torch.cat([targets_N, negatives_K])
+    N, vectors, bias = len(targets_N), model.item_vectors(rows), model.bias(rows)
+    own_N = (query_ND * vectors[:N]).sum(-1) + bias[:N]
+    others_NK = F.linear(query_ND, vectors[N:], bias[N:]) - log_expected
     others_NK = others_NK.masked_fill(negatives_K == targets_N[:, None], -torch.inf)
     total_N = torch.logsumexp(_wide(torch.cat([own_N[:, None], others_NK], dim=1)), dim=1)
     loss: Tensor = (total_N - own_N).sum()
