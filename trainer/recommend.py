@@ -1,8 +1,9 @@
 """Batch recommendations: the k best items of every user of a domain, in the Delta table `recommendations`.
 
-Executors score in parallel: each Python worker loads the model folder once, which Spark ships to it, and runs torch on
-one thread. A user's whole known sequence is the input, and what is in it is left out of the answer; a user with no item
-that the model knows gets the popular ones. The rows are those that the served model would answer, up to the last bits.
+Executors score in parallel, on one thread each: a Python worker loads the model folder, which Spark ships to it, once.
+Its memory is that of the model, a batch of users and a block of their scores. A user's whole known sequence is the
+input, and what is in it is left out of the answer; a user with no item that the model knows gets the popular ones. The
+rows are those that the served model would answer, up to the last bits.
 
 One commit replaces the domain's partitions, all or nothing. It records what it was made of: a rerun of what the table
 holds already does nothing.
@@ -10,6 +11,7 @@ holds already does nothing.
 
 import functools
 import hashlib
+import shutil
 import threading
 import time
 import zipfile
@@ -30,15 +32,15 @@ from tqdm import tqdm
 
 from etl import delta, tables
 from etl.config import code_version
-from etl.session import spark_session
+from etl.session import engine_of, spark_session
 from etl.tables import UNK
 from trainer import tracking
 from trainer.artifact import MANIFEST, USER_IDS, Artifact, load_artifact
 from trainer.baselines import Histories
 from trainer.config import GraftrecError, RecommendConfig
-from trainer.data.dataset import Release, SequenceDataset, pin
+from trainer.data.dataset import Catalogue, Release, SequenceDataset, pin
 from trainer.registry import Registry
-from trainer.serving import top_k
+from trainer.serving import Shortlist
 
 ROWS_SCHEMA = (
     "domain string, bucket int, user string, rank int, item string, score float, model_version string, release long"
@@ -126,7 +128,8 @@ def _write(
             _score_batches, model=model, count=count, k=config.k, batch_size=config.batch_size, domain=domain,
             label=label, release=release.number,
         )  # fmt: skip
-        rows = _histories(spark, release, split, domain, num_users).mapInArrow(score, ROWS_SCHEMA)
+        histories = _histories(spark, release, split, domain, num_users, config.spark.shuffle_partitions)
+        rows = histories.mapInArrow(score, ROWS_SCHEMA)
         written = delta.write(
             spark, rows, release.lake, tables.RECOMMENDATIONS, mode="partitions", app=app, app_version=number,
             metadata={"job": "recommend", "model_version": label, "release": str(release.number), "k": str(config.k)},
@@ -142,7 +145,9 @@ def _write(
     return Result(num_users, written.rows, written.version, written.committed, time.monotonic() - start)
 
 
-def _histories(spark: SparkSession, release: Release, split: str, domain: str, num_users: int) -> DataFrame:
+def _histories(
+    spark: SparkSession, release: Release, split: str, domain: str, num_users: int, parallel: int
+) -> DataFrame:
     """user (raw id), index, bucket, items; spread over enough tasks to keep every core busy."""
     sequences = delta.read(
         spark, release.lake, tables.SEQUENCES, version=release.versions[tables.SEQUENCES.name],
@@ -151,27 +156,28 @@ def _histories(spark: SparkSession, release: Release, split: str, domain: str, n
     users = delta.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
     named = users.select("index", F.col("user").alias("raw"))
     joined = sequences.select(F.col("user").alias("index"), "bucket", "items").join(named, "index")
-    tasks = max(2 * _cores(spark), -(-num_users // USERS_PER_TASK))
+    tasks = max(parallel, -(-num_users // USERS_PER_TASK))
     return joined.repartition(tasks, "index").select("raw", "index", "bucket", "items")
-
-
-def _cores(spark: SparkSession) -> int:
-    return int(spark.sparkContext.defaultParallelism) if _has_context(spark) else 4
-
-
-def _has_context(spark: SparkSession) -> bool:
-    """False for a Spark Connect client."""
-    return isinstance(spark, SparkSession) and type(spark).__module__.startswith("pyspark.sql.session")
 
 
 # --- in the executors ---------------------------------------------
 
 
-@functools.lru_cache(maxsize=1)  # a Python worker serves many tasks
-def _loaded(model: str) -> Artifact:
-    torch.set_num_threads(1)  # Spark runs as many workers as there are cores
-    path = Path(model) if "/" in model else Path(SparkFiles.get(model))
-    return load_artifact(path)
+class _Model:
+    """A model folder, ready to score; kept by a worker from task to task."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.catalogue = artifact.catalogue
+        self.raw_ids = pa.array(artifact.catalogue.raw_ids, pa.string())
+        self.shortlist = Shortlist(artifact)
+
+
+_loading = threading.Lock()  # Sail's tasks are threads of one process
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(model: str) -> _Model:
+    return _Model(load_artifact(Path(model) if "/" in model else Path(SparkFiles.getRootDirectory()) / model))
 
 
 def _score_batches(
@@ -179,21 +185,16 @@ def _score_batches(
     release: int,
 ) -> Iterator[pa.RecordBatch]:  # fmt: skip
     """Top-k rows of the users in `batches` (raw, index, bucket, items)."""
-    artifact = _loaded(model)
-    raw_ids = pa.array(artifact.catalogue.raw_ids, pa.string())
-    scorer = artifact.scorer()
-    popularity = torch.from_numpy(artifact.popularity.astype(np.float32))
+    torch.set_num_threads(1)  # there are as many tasks at once as cores
+    with _loading:
+        loaded = _loaded(model)
     for batch in batches:
         # Users of like lengths together: less padding.
         order = np.argsort(pa.compute.list_value_length(batch.column("items")).to_numpy(), kind="stable")
         for start in range(0, len(order), batch_size):
             chosen = batch.take(pa.array(order[start : start + batch_size]))
-            histories = _as_histories(chosen, artifact)
-            scores = popularity.repeat(len(histories), 1)
-            asked = np.flatnonzero(histories.lengths > 0)
-            if len(asked):
-                scores[torch.from_numpy(asked)] = scorer.score(histories.take(asked))
-            rows, best = top_k(scores, histories, k)
+            histories = _as_histories(chosen, loaded.catalogue)
+            rows, best = loaded.shortlist.best(histories, k)
             owner, place = torch.isfinite(best).numpy().nonzero()
             users = pa.array(owner)
             yield pa.RecordBatch.from_arrays(
@@ -202,7 +203,7 @@ def _score_batches(
                     chosen.column("bucket").take(users),
                     chosen.column("raw").take(users),
                     pa.array(place + 1, pa.int32()),
-                    raw_ids.take(pa.array(rows[owner, place])),
+                    loaded.raw_ids.take(pa.array(rows[owner, place])),
                     pa.array(best.numpy()[owner, place], pa.float32()),
                     pa.repeat(label, len(owner)),
                     pa.repeat(pa.scalar(release, pa.int64()), len(owner)),
@@ -213,11 +214,11 @@ def _score_batches(
             count.add(batch.num_rows)
 
 
-def _as_histories(batch: pa.RecordBatch, artifact: Artifact) -> Histories:
+def _as_histories(batch: pa.RecordBatch, catalogue: Catalogue) -> Histories:
     """What the model knows of the users' items, as its rows."""
     items = batch.column("items")
     lengths = pa.compute.list_value_length(items).to_numpy()
-    rows = artifact.catalogue.rows(items.flatten().to_numpy(zero_copy_only=False)).astype(np.int64)
+    rows = catalogue.rows(items.flatten().to_numpy(zero_copy_only=False)).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     users = batch.column("index").to_numpy().astype(np.int64)
     return Histories(users, offsets, rows, np.empty(0, dtype=np.int64)).keep(rows != UNK)
@@ -230,26 +231,33 @@ def _as_histories(batch: pa.RecordBatch, artifact: Artifact) -> Histories:
 def _shipped(spark: SparkSession, artifact: Artifact) -> Iterator[str]:
     """Give executors the model folder, without raw user ids, which they don't need. Yields what `_loaded` finds it by.
 
-    A Spark Connect client can't ship files: its server must see the model folder under the same path.
+    Sail takes no files: it runs in this process, or its server must see the folder under the same path.
     """
-    if not _has_context(spark):
+    if engine_of(spark) == "sail":
         yield str(artifact.folder.absolute())
         return
-    name = f"model-{artifact.hash}.zip"
     with TemporaryDirectory() as scratch:
-        archive = Path(scratch) / name
-        with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as target:
+        new = Path(scratch) / "model.zip"
+        with zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as target:
             for file in sorted(artifact.folder.iterdir()):
                 if file.is_file() and file.name != USER_IDS:
-                    target.write(file, file.name)
-        spark.sparkContext.addArchive(str(archive))
+                    entry = zipfile.ZipInfo(file.name)  # without a time: the same model is the same archive
+                    with file.open("rb") as source, target.open(entry, "w", force_zip64=True) as packed:
+                        shutil.copyfileobj(source, packed)
+        with new.open("rb") as source:
+            name = f"model-{hashlib.file_digest(source, 'sha256').hexdigest()[:32]}.zip"  # a session takes a name once
+        archive = str(new.rename(new.with_name(name)))
+        if engine_of(spark) == "spark":
+            spark.sparkContext.addArchive(archive)
+        else:
+            spark.addArtifacts(archive, archive=True)
         yield name
 
 
 @contextmanager
 def _progress(spark: SparkSession, num_users: int) -> Iterator[Any]:
-    """A bar of the users scored, fed by an accumulator; yields the accumulator, None where Spark has none."""
-    if not _has_context(spark):
+    """A bar of the users scored, fed by an accumulator; yields the accumulator, None where the engine has none."""
+    if engine_of(spark) != "spark":
         yield None
         return
     count, ended = spark.sparkContext.accumulator(0), threading.Event()

@@ -1,6 +1,8 @@
 """Batch recommendations: what the served model would say, for every user, committed once."""
 
 import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -122,6 +124,24 @@ def test_another_setting_replaces_the_domains_rows_and_no_others(done):
     assert rows_of(lake) == rows_of(done.lake)
 
 
+def test_rows_are_the_same_on_sail(done):
+    lake = str(done.root / "sailed")
+    shutil.copytree(done.lake, lake)
+    shutil.rmtree(f"{lake}/recommendations")
+    settings = config(lake, spark={"engine": "sail"}).model_dump_json()
+    script = (
+        "import sys; from trainer import recommend; from trainer.config import RecommendConfig;"
+        "recommend.run(RecommendConfig.model_validate_json(sys.argv[1]))"
+    )
+    ran = subprocess.run([sys.executable, "-c", script, settings], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    found, expected = rows_of(lake), rows_of(done.lake)
+    assert found.keys() == expected.keys()
+    for user, rows in expected.items():
+        assert [row | {"score": None} for row in found[user]] == [row | {"score": None} for row in rows]
+        assert [row["score"] for row in found[user]] == pytest.approx([row["score"] for row in rows], rel=1e-5)
+
+
 def test_of_two_runs_at_once_the_one_that_lost_says_so(done, monkeypatch):
     lake = str(done.root / "raced")
     shutil.copytree(done.lake, lake)
@@ -150,7 +170,8 @@ def test_unknown_and_missing_items_are_no_obstacle(done):
         ],
         names=["raw", "index", "bucket", "items"],
     )
-    settings = {"model": done.folder, "count": None, "k": 3, "batch_size": 2, "domain": "d", "label": "l", "release": 9}
+    settings = {"count": None, "k": 3, "batch_size": 2, "domain": "d", "label": "l", "release": 9}
+    settings["model"] = str(done.folder)
     rows = pa.Table.from_batches(recommend._score_batches(iter([batch]), **settings)).to_pylist()
     popular = sorted(range(5, len(catalogue)), key=lambda row: (-artifact.popularity[row], row))[:3]
     for user in "ac":
@@ -173,7 +194,7 @@ def test_scoring_is_the_same_whatever_the_batches(done):
         ],
         names=["raw", "index", "bucket", "items"],
     )
-    settings = {"model": done.folder, "count": None, "k": 4, "domain": "d", "label": "l", "release": 1}
+    settings = {"model": str(done.folder), "count": None, "k": 4, "domain": "d", "label": "l", "release": 1}
 
     def scored(batches, batch_size):
         tables = pa.Table.from_batches(recommend._score_batches(iter(batches), batch_size=batch_size, **settings))

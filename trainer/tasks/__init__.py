@@ -20,8 +20,8 @@ class Task(Protocol):
         """(loss summed over the positions where one is taken, their number), of this rank's slice of the batch."""
         ...
 
-    def query(self, model: Bert4Rec, batch: Batch) -> Tensor:
-        """Hidden states [B, D] that the candidates are scored against."""
+    def query(self, model: Bert4Rec, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
+        """Hidden states [B, D] that the candidates are scored against. `table_VD`: as `Bert4Rec.forward`'s."""
         ...
 
 
