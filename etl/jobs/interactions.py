@@ -14,6 +14,7 @@ from etl import delta
 from etl.config import EtlConfig, GeneratorSource, GraftrecError, LogSource, MovielensSource
 from etl.jobs import quarantine
 from etl.jobs.job import Job, Outcome, Run
+from etl.jobs.kcore import broadcast
 from etl.sources.movielens import described
 from etl.tables import INTERACTIONS, PROPERTY_BUCKETS, PROPERTY_TIME
 
@@ -26,12 +27,20 @@ class LostDeliveries(GraftrecError):
 
 
 def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> DataFrame:
-    """INTERACTIONS of raw events (RAW_EVENTS), less those that `old`, the table so far, has already."""
+    """INTERACTIONS of raw events (RAW_EVENTS), less those that `old`, the table so far, has already.
+
+    Of `old` only what can be a duplicate is looked at: rows of these users, in row groups of these times.
+    """
     good = events.where(F.col("reason").isNull())
     bucket = F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int").alias("bucket")
     unique = good.groupBy(bucket, *_IDENTITY).agg(F.min("source_order").alias("source_order"))
     if old is not None:
-        known = old.select(*(F.col(name).alias(f"_{name}") for name in _IDENTITY))
+        span = good.agg(F.min("time"), F.max("time"), F.count_distinct("user")).first()
+        assert span is not None
+        if span[0] is not None:
+            old = old.where(F.col("time").between(span[0], span[1]))
+        users = broadcast(good.select("user").distinct(), span[2])
+        known = old.join(users, "user", "left_semi").select(*(F.col(name).alias(f"_{name}") for name in _IDENTITY))
         same = [F.col(name).eqNullSafe(F.col(f"_{name}")) for name in _IDENTITY]
         unique = unique.join(known, same, "left_anti")
     return unique.select(*INTERACTIONS.schema.names)
@@ -39,9 +48,10 @@ def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> Data
 
 def reject_unknown(events: DataFrame, known: DataFrame) -> DataFrame:
     """Give events (RAW_EVENTS) of items that `known` (item) lacks a reason, and their content as raw text."""
+    known = broadcast(known.select("item", F.lit(True).alias("_known")), known.count())
     content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
     unknown = F.col("reason").isNull() & F.col("_known").isNull()
-    marked = events.join(known.select("item", F.lit(True).alias("_known")), "item", "left")
+    marked = events.join(known, "item", "left")
     marked = marked.withColumn("raw", F.when(unknown, content).otherwise(F.col("raw")))
     marked = marked.withColumn("reason", F.when(unknown, F.lit("unknown item")).otherwise(F.col("reason")))
     return marked.select(*events.columns)

@@ -1,216 +1,323 @@
 """Fixed evaluation negatives: for each user with a hold-out, items it has not interacted with in any part.
 
-`uniform-100` draws uniformly, `popular-100` in proportion to popularity without replacement (the item's degree; an
-exponential race, Efraimidis & Spirakis 2006), `top-100` takes the most popular. A draw is a function of the seed, the
-domain, the part and the *raw* ids of user and item: each (user, item) pair has a number of its own, and the smallest
-win. What was drawn stays as it is when a new day comes, less what the user has taken meanwhile, which the next in line
-replaces.
+How they are drawn: `etl.draws`. A draw is a function of the seed, the domain, the part, the *raw* ids of user and item
+and the catalogue. What was drawn stays as it is when a new day comes, less what the user has taken meanwhile or what is
+no candidate any more, which further draws replace.
+
+A task writes the buckets of the users it is given: it reads their part of `sequences`, and of the negatives before,
+file by file, without Spark and without a Python object for a row. Of users whose sequence is as it was, earlier
+negatives are copied.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from etl import delta
+from etl.commit import make_folder
 from etl.config import NegativesConfig
+from etl.datafile import DataFile
+from etl.delta import FileWriter, data_files
+from etl.draws import NUM_NEGATIVES, Candidates, Ints, Taken, Words, append, candidates, draw, taken
+from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
-from etl.sources.schema import spark_schema
-from etl.tables import DOMAINS, ITEMS, NEGATIVES, SEQUENCES, USERS
+from etl.lake import LakeError, local_path, snapshot_files, table_filesystem, table_uri
+from etl.session import user_errors
+from etl.tables import DOMAINS, INTERACTIONS, ITEMS, NEGATIVES, SEQUENCES, USERS, Table
 
-NUM_NEGATIVES = 100
-_CELLS = 1 << 21  # users × items at once
-_TOP = "top-100"
-_POPULAR = "popular-100"
+BLOCK_USERS = 1 << 15  # of a file, with all their rows in memory
+BLOCK_ITEMS = 1 << 23  # of their sequences
+_PARTS = ("validation", "test")
+_SEQUENCE = ["user", "items", "valid_start", "test_start", "end"]
+# Sail runs its tasks as threads of one process: no more at once than there are cores.
+_TURNS = threading.BoundedSemaphore(os.cpu_count() or 1)
 
-Ints = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
+_ROWS = 1 << 13  # handed to a writer at once: 3 MB
+
+Key = tuple[str, str, int]  # split, domain, bucket
+Files = Mapping[int, Sequence[tuple[str, str, str]]]  # bucket -> (split, domain, file)
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """The `V` kept items of a domain by global index: `word` from the raw id, `weight` the popularity."""
+class Inputs:
+    """What a task reads: the catalogue, by word, and data files of pinned versions.
 
-    index: Ints
-    word: Words
-    weight: Floats
+    `items`: index, word, degree, bits (bit k: the item belongs to names[k]). `before`: the sequences that the negatives
+    `drawn` were drawn for.
+    """
+
+    lake: str
+    names: Sequence[str]
+    items: pa.Table
+    sequences: Files
+    before: Files
+    drawn: Files
+    config: NegativesConfig
 
 
-def transform(
-    sequences: DataFrame,
-    users: DataFrame,
-    old: DataFrame | None,
+def rows(
+    sequences: pa.Table,
+    word: Words,
+    chosen: Candidates,
     *,
-    candidates: dict[str, Candidates],
+    domain: str,
     config: NegativesConfig,
-) -> DataFrame:
-    """NEGATIVES for the users of `sequences` that have a hold-out. `old`: earlier negatives to keep."""
-    asked = sequences.where("valid_start < end").select(
-        "split", "domain", "bucket", "user", "items",
-        (F.col("valid_start") < F.col("test_start")).alias("validation"),
-        (F.col("test_start") < F.col("end")).alias("test"),
-    )  # fmt: skip
-    asked = asked.join(users.select(F.col("index").alias("user"), F.xxhash64("user").alias("word")), "user")
-    if old is None:
-        asked = asked.withColumn(
-            "drawn", F.lit(None).cast("array<struct<protocol: string, part: string, items: array<int>>>")
-        )
-    else:
-        drawn = F.collect_list(F.struct("protocol", "part", "items")).alias("drawn")
-        asked = asked.join(old.groupBy("split", "domain", "user").agg(drawn), ["split", "domain", "user"], "left")
-
-    def draw(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            yield from _draw_batch(pa.Table.from_batches([batch]), candidates, config)
-
-    return asked.mapInArrow(draw, spark_schema(NEGATIVES.schema))
-
-
-def negatives(
-    candidates: Candidates,
-    seen_BV: Bools,
-    *,
-    protocol: str,
-    part: str,
-    seed_words: tuple[int, str],
-    user_word_B: Words,
-    kept: Sequence[Ints],
-) -> list[Ints]:
-    """Positions of each user's negatives among the candidates; those of `kept` (positions, already drawn) first."""
-    if protocol == _TOP:
-        order = np.lexsort((candidates.index, -candidates.weight))
-        return [order[~seen_B[order]][:NUM_NEGATIVES] for seen_B in seen_BV]
-    stream = _word(f"{seed_words[0]}/{seed_words[1]}/{protocol}/{part}".encode())
-    word_BV = _mix(_mix(user_word_B ^ stream)[:, None] ^ candidates.word)
-    number_BV = ((word_BV >> np.uint64(11)) + np.uint64(1)).astype(np.float64) * 2.0**-53  # in (0, 1]
-    if protocol == _POPULAR:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            number_BV = np.where(candidates.weight > 0, -np.log(number_BV) / candidates.weight, np.inf)
-    for row, places in enumerate(kept):
-        number_BV[row, places] = np.arange(len(places)) - float(len(places))
-    number_BV[seen_BV] = np.inf
-    most = min(NUM_NEGATIVES, number_BV.shape[1])
-    if most < number_BV.shape[1]:
-        nearest = np.argpartition(number_BV, most - 1, axis=1)[:, :most]
-    else:
-        nearest = np.broadcast_to(np.arange(most), (len(number_BV), most))
-    value = np.take_along_axis(number_BV, nearest, axis=1)
-    order = np.argsort(value, axis=1, kind="stable")
-    nearest, value = np.take_along_axis(nearest, order, axis=1), np.take_along_axis(value, order, axis=1)
-    return [places[finite] for places, finite in zip(nearest, np.isfinite(value), strict=True)]
-
-
-def _draw_batch(rows: pa.Table, candidates: dict[str, Candidates], config: NegativesConfig) -> Iterator[pa.RecordBatch]:
-    """Rows of users and domains, in any order, to rows of negatives."""
-    for domain in rows["domain"].unique().to_pylist():
-        of_domain = rows.filter(pa.compute.equal(rows["domain"], domain))
-        chosen = candidates[domain]
-        size = max(1, _CELLS // max(len(chosen.index), 1))
-        for start in range(0, len(of_domain), size):
-            yield from _draw_domain(of_domain.slice(start, size).combine_chunks(), domain, chosen, config)
-
-
-def _draw_domain(
-    rows: pa.Table, domain: str, candidates: Candidates, config: NegativesConfig
+    before: pa.Table | None = None,
+    drawn: pa.Table | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    places_of = _lookup(candidates.index)
-    seen_BV = np.zeros((len(rows), len(candidates.index)), bool)
-    for row, taken in enumerate(rows["items"]):
-        seen_BV[row, places_of(taken.values.to_numpy())] = True
-    words = rows["word"].to_numpy().astype(np.int64).view(np.uint64)
-    drawn = rows["drawn"].to_pylist()
-    for part in ("validation", "test"):
-        asked = np.flatnonzero(rows[part].to_numpy())
-        if not len(asked):
-            continue
-        for protocol in config.protocols:
-            kept = [places_of(_earlier(drawn[row], protocol, part)) for row in asked]
-            found = negatives(
-                candidates,
-                seen_BV[asked],
-                protocol=protocol,
-                part=part,
-                seed_words=(config.seed, domain),
-                user_word_B=words[asked],
-                kept=kept,
-            )
+    """NEGATIVES, less its partition columns, of users of one split and domain, in the table's order.
+
+    `sequences`: user (ascending), items, valid_start, test_start, end of users; `word`: a hash of each one's raw id.
+    `before`: the same columns as they were when the negatives `drawn` were.
+    """
+    asked = pc.less(sequences["valid_start"], sequences["end"]).to_numpy()
+    sequences, word = sequences.filter(pa.array(asked)), word[asked]
+    user = sequences["user"].to_numpy()
+    values, size = _flat(sequences["items"])
+    gone = taken(np.repeat(np.arange(len(user)), size), chosen.places(values), chosen)
+    changed = np.ones(len(user), bool) if before is None or drawn is None else _changed(sequences, before)
+    holds = {
+        "validation": (sequences["valid_start"].to_numpy() < sequences["test_start"].to_numpy()),
+        "test": (sequences["test_start"].to_numpy() < sequences["end"].to_numpy()),
+    }
+    for protocol in sorted(config.protocols):
+        for part in sorted(_PARTS):
+            found = np.full((len(user), NUM_NEGATIVES), -1, np.int64)
+            if drawn is not None:
+                mine = pc.and_(pc.equal(drawn["protocol"], protocol), pc.equal(drawn["part"], part))
+                _put_earlier(found, drawn.filter(mine), user, changed, gone, chosen)
+            at = np.flatnonzero(holds[part])
+            draw(chosen, gone, found, word, at, protocol=protocol, stream=f"{config.seed}/{domain}/{part}")
+            found = found[at]
+            there = found >= 0
+            offsets = np.concatenate([[0], np.cumsum(there.sum(axis=1))])
+            items = pa.array(chosen.index[found[there]], pa.int32())
             columns = {
-                name: rows[name].take(pa.array(asked)).combine_chunks() for name in ("split", "domain", "bucket")
+                "protocol": pa.repeat(protocol, len(at)),
+                "part": pa.repeat(part, len(at)),
+                "user": pa.array(user[at], pa.int32()),
+                "items": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items),
             }
-            columns["protocol"] = pa.repeat(protocol, len(asked))
-            columns["part"] = pa.repeat(part, len(asked))
-            columns["user"] = rows["user"].take(pa.array(asked)).combine_chunks()
-            columns["items"] = pa.array([candidates.index[places] for places in found], pa.list_(pa.int32()))
-            table = pa.table(columns).select(NEGATIVES.schema.names)
-            yield from table.cast(pa.schema([f.with_nullable(True) for f in NEGATIVES.schema])).to_batches()
+            yield pa.RecordBatch.from_pydict(columns)
 
 
-def _earlier(drawn: list[dict[str, object]] | None, protocol: str, part: str) -> list[int]:
-    for entry in drawn or []:
-        if entry["protocol"] == protocol and entry["part"] == part:
-            items = entry["items"]
-            assert isinstance(items, list)
-            return items
-    return []
+def _changed(now: pa.Table, before: pa.Table) -> npt.NDArray[np.bool_]:
+    """Whose items or hold-out aren't as they were. Both by user."""
+    place, known = _find(before["user"].to_numpy(), now["user"].to_numpy())
+    was = before.take(pa.array(place[known]))
+    same = known.copy()
+    for name in ("valid_start", "test_start", "end"):
+        same[known] &= now[name].to_numpy()[known] == was[name].to_numpy()
+    (values, size), (old_values, old_size) = _flat(now["items"]), _flat(was["items"])
+    same[known] &= size[known] == old_size
+    both = np.flatnonzero(same)
+    if len(both):
+        mine, theirs = np.repeat(same, size), np.repeat(same[known], old_size)
+        equal = values[mine] == old_values[theirs]
+        starts = np.cumsum(size[both]) - size[both]
+        same[both] &= np.logical_and.reduceat(equal, starts)
+    return ~same
 
 
-def _lookup(index: Ints) -> Callable[[npt.ArrayLike], Ints]:
-    """A function from global indices to positions in `index` (sorted), those that it lacks left out."""
-
-    def places(wanted: npt.ArrayLike) -> Ints:
-        asked = np.asarray(wanted, np.int64)
-        at = np.minimum(np.searchsorted(index, asked), max(len(index) - 1, 0))
-        found: Ints = at[index[at] == asked] if len(index) else at[:0]
-        return found
-
-    return places
-
-
-def _word(text: bytes) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
-
-
-def _mix(words: Words) -> Words:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): every bit of the input moves half of the output's."""
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+def _put_earlier(
+    found: Ints, drawn: pa.Table, user: Ints, changed: npt.NDArray[np.bool_], gone: Taken, chosen: Candidates
+) -> None:
+    """Fill in what was drawn earlier for `user` (ascending), less what can't be any more."""
+    row, known = _find(user, drawn["user"].to_numpy())
+    values, size = _flat(drawn["items"])
+    nth = np.arange(len(values)) - np.repeat(np.cumsum(size) - size, size)
+    mine = np.repeat(known, size)
+    found[np.repeat(row, size)[mine], nth[mine]] = chosen.places(values[mine])
+    again = np.flatnonzero(changed)
+    lost = gone.holds(np.repeat(again, found.shape[1]), found[again].ravel()).reshape(len(again), found.shape[1])
+    found[again] = np.where(lost, -1, found[again])
+    torn = np.flatnonzero((found[:, 1:] >= 0).any(axis=1) & (np.diff(found >= 0, axis=1) != 0).any(axis=1))
+    found[torn] = append(np.full((len(torn), found.shape[1]), -1, np.int64), found[torn])
 
 
-def read_candidates(items: DataFrame, domains: DataFrame) -> dict[str, Candidates]:
-    """The kept items of each domain. Collects the catalogue: it grows with the items alone."""
-    kept = domains.join(items.where("kept").select("item", "degree"), "item").select(
-        "domain", "item", "index", "degree"
-    )
-    found = kept.toArrow()
-    word = np.array([_word(item.encode()) for item in found["item"].to_pylist()], np.uint64)
-    index, weight = found["index"].to_numpy().astype(np.int64), found["degree"].to_numpy().astype(np.float64)
-    names = np.array(found["domain"].to_pylist(), object)
-    catalogue = {}
-    for name in sorted(set(names.tolist())):
-        at = np.flatnonzero(names == name)
-        at = at[np.argsort(index[at])]
-        catalogue[name] = Candidates(index[at], word[at], weight[at])
-    return catalogue
+def _find(known: Ints, asked: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Where in `known` (ascending) each of `asked` stands, and whether it does."""
+    place = np.minimum(np.searchsorted(known, asked), max(len(known) - 1, 0))
+    return place, known[place] == asked if len(known) else np.zeros(len(asked), bool)
+
+
+def _flat(lists: pa.ChunkedArray) -> tuple[Ints, Ints]:
+    """The values of all lists, and the lists' lengths."""
+    return pc.list_flatten(lists).to_numpy(), pc.list_value_length(lists).to_numpy()
+
+
+# --- a task -----------------------------------------------------------------------------------------------------------
+
+
+def write(users: DataFrame, read: Inputs, *, buckets: int) -> list[DataFile]:
+    """Write data files of the negatives of the kept `users`. They are the caller's to commit."""
+    bucket = F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int").alias("bucket")
+    kept = users.where("kept").select(bucket, "index", F.xxhash64("user").alias("word"))
+    if local_path(read.lake) is not None:
+        make_folder(Path(table_uri(read.lake, NEGATIVES)))
+    with user_errors():
+        gathered = kept.repartition(4 * buckets, "bucket")  # few partitions get more than one bucket
+        written = gathered.mapInArrow(partial(write_task, read=read), "file string").collect()
+    return data_files(row["file"] for row in written)
+
+
+def write_task(batches: Iterable[pa.RecordBatch], read: Inputs) -> Iterator[pa.RecordBatch]:
+    """One task: the users (bucket, index, word) of some buckets, in any order, to these buckets' files."""
+    received = [batch for batch in batches if batch.num_rows]
+    if received:
+        users = pa.Table.from_batches(received).sort_by([("bucket", "ascending"), ("index", "ascending")])
+        with _TURNS:
+            written = list(_write_buckets(users, read))
+        yield from written
+
+
+def _write_buckets(users: pa.Table, read: Inputs) -> Iterator[pa.RecordBatch]:
+    filesystem = table_filesystem(read.lake, NEGATIVES)
+    chosen = {name: _candidates(read, number) for number, name in enumerate(read.names)}
+    for bucket in users["bucket"].unique().to_pylist():
+        mine = users.filter(pc.equal(users["bucket"], bucket))
+        index, word = mine["index"].to_numpy(), mine["word"].to_numpy().view(np.uint64)
+        for split, domain in sorted({key[:2] for key in read.sequences.get(bucket, ())}):
+            key = (split, domain, bucket)
+            for sequences in _blocks(read, key):
+                user = sequences["user"].to_numpy()
+                span = (int(user[0]), int(user[-1]))
+                before = _span(read, SEQUENCES, read.before, key, span, _SEQUENCE)
+                drawn = _span(read, NEGATIVES, read.drawn, key, span, ["protocol", "part", "user", "items"])
+                writer = FileWriter(filesystem, NEGATIVES, key)
+                for batch in rows(
+                    sequences,
+                    word[np.searchsorted(index, user)],
+                    chosen[domain],
+                    domain=domain,
+                    config=read.config,
+                    before=before,
+                    drawn=drawn,
+                ):
+                    for start in range(0, batch.num_rows, _ROWS):
+                        writer.add(batch.slice(start, _ROWS))
+                yield writer.close()
+
+
+def _candidates(read: Inputs, number: int) -> Candidates:
+    mine = read.items.filter(pa.array(read.items["bits"].to_numpy() & np.int64(1 << number) != 0))
+    index, degree = mine["index"].to_numpy().astype(np.int64), mine["degree"].to_numpy()
+    return candidates(index, mine["word"].to_numpy().view(np.uint64), degree)
+
+
+def _blocks(read: Inputs, key: Key) -> Iterator[pa.Table]:
+    """The sequences of a partition in blocks of neighbouring users, those with a hold-out."""
+    waiting: list[pa.Table] = []
+    users = items = 0
+    for group in _groups(read, SEQUENCES, read.sequences, key, _SEQUENCE):
+        waiting.append(group.filter(pc.less(group["valid_start"], group["end"])))
+        users, items = users + len(waiting[-1]), items + len(pc.list_flatten(waiting[-1]["items"]))
+        if users >= BLOCK_USERS or items >= BLOCK_ITEMS:
+            yield _by_user(waiting)
+            waiting, users, items = [], 0, 0
+    if users:
+        yield _by_user(waiting)
+
+
+def _by_user(tables: list[pa.Table]) -> pa.Table:
+    table = pa.concat_tables(tables)
+    return table.take(pc.sort_indices(table["user"]))
+
+
+def _span(
+    read: Inputs, table: Table, files: Files, key: Key, span: tuple[int, int], columns: list[str]
+) -> pa.Table | None:
+    """The rows of users in `span` of a partition, by user. None where there are no files."""
+    if not files:
+        return None
+    groups = [
+        group.filter(pc.and_(pc.greater_equal(group["user"], span[0]), pc.less_equal(group["user"], span[1])))
+        for group in _groups(read, table, files, key, columns, span)
+    ]
+    schema = pa.schema([table.schema.field(name) for name in columns])
+    return _by_user([schema.empty_table(), *(group.cast(schema) for group in groups)])
+
+
+def _groups(
+    read: Inputs, table: Table, files: Files, key: Key, columns: list[str], span: tuple[int, int] | None = None
+) -> Iterator[pa.Table]:
+    """Row groups of a partition's files; of a `span` of users only those whose statistics say they may hold some."""
+    filesystem = table_filesystem(read.lake, table)
+    for split, domain, path in files.get(key[2], ()):
+        if (split, domain) != key[:2]:
+            continue
+        with filesystem.open_input_file(path) as source:
+            file = pq.ParquetFile(source)
+            place = file.schema.names.index("user")
+            for number in range(file.num_row_groups):
+                told = file.metadata.row_group(number).column(place).statistics
+                if span is None or told is None or (told.min <= span[1] and told.max >= span[0]):
+                    yield file.read_row_group(number, columns=columns, use_threads=False)
+
+
+# --- the job ----------------------------------------------------------------------------------------------------------
 
 
 def run(run: Run) -> Outcome:
-    catalogue = read_candidates(run.read(ITEMS), run.read(DOMAINS))
-    old = run.own() if run.same_rules else None
-    frame = transform(run.read(SEQUENCES), run.read(USERS), old, candidates=catalogue, config=run.config.negatives)
-    return run.commit(frame)
+    names = names_of(run.config.domains)
+    before, drawn = _before(run)
+    read = Inputs(
+        lake=run.lake,
+        names=names,
+        items=_catalogue(run.read(ITEMS), run.read(DOMAINS), names),
+        sequences=_files(run.lake, SEQUENCES, run.inputs[SEQUENCES.name]),
+        before=before,
+        drawn=drawn,
+        config=run.config.negatives,
+    )
+    buckets = int(delta.last_commit(run.lake, INTERACTIONS)["buckets"])
+    return run.commit_files(write(run.read(USERS), read, buckets=buckets))
+
+
+def _before(run: Run) -> tuple[Files, Files]:
+    """The files of earlier negatives and of the sequences they were drawn for; none where there are none to keep."""
+    if run.before is None or run.base is None:
+        return {}, {}
+    drawn = _files(run.lake, NEGATIVES, run.base)
+    try:
+        return _files(run.lake, SEQUENCES, run.before[SEQUENCES.name]), drawn
+    except LakeError:  # maintenance has removed that version
+        return {}, drawn
+
+
+def _files(lake: str, table: Table, version: int) -> Files:
+    found: dict[int, list[tuple[str, str, str]]] = {}
+    for file in snapshot_files(lake, table, version):
+        split, domain, bucket = (str(file.partition[name]) for name in ("split", "domain", "bucket"))
+        found.setdefault(int(bucket), []).append((split, domain, file.path))
+    return found
+
+
+def _catalogue(items: DataFrame, domains: DataFrame, names: Sequence[str]) -> pa.Table:
+    """The kept items with their domains as bits. Collected: it grows with the items alone."""
+    kept = items.where("kept").select("index", "degree", F.xxhash64("item").alias("word"))
+    catalogue, members = kept.toArrow(), domains.select("domain", "index").toArrow()
+    index = catalogue["index"].to_numpy()
+    bits = np.zeros(int(max(index.max(initial=0), members["index"].to_numpy().max(initial=0))) + 1, np.int64)
+    for number, name in enumerate(names):
+        bits[members.filter(pc.equal(members["domain"], name))["index"].to_numpy()] |= np.int64(1 << number)
+    return catalogue.append_column("bits", pa.array(bits[index]))
 
 
 JOB = Job(
     NEGATIVES,
     run,
     reads=(USERS, ITEMS, DOMAINS, SEQUENCES),
-    settings=lambda config: config.negatives.model_dump(),
+    settings=lambda config: [config.negatives.model_dump(), [domain.name for domain in config.domains]],
 )
