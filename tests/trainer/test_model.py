@@ -9,7 +9,7 @@ import torch
 from etl.tables import CLS, FIRST_INDEX, MASK, PAD, UNK
 from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, NextItemConfig
 from trainer.data.batch import Batch
-from trainer.models import build_model, group_of, groups_of
+from trainer.models import bert4rec, build_model, group_of, groups_of
 from trainer.tasks import MaskedItem, NextItem
 from trainer.tasks.loss import sampled_softmax, summed_loss
 
@@ -33,18 +33,99 @@ def batch_of(lengths, *, seed=0, draw=(0, 0, 0), width=None):
     return Batch(items, lengths, users, len(lengths), slice(0, len(lengths)), draw, int(lengths.sum()))
 
 
+def hidden_of(model, items_BT, lengths_B, users_B, *, causal, table_VD=None):
+    """Hidden states of all real positions as [B, T, D], zero behind them."""
+    real_BT = torch.arange(items_BT.shape[1]) < lengths_B[:, None]
+    hidden_ND = model(items_BT, lengths_B, users_B, real_BT, causal=causal, table_VD=table_VD)
+    hidden_BTD = hidden_ND.new_zeros(*items_BT.shape, hidden_ND.shape[1])
+    hidden_BTD[real_BT] = hidden_ND
+    return hidden_BTD
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_hidden_states_do_not_depend_on_padding(causal):
     model, batch = model_of(), batch_of([5, 3, 8])
     wide = torch.cat([batch.items, torch.full((3, 4), PAD)], dim=1)
-    narrow_BTD = model(batch.items, batch.lengths, batch.users, causal=causal)
-    wide_BTD = model(wide, batch.lengths, batch.users, causal=causal)
+    narrow_BTD = hidden_of(model, batch.items, batch.lengths, batch.users, causal=causal)
+    wide_BTD = hidden_of(model, wide, batch.lengths, batch.users, causal=causal)
     for row, length in enumerate(batch.lengths.tolist()):
         torch.testing.assert_close(wide_BTD[row, :length], narrow_BTD[row, :length])
-        alone = model(
-            batch.items[row : row + 1, :length], batch.lengths[row : row + 1], batch.users[row : row + 1], causal=causal
-        )
+        one = slice(row, row + 1)
+        alone = hidden_of(model, batch.items[one, :length], batch.lengths[one], batch.users[one], causal=causal)
         torch.testing.assert_close(alone[0], narrow_BTD[row, :length])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("share", [0.15, 0.7])
+@pytest.mark.parametrize("positions", [8, 30, 1_000])
+def test_wanted_positions_are_those_of_all_whatever_the_chunks(causal, share, positions, monkeypatch):
+    """And so are the gradients, of a loss over the wanted positions."""
+    model, batch = model_of(), batch_of([5, 12, 3, 8, 12, 1, 7])
+    wanted_BT = (torch.rand(batch.items.shape, generator=torch.Generator().manual_seed(1)) < share) & batch.mask_BT
+    weights_ND = torch.randn(int(wanted_BT.sum()), 16, dtype=torch.float64)
+    expected_ND = hidden_of(model, batch.items, batch.lengths, batch.users, causal=causal)[wanted_BT]
+    slopes = torch.autograd.grad((expected_ND * weights_ND).sum(), list(model.blocks.parameters()))
+    monkeypatch.setattr(bert4rec, "CHUNK_POSITIONS", positions)
+    found_ND = model(batch.items, batch.lengths, batch.users, wanted_BT, causal=causal)
+    torch.testing.assert_close(found_ND, expected_ND)
+    found = torch.autograd.grad((found_ND * weights_ND).sum(), list(model.blocks.parameters()))
+    torch.testing.assert_close(found, slopes)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_network_is_torchs_own_encoder(causal):
+    """With learned positions and no side information: nn.TransformerEncoder with the same weights, padded."""
+    config = SMALL.model_copy(update={"positions": "learned", "user_width": 0, "knowledge": {}})
+    model, batch = model_of(config, slots=0), batch_of([5, 12, 3, 8])
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True, norm_first=True)
+    encoder = torch.nn.TransformerEncoder(layer, 2, model.output_norm, enable_nested_tensor=False).double().eval()
+    names = {
+        "attention_norm": "norm1", "qkv": "self_attn.in_proj_", "attention_out": "self_attn.out_proj",
+        "feed_norm": "norm2", "feed_in": "linear1", "feed_out": "linear2",
+    }  # fmt: skip
+    for ours, theirs in zip(model.blocks, encoder.layers, strict=True):
+        told = {}
+        for name, tensor in ours.state_dict().items():
+            part, _, kind = name.partition(".")
+            told[f"{names[part]}{'' if part == 'qkv' else '.'}{kind}"] = tensor
+        told["self_attn.in_proj_bias"] = torch.zeros(48)
+        theirs.load_state_dict(told)
+    x_BTD = model.item_embedding(batch.items) + model.position_embedding.weight[:12]
+    ahead_TT = torch.triu(torch.ones(12, 12, dtype=torch.bool), 1) if causal else None
+    expected_BTD = encoder(model.input_norm(x_BTD), mask=ahead_TT, src_key_padding_mask=~batch.mask_BT)
+    found_BTD = hidden_of(model, batch.items, batch.lengths, batch.users, causal=causal)
+    torch.testing.assert_close(found_BTD[batch.mask_BT], expected_BTD[batch.mask_BT])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_scales_the_rest_and_so_for_gradients(dtype):
+    torch.manual_seed(0)
+    dropout = bert4rec.Dropout(0.1)
+    x = torch.full((1_001, 101), 2.0, dtype=dtype, requires_grad=True)
+    y = dropout(x)
+    y.sum().backward()
+    kept = y != 0
+    rate = 26 / 256  # the nearest that a byte can tell
+    share = 1 - kept.float().mean().item()
+    assert abs(share - rate) < 4 * math.sqrt(rate * (1 - rate) / x.numel())
+    scale = torch.tensor(1 / (1 - rate), dtype=dtype)
+    torch.testing.assert_close(y, kept * (2 * scale))
+    torch.testing.assert_close(x.grad, kept * scale)
+    assert torch.equal(dropout.eval()(x), x)
+    again = bert4rec.Dropout(0.1)(x)
+    assert not torch.equal(again != 0, kept)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_rotation_turns_gradients_back(per_row):
+    config = SMALL.model_copy(update={"max_length": 5})
+    rotation = bert4rec._rotation(config).double()
+    if per_row:
+        rotation = rotation[torch.tensor([[0, 4, 2, 2, 1], [3, 3, 0, 1, 2]])][:, None]
+    x = torch.randn(2, 2, 5, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: bert4rec._Rotated.apply(x, rotation), (x,))
 
 
 def test_causal_position_sees_nothing_after_it_and_bidirectional_does():
@@ -52,8 +133,8 @@ def test_causal_position_sees_nothing_after_it_and_bidirectional_does():
     changed = batch.items.clone()
     changed[0, 5] = FIRST_INDEX + (changed[0, 5] - FIRST_INDEX + 1) % 30
     for causal in (True, False):
-        before = model(batch.items, batch.lengths, batch.users, causal=causal)
-        after = model(changed, batch.lengths, batch.users, causal=causal)
+        before = hidden_of(model, batch.items, batch.lengths, batch.users, causal=causal)
+        after = hidden_of(model, changed, batch.lengths, batch.users, causal=causal)
         moved = ((before - after).abs().amax(-1) > 1e-9)[0].tolist()
         assert moved == ([False] * 5 + [True] * 3 if causal else [True] * 8)
 
@@ -62,10 +143,10 @@ def test_unknown_users_share_one_vector_and_known_ones_have_their_own():
     model, batch = model_of(), batch_of([6, 6])
     items = batch.items[:1].expand(3, -1)
     lengths = torch.tensor([6, 6, 6])
-    hidden = model(items, lengths, torch.tensor([UNK, 50, 10_000]), causal=False)
+    hidden = hidden_of(model, items, lengths, torch.tensor([UNK, 50, 10_000]), causal=False)
     torch.testing.assert_close(hidden[0], hidden[1])
     torch.testing.assert_close(hidden[0], hidden[2])
-    known = model(items, lengths, torch.tensor([6, 7, 7]), causal=False)
+    known = hidden_of(model, items, lengths, torch.tensor([6, 7, 7]), causal=False)
     assert not torch.allclose(known[0], known[1])
     torch.testing.assert_close(known[1], known[2])
 
@@ -74,8 +155,8 @@ def test_items_are_scored_with_the_table_they_are_embedded_with():
     model, batch = model_of(), batch_of([4, 7])
     table_VD = model.item_vectors()
     torch.testing.assert_close(model.item_vectors(batch.items), table_VD[batch.items])
-    hidden_BTD = model(batch.items, batch.lengths, batch.users, causal=False)
-    with_table = model(batch.items, batch.lengths, batch.users, causal=False, table_VD=table_VD)
+    hidden_BTD = hidden_of(model, batch.items, batch.lengths, batch.users, causal=False)
+    with_table = hidden_of(model, batch.items, batch.lengths, batch.users, causal=False, table_VD=table_VD)
     torch.testing.assert_close(hidden_BTD, with_table)
     rows = torch.tensor([9, 5, 30])
     scores = model.scores(hidden_BTD[:, 0])
@@ -185,7 +266,7 @@ def test_masked_query_is_the_training_sample_with_the_last_item_masked():
     model, batch = model_of(), batch_of([6, 9, 9, 9, 9])
     task = MaskedItem(MaskedItemConfig(last_only_probability=1.0))
     corrupted, lengths, chosen = task.mask(batch, NUM_ITEMS)
-    trained = model(corrupted, lengths, batch.users, causal=False)[chosen]
+    trained = hidden_of(model, corrupted, lengths, batch.users, causal=False)[chosen]
     asked = Batch(torch.where(corrupted == MASK, PAD, corrupted)[:, :-1], lengths - 1, batch.users, 5, slice(0, 5), ())
     torch.testing.assert_close(task.query(model, asked), trained)
 
@@ -193,7 +274,7 @@ def test_masked_query_is_the_training_sample_with_the_last_item_masked():
 def test_next_item_query_is_the_trained_position():
     model, batch = model_of(), batch_of([7, 7])
     inputs = torch.cat([torch.full((2, 1), CLS), batch.items[:, :-1]], dim=1)
-    trained = model(inputs, batch.lengths, batch.users, causal=True)[:, -1]
+    trained = hidden_of(model, inputs, batch.lengths, batch.users, causal=True)[:, -1]
     shorter = Batch(batch.items[:, :-1], batch.lengths - 1, batch.users, 2, slice(0, 2), ())
     torch.testing.assert_close(NextItem(NextItemConfig()).query(model, shorter), trained)
 

@@ -2,13 +2,20 @@
 and knowledge embeddings (4.3, 4.4). With `causal`, the same network reads left to right, for next item prediction.
 
 Shape letters: ``B`` sequences, ``T`` positions, ``D`` width, ``H`` heads, ``V`` catalogue rows, ``S`` knowledge slots
-of an item, ``N`` any number of positions, ``C`` candidates.
+of an item, ``N`` any number of positions, ``C`` candidates, ``Q`` positions of a sequence that ask, ``E`` width of a
+head.
+
+On a CPU a batch goes through the network in chunks of sequences of like length, small enough for the caches: hardly
+any padding, and what one layer writes is still near when the next reads it. In the last layer only the positions whose
+hidden states are wanted ask; the others are only looked at.
 
 Where the survey leaves the network open: layers are normalised before each sub-layer (Xiong et al. 2020), which spares
 the warm-up plateau; attention has no key bias (its gradient is zero). Positions count from the oldest item that is
 read. Counting back from the newest was tried: the position that is asked is then hardly ever trained (NDCG@10 0.05 for
 0.12).
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +35,7 @@ GROUPS = {
     "head": ("head.",),
 }
 TABLE_STD = 0.02
+CHUNK_POSITIONS = 2_048  # padded positions that go through the network together on a CPU: 1 MB at width 128
 _EVERY = slice(None)
 
 
@@ -44,30 +52,63 @@ class Block(nn.Module):
         self.feed_norm = nn.LayerNorm(width)
         self.feed_in = nn.Linear(width, 4 * width)
         self.feed_out = nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, mask_B11T: Tensor | None, rotation_2TE: Tensor | None, *, causal: bool) -> Tensor:
-        B, T, D = x_BTD.shape
-        qkv = self.qkv(self.attention_norm(x_BTD)).view(B, T, 3, self.heads, D // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D / H]
-        if rotation_2TE is not None:
-            query, key = _rotated(query, rotation_2TE), _rotated(key, rotation_2TE)
+    def forward(
+        self, x_BTD: Tensor, mask: Tensor | None, rotation_TE: Tensor | None, *, causal: bool,
+        wanted: "Wanted | None" = None,
+    ) -> Tensor:  # fmt: skip
+        """[B, T, D] to [B, T, D]; to [N, D], those `wanted`, where not all are. `mask` [B, 1, 1 or Q, T]: what a
+        position may look at; None: everything, or with `causal` what doesn't stand behind it."""
+        D = x_BTD.shape[2]
+        normed_BTD = asking_BQD = self.attention_norm(x_BTD)
+        if wanted is None:
+            query, key, value = self._heads(self.qkv(normed_BTD), 3)
+        else:
+            asking_BQD = wanted.gathered(normed_BTD)
+            (query,) = self._heads(F.linear(asking_BQD, self.qkv.weight[:D]), 1)
+            key, value = self._heads(F.linear(normed_BTD, self.qkv.weight[D:]), 2)
+        if rotation_TE is not None:
+            query = _Rotated.apply(query, rotation_TE if wanted is None else rotation_TE[wanted.places_BQ][:, None])
+            key = _Rotated.apply(key, rotation_TE)
         # No dropout of attention weights: it would rule out the fused kernels, and the residual branch has its own.
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_B11T, is_causal=causal)
-        x_BTD = x_BTD + self.dropout(self.attention_out(attended.transpose(1, 2).reshape(B, T, D)))
-        inner = F.gelu(self.feed_in(self.feed_norm(x_BTD)), approximate="tanh")
-        out_BTD: Tensor = x_BTD + self.dropout(self.feed_out(inner))
-        return out_BTD
+        attended = _attended(query, key, value, mask, causal=causal and mask is None)
+        attended_BQD = attended.transpose(1, 2).flatten(2)
+        x, attended = (x_BTD, attended_BQD) if wanted is None else (x_BTD[wanted.mask_BT], attended_BQD[wanted.mask_BQ])
+        x = x + self.dropout(self.attention_out(attended))
+        out: Tensor = x + self.dropout(self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)))))
+        return out
+
+    def _heads(self, x_BTD: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """`parts` tensors [B, H, T, E] of one that holds them side by side."""
+        B, T, width = x_BTD.shape
+        return x_BTD.view(B, T, parts, self.heads, width // parts // self.heads).permute(2, 0, 3, 1, 4).unbind()
+
+
+class Wanted:
+    """The positions of a chunk whose hidden states are wanted, as padded rows of Q."""
+
+    def __init__(self, mask_BT: Tensor) -> None:
+        count_B = mask_BT.sum(1)
+        num_asking = max(count_B.tolist(), default=1) or 1
+        self.mask_BT = mask_BT
+        self.mask_BQ = torch.arange(num_asking, device=mask_BT.device) < count_B[:, None]
+        self.places_BQ = mask_BT.byte().argsort(dim=1, descending=True, stable=True)[:, :num_asking]
+
+    def gathered(self, x_BTD: Tensor) -> Tensor:
+        """[B, Q, D]; behind each row's own positions stand some that nobody wants."""
+        return x_BTD.gather(1, self.places_BQ[:, :, None].expand(-1, -1, x_BTD.shape[2]))
 
 
 class Bert4Rec(nn.Module):
-    """items, lengths, users -> hidden states [B, T, D]; items are scored with the table they are embedded with.
+    """items, lengths, users -> hidden states [N, D] of wanted positions; items are scored with the table they are
+    embedded with.
 
     `knowledge_VS`: entity index of each slot of each catalogue row, UNK where unknown (survey 4.3: director, actors).
     """
 
     knowledge_VS: Tensor
-    rotation_2TE: Tensor
+    rotation_TE: Tensor
 
     def __init__(
         self, config: Bert4RecConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
@@ -93,13 +134,13 @@ class Bert4Rec(nn.Module):
             self.user_projection = nn.Linear(config.user_width, width, bias=False)
         self.position_embedding = nn.Embedding(config.max_length, width)
         if config.positions == "rotary":
-            self.register_buffer("rotation_2TE", _rotation(config), persistent=False)
+            self.register_buffer("rotation_TE", _rotation(config), persistent=False)
         self.input_norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.output_norm = nn.LayerNorm(width)
-        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(approximate="tanh"), nn.LayerNorm(width))
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.output_bias = nn.Parameter(torch.zeros(num_items if tables is None else tables.share(num_items)))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.apply(_initialise)
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
@@ -132,25 +173,46 @@ class Bert4Rec(nn.Module):
         return {name: given[name] for name in names if name in given}
 
     def forward(
-        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, *, causal: bool, table_VD: Tensor | None = None
-    ) -> Tensor:
-        """Hidden states [B, T, D]; items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows
-        of the user table (those beyond it are unknown). `table_VD`: item_vectors(), where the caller has it already."""
-        T = items_BT.shape[1]
-        x_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
-        x_BTD = x_BTD + self.position_embedding.weight[:T]
+        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
+        table_VD: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [N, D] of the positions that are wanted (bool [B, T], real ones), row after row.
+
+        items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows of the user table (those
+        beyond it are unknown). `table_VD`: item_vectors(), where the caller has it already."""
+        order_B = lengths_B.argsort(stable=True)
+        items_BT, lengths_B, wanted_BT = items_BT[order_B], lengths_B[order_B], wanted_BT[order_B]
+        # Tables are read once for the whole batch; what follows is done chunk by chunk.
+        vectors_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
+        x_BTD = vectors_BTD + self.position_embedding.weight[: items_BT.shape[1]]
         if self.config.user_width:
-            known = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)
-            x_BTD = x_BTD + self.user_projection(self._rows_of(self.user_embedding.weight, known))[:, None]
-        x_BTD = self.dropout(self.input_norm(x_BTD))
-        mask_B11T = None
+            known_B = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)[order_B]
+            x_BTD = x_BTD + self.user_projection(self._rows_of(self.user_embedding.weight, known_B))[:, None]
+        sizes = _chunks(lengths_B)
+        chunks = zip(x_BTD.split(sizes), lengths_B.split(sizes), wanted_BT.split(sizes), strict=True)
+        parts = [self._chunk(*chunk, causal=causal) for chunk in chunks]
+        return torch.cat(parts)[_order_of(wanted_BT, order_B)]
+
+    def _chunk(self, x_BTD: Tensor, lengths_B: Tensor, wanted_BT: Tensor, *, causal: bool) -> Tensor:
+        """Hidden states [N, D] of the wanted positions of some sequences, from the vectors of their items."""
+        T = int(lengths_B.amax()) if len(lengths_B) else x_BTD.shape[1]
+        x_BTD, wanted_BT = self.dropout(self.input_norm(x_BTD[:, :T])), wanted_BT[:, :T]
+        place_T = torch.arange(T, device=x_BTD.device)
+        rotation_TE = self.rotation_TE[:T] if self.config.positions == "rotary" else None
+        mask = None
         if not causal and bool((lengths_B < T).any()):  # a causal query never sees what stands behind it
-            mask_B11T = (torch.arange(T, device=items_BT.device) < lengths_B[:, None])[:, None, None]
-        rotation_2TE = self.rotation_2TE[:, :T] if self.config.positions == "rotary" else None
-        for block in self.blocks:
-            x_BTD = block(x_BTD, mask_B11T, rotation_2TE, causal=causal)
-        hidden: Tensor = self.output_norm(x_BTD)
-        return hidden
+            mask = (place_T < lengths_B[:, None])[:, None, None]
+        for block in self.blocks[:-1]:
+            x_BTD = block(x_BTD, mask, rotation_TE, causal=causal)
+        wanted = Wanted(wanted_BT)
+        if 2 * wanted.mask_BQ.shape[1] > T:  # most are wanted: no gain in leaving the others out
+            x_ND = self.blocks[-1](x_BTD, mask, rotation_TE, causal=causal)[wanted_BT]
+        else:
+            if causal:
+                mask = (place_T <= wanted.places_BQ[:, :, None])[:, None]
+            x_ND = self.blocks[-1](x_BTD, mask, rotation_TE, causal=causal, wanted=wanted)
+        hidden_ND: Tensor = self.output_norm(x_ND)
+        return hidden_ND
 
     def scores(
         self, hidden_ND: Tensor, rows: Tensor | slice = _EVERY, table_VD: Tensor | None = None,
@@ -169,18 +231,107 @@ class Bert4Rec(nn.Module):
         return F.linear(self.head(hidden_ND), table_CD, bias_C)
 
 
+def _chunks(lengths_B: Tensor) -> list[int]:
+    """How many sequences, in ascending order of length, go through the network together."""
+    if lengths_B.device.type != "cpu" or len(lengths_B) == 0:
+        return [len(lengths_B)]
+    sizes = [0]
+    for length in lengths_B.tolist():
+        if sizes[-1] and (sizes[-1] + 1) * length > CHUNK_POSITIONS:
+            sizes.append(0)
+        sizes[-1] += 1
+    return sizes
+
+
+def _order_of(wanted_BT: Tensor, order_B: Tensor) -> Tensor:
+    """Where the wanted positions of rows put in an order stand, in the rows' order of old."""
+    T = wanted_BT.shape[1]
+    old_BT = order_B[:, None] * T + torch.arange(T, device=wanted_BT.device)
+    return old_BT[wanted_BT].argsort()
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
+    """Attention (Vaswani et al. 2017, equation 1), [B, H, Q, E]."""
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
+    # The fused kernel's backward pass takes three times as long in bf16, on a CPU, as these three products.
+    with torch.autocast("cpu", enabled=False):
+        scores = query @ (key * key.shape[-1] ** -0.5).transpose(-1, -2)
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            scores = scores + torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
+        attended: Tensor = scores.softmax(-1) @ value
+        return attended
+
+
+class Dropout(nn.Module):
+    """Dropout at a rate rounded to 1/256: a random byte for each number, where torch's draws a float one by one."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.threshold = round(256 * rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.threshold == 0:
+            return x
+        dropped: Tensor = _Dropped.apply(x, self.threshold)
+        return dropped
+
+
+class _Dropped(torch.autograd.Function):
+    """x with a share of threshold / 256 of its numbers set to zero, the others scaled up; keeps a byte of each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: int) -> Tensor:
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        ctx.save_for_backward(words)
+        ctx.threshold = threshold
+        return _Dropped._scaled(x, words, threshold)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _Dropped._scaled(gradients[0], *ctx.saved_tensors, ctx.threshold), None
+
+    @staticmethod
+    def _scaled(x: Tensor, words: Tensor, threshold: int) -> Tensor:
+        bytes_ = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        # Compared as x's own type, which has vector instructions, where bytes have none; 0 to 255 are exact in bf16.
+        return bytes_.to(x.dtype).ge_(threshold).mul_(256 / (256 - threshold)).mul_(x)
+
+
+class _Rotated(torch.autograd.Function):
+    """Each pair of coordinates turned by its position's angle, so that a product of two knows their distance only.
+
+    x [B, H, T, E], rotation [T, E] or [B, 1, T, E]: cosines, then sines (Su et al. 2021, equation 15)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
+        ctx.save_for_backward(rotation)
+        cosines, sines = rotation.to(x.dtype).chunk(2, dim=-1)
+        return _Rotated._turned(x, cosines, sines)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (rotation,) = ctx.saved_tensors
+        cosines, sines = rotation.to(gradients[0].dtype).chunk(2, dim=-1)
+        return _Rotated._turned(gradients[0], cosines, -sines), None
+
+    @staticmethod
+    def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        turned = torch.empty_like(x)
+        new_left, new_right = turned.chunk(2, dim=-1)
+        torch.mul(left, cosines, out=new_left).addcmul_(right, sines, value=-1)
+        torch.mul(right, cosines, out=new_right).addcmul_(left, sines)
+        return turned
+
+
 def _rotation(config: Bert4RecConfig) -> Tensor:
-    """Cosines and sines [2, T, E / 2] of each position's angles, for heads of width E (Su et al. 2021, equation 15)."""
+    """Cosines, then sines, [T, E] of each position's angles, for heads of width E."""
     half = config.width // config.heads // 2
     angles_TE = torch.arange(config.max_length)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
-    return torch.stack([angles_TE.cos(), angles_TE.sin()])
-
-
-def _rotated(x_BHTE: Tensor, rotation_2TE: Tensor) -> Tensor:
-    """Each pair of coordinates turned by its position's angle, so that a product of two knows their distance only."""
-    cos_TE, sin_TE = rotation_2TE.to(x_BHTE.dtype)
-    left, right = x_BHTE.chunk(2, dim=-1)
-    return torch.cat([left * cos_TE - right * sin_TE, right * cos_TE + left * sin_TE], dim=-1)
+    return torch.cat([angles_TE.cos(), angles_TE.sin()], dim=1)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -14,6 +14,8 @@ from etl.tables import FIRST_INDEX
 from trainer.config import LossConfig
 from trainer.models.bert4rec import Bert4Rec
 
+POSITIONS = 512  # whose scores are taken together
+
 
 def summed_loss(
     model: Bert4Rec,
@@ -26,12 +28,16 @@ def summed_loss(
 ) -> Tensor:
     """Sum over N positions of the negative log-likelihood (nats) of their targets (catalogue rows)."""
     if config.kind == "full":
-        scores_NV = model.scores(hidden_ND, table_VD=table_VD)[:, FIRST_INDEX:]
-        loss: Tensor = F.cross_entropy(
-            _wide(scores_NV), targets_N - FIRST_INDEX,
-            reduction="sum", label_smoothing=config.label_smoothing,
-        )  # fmt: skip
-        return loss
+        table_VD = model.item_vectors() if table_VD is None else table_VD
+        losses = [
+            F.cross_entropy(
+                _wide(model.scores(hidden, slice(FIRST_INDEX, None), table_VD)), targets - FIRST_INDEX,
+                reduction="sum", label_smoothing=config.label_smoothing,
+            )
+            # Some positions at a time: their scores stay in the processor's caches between one pass and the next.
+            for hidden, targets in zip(hidden_ND.split(POSITIONS), targets_N.split(POSITIONS), strict=True)
+        ]  # fmt: skip
+        return torch.stack(losses).sum()
     num_items = model.num_items - FIRST_INDEX
     drawn = np.random.default_rng([*draw, 4]).integers(FIRST_INDEX, model.num_items, config.num_negatives)
     negatives_K = torch.from_numpy(drawn).to(hidden_ND.device)

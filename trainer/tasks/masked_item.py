@@ -31,11 +31,9 @@ class MaskedItem:
         corrupted_BT, lengths_B, chosen_BT = self.mask(batch, model.num_items)
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
-        hidden_BTD = model(corrupted_BT, lengths_B, batch.users, causal=False, table_VD=table_VD)
+        hidden_ND = model(corrupted_BT, lengths_B, batch.users, chosen_BT, causal=False, table_VD=table_VD)
         targets_N = batch.items[chosen_BT]
-        loss = summed_loss(
-            model, hidden_BTD[chosen_BT], targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD
-        )
+        loss = summed_loss(model, hidden_ND, targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
         return loss, chosen_BT.sum()
 
     def mask(self, batch: Batch, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,12 +60,11 @@ class MaskedItem:
         corrupted_BT = torch.where(chosen_BT, replaced_BT, batch.items)
         return torch.where(place_T < lengths_B[:, None], corrupted_BT, PAD), lengths_B, chosen_BT
 
-    def query(self, model: Bert4Rec, batch: Batch) -> Tensor:
+    def query(self, model: Bert4Rec, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
         """How the model is asked: hidden states [B, D] of a MASK put behind each sequence. `batch` leaves room for
         it."""
-        rows = torch.arange(len(batch.items), device=batch.items.device)
-        items_BT = torch.cat([batch.items, batch.items.new_zeros(len(rows), 1)], dim=1)
-        items_BT[rows, batch.lengths] = MASK
-        hidden_BTD = model(items_BT, batch.lengths + 1, batch.users, causal=False)
-        query_BD: Tensor = hidden_BTD[rows, batch.lengths]
+        items_BT = torch.cat([batch.items, batch.items.new_zeros(len(batch.items), 1)], dim=1)
+        asked_BT = torch.arange(items_BT.shape[1], device=items_BT.device) == batch.lengths[:, None]
+        items_BT = torch.where(asked_BT, MASK, items_BT)
+        query_BD: Tensor = model(items_BT, batch.lengths + 1, batch.users, asked_BT, causal=False, table_VD=table_VD)
         return query_BD

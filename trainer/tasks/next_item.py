@@ -26,17 +26,17 @@ class NextItem:
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
         inputs_BT = torch.cat([_begin(batch), batch.items[:, :-1]], dim=1)
-        hidden_BTD = model(inputs_BT, batch.lengths, batch.users, causal=True, table_VD=table_VD)
         real_BT = batch.mask_BT
+        hidden_ND = model(inputs_BT, batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD)
         targets_N = batch.items[real_BT]
-        loss = summed_loss(model, hidden_BTD[real_BT], targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
+        loss = summed_loss(model, hidden_ND, targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
         return loss, real_BT.sum()
 
-    def query(self, model: Bert4Rec, batch: Batch) -> Tensor:
+    def query(self, model: Bert4Rec, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
         """How the model is asked: hidden states [B, D] at the newest item (at CLS for an empty history)."""
         items_BT = torch.cat([_begin(batch), batch.items], dim=1)
-        hidden_BTD = model(items_BT, batch.lengths + 1, batch.users, causal=True)
-        query_BD: Tensor = hidden_BTD[torch.arange(len(items_BT), device=items_BT.device), batch.lengths]
+        newest_BT = torch.arange(items_BT.shape[1], device=items_BT.device) == batch.lengths[:, None]
+        query_BD: Tensor = model(items_BT, batch.lengths + 1, batch.users, newest_BT, causal=True, table_VD=table_VD)
         return query_BD
 
 
