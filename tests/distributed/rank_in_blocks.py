@@ -1,0 +1,65 @@
+"""Run by torchrun: validation metrics of a model whose table is shared out, and of the same one whole, to a file."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from etl.tables import FIRST_INDEX
+from trainer import scoring
+from trainer.baselines import Histories
+from trainer.config import Bert4RecConfig, MaskedItemConfig, RuntimeConfig
+from trainer.distributed import ALONE, join, leave
+from trainer.models import RowTables, build_model
+from trainer.pretrain import _validate
+from trainer.ranking import FULL, HeldOut
+from trainer.tasks import build_task
+
+NUM_ITEMS, NUM_USERS = 300, 37
+
+
+def held_out():
+    random = np.random.default_rng(3)
+    lengths = random.integers(1, 9, NUM_USERS)
+    items = random.integers(FIRST_INDEX, NUM_ITEMS, lengths.sum())
+    users = np.arange(NUM_USERS)
+    histories = Histories(users, np.concatenate([[0], np.cumsum(lengths)]), items, np.empty(0, dtype=np.int64))
+    targets = random.integers(FIRST_INDEX, NUM_ITEMS, (NUM_USERS, 2))
+    targets[:, 1] = np.where(targets[:, 1] == targets[:, 0], -1, targets[:, 1])
+    return HeldOut(users, histories, targets, {}, (FULL,), NUM_ITEMS, lengths, np.empty(0, dtype=np.int64))
+
+
+def model_of(world):
+    knowledge = torch.from_numpy(np.random.default_rng(5).integers(0, 20, (NUM_ITEMS, 2)))
+    config = Bert4RecConfig(width=8, blocks=1, max_length=12, user_width=4, knowledge_width=3, dropout=0.0)
+    tables = RowTables(world)
+    return build_model(
+        config, num_users=NUM_USERS, num_entities=20, knowledge_VS=knowledge, seed=1, tables=tables
+    ).double()
+
+
+def main():
+    world = join(RuntimeConfig(precision="fp64", threads=1))
+    scoring.SCORES_PER_BLOCK = 200
+    task = build_task(MaskedItemConfig())
+    blocks, columns = [], scoring.Scores.blocks
+
+    def counted(self, first=0):
+        for block in columns(self, first):
+            blocks.append(block[0])
+            yield block
+
+    scoring.Scores.blocks = counted
+    told = {
+        "whole": _validate(model_of(ALONE), task, held_out(), ALONE, 8),
+        "blocks": len(blocks),
+        "shared_out": _validate(model_of(world), task, held_out(), world, 8),
+    }
+    (Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
+    leave()
+
+
+main()
