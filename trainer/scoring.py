@@ -124,7 +124,9 @@ class Scorer:
 
         @torch.inference_mode()
         def columns(start: int, stop: int) -> Tensor:
-            rows = slice(start, stop) if rows_C is None else rows_C[start:stop]
+            rows: slice | Tensor = slice(start, stop) if rows_C is None else rows_C[start:stop]
+            if rows_C is None and self._table_VD is None:
+                rows = torch.arange(start, stop, device=self.device)
             return self.model.scores(hidden_BD, rows, self._table_VD, self._bias_V).float()
 
         return Scores(len(histories), self.model.num_items if candidates is None else len(candidates), columns)
@@ -138,10 +140,15 @@ class Scorer:
         return whole.cpu()
 
     @functools.cached_property
-    def _table_VD(self) -> Tensor:
-        """The item table: the embedding itself where items have no knowledge, else made once, and in blocks."""
+    def _table_VD(self) -> Tensor | None:
+        """The item table: the embedding itself where items have no knowledge, else made once, and in blocks. None where
+        row-wise tables are there to spare a second one: its rows are then asked for block by block, each time."""
         model = self.model
-        if model.item_projection is None or model.num_items <= ROWS_PER_BLOCK:
+        if model.num_items <= ROWS_PER_BLOCK:
+            return model.item_vectors()
+        if model.tables is not None and (model.item_projection is not None or model.tables.world.size > 1):
+            return None
+        if model.item_projection is None:
             return model.item_vectors()
         table_VD = torch.empty_like(model.item_embedding.weight)
         for start in range(0, model.num_items, ROWS_PER_BLOCK):
@@ -150,8 +157,8 @@ class Scorer:
         return table_VD
 
     @functools.cached_property
-    def _bias_V(self) -> Tensor:
-        return self.model.bias()
+    def _bias_V(self) -> Tensor | None:
+        return None if self._table_VD is None else self.model.bias()
 
     @torch.inference_mode()
     def _hidden(self, histories: Histories) -> Tensor:

@@ -43,7 +43,7 @@ def model_of(world):
 
 def main():
     world = join(RuntimeConfig(precision="fp64", threads=1))
-    scoring.SCORES_PER_BLOCK = 200
+    scoring.SCORES_PER_BLOCK, scoring.ROWS_PER_BLOCK = 200, 100  # smaller than the catalogue
     task = build_task(MaskedItemConfig())
     blocks, columns = [], scoring.Scores.blocks
 

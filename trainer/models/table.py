@@ -64,7 +64,7 @@ class RowTables:
         if trained:
             values.requires_grad_()
             self._reads.setdefault(table, []).append((distinct_U, values))
-        return F.embedding(place, values.view(len(values), -1)).view(*rows.shape, *table.shape[1:])
+        return F.embedding(place, _flat(values)).view(*rows.shape, *table.shape[1:])
 
     def whole(self, table: Tensor, num_rows: int) -> Tensor:
         """All rows, to be read only: the table itself where one process has it, else a copy of the whole (not for large
@@ -153,6 +153,10 @@ def _summed(rows: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows, ascending, and the sums of their gradients: added in the order given, unlike `index_add_`'s on
     GPUs."""
     distinct_U, place = torch.unique(rows, return_inverse=True)
-    flat = gradients.reshape(len(rows), -1)
-    total = torch.ops.aten.embedding_dense_backward(flat, place, len(distinct_U), -1, False)
+    total = torch.ops.aten.embedding_dense_backward(_flat(gradients), place, len(distinct_U), -1, False)
     return distinct_U, total.view(len(distinct_U), *gradients.shape[1:])
+
+
+def _flat(values: Tensor) -> Tensor:
+    """[U, D], of none too, and of a table without width."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
