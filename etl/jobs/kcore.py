@@ -26,7 +26,8 @@ def kept_items(interactions: DataFrame, config: KCoreConfig, degrees: DataFrame 
     if not config.iterate:
         return enough
     edges = interactions.select("user", "item", F.lit(True).alias("free_user"), F.lit(True).alias("free_item"))
-    return peel(edges, held(enough), config)
+    enough = held(enough)
+    return peel(edges, enough, config, num_items=enough.count(), num_edges=interactions.count())
 
 
 def kept_users(interactions: DataFrame, kept_items: DataFrame, config: KCoreConfig) -> DataFrame:
@@ -36,14 +37,13 @@ def kept_users(interactions: DataFrame, kept_items: DataFrame, config: KCoreConf
     return interactions.groupBy("user").count().where(F.col("count") >= config.min_user).select("user")
 
 
-def peel(edges: DataFrame, items: DataFrame, config: KCoreConfig) -> DataFrame:
+def peel(edges: DataFrame, items: DataFrame, config: KCoreConfig, *, num_items: int, num_edges: int) -> DataFrame:
     """`item` of the free items that stay, of `items`, the free ones that may.
 
     `edges`: user, item, free_user, free_item; an end that isn't free stays. A round counts each user's edges with what
     stays, then each item's edges with the users that do. Edges are read anew from their source until half of them are
     gone; then the rest is set aside, and so on, so that rounds that drop little cost no more than reading.
     """
-    num_items, size = items.count(), edges.count()
     while True:
         stays = broadcast(items.withColumn("_stays", F.lit(True)), num_items)
         alive = edges.join(stays, "item", "left").where(~F.col("free_item") | F.col("_stays")).drop("_stays")
@@ -61,8 +61,8 @@ def peel(edges: DataFrame, items: DataFrame, config: KCoreConfig) -> DataFrame:
         if left in (0, num_items):
             return items
         num_items = left
-        if int(told[1]) < size / 2:
-            edges, size = held(alive), int(told[1])
+        if int(told[1]) < num_edges / 2:
+            edges, num_edges = held(alive), int(told[1])
 
 
 def grown_items(
@@ -72,44 +72,49 @@ def grown_items(
 
     `items`, `users`: id, degree (in both), more (of it, in `appended`), and kept, as it was, of all ids.
     """
-    free_items, free_users = _free(items, "item", config.min_item), _free(users, "user", config.min_user)
-    edges = _open_edges(old, appended, {"item": free_items, "user": free_users})
+    free = {"item": _free(items, config.min_item), "user": _free(users, config.min_user)}
+    edges, (num_items, _) = _open_edges(old, appended, free)
+    if num_items == 0:
+        return items.where("false").select("item")
     for column, found in (("item", items), ("user", users)):
         stayed = found.where("kept").select(column, F.lit(True).alias("_stayed"))
         edges = edges.join(stayed, column, "left").where(F.col(f"free_{column}") | F.col("_stayed")).drop("_stayed")
     edges = held(edges)
     counts = edges.where("free_item").groupBy("item").count()
-    return peel(edges, held(counts.where(F.col("count") >= config.min_item).select("item")), config)
+    enough = held(counts.where(F.col("count") >= config.min_item).select("item"))
+    return peel(edges, enough, config, num_items=enough.count(), num_edges=0)  # few, and set aside already
 
 
 def grown_users(
     old: DataFrame, appended: DataFrame, kept_items: DataFrame, users: DataFrame, config: KCoreConfig
 ) -> DataFrame:
     """`user` of the users that stay by now and did not before. `kept_items`: item; `users`: see grown_items."""
-    edges = _open_edges(old, appended, {"user": _free(users, "user", config.min_user)})
-    return kept_users(held(edges), kept_items, config)
+    edges, (num_users,) = _open_edges(old, appended, {"user": _free(users, config.min_user)})
+    return kept_users(edges, kept_items, config) if num_users else users.where("false").select("user")
 
 
-def _free(found: DataFrame, column: str, least: int) -> DataFrame:
-    """`column`, known (whether it is of the log so far) of the ids that aren't kept and may be."""
-    known = (F.col("degree") > F.col("more")).alias("known")
-    return held(found.where(~F.col("kept") & (F.col("degree") >= least)).select(column, known))
+def _free(found: DataFrame, least: int) -> DataFrame:
+    """Those of `found` that aren't kept and may be."""
+    return found.where(~F.col("kept") & (F.col("degree") >= least))
 
 
-def _open_edges(old: DataFrame, appended: DataFrame, free: dict[str, DataFrame]) -> DataFrame:
-    """user, item and free_<column> of each column of `free` (column -> ids): the interactions with a free end.
+def _open_edges(old: DataFrame, appended: DataFrame, free: dict[str, DataFrame]) -> tuple[DataFrame, tuple[int, ...]]:
+    """user, item and free_<column> of each column of `free` (column -> ids): the interactions with a free end. And the
+    number of free ids of each column.
 
     The log so far is read only where a free id is of it.
     """
     edges, any_free = appended.select("user", "item"), F.lit(False)
-    if any(ids.where("known").count() for ids in free.values()):
+    told = [ids.agg(F.count(F.lit(1)), F.count_if(F.col("degree") > F.col("more"))).first() for ids in free.values()]
+    if any(row is not None and row[1] for row in told):
         edges = edges.unionByName(old.select("user", "item"))
-    for column, ids in free.items():
+    sizes = tuple(0 if row is None else int(row[0]) for row in told)
+    for (column, ids), size in zip(free.items(), sizes, strict=True):
         flag = f"free_{column}"
-        marked = broadcast(ids.select(column, F.lit(True).alias(flag)), ids.count())
+        marked = broadcast(ids.select(column, F.lit(True).alias(flag)), size)
         edges = edges.join(marked, column, "left").withColumn(flag, F.coalesce(flag, F.lit(False)))
         any_free = any_free | F.col(flag)
-    return edges.where(any_free)
+    return edges.where(any_free), sizes
 
 
 def rules(config: KCoreConfig) -> str:

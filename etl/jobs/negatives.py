@@ -9,6 +9,7 @@ file by file, without Spark and without a Python object for a row. Of users whos
 negatives are copied.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ from etl.tables import DOMAINS, INTERACTIONS, ITEMS, NEGATIVES, SEQUENCES, USERS
 BLOCK_USERS = 1 << 15  # of a file, with all their rows in memory
 BLOCK_ITEMS = 1 << 23  # of their sequences
 _PARTS = ("validation", "test")
+_COLUMNS = ["protocol", "part", "user", "items"]
 _SEQUENCE = ["user", "items", "valid_start", "test_start", "end"]
 # Sail runs its tasks as threads of one process: no more at once than there are cores.
 _TURNS = threading.BoundedSemaphore(os.cpu_count() or 1)
@@ -53,16 +55,17 @@ Files = Mapping[int, Sequence[tuple[str, str, str]]]  # bucket -> (split, domain
 class Inputs:
     """What a task reads: the catalogue, by word, and data files of pinned versions.
 
-    `items`: index, word, degree, bits (bit k: the item belongs to names[k]). `before`: the sequences that the negatives
-    `drawn` were drawn for.
+    `items`: index, word, degree, bits (bit k: the item belongs to names[k]). `drawn`: earlier negatives; where they are
+    known: `before`, the sequences they were drawn for, and `lost`, by domain, what were candidates then and aren't now.
     """
 
     lake: str
     names: Sequence[str]
     items: pa.Table
     sequences: Files
-    before: Files
     drawn: Files
+    before: Files
+    lost: Mapping[str, pa.Array]
     config: NegativesConfig
 
 
@@ -73,47 +76,61 @@ def rows(
     *,
     domain: str,
     config: NegativesConfig,
-    before: pa.Table | None = None,
     drawn: pa.Table | None = None,
+    before: pa.Table | None = None,
+    lost: pa.Array | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """NEGATIVES, less its partition columns, of users of one split and domain, in the table's order.
 
     `sequences`: user (ascending), items, valid_start, test_start, end of users; `word`: a hash of each one's raw id.
-    `before`: the same columns as they were when the negatives `drawn` were.
+    `drawn`: earlier negatives, in any order. Where these are known: `before`, the sequences they were drawn for, and
+    `lost`, the indices that were candidates then and aren't now.
     """
     asked = pc.less(sequences["valid_start"], sequences["end"]).to_numpy()
     sequences, word = sequences.filter(pa.array(asked)), word[asked]
-    user = sequences["user"].to_numpy()
-    values, size = _flat(sequences["items"])
+    settled = np.zeros(len(sequences), bool)
+    if drawn is not None and before is not None and lost is not None:
+        settled = ~_changed(sequences, before) & _whole(sequences, drawn, lost, len(config.protocols))
+    others = sequences.filter(pa.array(~settled))
+    user, values, size = others["user"].to_numpy(), *_flat(others["items"])
     gone = taken(np.repeat(np.arange(len(user)), size), chosen.places(values), chosen)
-    changed = np.ones(len(user), bool) if before is None or drawn is None else _changed(sequences, before)
-    holds = {
-        "validation": (sequences["valid_start"].to_numpy() < sequences["test_start"].to_numpy()),
-        "test": (sequences["test_start"].to_numpy() < sequences["end"].to_numpy()),
-    }
     for protocol in sorted(config.protocols):
         for part in sorted(_PARTS):
             found = np.full((len(user), NUM_NEGATIVES), -1, np.int64)
+            rows = []
             if drawn is not None:
-                mine = pc.and_(pc.equal(drawn["protocol"], protocol), pc.equal(drawn["part"], part))
-                _put_earlier(found, drawn.filter(mine), user, changed, gone, chosen)
-            at = np.flatnonzero(holds[part])
-            draw(chosen, gone, found, word, at, protocol=protocol, stream=f"{config.seed}/{domain}/{part}")
-            found = found[at]
-            there = found >= 0
-            offsets = np.concatenate([[0], np.cumsum(there.sum(axis=1))])
-            items = pa.array(chosen.index[found[there]], pa.int32())
-            columns = {
-                "protocol": pa.repeat(protocol, len(at)),
-                "part": pa.repeat(part, len(at)),
-                "user": pa.array(user[at], pa.int32()),
-                "items": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items),
-            }
-            yield pa.RecordBatch.from_pydict(columns)
+                mine = drawn.filter(pc.and_(pc.equal(drawn["protocol"], protocol), pc.equal(drawn["part"], part)))
+                stays = pc.is_in(mine["user"], value_set=sequences["user"].filter(pa.array(settled)).combine_chunks())
+                rows.append(mine.filter(stays).select(_COLUMNS))
+                _put_earlier(found, mine.filter(pc.invert(stays)), user, gone, chosen)
+            at = np.flatnonzero(_holds(others, part))
+            draw(chosen, gone, found, word[~settled], at, protocol=protocol, stream=f"{config.seed}/{domain}/{part}")
+            rows.append(_table(protocol, part, user[at], found[at], chosen))
+            yield from _by_user(rows).combine_chunks().to_batches()
+
+
+def _holds(sequences: pa.Table, part: str) -> npt.NDArray[np.bool_]:
+    first, last = ("valid_start", "test_start") if part == "validation" else ("test_start", "end")
+    found: npt.NDArray[np.bool_] = sequences[first].to_numpy() < sequences[last].to_numpy()
+    return found
+
+
+def _table(protocol: str, part: str, user: Ints, found: Ints, chosen: Candidates) -> pa.Table:
+    there = found >= 0
+    offsets = np.concatenate([[0], np.cumsum(there.sum(axis=1))])
+    items = pa.array(chosen.index[found[there]], pa.int32())
+    columns = {
+        "protocol": pa.repeat(protocol, len(user)),
+        "part": pa.repeat(part, len(user)),
+        "user": pa.array(user, pa.int32()),
+        "items": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items),
+    }
+    return pa.table(columns).cast(_schema(NEGATIVES, _COLUMNS))
 
 
 def _changed(now: pa.Table, before: pa.Table) -> npt.NDArray[np.bool_]:
-    """Whose items or hold-out aren't as they were. Both by user."""
+    """Whose items or hold-out aren't as they were. `now`: by user."""
+    before = _by_user([before])
     place, known = _find(before["user"].to_numpy(), now["user"].to_numpy())
     was = before.take(pa.array(place[known]))
     same = known.copy()
@@ -130,20 +147,29 @@ def _changed(now: pa.Table, before: pa.Table) -> npt.NDArray[np.bool_]:
     return ~same
 
 
-def _put_earlier(
-    found: Ints, drawn: pa.Table, user: Ints, changed: npt.NDArray[np.bool_], gone: Taken, chosen: Candidates
-) -> None:
+def _whole(sequences: pa.Table, drawn: pa.Table, lost: pa.Array, num_protocols: int) -> npt.NDArray[np.bool_]:
+    """Who has all of its negatives, each of them a hundred, none of them `lost`."""
+    complete = pc.list_value_length(drawn["items"]).to_numpy() == NUM_NEGATIVES
+    if len(lost):
+        values, size = _flat(drawn["items"])
+        row = np.repeat(np.arange(len(size)), size)
+        complete[row[pc.is_in(pa.array(values), value_set=lost).to_numpy(zero_copy_only=False)]] = False
+    place, known = _find(sequences["user"].to_numpy(), drawn["user"].to_numpy())
+    found = np.bincount(place[known & complete], minlength=len(sequences))
+    num_parts = _holds(sequences, "validation").astype(int) + _holds(sequences, "test")
+    whole: npt.NDArray[np.bool_] = found == num_parts * num_protocols
+    return whole
+
+
+def _put_earlier(found: Ints, drawn: pa.Table, user: Ints, gone: Taken, chosen: Candidates) -> None:
     """Fill in what was drawn earlier for `user` (ascending), less what can't be any more."""
     row, known = _find(user, drawn["user"].to_numpy())
     values, size = _flat(drawn["items"])
     nth = np.arange(len(values)) - np.repeat(np.cumsum(size) - size, size)
     mine = np.repeat(known, size)
     found[np.repeat(row, size)[mine], nth[mine]] = chosen.places(values[mine])
-    again = np.flatnonzero(changed)
-    lost = gone.holds(np.repeat(again, found.shape[1]), found[again].ravel()).reshape(len(again), found.shape[1])
-    found[again] = np.where(lost, -1, found[again])
-    torn = np.flatnonzero((found[:, 1:] >= 0).any(axis=1) & (np.diff(found >= 0, axis=1) != 0).any(axis=1))
-    found[torn] = append(np.full((len(torn), found.shape[1]), -1, np.int64), found[torn])
+    taken_since = gone.holds(np.repeat(np.arange(len(user)), found.shape[1]), found.ravel()).reshape(found.shape)
+    found[:] = append(np.full_like(found, -1), np.where(taken_since, -1, found))
 
 
 def _find(known: Ints, asked: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
@@ -194,7 +220,7 @@ def _write_buckets(users: pa.Table, read: Inputs) -> Iterator[pa.RecordBatch]:
                 user = sequences["user"].to_numpy()
                 span = (int(user[0]), int(user[-1]))
                 before = _span(read, SEQUENCES, read.before, key, span, _SEQUENCE)
-                drawn = _span(read, NEGATIVES, read.drawn, key, span, ["protocol", "part", "user", "items"])
+                drawn = _span(read, NEGATIVES, read.drawn, key, span, _COLUMNS)
                 writer = FileWriter(filesystem, NEGATIVES, key)
                 for batch in rows(
                     sequences,
@@ -202,8 +228,9 @@ def _write_buckets(users: pa.Table, read: Inputs) -> Iterator[pa.RecordBatch]:
                     chosen[domain],
                     domain=domain,
                     config=read.config,
-                    before=before,
                     drawn=drawn,
+                    before=before,
+                    lost=read.lost.get(domain),
                 ):
                     for start in range(0, batch.num_rows, _ROWS):
                         writer.add(batch.slice(start, _ROWS))
@@ -238,15 +265,16 @@ def _by_user(tables: list[pa.Table]) -> pa.Table:
 def _span(
     read: Inputs, table: Table, files: Files, key: Key, span: tuple[int, int], columns: list[str]
 ) -> pa.Table | None:
-    """The rows of users in `span` of a partition, by user. None where there are no files."""
+    """The row groups of a partition that may hold users in `span`. None where there are no files."""
     if not files:
         return None
-    groups = [
-        group.filter(pc.and_(pc.greater_equal(group["user"], span[0]), pc.less_equal(group["user"], span[1])))
-        for group in _groups(read, table, files, key, columns, span)
-    ]
-    schema = pa.schema([table.schema.field(name) for name in columns])
-    return _by_user([schema.empty_table(), *(group.cast(schema) for group in groups)])
+    schema = _schema(table, columns)
+    groups = [group.cast(schema) for group in _groups(read, table, files, key, columns, span)]
+    return pa.concat_tables([schema.empty_table(), *groups])
+
+
+def _schema(table: Table, columns: Sequence[str]) -> pa.Schema:
+    return pa.schema([table.schema.field(name) for name in columns])
 
 
 def _groups(
@@ -271,29 +299,28 @@ def _groups(
 
 def run(run: Run) -> Outcome:
     names = names_of(run.config.domains)
-    before, drawn = _before(run)
-    read = Inputs(
-        lake=run.lake,
-        names=names,
-        items=_catalogue(run.read(ITEMS), run.read(DOMAINS), names),
-        sequences=_files(run.lake, SEQUENCES, run.inputs[SEQUENCES.name]),
-        before=before,
-        drawn=drawn,
-        config=run.config.negatives,
-    )
+    items = _catalogue(run.read(ITEMS), run.read(DOMAINS), names)
+    drawn: Files = {}
+    before: Files = {}
+    lost: dict[str, pa.Array] = {}
+    if run.before is not None and run.base is not None:
+        drawn = _files(run.lake, NEGATIVES, run.base)
+        with contextlib.suppress(LakeError):  # maintenance has removed a version: then all that was drawn is looked at
+            lost = _lost(_catalogue(run.read_before(ITEMS), run.read_before(DOMAINS), names), items, names)
+            before = _files(run.lake, SEQUENCES, run.before[SEQUENCES.name])
+    sequences = _files(run.lake, SEQUENCES, run.inputs[SEQUENCES.name])
+    read = Inputs(run.lake, names, items, sequences, drawn, before, lost, run.config.negatives)
     buckets = int(delta.last_commit(run.lake, INTERACTIONS)["buckets"])
     return run.commit_files(write(run.read(USERS), read, buckets=buckets))
 
 
-def _before(run: Run) -> tuple[Files, Files]:
-    """The files of earlier negatives and of the sequences they were drawn for; none where there are none to keep."""
-    if run.before is None or run.base is None:
-        return {}, {}
-    drawn = _files(run.lake, NEGATIVES, run.base)
-    try:
-        return _files(run.lake, SEQUENCES, run.before[SEQUENCES.name]), drawn
-    except LakeError:  # maintenance has removed that version
-        return {}, drawn
+def _lost(before: pa.Table, now: pa.Table, names: Sequence[str]) -> dict[str, pa.Array]:
+    """Domain -> indices of the items that were its candidates and aren't."""
+    index = before["index"].to_numpy()
+    bits = np.zeros(int(max(index.max(initial=0), now["index"].to_numpy().max(initial=0))) + 1, np.int64)
+    bits[now["index"].to_numpy()] = now["bits"].to_numpy()
+    gone = before["bits"].to_numpy() & ~bits[index]
+    return {name: pa.array(index[gone & np.int64(1 << k) != 0], pa.int32()) for k, name in enumerate(names)}
 
 
 def _files(lake: str, table: Table, version: int) -> Files:

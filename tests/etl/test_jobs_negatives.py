@@ -143,10 +143,9 @@ def _sequences(histories: Mapping[int, Sequence[int]], hold_out: Mapping[int, tu
     return pa.Table.from_pylist(rows, schema=pa.schema([(name, kinds[name]) for name in rows[0]]))
 
 
-def _rows(sequences: pa.Table, chosen: Candidates, before: pa.Table | None, drawn: pa.Table | None) -> pa.Table:
+def _rows(sequences: pa.Table, chosen: Candidates, **earlier: Any) -> pa.Table:
     word = sequences["user"].to_numpy().astype(np.uint64) * np.uint64(31)
-    found = negatives.rows(sequences, word, chosen, domain="d", config=CONFIG, before=before, drawn=drawn)
-    return pa.Table.from_batches(found)
+    return pa.Table.from_batches(negatives.rows(sequences, word, chosen, domain="d", config=CONFIG, **earlier))
 
 
 def _told(table: pa.Table) -> Drawn:
@@ -156,7 +155,7 @@ def _told(table: pa.Table) -> Drawn:
 def test_rows_are_of_those_who_hold_out_in_the_tables_order() -> None:
     histories = {8: [5, 6, 7], 5: [6, 7, 8, 9], 7: [5, 6], 6: [9, 9, 9]}
     sequences = _sequences(histories, {7: (2, 2, 2), 6: (1, 1, 3)})  # no hold-out; no validation
-    table = _rows(sequences, _candidates(400), None, None)
+    table = _rows(sequences, _candidates(400))
     assert table.column_names == [c for c in NEGATIVES.schema.names if c not in NEGATIVES.partition_by]
     keys = [(row["protocol"], row["part"], row["user"]) for row in table.to_pylist()]
     assert keys == [
@@ -172,7 +171,7 @@ def test_rows_are_of_those_who_hold_out_in_the_tables_order() -> None:
 def test_negatives_stay_when_a_new_day_comes_less_what_was_taken(know_before: bool) -> None:
     histories: dict[int, list[int]] = {user: [5 + user % 4, 9, 12] for user in range(5, 25)}
     first = _sequences(histories, {})
-    table = _rows(first, _candidates(300), None, None)
+    table = _rows(first, _candidates(300))
     drawn = _told(table)
     # The new day: new items, other popularity, two candidates fewer, and users of whom some took what was drawn.
     size = 330
@@ -183,8 +182,8 @@ def test_negatives_stay_when_a_new_day_comes_less_what_was_taken(know_before: bo
     histories |= {user: histories[user] + items for user, items in took.items()} | {30: [5, 6, 7], 8: [9, 12, 8]}
     second = _sequences(histories, {})
     shuffled = table.take(pa.array(np.random.default_rng(3).permutation(len(table))))
-    by_user = shuffled.take(pa.compute.sort_indices(shuffled["user"]))
-    now = _told(_rows(second, grown, first if know_before else None, by_user))
+    known = {"before": first, "lost": pa.array([20, 31], pa.int32())} if know_before else {}
+    now = _told(_rows(second, grown, drawn=shuffled, **known))
     assert set(now) == set(drawn) | {(protocol, part, 30) for protocol in ALL for part in ("validation", "test")}
     for key, items in now.items():
         left = [item for item in drawn.get(key, []) if item not in (20, 31, *histories[key[2]])]
@@ -208,6 +207,6 @@ def test_negatives_of_a_user_with_a_million_items_are_drawn_beside_others() -> N
             "end": pa.array([len(seen), 3], pa.int32()),
         }
     )
-    for (_, _, user), items in _told(_rows(sequences, chosen, None, None)).items():
+    for (_, _, user), items in _told(_rows(sequences, chosen)).items():
         assert len(set(items)) == 100
         assert not np.isin(items, seen if user == 5 else seen[:3]).any()
