@@ -10,7 +10,7 @@ from etl.tables import CLS, FIRST_INDEX, MASK, PAD, UNK
 from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, NextItemConfig
 from trainer.data.batch import Batch
 from trainer.models import bert4rec, build_model, group_of, groups_of
-from trainer.tasks import MaskedItem, NextItem
+from trainer.tasks import MaskedItem, NextItem, softmax
 from trainer.tasks.loss import sampled_softmax, summed_loss
 
 NUM_ITEMS = FIRST_INDEX + 30
@@ -101,10 +101,9 @@ def test_network_is_torchs_own_encoder(causal):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dropout_drops_its_share_scales_the_rest_and_so_for_gradients(dtype):
-    torch.manual_seed(0)
-    dropout = bert4rec.Dropout(0.1)
+    dropout, random = bert4rec.Dropout(0.1), torch.Generator().manual_seed(0)
     x = torch.full((1_001, 101), 2.0, dtype=dtype, requires_grad=True)
-    y = dropout(x)
+    y = dropout(x, random)
     y.sum().backward()
     kept = y != 0
     rate = 26 / 256  # the nearest that a byte can tell
@@ -113,9 +112,27 @@ def test_dropout_drops_its_share_scales_the_rest_and_so_for_gradients(dtype):
     scale = torch.tensor(1 / (1 - rate), dtype=dtype)
     torch.testing.assert_close(y, kept * (2 * scale))
     torch.testing.assert_close(x.grad, kept * scale)
-    assert torch.equal(dropout.eval()(x), x)
-    again = bert4rec.Dropout(0.1)(x)
-    assert not torch.equal(again != 0, kept)
+    assert torch.equal(dropout(x, None), x)
+    assert not torch.equal(dropout(x, random) != 0, kept)
+
+
+def test_training_step_is_the_same_bits_each_time_whichever_thread_is_first(monkeypatch):
+    """Dropout and all, with many more chunks than threads; and one thread gives them too."""
+    monkeypatch.setattr(bert4rec, "CHUNK_POSITIONS", 16)
+    config = SMALL.model_copy(update={"dropout": 0.3})
+    model, batch = model_of(config).float().train(), batch_of([12, 3, 8, 12, 1, 7] * 5)
+    found, threads = [], torch.get_num_threads()
+    for number in (3, 3, 2, 1):
+        torch.set_num_threads(number)
+        torch.manual_seed(5)
+        loss, _ = MaskedItem(MaskedItemConfig()).loss(model, batch)
+        found.append([loss, *torch.autograd.grad(loss, list(model.blocks.parameters()))])
+        assert torch.get_num_threads() == number
+    torch.set_num_threads(threads)
+    for again in found[1:]:
+        torch.testing.assert_close(again[0], found[0][0], rtol=1e-6, atol=0)  # the softmax has threads of its own
+        torch.testing.assert_close(again[1:], found[0][1:], rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(*pair) for pair in zip(found[0], found[1], strict=True))
 
 
 @pytest.mark.parametrize("per_row", [False, True])
@@ -125,7 +142,7 @@ def test_rotation_turns_gradients_back(per_row):
     if per_row:
         rotation = rotation[torch.tensor([[0, 4, 2, 2, 1], [3, 3, 0, 1, 2]])][:, None]
     x = torch.randn(2, 2, 5, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: bert4rec._Rotated.apply(x, rotation), (x,))
+    assert torch.autograd.gradcheck(lambda x: bert4rec._rotated(x, rotation), (x,))
 
 
 def test_causal_position_sees_nothing_after_it_and_bidirectional_does():
@@ -297,6 +314,39 @@ def test_full_loss_is_the_negative_log_likelihood_over_real_items():
         expected -= scores[row, target] - math.log(sum(math.exp(s) for s in scores[row, FIRST_INDEX:]))
     found = summed_loss(model, hidden, targets, LossConfig(), draw=(0,), table_VD=None)
     assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("block_rows", [1, 4, 100])
+def test_full_loss_and_gradients_are_torchs_whatever_the_blocks(label_smoothing, block_rows, monkeypatch):
+    monkeypatch.setattr(softmax, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(softmax, "BLOCK_SCORES", 0)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(*shape, generator=generator).double() * 3 for shape in ((9, 6), (11, 6), (11,))]
+    given = [tensor.requires_grad_() for tensor in given]
+    query_ND, table_VD, bias_V = given
+    targets_N = torch.randint(0, 11, (9,), generator=generator)
+    expected = torch.nn.functional.cross_entropy(
+        query_ND @ table_VD.T + bias_V, targets_N, reduction="sum", label_smoothing=label_smoothing
+    )
+    found = softmax.summed_cross_entropy(query_ND, table_VD, bias_V, targets_N, label_smoothing=label_smoothing)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found * 0.3, given), torch.autograd.grad(expected * 0.3, given))
+    frozen = softmax.summed_cross_entropy(query_ND, table_VD.detach(), bias_V, targets_N)
+    assert len(torch.autograd.grad(frozen, [query_ND, bias_V])) == 2
+
+
+def test_full_loss_in_bf16_is_near_the_one_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    query_ND = torch.randn(50, 16, generator=generator, requires_grad=True)
+    table_VD, targets_N = torch.randn(300, 16, generator=generator), torch.randint(0, 300, (50,), generator=generator)
+    expected = softmax.summed_cross_entropy(query_ND, table_VD, torch.zeros(300), targets_N)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = softmax.summed_cross_entropy(query_ND, table_VD, torch.zeros(300), targets_N)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=3e-3)
+    slopes = [torch.autograd.grad(loss, query_ND)[0] for loss in (found, expected)]
+    assert torch.nn.functional.cosine_similarity(*slopes).min() > 0.999
 
 
 def test_sampled_partition_function_is_unbiased():

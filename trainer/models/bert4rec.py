@@ -5,9 +5,9 @@ Shape letters: ``B`` sequences, ``T`` positions, ``D`` width, ``H`` heads, ``V``
 of an item, ``N`` any number of positions, ``C`` candidates, ``Q`` positions of a sequence that ask, ``E`` width of a
 head.
 
-On a CPU a batch goes through the network in chunks of sequences of like length, small enough for the caches: hardly
-any padding, and what one layer writes is still near when the next reads it. In the last layer only the positions whose
-hidden states are wanted ask; the others are only looked at.
+On a CPU a batch goes through the network in chunks of sequences of like length, small enough for the caches, each on a
+core of its own: hardly any padding, and what one layer writes is still near when the next reads it. In the last layer
+only the positions whose hidden states are wanted ask; the others are only looked at.
 
 Where the survey leaves the network open: layers are normalised before each sub-layer (Xiong et al. 2020), which spares
 the warm-up plateau; attention has no key bias (its gradient is zero). Positions count from the oldest item that is
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from etl.tables import UNK
 from trainer.config import Bert4RecConfig
+from trainer.models.chunks import mapped
 from trainer.models.table import RowTable, RowTables
 
 # Parameter groups by name prefix (DESIGN section 6): the one place that says which tensor is of which kind.
@@ -35,7 +36,7 @@ GROUPS = {
     "head": ("head.",),
 }
 TABLE_STD = 0.02
-CHUNK_POSITIONS = 2_048  # padded positions that go through the network together on a CPU: 1 MB at width 128
+CHUNK_POSITIONS = 1_024  # padded positions that go through the network together on a CPU: 0.5 MB at width 128
 _EVERY = slice(None)
 
 
@@ -56,7 +57,7 @@ class Block(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, mask: Tensor | None, rotation_TE: Tensor | None, *, causal: bool,
-        wanted: "Wanted | None" = None,
+        wanted: "Wanted | None" = None, random: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
         """[B, T, D] to [B, T, D]; to [N, D], those `wanted`, where not all are. `mask` [B, 1, 1 or Q, T]: what a
         position may look at; None: everything, or with `causal` what doesn't stand behind it."""
@@ -69,14 +70,14 @@ class Block(nn.Module):
             (query,) = self._heads(F.linear(asking_BQD, self.qkv.weight[:D]), 1)
             key, value = self._heads(F.linear(normed_BTD, self.qkv.weight[D:]), 2)
         if rotation_TE is not None:
-            query = _Rotated.apply(query, rotation_TE if wanted is None else rotation_TE[wanted.places_BQ][:, None])
-            key = _Rotated.apply(key, rotation_TE)
+            query = _rotated(query, rotation_TE if wanted is None else rotation_TE[wanted.places_BQ][:, None])
+            key = _rotated(key, rotation_TE)
         # No dropout of attention weights: it would rule out the fused kernels, and the residual branch has its own.
         attended = _attended(query, key, value, mask, causal=causal and mask is None)
         attended_BQD = attended.transpose(1, 2).flatten(2)
         x, attended = (x_BTD, attended_BQD) if wanted is None else (x_BTD[wanted.mask_BT], attended_BQD[wanted.mask_BQ])
-        x = x + self.dropout(self.attention_out(attended))
-        out: Tensor = x + self.dropout(self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)))))
+        x = x + self.dropout(self.attention_out(attended), random)
+        out: Tensor = x + self.dropout(self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)))), random)
         return out
 
     def _heads(self, x_BTD: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -189,28 +190,36 @@ class Bert4Rec(nn.Module):
             known_B = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)[order_B]
             x_BTD = x_BTD + self.user_projection(self._rows_of(self.user_embedding.weight, known_B))[:, None]
         sizes = _chunks(lengths_B)
-        chunks = zip(x_BTD.split(sizes), lengths_B.split(sizes), wanted_BT.split(sizes), strict=True)
-        parts = [self._chunk(*chunk, causal=causal) for chunk in chunks]
-        return torch.cat(parts)[_order_of(wanted_BT, order_B)]
+        lengths, wanted = torch.split(lengths_B, sizes), torch.split(wanted_BT, sizes)
+        seeds = torch.randint(1 << 62, (len(sizes),)).tolist() if self.training else []
 
-    def _chunk(self, x_BTD: Tensor, lengths_B: Tensor, wanted_BT: Tensor, *, causal: bool) -> Tensor:
+        def chunk(number: int, x_BTD: Tensor) -> Tensor:
+            random = torch.Generator(x_BTD.device).manual_seed(seeds[number]) if self.training else None
+            return self._chunk(x_BTD, lengths[number], wanted[number], random, causal=causal)
+
+        weights = [*self.input_norm.parameters(), *self.blocks.parameters(), *self.output_norm.parameters()]
+        return torch.cat(mapped(chunk, torch.split(x_BTD, sizes), weights))[_order_of(wanted_BT, order_B)]
+
+    def _chunk(
+        self, x_BTD: Tensor, lengths_B: Tensor, wanted_BT: Tensor, random: torch.Generator | None, *, causal: bool
+    ) -> Tensor:
         """Hidden states [N, D] of the wanted positions of some sequences, from the vectors of their items."""
         T = int(lengths_B.amax()) if len(lengths_B) else x_BTD.shape[1]
-        x_BTD, wanted_BT = self.dropout(self.input_norm(x_BTD[:, :T])), wanted_BT[:, :T]
+        x_BTD, wanted_BT = self.dropout(self.input_norm(x_BTD[:, :T]), random), wanted_BT[:, :T]
         place_T = torch.arange(T, device=x_BTD.device)
         rotation_TE = self.rotation_TE[:T] if self.config.positions == "rotary" else None
         mask = None
         if not causal and bool((lengths_B < T).any()):  # a causal query never sees what stands behind it
             mask = (place_T < lengths_B[:, None])[:, None, None]
         for block in self.blocks[:-1]:
-            x_BTD = block(x_BTD, mask, rotation_TE, causal=causal)
+            x_BTD = block(x_BTD, mask, rotation_TE, causal=causal, random=random)
         wanted = Wanted(wanted_BT)
         if 2 * wanted.mask_BQ.shape[1] > T:  # most are wanted: no gain in leaving the others out
-            x_ND = self.blocks[-1](x_BTD, mask, rotation_TE, causal=causal)[wanted_BT]
+            x_ND = self.blocks[-1](x_BTD, mask, rotation_TE, causal=causal, random=random)[wanted_BT]
         else:
             if causal:
                 mask = (place_T <= wanted.places_BQ[:, :, None])[:, None]
-            x_ND = self.blocks[-1](x_BTD, mask, rotation_TE, causal=causal, wanted=wanted)
+            x_ND = self.blocks[-1](x_BTD, mask, rotation_TE, causal=causal, wanted=wanted, random=random)
         hidden_ND: Tensor = self.output_norm(x_ND)
         return hidden_ND
 
@@ -266,16 +275,20 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
 
 
 class Dropout(nn.Module):
-    """Dropout at a rate rounded to 1/256: a random byte for each number, where torch's draws a float one by one."""
+    """Dropout at a rate rounded to 1/256: a random byte for each number, where torch's draws a float one by one.
+
+    None drops nothing."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.threshold = round(256 * rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.threshold == 0:
+    def forward(self, x: Tensor, random: torch.Generator | None) -> Tensor:
+        if random is None or self.threshold == 0:
             return x
-        dropped: Tensor = _Dropped.apply(x, self.threshold)
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
+        words.random_(-(2**63), None, generator=random)
+        dropped: Tensor = _Dropped.apply(x, words, self.threshold)  # type: ignore[no-untyped-call]
         return dropped
 
 
@@ -283,15 +296,15 @@ class _Dropped(torch.autograd.Function):
     """x with a share of threshold / 256 of its numbers set to zero, the others scaled up; keeps a byte of each."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, threshold: int) -> Tensor:
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+    def forward(ctx: Any, x: Tensor, words: Tensor, threshold: int) -> Tensor:
         ctx.save_for_backward(words)
         ctx.threshold = threshold
         return _Dropped._scaled(x, words, threshold)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _Dropped._scaled(gradients[0], *ctx.saved_tensors, ctx.threshold), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (words,) = ctx.saved_tensors
+        return _Dropped._scaled(gradients[0], words, ctx.threshold), None, None
 
     @staticmethod
     def _scaled(x: Tensor, words: Tensor, threshold: int) -> Tensor:
@@ -300,10 +313,16 @@ class _Dropped(torch.autograd.Function):
         return bytes_.to(x.dtype).ge_(threshold).mul_(256 / (256 - threshold)).mul_(x)
 
 
-class _Rotated(torch.autograd.Function):
+def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
     """Each pair of coordinates turned by its position's angle, so that a product of two knows their distance only.
 
     x [B, H, T, E], rotation [T, E] or [B, 1, T, E]: cosines, then sines (Su et al. 2021, equation 15)."""
+    turned: Tensor = _Rotated.apply(x, rotation)  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Rotated(torch.autograd.Function):
+    """`_rotated`, without what autograd would copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:

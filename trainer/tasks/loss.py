@@ -13,8 +13,7 @@ from torch import Tensor
 from etl.tables import FIRST_INDEX
 from trainer.config import LossConfig
 from trainer.models.bert4rec import Bert4Rec
-
-POSITIONS = 512  # whose scores are taken together
+from trainer.tasks.softmax import summed_cross_entropy
 
 
 def summed_loss(
@@ -29,15 +28,10 @@ def summed_loss(
     """Sum over N positions of the negative log-likelihood (nats) of their targets (catalogue rows)."""
     if config.kind == "full":
         table_VD = model.item_vectors() if table_VD is None else table_VD
-        losses = [
-            F.cross_entropy(
-                _wide(model.scores(hidden, slice(FIRST_INDEX, None), table_VD)), targets - FIRST_INDEX,
-                reduction="sum", label_smoothing=config.label_smoothing,
-            )
-            # Some positions at a time: their scores stay in the processor's caches between one pass and the next.
-            for hidden, targets in zip(hidden_ND.split(POSITIONS), targets_N.split(POSITIONS), strict=True)
-        ]  # fmt: skip
-        return torch.stack(losses).sum()
+        return summed_cross_entropy(
+            model.head(hidden_ND), table_VD[FIRST_INDEX:], model.bias()[FIRST_INDEX:], targets_N - FIRST_INDEX,
+            label_smoothing=config.label_smoothing,
+        )  # fmt: skip
     num_items = model.num_items - FIRST_INDEX
     drawn = np.random.default_rng([*draw, 4]).integers(FIRST_INDEX, model.num_items, config.num_negatives)
     negatives_K = torch.from_numpy(drawn).to(hidden_ND.device)
