@@ -28,8 +28,8 @@ from torch import Tensor
 from etl.config import GraftrecError
 from etl.tables import UNK
 from trainer.config import FinetuneConfig, PretrainConfig
-from trainer.data.dataset import Catalogue, Int32Array, Release
-from trainer.models import Bert4Rec, build_model
+from trainer.data.dataset import Catalogue, Int32Array, Release, Texts
+from trainer.models import Bert4Rec, build_saved
 from trainer.models.table import interleave
 from trainer.scoring import Scorer
 from trainer.tasks import Task, build_task
@@ -140,20 +140,16 @@ def load_artifact(folder: str | Path, *, device: str = "cpu", users: bool = True
     num_rows = len(rows)
     flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     knowledge = np.asarray(flat, dtype=np.int32).reshape(num_rows, -1)
-    catalogue = Catalogue(
-        rows["index"].to_numpy().astype(np.int64), rows["item"].to_pylist(), rows["title"].to_pylist()
-    )
+    catalogue = Catalogue(rows["index"].to_numpy().astype(np.int64), Texts(rows["item"]), Texts(rows["title"]))
     weights = load_file(folder / WEIGHTS)
     with_users = users and USERS in digests
     if config.model.user_width:
         table = load_file(folder / USERS)[_USER_TABLE] if with_users else torch.zeros(UNK + 1, config.model.user_width)
         weights[_USER_TABLE] = table.to(next(iter(weights.values())).dtype)
-    model = build_model(
+    model = build_saved(
         config.model, num_users=len(weights[_USER_TABLE]) if config.model.user_width else 0,
-        num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), seed=0,
+        num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
     )  # fmt: skip
-    model.to(next(iter(weights.values())).dtype)
-    model.load_state_dict(weights)
     ids = None
     if with_users and USER_IDS in digests:
         named = pq.read_table(folder / USER_IDS)

@@ -2,9 +2,11 @@
 
 Row-wise tables and sampled softmax, by the very `train_step` that training runs; batches are made beforehand, for
 reading them is another benchmark's. Items are asked for by Zipf's law and lie scattered in the table, as real ones do.
-Dense tables with AdamW stand beside, up to what memory allows.
+Steps of the three sizes take turns in one process, some at a time, so that a machine that is slow for a while is slow
+for all; memory is measured in a process for each size. Dense tables with AdamW stand beside, up to what memory allows.
 """
 
+import statistics
 import time
 
 import numpy as np
@@ -22,7 +24,7 @@ from trainer.tasks import build_task
 
 WIDTH, BATCH, LENGTH, NEGATIVES = 128, 128, 50, 1_024
 SIZES = {"10 k": 10_000, "1 M": 1_000_000, "10 M": 10_000_000}
-DENSE = ("10 k", "1 M")  # 10 M would be 20 GB: weights, gradient, two moments
+TURNS, STEPS = 6, 4  # a turn of each size: a step that is not counted, so that caches are its own, then so many
 BAR = 1.25
 
 
@@ -32,33 +34,47 @@ class _Endless:
     num_steps = 1_000
 
 
-def steps(num_items: int, table_optimizer: str, warm: int, timed: int) -> Numbers:
-    """Median seconds of a step, bytes of the table, and how much memory the process took for all of it."""
+def by_turns() -> Numbers:
+    """Median seconds of a step for each size."""
+    trainings = {size: _training(num_items, "rowwise") for size, num_items in SIZES.items()}
+    seconds: dict[str, list[float]] = {size: [] for size in SIZES}
+    for turn in range(TURNS):
+        for size in SIZES if turn % 2 else reversed(SIZES):
+            batches = [_batch(SIZES[size], step) for step in range(turn * (STEPS + 1), (turn + 1) * (STEPS + 1))]
+            seconds[size] += [_timed(trainings[size], batch) for batch in batches][1:]
+    return {size: statistics.median(times) for size, times in seconds.items()}
+
+
+def alone(num_items: int, table_optimizer: str) -> Numbers:
+    """Bytes of the item table, of memory that training took beside the imports, and median seconds of a step."""
+    before = psutil.Process().memory_info().rss
     begun = time.perf_counter()
+    training = _training(num_items, table_optimizer)
+    made = time.perf_counter() - begun
+    seconds = [_timed(training, _batch(num_items, step)) for step in range(6)]
+    return {
+        "step_seconds": statistics.median(seconds[1:]),
+        "making_seconds": made,
+        "table_bytes": training.model.item_embedding.weight.nbytes,
+        "memory_bytes": psutil.Process().memory_info().rss - before,
+    }
+
+
+def _training(num_items: int, table_optimizer: str) -> Training:
     config = TrainConfig.model_validate({"batch_size": BATCH, "table_optimizer": table_optimizer, "warmup_steps": 0})
     task = build_task(MaskedItemConfig(loss=LossConfig(kind="sampled", num_negatives=NEGATIVES)))
-    before = psutil.Process().memory_info().rss
     model = build_model(
         Bert4RecConfig(blocks=2, width=WIDTH, heads=4, max_length=LENGTH, user_width=0, knowledge={}),
         num_users=0, num_entities=0, knowledge_VS=torch.zeros(FIRST_INDEX + num_items, 0), seed=0,
         tables=RowTables(ALONE) if table_optimizer == "rowwise" else None,
     )  # fmt: skip
-    training = Training(model, task, _Endless(), config, ALONE)
-    batches = [_batch(num_items, step) for step in range(warm + timed)]
-    made = time.perf_counter() - begun
-    seconds = []
-    for batch in batches:
-        begun = time.perf_counter()
-        train_step(training, batch, stop=False)
-        seconds.append(time.perf_counter() - begun)
-    rows = torch.cat([batch.items.flatten() for batch in batches[warm:]])
-    return {
-        "step_seconds": float(np.median(seconds[warm:])),
-        "making_seconds": made,
-        "rows_per_batch": len(torch.unique(rows)) / timed,
-        "table_bytes": model.item_embedding.weight.nbytes,
-        "memory_bytes": psutil.Process().memory_info().rss - before,
-    }
+    return Training(model, task, _Endless(), config, ALONE)
+
+
+def _timed(training: Training, batch: Batch) -> float:
+    begun = time.perf_counter()
+    train_step(training, batch, stop=False)
+    return time.perf_counter() - begun
 
 
 def _batch(num_items: int, step: int) -> Batch:
@@ -67,41 +83,31 @@ def _batch(num_items: int, step: int) -> Batch:
     rank = np.exp(random.random((BATCH, LENGTH)) * np.log(num_items)).astype(np.int64) - 1
     items = torch.from_numpy(FIRST_INDEX + rank * 7_368_787 % num_items)  # a prime: one to one
     lengths = torch.full((BATCH,), LENGTH)
-    return Batch(
-        items, lengths, torch.zeros(BATCH, dtype=torch.long), BATCH, slice(0, BATCH), (0, 0, step), items.numel()
-    )
+    users = torch.zeros(BATCH, dtype=torch.long)
+    return Batch(items, lengths, users, BATCH, slice(0, BATCH), (0, 0, step), items.numel())
 
 
 def measure(report: Report, options: object) -> None:
-    """Print the table and hold the bar."""
-    cases = [_case(size, "rowwise") for size in SIZES] + [_case(size, "adamw") for size in DENSE]
-    found = alternate(cases)
-    rows = []
-    for case in cases:
-        of_case = found[case.name]
-        gigabytes = [median(of_case, key) / 2**30 for key in ("table_bytes", "memory_bytes", "peak_bytes")]
-        rows.append([case.name, 1e3 * median(of_case, "step_seconds"), *gigabytes, median(of_case, "making_seconds")])
-    columns = [
-        "tables, items",
-        "step, ms",
-        "item table, GB",
-        "taken by training, GB",
-        "peak of the process, GB",
-        "made in, s",
-    ]
-    report.table(f"{BATCH} sequences of {LENGTH}, width {WIDTH}, {NEGATIVES:,} negatives", columns, rows)
-    seconds = {size: median(found[f"rowwise, {size}"], "step_seconds") for size in SIZES}
-    # Not 1: a row of a table that no cache holds comes from memory, and fewer items of a batch are the same one.
-    report.bar("catalogue: a step at 10 M items, over one at 10 k", seconds["10 M"] / seconds["10 k"], at_most=BAR)
-    largest = found["rowwise, 10 M"]
-    ratio = median(largest, "memory_bytes") / median(largest, "table_bytes")
-    report.bar("catalogue: memory taken at 10 M items, over the table's", ratio, at_most=1.25)
-
-
-def _case(size: str, table_optimizer: str) -> Case:
-    dense = table_optimizer == "adamw"
-    arguments = {
-        "num_items": SIZES[size], "table_optimizer": table_optimizer,
-        "warm": 2 if dense else 5, "timed": 5 if dense else 20,
+    """Print the tables and hold the bars."""
+    times = alternate([Case("turns", "tests.benchmarks.catalogue:by_turns")])["turns"]
+    shown = [*((size, "rowwise") for size in SIZES), ("1 M", "adamw")]  # dense at 10 M: 20 GB
+    cases = {
+        chosen: Case(f"{chosen[1]}, {chosen[0]}", "tests.benchmarks.catalogue:alone",
+                     {"num_items": SIZES[chosen[0]], "table_optimizer": chosen[1]})
+        for chosen in shown
     }  # fmt: skip
-    return Case(f"{table_optimizer}, {size}", "tests.benchmarks.catalogue:steps", arguments)
+    found = alternate(list(cases.values()), rounds=1)
+    rows = []
+    for (size, table_optimizer), case in cases.items():
+        of_case = found[case.name]
+        seconds = median(times, size) if table_optimizer == "rowwise" else median(of_case, "step_seconds")
+        gigabytes = [median(of_case, key) / 2**30 for key in ("table_bytes", "memory_bytes")]
+        rows.append([size, table_optimizer, 1e3 * seconds, *gigabytes, median(of_case, "making_seconds")])
+    columns = ["items", "table_optimizer", "step, ms", "item table, GB", "taken by training, GB", "made in, s"]
+    report.table(f"{BATCH} sequences of {LENGTH}, width {WIDTH}, {NEGATIVES:,} negatives", columns, rows)
+    # Not 1: a row that no cache holds comes from memory, and fewer of a batch's items are the same one.
+    ratio = statistics.median(turn["10 M"] / turn["10 k"] for turn in times)
+    report.bar("catalogue: a step at 10 M items, over one at 10 k", ratio, at_most=BAR)
+    largest = found["rowwise, 10 M"][0]
+    share = largest["memory_bytes"] / largest["table_bytes"]
+    report.bar("catalogue: memory taken by training at 10 M items, over the item table's", share, at_most=1.25)

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import Bert4RecConfig, ModelConfig
+from trainer.distributed import ALONE
 from trainer.models import bert4rec
 from trainer.models.bert4rec import Bert4Rec
 from trainer.models.table import RowTable, RowTables
 
-__all__ = ["Bert4Rec", "RowTables", "build_model", "group_of", "groups_of"]
+__all__ = ["Bert4Rec", "RowTables", "build_model", "build_saved", "group_of", "groups_of"]
 
 
 def build_model(
@@ -32,6 +33,22 @@ def build_model(
     if tables is not None:
         for place, table in enumerate(module for module in model.modules() if isinstance(module, RowTable)):
             tables.initialise(table, seed=[seed, place], std=bert4rec.TABLE_STD)
+    return model
+
+
+def build_saved(
+    config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, weights: Mapping[str, Tensor]
+) -> Bert4Rec:
+    """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
+    match config:
+        case Bert4RecConfig():
+            model = Bert4Rec(
+                config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS,
+                tables=RowTables(ALONE),
+            )  # fmt: skip
+    model.tables = None  # their modules have served to leave them unfilled
+    model.to(next(iter(weights.values())).dtype)
+    model.load_state_dict(weights, assign=True)
     return model
 
 
