@@ -23,7 +23,7 @@ from etl.datafile import DataFile
 from etl.delta import ROW_GROUP_BYTES, FileWriter, data_files
 from etl.histories import Histories, Inputs, histories, read_catalogue, runs
 from etl.lake import local_path, table_filesystem, table_uri
-from etl.session import user_errors
+from etl.session import engine_of, user_errors
 from etl.tables import Table
 
 Key = tuple[str, str]  # split and domain
@@ -33,18 +33,23 @@ Rows = Callable[[Histories], Iterator[tuple[Key, pa.RecordBatch]]]
 _TURNS = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
-def write(users: DataFrame, rows: Rows, lake: str, table: Table, read: Inputs, *, buckets: int) -> list[DataFile]:
+def write(
+    users: DataFrame, rows: Rows, lake: str, table: Table, read: Inputs, *, buckets: int, tasks: int
+) -> list[DataFile]:
     """Write data files of `table`, partitioned by split, domain and bucket, from the histories of the kept `users`.
 
-    `rows` turns histories into ((split, domain), rows in the table's order), once for each that has any. The files are
-    the caller's to commit.
+    `rows` turns histories into ((split, domain), rows in the table's order), once for each that has any. `tasks`: how
+    many at most share the buckets. The files are the caller's to commit.
     """
     bucket = F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int").alias("bucket")
     kept = users.where("kept").select(bucket, "user", "index", "degree")
     if local_path(lake) is not None:
         make_folder(Path(table_uri(lake, table)))
-    # Buckets fall into partitions by hash: of several times as many partitions few get more than one.
-    gathered = kept.repartition(4 * buckets, "bucket")
+    tasks = min(tasks, buckets)
+    if engine_of(users.sparkSession) == "sail":
+        gathered = kept.repartition(tasks, "bucket")
+    else:  # as many buckets to each task; by hash, one in four may get most of them
+        gathered = kept.repartitionById(tasks, F.col("bucket") % tasks)
     with user_errors():
         written = gathered.mapInArrow(partial(write_task, rows=rows, lake=lake, table=table, read=read), "file string")
         return data_files(row["file"] for row in written.collect())

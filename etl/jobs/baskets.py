@@ -88,6 +88,7 @@ def run(run: Run) -> Outcome:
         BASKETS,
         read,
         buckets=int(delta.last_commit(run.lake, INTERACTIONS)["buckets"]),
+        tasks=run.config.spark.shuffle_partitions,
     )
     return run.commit_files(files)
 

@@ -134,6 +134,7 @@ def run(run: Run) -> Outcome:
             max_events=run.config.sequences.max_events,
         ),
         buckets=int(log["buckets"]),
+        tasks=run.config.spark.shuffle_partitions,
     )
     return run.commit_files(files, properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]})
 
