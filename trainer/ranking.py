@@ -158,9 +158,9 @@ def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: b
         scores = score(histories)
         asked = [torch.from_numpy(held_out.negatives[protocol][users]) for protocol in drawn]
         targets_BR = torch.from_numpy(held_out.targets[users])
-        parts = scores.gather(torch.cat([targets_BR, *asked], 1), FIRST_INDEX).split(
-            [num_targets, *(negatives_BN.shape[1] for negatives_BN in asked)], dim=1
-        )
+        widths = [num_targets, *(negatives_BN.shape[1] for negatives_BN in asked)]
+        gathered = scores.gather(torch.cat([targets_BR, *asked], 1), FIRST_INDEX)
+        parts = gathered.tensor_split(np.cumsum(widths)[:-1].tolist(), dim=1)
         for protocol, negatives_BN, scores_BN in zip(drawn, asked, parts[1:], strict=True):
             device = scores_BN.device
             ranks_BR = rank_among(parts[0], targets_BR.to(device), scores_BN, negatives_BN.to(device))

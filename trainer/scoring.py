@@ -20,7 +20,7 @@ from trainer.models import Bert4Rec
 from trainer.tasks import Task
 
 SCORES_PER_BLOCK = 1 << 24  # made at once, 4 bytes each
-HISTORIES_PER_BATCH = 64  # read at once
+HISTORIES_PER_BATCH = 256  # read at once
 ROWS_PER_BLOCK = 1 << 16  # of the item table, made at once where it is not the embedding itself
 
 
@@ -37,7 +37,8 @@ class Scores:
     @classmethod
     def of(cls, scores_BV: Tensor) -> "Scores":
         """Those that are there already."""
-        return cls(*scores_BV.shape, lambda start, stop: scores_BV[:, start:stop])
+        num_users, num_rows = scores_BV.shape
+        return cls(num_users, num_rows, lambda start, stop: scores_BV[:, start:stop])
 
     def blocks(self, first: int = 0) -> Iterator[tuple[int, Tensor]]:
         """(its first row, its scores) of each block of rows from `first`; no more than SCORES_PER_BLOCK scores each."""
