@@ -330,7 +330,7 @@ class FileWriter:
             filesystem.create_dir(folder, recursive=True)
         self._path = f"{folder}part-{uuid.uuid4().hex}.zstd.parquet"
         self._sink = filesystem.open_output_stream(self._path)
-        self._writer = pq.ParquetWriter(self._sink, self._schema, compression="zstd")
+        self._writer = pq.ParquetWriter(self._sink, self._schema, compression="zstd", write_page_checksum=True)
         self._waiting: list[pa.RecordBatch] = []
 
     def add(self, rows: pa.RecordBatch) -> None:

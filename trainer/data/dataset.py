@@ -1,15 +1,18 @@
 """A pinned release of the lake, read through Arrow: vocabularies, knowledge, and sequences as flat arrays."""
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import deltalake
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from deltalake.exceptions import TableNotFoundError
@@ -83,32 +86,65 @@ def pin(lake: str, release: int | None) -> Release:
     return Release(lake, number, {entry["table"]: entry["version"] for entry in known[number]["tables"]})
 
 
+class Texts(Sequence[str]):
+    """Strings that stay in Arrow's memory: ten million Python strings would be gigabytes. Arrow takes them as they are
+    (``pa.array(texts, pa.string())`` copies nothing)."""
+
+    def __init__(self, column: pa.StringArray | pa.ChunkedArray) -> None:
+        self._array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Texts": ...
+    def __getitem__(self, place: int | slice) -> "str | Texts":
+        if isinstance(place, slice):
+            return Texts(self._array[place])
+        text: str = self._array[int(place)].as_py()
+        return text
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), 65_536):
+            yield from self._array[start : start + 65_536].to_pylist()
+
+    def __arrow_array__(self, type: pa.DataType | None = None) -> pa.Array:
+        return self._array if type is None else self._array.cast(type)
+
+
 @dataclass(frozen=True)
 class Catalogue:
     """A domain's items as model rows: rows below FIRST_INDEX are reserved, then kept items by global index.
 
-    global_index [V]; raw ids [V] (empty for reserved rows); popularity [V], interactions in the training part of the
-    domain.
+    global_index [V]; raw_ids and titles [V], empty for reserved rows.
     """
 
     global_index: IntArray
-    raw_ids: list[str]
-    titles: list[str]
+    raw_ids: Sequence[str]
+    titles: Sequence[str]
 
     def __len__(self) -> int:
         return len(self.global_index)
 
     @functools.cached_property
-    def row_of(self) -> Int32Array:
-        """Global index -> row; UNK where the domain lacks the item."""
-        lookup = np.full(int(self.global_index.max(initial=FIRST_INDEX)) + 1, tables.UNK, dtype=np.int32)
+    def _row_of(self) -> pa.Int32Array:
+        """Global index -> row; UNK where the domain lacks the item, and at the end, for whatever lies beyond."""
+        lookup = np.full(int(self.global_index.max(initial=FIRST_INDEX)) + 2, tables.UNK, dtype=np.int32)
         lookup[self.global_index] = np.arange(len(self), dtype=np.int32)
-        return lookup
+        return pa.array(lookup)
 
     def rows(self, index: npt.NDArray[Any]) -> Int32Array:
-        """Rows of global indices, whatever is beyond the catalogue as UNK."""
-        clipped = np.minimum(index, len(self.row_of) - 1)
-        return np.where(index < len(self.row_of), self.row_of[clipped], np.int32(tables.UNK)).astype(np.int32)
+        """Rows of global indices, whatever is beyond the catalogue as UNK. The result is read-only."""
+        beyond = len(self._row_of) - 1
+        unsigned = index.view(f"u{index.dtype.itemsize}")  # so that what is negative lies beyond, too
+        if unsigned.max(initial=0) > beyond:
+            index = np.where(unsigned > beyond, beyond, index)
+        # Arrow's gather: numpy's would first widen each index to 64 bits. Bounds are checked above, in a tenth of the
+        # time that its own check takes.
+        rows: Int32Array = pc.take(self._row_of, pa.array(index), boundscheck=False).to_numpy()
+        return rows
 
 
 def read_catalogue(release: Release, domain: str) -> Catalogue:
@@ -121,16 +157,19 @@ def read_catalogue(release: Release, domain: str) -> Catalogue:
         )
     items = release.read(tables.ITEMS, ["index", "item", "title", "kept"])
     items = items.filter(items["kept"])
-    items = items.filter(pa.compute.is_in(items["index"], value_set=members["index"])).sort_by("index")
+    items = items.filter(pc.is_in(items["index"], value_set=members["index"])).sort_by("index")
     if not len(items):
         raise DataError(f"domain {domain!r} keeps no item after k-core; loosen kcore.min_item or the domain's rule")
-    reserved = list(range(FIRST_INDEX))
-    titles = items["title"].fill_null("").to_pylist()
     return Catalogue(
-        np.concatenate([reserved, items["index"].to_numpy()]).astype(np.int64),
-        [""] * FIRST_INDEX + items["item"].to_pylist(),
-        [""] * FIRST_INDEX + titles,
+        np.concatenate([np.arange(FIRST_INDEX), items["index"].to_numpy()]).astype(np.int64),
+        _texts(items["item"]),
+        _texts(items["title"].fill_null("")),
     )
+
+
+def _texts(column: pa.ChunkedArray) -> Texts:
+    """With an empty text for each reserved row before."""
+    return Texts(pa.concat_arrays([pa.array([""] * FIRST_INDEX, pa.string()), *column.chunks]))
 
 
 def _partitions(release: Release, table: Table) -> list[dict[str, str]]:
@@ -148,7 +187,7 @@ def vocabulary_size(release: Release, table: Table) -> int:
     if table.name not in release.versions:
         return FIRST_INDEX
     index = release.read(table, ["index"])["index"]
-    return int(pa.compute.max(index).as_py()) + 1 if len(index) else FIRST_INDEX
+    return int(pc.max(index).as_py()) + 1 if len(index) else FIRST_INDEX
 
 
 def read_knowledge(release: Release, catalogue: Catalogue, slots: dict[str, int]) -> Int32Array:
@@ -164,7 +203,7 @@ def read_knowledge(release: Release, catalogue: Catalogue, slots: dict[str, int]
     triples = release.read(tables.KNOWLEDGE, ["head_index", "relation", "rank", "tail_index"])
     start = 0
     for relation, width in slots.items():
-        chosen = triples.filter(pa.compute.equal(triples["relation"], relation)).sort_by(
+        chosen = triples.filter(pc.equal(triples["relation"], relation)).sort_by(
             [("head_index", "ascending"), ("rank", "ascending")]
         )
         heads, tails = chosen["head_index"].to_numpy(), chosen["tail_index"].to_numpy()
@@ -179,7 +218,10 @@ def read_knowledge(release: Release, catalogue: Catalogue, slots: dict[str, int]
 
 @dataclass(frozen=True)
 class Sequences:
-    """Many users' sequences as flat arrays: row u's items are ``items[offsets[u]:offsets[u + 1]]`` (global indices)."""
+    """Many users' sequences as flat arrays: row u's items are ``items[offsets[u]:offsets[u + 1]]`` (global indices).
+
+    Arrays that were not asked for are empty.
+    """
 
     users: IntArray  # [U] global user index
     offsets: IntArray  # [U + 1]
@@ -191,10 +233,6 @@ class Sequences:
 
     def __len__(self) -> int:
         return len(self.users)
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.items.nbytes + self.times.nbytes + 5 * self.users.nbytes)
 
     def history_end(self, part: str) -> IntArray:
         """Where the input ends when `part` is asked for: training part for validation, training and validation for
@@ -212,11 +250,11 @@ class Sequences:
         )  # fmt: skip
 
 
-_OFFSETS = ("valid_start", "test_start", "end")
-
-
 class SequenceDataset:
-    """The sequences of one split and domain of a release, as row groups that can be read in any combination."""
+    """The sequences of one split and domain of a release, as row groups that can be read in any combination.
+
+    Raises DataError where there are none, and for a file that is missing, damaged or not of the contract's schema.
+    """
 
     def __init__(self, release: Release, split: str, domain: str) -> None:
         self.release, self.split, self.domain = release, split, domain
@@ -230,10 +268,11 @@ class SequenceDataset:
         self.groups: list[tuple[str, int]] = []
         self.rows_per_group: list[int] = []
         for file in self.files:
-            metadata = _parquet(file).metadata
-            for group in range(metadata.num_row_groups):
-                self.groups.append((file, group))
-                self.rows_per_group.append(metadata.row_group(group).num_rows)
+            with _blamed(file), _parquet(file) as parquet:
+                _check_columns(parquet.schema_arrow)
+                for group in range(parquet.num_row_groups):
+                    self.groups.append((file, group))
+                    self.rows_per_group.append(parquet.metadata.row_group(group).num_rows)
 
     @property
     def num_rows(self) -> int:
@@ -241,20 +280,18 @@ class SequenceDataset:
 
     def read(self, groups: Sequence[int], *, times: bool = False) -> Sequences:
         """Some row groups, in the order given. Raises DataError naming a file that can't be read."""
-        wanted = ["user", "items", *_OFFSETS, *(["times"] if times else [])]
-        parts: list[pa.Table] = []
-        by_file: dict[str, list[int]] = {}
-        for group in groups:
-            file, number = self.groups[group]
-            by_file.setdefault(file, []).append(number)
-        for file, numbers in by_file.items():
-            try:
-                parts.append(_parquet(file).read_row_groups(numbers, columns=wanted, use_threads=False))
-            except (OSError, pa.ArrowException) as error:
-                raise DataError(
-                    f"can't read {file}: {' '.join(str(error).split())}; restore it, or run `python -m etl sequences`"
-                ) from None
-        return _flatten(pa.concat_tables(parts), times=times)
+        parts = [self.read_group(group, times=times) for group in groups]
+        return parts[0] if len(parts) == 1 else _concatenated(parts)
+
+    def read_group(self, group: int, *, times: bool = False, held_out: bool = True) -> Sequences:
+        """One row group. `held_out` False: without test_start and end. Raises DataError naming a file that can't be
+        read. May be called from several threads."""
+        file, number = self.groups[group]
+        columns = ["user", "items", "valid_start", *(["test_start", "end"] if held_out else [])]
+        with _blamed(file), _parquet(file) as parquet:
+            # One thread, and no coalesced reads ahead: a row group is one unit of work.
+            table = parquet.read_row_group(number, columns=[*columns, *(["times"] if times else [])], use_threads=False)
+            return _flatten(table, self.rows_per_group[group])
 
     def read_all(self, *, times: bool = False) -> Sequences:
         return self.read(range(len(self.groups)), times=times)
@@ -273,28 +310,79 @@ def training_interactions(dataset: SequenceDataset, catalogue: Catalogue) -> Int
     return counts
 
 
+@contextmanager
+def _blamed(file: str) -> Iterator[None]:
+    """What goes wrong while a data file is read, as a DataError that names it."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, _Damage) as error:
+        told = " ".join(str(error).split())
+        raise DataError(f"can't read {file}: {told}; restore it, or run `python -m etl sequences`") from None
+
+
+class _Damage(Exception):
+    """Contents that the contract rules out."""
+
+
 def _parquet(file: str) -> pq.ParquetFile:
     path = file.removeprefix("file://")
-    try:
-        return pq.ParquetFile(path if Path(path).exists() else file)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"can't read {file}: {' '.join(str(error).split())}") from None
+    place = path if file.startswith("file://") or Path(path).exists() else file
+    return pq.ParquetFile(place, pre_buffer=False, page_checksum_verification=True)
 
 
-def _flatten(table: pa.Table, *, times: bool) -> Sequences:
-    def column(name: str) -> IntArray:
-        values: IntArray = table[name].to_numpy().astype(np.int64)
+def _check_columns(found: pa.Schema) -> None:
+    """Integers where the contract has them, of whatever width and in whatever kind of list."""
+    for name in ("user", "items", "times", "valid_start", "test_start", "end"):
+        expected = tables.SEQUENCES.schema.field(name).type
+        if name not in found.names:
+            raise _Damage(f"expected a column {name} of {expected}, found {', '.join(found.names)}")
+        kind = found.field(name).type
+        of_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        value = kind.value_type if of_list else kind
+        if of_list != pa.types.is_list(expected) or not pa.types.is_integer(value):
+            raise _Damage(f"expected a column {name} of {expected}, found {kind}")
+
+
+def _flatten(table: pa.Table, num_rows: int) -> Sequences:
+    """Arrow's own buffers, where they have the contract's types. Raises _Damage."""
+
+    def column(name: str) -> pa.Array:
+        if name not in table.column_names:
+            return pa.array([], pa.int64())
+        values = table[name].cast(tables.SEQUENCES.schema.field(name).type)
+        values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()  # the latter copies
+        if name != "times" and values.null_count:
+            raise _Damage(f"column {name} may not be null, found {values.null_count:,} of {len(values):,}")
         return values
 
-    items = table["items"].combine_chunks()
-    if isinstance(items, pa.ChunkedArray):
-        items = items.chunk(0) if items.num_chunks else pa.array([], pa.list_(pa.int32()))
-    offsets = items.offsets.to_numpy().astype(np.int64)
-    flat_times = np.empty(0, dtype=np.int64)
-    if times:
-        stamps = pa.compute.list_flatten(table["times"])
-        flat_times = stamps.to_numpy().astype(np.int64)
+    def integers(name: str) -> IntArray:
+        values: IntArray = column(name).to_numpy().astype(np.int64)
+        return values
+
+    if table.num_rows != num_rows:
+        raise _Damage(f"expected a row group of {num_rows:,} rows, found {table.num_rows:,}")
+    lists = column("items")
+    items = lists.flatten()
+    lengths = pc.list_value_length(lists).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    times = pc.list_flatten(column("times")).to_numpy() if "times" in table.column_names else np.empty(0, np.int64)
+    valid_start, test_start, end = integers("valid_start"), integers("test_start"), integers("end")
+    bounds = [valid_start, test_start, end, lengths] if len(end) else [valid_start, lengths]
+    if items.null_count or (len(items) and items.to_numpy().min() < FIRST_INDEX):
+        raise _Damage(f"expected item indices from {FIRST_INDEX} on, found {pc.min(items)} or null")
+    if any((before > after).any() for before, after in itertools.pairwise([np.zeros_like(valid_start), *bounds])):
+        raise _Damage("expected 0 <= valid_start <= test_start <= end <= length of items, found a row that isn't so")
+    return Sequences(integers("user"), offsets, items.to_numpy(), times, valid_start, test_start, end)
+
+
+def _concatenated(parts: Sequence[Sequences]) -> Sequences:
+    lengths = np.concatenate([np.empty(0, np.int64), *(np.diff(part.offsets) for part in parts)])
+
+    def together(name: str, kind: type) -> npt.NDArray[Any]:
+        return np.concatenate([np.empty(0, kind), *(getattr(part, name) for part in parts)])
+
     return Sequences(
-        column("user"), offsets - offsets[0], items.flatten().to_numpy(zero_copy_only=False), flat_times,
-        column("valid_start"), column("test_start"), column("end"),
+        together("users", np.int64), np.concatenate([[0], np.cumsum(lengths)]), together("items", np.int32),
+        together("times", np.int64), together("valid_start", np.int64), together("test_start", np.int64),
+        together("end", np.int64),
     )  # fmt: skip

@@ -1,5 +1,9 @@
-"""Batches with a state: ``{epoch, step}`` says all, so a run that was killed resumes on the very next batch."""
+"""Batches with a state: ``{epoch, step}`` says all, so a run that was killed resumes on the very next batch.
 
+README.md beside this file says what each step costs, and what was tried instead.
+"""
+
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,45 +14,33 @@ from etl.tables import PAD, UNK
 from trainer.config import ConfigError, DataConfig
 from trainer.data import order
 from trainer.data.batch import Batch
-from trainer.data.dataset import Catalogue, IntArray, SequenceDataset, Sequences
-
-
-def pad_windows(
-    sequences: Sequences, catalogue: Catalogue, rows: IntArray, starts: IntArray, lengths: IntArray, width: int
-) -> torch.Tensor:
-    """Catalogue rows [len(rows), width] of ``items[start:start + length]`` of each row, PAD behind. One gather, no
-    loop."""
-    columns = np.arange(width)
-    inside = columns < lengths[:, None]
-    flat = np.where(inside, (sequences.offsets[rows] + starts)[:, None] + columns, 0)
-    if len(sequences.items) == 0:
-        return torch.full((len(rows), width), PAD)
-    padded = np.where(inside, catalogue.rows(sequences.items[flat]), PAD)
-    return torch.from_numpy(padded.astype(np.int64))
+from trainer.data.blocks import Block, BlockReader
+from trainer.data.dataset import Catalogue, DataError, Int32Array, IntArray, SequenceDataset
 
 
 class Loader:
     """Training batches of one rank, epoch after epoch.
 
     The order is a pure function of (snapshot, seed, epoch): a *global* batch is cut first, then each rank takes its
-    slice, so every world size sees the same samples in the same order. Memory: one block, plus the cache up to
-    `cache_bytes`.
+    slice, so every world size sees the same samples in the same order. Memory: two blocks, plus the cache up to
+    `cache_bytes`, whatever the table's size.
+
+    Raises ConfigError for sizes that can't work, DataError for a table without rows, and, while iterating, for a file
+    that can't be read.
     """
 
     def __init__(
         self, dataset: SequenceDataset, catalogue: Catalogue, config: DataConfig, *,
         batch_size: int, max_length: int, seed: int, rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
-        if batch_size < world_size:
-            raise ConfigError(
-                f"train.batch_size is {batch_size}, less than the {world_size} processes; give each at least one row"
-            )
+        _check_sizes(dataset, config, batch_size, max_length, rank, world_size)
         self.dataset, self.catalogue, self.config = dataset, catalogue, config
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
         self.rank, self.world_size = rank, world_size
         self.epoch, self.step = 0, 0  # the next batch
-        self._cache: dict[tuple[int, ...], Sequences] = {}
-        self._cached_bytes = 0
+        self._reader = BlockReader(dataset, catalogue, window=max_length, cache_bytes=config.cache_bytes)
+        self._columns_T = np.arange(max_length)
+        self._planned: tuple[int, list[IntArray], list[int]] | None = None
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "step": self.step}
@@ -58,69 +50,95 @@ class Loader:
 
     @property
     def num_steps(self) -> int:
-        """Batches per epoch."""
-        groups = self.dataset.rows_per_group
-        return sum(order.num_batches(groups, self._blocks(), self.batch_size))
+        """Batches of the current epoch."""
+        return sum(self._plan()[1])
 
-    def _blocks(self) -> list[IntArray]:
-        groups = self.dataset.rows_per_group
-        return order.blocks_of(groups, block_rows=self.config.block_rows, seed=self.seed, epoch=self.epoch)
+    def _plan(self) -> tuple[list[IntArray], list[int]]:
+        """The epoch's blocks, and the number of batches in each."""
+        if self._planned is None or self._planned[0] != self.epoch:
+            groups = self.dataset.rows_per_group
+            blocks = order.blocks_of(groups, block_rows=self.config.block_rows, seed=self.seed, epoch=self.epoch)
+            self._planned = self.epoch, blocks, order.num_batches(groups, blocks, self.batch_size)
+        return self._planned[1:]
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the current epoch; afterwards the state is at the next epoch's start."""
-        blocks = self._blocks()
-        counts = order.num_batches(self.dataset.rows_per_group, blocks, self.batch_size)
-        first = 0  # step number of the block's first batch
-        for number, (groups, count) in enumerate(zip(blocks, counts, strict=True)):
-            if self.step < first + count:
-                yield from self._block(groups, number, first)
-            first += count
+        blocks, counts = self._plan()
+        stops = np.cumsum(counts, dtype=np.int64)  # step number behind each block's last batch
+        skipped = int(np.searchsorted(stops, self.step, side="right"))
+
+        def cut(number: int, trained: IntArray) -> list[IntArray]:
+            return order.batches_of(
+                np.minimum(trained, self.max_length), batch_size=self.batch_size, seed=self.seed, epoch=self.epoch,
+                block=skipped + number,
+            )  # fmt: skip
+
+        for number, block in self._reader.read(blocks[skipped:], cut):
+            first = int(stops[skipped + number]) - len(block.stops)
+            for start, stop in list(itertools.pairwise([0, *block.stops]))[self.step - first :]:
+                batch = self._batch(block, slice(start, stop))
+                self.step += 1  # before the yield: a state taken while the batch is used points behind it
+                yield batch
         self.epoch, self.step = self.epoch + 1, 0
 
-    def _block(self, groups: IntArray, number: int, first: int) -> Iterator[Batch]:
-        sequences = self._read(groups)
-        batches = order.batches_of(
-            np.minimum(sequences.valid_start, self.max_length),
-            batch_size=self.batch_size, seed=self.seed, epoch=self.epoch, block=number,
-        )  # fmt: skip
-        for offset in range(self.step - first, len(batches)):
-            batch = self._batch(sequences, batches[offset], first + offset)
-            self.step = first + offset + 1  # before the yield: a state taken while the batch is used points behind it
-            yield batch
-
-    def _batch(self, sequences: Sequences, rows: IntArray, step: int) -> Batch:
-        draw = (self.seed, self.epoch, step)
-        full = sequences.valid_start[rows]
+    def _batch(self, block: Block, batch: slice) -> Batch:
+        draw = (self.seed, self.epoch, self.step)
+        full = block.trained[batch]
         lengths = np.minimum(full, self.max_length)
         starts = full - lengths
-        if self.config.window == "random":  # of the whole global batch, so that it does not depend on the world size
-            random = np.random.default_rng([*draw, 2]).random(len(rows))
+        # Drawn for the whole global batch, so that it does not depend on the world size.
+        if self.config.window == "random" and starts.any():
+            random = np.random.default_rng([*draw, 2]).random(len(full))
             # Half the windows are the newest: the model is asked at the end of a history.
             starts = np.where(random < 0.5, starts, ((random - 0.5) * 2 * (starts + 1)).astype(np.int64))
-        mine = order.rank_slice(len(rows), self.rank, self.world_size)
-        items = pad_windows(
-            sequences, self.catalogue, rows[mine], starts[mine], lengths[mine], max(int(lengths.max()), 1)
-        )
-        users = sequences.users[rows]
+        users = block.users[batch]
         if self.config.unknown_users:  # so that the unknown user's row is trained, and a cold user is served well
-            hidden = np.random.default_rng([*draw, 3]).random(len(rows)) < self.config.unknown_users
+            hidden = np.random.default_rng([*draw, 3]).random(len(full)) < self.config.unknown_users
             users = np.where(hidden, UNK, users)
+        mine = order.rank_slice(len(full), self.rank, self.world_size)
+        width = max(int(lengths.max()), 1)
         return Batch(
-            items,
+            self._padded(block.windows_NT, (block.firsts[batch] + starts)[mine], lengths[mine], width),
             torch.from_numpy(lengths[mine]),
             torch.from_numpy(users[mine]),
-            len(rows),
+            len(full),
             mine,
             draw,
             int(lengths.sum()),
         )
 
-    def _read(self, groups: IntArray) -> Sequences:
-        key = tuple(groups.tolist())
-        if key in self._cache:
-            return self._cache[key]
-        sequences = self.dataset.read(key)
-        if self._cached_bytes + sequences.nbytes <= self.config.cache_bytes:
-            self._cache[key] = sequences
-            self._cached_bytes += sequences.nbytes
-        return sequences
+    def _padded(self, windows_NT: Int32Array, starts: IntArray, lengths: IntArray, width: int) -> torch.Tensor:
+        """int64 [B, width]: `lengths` catalogue rows from place `starts` on, PAD behind. A copy of B short runs of
+        memory, no gather of items."""
+        padded = windows_NT[:, :width][starts]
+        shortest = int(lengths.min(initial=width))  # the lengths of a batch are alike, so most of it is real
+        behind = self._columns_T[shortest:width] >= lengths[:, None]
+        np.copyto(padded[:, shortest:], PAD, where=behind)
+        return torch.from_numpy(padded).long()
+
+
+def _check_sizes(
+    dataset: SequenceDataset, config: DataConfig, batch_size: int, max_length: int, rank: int, world_size: int
+) -> None:
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            f"expected a rank from 0 to {world_size - 1}, for {world_size} processes, found {rank}; "
+            "mend RANK and WORLD_SIZE"
+        )
+    if max_length < 1:
+        raise ConfigError(f"model.max_length: expected at least 1, found {max_length}; raise it")
+    if batch_size < world_size:
+        raise ConfigError(
+            f"train.batch_size is {batch_size}, less than the {world_size} processes; give each at least one row"
+        )
+    if batch_size > config.block_rows:
+        raise ConfigError(
+            f"train.batch_size is {batch_size:,}, more than the {config.block_rows:,} sequences that are shuffled "
+            "together; lower it, or raise data.block_rows"
+        )
+    if dataset.num_rows < world_size:
+        raise DataError(
+            f"expected at least one sequence for each of {world_size} processes, found {dataset.num_rows:,} of split "
+            f"{dataset.split!r} and domain {dataset.domain!r} in release {dataset.release.number} of "
+            f"{dataset.release.lake}; run fewer processes, or give more users"
+        )

@@ -38,7 +38,12 @@ def batches_of(lengths: IntArray, *, batch_size: int, seed: int, epoch: int, blo
     """
     random = np.random.default_rng([seed, epoch, 1, block])
     noisy = lengths * random.uniform(0.9, 1.1, len(lengths)) + random.random(len(lengths))
-    by_length = np.argsort(noisy, kind="stable")
+    # Numbers that aren't negative are in the order of their bits, and numbers with the row in their lowest bits can be
+    # sorted themselves, in a third of an argsort's time; no two are equal, whatever sorts them.
+    bits = len(lengths).bit_length()
+    keys = noisy.view(np.int64) >> bits << bits | np.arange(len(lengths))
+    keys.sort()
+    by_length = keys & ((1 << bits) - 1)
     batches = [by_length[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
     return [batches[i] for i in random.permutation(len(batches))]
 

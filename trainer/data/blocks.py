@@ -1,0 +1,122 @@
+"""Blocks of sequences, read ahead: threads decode one block while batches are cut from the one before it.
+
+A block is some row groups that are shuffled together. Decoding, the lookup of catalogue rows and the sort by length all
+give up the interpreter's lock, so that threads do what worker processes would, without copies between them.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from etl.tables import PAD
+from trainer.data.dataset import Catalogue, Int32Array, IntArray, SequenceDataset
+
+READERS = 2  # threads: a core decodes some 100 M items a second, far more than a network trains on
+
+
+@dataclass(frozen=True)
+class Group:
+    """What training needs of one row group: sequences of U users one behind the other."""
+
+    users: IntArray  # [U]
+    lengths: IntArray  # [U] of whole sequences
+    trained: IntArray  # [U] of training parts
+    rows: Int32Array  # [sum of lengths] catalogue rows
+
+    @property
+    def nbytes(self) -> int:
+        return self.users.nbytes + self.lengths.nbytes + self.trained.nbytes + self.rows.nbytes
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some row groups' sequences, in the order of the block's batches: each batch is a slice of `users` and the like.
+
+    `windows_NT` [N, T] is a view of all sequences one behind the other: row n is the T catalogue rows from place n on.
+    """
+
+    users: IntArray  # [U]
+    trained: IntArray  # [U] of training parts
+    firsts: IntArray  # [U] the place where each sequence begins
+    windows_NT: Int32Array
+    stops: list[int]  # of the batches
+
+
+class BlockReader:
+    """Reads blocks ahead, and keeps decoded row groups up to `cache_bytes` for the epochs to come.
+
+    Memory: two blocks, and the cache.
+    """
+
+    def __init__(self, dataset: SequenceDataset, catalogue: Catalogue, *, window: int, cache_bytes: int) -> None:
+        self.dataset, self.catalogue, self.window, self.cache_bytes = dataset, catalogue, window, cache_bytes
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="loader")
+        self._cache: dict[int, Group] = {}
+        self._cached_bytes, self._lock = 0, threading.Lock()
+
+    def read(
+        self, blocks: Sequence[IntArray], cut: Callable[[int, IntArray], list[IntArray]]
+    ) -> Iterator[tuple[int, Block]]:
+        """Number and block, for each of `blocks` (row groups) in turn. A block is good until the next one is asked for.
+
+        `cut` gives a block's batches, as rows of it, from its number and the lengths of its training parts. Raises
+        DataError for a file that can't be read. Whenever the iterator is left, nothing is under way any longer.
+        """
+        # Used in turn, so that no epoch asks the system for new memory, and touches every page of it, at each block.
+        buffers = [np.empty(0, np.int32), np.empty(0, np.int32)]
+        ahead: list[tuple[list[Future[Group]], Future[Block]]] = []
+
+        def begin(number: int) -> None:
+            groups = [self._pool.submit(self._group, int(group)) for group in blocks[number]]
+            # Threads take tasks in turn, so that what this one waits for is under way, or done, when it begins.
+            ahead.append((groups, self._pool.submit(self._block, groups, buffers, number, cut)))
+
+        try:
+            for number in range(len(blocks)):
+                if number == 0:
+                    begin(0)
+                if number + 1 < len(blocks):
+                    begin(number + 1)
+                block = ahead[0][1].result()
+                ahead.pop(0)  # with the decoded row groups, of which the block is a copy
+                yield number, block
+        finally:
+            for groups, whole in ahead:
+                wait([group for group in groups if not group.cancel()])
+                wait([whole] if not whole.cancel() else [])
+
+    def _group(self, group: int) -> Group:
+        if (cached := self._cache.get(group)) is not None:
+            return cached
+        read = self.dataset.read_group(group, held_out=False)
+        found = Group(read.users, np.diff(read.offsets), read.valid_start, self.catalogue.rows(read.items))
+        with self._lock:
+            if self._cached_bytes + found.nbytes <= self.cache_bytes:
+                self._cache[group] = found
+                self._cached_bytes += found.nbytes
+        return found
+
+    def _block(
+        self, waiting: Sequence[Future[Group]], buffers: list[Int32Array], number: int,
+        cut: Callable[[int, IntArray], list[IntArray]],
+    ) -> Block:  # fmt: skip
+        groups = [group.result() for group in waiting]
+        users, lengths, trained = (
+            np.concatenate([getattr(group, name) for group in groups]) for name in ("users", "lengths", "trained")
+        )
+        total = int(lengths.sum())
+        needed = total + self.window  # behind the last sequence a window more, so that one may begin anywhere
+        if len(buffers[number % 2]) < needed:
+            buffers[number % 2] = np.empty(needed + needed // 8, np.int32)
+        rows = buffers[number % 2][:needed]
+        np.concatenate([group.rows for group in groups], out=rows[:total])
+        rows[total:] = PAD
+        batches = cut(number, trained)
+        order = np.concatenate(batches)
+        return Block(
+            users[order], trained[order], (np.cumsum(lengths) - lengths)[order],
+            np.lib.stride_tricks.sliding_window_view(rows, self.window), np.cumsum([len(b) for b in batches]).tolist(),
+        )  # fmt: skip
