@@ -24,15 +24,15 @@ SETTINGS = {
 TABLES = ("item_embedding.weight", "output_bias", "user_embedding.weight", "entity_embedding.weight")
 
 
-def start(folder, lake, name, processes, **sections):
-    """`python -m trainer pretrain` in so many processes; its run's folder is <folder>/runs/<name>."""
+def start(folder, lake, name, processes, *, recipe="pretrain", **sections):
+    """A recipe of the trainer in so many processes; its run's folder is <folder>/runs/<name>."""
     settings = {**SETTINGS, "name": name, "output": str(folder / "runs"), "data": {"lake": lake, "domain": "source"}}
     for section, values in sections.items():
-        settings[section] = {**settings[section], **values}
+        settings[section] = {**settings[section], **values} if isinstance(values, dict) else values
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(settings))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "trainer", "pretrain", "--config", str(path)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "trainer", recipe, "--config", str(path)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
 
 
@@ -101,6 +101,25 @@ def test_a_killed_run_goes_on_in_any_number_of_processes(before, after, tiny_lak
     assert_alike(weights_of(run), weights_of(whole), 0 if before == after else 1e-12)
     if before == after:
         assert history_of(run) == history_of(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_each_process_grafts_its_rows_of_the_parents_tables(tiny_lake, tmp_path, together):
+    still = {"learning_rate": 1e-30, "table_learning_rate": 1e-30}
+    sections = {
+        "recipe": "finetune",
+        "transfer": "deep",
+        "parent": str(together / "model"),
+        "data": {"domain": "target"},
+    }
+    for name, processes in (("one", 1), ("two", 2)):
+        finish(start(tmp_path, tiny_lake, name, processes, train=still, **sections))
+    one, two = (weights_of(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert_alike(one, two, 1e-12)
+    parent = weights_of(together)
+    for name in ("user_embedding.weight", "entity_embedding.weight"):
+        torch.testing.assert_close(two[name], parent[name], rtol=0, atol=1e-25, msg=name)
 
 
 @pytest.mark.slow
