@@ -179,15 +179,17 @@ def rank_in_full(scores: Scores, scores_BR: Tensor, targets_BR: Tensor, left_out
     `scores_BR`: the held-out items' (`scores.gather`). Competitors are counted block by block: all that are not below,
     less those of them that don't compete, which are few.
     """
-    B, device = len(targets_BR), scores_BR.device
-    owner = np.concatenate([np.repeat(np.arange(B), left_out.lengths), np.arange(B).repeat(targets_BR.shape[1])])
-    rows = np.concatenate([left_out.items, targets_BR.numpy().ravel()])
-    given = left_out.offsets[-1]
-    not_candidates = owner[:given] * scores.num_rows + rows[:given]
-    targets = owner[given:] * scores.num_rows + rows[given:]
-    is_candidate_BR = ((rows[given:] >= first) & ~np.isin(targets, not_candidates)).reshape(targets_BR.shape)
-    apart = np.unique((owner * scores.num_rows + rows)[rows >= first])  # each pair once, though it be left out twice
-    owner_P, rows_P = (torch.from_numpy(part).to(device) for part in np.divmod(apart, scores.num_rows))
+    B, V, device = len(targets_BR), scores.num_rows, scores_BR.device
+    # A pair of user and row is the number owner * V + row. Sorted: numpy's `unique` and `isin` take 10 times as long.
+    left_N = np.sort(np.repeat(np.arange(B), left_out.lengths) * V + left_out.items)
+    wanted_BR = np.arange(B)[:, None] * V + targets_BR.numpy()
+    place_BR = np.minimum(np.searchsorted(left_N, wanted_BR), max(len(left_N) - 1, 0))
+    is_candidate_BR = targets_BR.numpy() >= first
+    if len(left_N):
+        is_candidate_BR &= left_N[place_BR] != wanted_BR
+    apart = np.sort(np.concatenate([left_N, wanted_BR[targets_BR.numpy() >= first]]))
+    apart = apart[np.diff(apart, prepend=-1) > 0]  # each pair once, though it be left out twice
+    owner_P, rows_P = (torch.from_numpy(part).to(device) for part in np.divmod(apart, V))
     above_BR = torch.zeros(targets_BR.shape, dtype=torch.long, device=device)
     for start, block in scores.blocks(first):
         here = (rows_P >= start) & (rows_P < start + block.shape[1])
