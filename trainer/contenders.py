@@ -310,7 +310,8 @@ def _over(label: str, scorer: Any, histories: Histories, reads: str, asked: Eval
     """A baseline that reads its own histories of the asked users, as rows of all domains' catalogue."""
 
     def score(given: Histories) -> Scores:
-        return Scores.of(scorer.score(histories.take(np.searchsorted(asked.users, given.users)), asked.own_rows))
+        own, rows = histories.take(np.searchsorted(asked.users, given.users)), asked.own_rows
+        return Scores(len(own), len(rows), lambda start, stop: scorer.score(own, rows[start:stop]))
 
     return Contender(label, None, score, reads)
 
