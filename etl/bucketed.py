@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from etl.commit import make_folder
@@ -41,8 +41,7 @@ def write(
     `rows` turns histories into ((split, domain), rows in the table's order), once for each that has any. `tasks`: how
     many at most share the buckets. The files are the caller's to commit.
     """
-    bucket = F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int").alias("bucket")
-    kept = users.where("kept").select(bucket, "user", "index", "degree")
+    kept = users.where("kept").select(bucket_of(buckets).alias("bucket"), "user", "index", "degree")
     if local_path(lake) is not None:
         make_folder(Path(table_uri(lake, table)))
     tasks = min(tasks, buckets)
@@ -53,6 +52,11 @@ def write(
     with user_errors():
         written = gathered.mapInArrow(partial(write_task, rows=rows, lake=lake, table=table, read=read), "file string")
         return data_files(row["file"] for row in written.collect())
+
+
+def bucket_of(buckets: int) -> Column:
+    """The bucket of the column `user`: see `etl.tables.bucket_of`."""
+    return F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int")
 
 
 def write_task(

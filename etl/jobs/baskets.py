@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl import bucketed, delta
 from etl.bucketed import Key
 from etl.config import SplitConfig
-from etl.histories import Histories, inputs
+from etl.histories import Histories
+from etl.jobs import touched
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.sequences import cut, of_domain, settings
@@ -77,20 +77,8 @@ def _baskets(histories: Histories, at: np.ndarray, basket: np.ndarray) -> pa.Rec
 
 
 def run(run: Run) -> Outcome:
-    names, splits = names_of(run.config.domains), run.config.splits
-    read = inputs(run.lake, run.inputs, names=names, columns=("basket",), max_events=run.config.sequences.max_events)
-    if not read.columns:
-        return run.commit_files([])
-    files = bucketed.write(
-        run.read(USERS),
-        partial(rows, names=names, splits=splits),
-        run.lake,
-        BASKETS,
-        read,
-        buckets=int(delta.last_commit(run.lake, INTERACTIONS)["buckets"]),
-        tasks=run.config.spark.shuffle_partitions,
-    )
-    return run.commit_files(files)
+    cut_rows = partial(rows, names=names_of(run.config.domains), splits=run.config.splits)
+    return touched.write(run, cut_rows, columns=("basket",), needs=True, properties={})
 
 
 JOB = Job(

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl import bucketed, delta
+from etl import delta
 from etl.bucketed import Key
 from etl.config import ConfigError, EtlConfig, SplitConfig
-from etl.histories import Histories, Ints, inputs
+from etl.histories import Histories, Ints
+from etl.jobs import touched
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.tables import DOMAINS, INTERACTIONS, ITEMS, PROPERTY_BUCKETS, PROPERTY_TIME, SEQUENCES, USERS
@@ -119,24 +120,13 @@ def check(config: EtlConfig) -> None:
 
 def run(run: Run) -> Outcome:
     check(run.config)
-    names, splits = names_of(run.config.domains), run.config.splits
     log = delta.last_commit(run.lake, INTERACTIONS)
-    files = bucketed.write(
-        run.read(USERS),
-        partial(rows, names=names, splits=splits),
-        run.lake,
-        SEQUENCES,
-        inputs(
-            run.lake,
-            run.inputs,
-            names=names,
-            columns=("event_type", "value"),
-            max_events=run.config.sequences.max_events,
-        ),
-        buckets=int(log["buckets"]),
-        tasks=run.config.spark.shuffle_partitions,
+    return touched.write(
+        run,
+        partial(rows, names=names_of(run.config.domains), splits=run.config.splits),
+        columns=("event_type", "value"),
+        properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]},
     )
-    return run.commit_files(files, properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]})
 
 
 JOB = Job(

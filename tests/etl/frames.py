@@ -9,7 +9,7 @@ from pyspark.sql import DataFrame, SparkSession
 from etl.delta import spark_schema
 from etl.sources.schema import RAW_EVENTS
 from etl.sources.schema import spark_schema as ddl
-from etl.tables import FIRST_INDEX, INTERACTIONS, bucket_of
+from etl.tables import INTERACTIONS, bucket_of
 
 BUCKETS = 4
 
@@ -35,15 +35,3 @@ def interactions(spark: SparkSession, rows: Sequence[tuple[Any, ...]]) -> DataFr
         user, item, time, event_type, value, basket = (*row, None, None, None)[:6]
         filled.append((bucket_of(user, BUCKETS), user, item, time, event_type, value, basket, place))
     return spark.createDataFrame(filled, spark_schema(INTERACTIONS))
-
-
-def vocabulary(spark: SparkSession, column: str, kept: dict[str, bool], **constants: str) -> DataFrame:
-    """id, index, kept, degree of ids in the order given."""
-    rows = [(name, FIRST_INDEX + place, keep, 10 - place) for place, (name, keep) in enumerate(kept.items())]
-    return spark.createDataFrame(rows, f"{column} string, index int, kept boolean, degree long")
-
-
-def members(spark: SparkSession, domains: dict[str, Sequence[str]]) -> DataFrame:
-    """domain, item."""
-    rows = [(name, item) for name, items in domains.items() for item in items]
-    return spark.createDataFrame(rows, "domain string, item string")
