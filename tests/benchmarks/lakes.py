@@ -20,7 +20,7 @@ _MADE = "made.json"
 
 
 def write_lake(lake: Path, *, events: int, users: int, items: int, buckets: int, seed: int = 0, heavy: int = 0) -> Path:
-    """A lake of the four tables, once. Log-normal activity, Zipf-like items, whole seconds, one domain, everything kept.
+    """A lake of the four tables, once: log-normal activity, Zipf-like items, whole seconds, one domain, all kept.
 
     `heavy`: further events, of one user, who is the last.
     """
@@ -46,17 +46,15 @@ def write_lake(lake: Path, *, events: int, users: int, items: int, buckets: int,
         first += len(rows)
     _commit(lake, INTERACTIONS, entries, buckets)
     place = pa.array(np.arange(num_users) + FIRST_INDEX, pa.int32())
-    _write(lake, USERS, {"user": names, "index": place, "kept": pa.repeat(True, num_users),
-                         "degree": pa.array(degree), "attributes": _empty(USERS, "attributes", num_users)}, (), buckets)  # fmt: skip
-    place = pa.array(np.arange(items) + FIRST_INDEX, pa.int32())
-    name = ids("i", np.arange(items))
+    vocabulary = {"user": names, "index": place, "kept": pa.repeat(True, num_users), "degree": pa.array(degree)}
+    _write(lake, USERS, {**vocabulary, "attributes": _empty(USERS, "attributes", num_users)}, (), buckets)
+    names, place = ids("i", np.arange(items)), pa.array(np.arange(items) + FIRST_INDEX, pa.int32())
+    catalogue = {"item": names, "index": place, "kept": pa.repeat(True, items), "degree": pa.repeat(5, items)}
     empty = {column: _empty(ITEMS, column, items) for column in ("categories", "attributes")}
     nulls = {"title": pa.nulls(items, pa.string()), "year": pa.nulls(items, pa.int32())}
-    catalogue = {"item": name, "index": place, "kept": pa.repeat(True, items), "degree": pa.repeat(5, items)}
     _write(lake, ITEMS, {**catalogue, **nulls, **empty}, (), buckets)
-    _write(
-        lake, DOMAINS, {"item": name, "index": place, "rule": pa.repeat("every item", items)}, (DOMAIN_ALL,), buckets
-    )
+    members = {"item": names, "index": place, "rule": pa.repeat("every item", items)}
+    _write(lake, DOMAINS, members, (DOMAIN_ALL,), buckets)
     note.write_text(json.dumps(settings))
     return lake
 

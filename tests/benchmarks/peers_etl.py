@@ -14,7 +14,7 @@ import psutil
 import yaml
 
 from tests.benchmarks.__main__ import Options
-from tests.benchmarks.growth import ITEMS, etl
+from tests.benchmarks.growth import ITEMS
 from tests.benchmarks.harness import Case, Numbers, Report, alternate, median
 from tests.benchmarks.lakes import write_lake
 from tests.benchmarks.logs import write_log
