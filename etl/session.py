@@ -143,10 +143,17 @@ def check_java() -> str:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a GraftrecError that was raised inside an executor, which arrives wrapped by Spark, back into one."""
+    """Turn what a user can mend, and the engine has wrapped in an error of its own, into a GraftrecError: one that was
+    raised inside an executor, and Sail's memory, which can't grow past its bound.
+    """
     try:
         yield
     except PySparkException as error:
+        if exhausted := re.search(r"(Failed to allocate additional .+)", str(error)):
+            raise GraftrecError(
+                f"Sail found no room within spark.driver_memory for a step that can't be spilled to disk "
+                f"({exhausted[1]}); raise it"
+            ) from None
         found = re.search(r"^\S*GraftrecError: (.+)$", str(error), re.MULTILINE)
         if found is None:
             raise

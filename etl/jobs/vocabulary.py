@@ -104,9 +104,9 @@ def _describe(
 def first_described(rows: DataFrame, column: str) -> DataFrame:
     """One row per id where a description file has several: the first by file and line. Rejected rows are left out."""
     described = [name for name in rows.columns if name not in (column, "kind", "file", "line", "reason", "raw")]
-    good = rows.where(F.col("reason").isNull())
-    chosen = good.groupBy(column).agg(F.min_by(F.struct(*described), F.struct("file", "line")).alias("_first"))
-    return chosen.select(column, *[F.col(f"_first.{name}").alias(name) for name in described])
+    place = F.row_number().over(Window.partitionBy(column).orderBy("file", "line"))
+    numbered = rows.where(F.col("reason").isNull()).select(column, *described, place.alias("_place"))
+    return numbered.where("_place = 1").select(column, *described)
 
 
 def described_by(config: EtlConfig, kind: str) -> Any:

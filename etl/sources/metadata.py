@@ -68,7 +68,8 @@ def file_triples(
     works = rows.map(spark, _works(config), _WORKS)
     if config.by == "id":
         matched = items.select("item").join(works.withColumnRenamed("id", "item"), "item")
-        matched = matched.groupBy("item").agg(F.min_by("people", "work").alias("people"))
+        place = F.row_number().over(Window.partitionBy("item").orderBy("work"))
+        matched = matched.select("item", "people", place.alias("_place")).where("_place = 1")
     else:
         matched = match_titles(items, works).join(works.select("work", "people"), "work")
     people = matched.select("item", F.explode("people").alias("person"))
