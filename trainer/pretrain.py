@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ def _fit(config: PretrainConfig, parent: Artifact | None, world: World, folder: 
     )  # fmt: skip
     task = build_task(config.task)
     training = Training(model, task, loader, config.train, world)
-    say(_introduction(config, release, catalogue, dataset, held_out, model))
+    say(_introduction(config, release, catalogue, dataset, held_out, account))
     say(account.text())
 
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
@@ -206,9 +207,9 @@ def _tell(epoch: Epoch, tracked: Run, say: Callable[[str], None]) -> None:
 
 def _introduction(
     config: PretrainConfig, release: Release, catalogue: Catalogue, dataset: SequenceDataset, held_out: HeldOut,
-    model: Bert4Rec,
+    account: Account,
 ) -> str:  # fmt: skip
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(math.prod(line.shape) for line in account.lines)
     return (
         f"{config.name}: {config.model.kind}, {size:,} parameters; release {release.number} of {release.lake}, "
         f"domain {config.data.domain}: {len(catalogue) - FIRST_INDEX:,} items, {dataset.num_rows:,} users, "

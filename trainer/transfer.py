@@ -84,7 +84,10 @@ def graft(
     lines = []
     for name, tensor in model.named_parameters():
         group = groups[name]
-        origin = "new"
+        origin, shape = "new", tuple(tensor.shape)
+        shared_out = model.tables if name in model.row_tables() else None
+        if shared_out is not None:
+            shape = (shared_out.num_rows(tensor), *shape[1:])
         if group in COPIED_GROUPS[transfer]:
             if name not in given:
                 raise TransferError(
@@ -92,11 +95,11 @@ def graft(
                     "knowledge, user_width and blocks"
                 )
             source: torch.Tensor = given[name]
-            if model.tables is not None and name in model.row_tables():
-                source = source[model.tables.world.rank :: model.tables.world.size]  # this process's rows
+            if shared_out is not None:
+                source = source[shared_out.world.rank :: shared_out.world.size]  # this process's rows
             origin = _copy(tensor, source, name, rows=group in ("user", "knowledge"))
         tensor.requires_grad_(group not in freeze)
-        lines.append(Line(name, group, tuple(tensor.shape), origin, group not in freeze))
+        lines.append(Line(name, group, shape, origin, group not in freeze))
     return Account(transfer, _named(parent) if given else None, tuple(lines))
 
 

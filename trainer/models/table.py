@@ -54,6 +54,10 @@ class RowTables:
             )
         return len(range(self.world.rank, num_rows, self.world.size))
 
+    def num_rows(self, table: Tensor) -> int:
+        """Rows of all processes' parts together."""
+        return int(self.world.sum(len(table))[0])
+
     def lookup(self, table: Tensor, rows: Tensor) -> Tensor:
         """Vectors [*rows.shape, D] (or numbers [*rows.shape], of a table without width) of rows of the whole table."""
         trained = torch.is_grad_enabled() and table.requires_grad
