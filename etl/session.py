@@ -190,8 +190,9 @@ def _remote(url: str, name: str) -> SparkSession:
 def _sail(config: SparkConfig, name: str) -> SparkSession:
     """A Sail server in this process, stopped when it ends, and a session on it.
 
-    `driver_memory` bounds what its operators hold (they spill sorts and aggregations; our own functions' memory isn't
-    counted), `master: local[n]` sets its threads, and settings `sail.x.y` become its own x.y, as $SAIL_X__Y does.
+    `driver_memory` bounds what its operators hold, shared out fairly so that sorts and aggregations spill (one side of
+    a hash join can't; our own functions' memory isn't counted), `master: local[n]` sets its threads, and settings
+    `sail.x.y` become its own x.y, as $SAIL_X__Y does.
     """
     try:
         from pysail.spark import SparkConnectServer
@@ -203,8 +204,8 @@ def _sail(config: SparkConfig, name: str) -> SparkSession:
     settings = {
         "execution.default_parallelism": threads[1] if threads else "1" if config.master == "local" else "0",
         "execution.checkpoint.path": Path(folder).as_uri(),
-        "runtime.memory_pool.type": "greedy",
-        "runtime.memory_pool.greedy.max_size": str(num_bytes(config.driver_memory)),
+        "runtime.memory_pool.type": "fair",
+        "runtime.memory_pool.fair.max_size": str(num_bytes(config.driver_memory)),
         "runtime.temporary_files.paths": f'["{folder}"]',
     }
     settings |= {key.removeprefix("sail."): value for key, value in config.settings.items() if key.startswith("sail.")}
