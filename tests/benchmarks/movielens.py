@@ -38,30 +38,30 @@ class MovieLens:
 
 
 def movielens(data: Path | None, work: Path) -> MovieLens:
-    """`data`: a folder with ratings.dat, or None: a generated log. Files go to `work`."""
+    """`data`: a folder with ratings.dat (or order.parquet: user_id, movie_id, position), or None: a generated log. Files
+    go to `work`."""
     name = "MovieLens-1M" if data else "a generated log of MovieLens-1M's shape"
     folder = work / ("movielens" if data else "movielens-like")
     found = MovieLens(name, folder / "train.parquet", folder / "lake")
     if not found.train.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        items, offsets = _core(*(_read(data / "ratings.dat") if data else _generated()))
+        items, offsets = _core(*(_read(data) if data else _generated()))
         _write_lake(found.lake, items, offsets)
         _write_train(found.train, items, offsets)
     return found
 
 
-def _read(ratings: Path) -> tuple[Ints, Ints]:
-    table = pcsv.read_csv(
-        io.BytesIO(ratings.read_bytes().replace(b"::", b",")),
-        read_options=pcsv.ReadOptions(column_names=["user", "item", "rating", "time"]),
-    )
-    user, time = table["user"].to_numpy(), table["time"].to_numpy()
-    return _by_user(user, table["item"].to_numpy(), np.lexsort((np.arange(len(user)), time, user)))
-
-
-def _by_user(user: Ints, item: Ints, order: Ints) -> tuple[Ints, Ints]:
+def _read(folder: Path) -> tuple[Ints, Ints]:
+    if (folder / "ratings.dat").exists():
+        table = pcsv.read_csv(
+            io.BytesIO((folder / "ratings.dat").read_bytes().replace(b"::", b",")),
+            read_options=pcsv.ReadOptions(column_names=["user_id", "movie_id", "rating", "position"]),
+        )
+    else:
+        table = pq.read_table(folder / "order.parquet")
+    user, item, time = (table[name].to_numpy() for name in ("user_id", "movie_id", "position"))
     lengths = np.unique(user, return_counts=True)[1]
-    return item[order], np.concatenate([[0], np.cumsum(lengths)])
+    return item[np.lexsort((np.arange(len(user)), time, user))], np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _generated(seed: int = 0) -> tuple[Ints, Ints]:
