@@ -38,8 +38,10 @@ class MovieLens:
 
 
 def movielens(data: Path | None, work: Path) -> MovieLens:
-    """`data`: a folder with ratings.dat (or order.parquet: user_id, movie_id, position), or None: a generated log. Files
-    go to `work`."""
+    """`data`: a folder with ratings.dat (or order.parquet: user_id, movie_id, position), or None: a generated log.
+
+    Files go to `work`.
+    """
     name = "MovieLens-1M" if data else "a generated log of MovieLens-1M's shape"
     folder = work / ("movielens" if data else "movielens-like")
     found = MovieLens(name, folder / "train.parquet", folder / "lake")
