@@ -29,7 +29,7 @@ _NEGATIVES = ["split", "domain", "protocol", "part", "user"]
 
 
 def measure(report: Report, options: Options, *, events: int = EVENTS, spark: dict[str, object] = SPARK) -> None:
-    engine = str(spark.get("engine", "spark"))
+    engine = str(spark["engine"])
     users = events // EVENTS_PER_USER
     log = write_log(options.work / f"log-{events}", events=events, users=users, items=ITEMS, days=DAYS)
     both = write_day(log, options.work / f"log-{events}-and-a-day", events=events, users=users)
