@@ -34,7 +34,7 @@ from trainer.models import build_model
 from trainer.tasks import MaskedItem
 
 LENGTH = 200
-SECONDS = 8.0  # of each case and round
+SECONDS = 6.0  # of each case and round
 THREADS = 2
 USERS, ITEMS, KINDS, EPOCHS, BATCH, RATE = 640, 400, 20, 12, 32, 3e-3  # of the log that is learned
 Lists = list[npt.NDArray[np.int64]]
