@@ -22,7 +22,7 @@ from etl.config import GraftrecError
 from etl.lake import existing_table, snapshot_files, table_filesystem
 from etl.tables import DOMAINS, INTERACTIONS, ITEMS, Table
 
-PART_EVENTS = 1 << 22  # sorted at once
+PART_EVENTS = 1 << 21  # sorted at once
 CHUNK_EVENTS = 1 << 20  # read at once
 
 Ints = npt.NDArray[np.signedinteger]
@@ -112,8 +112,7 @@ def histories(users: pa.Table, bucket: int, catalogue: Catalogue, read: Inputs) 
     `degree` decides where parts are cut, so that they are of about the same size, and nothing else.
     """
     index = users["index"].to_numpy()
-    length = np.clip(users["degree"].to_numpy(), 1, read.max_events)
-    parts = [(start, stop) for _, start, stop in runs((np.cumsum(length) - 1) // PART_EVENTS)]
+    parts = _parts(np.clip(users["degree"].to_numpy(), 1, read.max_events))
     events = _read_events(_whole(users["user"]), bucket, catalogue, read)
     if len(parts) == 1:
         yield _histories(events, index, catalogue, read)
@@ -125,6 +124,14 @@ def histories(users: pa.Table, bucket: int, catalogue: Catalogue, read: Inputs) 
             with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
                 yield _histories(stream, index[start:stop], catalogue, read, first=start)
             path.unlink()
+
+
+def _parts(length: Ints) -> list[tuple[int, int]]:
+    """Runs of users whose `length` events fill a part; one who has near half of that is alone."""
+    alone = length > PART_EVENTS * 3 // 8
+    filled = np.cumsum(np.where(alone, 0, length))
+    number = np.maximum(filled - 1, 0) // PART_EVENTS + 2 * np.cumsum(alone) - alone
+    return [(start, stop) for _, start, stop in runs(number)]
 
 
 def runs(values: Ints) -> Iterator[tuple[int, int, int]]:
@@ -196,16 +203,15 @@ def _histories(
 ) -> Histories:
     """The newest `max_events` of each user, sorted. `first`: the place that events call the first of `users`."""
     held: list[pa.RecordBatch] = []
-    num_held, limit = 0, PART_EVENTS
+    num_held, limit = 0, min(PART_EVENTS, read.max_events + CHUNK_EVENTS // 2)
     for batch in events:
         held.append(batch)
         num_held += len(batch)
         if num_held > limit:
             held = [_newest(_joined(held, read), read.max_events)]
             num_held = len(held[0])
-            limit = max(PART_EVENTS, num_held + CHUNK_EVENTS)
+            limit = num_held + CHUNK_EVENTS // 2
     kept = _newest(_joined(held, read), read.max_events)
-    del held
     user = kept["user"].to_numpy() - np.int32(first)
     order = time_order(user, kept["time"].to_numpy(), kept["source_order"].to_numpy())
     item = kept["item"].to_numpy()[order]
@@ -220,7 +226,10 @@ def _histories(
 
 
 def _joined(batches: list[pa.RecordBatch], read: Inputs) -> pa.RecordBatch:
-    return pa.concat_batches(batches) if batches else pa.RecordBatch.from_pylist([], schema=_schema(read))
+    """One batch of all. Empties the list, so that they are held once."""
+    joined = pa.concat_batches(batches) if batches else pa.RecordBatch.from_pylist([], schema=_schema(read))
+    batches.clear()
+    return joined
 
 
 def _newest(events: pa.RecordBatch, most: int) -> pa.RecordBatch:
@@ -230,7 +239,7 @@ def _newest(events: pa.RecordBatch, most: int) -> pa.RecordBatch:
     if not excess.any():
         return events
     rows = np.flatnonzero(excess[user] > 0)
-    of_row = events.take(pa.array(rows))
+    of_row = events.take(pa.array(rows)) if len(rows) < len(user) else events
     rows = rows[time_order(user[rows], of_row["time"].to_numpy(), of_row["source_order"].to_numpy())]
     keep = np.ones(len(user), bool)
     for place, start, _ in runs(user[rows]):
