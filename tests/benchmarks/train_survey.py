@@ -31,6 +31,7 @@ from trainer.tasks.softmax import BLOCK_SCORES
 
 BLOCKS, WIDTH, HEADS = 6, 128, 4
 USERS, BATCH = 192, 64
+ALTERNATIONS = 3
 Shape = tuple[str, int, int]  # of a product: kind, and its sizes
 STEPS = {"graftrec, fp32": "fp32", "graftrec, bf16": "bf16", "plain torch, fp32": "plain"}
 
@@ -72,10 +73,15 @@ def step(*, train: str, kind: str) -> Numbers:
         for batch in batches:
             one_step(batch)
 
-    seconds = quick(whole_pass, seconds=4.0, least=2)
     flops = needed(task, batches, num_items, last_whole=kind == "plain")
-    bare = bare_seconds(flops, torch.bfloat16 if kind == "bf16" else torch.float32)
     total = sum(flops.values())
+    whole_pass()  # not counted
+    seconds = bare = 0.0
+    for _ in range(ALTERNATIONS):  # side by side, for the machine's speed changes
+        begun = time.perf_counter()
+        whole_pass()
+        seconds += (time.perf_counter() - begun) / ALTERNATIONS
+        bare += bare_seconds(flops, torch.bfloat16 if kind == "bf16" else torch.float32) / ALTERNATIONS
     return {
         "items_per_second": sum(batch.global_items for batch in batches) / seconds, "rate": total / seconds / 1e9,
         "bare_rate": total / bare / 1e9, "share": bare / seconds,
@@ -142,4 +148,4 @@ def _time(left: Tensor, right: Tensor) -> float:
     begun = time.perf_counter()
     torch.matmul(left, right)
     once = time.perf_counter() - begun
-    return quick(lambda: torch.matmul(left, right), seconds=max(0.05, 5 * once), least=5)
+    return quick(lambda: torch.matmul(left, right), seconds=max(0.02, 3 * once), least=3)
