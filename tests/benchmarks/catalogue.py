@@ -24,7 +24,7 @@ from trainer.tasks import build_task
 
 WIDTH, BATCH, LENGTH, NEGATIVES = 128, 128, 50, 1_024
 SIZES = {"10 k": 10_000, "1 M": 1_000_000, "10 M": 10_000_000}
-TURNS, STEPS = 6, 4  # a turn of each size: a step that is not counted, so that caches are its own, then so many
+TURNS, STEPS = 4, 4  # a turn of each size: a step that is not counted, so that caches are its own, then so many
 BAR = 1.25
 
 
