@@ -30,7 +30,7 @@ from trainer.tasks import MaskedItem
 from trainer.tasks.softmax import BLOCK_SCORES
 
 BLOCKS, WIDTH, HEADS = 6, 128, 4
-USERS, BATCH = 192, 64
+USERS, BATCH = 128, 64
 ALTERNATIONS = 3
 Shape = tuple[str, int, int]  # of a product: kind, and its sizes
 STEPS = {"graftrec, fp32": "fp32", "graftrec, bf16": "bf16", "plain torch, fp32": "plain"}
