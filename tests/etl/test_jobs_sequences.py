@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from lakes import BUCKETS, events, vocabulary, write_lake, write_table
+from written_lakes import BUCKETS, events, vocabulary, write_lake, write_table
 from pyspark.sql import SparkSession
 
 from etl import bucketed, histories
