@@ -12,8 +12,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from written_lakes import BUCKETS, events, vocabulary, write_lake, write_table
 from pyspark.sql import SparkSession
+from written_lakes import BUCKETS, events, vocabulary, write_lake, write_table
 
 from etl import bucketed, histories
 from etl.config import ConfigError, DomainConfig, EtlConfig, GeneratorSource, GraftrecError, SplitConfig
