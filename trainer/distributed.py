@@ -104,8 +104,10 @@ def _device(wanted: str, local_rank: int) -> torch.device:
 
 
 def _bf16_pays(device: torch.device) -> bool:
-    """GPUs from Ampere on, and CPUs with AMX tiles or AVX512's bf16 products, multiply bf16 faster than fp32."""
+    """GPUs from Ampere on, and CPUs with AMX tiles, multiply bf16 faster than fp32.
+
+    CPUs with AVX512's bf16 products alone do so at some widths only (`runtime.precision: bf16`: trainer/README.md)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    tests = (getattr(torch.cpu, f"_is_{what}_supported", None) for what in ("amx_tile", "avx512_bf16"))
-    return device.type == "cpu" and any(test is not None and test() for test in tests)  # None: absent in some builds
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # absent in some builds
+    return device.type == "cpu" and has_tiles is not None and bool(has_tiles())
