@@ -8,12 +8,13 @@ that no version names.
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
@@ -21,37 +22,49 @@ from etl.commit import make_folder
 from etl.config import GraftrecError
 from etl.datafile import DataFile
 from etl.delta import ROW_GROUP_BYTES, FileWriter, data_files
-from etl.histories import Histories, Inputs, histories, read_catalogue, runs
+from etl.histories import PART_EVENTS, Inputs, Key, Rows, histories, read_catalogue, runs
 from etl.lake import local_path, table_filesystem, table_uri
+from etl.renewal import Before, renewed
 from etl.session import engine_of, user_errors
 from etl.tables import Table
-
-Key = tuple[str, str]  # split and domain
-Rows = Callable[[Histories], Iterator[tuple[Key, pa.RecordBatch]]]
 
 # Sail runs its tasks as threads of one process: no more at once than there are cores, or each would hold a part.
 _TURNS = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
 def write(
-    users: DataFrame, rows: Rows, lake: str, table: Table, read: Inputs, *, buckets: int, tasks: int
+    users: DataFrame,
+    rows: Rows,
+    lake: str,
+    table: Table,
+    read: Inputs,
+    *,
+    buckets: int,
+    tasks: int,
+    before: Before | None = None,
 ) -> list[DataFile]:
     """Write data files of `table`, partitioned by split, domain and bucket, from the histories of the kept `users`.
 
     `rows` turns histories into ((split, domain), rows in the table's order), once for each that has any. `tasks`: how
-    many at most share the buckets. The files are the caller's to commit.
+    many at most share the buckets. `before`: of SEQUENCES, what can be copied. The files are the caller's to commit.
     """
     kept = users.where("kept").select(bucket_of(buckets).alias("bucket"), "user", "index", "degree")
     if local_path(lake) is not None:
         make_folder(Path(table_uri(lake, table)))
-    tasks = min(tasks, buckets)
-    if engine_of(users.sparkSession) == "sail":
-        gathered = kept.repartition(tasks, "bucket")
-    else:  # as many buckets to each task; by hash, one in four may get most of them
-        gathered = kept.repartitionById(tasks, F.col("bucket") % tasks)
     with user_errors():
-        written = gathered.mapInArrow(partial(write_task, rows=rows, lake=lake, table=table, read=read), "file string")
+        task = partial(write_task, rows=rows, lake=lake, table=table, read=read, before=before)
+        written = gathered(kept, buckets=buckets, tasks=tasks).mapInArrow(task, "file string")
         return data_files(row["file"] for row in written.collect())
+
+
+def gathered(users: DataFrame, *, buckets: int, tasks: int) -> DataFrame:
+    """The rows of each `bucket` in one partition: as many buckets to each of at most `tasks` partitions. Sail can only
+    go by hash; there are so many partitions that few get more than one bucket, for it runs empty ones for nothing.
+    """
+    if engine_of(users.sparkSession) == "sail":
+        return users.repartition(4 * buckets, "bucket")
+    tasks = min(tasks, buckets)
+    return users.repartitionById(tasks, F.col("bucket") % tasks)
 
 
 def bucket_of(buckets: int) -> Column:
@@ -60,7 +73,12 @@ def bucket_of(buckets: int) -> Column:
 
 
 def write_task(
-    batches: Iterable[pa.RecordBatch], rows: Rows, lake: str, table: Table, read: Inputs
+    batches: Iterable[pa.RecordBatch],
+    rows: Rows,
+    lake: str,
+    table: Table,
+    read: Inputs,
+    before: Before | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """One task: the users (bucket, user, index, degree) of some buckets, in any order, to these buckets' files."""
     received = [batch for batch in batches if batch.num_rows]
@@ -70,7 +88,7 @@ def write_task(
     users = users.take(pa.array(np.lexsort((users["index"].to_numpy(), users["bucket"].to_numpy()))))
     with _TURNS:
         try:
-            written = list(_write_buckets(users, rows, lake, table, read))
+            written = list(_write_buckets(users, rows, lake, table, read, before))
         except OSError as error:
             raise GraftrecError(
                 f"{table.name}: a task can't write its files ({' '.join(str(error).split())}); make room in {lake} and "
@@ -79,23 +97,49 @@ def write_task(
     yield from written
 
 
-def _write_buckets(users: pa.Table, rows: Rows, lake: str, table: Table, read: Inputs) -> Iterator[pa.RecordBatch]:
+def _write_buckets(
+    users: pa.Table, rows: Rows, lake: str, table: Table, read: Inputs, before: Before | None
+) -> Iterator[pa.RecordBatch]:
     filesystem = table_filesystem(lake, table)
     catalogue = read_catalogue(read)
     for bucket, start, stop in runs(users["bucket"].to_numpy()):
-        for part in histories(users.slice(start, stop - start), bucket, catalogue, read):
+        mine = users.slice(start, stop - start)
+        copied = None if before is None else renewed(mine, bucket, rows, catalogue, read, before)
+        if copied is not None:
+            yield from _write_merged(copied, filesystem, table, bucket)
+            continue
+        for part in histories(mine, bucket, catalogue, read):
             for key, batch in rows(part):
                 writer = FileWriter(filesystem, table, (*key, bucket))
-                for piece in _pieces(batch):
+                for piece in _pieces(batch, ROW_GROUP_BYTES):
                     writer.add(piece)
                 yield writer.close()
 
 
-def _pieces(rows: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """Halve rows until a row group holds them: of long lists few fit."""
-    if rows.nbytes <= ROW_GROUP_BYTES or rows.num_rows == 1:
+def _write_merged(
+    batches: Iterator[tuple[Key, pa.RecordBatch]], filesystem: pafs.FileSystem, table: Table, bucket: int
+) -> Iterator[pa.RecordBatch]:
+    """Files of about as many events as the parts that a bucket is cut into. Pieces are small, to fill row groups."""
+    writer: FileWriter | None = None
+    num_events = 0
+    for key, batch in batches:
+        for piece in _pieces(batch, ROW_GROUP_BYTES // 16):
+            if writer is not None and (writer.key != (*key, bucket) or num_events > PART_EVENTS):
+                yield writer.close()
+                writer = None
+            if writer is None:
+                writer, num_events = FileWriter(filesystem, table, (*key, bucket)), 0
+            writer.add(piece)
+            num_events += len(piece["items"].flatten())
+    if writer is not None:
+        yield writer.close()
+
+
+def _pieces(rows: pa.RecordBatch, most: int) -> Iterator[pa.RecordBatch]:
+    """Halve rows until a piece has no more than `most` bytes: of long lists few fit."""
+    if rows.nbytes <= most or rows.num_rows == 1:
         yield rows
         return
     half = rows.num_rows // 2
-    yield from _pieces(rows.slice(0, half))
-    yield from _pieces(rows.slice(half))
+    yield from _pieces(rows.slice(0, half), most)
+    yield from _pieces(rows.slice(half), most)

@@ -322,7 +322,10 @@ def _write_batches(batches: Iterator[pa.RecordBatch], lake: str, table: Table) -
 class FileWriter:
     """One data file of one partition, in row groups of at most ROW_GROUP_ROWS, and ROW_GROUP_BYTES before encoding."""
 
-    def __init__(self, filesystem: pafs.FileSystem, table: Table, key: tuple[Any, ...]) -> None:
+    def __init__(
+        self, filesystem: pafs.FileSystem, table: Table, key: tuple[Any, ...], *, packed: Sequence[str] = ()
+    ) -> None:
+        """`packed`: columns of lists of integers in no order: packed into few bits, not a dictionary and zstd."""
         self.key = key
         self._filesystem, self._table, self._schema = filesystem, table, data_schema(table)
         folder = _hive_folder(table, key)
@@ -330,7 +333,19 @@ class FileWriter:
             filesystem.create_dir(folder, recursive=True)
         self._path = f"{folder}part-{uuid.uuid4().hex}.zstd.parquet"
         self._sink = filesystem.open_output_stream(self._path)
-        self._writer = pq.ParquetWriter(self._sink, self._schema, compression="zstd", write_page_checksum=True)
+        leaves = [leaf for field in self._schema for leaf in _leaves(field.name, field.type)]
+        packs = {f"{name}.list.element" for name in packed}
+        self._writer = pq.ParquetWriter(
+            self._sink,
+            self._schema,
+            compression={path: "none" if path in packs else "zstd" for path, _ in leaves},
+            column_encoding={path: "DELTA_BINARY_PACKED" for path in packs} or None,
+            use_dictionary=[path for path, kind in leaves if path not in packs and kind != pa.int64()],  # times differ
+            write_statistics=[
+                path for path, _ in leaves if path in self._schema.names
+            ],  # nobody asks for those of lists
+            write_page_checksum=True,
+        )
         self._waiting: list[pa.RecordBatch] = []
 
     def add(self, rows: pa.RecordBatch) -> None:
@@ -362,6 +377,17 @@ class FileWriter:
             rows = pa.Table.from_batches(self._waiting).cast(self._schema)
             self._writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
             self._waiting = []
+
+
+def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
+    """The columns of numbers or strings that Parquet makes of a column: path, type."""
+    if pa.types.is_list(kind):
+        yield from _leaves(f"{path}.list.element", kind.value_type)
+    elif pa.types.is_struct(kind):
+        for field in kind:
+            yield from _leaves(f"{path}.{field.name}", field.type)
+    else:
+        yield path, kind
 
 
 def _runs(batch: pa.RecordBatch, table: Table) -> Iterator[tuple[tuple[Any, ...], pa.RecordBatch]]:

@@ -8,7 +8,7 @@ and of a user with a history longer than `max_events` the newest so many are kep
 
 import contextlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,10 @@ class Histories:
     bits: Ints  # [N] bit k: the item belongs to domain k
     time: Ints  # [N]
     more: Mapping[str, pa.Array]  # [N] each: the columns asked for
+
+
+Key = tuple[str, str]  # split and domain
+Rows = Callable[[Histories], Iterator[tuple[Key, pa.RecordBatch]]]
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,21 @@ def read_catalogue(read: Inputs) -> Catalogue:
     items = pa.concat_tables([_read(read.lake, ITEMS, path, ["item", "index", "kept"]) for path in read.items])
     items = items.filter(items["kept"])
     index = items["index"].to_numpy()
-    bits_of_index = np.zeros(int(index.max(initial=0)) + 1, np.int64)
+    bits = item_bits(read)[index]
+    inside = np.flatnonzero(bits)
+    return Catalogue(whole(items["item"].take(pa.array(inside))), index[inside], bits[inside])
+
+
+def item_bits(read: Inputs) -> npt.NDArray[np.int64]:
+    """Each item's domains as bits, by global index; 0 for those not kept."""
+    items = pa.concat_tables([_read(read.lake, ITEMS, path, ["index", "kept"]) for path in read.items])
+    kept = np.zeros(int(items["index"].to_numpy().max(initial=0)) + 1, bool)
+    kept[items["index"].to_numpy()] = items["kept"].to_numpy()
+    bits = np.zeros(len(kept), np.int64)
     for name, path in read.domains:
         members = _read(read.lake, DOMAINS, path, ["index"])["index"].to_numpy()
-        bits_of_index[members[members < len(bits_of_index)]] |= np.int64(1 << read.names.index(name))
-    bits = bits_of_index[index]
-    inside = np.flatnonzero(bits)
-    return Catalogue(_whole(items["item"].take(pa.array(inside))), index[inside], bits[inside])
+        bits[members[members < len(bits)]] |= np.int64(1 << read.names.index(name))
+    return np.where(kept, bits, 0)
 
 
 def histories(users: pa.Table, bucket: int, catalogue: Catalogue, read: Inputs) -> Iterator[Histories]:
@@ -113,7 +125,7 @@ def histories(users: pa.Table, bucket: int, catalogue: Catalogue, read: Inputs) 
     """
     index = users["index"].to_numpy()
     parts = _parts(np.clip(users["degree"].to_numpy(), 1, read.max_events))
-    events = _read_events(_whole(users["user"]), bucket, catalogue, read)
+    events = events_of(whole(users["user"]), bucket, catalogue, read)
     if len(parts) == 1:
         yield _histories(events, index, catalogue, read)
         return
@@ -147,15 +159,22 @@ def _schema(read: Inputs) -> pa.Schema:
     return pa.schema([*own, *((name, INTERACTIONS.schema.field(name).type) for name in read.columns)])
 
 
-def _read_events(users: pa.Array, bucket: int, catalogue: Catalogue, read: Inputs) -> Iterator[pa.RecordBatch]:
-    """The bucket's events of these users with items of the catalogue, in the order of the files."""
+def events_of(
+    users: pa.Array, bucket: int, catalogue: Catalogue, read: Inputs, *, count: npt.NDArray[np.int64] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The bucket's events of these users with items of the catalogue, in the order of the files: user, item (places in
+    `users` and the catalogue), time, source_order and the columns asked for. `count`: to each user's its events, of
+    whatever items, are added.
+    """
     schema = _schema(read)
     for chunk in _chunks(bucket, read):
         user, item = _places(chunk["user"], users), _places(chunk["item"], catalogue.item)
+        if count is not None:
+            count += np.bincount(user[user >= 0], minlength=len(count))
         known = (user >= 0) & (item >= 0)
         if not known.all():
             user, item, chunk = user[known], item[known], chunk.filter(pa.array(known))
-        rest = [_whole(chunk[name]) for name in schema.names[2:]]
+        rest = [whole(chunk[name]) for name in schema.names[2:]]
         yield pa.record_batch([pa.array(user), pa.array(item), *rest], schema=schema)
 
 
@@ -178,7 +197,7 @@ def _chunks(bucket: int, read: Inputs) -> Iterator[pa.Table]:
 
 def _places(column: pa.ChunkedArray, known: pa.Array) -> npt.NDArray[np.int32]:
     """Where in `known` the values of a dictionary column stand, -1 for those it lacks."""
-    coded = _whole(column.unify_dictionaries())
+    coded = whole(column.unify_dictionaries())
     place = pc.index_in(coded.dictionary, value_set=known).fill_null(-1).to_numpy(zero_copy_only=False)
     found: npt.NDArray[np.int32] = place[coded.indices.to_numpy()]
     return found
@@ -208,10 +227,10 @@ def _histories(
         held.append(batch)
         num_held += len(batch)
         if num_held > limit:
-            held = [_newest(_joined(held, read), read.max_events)]
+            held = [_newest(joined(held, read), read.max_events)]
             num_held = len(held[0])
             limit = num_held + CHUNK_EVENTS // 2
-    kept = _newest(_joined(held, read), read.max_events)
+    kept = _newest(joined(held, read), read.max_events)
     user = kept["user"].to_numpy() - np.int32(first)
     order = time_order(user, kept["time"].to_numpy(), kept["source_order"].to_numpy())
     item = kept["item"].to_numpy()[order]
@@ -225,7 +244,7 @@ def _histories(
     )
 
 
-def _joined(batches: list[pa.RecordBatch], read: Inputs) -> pa.RecordBatch:
+def joined(batches: list[pa.RecordBatch], read: Inputs) -> pa.RecordBatch:
     """One batch of all. Empties the list, so that they are held once."""
     joined = pa.concat_batches(batches) if batches else pa.RecordBatch.from_pylist([], schema=_schema(read))
     batches.clear()
@@ -292,6 +311,6 @@ def _named(table: Table, path: str) -> Iterator[None]:
         ) from None
 
 
-def _whole(column: pa.ChunkedArray) -> pa.Array:
+def whole(column: pa.ChunkedArray) -> pa.Array:
     """A column in one piece."""
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])

@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.bucketed import Key
 from etl.config import SplitConfig
-from etl.histories import Histories
+from etl.histories import Histories, Key
 from etl.jobs import touched
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run

@@ -142,10 +142,9 @@ class Run:
         assert self.before is not None
         return delta.read(self.spark, self.lake, table, version=self.before[table.name])
 
-    def appended(self, table: Table) -> DataFrame | None:
-        """The rows of a table that were appended since `before`; None where it was rewritten, or there is no `before`.
-
-        By files: those of the pinned version that the earlier one lacks, where it still has all of the earlier ones.
+    def appended_files(self, table: Table) -> list[delta.DataFile] | None:
+        """The files that a table has gained since `before`; None where it was rewritten, or there is no `before`: those
+        of the pinned version that the earlier one lacks, where it still has all of the earlier ones.
         """
         if self.before is None or table.name not in self.before:
             return None
@@ -154,10 +153,12 @@ class Run:
             earlier = {file.path for file in delta.snapshot_files(self.lake, table, self.before[table.name])}
         except delta.LakeError:  # maintenance has removed that version
             return None
-        if not earlier <= {file.path for file in now}:
-            return None
-        new = [file for file in now if file.path not in earlier]
-        return delta.read(self.spark, self.lake, table, version=self.inputs[table.name], files=new)
+        return [file for file in now if file.path not in earlier] if earlier <= {file.path for file in now} else None
+
+    def appended(self, table: Table) -> DataFrame | None:
+        """The rows of a table that were appended since `before`; None: see appended_files."""
+        new = self.appended_files(table)
+        return None if new is None else delta.read(self.spark, self.lake, table, files=new)
 
     def own(self) -> DataFrame | None:
         """The job's own table as it was, None where there is none yet."""

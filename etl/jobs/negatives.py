@@ -26,6 +26,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from etl import delta
+from etl.bucketed import bucket_of, gathered
 from etl.commit import make_folder
 from etl.config import NegativesConfig
 from etl.datafile import DataFile
@@ -87,26 +88,39 @@ def rows(
     `lost`, the indices that were candidates then and aren't now.
     """
     asked = pc.less(sequences["valid_start"], sequences["end"]).to_numpy()
-    sequences, word = sequences.filter(pa.array(asked)), word[asked]
+    sequences, word = _where(sequences, asked), word[asked]
     settled = np.zeros(len(sequences), bool)
     if drawn is not None and before is not None and lost is not None:
         settled = ~_changed(sequences, before) & _whole(sequences, drawn, lost, len(config.protocols))
-    others = sequences.filter(pa.array(~settled))
+    others = _where(sequences, ~settled)
     user, values, size = others["user"].to_numpy(), *_flat(others["items"])
     gone = taken(np.repeat(np.arange(len(user)), size), chosen.places(values), chosen)
+    if drawn is not None:
+        drawn = drawn.select(_COLUMNS).combine_chunks()
+        place, known = _find(sequences["user"].to_numpy(), drawn["user"].to_numpy())
+        stays = known & settled[place] if len(settled) else known
     for protocol in sorted(config.protocols):
         for part in sorted(_PARTS):
             found = np.full((len(user), NUM_NEGATIVES), -1, np.int64)
-            rows = []
             if drawn is not None:
-                mine = drawn.filter(pc.and_(pc.equal(drawn["protocol"], protocol), pc.equal(drawn["part"], part)))
-                stays = pc.is_in(mine["user"], value_set=sequences["user"].filter(pa.array(settled)).combine_chunks())
-                rows.append(mine.filter(stays).select(_COLUMNS))
-                _put_earlier(found, mine.filter(pc.invert(stays)), user, gone, chosen)
+                asked = pc.and_(pc.equal(drawn["protocol"], protocol), pc.equal(drawn["part"], part)).to_numpy()
+                _put_earlier(found, drawn.take(np.flatnonzero(asked & ~stays)), user, gone, chosen)
             at = np.flatnonzero(_holds(others, part))
             draw(chosen, gone, found, word[~settled], at, protocol=protocol, stream=f"{config.seed}/{domain}/{part}")
-            rows.append(_table(protocol, part, user[at], found[at], chosen))
-            yield from _by_user(rows).combine_chunks().to_batches()
+            made = _table(protocol, part, user[at], found[at], chosen)
+            if drawn is not None:
+                made = _merged(drawn, np.flatnonzero(asked & stays), made)
+            yield from made.combine_chunks().to_batches()
+
+
+def _merged(drawn: pa.Table, rows: Ints, made: pa.Table) -> pa.Table:
+    """These rows of `drawn`, which lie together, and `made`, by user. Lists are copied twice, whatever the order."""
+    if not len(rows):
+        return made
+    first, stop = int(rows[0]), int(rows[-1]) + 1
+    both = pa.concat_tables([drawn.slice(first, stop - first), made]).combine_chunks()
+    at = np.concatenate([rows - first, stop - first + np.arange(len(made))])
+    return both.take(at[np.argsort(both["user"].to_numpy()[at], kind="stable")])
 
 
 def _holds(sequences: pa.Table, part: str) -> npt.NDArray[np.bool_]:
@@ -131,17 +145,20 @@ def _table(protocol: str, part: str, user: Ints, found: Ints, chosen: Candidates
 def _changed(now: pa.Table, before: pa.Table) -> npt.NDArray[np.bool_]:
     """Whose items or hold-out aren't as they were. `now`: by user."""
     before = _by_user([before])
-    place, known = _find(before["user"].to_numpy(), now["user"].to_numpy())
-    was = before.take(pa.array(place[known]))
-    same = known.copy()
-    for name in ("valid_start", "test_start", "end"):
-        same[known] &= now[name].to_numpy()[known] == was[name].to_numpy()
-    (values, size), (old_values, old_size) = _flat(now["items"]), _flat(was["items"])
-    same[known] &= size[known] == old_size
+    place, same = _find(before["user"].to_numpy(), now["user"].to_numpy())
+    if not same.any():
+        return ~same
+    (values, size), (old_values, old_size) = _flat(now["items"]), _flat(before["items"])
+    for mine, theirs in (
+        *((now[name].to_numpy(), before[name].to_numpy()) for name in ("valid_start", "test_start", "end")),
+        (size, old_size),
+    ):
+        same &= mine == theirs[place]
     both = np.flatnonzero(same)
     if len(both):
-        mine, theirs = np.repeat(same, size), np.repeat(same[known], old_size)
-        equal = values[mine] == old_values[theirs]
+        kept = np.zeros(len(before), bool)
+        kept[place[both]] = True
+        equal = values[np.repeat(same, size)] == old_values[np.repeat(kept, old_size)]
         starts = np.cumsum(size[both]) - size[both]
         same[both] &= np.logical_and.reduceat(equal, starts)
     return ~same
@@ -186,15 +203,19 @@ def _flat(lists: pa.ChunkedArray) -> tuple[Ints, Ints]:
 # --- a task -----------------------------------------------------------------------------------------------------------
 
 
-def write(users: DataFrame, read: Inputs, *, buckets: int) -> list[DataFile]:
-    """Write data files of the negatives of the kept `users`. They are the caller's to commit."""
-    bucket = F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int").alias("bucket")
-    kept = users.where("kept").select(bucket, "index", F.xxhash64("user").alias("word"))
+def write(users: DataFrame, read: Inputs, *, buckets: int, tasks: int) -> list[DataFile]:
+    """Write data files of the negatives of the kept `users`. `tasks`: how many at most share the buckets. The files
+    are the caller's to commit.
+    """
+    kept = users.where("kept").select(bucket_of(buckets).alias("bucket"), "index", F.xxhash64("user").alias("word"))
     if local_path(read.lake) is not None:
         make_folder(Path(table_uri(read.lake, NEGATIVES)))
     with user_errors():
-        gathered = kept.repartition(4 * buckets, "bucket")  # few partitions get more than one bucket
-        written = gathered.mapInArrow(partial(write_task, read=read), "file string").collect()
+        written = (
+            gathered(kept, buckets=buckets, tasks=tasks)
+            .mapInArrow(partial(write_task, read=read), "file string")
+            .collect()
+        )
     return data_files(row["file"] for row in written)
 
 
@@ -221,7 +242,7 @@ def _write_buckets(users: pa.Table, read: Inputs) -> Iterator[pa.RecordBatch]:
                 span = (int(user[0]), int(user[-1]))
                 before = _span(read, SEQUENCES, read.before, key, span, _SEQUENCE)
                 drawn = _span(read, NEGATIVES, read.drawn, key, span, _COLUMNS)
-                writer = FileWriter(filesystem, NEGATIVES, key)
+                writer = FileWriter(filesystem, NEGATIVES, key, packed=["items"])
                 for batch in rows(
                     sequences,
                     word[np.searchsorted(index, user)],
@@ -248,7 +269,7 @@ def _blocks(read: Inputs, key: Key) -> Iterator[pa.Table]:
     waiting: list[pa.Table] = []
     users = items = 0
     for group in _groups(read, SEQUENCES, read.sequences, key, _SEQUENCE):
-        waiting.append(group.filter(pc.less(group["valid_start"], group["end"])))
+        waiting.append(_where(group, pc.less(group["valid_start"], group["end"]).to_numpy()))
         users, items = users + len(waiting[-1]), items + len(pc.list_flatten(waiting[-1]["items"]))
         if users >= BLOCK_USERS or items >= BLOCK_ITEMS:
             yield _by_user(waiting)
@@ -259,7 +280,15 @@ def _blocks(read: Inputs, key: Key) -> Iterator[pa.Table]:
 
 def _by_user(tables: list[pa.Table]) -> pa.Table:
     table = pa.concat_tables(tables)
-    return table.take(pc.sort_indices(table["user"]))
+    user = table["user"].to_numpy()
+    if (user[1:] >= user[:-1]).all():
+        return table
+    return table.combine_chunks().take(np.argsort(user, kind="stable"))
+
+
+def _where(table: pa.Table, rows: npt.NDArray[np.bool_]) -> pa.Table:
+    """The table itself where that is all of it: lists are long, and copying them what copying a bucket costs."""
+    return table if rows.all() else table.filter(pa.array(rows))
 
 
 def _span(
@@ -311,7 +340,7 @@ def run(run: Run) -> Outcome:
     sequences = _files(run.lake, SEQUENCES, run.inputs[SEQUENCES.name])
     read = Inputs(run.lake, names, items, sequences, drawn, before, lost, run.config.negatives)
     buckets = int(delta.last_commit(run.lake, INTERACTIONS)["buckets"])
-    return run.commit_files(write(run.read(USERS), read, buckets=buckets))
+    return run.commit_files(write(run.read(USERS), read, buckets=buckets, tasks=run.config.spark.shuffle_partitions))
 
 
 def _lost(before: pa.Table, now: pa.Table, names: Sequence[str]) -> dict[str, pa.Array]:

@@ -13,9 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl import delta
-from etl.bucketed import Key
 from etl.config import ConfigError, EtlConfig, SplitConfig
-from etl.histories import Histories, Ints
+from etl.histories import Histories, Ints, Key
 from etl.jobs import touched
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
@@ -125,6 +124,7 @@ def run(run: Run) -> Outcome:
         run,
         partial(rows, names=names_of(run.config.domains), splits=run.config.splits),
         columns=("event_type", "value"),
+        whole=True,
         properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]},
     )
 

@@ -36,7 +36,8 @@ def with_index(ids: DataFrame, old: DataFrame | None, *, column: str, range_ids:
     if start + size > _MOST:
         raise GraftrecError(f"{column}: expected fewer than 2^31 different ids, found more; drop or merge some")
     part = _range(new, size, column, range_ids)
-    sizes = {row[0]: row[1] for row in new.groupBy(part.alias("part")).count().collect()}
+    several = size > range_ids
+    sizes = {row[0]: row[1] for row in new.groupBy(part.alias("part")).count().collect()} if several else {0: size}
     starts = itertools.accumulate((sizes.get(number, 0) for number in range(max(sizes, default=0))), initial=start)
     first = F.element_at(F.array([F.lit(at) for at in starts]), F.col("_part") + 1)
     place = F.row_number().over(Window.partitionBy("_part").orderBy(column)) - 1

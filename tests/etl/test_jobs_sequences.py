@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,19 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 from written_lakes import BUCKETS, events, vocabulary, write_lake, write_table
 
-from etl import bucketed, histories
+from etl import bucketed, histories, renewal
+from etl.commit import commit_files
 from etl.config import ConfigError, DomainConfig, EtlConfig, GeneratorSource, GraftrecError, SplitConfig
+from etl.delta import data_files
 from etl.jobs import baskets, sequences
 from etl.jobs.job import Engine, Outcome, Run, due
 from etl.lake import snapshot_files
 from etl.tables import BASKETS, FIRST_INDEX, INTERACTIONS, SEQUENCES, USERS, Table, bucket_of
+from etl.tables import DOMAINS as DOMAINS_TABLE
 from etl.tables import ITEMS as ITEMS_TABLE
 
 LAST = SplitConfig(name="last-2", validation=1, test=1)
@@ -28,6 +33,7 @@ CAUSAL = SplitConfig(name="causal", validation=1, test=1, causal_target="target"
 DOMAINS = {"all": ["a", "b", "c", "d", "x"], "source": ["a", "b", "x"], "target": ["c", "d"]}
 ITEMS = {"a": True, "b": True, "c": True, "d": True, "x": False}
 A, B, C, D, X = range(FIRST_INDEX, FIRST_INDEX + 5)
+_USERS = pa.schema([("bucket", pa.int32()), ("user", pa.string()), ("index", pa.int32()), ("degree", pa.int64())])
 Rows = dict[tuple[str, str, int], list[dict[str, Any]]]
 
 
@@ -55,9 +61,8 @@ def _made(
         for place, (user, keep) in reversed(list(enumerate(users.items())))
         if keep
     ]
-    schema = pa.schema([("bucket", pa.int32()), ("user", pa.string()), ("index", pa.int32()), ("degree", pa.int64())])
     batches = [
-        pa.RecordBatch.from_pylist([dict(zip(schema.names, row, strict=True)) for row in part], schema=schema)
+        pa.RecordBatch.from_pylist([dict(zip(_USERS.names, row, strict=True)) for row in part], schema=_USERS)
         for part in (kept[::2], [], kept[1::2])
     ]
     found: Rows = {}
@@ -278,6 +283,76 @@ def test_tables_equal_plain_loops(
     assert made == _expected_baskets(log, users, SPLITS, most)
 
 
+@pytest.mark.parametrize(
+    ("times", "full", "part", "most"),
+    [(3, True, 1 << 21, 1_000), (10_000, True, 60, 1_000), (30, False, 1 << 21, 9), (3, True, 60, 9)],
+)
+def test_rows_copied_or_renewed_equal_plain_loops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, full: bool, part: int, most: int
+) -> None:
+    """Day after day: late events and ties, types and values for the first time, new users and items, users who are kept
+    from now on or no longer. The old log isn't even named where no old event counts that didn't before."""
+    for module in (bucketed, histories, renewal):
+        monkeypatch.setattr(module, "PART_EVENTS", part)
+    names, rows = list(DOMAINS), partial(sequences.rows, names=list(DOMAINS), splits=SPLITS[:2])
+    everyone = {f"u{number}": True for number in range(30)}
+    first = [(user, "a", 5) for user in everyone]
+    more = {f"u{number}": True for number in range(30, 40)}
+    days = [  # events, kept users, items, whether the log so far is needed
+        ([*first, *_random_log(1, size=150, times=times, full=False)], everyone, "abc", True),
+        ([("u30", "a", 5), *_random_log(2, size=60, times=times, full=full)], everyone | {"u30": True}, "abcxd", False),
+        (_random_log(3, size=60, times=times, full=full), everyone | {"u30": True, "u2": False}, "abcxd", False),
+        ([], everyone | {"u30": True, "u2": False, "u1": False}, "abcxd", False),
+        (_random_log(4, size=20, times=times, full=full), everyone | more, "abcxd", True),
+    ]  # fmt: skip
+    log: list[tuple[Any, ...]] = []
+    before = None
+    for number, (day, users, known, needed) in enumerate(days):
+        if not number:  # nothing of u30 and d so far
+            day = [row for row in day if row[0] != "u30" and row[1] != "d"]
+            write_table(tmp_path, INTERACTIONS, events(day), files=2)
+        held = {file.path for file in snapshot_files(str(tmp_path), INTERACTIONS)}
+        if number and day:
+            write_table(tmp_path, INTERACTIONS, events(day, first=len(log)), mode="append")
+        log += day
+        degree = {user: sum(row[0] == user for row in log) for user in users}
+        items = {item: keep for item, keep in ITEMS.items() if item in known}
+        members = [
+            {"domain": name, "item": item, "index": FIRST_INDEX + list(ITEMS).index(item), "rule": name}
+            for name, inside in DOMAINS.items()
+            for item in inside
+            if item in known
+        ]
+        versions = {INTERACTIONS.name: DeltaTable(tmp_path / INTERACTIONS.name).version()}
+        for table, content in (
+            (USERS, vocabulary("user", users, degree)),
+            (ITEMS_TABLE, vocabulary("item", items, {})),
+            (DOMAINS_TABLE, members),
+        ):
+            versions[table.name] = write_table(tmp_path, table, content).version
+        read = histories.inputs(str(tmp_path), versions, names=names, columns=("event_type", "value"), max_events=most)
+        if number:
+            appended = [file for file in snapshot_files(str(tmp_path), INTERACTIONS) if file.path not in held]
+            before = renewal.before_of(str(tmp_path), None, appended)
+            assert before is not None
+            if not needed and most > len(log) and part > len(log):
+                read = replace(read, log={})
+        kept = [row | {"bucket": bucket_of(row["user"], BUCKETS)} for row in vocabulary("user", users, degree)]
+        batch = pa.RecordBatch.from_pylist([row for row in kept if row["kept"]], schema=_USERS)
+        (tmp_path / SEQUENCES.name).mkdir(exist_ok=True)
+        told = bucketed.write_task([batch], rows, str(tmp_path), SEQUENCES, read, before)
+        files = data_files(entry for batch in told for entry in batch["file"].to_pylist())
+        commit_files(str(tmp_path), SEQUENCES, files, mode="overwrite", app=f"{number}", app_version=0, metadata={})
+        found: dict[Any, Any] = {}
+        for file in snapshot_files(str(tmp_path), SEQUENCES):
+            written = pq.ParquetFile(tmp_path / SEQUENCES.name / file.path).read().to_pylist()
+            assert written == sorted(written, key=lambda row: row["user"])
+            for row in written:
+                key = (file.partition["split"], file.partition["domain"], row["user"])
+                assert found.setdefault(key, row) is row
+        assert found == _expected_sequences(log, users, SPLITS[:2], most)
+
+
 @pytest.mark.parametrize("scale", [1, 10**6, 10**15])
 @pytest.mark.parametrize("users", [1, 50, 2**31 - 1])
 def test_time_order_equals_polars(users: int, scale: int) -> None:
@@ -371,7 +446,8 @@ def test_a_new_day_makes_only_the_buckets_it_touches_anew(spark: SparkSession, t
         before = {file.path for table in (SEQUENCES, BASKETS) for file in snapshot_files(str(lake), table)}
         write_table(lake, INTERACTIONS, events(day, first=len(log)), mode="append")
         log = [*log, *day]
-        write_table(lake, USERS, vocabulary("user", users_now, {}))
+        degree = {user: sum(row[0] == user for row in log) for user in users_now}
+        write_table(lake, USERS, vocabulary("user", users_now, degree))
         write_table(lake, ITEMS_TABLE, vocabulary("item", items_now, {}))
         _run(spark, lake)
         after = [file for table in (SEQUENCES, BASKETS) for file in snapshot_files(str(lake), table)]
