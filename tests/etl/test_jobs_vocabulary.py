@@ -128,8 +128,8 @@ def _days(seed: int) -> list[list[tuple[str, str, int]]]:
     ("seed", "iterate", "num_days"),
     [
         (2, True, 2),
-        pytest.param(2, False, 3, marks=[pytest.mark.slow, pytest.mark.ci]),
-        pytest.param(3, True, 3, marks=[pytest.mark.slow, pytest.mark.ci]),
+        pytest.param(2, False, 3, marks=pytest.mark.slow),
+        pytest.param(3, True, 3, marks=pytest.mark.slow),
         *(pytest.param(seed, True, 3, marks=pytest.mark.slow) for seed in range(4, 8)),
     ],
 )
