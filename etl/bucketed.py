@@ -8,20 +8,20 @@ that no version names.
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from etl.commit import make_folder
 from etl.config import GraftrecError
 from etl.datafile import DataFile
-from etl.delta import ROW_GROUP_BYTES, FileWriter, data_files
+from etl.delta import ROW_GROUP_BYTES, FileWriter, bucket_of, data_files
 from etl.histories import PART_EVENTS, Inputs, Key, Rows, histories, read_catalogue, runs
 from etl.lake import local_path, table_filesystem, table_uri
 from etl.renewal import Before, renewed
@@ -49,11 +49,24 @@ def write(
     many at most share the buckets. `before`: of SEQUENCES, what can be copied. The files are the caller's to commit.
     """
     kept = users.where("kept").select(bucket_of(buckets).alias("bucket"), "user", "index", "degree")
+    task = partial(write_task, rows=rows, lake=lake, table=table, read=read, before=before)
+    return written_by(task, kept, lake, table, buckets=buckets, tasks=tasks)
+
+
+def written_by(
+    task: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
+    users: DataFrame,
+    lake: str,
+    table: Table,
+    *,
+    buckets: int,
+    tasks: int,
+) -> list[DataFile]:
+    """The files of `table` that `task` writes, given the `users` (bucket, index…) of some buckets: see in_turn."""
     if local_path(lake) is not None:
         make_folder(Path(table_uri(lake, table)))
     with user_errors():
-        task = partial(write_task, rows=rows, lake=lake, table=table, read=read, before=before)
-        written = gathered(kept, buckets=buckets, tasks=tasks).mapInArrow(task, "file string")
+        written = gathered(users, buckets=buckets, tasks=tasks).mapInArrow(task, "file string")
         return data_files(row["file"] for row in written.collect())
 
 
@@ -67,11 +80,6 @@ def gathered(users: DataFrame, *, buckets: int, tasks: int) -> DataFrame:
     return users.repartitionById(tasks, F.col("bucket") % tasks)
 
 
-def bucket_of(buckets: int) -> Column:
-    """The bucket of the column `user`: see `etl.tables.bucket_of`."""
-    return F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int")
-
-
 def write_task(
     batches: Iterable[pa.RecordBatch],
     rows: Rows,
@@ -81,6 +89,17 @@ def write_task(
     before: Before | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """One task: the users (bucket, user, index, degree) of some buckets, in any order, to these buckets' files."""
+    write = partial(_write_buckets, rows=rows, lake=lake, table=table, read=read, before=before)
+    yield from in_turn(batches, write, lake, table)
+
+
+def in_turn(
+    batches: Iterable[pa.RecordBatch],
+    write: Callable[[pa.Table], Iterator[pa.RecordBatch]],
+    lake: str,
+    table: Table,
+) -> Iterator[pa.RecordBatch]:
+    """What `write` tells of the files it wrote for the users (bucket, index…), which it gets by bucket and index."""
     received = [batch for batch in batches if batch.num_rows]
     if not received:
         return
@@ -88,7 +107,7 @@ def write_task(
     users = users.take(pa.array(np.lexsort((users["index"].to_numpy(), users["bucket"].to_numpy()))))
     with _TURNS:
         try:
-            written = list(_write_buckets(users, rows, lake, table, read, before))
+            written = list(write(users))
         except OSError as error:
             raise GraftrecError(
                 f"{table.name}: a task can't write its files ({' '.join(str(error).split())}); make room in {lake} and "

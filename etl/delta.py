@@ -60,6 +60,7 @@ __all__ = [
     "Mode",
     "UnsupportedFeature",
     "Written",
+    "bucket_of",
     "commit_files",
     "current_version",
     "landed",
@@ -83,6 +84,11 @@ _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 def spark_schema(table: Table) -> StructType:
     """The contract as a Spark schema."""
     return from_arrow_schema(table.schema)
+
+
+def bucket_of(buckets: int) -> Column:
+    """The bucket of the column `user`: see `etl.tables.bucket_of`."""
+    return F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int")
 
 
 def read(

@@ -146,6 +146,12 @@ def _parts(length: Ints) -> list[tuple[int, int]]:
     return [(start, stop) for _, start, stop in runs(number)]
 
 
+def find(known: Ints, asked: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Where in `known` (ascending) each of `asked` stands, and whether it does."""
+    place = np.minimum(np.searchsorted(known, asked), max(len(known) - 1, 0))
+    return place, known[place] == asked if len(known) else np.zeros(len(asked), bool)
+
+
 def runs(values: Ints) -> Iterator[tuple[int, int, int]]:
     """(value, start, stop) of each run of equal values."""
     if len(values):

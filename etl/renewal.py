@@ -25,6 +25,7 @@ from etl.histories import (
     Key,
     Rows,
     events_of,
+    find,
     histories,
     joined,
     time_order,
@@ -108,7 +109,7 @@ def _old_rows(groups: Iterable[pa.Table], index: Ints, wanted: npt.NDArray[np.bo
     length = np.full(len(index), -1)
     found: list[pa.Table] = []
     for group in groups:
-        place, known = _find(index, group["user"].to_numpy())
+        place, known = find(index, group["user"].to_numpy())
         length[place[known]] = pc.list_value_length(group["items"]).to_numpy()[known]
         mine = np.flatnonzero(known & wanted[place])
         if len(mine):
@@ -169,7 +170,7 @@ def _merged(
         for group in held.pop(key, None) or _groups(files.get(key, ()), read):
             old_user = group["user"].to_numpy()
             upto = int(np.searchsorted(user, old_user[-1], "right"))
-            kept = np.flatnonzero(_find(stays, old_user)[1])
+            kept = np.flatnonzero(find(stays, old_user)[1])
             both = pa.concat_tables([group.cast(schema), rows.slice(done, upto - done)]).combine_chunks()
             at = np.concatenate([kept, len(group) + np.arange(upto - done)])
             at = at[np.argsort(both["user"].to_numpy()[at])]
@@ -188,12 +189,6 @@ def _groups(paths: Sequence[str], read: Inputs) -> Iterator[pa.Table]:
             file = pq.ParquetFile(source)
             for number in range(file.num_row_groups):
                 yield file.read_row_group(number, use_threads=False)
-
-
-def _find(known: Ints, asked: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Where in `known` (ascending) each of `asked` stands, and whether it does."""
-    place = np.minimum(np.searchsorted(known, asked), max(len(known) - 1, 0))
-    return place, known[place] == asked if len(known) else np.zeros(len(asked), bool)
 
 
 def _flat(lists: pa.ChunkedArray) -> npt.NDArray[np.signedinteger]:

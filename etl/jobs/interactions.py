@@ -32,7 +32,7 @@ def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> Data
     Of `old` only what can be a duplicate is looked at: rows of these users, in row groups of these times.
     """
     good = events.where(F.col("reason").isNull())
-    bucket = F.pmod(F.crc32(F.encode("user", "utf-8")), F.lit(buckets)).cast("int").alias("bucket")
+    bucket = delta.bucket_of(buckets).alias("bucket")
     unique = good.groupBy(bucket, *_IDENTITY).agg(F.min("source_order").alias("source_order"))
     if old is not None:
         span = good.agg(F.min("time"), F.max("time"), F.count_distinct("user")).first()

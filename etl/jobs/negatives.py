@@ -10,12 +10,9 @@ negatives are copied.
 """
 
 import contextlib
-import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -26,16 +23,15 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from etl import delta
-from etl.bucketed import bucket_of, gathered
-from etl.commit import make_folder
+from etl.bucketed import in_turn, written_by
 from etl.config import NegativesConfig
 from etl.datafile import DataFile
-from etl.delta import FileWriter, data_files
+from etl.delta import FileWriter, bucket_of
 from etl.draws import NUM_NEGATIVES, Candidates, Ints, Taken, Words, append, candidates, draw, taken
+from etl.histories import find
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
-from etl.lake import LakeError, local_path, snapshot_files, table_filesystem, table_uri
-from etl.session import user_errors
+from etl.lake import LakeError, snapshot_files, table_filesystem
 from etl.tables import DOMAINS, INTERACTIONS, ITEMS, NEGATIVES, SEQUENCES, USERS, Table
 
 BLOCK_USERS = 1 << 15  # of a file, with all their rows in memory
@@ -43,8 +39,6 @@ BLOCK_ITEMS = 1 << 23  # of their sequences
 _PARTS = ("validation", "test")
 _COLUMNS = ["protocol", "part", "user", "items"]
 _SEQUENCE = ["user", "items", "valid_start", "test_start", "end"]
-# Sail runs its tasks as threads of one process: no more at once than there are cores.
-_TURNS = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 _ROWS = 1 << 13  # handed to a writer at once: 3 MB
 
@@ -97,7 +91,7 @@ def rows(
     gone = taken(np.repeat(np.arange(len(user)), size), chosen.places(values), chosen)
     if drawn is not None:
         drawn = drawn.select(_COLUMNS).combine_chunks()
-        place, known = _find(sequences["user"].to_numpy(), drawn["user"].to_numpy())
+        place, known = find(sequences["user"].to_numpy(), drawn["user"].to_numpy())
         stays = known & settled[place] if len(settled) else known
     for protocol in sorted(config.protocols):
         for part in sorted(_PARTS):
@@ -145,7 +139,7 @@ def _table(protocol: str, part: str, user: Ints, found: Ints, chosen: Candidates
 def _changed(now: pa.Table, before: pa.Table) -> npt.NDArray[np.bool_]:
     """Whose items or hold-out aren't as they were. `now`: by user."""
     before = _by_user([before])
-    place, same = _find(before["user"].to_numpy(), now["user"].to_numpy())
+    place, same = find(before["user"].to_numpy(), now["user"].to_numpy())
     if not same.any():
         return ~same
     (values, size), (old_values, old_size) = _flat(now["items"]), _flat(before["items"])
@@ -171,7 +165,7 @@ def _whole(sequences: pa.Table, drawn: pa.Table, lost: pa.Array, num_protocols: 
         values, size = _flat(drawn["items"])
         row = np.repeat(np.arange(len(size)), size)
         complete[row[pc.is_in(pa.array(values), value_set=lost).to_numpy(zero_copy_only=False)]] = False
-    place, known = _find(sequences["user"].to_numpy(), drawn["user"].to_numpy())
+    place, known = find(sequences["user"].to_numpy(), drawn["user"].to_numpy())
     found = np.bincount(place[known & complete], minlength=len(sequences))
     num_parts = _holds(sequences, "validation").astype(int) + _holds(sequences, "test")
     whole: npt.NDArray[np.bool_] = found == num_parts * num_protocols
@@ -180,19 +174,13 @@ def _whole(sequences: pa.Table, drawn: pa.Table, lost: pa.Array, num_protocols: 
 
 def _put_earlier(found: Ints, drawn: pa.Table, user: Ints, gone: Taken, chosen: Candidates) -> None:
     """Fill in what was drawn earlier for `user` (ascending), less what can't be any more."""
-    row, known = _find(user, drawn["user"].to_numpy())
+    row, known = find(user, drawn["user"].to_numpy())
     values, size = _flat(drawn["items"])
     nth = np.arange(len(values)) - np.repeat(np.cumsum(size) - size, size)
     mine = np.repeat(known, size)
     found[np.repeat(row, size)[mine], nth[mine]] = chosen.places(values[mine])
     taken_since = gone.holds(np.repeat(np.arange(len(user)), found.shape[1]), found.ravel()).reshape(found.shape)
     found[:] = append(np.full_like(found, -1), np.where(taken_since, -1, found))
-
-
-def _find(known: Ints, asked: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Where in `known` (ascending) each of `asked` stands, and whether it does."""
-    place = np.minimum(np.searchsorted(known, asked), max(len(known) - 1, 0))
-    return place, known[place] == asked if len(known) else np.zeros(len(asked), bool)
 
 
 def _flat(lists: pa.ChunkedArray) -> tuple[Ints, Ints]:
@@ -208,25 +196,12 @@ def write(users: DataFrame, read: Inputs, *, buckets: int, tasks: int) -> list[D
     are the caller's to commit.
     """
     kept = users.where("kept").select(bucket_of(buckets).alias("bucket"), "index", F.xxhash64("user").alias("word"))
-    if local_path(read.lake) is not None:
-        make_folder(Path(table_uri(read.lake, NEGATIVES)))
-    with user_errors():
-        written = (
-            gathered(kept, buckets=buckets, tasks=tasks)
-            .mapInArrow(partial(write_task, read=read), "file string")
-            .collect()
-        )
-    return data_files(row["file"] for row in written)
+    return written_by(partial(write_task, read=read), kept, read.lake, NEGATIVES, buckets=buckets, tasks=tasks)
 
 
 def write_task(batches: Iterable[pa.RecordBatch], read: Inputs) -> Iterator[pa.RecordBatch]:
     """One task: the users (bucket, index, word) of some buckets, in any order, to these buckets' files."""
-    received = [batch for batch in batches if batch.num_rows]
-    if received:
-        users = pa.Table.from_batches(received).sort_by([("bucket", "ascending"), ("index", "ascending")])
-        with _TURNS:
-            written = list(_write_buckets(users, read))
-        yield from written
+    yield from in_turn(batches, partial(_write_buckets, read=read), read.lake, NEGATIVES)
 
 
 def _write_buckets(users: pa.Table, read: Inputs) -> Iterator[pa.RecordBatch]:

@@ -42,7 +42,7 @@ def write(
         before = before_of(run.lake, run.base, appended) if whole else None
         run.notes.append(f"{len(touched)} of {buckets} buckets {'written' if before else 'made'} anew")
         if len(touched) < buckets:
-            users = users.where(bucketed.bucket_of(buckets).isin(touched))
+            users = users.where(delta.bucket_of(buckets).isin(touched))
     files: list[DataFile] = []
     if touched is None or touched:
         tasks = run.config.spark.shuffle_partitions
@@ -75,7 +75,7 @@ def _touched(run: Run, read: Inputs, appended: Sequence[DataFile], buckets: int)
             frame.where("kept").select("user", "index") for frame in (run.read(USERS), run.read_before(USERS))
         )
         for differing in (_less(now, before), _less(before, now)):
-            rows = differing.select(bucketed.bucket_of(buckets).alias("bucket")).distinct().collect()
+            rows = differing.select(delta.bucket_of(buckets).alias("bucket")).distinct().collect()
             touched |= {row["bucket"] for row in rows}
     return sorted(touched)
 

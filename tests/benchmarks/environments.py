@@ -2,7 +2,10 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tests.benchmarks.harness import Numbers, Report, median
 
 PEERS = {"replay": "replay-rec==0.22.0", "rectools": "rectools==0.19.0", "recbole": "recbole==1.2.1"}
 _PINS = Path(__file__).parent / "peers"
@@ -44,3 +47,20 @@ def pythons(work: Path) -> tuple[dict[str, str], dict[str, str]]:
         except NotInstalled as error:
             missing[peer] = str(error)
     return found, missing
+
+
+def peers_table(
+    report: Report, title: str, what: str, found: Mapping[str, Sequence[Numbers]], key: str
+) -> dict[str, float]:
+    """Print each library's rate (`key` of its numbers, in the unit `what`) beside ours, and give the rates."""
+    speed = {name: median(rounds, key) for name, rounds in found.items()}
+    report.table(
+        title,
+        ["library", "version", "torch", what, "graftrec is faster by", "peak GB"],
+        [
+            [name, rounds[0]["version"], rounds[0]["torch"], speed[name], speed["graftrec"] / speed[name],
+             median(rounds, "peak_bytes") / 2**30]
+            for name, rounds in found.items()
+        ],
+    )  # fmt: skip
+    return speed

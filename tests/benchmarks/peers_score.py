@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from tests.benchmarks.__main__ import Options
-from tests.benchmarks.environments import PEERS, pythons
-from tests.benchmarks.harness import Case, Numbers, Report, alternate, median
+from tests.benchmarks.environments import PEERS, peers_table, pythons
+from tests.benchmarks.harness import Case, Numbers, Report, alternate
 from tests.benchmarks.movielens import movielens
 from tests.benchmarks.peers_train import ARCHITECTURE, ours
 from trainer.baselines import Histories
@@ -36,16 +36,8 @@ def measure(report: Report, options: Options) -> None:
         Case("rectools", "tests/benchmarks/peers/rectools_score.py", told, python["rectools"]),
     ]
     found = alternate(cases, timeout=300)
-    speed = {name: median(rounds, "users_per_second") for name, rounds in found.items()}
-    report.table(
-        f"The {K} best unseen items of every user of {log.name}",
-        ["library", "version", "torch", "users/s", "graftrec is faster by", "peak GB"],
-        [
-            [name, rounds[0]["version"], rounds[0]["torch"], speed[name], speed["graftrec"] / speed[name],
-             median(rounds, "peak_bytes") / 2**30]
-            for name, rounds in found.items()
-        ],
-    )  # fmt: skip
+    title = f"The {K} best unseen items of every user of {log.name}"
+    speed = peers_table(report, title, "users/s", found, "users_per_second")
     report.bar(what, speed["graftrec"] / speed["rectools"], at_least=BAR)
 
 

@@ -15,8 +15,8 @@ import torch
 
 from etl.tables import DOMAIN_ALL
 from tests.benchmarks.__main__ import Options
-from tests.benchmarks.environments import PEERS, pythons
-from tests.benchmarks.harness import Case, Numbers, Report, alternate, median
+from tests.benchmarks.environments import PEERS, peers_table, pythons
+from tests.benchmarks.harness import Case, Numbers, Report, alternate
 from tests.benchmarks.movielens import SPLIT, movielens
 from trainer.config import Bert4RecConfig, DataConfig, MaskedItemConfig, RuntimeConfig, TrainConfig
 from trainer.data.dataset import Catalogue, SequenceDataset, pin, read_catalogue
@@ -49,16 +49,8 @@ def measure(report: Report, options: Options) -> None:
             Case("replay, CE_restricted", "tests/benchmarks/peers/replay_train.py", restricted, python["replay"])
         )
     found = alternate(cases, timeout=300)
-    speed = {name: median(rounds, "items_per_second") for name, rounds in found.items()}
-    report.table(
-        f"BERT4Rec 2 × 64, 200 positions, batches of 128, on {log.name}",
-        ["library", "version", "torch", "items/s", "graftrec is faster by", "peak GB"],
-        [
-            [name, rounds[0]["version"], rounds[0]["torch"], speed[name], speed["graftrec"] / speed[name],
-             median(rounds, "peak_bytes") / 2**30]
-            for name, rounds in found.items()
-        ],
-    )  # fmt: skip
+    title = f"BERT4Rec 2 × 64, 200 positions, batches of 128, on {log.name}"
+    speed = peers_table(report, title, "items/s", found, "items_per_second")
     for peer, wanted in BARS.items():
         what = f"training items/s over {PEERS[peer]}"
         if peer in missing:
