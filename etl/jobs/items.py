@@ -42,6 +42,8 @@ def grow(
     old: DataFrame,
     users: DataFrame,
     config: KCoreConfig,
+    *,
+    buckets: int,
 ) -> DataFrame:
     """ITEMS as `transform` gives them for `log` and what was `appended` to it, up to the order of indices.
 
@@ -49,7 +51,7 @@ def grow(
     """
     found = grown(old, appended, "item")
     if config.iterate:
-        kept = kcore.grown_items(log, appended, found, grown(users, appended, "user"), config)
+        kept = kcore.grown_items(log, appended, found, grown(users, appended, "user"), config, buckets=buckets)
     else:
         kept = found.where(F.col("degree") >= config.min_item)
     found = mark_kept(found, kept, "item")
@@ -65,7 +67,8 @@ def run(run: Run) -> Outcome:
     appended, old, users, config = run.appended(INTERACTIONS), run.own(), _users_then(run), run.config.kcore
     if appended is None or old is None or users is None:
         return run.commit(transform(run.read(INTERACTIONS), described, old, config))
-    return run.commit(grow(run.read_before(INTERACTIONS), appended, described, old, users, config))
+    log, buckets = run.read_before(INTERACTIONS), run.config.buckets
+    return run.commit(grow(log, appended, described, old, users, config, buckets=buckets))
 
 
 def _users_then(run: Run) -> DataFrame | None:

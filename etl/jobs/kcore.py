@@ -12,10 +12,12 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from etl.config import KCoreConfig
+from etl.delta import bucket_of
 from etl.jobs.job import digest
 from etl.session import held
 
 _BROADCAST_ROWS = 1_000_000  # ids that each executor may hold
+_OF_LOG = "degree > more"  # of an id: the log so far has some of it
 
 
 def kept_items(interactions: DataFrame, config: KCoreConfig, degrees: DataFrame | None = None) -> DataFrame:
@@ -66,14 +68,15 @@ def peel(edges: DataFrame, items: DataFrame, config: KCoreConfig, *, num_items: 
 
 
 def grown_items(
-    old: DataFrame, appended: DataFrame, items: DataFrame, users: DataFrame, config: KCoreConfig
+    old: DataFrame, appended: DataFrame, items: DataFrame, users: DataFrame, config: KCoreConfig, *, buckets: int
 ) -> DataFrame:
     """`item` of the items that stay by what was `appended` to `old`, the log so far, and did not before.
 
-    `items`, `users`: id, degree (in both), more (of it, in `appended`), and kept, as it was, of all ids.
+    `items`, `users`: id, degree (in both), more (of it, in `appended`), and kept, as it was, of all ids. `buckets`: of
+    the lake.
     """
     free = {"item": _free(items, config.min_item), "user": _free(users, config.min_user)}
-    edges, (num_items, _) = _open_edges(old, appended, free)
+    edges, (num_items, _) = _open_edges(old, appended, free, buckets)
     if num_items == 0:
         return items.where("false").select("item")
     for column, found in (("item", items), ("user", users)):
@@ -86,10 +89,10 @@ def grown_items(
 
 
 def grown_users(
-    old: DataFrame, appended: DataFrame, kept_items: DataFrame, users: DataFrame, config: KCoreConfig
+    old: DataFrame, appended: DataFrame, kept_items: DataFrame, users: DataFrame, config: KCoreConfig, *, buckets: int
 ) -> DataFrame:
     """`user` of the users that stay by now and did not before. `kept_items`: item; `users`: see grown_items."""
-    edges, (num_users,) = _open_edges(old, appended, {"user": _free(users, config.min_user)})
+    edges, (num_users,) = _open_edges(old, appended, {"user": _free(users, config.min_user)}, buckets)
     return kept_users(edges, kept_items, config) if num_users else users.where("false").select("user")
 
 
@@ -98,23 +101,31 @@ def _free(found: DataFrame, least: int) -> DataFrame:
     return found.where(~F.col("kept") & (F.col("degree") >= least))
 
 
-def _open_edges(old: DataFrame, appended: DataFrame, free: dict[str, DataFrame]) -> tuple[DataFrame, tuple[int, ...]]:
+def _open_edges(
+    old: DataFrame, appended: DataFrame, free: dict[str, DataFrame], buckets: int
+) -> tuple[DataFrame, tuple[int, ...]]:
     """user, item and free_<column> of each column of `free` (column -> ids): the interactions with a free end. And the
     number of free ids of each column.
 
-    The log so far is read only where a free id is of it.
+    Of the log so far only the buckets are read that free users of it are in; all, where a free item is of it.
     """
     edges, any_free = appended.select("user", "item"), F.lit(False)
-    told = [ids.agg(F.count(F.lit(1)), F.count_if(F.col("degree") > F.col("more"))).first() for ids in free.values()]
-    if any(row is not None and row[1] for row in told):
+    sizes, num_old = {}, {}
+    for column, ids in free.items():
+        told = ids.agg(F.count(F.lit(1)), F.count_if(F.expr(_OF_LOG))).first()
+        assert told is not None
+        sizes[column], num_old[column] = int(told[0]), int(told[1])
+    if any(num_old.values()):
+        if not num_old.get("item"):
+            rows = free["user"].where(_OF_LOG).select(bucket_of(buckets).alias("bucket")).distinct().collect()
+            old = old.where(F.col("bucket").isin(*(row["bucket"] for row in rows)))
         edges = edges.unionByName(old.select("user", "item"))
-    sizes = tuple(0 if row is None else int(row[0]) for row in told)
-    for (column, ids), size in zip(free.items(), sizes, strict=True):
+    for column, ids in free.items():
         flag = f"free_{column}"
-        marked = broadcast(ids.select(column, F.lit(True).alias(flag)), size)
+        marked = broadcast(ids.select(column, F.lit(True).alias(flag)), sizes[column])
         edges = edges.join(marked, column, "left").withColumn(flag, F.coalesce(flag, F.lit(False)))
         any_free = any_free | F.col(flag)
-    return edges.where(any_free), sizes
+    return edges.where(any_free), tuple(sizes.values())
 
 
 def rules(config: KCoreConfig) -> str:

@@ -35,6 +35,8 @@ def grow(
     described: DataFrame | None,
     old: DataFrame,
     config: KCoreConfig,
+    *,
+    buckets: int,
 ) -> DataFrame:
     """USERS as `transform` gives them for `log` and what was `appended` to it, up to the order of indices.
 
@@ -42,7 +44,7 @@ def grow(
     """
     found = grown(old, appended, "user")
     if config.iterate:
-        kept = kcore.grown_users(log, appended, items.where("kept"), found, config)
+        kept = kcore.grown_users(log, appended, items.where("kept"), found, config, buckets=buckets)
     else:
         kept = found.where(F.col("degree") >= config.min_user)
     found = mark_kept(found, kept, "user")
@@ -59,7 +61,8 @@ def run(run: Run) -> Outcome:
     if appended is None or old is None:
         frame = transform(run.read(INTERACTIONS), items, described, old, config)
     else:
-        frame = grow(run.read_before(INTERACTIONS), appended, items, described, old, config)
+        log, buckets = run.read_before(INTERACTIONS), run.config.buckets
+        frame = grow(log, appended, items, described, old, config, buckets=buckets)
     return run.commit(frame, metadata={"kcore": kcore.rules(config)})
 
 

@@ -12,12 +12,13 @@ import pyarrow.parquet as pq
 
 Ints = npt.NDArray[np.int64]
 FILE_ROWS = 2_000_000
+LOG_DAYS = 1_000
 START = 1_700_000_000_000_000  # microseconds since 1970 UTC
 _MADE = "made.json"
 
 
 def write_log(
-    folder: Path, *, events: int, users: int, items: int, seed: int = 0, heavy: int = 0, days: int = 1_000
+    folder: Path, *, events: int, users: int, items: int, seed: int = 0, heavy: int = 0, days: int = LOG_DAYS
 ) -> Path:
     """A log of Parquet files ``events/*.parquet`` (user, item, time) and ``items.parquet`` (item, category), once.
 

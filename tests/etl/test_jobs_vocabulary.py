@@ -9,7 +9,7 @@ from etl.jobs import items, kcore, users
 from etl.jobs.vocabulary import first_described, with_index
 from etl.sources.schema import RAW_ITEMS, spark_schema
 from etl.tables import FIRST_INDEX, ITEMS, USERS
-from tests.etl.frames import frame, interactions
+from tests.etl.frames import BUCKETS, frame, interactions
 
 
 def _random_log(seed: int, *, num_users: int = 40, num_items: int = 30, rows: int = 260) -> list[tuple[str, str, int]]:
@@ -144,8 +144,8 @@ def test_vocabularies_grown_by_day_equal_those_of_the_whole_log(
     for number in range(1, num_days):
         rows = [row for day in days[: number + 1] for row in day]
         whole, appended = interactions(spark, rows), interactions(spark, days[number])
-        catalogue_now = items.grow(log, appended, None, catalogue, people, config).persist()
-        people = users.grow(log, appended, catalogue_now, None, people, config).persist()
+        catalogue_now = items.grow(log, appended, None, catalogue, people, config, buckets=BUCKETS).persist()
+        people = users.grow(log, appended, catalogue_now, None, people, config, buckets=BUCKETS).persist()
         log, catalogue = whole, catalogue_now
         fresh = items.transform(whole, None, None, config)
         pairs = [(catalogue, fresh), (people, users.transform(whole, fresh, None, None, config))]
