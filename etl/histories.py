@@ -212,7 +212,8 @@ def _places(column: pa.ChunkedArray, known: pa.Array) -> npt.NDArray[np.int32]:
         at = np.flatnonzero(found >= 0)
         place = np.full(len(values), -1, np.int32)
         place[found[at]] = at
-    return place[coded.indices.to_numpy()]
+    of_row: npt.NDArray[np.int32] = place[coded.indices.to_numpy()]
+    return of_row
 
 
 def _index_in(values: pa.Array, known: pa.Array) -> npt.NDArray[np.int32]:
