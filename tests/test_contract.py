@@ -176,7 +176,7 @@ def test_project_environment_has_the_same_pins() -> None:
 
 def test_project_names_configurations_that_exist() -> None:
     entries = yaml.safe_load((ROOT / "mlflow_projects" / "MLproject").read_text())["entry_points"]
-    assert entries.keys() == {"main", "etl", "pretrain", "finetune", "evaluate", "promote", "recommend"}
+    assert entries.keys() == {"main", "etl", "pretrain", "finetune", "search", "evaluate", "promote", "recommend"}
     for entry in entries.values():
         default = entry["parameters"]["config"]["default"]
         assert (ROOT / "conf" / f"{default}.yaml").is_file(), default

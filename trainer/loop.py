@@ -40,6 +40,12 @@ class NonFiniteLoss(GraftrecError):
     exit_code = 4
 
 
+class Pruned(GraftrecError):
+    """The run's judge stops it for good: it is not worth going on with. No failure."""
+
+    exit_code = 0
+
+
 class Stopped(GraftrecError):
     """SIGTERM or SIGINT came; the state is saved and the same command goes on from it."""
 
@@ -139,12 +145,14 @@ class Training:
 
 def train(
     training: Training, *, validate: Callable[[], dict[str, float]], score: str, checkpoints: Path,
-    on_epoch: Callable[[Epoch], None], show_progress: bool, say: Callable[[str], None],
+    on_epoch: Callable[[Epoch], None], judge: Callable[[Progress], None], show_progress: bool,
+    say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Train until the epochs are used up, or `score` (a metric that `validate` returns) has stopped rising.
 
     Resumes from `checkpoints` where there are any. Afterwards `training.best` holds the best epoch's weights.
-    Raises Stopped on SIGTERM and SIGINT, NonFiniteLoss.
+    `judge` sees each epoch's end, that which a resumed run was stopped after again, and ends the run by raising.
+    Raises Stopped on SIGTERM and SIGINT, NonFiniteLoss, and what `judge` does.
     """
     config, progress = training.config, training.progress
     saved = checkpoint.newest(checkpoints, warn=say)
@@ -152,6 +160,8 @@ def train(
         training.restore(saved)
         progress = training.progress
         say(f"resuming at epoch {training.loader.epoch + 1}, step {training.loader.step} ({progress.step} steps done)")
+        if progress.history:
+            judge(progress)
     last_saved = time.monotonic()
     with _stop_flag() as stopping:
         while not progress.finished:
@@ -171,6 +181,7 @@ def train(
             _save(training, checkpoints, is_best=is_best)
             last_saved = time.monotonic()
             on_epoch(progress.history[-1])
+            judge(progress)
 
 
 def train_step(training: Training, batch: Batch, *, stop: bool) -> bool:

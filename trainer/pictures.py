@@ -32,6 +32,15 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """One trial of a search. `score`: its best validation NDCG@10; None: it was given up, or failed."""
+
+    name: str  # of the arm; trials of one name share a colour and a label
+    score: float | None
+    scores: Sequence[float]  # of epochs 1, 2…, as far as it came
+
+
+@dataclass(frozen=True)
 class Gain:
     """One row of a transfer picture: the gain of `name` over what the picture compares with."""
 
@@ -72,6 +81,38 @@ def learning_curves(curves: Sequence[Curve], *, title: str = "") -> Figure:
         _label_ends(axes, ends, colours)
     if any(len(_known(curve.ndcg)[1]) for curve in curves):
         right.annotate("dots: best epoch", (0, -0.19), xycoords="axes fraction", color=FAINT, fontsize=10)
+    _title(figure, title)
+    return figure
+
+
+def search_progress(tried: Sequence[Tried], *, title: str = "") -> Figure:
+    """Each arm's best validation NDCG@10 after so many trials, and every trial by epoch, those given up faint."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = _colours([trial.name for trial in tried])
+    ends: dict[str, tuple[float, float]] = {}
+    for name, colour in colours.items():
+        trials = [trial for trial in tried if trial.name == name]
+        scores = np.array([np.nan if trial.score is None else trial.score for trial in trials], dtype=np.float64)
+        numbers = np.arange(1, len(trials) + 1)
+        best = np.fmax.accumulate(scores)
+        left.plot(numbers, scores, "o", color=colour, markersize=5, alpha=0.5)
+        left.step(numbers, best, where="post", color=colour, linewidth=1.8)
+        if np.isfinite(best[-1]):
+            ends[name] = (float(numbers[-1]), float(best[-1]))
+        for trial in trials:
+            epochs, known = _known(trial.scores)
+            ended = trial.score is not None
+            right.plot(epochs, known, color=colour, linewidth=1.2, alpha=0.8 if ended else 0.25)
+    for axes, label, below in (
+        (left, "best validation NDCG@10 so far", "trial"),
+        (right, "validation NDCG@10", "epoch"),
+    ):
+        _plain(axes, label)
+        axes.set_xlabel(below)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label_ends(left, ends, colours)
+    right.annotate("faint: given up or failed", (0, -0.19), xycoords="axes fraction", color=FAINT, fontsize=10)
     _title(figure, title)
     return figure
 
