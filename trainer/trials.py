@@ -24,6 +24,7 @@ from trainer.data.dataset import pin
 from trainer.pretrain import run_identity
 
 STORE = "study.db"
+IDLE_TRIALS = 20  # so many in a row that needed no training (tried before, or refused): a small space is exhausted
 
 Outcome = Literal["done", "pruned", "failed"]
 
@@ -78,12 +79,13 @@ class Arm:
         return next((trial for trial in self.done if trial.params == values), None)
 
     def is_over(self, config: SearchConfig) -> bool:
-        """Whether the budget is used up, and no trial under way."""
-        spent = sum(trial.user_attrs["seconds"] for trial in self.ended)
-        used_up = (config.trials is not None and len(self.ended) >= config.trials) or (
-            config.seconds is not None and spent >= config.seconds
+        """Whether the budget is used up, or there is nothing new to try; and no trial under way."""
+        seconds = [trial.user_attrs["seconds"] for trial in self.ended]
+        return not self.under_way and (
+            (config.trials is not None and len(seconds) >= config.trials)
+            or (config.seconds is not None and sum(seconds) >= config.seconds)
+            or (len(seconds) >= IDLE_TRIALS and not any(seconds[-IDLE_TRIALS:]))
         )
-        return used_up and not self.under_way
 
     def end(
         self, trial: Trial, outcome: Outcome, value: float | None, *, reason: str, seconds: float, epochs: int
@@ -98,9 +100,10 @@ class Arm:
         """Of trials that ended, keep the best one's model and the others' curves."""
         best = self.best
         for trial in self.ended:
-            if best is not None and trial.number != best.number:
+            if best is None or trial.number != best.number:
                 folder = self.run_folder(trial.number)
-                shutil.rmtree(folder / "model" if trial in self.done else folder, ignore_errors=True)
+                left = folder / "model" if trial.state == TrialState.COMPLETE else folder
+                shutil.rmtree(left, ignore_errors=True)
 
     def rows(self) -> list[dict[str, Any]]:
         """The trials that ended, as plain data."""
