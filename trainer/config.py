@@ -2,13 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from etl.config import ConfigError, GraftrecError, Section, SparkConfig, load
 
 __all__ = [
     "BaselinesConfig",
     "Bert4RecConfig",
+    "CaserConfig",
     "ConfigError",
     "DataConfig",
     "EvaluateConfig",
@@ -80,19 +81,44 @@ class Bert4RecConfig(Section):
         return self
 
 
-ModelConfig = Bert4RecConfig
+class CaserConfig(Section):
+    """Caser (Tang and Wang 2018) with the survey's knowledge embeddings (4.3, 4.4)."""
+
+    kind: Literal["caser"] = "caser"
+    window: int = Field(5, ge=1)  # L: items that the filters see
+    width: int = Field(64, ge=1)  # of an item's vector, and of the window's
+    horizontal: int = Field(16, ge=1)  # filters of each height from 1 to L
+    vertical: int = Field(4, ge=1)  # filters
+    max_length: int = Field(200, ge=2)  # positions of a sequence that windows slide over, the asked one included
+    dropout: float = Field(0.5, ge=0, lt=1)
+    user_width: int = Field(64, ge=0)  # 0: no user embedding
+    # relation -> slots; {}: metadata off
+    knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
+    knowledge_width: int = Field(25, ge=1)  # of each slot
+
+
+def _kind_of(given: Any) -> str:
+    """Where none is given: BERT4Rec."""
+    return str(given.get("kind", "bert4rec") if isinstance(given, dict) else getattr(given, "kind", ""))
+
+
+ModelConfig = Annotated[
+    Annotated[Bert4RecConfig, Tag("bert4rec")] | Annotated[CaserConfig, Tag("caser")], Discriminator(_kind_of)
+]
 
 
 class LossConfig(Section):
-    """Softmax over the catalogue, or over the targets and shared sampled negatives with the logQ correction."""
+    """full: softmax over the catalogue. sampled: over the targets and sampled negatives, with the logQ correction. bce:
+    each target and each negative by itself, as yes or no. All positions of a batch share the negatives.
+    """
 
-    kind: Literal["full", "sampled"] = "full"
+    kind: Literal["full", "sampled", "bce"] = "full"
     num_negatives: int = Field(1_024, ge=1)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _smoothing_has_a_catalogue(self) -> "LossConfig":
-        if self.kind == "sampled" and self.label_smoothing:
+        if self.kind != "full" and self.label_smoothing:
             raise ValueError("label_smoothing is of the whole catalogue's softmax; set it to 0, or kind to full")
         return self
 
@@ -107,9 +133,10 @@ class MaskedItemConfig(Section):
 
 
 class NextItemConfig(Section):
-    """Next item prediction: each position predicts the item after it, attention is causal."""
+    """Next item prediction: each position predicts the item after it, or the next `targets`, from those before."""
 
     kind: Literal["next_item"] = "next_item"
+    targets: int = Field(1, ge=1)  # Caser's T (Tang and Wang 2018)
     loss: LossConfig = LossConfig()
 
 
@@ -176,7 +203,7 @@ class PretrainConfig(Section):
     name: str = "pretrain"
     output: str = "runs"  # the run's folder is <output>/<name>
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = Bert4RecConfig()
     task: TaskConfig = MaskedItemConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

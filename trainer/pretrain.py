@@ -35,7 +35,7 @@ from trainer.data.loader import Loader
 from trainer.distributed import World, join
 from trainer.loop import Epoch, Progress, Training, train
 from trainer.metrics import means
-from trainer.models import Bert4Rec, RowTables, build_model
+from trainer.models import RowTables, SequenceModel, build_model
 from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
 from trainer.scoring import Scorer
 from trainer.tasks import Task, build_task
@@ -141,7 +141,7 @@ def _fit(
 
 def _model(
     config: PretrainConfig, release: Release, knowledge: Int32Array, parent: Artifact | None, world: World
-) -> tuple[Bert4Rec, Account]:
+) -> tuple[SequenceModel, Account]:
     model = build_model(
         config.model, num_users=vocabulary_size(release, tables.USERS),
         num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
@@ -154,7 +154,7 @@ def _model(
     return model, graft(model, config.model, None, "none")
 
 
-def _validate(model: Bert4Rec, task: Task, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:
+def _validate(model: SequenceModel, task: Task, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:
     """Mean validation metrics; each process ranks its share of the users.
 
     All shares are equally long (the last user may be ranked again), so that processes which share a table out ask for
