@@ -1,4 +1,4 @@
-"""Caser: its filters against convolutions written out, which window a position has, and that it learns and transfers."""
+"""Caser: its filters against convolutions written out, which window a position has, that it learns and transfers."""
 
 import numpy as np
 import pytest
