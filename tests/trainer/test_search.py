@@ -12,10 +12,10 @@ import pytest
 import yaml
 from stores import enter_store, runs_of
 
-from etl.config import ConfigError, GraftrecError, load
+from etl.config import ConfigError, GraftrecError, conf_root, load
 from trainer import search, tracking, trials
 from trainer.artifact import load_artifact
-from trainer.config import FinetuneConfig, PretrainConfig, SearchConfig
+from trainer.config import FinetuneConfig, PretrainConfig, RangeConfig, SearchConfig
 from trainer.finetune import run as finetune
 from trainer.pretrain import run as pretrain
 from trainer.trials import SearchError
@@ -296,6 +296,19 @@ def test_sections_and_what_is_in_them_can_be_searched(tiny_lake, tmp_path):
     best = max(rows, key=lambda row: row["score"])["values"]
     won = load(PretrainConfig, tmp_path / "runs" / "tiny" / "pretrain" / "best.yaml").task
     assert (won.kind, won.loss.kind) == (best["task"], best["task.loss.kind"])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (conf_root() / "search").glob("*.yaml")))
+def test_shipped_searches_name_settings_that_are_there_and_fit(name):
+    config = load(SearchConfig, f"search/{name}")
+    recipe = "pretrain" if config.finetune is None else "finetune"
+    for arm, base in trials.recipes(config):
+        for key, admitted in config.space.items():
+            trials._check(key, base, config.space)
+            ends = [admitted.low, admitted.high] if isinstance(admitted, RangeConfig) else admitted
+            assert trials._admits(admitted, trials._at(base, key)), f"{arm}: the recipe's own {key} is not in the space"
+            for value in ends:
+                load(SearchConfig, f"search/{name}", [f"{recipe}.{key}={value}"])
 
 
 # --- mistakes ---------------------------------------------
