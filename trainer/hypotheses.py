@@ -193,7 +193,7 @@ def _comparisons(scored: _Scored, where: Mapping[str, str]) -> list[dict[str, An
 
 def _judged(scored: _Scored, where: Mapping[str, str]) -> list[dict[str, Any]]:
     """Each hypothesis with its single rows and its verdict; Holm over those that could be tested."""
-    found = [_contrast(hypothesis, scored) | where for hypothesis in HYPOTHESES]
+    found = [_contrast(hypothesis, scored) | dict(where) for hypothesis in HYPOTHESES]
     tested = [hypothesis for hypothesis in found if hypothesis["p_value"] is not None]
     _adjust(tested)
     for hypothesis in tested:
