@@ -216,6 +216,9 @@ class SplitConfig(Section):
     test: int = Field(3, ge=0)
     min_train: int = Field(1, ge=1)  # a user with fewer training items left is not evaluated: trains only
     causal_target: str | None = None  # cut every other domain at the user's first held-out item of this domain
+    # In the domain `all` the hold-out is that of this domain, moved to the end: a model of all domains has then seen
+    # nothing that this one holds out.
+    joint_target: str | None = None
 
 
 class SequencesConfig(Section):
