@@ -109,7 +109,8 @@ ModelConfig = Annotated[
 
 class LossConfig(Section):
     """full: softmax over the catalogue. sampled: over the targets and sampled negatives, with the logQ correction. bce:
-    each target and each negative by itself, as yes or no. All positions of a batch share the negatives.
+    each target and each negative by itself, as yes or no. All positions of a batch share the negatives: scoring them is
+    one product of matrices then, and costs a row of the table each, not one for each position.
     """
 
     kind: Literal["full", "sampled", "bce"] = "full"

@@ -19,7 +19,8 @@ from trainer.config import (
     PretrainConfig,
 )
 from trainer.data.batch import Batch
-from trainer.models import build_model, caser, group_of
+from trainer.distributed import ALONE
+from trainer.models import Caser, RowTables, build_model, caser, group_of
 from trainer.tasks import MaskedItem, NextItem
 from trainer.tasks.loss import binary_loss
 
@@ -184,6 +185,33 @@ def test_every_tensor_has_a_group_and_items_have_two_tables():
         "item_embedding.weight", "item_weights.weight", "output_bias",
     }  # fmt: skip
     assert set(groups.values()) == {"item", "user", "knowledge", "body"}
+
+
+def test_tables_looked_up_by_row_have_the_rows_of_the_dense_gradient():
+    knowledge = torch.from_numpy(np.random.default_rng(7).integers(UNK, 20, (NUM_ITEMS, 2)))
+    task, losses = NextItem(NextItemConfig(targets=2, loss=LossConfig(kind="bce", num_negatives=9))), []
+    rowwise, dense = (
+        build_model(
+            SMALL.model_copy(update={"dropout": 0.0}), num_users=50, num_entities=20, knowledge_VS=knowledge, seed=0,
+            tables=tables,
+        ).double()
+        for tables in (RowTables(ALONE), None)
+    )  # fmt: skip
+    for weight in (rowwise.item_embedding.weight, dense.item_embedding.weight):
+        assert weight.std().item() == pytest.approx(1 / SMALL.width, rel=0.2)
+    dense.load_state_dict(rowwise.state_dict())
+    for model in (rowwise, dense):
+        loss, _ = task.loss(model, batch_of([5, 3, 7]))
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    tables, whole = rowwise.row_tables(), dict(dense.named_parameters())
+    assert set(tables) == set(Caser.ROW_TABLES)
+    for (name, table), (rows, gradient) in zip(
+        tables.items(), rowwise.tables.gradients(list(tables.values())), strict=True
+    ):
+        spread = torch.zeros_like(table).index_add_(0, rows, gradient)
+        torch.testing.assert_close(spread, whole[name].grad, rtol=1e-10, atol=1e-13, msg=name)
 
 
 def settings(lake, folder, **more):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from trainer.config import Bert4RecConfig, CaserConfig, ModelConfig
 from trainer.distributed import ALONE
 from trainer.models.base import SequenceModel
-from trainer.models.bert4rec import TABLE_STD, Bert4Rec
+from trainer.models.bert4rec import Bert4Rec
 from trainer.models.caser import Caser
 from trainer.models.table import RowTable, RowTables
 
@@ -31,7 +31,7 @@ def build_model(
         model = _new(config, num_users, num_entities, knowledge_VS, tables)
     if tables is not None:
         for place, table in enumerate(module for module in model.modules() if isinstance(module, RowTable)):
-            tables.initialise(table, seed=[seed, place], std=TABLE_STD)
+            tables.initialise(table, seed=[seed, place], std=model.table_std(table.weight.shape[1]))
     return model
 
 

@@ -21,10 +21,10 @@ _EVERY = slice(None)
 class SequenceModel(nn.Module):
     """items, lengths, users -> hidden states [N, D] of wanted positions, and scores [N, C] of items for them.
 
-    A subclass gives `forward`, `head`, `item_vectors`, the tensors `output_bias` and `user_embedding` (where
-    `config.user_width`), and `GROUPS`: parameter group (DESIGN section 6: item, user, knowledge, position, body, head)
-    to name prefixes, the one place that says which tensor is of which kind. `knowledge_VS`: entity index of each slot
-    of each catalogue row, UNK where unknown (survey 4.3: director, actors).
+    A subclass gives `forward`, `head`, `item_vectors`, `scores_with_table`, `table_std`, the tensors `output_bias` and
+    `user_embedding` (where `config.user_width`), `ROW_TABLES`, and `GROUPS`: parameter group (DESIGN section 6: item,
+    user, knowledge, position, body, head) to name prefixes, the one place that says which tensor is of which kind.
+    `knowledge_VS`: entity index of each slot of each catalogue row, UNK where unknown (survey 4.3: director, actors).
     """
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]]
@@ -47,6 +47,11 @@ class SequenceModel(nn.Module):
         if self.tables is None:
             return nn.Embedding(num_embeddings, width)
         return RowTable(num_embeddings, width, self.tables)
+
+    @staticmethod
+    def table_std(width: int) -> float:
+        """The standard deviation that vectors of a new table have."""
+        raise NotImplementedError
 
     def per_item(self) -> nn.Parameter:
         """A number of each item, or of those of this process's share: zero."""

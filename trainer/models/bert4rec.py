@@ -137,6 +137,10 @@ class Bert4Rec(SequenceModel):
         self.output_bias = self.per_item()
         self.apply(_initialise)
 
+    @staticmethod
+    def table_std(width: int) -> float:
+        return TABLE_STD
+
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         """Knowledge-enhanced vectors of catalogue rows, [V, D] or [*rows.shape, D]: the projected concatenation of the
         item's embedding and those of its director and actors (survey 4.3), written as a sum of two projections."""

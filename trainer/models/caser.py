@@ -67,6 +67,10 @@ class Caser(SequenceModel):
         self.output_bias = self.per_item()
         self.apply(_initialise)
 
+    @staticmethod
+    def table_std(width: int) -> float:
+        return 1 / width
+
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         own = self.rows_of(self.item_weights.weight, rows)
         if self.knowledge_projection is None:
@@ -145,7 +149,7 @@ class Caser(SequenceModel):
 def _initialise(module: nn.Module) -> None:
     """As the authors do: normals of 1 / width for tables; for filters 1 / sqrt(inputs) (LeCun et al. 1998)."""
     if isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=1 / module.embedding_dim)
+        nn.init.normal_(module.weight, std=Caser.table_std(module.embedding_dim))
     if isinstance(module, nn.Linear):
         std = module.in_features**-0.5
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
