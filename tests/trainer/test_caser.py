@@ -99,6 +99,14 @@ def test_in_training_the_tiles_stand_everywhere():
     assert {tuple(np.round(f, 9)) for f in found} == {tuple(np.round(e, 9)) for e in expected}
 
 
+def test_in_training_the_last_item_alone_is_asked_as_at_evaluation():
+    model = model_of(SMALL.model_copy(update={"dropout": 0.0})).train()
+    batch, last_BT = batch_of([7]), torch.arange(7)[None] == 6
+    for _ in range(10):
+        hidden = model(batch.items, batch.lengths, batch.users, last_BT, causal=False)[0]
+        torch.testing.assert_close(hidden, convolved(model, batch.items[0, 4:].tolist(), int(batch.users[0])))
+
+
 @pytest.mark.parametrize("task", [NextItem(NextItemConfig()), MaskedItem(MaskedItemConfig())])
 def test_the_query_reads_the_newest_items_and_an_empty_history_too(task):
     model = model_of()

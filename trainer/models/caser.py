@@ -10,9 +10,9 @@ with its entities', ``V`` catalogue rows, ``S`` knowledge slots.
 Where the paper leaves the survey's uses open. Left to right, a position's window ends with it. For masked items the
 windows tile the sequence, counted from its end, and a window's masked items are told from its one vector, so that they
 have a context on both sides; the asked position, behind the sequence, is the last of the last window. In training the
-tiles are shifted by a random number of places. Knowledge stands beside the item's vector in the window (concatenated,
-as in the survey), and in the output it adds its projection to the item's own weights. Items have two tables, one to be
-read by and one to be scored by, both new in a new domain.
+tiles are shifted by a random number of places, unless the last position alone is masked. Knowledge stands beside the
+item's vector in the window (concatenated, as in the survey), and in the output it adds its projection to the item's own
+weights. Items have two tables, one to be read by and one to be scored by, both new in a new domain.
 """
 
 from typing import ClassVar
@@ -93,7 +93,7 @@ class Caser(SequenceModel):
     ) -> Tensor:  # fmt: skip
         order_B = lengths_B.argsort(stable=True)
         lengths, wanted = lengths_B[order_B], wanted_BT[order_B]
-        ends_BT = self._ends(lengths, items_BT.shape[1], causal=causal)
+        ends_BT = self._ends(lengths, wanted, causal=causal)
         x_BTD = self._read(items_BT[order_B], lengths)  # once for the whole batch; what follows is done chunk by chunk
         sizes = sizes_by_length(lengths, CHUNK_POSITIONS)
         wanted_of, ends_of = torch.split(wanted, sizes), torch.split(ends_BT, sizes)
@@ -117,14 +117,18 @@ class Caser(SequenceModel):
         real_BT = torch.arange(items_BT.shape[1], device=items_BT.device) < lengths_B[:, None]
         return x_BTD * real_BT[:, :, None]
 
-    def _ends(self, lengths_B: Tensor, T: int, *, causal: bool) -> Tensor:
+    def _ends(self, lengths_B: Tensor, wanted_BT: Tensor, *, causal: bool) -> Tensor:
         """Where the window of each position ends, [B, T]; up to L - 1 places behind the sequence's end."""
+        B, T = wanted_BT.shape
         place_T = torch.arange(T, device=lengths_B.device)
         if causal:
-            return place_T.expand(len(lengths_B), T)
+            return place_T.expand(B, T)
         end_B = lengths_B - 1
         if self.training:
-            end_B = end_B + torch.randint(self.config.window, (len(end_B),)).to(end_B.device)
+            shift_B = torch.randint(self.config.window, (B,)).to(end_B.device)
+            # A sequence of which the last position alone is wanted is read as it will be at evaluation.
+            others_B = (wanted_BT & (place_T != end_B[:, None])).any(1)
+            end_B = end_B + shift_B * others_B
         back_BT = (end_B[:, None] - place_T).clamp(min=0)
         return end_B[:, None] - back_BT // self.config.window * self.config.window
 
