@@ -18,7 +18,7 @@ from etl import tables
 from etl.config import code_version, config_hash
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, pictures, tracking
-from trainer.artifact import MANIFEST, Artifact, artifact_hash, save_artifact
+from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
 from trainer.config import FinetuneConfig, GraftrecError, PretrainConfig
 from trainer.data.dataset import (
     Catalogue,
@@ -259,6 +259,16 @@ def run_identity(config: PretrainConfig, release: Release, parent: Artifact | No
         "data": json.dumps(versions, sort_keys=True),
         "parent": parent.hash if parent else "",
     }
+
+
+def finished(config: PretrainConfig) -> Result | None:
+    """What this run left, where it is done and its settings, code, data and parent are unchanged. Raises GraftrecError
+    for a lake or parent that is not there."""
+    grafted = config.parent if isinstance(config, FinetuneConfig) and config.transfer != "none" else None
+    parent = load_artifact(grafted, users=False) if grafted else None
+    release = pin(config.data.lake, config.data.release)
+    identity = ":".join(run_identity(config, release, parent).values())
+    return _finished(Path(config.output) / config.name, identity)
 
 
 def _finished(folder: Path, identity: str) -> Result | None:
