@@ -291,7 +291,7 @@ def run(config: ExperimentConfig) -> int:
             kept.write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
             page = report.write(found, folder / "report")
             tracked.log_artifact(kept)
-            tracked.log_artifact(page.parent)
+            tracked.log_artifact(page.parent, "report")
             tracked.log_metrics(dict(results.flat_metrics(found)))
     print(f"\n{results.text_table(found, config.metric)}\n\nresults  {kept}\nreport   {page}", flush=True)
     holes = list(_holes(rows))
