@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt $(PIP_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ml1m pipeline page test test-slow test-gpu bench bench-peers bench-growth check format clean \
+.PHONY: help setup demo ml1m pipeline table2 page test test-slow test-gpu bench bench-peers bench-growth check format clean \
 	clean-all
 
 help:  ## this list
@@ -36,6 +36,13 @@ ml1m: $(BIN)/.installed  ## the same on MovieLens-1M: make ml1m DATA=folder/of/r
 pipeline: $(BIN)/.installed  ## the same on your own log: make pipeline CONFIG=pipeline/yours
 	@test -n "$(CONFIG)" || { echo "make pipeline: expected CONFIG=pipeline/<name under conf/pipeline>, found none"; exit 2; }
 	@$(BIN)/python mlflow_projects/pipeline.py --config "$(CONFIG)" $(ARGS)
+
+PRESET ?= small
+
+table2: $(BIN)/.installed  ## the survey's experiment: make table2 DATA=folder/of/ratings.dat [PRESET=survey]; hours
+	@test -n "$(DATA)" || { echo "make table2: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
+		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
+	@$(BIN)/python mlflow_projects/experiment.py --experiment table2 --preset $(PRESET) --data "$(DATA)" $(ARGS)
 
 page: $(BIN)/.installed  ## open the MLflow page on http://127.0.0.1:5000 (PORT=…)
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
@@ -65,6 +72,7 @@ check: $(BIN)/.dev  ## lint, format and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy mlflow_projects/run_etl.py mlflow_projects/pipeline.py
+	@MYPYPATH=mlflow_projects $(BIN)/mypy mlflow_projects/experiment.py
 
 format: $(BIN)/.dev  ## mend what ruff can
 	@$(BIN)/ruff check --fix .

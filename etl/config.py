@@ -1,8 +1,8 @@
 """Configuration: frozen pydantic models, and the loader that composes YAML into them (DESIGN section 8).
 
-Three rules. A string where a section is expected names ``conf/<section>/<string>.yaml``. ``base: name`` (a file beside
-this one) is inherited, key by key. ``--section.key value`` overrides. Unknown keys are refused by name. This module is
-shared: trainers import it too, so it imports neither pyspark nor torch.
+Three rules. A string where a section is expected names ``conf/<section>/<string>.yaml``, or any YAML file by its path.
+``base: name`` (a file beside this one) is inherited, key by key. ``--section.key value`` overrides. Unknown keys are
+refused by name. This module is shared: trainers import it too, so it imports neither pyspark nor torch.
 """
 
 import hashlib
@@ -216,6 +216,9 @@ class SplitConfig(Section):
     test: int = Field(3, ge=0)
     min_train: int = Field(1, ge=1)  # a user with fewer training items left is not evaluated: trains only
     causal_target: str | None = None  # cut every other domain at the user's first held-out item of this domain
+    # In the domain `all` the hold-out is that of this domain, moved to the end: a model of all domains has then seen
+    # nothing that this one holds out.
+    joint_target: str | None = None
 
 
 class SequencesConfig(Section):
@@ -334,6 +337,11 @@ def _resolve(path: str | Path) -> Path:
     raise ConfigError(f"no configuration {path}: expected a YAML file, or one of {folder}/: {known}")
 
 
+def _named(section: str, name: str) -> Path:
+    """The file that a string in the place of a section means: one of conf/<section>/, or a YAML file's path."""
+    return Path(name) if name.endswith(".yaml") and Path(name).is_file() else _resolve(Path(section) / name)
+
+
 def _read(path: Path) -> dict[str, Any]:
     """One YAML file with its `base` merged beneath it."""
     try:
@@ -358,7 +366,7 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
     for depth, parent in enumerate(parents):
         below = raw.get(parent)
         if isinstance(below, str):  # a named section that is now overridden in part
-            below = _read(_resolve(Path(*[parent]) / below))
+            below = _read(_named(parent, below))
         if below is None:
             below = {}
         if not isinstance(below, dict):
@@ -376,7 +384,7 @@ def _compose(raw: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
         sections = _sections(field.annotation)
         value = composed[name]
         if sections and isinstance(value, str):
-            value = _read(_resolve(Path(name) / value))
+            value = _read(_named(name, value))
         if sections and isinstance(value, dict):
             section = sections[0]
             if len(sections) > 1:

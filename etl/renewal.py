@@ -1,6 +1,7 @@
 """A bucket of users' histories after a new day: of affected users made anew, of the others copied, without its old log.
 
-A table of histories has every kept event of a user in its row of the domain `all`. That row and the events appended
+A table of histories has every kept event of a user in its row of the domain `all`, but for a joint split in time order.
+That row and the events appended
 since, which come later in the log, are the user's history now. Only users whose old events didn't count before, or
 whose history has become longer than `max_events`, are looked up in the bucket's whole log.
 """
@@ -43,11 +44,13 @@ class Before:
 
     files: Mapping[int, Mapping[Key, Sequence[str]]]
     appended: Mapping[int, tuple[str, ...]]
+    whole: frozenset[str]  # splits whose rows of the domain `all` are in time order
 
 
-def before_of(lake: str, version: int | None, appended: Sequence[DataFile]) -> Before | None:
-    """What of SEQUENCES at `version` can be copied, where the log has gained the files `appended` since. None where
-    its files don't each hold a run of neighbouring users.
+def before_of(lake: str, version: int | None, appended: Sequence[DataFile], whole: Sequence[str]) -> Before | None:
+    """What of SEQUENCES at `version` can be copied, where the log has gained the files `appended` since. `whole`:
+    the splits whose rows of the domain `all` are in time order. None where its files don't each hold a run of
+    neighbouring users.
     """
     actions = pa.table(existing_table(lake, SEQUENCES, version).get_add_actions(flatten=True))
     told = [actions[name].to_pylist() for name in ("path", "min.user", "max.user") if name in actions.column_names]
@@ -64,7 +67,7 @@ def before_of(lake: str, version: int | None, appended: Sequence[DataFile]) -> B
     log: dict[int, list[str]] = {}
     for file in appended:
         log.setdefault(int(file.partition["bucket"] or 0), []).append(file.path)
-    return Before(files, {bucket: tuple(paths) for bucket, paths in log.items()})
+    return Before(files, {bucket: tuple(paths) for bucket, paths in log.items()}, frozenset(whole))
 
 
 def renewed(
@@ -75,7 +78,7 @@ def renewed(
     """
     index, degree = users["index"].to_numpy(), users["degree"].to_numpy()
     files = before.files.get(bucket, {})
-    every = next((key for key in files if key[1] == DOMAIN_ALL), None)
+    every = next((key for key in files if key[0] in before.whole and key[1] == DOMAIN_ALL), None)
     held: dict[Key, list[pa.Table]] = {}
     if every is not None and len(files[every]) == 1:  # a part of the bucket's events at most
         held[every] = list(_groups(files[every], read))

@@ -175,7 +175,8 @@ SOCIAL = Table(
 )
 
 # items[:valid_start] is the training part, items[valid_start:test_start] validation, items[test_start:end] test; what
-# lies past `end` belongs to no part (the `causal` split cuts there). A user too short for a hold-out has all three
+# lies past `end` belongs to no part (the `causal` split cuts there). Rows of the domain `all` under a joint split are
+# three runs, each in time order: trained on, held out, past the end. A user too short for a hold-out has all three
 # equal.
 SEQUENCES = Table(
     "sequences",

@@ -283,21 +283,26 @@ def movielens_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
         raise GraftrecError(
             f"--data is for MovieLens-1M, found a source {config.etl.source.kind}; set --etl.source.root"
         )
+    etl = movielens_etl(config.etl, folder)
+    update: dict[str, Section] = {"etl": etl}
+    if not etl.knowledge.files:
+        for name, section in (("pretrain", config.pretrain), ("finetune", config.finetune)):
+            model = section.model.model_copy(update={"knowledge": {}})
+            update[name] = section.model_copy(update={"model": model})
+    return config.model_copy(update=update)
+
+
+def movielens_etl(etl: EtlConfig, folder: Path) -> EtlConfig:
+    """The log in `folder`, and of the knowledge files those that are there."""
     files = []
-    for file in config.etl.knowledge.files:
+    for file in etl.knowledge.files:
         places = [folder / Path(file.path).name, folder.parent / file.path]
         if found := next((place for place in places if place.is_file()), None):
             files.append(file.model_copy(update={"path": str(found.resolve())}))
         else:
             print(f"no {places[1]}: the models get no directors and actors from {file.name}")
-    source = config.etl.source.model_copy(update={"root": str(folder)})
-    knowledge = KnowledgeConfig(root=str(folder), files=tuple(files))
-    update: dict[str, Section] = {"etl": config.etl.model_copy(update={"source": source, "knowledge": knowledge})}
-    if not files:
-        for name, section in (("pretrain", config.pretrain), ("finetune", config.finetune)):
-            model = section.model.model_copy(update={"knowledge": {}})
-            update[name] = section.model_copy(update={"model": model})
-    return config.model_copy(update=update)
+    source = etl.source.model_copy(update={"root": str(folder)})
+    return etl.model_copy(update={"source": source, "knowledge": KnowledgeConfig(root=str(folder), files=tuple(files))})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

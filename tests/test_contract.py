@@ -118,7 +118,10 @@ def script(name: str) -> ModuleType:
 
 def kinds() -> dict[str, type[Section]]:
     """Folder of conf/ -> what its files build."""
-    found: dict[str, type[Section]] = {"pipeline": script("pipeline").PipelineConfig}
+    found: dict[str, type[Section]] = {
+        "pipeline": script("pipeline").PipelineConfig,
+        "experiment": script("experiment").ExperimentConfig,
+    }
     for module in (etl.config, trainer.config):
         for name in dir(module):
             kind = getattr(module, name)
@@ -176,9 +179,11 @@ def test_project_environment_has_the_same_pins() -> None:
 
 def test_project_names_configurations_that_exist() -> None:
     entries = yaml.safe_load((ROOT / "mlflow_projects" / "MLproject").read_text())["entry_points"]
-    assert entries.keys() == {"main", "etl", "pretrain", "finetune", "evaluate", "promote", "recommend"}
+    recipes = {"etl", "pretrain", "finetune", "search", "evaluate", "promote", "recommend"}
+    assert entries.keys() == recipes | {"main", "experiment"}
     for entry in entries.values():
-        default = entry["parameters"]["config"]["default"]
+        named = {name: parameter["default"] for name, parameter in entry["parameters"].items()}
+        default = named["config"] if "config" in named else f"experiment/{named['experiment']}"
         assert (ROOT / "conf" / f"{default}.yaml").is_file(), default
 
 

@@ -15,6 +15,7 @@ from trainer import config as configs
 RECIPES: dict[str, tuple[type[Section], str]] = {
     "pretrain": (configs.PretrainConfig, "train a model on one domain"),
     "finetune": (configs.FinetuneConfig, "train on a target domain, grafted on a pre-trained model"),
+    "search": (configs.SearchConfig, "search settings of pretrain or finetune on the validation part"),
     "evaluate": (configs.EvaluateConfig, "score models beside the simple baselines"),
     "promote": (configs.PromoteConfig, "ask the gate, and move the champion alias if it agrees"),
     "recommend": (configs.RecommendConfig, "write the top-k of every user as a Delta table"),
@@ -60,6 +61,10 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer import finetune
 
             return finetune.run
+        case "search":
+            from trainer import search
+
+            return search.run
         case "evaluate":
             from trainer import evaluate
 

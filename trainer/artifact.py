@@ -29,7 +29,7 @@ from etl.config import GraftrecError
 from etl.tables import UNK
 from trainer.config import FinetuneConfig, PretrainConfig
 from trainer.data.dataset import Catalogue, Int32Array, Release, Texts
-from trainer.models import Bert4Rec, build_saved
+from trainer.models import SequenceModel, build_saved
 from trainer.models.table import interleave
 from trainer.scoring import Scorer
 from trainer.tasks import Task, build_task
@@ -56,7 +56,7 @@ class Artifact:
     catalogue: Catalogue
     popularity: npt.NDArray[np.int64]  # [V] interactions in the training part of its domain
     knowledge: Int32Array  # [V, S] entity indices
-    model: Bert4Rec  # in eval mode
+    model: SequenceModel  # in eval mode
     task: Task
     parent: str | None  # hash of the model it was grafted on
     hash: str  # of the folder's required files

@@ -1,14 +1,15 @@
 """Every setting of training, as frozen types (composed from conf/ by `etl.config.load`)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from etl.config import ConfigError, GraftrecError, Section, SparkConfig, load
 
 __all__ = [
     "BaselinesConfig",
     "Bert4RecConfig",
+    "CaserConfig",
     "ConfigError",
     "DataConfig",
     "EvaluateConfig",
@@ -23,8 +24,11 @@ __all__ = [
     "NextItemConfig",
     "PretrainConfig",
     "PromoteConfig",
+    "PrunerConfig",
+    "RangeConfig",
     "RecommendConfig",
     "RuntimeConfig",
+    "SearchConfig",
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -77,19 +81,45 @@ class Bert4RecConfig(Section):
         return self
 
 
-ModelConfig = Bert4RecConfig
+class CaserConfig(Section):
+    """Caser (Tang and Wang 2018) with the survey's knowledge embeddings (4.3, 4.4)."""
+
+    kind: Literal["caser"] = "caser"
+    window: int = Field(5, ge=1)  # L: items that the filters see
+    width: int = Field(64, ge=1)  # of an item's vector, and of the window's
+    horizontal: int = Field(16, ge=1)  # filters of each height from 1 to L
+    vertical: int = Field(4, ge=1)  # filters
+    max_length: int = Field(200, ge=2)  # positions of a sequence that windows slide over, the asked one included
+    dropout: float = Field(0.5, ge=0, lt=1)
+    user_width: int = Field(64, ge=0)  # 0: no user embedding
+    # relation -> slots; {}: metadata off
+    knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
+    knowledge_width: int = Field(25, ge=1)  # of each slot
+
+
+def _kind_of(given: Any) -> str:
+    """Where none is given: BERT4Rec."""
+    return str(given.get("kind", "bert4rec") if isinstance(given, dict) else getattr(given, "kind", ""))
+
+
+ModelConfig = Annotated[
+    Annotated[Bert4RecConfig, Tag("bert4rec")] | Annotated[CaserConfig, Tag("caser")], Discriminator(_kind_of)
+]
 
 
 class LossConfig(Section):
-    """Softmax over the catalogue, or over the targets and shared sampled negatives with the logQ correction."""
+    """full: softmax over the catalogue. sampled: over the targets and sampled negatives, with the logQ correction. bce:
+    each target and each negative by itself, as yes or no. All positions of a batch share the negatives: scoring them is
+    one product of matrices then, and costs a row of the table each, not one for each position.
+    """
 
-    kind: Literal["full", "sampled"] = "full"
+    kind: Literal["full", "sampled", "bce"] = "full"
     num_negatives: int = Field(1_024, ge=1)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _smoothing_has_a_catalogue(self) -> "LossConfig":
-        if self.kind == "sampled" and self.label_smoothing:
+        if self.kind != "full" and self.label_smoothing:
             raise ValueError("label_smoothing is of the whole catalogue's softmax; set it to 0, or kind to full")
         return self
 
@@ -104,9 +134,10 @@ class MaskedItemConfig(Section):
 
 
 class NextItemConfig(Section):
-    """Next item prediction: each position predicts the item after it, attention is causal."""
+    """Next item prediction: each position predicts the item after it, or the next `targets`, from those before."""
 
     kind: Literal["next_item"] = "next_item"
+    targets: int = Field(1, ge=1)  # Caser's T (Tang and Wang 2018)
     loss: LossConfig = LossConfig()
 
 
@@ -173,7 +204,7 @@ class PretrainConfig(Section):
     name: str = "pretrain"
     output: str = "runs"  # the run's folder is <output>/<name>
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = Bert4RecConfig()
     task: TaskConfig = MaskedItemConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -201,6 +232,105 @@ class FinetuneConfig(PretrainConfig):
     transfer: TransferName = "deep"
     parent: str | None = None  # folder of the pre-trained model; not needed by transfer `none`
     freeze: tuple[str, ...] = ()  # parameter groups that do not train
+
+
+class RangeConfig(Section):
+    """Numbers from `low` to `high`, both included; whole numbers where both are written as such."""
+
+    low: int | float
+    high: int | float
+    log: bool = False  # as many between 0.001 and 0.01 as between 0.01 and 0.1
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "RangeConfig":
+        if not self.low < self.high:
+            raise ValueError(f"expected low < high, found {self.low} and {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"expected low > 0 of a logarithmic range, found {self.low}")
+        return self
+
+
+Choice = bool | int | float | str
+
+
+class PrunerConfig(Section):
+    """When a trial is given up: where its best validation score so far is below the median of those that earlier trials
+    had at the same epoch (`median`), or by Hyperband's brackets (Li et al. 2018)."""
+
+    kind: Literal["median", "hyperband", "none"] = "median"
+    full_trials: int = Field(4, ge=1)  # of median: so many are trained to their end before any is given up
+    warmup_epochs: int = Field(10, ge=1)  # no trial is given up before; until the tenth all look alike
+    reduction: int = Field(3, ge=2)  # of hyperband: one in so many goes on from each rung
+
+
+# What decides what a score means, or where a run lies, and so is not for a search to choose.
+_FIXED = (
+    "name", "output", "parent", "transfer", "runtime", "tracking", "evaluation", "data.lake", "data.release",
+    "data.split", "data.domain", "train.seed", "train.validation_users",
+)  # fmt: skip
+
+
+class SearchConfig(Section):
+    """Search the settings of one recipe, `pretrain` or `finetune`, for the best validation score.
+
+    Of `finetune` each of `transfers` is searched by itself, from-scratch and transfer alike: in the same space, with
+    the same budget, in turns.
+    """
+
+    name: str = "search"
+    output: str = "runs"  # the search's folder is <output>/<name>
+    pretrain: PretrainConfig | None = None  # one of these two: the settings that are not searched, and the first trial
+    finetune: FinetuneConfig | None = None
+    transfers: tuple[TransferName, ...] = ()  # (): finetune's own
+    # setting (train.learning_rate) -> a range, or a list of values; a section's values are names of files in conf/
+    space: dict[str, RangeConfig | tuple[Choice, ...]]
+    trials: int | None = Field(20, ge=1)  # of each transfer, those given up or failed counted
+    seconds: float | None = Field(None, gt=0)  # of each transfer's training; a trial under way is finished
+    seed: int = 0
+    random_trials: int = Field(6, ge=1)  # drawn at random, before earlier ones say where to look
+    pruner: PrunerConfig = PrunerConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("space")
+    @classmethod
+    def _space_is_sound(cls, space: dict[str, RangeConfig | tuple[Choice, ...]]) -> dict[str, Any]:
+        if not space:
+            raise ValueError("expected at least one setting to search, found none")
+        for key, values in space.items():
+            if fixed := next(
+                (name for name in _FIXED if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")), None
+            ):
+                raise ValueError(f"{key}: {fixed} can't be searched, scores would not be comparable; remove it")
+            if isinstance(values, tuple) and not values:
+                raise ValueError(f"{key}: expected values to choose from, found an empty list")
+        return {key: _numbers(values) for key, values in space.items()}
+
+    @model_validator(mode="after")
+    def _one_recipe_and_a_budget(self) -> "SearchConfig":
+        if (self.pretrain is None) == (self.finetune is None):
+            raise ValueError(
+                "expected one of the sections pretrain and finetune: the recipe whose settings are searched"
+            )
+        if self.pretrain is not None and self.transfers:
+            raise ValueError("transfers are of the recipe finetune; remove them, or search finetune")
+        if len(set(self.transfers)) < len(self.transfers):
+            raise ValueError(f"expected each of transfers once, found {', '.join(self.transfers)}")
+        if self.trials is None and self.seconds is None:
+            raise ValueError("expected a budget: set trials, seconds, or both")
+        return self
+
+
+def _numbers(values: RangeConfig | tuple[Choice, ...]) -> RangeConfig | tuple[Choice, ...]:
+    """YAML takes 1e-3 for a text: numbers among the values, as numbers."""
+    if isinstance(values, RangeConfig):
+        return values
+    numbers: list[Choice] = []
+    for value in values:
+        try:
+            numbers.append(float(value) if isinstance(value, str) else value)
+        except ValueError:
+            numbers.append(value)
+    return tuple(numbers)
 
 
 class EvaluatedModel(Section):

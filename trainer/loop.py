@@ -28,7 +28,7 @@ from trainer.config import TrainConfig
 from trainer.data.batch import Batch
 from trainer.data.loader import Loader
 from trainer.distributed import World
-from trainer.models import Bert4Rec
+from trainer.models import SequenceModel
 from trainer.models.table import take_rows
 from trainer.optimizer import Optimizer
 from trainer.tasks import Task
@@ -38,6 +38,12 @@ class NonFiniteLoss(GraftrecError):
     """The loss, or its gradient, is not a number: the run stops before the weights are spoiled."""
 
     exit_code = 4
+
+
+class Pruned(GraftrecError):
+    """The run's judge stops it for good: it is not worth going on with. No failure."""
+
+    exit_code = 0
 
 
 class Stopped(GraftrecError):
@@ -75,7 +81,7 @@ class Progress:
 class Loss(nn.Module):
     """Model and task as one module, so that DistributedDataParallel sees a forward pass."""
 
-    def __init__(self, model: Bert4Rec, task: Task) -> None:
+    def __init__(self, model: SequenceModel, task: Task) -> None:
         super().__init__()
         self.model, self.task = model, task
 
@@ -86,7 +92,7 @@ class Loss(nn.Module):
 class Training:
     """A run under way. `state()` is a checkpoint, `restore()` takes one."""
 
-    def __init__(self, model: Bert4Rec, task: Task, loader: Loader, config: TrainConfig, world: World) -> None:
+    def __init__(self, model: SequenceModel, task: Task, loader: Loader, config: TrainConfig, world: World) -> None:
         self.model, self.task, self.loader, self.config, self.world = model, task, loader, config, world
         self.optimizer = Optimizer(model, config, world)
         self.progress = Progress()
@@ -139,12 +145,14 @@ class Training:
 
 def train(
     training: Training, *, validate: Callable[[], dict[str, float]], score: str, checkpoints: Path,
-    on_epoch: Callable[[Epoch], None], show_progress: bool, say: Callable[[str], None],
+    on_epoch: Callable[[Epoch], None], judge: Callable[[Progress], None], show_progress: bool,
+    say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Train until the epochs are used up, or `score` (a metric that `validate` returns) has stopped rising.
 
     Resumes from `checkpoints` where there are any. Afterwards `training.best` holds the best epoch's weights.
-    Raises Stopped on SIGTERM and SIGINT, NonFiniteLoss.
+    `judge` sees each epoch's end, that which a resumed run was stopped after again, and ends the run by raising.
+    Raises Stopped on SIGTERM and SIGINT, NonFiniteLoss, and what `judge` does.
     """
     config, progress = training.config, training.progress
     saved = checkpoint.newest(checkpoints, warn=say)
@@ -152,12 +160,14 @@ def train(
         training.restore(saved)
         progress = training.progress
         say(f"resuming at epoch {training.loader.epoch + 1}, step {training.loader.step} ({progress.step} steps done)")
+        if progress.history:
+            judge(progress)
     last_saved = time.monotonic()
-    with _stop_flag() as stopping:
+    with _stop_signals() as signals:
         while not progress.finished:
             begun = time.monotonic()
             for batch in _shown(training, show_progress):
-                stop = train_step(training, batch, stop=stopping[0])
+                stop = train_step(training, batch, stop=bool(signals))
                 now = time.monotonic()
                 progress.seconds += now - begun
                 begun = now
@@ -171,6 +181,7 @@ def train(
             _save(training, checkpoints, is_best=is_best)
             last_saved = time.monotonic()
             on_epoch(progress.history[-1])
+            judge(progress)
 
 
 def train_step(training: Training, batch: Batch, *, stop: bool) -> bool:
@@ -267,20 +278,27 @@ def _blame(batch: Batch, loss: float, norm: float) -> str:
 
 
 @contextmanager
-def _stop_flag() -> Iterator[list[bool]]:
-    """[False], which becomes [True] when SIGTERM or SIGINT asks for an orderly stop."""
-    flag = [False]
+def _stop_signals() -> Iterator[list[int]]:
+    """The SIGTERM and SIGINT that came, asking for an orderly stop. One that nobody answered by Stopped, since it came
+    after the last step, is passed on at the end: a command that trains many models must not miss it."""
+    came: list[int] = []
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        flag[0] = True
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
 
     try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     except ValueError:  # not the main thread: signals are somebody else's
-        yield flag
+        yield came
         return
+    answered = False
     try:
-        yield flag
+        yield came
+    except Stopped:
+        answered = True
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if came and not answered:
+            signal.raise_signal(came[-1])

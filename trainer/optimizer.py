@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainer.config import TrainConfig
 from trainer.distributed import World
-from trainer.models import Bert4Rec
+from trainer.models import SequenceModel
 
 EPSILON = 1e-10
 ACCUMULATOR = "sum_of_squares"
@@ -22,7 +22,7 @@ ACCUMULATOR = "sum_of_squares"
 class Optimizer:
     """One step's `clip`, then `update`. `state()` is what a checkpoint holds of it, named ``<parameter>:<slot>``."""
 
-    def __init__(self, model: Bert4Rec, config: TrainConfig, world: World) -> None:
+    def __init__(self, model: SequenceModel, config: TrainConfig, world: World) -> None:
         self.config, self.world, self._rows = config, world, model.tables
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         tables = model.row_tables()

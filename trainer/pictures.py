@@ -1,5 +1,7 @@
 """Pictures of runs and data: learning curves, transfer gains, sequence lengths, popularity. Each returns a Figure.
 
+Those of a report (`…_panels`) are narrow, so that a phone shows their letters large enough.
+
 Figures are made without pyplot, so nothing global changes and no window or display is needed: ``figure.savefig(path)``.
 Lines are labelled where they end rather than in a legend. Colours: Okabe and Ito 2008, told apart by the colour-blind.
 """
@@ -18,7 +20,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 FloatArray = npt.NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-INK, FAINT = "#333333", "#999999"
+INK, FAINT, GRID = "#333333", "#999999", "#E5E5E5"
+NARROW, SMALL = 5.4, 9  # inches and points of the pictures of a report
 LABEL_GAP = 0.062  # least distance of two labels, in heights of the axes
 
 
@@ -29,6 +32,15 @@ class Curve:
     name: str
     loss: Sequence[float]  # training loss of epochs 1, 2…
     ndcg: Sequence[float]  # validation NDCG@10 of the same epochs; NaN where there was no validation
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One trial of a search. `score`: its best validation NDCG@10; None: it was given up, or failed."""
+
+    name: str  # of the arm; trials of one name share a colour and a label
+    score: float | None
+    scores: Sequence[float]  # of epochs 1, 2…, as far as it came
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,38 @@ def learning_curves(curves: Sequence[Curve], *, title: str = "") -> Figure:
     return figure
 
 
+def search_progress(tried: Sequence[Tried], *, title: str = "") -> Figure:
+    """Each arm's best validation NDCG@10 after so many trials, and every trial by epoch, those given up faint."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colours = _colours([trial.name for trial in tried])
+    ends: dict[str, tuple[float, float]] = {}
+    for name, colour in colours.items():
+        trials = [trial for trial in tried if trial.name == name]
+        scores = np.array([np.nan if trial.score is None else trial.score for trial in trials], dtype=np.float64)
+        numbers = np.arange(1, len(trials) + 1)
+        best = np.fmax.accumulate(scores)
+        left.plot(numbers, scores, "o", color=colour, markersize=5, alpha=0.5)
+        left.step(numbers, best, where="post", color=colour, linewidth=1.8)
+        if np.isfinite(best[-1]):
+            ends[name] = (float(numbers[-1]), float(best[-1]))
+        for trial in trials:
+            epochs, known = _known(trial.scores)
+            ended = trial.score is not None
+            right.plot(epochs, known, color=colour, linewidth=1.2, alpha=0.8 if ended else 0.25)
+    for axes, label, below in (
+        (left, "best validation NDCG@10 so far", "trial"),
+        (right, "validation NDCG@10", "epoch"),
+    ):
+        _plain(axes, label)
+        axes.set_xlabel(below)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label_ends(left, ends, colours)
+    right.annotate("faint: given up or failed", (0, -0.19), xycoords="axes fraction", color=FAINT, fontsize=10)
+    _title(figure, title)
+    return figure
+
+
 def transfer_gains(
     gains: Sequence[Gain], *, metric: str = "NDCG@10", over: str = "from scratch", title: str = ""
 ) -> Figure:
@@ -83,11 +127,7 @@ def transfer_gains(
     figure = Figure(figsize=(9.5, 1.4 + 0.55 * len(gains)), layout="constrained")
     axes = figure.subplots()
     for row, gain in enumerate(gains):
-        certain = gain.low > 0 or gain.high < 0
-        colour = COLOURS[0] if gain.gain >= 0 else COLOURS[1]
-        axes.plot([gain.low, gain.high], [row, row], color=colour, linewidth=2.5, solid_capstyle="butt")
-        face = colour if certain else "white"
-        axes.plot(gain.gain, row, "o", markersize=9, color=colour, markerfacecolor=face, markeredgewidth=2)
+        _interval(axes, gain, row, colour=COLOURS[0] if gain.gain >= 0 else COLOURS[1], size=9)
         text = f"{gain.gain:+.3f}".replace("-", "−") + (f"  ({gain.note})" if gain.note else "")
         axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=11, color=INK)
     axes.axvline(0, color=INK, linewidth=1)
@@ -158,7 +198,104 @@ def popularity_long_tail(counts: Mapping[str, npt.NDArray[Any]], *, title: str =
     return figure
 
 
+def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10", unit: str = "") -> Figure:
+    """Gains over from-scratch with their intervals, a panel a group, all on one axis; hollow where the interval holds
+    zero. The note of a gain, if any, is in place of its number."""
+    sizes = [max(len(gains), 1) for gains in panels.values()]
+    figure = Figure(figsize=(NARROW, 0.9 + sum(0.5 + 0.27 * size for size in sizes)), layout="constrained")
+    rows = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False, height_ratios=[*sizes] or [1])[:, 0]
+    for axes, (name, gains) in zip(rows, panels.items(), strict=False):
+        for place, gain in enumerate(gains):
+            _interval(axes, gain, place, colour=COLOURS[0] if gain.gain >= 0 else COLOURS[1], size=6)
+            text = gain.note or f"{gain.gain:+.2f}".replace("-", "−")
+            axes.annotate(
+                text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL, color=INK
+            )
+        axes.axvline(0, color=INK, linewidth=1)
+        _plain(axes, name, grid="x")
+        axes.set_yticks(range(len(gains)), [gain.name for gain in gains])
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_ylim(sizes[0] if not gains else len(gains) - 0.4, -0.6)
+        _narrow(axes)
+    told = f"gain in {metric} over from scratch" + (f", {unit}" if unit else "")
+    figure.supxlabel(f"{told} (hollow: interval holds zero)", fontsize=SMALL, color=INK)
+    return figure
+
+
+def curve_panels(panels: Mapping[str, Sequence[Curve]], *, metric: str = "NDCG@10") -> Figure:
+    """Validation score (above) and training loss (below) by epoch, a column a panel; one name has one colour in all
+    panels, named once beneath. Dots: best epochs."""
+    figure = Figure(figsize=(NARROW, 5.2), layout="constrained")
+    columns = figure.subplots(2, max(len(panels), 1), sharey="row", squeeze=False)
+    colours = _colours([curve.name for curves in panels.values() for curve in curves])
+    for column, (name, curves) in enumerate(panels.items()):
+        above, below = columns[0, column], columns[1, column]
+        for curve in curves:
+            for axes, values in ((above, curve.ndcg), (below, curve.loss)):
+                epochs, known = _known(values)
+                axes.plot(epochs, known, color=colours[curve.name], linewidth=1.3, alpha=0.85)
+                if axes is above and len(known):
+                    best = int(known.argmax())
+                    axes.plot(epochs[best], known[best], "o", color=colours[curve.name], markersize=4)
+        for axes, label in ((above, f"validation {metric}"), (below, "training loss")):
+            _plain(axes, f"{name}\n{label}" if axes is above else label)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            _narrow(axes)
+        below.set_xlabel("epoch", fontsize=SMALL)
+    _legend(figure, colours)
+    return figure
+
+
+def slice_panels(panels: Mapping[str, Mapping[str, Sequence[Gain]]], *, metric: str = "NDCG@10") -> Figure:
+    """Gains with their intervals by slice: panel -> series -> a Gain for each slice (its name). Series stand
+    beside each other within a slice, and have one colour in all panels; slices are in the order first met."""
+    figure = Figure(figsize=(NARROW, 0.7 + 2.3 * max(len(panels), 1)), layout="constrained")
+    rows = figure.subplots(max(len(panels), 1), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    colours = _colours([name for series in panels.values() for name in series])
+    slices = list(dict.fromkeys(g.name for series in panels.values() for gains in series.values() for g in gains))
+    step = 0.8 / max(len(colours), 1)
+    for axes, (name, series) in zip(rows, panels.items(), strict=False):
+        for place, (label, colour) in enumerate(colours.items()):
+            for gain in series.get(label, ()):
+                x = slices.index(gain.name) + step * (place - (len(colours) - 1) / 2)
+                _interval(axes, gain, x, colour=colour, size=4.5, upright=True)
+        axes.axhline(0, color=INK, linewidth=1)
+        _plain(axes, name)
+        axes.set_xticks(range(len(slices)), slices)
+        axes.set_xlim(-0.6, len(slices) - 0.4)
+        _narrow(axes)
+    rows[-1].set_xlabel(f"items in the user's history; height: gain in {metric}", fontsize=SMALL)
+    _legend(figure, colours)
+    return figure
+
+
 # --- style ---------------------------------------------------------------------------------------------------------
+
+
+def _interval(axes: Axes, gain: Gain, place: float, *, colour: str, size: float, upright: bool = False) -> None:
+    """A gain as a dot on its interval; hollow where that holds zero."""
+    ends, places = [gain.low, gain.high], [place, place]
+    axes.plot(*((places, ends) if upright else (ends, places)), color=colour, linewidth=2.5, solid_capstyle="butt")
+    face = colour if gain.low > 0 or gain.high < 0 else "white"
+    point = ([place], [gain.gain]) if upright else ([gain.gain], [place])
+    axes.plot(*point, "o", markersize=size, color=colour, markerfacecolor=face, markeredgewidth=1.5)
+
+
+def _narrow(axes: Axes) -> None:
+    axes.tick_params(labelsize=SMALL)
+    axes.xaxis.label.set_fontsize(SMALL)
+    axes.set_title(axes.get_title(loc="left"), loc="left", fontsize=10, color=INK)
+
+
+def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
+    """Names of the colours beneath the panels."""
+    lines = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()]
+    if lines:
+        figure.legend(
+            lines, list(colours), loc="outside lower center", ncols=min(3, len(lines)), frameon=False, fontsize=SMALL,
+            labelcolor=INK,
+        )  # fmt: skip
 
 
 def _cycle(count: int) -> list[str]:
@@ -197,9 +334,9 @@ def _plain(axes: Axes, title: str, *, grid: str = "y", colour: str = INK) -> Non
     axes.xaxis.label.set(color=INK, fontsize=11)
     axes.set_axisbelow(True)
     if grid in ("x", "both"):
-        axes.xaxis.grid(True, color="#E5E5E5", linewidth=0.8)
+        axes.xaxis.grid(True, color=GRID, linewidth=0.8)
     if grid in ("y", "both"):
-        axes.yaxis.grid(True, color="#E5E5E5", linewidth=0.8)
+        axes.yaxis.grid(True, color=GRID, linewidth=0.8)
 
 
 def _label_ends(

@@ -18,7 +18,7 @@ from etl import tables
 from etl.config import code_version, config_hash
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, pictures, tracking
-from trainer.artifact import MANIFEST, Artifact, artifact_hash, save_artifact
+from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
 from trainer.config import FinetuneConfig, GraftrecError, PretrainConfig
 from trainer.data.dataset import (
     Catalogue,
@@ -33,9 +33,9 @@ from trainer.data.dataset import (
 )
 from trainer.data.loader import Loader
 from trainer.distributed import World, join
-from trainer.loop import Epoch, Training, train
+from trainer.loop import Epoch, Progress, Training, train
 from trainer.metrics import means
-from trainer.models import Bert4Rec, RowTables, build_model
+from trainer.models import RowTables, SequenceModel, build_model
 from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
 from trainer.scoring import Scorer
 from trainer.tasks import Task, build_task
@@ -63,22 +63,32 @@ class Result:
         return self.folder / "model"
 
 
-def run(config: PretrainConfig) -> Result:
-    """The recipe `pretrain`. Raises GraftrecError."""
-    return fit(config, parent=None)
+def unjudged(progress: Progress) -> None:
+    """Let a run go on as its settings say."""
 
 
-def fit(config: PretrainConfig, *, parent: Artifact | None) -> Result:
-    """Train `config` on its domain, grafted on `parent` where there is one. Resumes a run of the same identity."""
+def run(config: PretrainConfig, *, judge: Callable[[Progress], None] = unjudged) -> Result:
+    """The recipe `pretrain`; `judge` as in `fit`. Raises GraftrecError."""
+    return fit(config, parent=None, judge=judge)
+
+
+def fit(config: PretrainConfig, *, parent: Artifact | None, judge: Callable[[Progress], None] = unjudged) -> Result:
+    """Train `config` on its domain, grafted on `parent` where there is one. Resumes a run of the same identity.
+
+    `judge` sees the progress after each epoch, and may raise Pruned to end the run there. The model of a judged run is
+    not copied to MLflow: it is one of many tried, and lies in the run's folder.
+    """
     world = join(config.runtime)
     with _alone(Path(config.output) / config.name, world) as folder:
-        return _fit(config, parent, world, folder)
+        return _fit(config, parent, judge, world, folder)
 
 
-def _fit(config: PretrainConfig, parent: Artifact | None, world: World, folder: Path) -> Result:
+def _fit(
+    config: PretrainConfig, parent: Artifact | None, judge: Callable[[Progress], None], world: World, folder: Path
+) -> Result:
     say: Callable[[str], None] = print if world.first else lambda line: None
     release = pin(config.data.lake, config.data.release)
-    identity = _identity(config, release, parent)
+    identity = ":".join(run_identity(config, release, parent).values())
     if (finished := _finished(folder, identity)) is not None:
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
         return finished
@@ -112,12 +122,15 @@ def _fit(config: PretrainConfig, parent: Artifact | None, world: World, folder: 
             score=SCORE,
             checkpoints=folder / "checkpoints",
             on_epoch=lambda epoch: _tell(epoch, tracked, say),
+            judge=judge,
             show_progress=config.runtime.progress,
             say=say,
         )
         metrics = _summary(training, parent)
         if world.first:
             _finish(folder, config, release, catalogue, knowledge, training, metrics, parent, identity, tracked)
+            if judge is unjudged:
+                tracked.log_artifact(folder / "model")
         world.wait()
     say(
         f"{config.name}: best epoch {training.progress.best_epoch} of {len(training.progress.history)}, validation "
@@ -128,7 +141,7 @@ def _fit(config: PretrainConfig, parent: Artifact | None, world: World, folder: 
 
 def _model(
     config: PretrainConfig, release: Release, knowledge: Int32Array, parent: Artifact | None, world: World
-) -> tuple[Bert4Rec, Account]:
+) -> tuple[SequenceModel, Account]:
     model = build_model(
         config.model, num_users=vocabulary_size(release, tables.USERS),
         num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
@@ -141,7 +154,7 @@ def _model(
     return model, graft(model, config.model, None, "none")
 
 
-def _validate(model: Bert4Rec, task: Task, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:
+def _validate(model: SequenceModel, task: Task, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:
     """Mean validation metrics; each process ranks its share of the users.
 
     All shares are equally long (the last user may be ranked again), so that processes which share a table out ask for
@@ -183,7 +196,6 @@ def _finish(
     tracked.log_figure(pictures.learning_curves([curve], title=config.name), "pictures/learning_curve.png")
     tracked.log_metrics(metrics)
     tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
-    tracked.log_artifact(folder / "model")
     done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
     unfinished = folder / (DONE + ".new")
     unfinished.write_text(json.dumps(done, indent=1))
@@ -226,9 +238,9 @@ def _recipe(config: PretrainConfig) -> str:
     return "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
 
 
-def _identity(config: PretrainConfig, release: Release, parent: Artifact | None) -> str:
-    """Changes with whatever could change the weights: settings, snapshots, code, parent; not with where or how it
-    runs."""
+def run_identity(config: PretrainConfig, release: Release, parent: Artifact | None) -> dict[str, str]:
+    """Settings, code, data and parent as short texts, one of which changes with whatever could change the weights; none
+    with where or how the run runs."""
     settings = config.model_copy(
         update={
             "runtime": type(config.runtime)(precision=config.runtime.precision),
@@ -241,8 +253,22 @@ def _identity(config: PretrainConfig, release: Release, parent: Artifact | None)
     ]
     code = code_version(*modules, here / "data", here / "models", here / "tasks")
     versions = {table.name: release.versions.get(table.name) for table in _READ_TABLES}
-    told = [config_hash(settings), code, json.dumps(versions, sort_keys=True), parent.hash if parent else ""]
-    return ":".join(told)
+    return {
+        "settings": config_hash(settings),
+        "code": code,
+        "data": json.dumps(versions, sort_keys=True),
+        "parent": parent.hash if parent else "",
+    }
+
+
+def finished(config: PretrainConfig) -> Result | None:
+    """What this run left, where it is done and its settings, code, data and parent are unchanged. Raises GraftrecError
+    for a lake or parent that is not there."""
+    grafted = config.parent if isinstance(config, FinetuneConfig) and config.transfer != "none" else None
+    parent = load_artifact(grafted, users=False) if grafted else None
+    release = pin(config.data.lake, config.data.release)
+    identity = ":".join(run_identity(config, release, parent).values())
+    return _finished(Path(config.output) / config.name, identity)
 
 
 def _finished(folder: Path, identity: str) -> Result | None:

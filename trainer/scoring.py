@@ -16,7 +16,7 @@ from torch import Tensor
 from etl.tables import FIRST_INDEX, PAD
 from trainer.baselines import Histories, IntArray
 from trainer.data.batch import Batch
-from trainer.models import Bert4Rec
+from trainer.models import SequenceModel
 from trainer.tasks import Task
 
 SCORES_PER_BLOCK = 1 << 24  # made at once, 4 bytes each
@@ -111,7 +111,7 @@ def _best_columns(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
 class Scorer:
     """Scores of catalogue rows for histories. Make a new one when the weights change: the item table is kept."""
 
-    def __init__(self, model: Bert4Rec, task: Task, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, model: SequenceModel, task: Task, *, device: torch.device | str = "cpu") -> None:
         self.model, self.task, self.device = model, task, torch.device(device)
 
     def scores(self, histories: Histories, candidates: IntArray | None = None) -> Scores:
@@ -147,14 +147,17 @@ class Scorer:
         model = self.model
         if model.num_items <= ROWS_PER_BLOCK:
             return model.item_vectors()
-        if model.tables is not None and (model.item_projection is not None or model.tables.world.size > 1):
+        if model.tables is not None and (not model.scores_with_table or model.tables.world.size > 1):
             return None
-        if model.item_projection is None:
+        if model.scores_with_table:
             return model.item_vectors()
-        table_VD = torch.empty_like(model.item_embedding.weight)
+        table_VD: Tensor | None = None
         for start in range(0, model.num_items, ROWS_PER_BLOCK):
             rows = torch.arange(start, min(start + ROWS_PER_BLOCK, model.num_items), device=self.device)
-            table_VD[start : start + len(rows)] = model.item_vectors(rows)
+            vectors = model.item_vectors(rows)
+            if table_VD is None:
+                table_VD = vectors.new_empty(model.num_items, vectors.shape[1])
+            table_VD[start : start + len(rows)] = vectors
         return table_VD
 
     @functools.cached_property

@@ -195,11 +195,13 @@ def start_run(
     resolved: Section,
     release: "Release | None" = None,
     parent_run_id: str | None = None,
+    resumed: str = "",
     tags: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """Track what happens inside: configuration, snapshots, code version, system metrics, and how it ended.
 
-    Under `mlflow run` (MLFLOW_RUN_ID) the run that it made is joined. A run started inside another, or in a process
+    Under `mlflow run` (MLFLOW_RUN_ID) the run that it made is joined, and otherwise `resumed`, the id of an earlier run
+    of the same work, where the store still has it. A run started inside another, or in a process
     given `child_environment()`, is its child. An exception ends the run as FAILED with the error's line as the tag
     `graftrec.error`; SIGTERM and Ctrl-C end it as KILLED.
     """
@@ -207,7 +209,8 @@ def start_run(
         yield Run()
         return
     parent = parent_run_id or (_active[-1].id if _active else os.environ.get(PARENT_VARIABLE)) or None
-    run = _TrackedRun(config, name=name, parent=parent, joined=os.environ.pop(JOINED_VARIABLE, None))
+    joined = os.environ.pop(JOINED_VARIABLE, None)
+    run = _TrackedRun(config, name=name, parent=parent, joined=joined, resumed=resumed)
     settings = without_secrets(resolved.model_dump(mode="json"))
     run.log_params(flatten(settings))
     run.log_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "config.yaml")
@@ -223,6 +226,8 @@ def start_run(
         status = _status(error)
         if status != "FINISHED":
             run.set_tags({"graftrec.error": one_line(error) or status})
+        elif isinstance(error, GraftrecError):
+            run.set_tags({"graftrec.ended": one_line(error)})
         raise
     finally:
         _active.remove(run)
@@ -239,7 +244,7 @@ def _status(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "KILLED"
     if isinstance(error, GraftrecError):
-        return "KILLED" if error.exit_code == TERMINATED_EXIT else "FAILED"
+        return {0: "FINISHED", TERMINATED_EXIT: "KILLED"}.get(error.exit_code, "FAILED")
     if isinstance(error, SystemExit):
         return {None: "FINISHED", 0: "FINISHED", TERMINATED_EXIT: "KILLED", 130: "KILLED"}.get(error.code, "FAILED")  # type: ignore[arg-type]
     return "FAILED"
@@ -265,10 +270,12 @@ def _terminable() -> Iterator[None]:
 class _TrackedRun(Run):
     """A run whose entries go through an outbox."""
 
-    def __init__(self, config: TrackingConfig, *, name: str, parent: str | None, joined: str | None) -> None:
+    def __init__(
+        self, config: TrackingConfig, *, name: str, parent: str | None, joined: str | None, resumed: str
+    ) -> None:
         quieten()
         self._config, self._uri = config, tracking_uri()
-        self._header = _header(name, parent, joined)
+        self._header = _header(name, parent, joined, resumed)
         self._staging: Path | None = None
         self._sender = _Sender(self._uri, config, self._header)
         self._outbox = Outbox(self._sender.send)
@@ -390,7 +397,7 @@ def _fingerprint(uri: str) -> str:
     return hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
-def _header(name: str, parent: str | None, joined: str | None) -> Entry:
+def _header(name: str, parent: str | None, joined: str | None, resumed: str) -> Entry:
     """Everything needed to make the run, whenever the server answers."""
     uid = uuid.uuid4().hex
     tags = {
@@ -406,7 +413,7 @@ def _header(name: str, parent: str | None, joined: str | None) -> Entry:
         tags["mlflow.source.git.commit"] = commit.removesuffix("+")
     if parent:
         tags["mlflow.parentRunId"] = parent
-    return {"uid": uid, "name": name, "tags": tags, "start": _now(), "joined": joined}
+    return {"uid": uid, "name": name, "tags": tags, "start": _now(), "joined": joined, "resumed": resumed}
 
 
 def _process(process: psutil.Process) -> str:
@@ -442,8 +449,8 @@ class _Sender:
         if self._client is None:
             self._client = connect(self._uri)
         header = self._header
-        if header["joined"]:
-            joined = self._client.get_run(header["joined"])
+        if old := header["joined"] or self._still_there(header.get("resumed", "")):
+            joined = self._client.get_run(old)
             self.run_id, self._known_params = joined.info.run_id, set(joined.data.params)
             own = {k: v for k, v in header["tags"].items() if not k.startswith("mlflow.") or k == "mlflow.parentRunId"}
             self._send({"kind": "tags", "values": own})
@@ -459,6 +466,19 @@ class _Sender:
             end_abandoned(self._client, experiment)
         self.made.set()
         self._send_kept()
+
+    def _still_there(self, run_id: str) -> str:
+        """The id of an earlier run; "" where there was none, or the store has lost it."""
+        from mlflow.exceptions import MlflowException
+
+        if not run_id:
+            return ""
+        try:
+            return run_id if self._client.get_run(run_id).info.lifecycle_stage == "active" else ""
+        except MlflowException as error:
+            if error.error_code in _FINAL:
+                return ""
+            raise
 
     def _send(self, entry: Entry) -> None:
         from mlflow.entities import Metric, Param, RunTag

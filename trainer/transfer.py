@@ -18,7 +18,7 @@ import torch
 from etl.config import GraftrecError
 from trainer.artifact import Artifact
 from trainer.config import ModelConfig, TransferName
-from trainer.models import Bert4Rec, group_of, groups_of
+from trainer.models import SequenceModel, group_of, groups_of
 
 COPIED_GROUPS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -67,7 +67,11 @@ class Account:
 
 @torch.no_grad()
 def graft(
-    model: Bert4Rec, config: ModelConfig, parent: Artifact | None, transfer: TransferName, freeze: Sequence[str] = ()
+    model: SequenceModel,
+    config: ModelConfig,
+    parent: Artifact | None,
+    transfer: TransferName,
+    freeze: Sequence[str] = (),
 ) -> Account:
     """Copy what `transfer` says from `parent` into `model`, freeze the groups `freeze`, and account for every tensor.
 

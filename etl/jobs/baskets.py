@@ -19,7 +19,7 @@ from etl.jobs import touched
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.sequences import cut, of_domain, settings
-from etl.tables import BASKETS, DOMAINS, INTERACTIONS, ITEMS, USERS
+from etl.tables import BASKETS, DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, USERS
 
 _MIN_BASKETS = 3
 _PARTS = pa.array(["train", "validation", "test"])
@@ -33,10 +33,12 @@ def rows(
     basket = coded.indices.fill_null(-1).to_numpy()
     last = np.append(histories.time, np.iinfo(np.int64).max)
     for split in splits:
-        cut_time = last[cut(histories, split, names)]
+        cut_time = last[cut(histories, split, split.causal_target, names)]
         before = histories.time < cut_time[histories.user]
         before |= cut_time[histories.user] == last[-1]
         for number, name in enumerate(names):
+            if split.joint_target is not None and name == DOMAIN_ALL:
+                continue  # a basket can hold both what is trained on and what the target holds out
             at = of_domain(histories, number)
             at = at[basket[at] >= 0]
             if split.causal_target not in (None, name):

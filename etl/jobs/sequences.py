@@ -18,14 +18,14 @@ from etl.histories import Histories, Ints, Key
 from etl.jobs import touched
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
-from etl.tables import DOMAINS, INTERACTIONS, ITEMS, PROPERTY_BUCKETS, PROPERTY_TIME, SEQUENCES, USERS
+from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, PROPERTY_BUCKETS, PROPERTY_TIME, SEQUENCES, USERS
 
 
 def rows(
     histories: Histories, *, names: Sequence[str], splits: Sequence[SplitConfig]
 ) -> Iterator[tuple[Key, pa.RecordBatch]]:
     """SEQUENCES, less its partition columns, of each split and domain. `names`: the domains, in the order of bits."""
-    cuts = {split.name: cut(histories, split, names) for split in splits}
+    cuts = {split.name: cut(histories, split, split.causal_target, names) for split in splits}
     for number, name in enumerate(names):
         at = of_domain(histories, number)
         if not len(at):
@@ -40,9 +40,13 @@ def rows(
             if split.causal_target not in (None, name):
                 end = np.add.reduceat(at < cuts[split.name][user], np.cumsum(size) - size, dtype=np.int64)
             valid_start, test_start = _parts(end, split)
+            own = lists
+            if split.joint_target is not None and name == DOMAIN_ALL:
+                moved, valid_start, test_start, end = _joint(histories, at, size, split, names)
+                own = _lists(histories, moved, size)
             columns = {
                 "user": pa.array(histories.users[present], pa.int32()),
-                **lists,
+                **own,
                 "valid_start": pa.array(valid_start, pa.int32()),
                 "test_start": pa.array(test_start, pa.int32()),
                 "end": pa.array(end, pa.int32()),
@@ -55,17 +59,35 @@ def of_domain(histories: Histories, number: int) -> npt.NDArray[np.int64]:
     return np.flatnonzero(histories.bits & np.int64(1 << number))
 
 
-def cut(histories: Histories, split: SplitConfig, names: Sequence[str]) -> npt.NDArray[np.int64]:
-    """The row of each user's first held-out event of the split's causal target; for those without: past the last."""
+def cut(histories: Histories, split: SplitConfig, target: str | None, names: Sequence[str]) -> npt.NDArray[np.int64]:
+    """The row of each user's first event that the domain `target` holds out; for users without: past the last."""
     found = np.full(len(histories.users), len(histories.user))
-    if split.causal_target is None:
+    if target is None:
         return found
-    at = of_domain(histories, list(names).index(split.causal_target))
+    at = of_domain(histories, list(names).index(target))
     size = np.bincount(histories.user[at], minlength=len(found))
     held = split.validation + split.test
     cut_users = np.flatnonzero(size >= split.min_train + held) if held else np.zeros(0, np.int64)
     found[cut_users] = at[np.cumsum(size)[cut_users] - held]
     return found
+
+
+def _joint(
+    histories: Histories, at: npt.NDArray[np.int64], size: Ints, split: SplitConfig, names: Sequence[str]
+) -> tuple[npt.NDArray[np.int64], Ints, Ints, Ints]:
+    """The rows `at` of users with `size` events each: first what is trained on, then what the joint target holds out,
+    then what a causal split cuts off, each in time order. And valid_start, test_start and end."""
+    assert split.joint_target is not None
+    user = histories.user[at]
+    is_late = at >= cut(histories, split, split.joint_target, names)[user]
+    in_target = histories.bits[at] & np.int64(1 << list(names).index(split.joint_target)) != 0
+    is_held = is_late & in_target
+    is_past = is_late & ~in_target & (split.causal_target is not None)
+    starts = np.cumsum(size) - size
+    held = np.add.reduceat(is_held, starts, dtype=np.int64)
+    end = size - np.add.reduceat(is_past, starts, dtype=np.int64)
+    order = np.lexsort((is_held + 2 * is_past, user))  # stable
+    return at[order], end - held, np.where(held > 0, end - split.test, end), end
 
 
 def _parts(end: Ints, split: SplitConfig) -> tuple[Ints, Ints]:
@@ -115,6 +137,17 @@ def check(config: EtlConfig) -> None:
                 f"splits.{split.name}.causal_target: expected a domain ({', '.join(known)}), "
                 f"found {split.causal_target!r}; mend the name"
             )
+        joint = split.joint_target
+        if joint is not None and (joint == DOMAIN_ALL or joint not in known):
+            raise ConfigError(
+                f"splits.{split.name}.joint_target: expected a domain ({', '.join(known)}) other than {DOMAIN_ALL}, "
+                f"found {joint!r}; mend the name"
+            )
+        if joint is not None and split.causal_target not in (None, joint):
+            raise ConfigError(
+                f"splits.{split.name}: expected joint_target and causal_target to be the same domain, found {joint!r} "
+                f"and {split.causal_target!r}; make two splits"
+            )
 
 
 def run(run: Run) -> Outcome:
@@ -124,7 +157,7 @@ def run(run: Run) -> Outcome:
         run,
         partial(rows, names=names_of(run.config.domains), splits=run.config.splits),
         columns=("event_type", "value"),
-        whole=True,
+        whole=tuple(split.name for split in run.config.splits if split.joint_target is None),
         properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]},
     )
 

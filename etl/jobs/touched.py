@@ -23,12 +23,13 @@ def write(
     *,
     columns: tuple[str, ...],
     needs: bool = False,
-    whole: bool = False,
+    whole: Sequence[str] = (),
     properties: Mapping[str, str],
 ) -> Outcome:
     """Write and commit the table of `run`. `rows`, `columns`: see `etl.bucketed.write` and `etl.histories.inputs`.
 
-    `needs`: without any of `columns` in the log there are no rows. `whole`: the rows hold all that `rows` is given.
+    `needs`: without any of `columns` in the log there are no rows. `whole`: the splits
+    whose rows of the domain `all` hold all that `rows` is given, in that order.
     """
     buckets = int(delta.last_commit(run.lake, INTERACTIONS)["buckets"])
     read = _inputs(run, run.inputs, columns)
@@ -39,7 +40,7 @@ def write(
     users = run.read(USERS)
     before = None
     if appended is not None and touched is not None:
-        before = before_of(run.lake, run.base, appended) if whole else None
+        before = before_of(run.lake, run.base, appended, whole) if whole else None
         run.notes.append(f"{len(touched)} of {buckets} buckets {'written' if before else 'made'} anew")
         if len(touched) < buckets:
             users = users.where(delta.bucket_of(buckets).isin(touched))

@@ -141,6 +141,26 @@ def test_causal_split_cuts_other_domains_at_the_first_held_out_target_item(tmp_p
     assert _offsets(found["causal", "source", 6]) == _offsets(found["last-2", "source", 6]) == (1, 2, 3)
 
 
+def test_joint_split_moves_what_the_target_holds_out_to_the_end_of_all(tmp_path: Path) -> None:
+    log = [
+        ("u", "c", 1), ("u", "a", 2), ("u", "d", 3), ("u", "b", 4), ("u", "c", 5), ("u", "a", 6),
+        ("v", "a", 1), ("v", "b", 2), ("v", "a", 3), ("v", "c", 4),
+    ]  # fmt: skip
+    joint = SplitConfig(name="joint", validation=1, test=1, joint_target="target")
+    causal = SplitConfig(name="both", validation=1, test=1, joint_target="target", causal_target="target")
+    found = _sequences(tmp_path, log, [LAST, joint, causal], {"u": True, "v": True})
+    row = found["joint", "all", 5]
+    assert (row["items"], row["times"]) == ([C, A, B, A, D, C], [1, 2, 4, 6, 3, 5])
+    assert _offsets(row) == (4, 5, 6)
+    row = found["both", "all", 5]
+    assert (row["items"], row["times"]) == ([C, A, D, C, B, A], [1, 2, 3, 5, 4, 6])
+    assert _offsets(row) == (2, 3, 4)
+    # v holds nothing out in the target domain, so trains on all; other domains are as without.
+    assert _offsets(found["joint", "all", 6]) == (4, 4, 4)
+    for domain, user in (("source", 5), ("source", 6), ("target", 5), ("target", 6)):
+        assert found["joint", domain, user] == found["last-2", domain, user]
+
+
 def test_baskets_are_in_order_with_the_last_held_out(tmp_path: Path) -> None:
     log = [
         ("u", "a", 1, None, None, "k"), ("u", "c", 1, None, None, "k"), ("u", "b", 2, None, None, "k"),
@@ -203,9 +223,19 @@ def _histories(log: Sequence[tuple[Any, ...]], users: Mapping[str, bool], most: 
 
 
 def _first_held_out(events: Sequence[Any], split: SplitConfig) -> Any:
-    own = [event for event in events if event[2] in DOMAINS[split.causal_target or "all"]]
+    own = [event for event in events if event[2] in DOMAINS[split.causal_target or split.joint_target or "all"]]
     held = split.validation + split.test
     return own[-held] if held and len(own) >= split.min_train + held else None
+
+
+def _joint(history: list[Any], split: SplitConfig) -> tuple[list[Any], int, int]:
+    """A user's events as a joint split has them in the domain `all`, its end, and how many are held out."""
+    first = _first_held_out(history, split)
+    late = [event for event in history if first is not None and event[:2] >= first[:2]]
+    held = [event for event in late if event[2] in DOMAINS[split.joint_target or ""]]
+    past = [event for event in late if event not in held] if split.causal_target else []
+    trained = [event for event in history if event not in held and event not in past]
+    return [*trained, *held, *past], len(trained) + len(held), len(held)
 
 
 def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], most: int) -> dict[Any, Any]:
@@ -216,7 +246,9 @@ def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], mos
             end = len(own)
             if split.causal_target not in (None, domain) and (first := _first_held_out(history, split)):
                 end = sum(event[:2] < first[:2] for event in own)
-            enough = end >= split.min_train + split.validation + split.test
+            num_held = split.validation + split.test if end >= split.min_train + split.validation + split.test else 0
+            if split.joint_target and domain == "all":
+                own, end, num_held = _joint(history, split)
             if own:
                 expected[split.name, domain, index] = {
                     "user": index,
@@ -224,8 +256,8 @@ def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], mos
                     "times": [event[0] for event in own],
                     "event_types": [event[3] for event in own] if any(event[3] is not None for event in own) else None,
                     "values": [event[4] for event in own] if any(event[4] is not None for event in own) else None,
-                    "valid_start": end - split.validation - split.test if enough else end,
-                    "test_start": end - split.test if enough else end,
+                    "valid_start": end - num_held,
+                    "test_start": end - split.test if num_held else end,
                     "end": end,
                 }
     return expected
@@ -235,6 +267,8 @@ def _expected_baskets(log: Any, users: Any, splits: Sequence[SplitConfig], most:
     expected: dict[Any, Any] = {}
     for index, history in _histories(log, users, most).items():
         for split, (domain, inside) in itertools.product(splits, DOMAINS.items()):
+            if split.joint_target and domain == "all":
+                continue
             own = [event for event in history if event[2] in inside and event[5] is not None]
             if split.causal_target not in (None, domain) and (first := _first_held_out(history, split)):
                 own = [event for event in own if event[0] < first[0]]
@@ -259,7 +293,11 @@ SPLITS = (
     CAUSAL,
     SplitConfig(name="strict", validation=0, test=1, min_train=4, causal_target="source"),
     SplitConfig(name="none", validation=0, test=0, causal_target="target"),
+    SplitConfig(name="joint", validation=2, test=1, joint_target="target"),
+    SplitConfig(name="joint-causal", validation=1, test=2, joint_target="source", causal_target="source"),
+    SplitConfig(name="joint-none", validation=0, test=0, joint_target="target"),
 )
+DAYS_SPLITS = (SplitConfig(name="a-joint", joint_target="target"), LAST, CAUSAL)  # a joint row comes first in a lake
 
 
 @pytest.mark.parametrize("most", [1_000, 9])
@@ -294,7 +332,7 @@ def test_rows_copied_or_renewed_equal_plain_loops(
     from now on or no longer. The old log isn't even named where no old event counts that didn't before."""
     for module in (bucketed, histories, renewal):
         monkeypatch.setattr(module, "PART_EVENTS", part)
-    names, rows = list(DOMAINS), partial(sequences.rows, names=list(DOMAINS), splits=SPLITS[:2])
+    names, rows = list(DOMAINS), partial(sequences.rows, names=list(DOMAINS), splits=DAYS_SPLITS)
     everyone = {f"u{number}": True for number in range(30)}
     first = [(user, "a", 5) for user in everyone]
     more = {f"u{number}": True for number in range(30, 40)}
@@ -333,7 +371,7 @@ def test_rows_copied_or_renewed_equal_plain_loops(
         read = histories.inputs(str(tmp_path), versions, names=names, columns=("event_type", "value"), max_events=most)
         if number:
             appended = [file for file in snapshot_files(str(tmp_path), INTERACTIONS) if file.path not in held]
-            before = renewal.before_of(str(tmp_path), None, appended)
+            before = renewal.before_of(str(tmp_path), None, appended, [LAST.name, CAUSAL.name])
             assert before is not None
             if not needed and most > len(log) and part > len(log):
                 read = replace(read, log={})
@@ -350,7 +388,7 @@ def test_rows_copied_or_renewed_equal_plain_loops(
             for row in written:
                 key = (file.partition["split"], file.partition["domain"], row["user"])
                 assert found.setdefault(key, row) is row
-        assert found == _expected_sequences(log, users, SPLITS[:2], most)
+        assert found == _expected_sequences(log, users, DAYS_SPLITS, most)
 
 
 @pytest.mark.parametrize("scale", [1, 10**6, 10**15])
@@ -404,6 +442,10 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
         ((), "at least one"),
         ((LAST, LAST), "different names"),
         ((SplitConfig(causal_target="elsewhere"),), "'elsewhere'"),
+        ((SplitConfig(joint_target="elsewhere"),), "joint_target.*'elsewhere'"),
+        ((SplitConfig(joint_target="all"),), "joint_target.*'all'"),
+        ((SplitConfig(joint_target="all", causal_target="target"),), "joint_target"),
+        ((SplitConfig(joint_target="target", causal_target="all"),), "same domain"),
     ]:
         with pytest.raises(ConfigError, match=message):
             sequences.check(config(*splits))

@@ -3,6 +3,8 @@
 import gc
 import itertools
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from trainer.data.loader import Loader
 from trainer.models import build_model
 from trainer.tasks import build_task
 
+ROOT = Path(__file__).parent.parent.parent
 NUM_ITEMS = 40
 SPLIT, DOMAIN = "leave-one-out", "all"
 PLACE = f"split={SPLIT}/domain={DOMAIN}/bucket="
@@ -396,6 +399,14 @@ def test_texts_are_a_sequence_of_strings():
     assert list(texts[2:5]) == words[2:5]
     assert pa.array(texts[3:], pa.string()).to_pylist() == words[3:]
     assert pa.table({"word": texts})["word"].to_pylist() == words
+
+
+def test_a_command_that_ends_right_after_pinning_a_release_ends_cleanly(tiny_lake):
+    """Through deltalake's own dataset, reading aborts about every other such process at its exit."""
+    script = f"from trainer.data.dataset import pin\nassert pin({tiny_lake!r}, None).number == 1\nraise SystemExit(2)"
+    assert [subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode for _ in range(4)] == [
+        2
+    ] * 4
 
 
 def test_the_catalogue_of_a_lake(tmp_path):

@@ -12,8 +12,10 @@ from trainer.pictures import (
     COLOURS,
     Curve,
     Gain,
+    Tried,
     learning_curves,
     popularity_long_tail,
+    search_progress,
     sequence_lengths,
     transfer_gains,
 )
@@ -50,6 +52,21 @@ def test_learning_curves_overlay_runs_and_label_each_name_once():
     assert [line.get_color() for line in drawn] == [COLOURS[0], COLOURS[1], COLOURS[1]], "seeds share a colour"
     marked = [float(line.get_xdata()[0]) for line in ndcg.lines if line.get_marker() == "o"]
     assert marked == [9, 5, 6], "the best epoch of each run"
+
+
+def test_search_progress_shows_the_best_so_far_of_each_arm_and_every_trial():
+    none = [Tried("none", 0.1, [0.05, 0.1]), Tried("none", None, [0.01]), Tried("none", 0.3, [0.3, 0.2])]
+    deep = [Tried("deep", None, []), Tried("deep", 0.2, [0.2, 0.1])]
+    figure = search_progress([*none, *deep], title="a title")
+    render(figure)
+    best, by_epoch = figure.axes
+    steps = {line.get_color(): line.get_ydata().tolist() for line in best.lines if line.get_drawstyle() == "steps-post"}
+    assert steps == {COLOURS[0]: [0.1, 0.1, 0.3], COLOURS[1]: [pytest.approx(NAN, nan_ok=True), 0.2]}
+    assert sorted(texts(best)) == ["deep", "none"]
+    assert [line.get_ydata().tolist() for line in by_epoch.lines] == [trial.scores for trial in [*none, *deep]]
+    faint = [line.get_alpha() < 0.5 for line in by_epoch.lines]
+    assert faint == [False, True, False, True, False], "given up or failed"
+    render(search_progress([Tried("none", None, [])]))
 
 
 def test_learning_curves_leave_out_epochs_without_a_value():

@@ -46,6 +46,22 @@ def in_process(script: str, folder: Path, **environment: str) -> subprocess.Pope
 # --- what a run holds ---------------------------------------------
 
 
+def test_work_that_is_resumed_goes_on_in_its_run_where_the_store_still_has_it(store):
+    with start_run(QUIET, name="work", resolved=PretrainConfig()) as first:
+        first.log_metrics({"done": 1.0}, step=1)
+        begun = first.id
+    with start_run(QUIET, name="work", resolved=PretrainConfig(name="other"), resumed=begun) as second:
+        second.log_metrics({"done": 2.0}, step=2)
+        assert second.id == begun
+    client = client_of(store)
+    assert [metric.value for metric in client.get_metric_history(begun, "done")] == [1.0, 2.0]
+    assert client.get_run(begun).info.status == "FINISHED"
+    client.delete_run(begun)
+    for gone in (begun, "0" * 32):
+        with start_run(QUIET, name="anew", resolved=PretrainConfig(), resumed=gone) as third:
+            assert third.id not in ("", begun, gone)
+
+
 def test_run_holds_settings_snapshots_curves_and_pictures(store):
     resolved = PretrainConfig(name="held")
     release = Release("some/lake", 7, {"sequences": 0, "items": 3})

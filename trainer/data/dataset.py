@@ -76,7 +76,8 @@ def _open(lake: str, table: Table, version: int | None) -> deltalake.DeltaTable:
 
 def pin(lake: str, release: int | None) -> Release:
     """The release to read: the one named, else the newest. Raises DataError."""
-    rows = _open(lake, tables.RELEASES, None).to_pyarrow_table(columns=["release", "tables"]).to_pylist()
+    newest = {tables.RELEASES.name: _open(lake, tables.RELEASES, None).version()}
+    rows = Release(lake, 0, newest).read(tables.RELEASES, ["release", "tables"]).to_pylist()
     known = {row["release"]: row for row in rows}
     if not known:
         raise DataError(f"the lake {lake} has no complete release; run `python -m etl all --lake {lake}`")

@@ -5,19 +5,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from trainer.config import Bert4RecConfig, ModelConfig
+from trainer.config import Bert4RecConfig, CaserConfig, ModelConfig
 from trainer.distributed import ALONE
-from trainer.models import bert4rec
+from trainer.models.base import SequenceModel
 from trainer.models.bert4rec import Bert4Rec
+from trainer.models.caser import Caser
 from trainer.models.table import RowTable, RowTables
 
-__all__ = ["Bert4Rec", "RowTables", "build_model", "build_saved", "group_of", "groups_of"]
+__all__ = [
+    "Bert4Rec", "Caser", "RowTables", "SequenceModel", "build_model", "build_saved", "group_of", "groups_of",
+]  # fmt: skip
 
 
 def build_model(
     config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int,
     tables: RowTables | None = None,
-) -> Bert4Rec:  # fmt: skip
+) -> SequenceModel:  # fmt: skip
     """A new model, its weights a function of `seed` alone (the global random state is left as it was).
 
     `tables`: its item, user and entity tables are row-wise, and this process keeps its share of them. Raises
@@ -25,38 +28,45 @@ def build_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        match config:
-            case Bert4RecConfig():
-                model = Bert4Rec(
-                    config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
-                )
+        model = _new(config, num_users, num_entities, knowledge_VS, tables)
     if tables is not None:
         for place, table in enumerate(module for module in model.modules() if isinstance(module, RowTable)):
-            tables.initialise(table, seed=[seed, place], std=bert4rec.TABLE_STD)
+            tables.initialise(table, seed=[seed, place], std=model.table_std(table.weight.shape[1]))
     return model
 
 
 def build_saved(
     config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, weights: Mapping[str, Tensor]
-) -> Bert4Rec:
+) -> SequenceModel:
     """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
-    match config:
-        case Bert4RecConfig():
-            model = Bert4Rec(
-                config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS,
-                tables=RowTables(ALONE),
-            )  # fmt: skip
+    model = _new(config, num_users, num_entities, knowledge_VS, RowTables(ALONE))
     model.tables = None  # their modules have served to leave them unfilled
     model.to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights, assign=True)
     return model
 
 
+def _new(
+    config: ModelConfig, num_users: int, num_entities: int, knowledge_VS: Tensor, tables: RowTables | None
+) -> SequenceModel:
+    match config:
+        case Bert4RecConfig():
+            return Bert4Rec(
+                config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
+            )
+        case CaserConfig():
+            return Caser(
+                config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
+            )
+
+
 def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
     """Parameter groups (item, user, knowledge, position, body, head) to the name prefixes of their tensors."""
     match config:
         case Bert4RecConfig():
-            return bert4rec.GROUPS
+            return Bert4Rec.GROUPS
+        case CaserConfig():
+            return Caser.GROUPS
 
 
 def group_of(model: nn.Module, config: ModelConfig) -> dict[str, str]:

@@ -15,29 +15,20 @@ read. Counting back from the newest was tried: the position that is asked is the
 0.12).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etl.tables import UNK
 from trainer.config import Bert4RecConfig
-from trainer.models.chunks import mapped
-from trainer.models.table import RowTable, RowTables
+from trainer.models.base import SequenceModel
+from trainer.models.chunks import mapped, order_of, sizes_by_length
+from trainer.models.dropout import Dropout
+from trainer.models.table import RowTables
 
-# Parameter groups by name prefix (DESIGN section 6): the one place that says which tensor is of which kind.
-GROUPS = {
-    "item": ("item_embedding.", "output_bias"),
-    "user": ("user_embedding.",),
-    "knowledge": ("entity_embedding.",),
-    "position": ("position_embedding.",),
-    "body": ("item_projection.", "knowledge_projection.", "user_projection.", "input_norm.", "blocks.", "output_norm."),
-    "head": ("head.",),
-}
 TABLE_STD = 0.02
 CHUNK_POSITIONS = 1_024  # padded positions that go through the network together on a CPU: 0.5 MB at width 128
-_EVERY = slice(None)
 
 
 class Block(nn.Module):
@@ -101,37 +92,40 @@ class Wanted:
         return x_BTD.gather(1, self.places_BQ[:, :, None].expand(-1, -1, x_BTD.shape[2]))
 
 
-class Bert4Rec(nn.Module):
-    """items, lengths, users -> hidden states [N, D] of wanted positions; items are scored with the table they are
-    embedded with.
+class Bert4Rec(SequenceModel):
+    """Items are scored with the same knowledge-enhanced vectors that they are embedded with."""
 
-    `knowledge_VS`: entity index of each slot of each catalogue row, UNK where unknown (survey 4.3: director, actors).
-    """
+    GROUPS: ClassVar = {
+        "item": ("item_embedding.", "output_bias"),
+        "user": ("user_embedding.",),
+        "knowledge": ("entity_embedding.",),
+        "position": ("position_embedding.",),
+        "body": (
+            "item_projection.", "knowledge_projection.", "user_projection.", "input_norm.", "blocks.", "output_norm.",
+        ),
+        "head": ("head.",),
+    }  # fmt: skip
+    ROW_TABLES: ClassVar = (
+        "item_embedding.weight", "output_bias", "user_embedding.weight", "entity_embedding.weight",
+    )  # fmt: skip
 
-    knowledge_VS: Tensor
+    config: Bert4RecConfig
     rotation_TE: Tensor
 
     def __init__(
         self, config: Bert4RecConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
         tables: RowTables | None = None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        num_items, num_slots = knowledge_VS.shape
-        self.config, self.num_items = config, num_items
-        self.tables = tables  # None: dense ones
-
-        def embedding(num_embeddings: int, width: int) -> nn.Embedding | RowTable:
-            return nn.Embedding(num_embeddings, width) if tables is None else RowTable(num_embeddings, width, tables)
-
+        super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
+        num_slots = knowledge_VS.shape[1]
         width = config.width
-        self.item_embedding = embedding(num_items, width)
+        self.item_embedding = self.table(self.num_items, width)
         self.item_projection = nn.Linear(width, width) if num_slots else None
-        self.register_buffer("knowledge_VS", knowledge_VS.int(), persistent=False)
         if num_slots:
-            self.entity_embedding = embedding(num_entities, config.knowledge_width)
+            self.entity_embedding = self.table(num_entities, config.knowledge_width)
             self.knowledge_projection = nn.Linear(num_slots * config.knowledge_width, width, bias=False)
         if config.user_width:
-            self.user_embedding = embedding(num_users, config.user_width)
+            self.user_embedding = self.table(num_users, config.user_width)
             self.user_projection = nn.Linear(config.user_width, width, bias=False)
         self.position_embedding = nn.Embedding(config.max_length, width)
         if config.positions == "rotary":
@@ -140,38 +134,27 @@ class Bert4Rec(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.output_norm = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.output_bias = nn.Parameter(torch.zeros(num_items if tables is None else tables.share(num_items)))
-        self.dropout = Dropout(config.dropout)
+        self.output_bias = self.per_item()
         self.apply(_initialise)
+
+    @staticmethod
+    def table_std(width: int) -> float:
+        return TABLE_STD
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         """Knowledge-enhanced vectors of catalogue rows, [V, D] or [*rows.shape, D]: the projected concatenation of the
         item's embedding and those of its director and actors (survey 4.3), written as a sum of two projections."""
-        own = self._rows_of(self.item_embedding.weight, rows)
+        own = self.rows_of(self.item_embedding.weight, rows)
         if self.item_projection is None:
             return own
         known = self.knowledge_VS if rows is None else self.knowledge_VS[rows]
-        entities = self._rows_of(self.entity_embedding.weight, known).flatten(-2)
+        entities = self.rows_of(self.entity_embedding.weight, known).flatten(-2)
         vectors: Tensor = self.item_projection(own) + self.knowledge_projection(entities)
         return vectors
 
-    def bias(self, rows: Tensor | None = None) -> Tensor:
-        """Output biases of catalogue rows, [V] or [*rows.shape]."""
-        return self._rows_of(self.output_bias, rows)
-
-    def _rows_of(self, table: Tensor, rows: Tensor | None) -> Tensor:
-        """Rows of an item, user or entity table, however it is kept; `rows` None: all of an item table's."""
-        if self.tables is not None:
-            return self.tables.whole(table, self.num_items) if rows is None else self.tables.lookup(table, rows)
-        if rows is None:
-            return table
-        return F.embedding(rows, table) if table.ndim == 2 else table[rows]
-
-    def row_tables(self) -> dict[str, Tensor]:
-        """Names of the tables that are looked up by row, and this process's part of each; none where all are dense."""
-        names = ("item_embedding.weight", "output_bias", "user_embedding.weight", "entity_embedding.weight")
-        given = dict(self.named_parameters()) if self.tables is not None else {}
-        return {name: given[name] for name in names if name in given}
+    @property
+    def scores_with_table(self) -> bool:
+        return self.item_projection is None
 
     def forward(
         self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
@@ -187,9 +170,8 @@ class Bert4Rec(nn.Module):
         vectors_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
         x_BTD = vectors_BTD + self.position_embedding.weight[: items_BT.shape[1]]
         if self.config.user_width:
-            known_B = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)[order_B]
-            x_BTD = x_BTD + self.user_projection(self._rows_of(self.user_embedding.weight, known_B))[:, None]
-        sizes = _chunks(lengths_B)
+            x_BTD = x_BTD + self.user_projection(self.user_vectors(users_B)[order_B])[:, None]
+        sizes = sizes_by_length(lengths_B, CHUNK_POSITIONS)
         lengths, wanted = torch.split(lengths_B, sizes), torch.split(wanted_BT, sizes)
         seeds = torch.randint(1 << 62, (len(sizes),)).tolist() if self.training else []
 
@@ -198,7 +180,7 @@ class Bert4Rec(nn.Module):
             return self._chunk(x_BTD, lengths[number], wanted[number], random, causal=causal)
 
         weights = [*self.input_norm.parameters(), *self.blocks.parameters(), *self.output_norm.parameters()]
-        return torch.cat(mapped(chunk, torch.split(x_BTD, sizes), weights))[_order_of(wanted_BT, order_B)]
+        return torch.cat(mapped(chunk, torch.split(x_BTD, sizes), weights))[order_of(wanted_BT, order_B)]
 
     def _chunk(
         self, x_BTD: Tensor, lengths_B: Tensor, wanted_BT: Tensor, random: torch.Generator | None, *, causal: bool
@@ -223,41 +205,6 @@ class Bert4Rec(nn.Module):
         hidden_ND: Tensor = self.output_norm(x_ND)
         return hidden_ND
 
-    def scores(
-        self, hidden_ND: Tensor, rows: Tensor | slice = _EVERY, table_VD: Tensor | None = None,
-        bias_V: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Scores [N, C] of catalogue rows for hidden states; all of them, reserved ones included, where none are named.
-
-        `table_VD`, `bias_V`: item_vectors() and bias(), where the caller has them already: a slice of rows copies
-        nothing then."""
-        if isinstance(rows, slice):
-            table_CD = (self.item_vectors() if table_VD is None else table_VD)[rows]
-            bias_C = (self.bias() if bias_V is None else bias_V)[rows]
-        else:
-            table_CD = self.item_vectors(rows) if table_VD is None else table_VD[rows]
-            bias_C = self.bias(rows) if bias_V is None else bias_V[rows]
-        return F.linear(self.head(hidden_ND), table_CD, bias_C)
-
-
-def _chunks(lengths_B: Tensor) -> list[int]:
-    """How many sequences, in ascending order of length, go through the network together."""
-    if lengths_B.device.type != "cpu" or len(lengths_B) == 0:
-        return [len(lengths_B)]
-    sizes = [0]
-    for length in lengths_B.tolist():
-        if sizes[-1] and (sizes[-1] + 1) * length > CHUNK_POSITIONS:
-            sizes.append(0)
-        sizes[-1] += 1
-    return sizes
-
-
-def _order_of(wanted_BT: Tensor, order_B: Tensor) -> Tensor:
-    """Where the wanted positions of rows put in an order stand, in the rows' order of old."""
-    T = wanted_BT.shape[1]
-    old_BT = order_B[:, None] * T + torch.arange(T, device=wanted_BT.device)
-    return old_BT[wanted_BT].argsort()
-
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
     """Attention (Vaswani et al. 2017, equation 1), [B, H, Q, E]."""
@@ -272,45 +219,6 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
             scores = scores + torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
         attended: Tensor = scores.softmax(-1) @ value
         return attended
-
-
-class Dropout(nn.Module):
-    """Dropout at a rate rounded to 1/256: a random byte for each number, where torch's draws a float one by one.
-
-    None drops nothing."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.threshold = round(256 * rate)
-
-    def forward(self, x: Tensor, random: torch.Generator | None) -> Tensor:
-        if random is None or self.threshold == 0:
-            return x
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
-        words.random_(-(2**63), None, generator=random)
-        dropped: Tensor = _Dropped.apply(x, words, self.threshold)  # type: ignore[no-untyped-call]
-        return dropped
-
-
-class _Dropped(torch.autograd.Function):
-    """x with a share of threshold / 256 of its numbers set to zero, the others scaled up; keeps a byte of each."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, words: Tensor, threshold: int) -> Tensor:
-        ctx.save_for_backward(words)
-        ctx.threshold = threshold
-        return _Dropped._scaled(x, words, threshold)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (words,) = ctx.saved_tensors
-        return _Dropped._scaled(gradients[0], words, ctx.threshold), None, None
-
-    @staticmethod
-    def _scaled(x: Tensor, words: Tensor, threshold: int) -> Tensor:
-        bytes_ = words.view(torch.uint8)[: x.numel()].view(x.shape)
-        # Compared as x's own type, which has vector instructions, where bytes have none; 0 to 255 are exact in bf16.
-        return bytes_.to(x.dtype).ge_(threshold).mul_(256 / (256 - threshold)).mul_(x)
 
 
 def _rotated(x: Tensor, rotation: Tensor) -> Tensor:

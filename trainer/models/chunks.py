@@ -90,3 +90,23 @@ def _one_thread_each(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def sizes_by_length(lengths_B: Tensor, most: int) -> list[int]:
+    """How many sequences, in ascending order of length, go through the network together: with padding about `most`
+    positions on a CPU, elsewhere all."""
+    if lengths_B.device.type != "cpu" or len(lengths_B) == 0:
+        return [len(lengths_B)]
+    sizes = [0]
+    for length in lengths_B.tolist():
+        if sizes[-1] and (sizes[-1] + 1) * length > most:
+            sizes.append(0)
+        sizes[-1] += 1
+    return sizes
+
+
+def order_of(wanted_BT: Tensor, order_B: Tensor) -> Tensor:
+    """Where the wanted positions of rows put in an order stand, in the rows' order of old."""
+    T = wanted_BT.shape[1]
+    old_BT = order_B[:, None] * T + torch.arange(T, device=wanted_BT.device)
+    return old_BT[wanted_BT].argsort()

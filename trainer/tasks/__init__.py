@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trainer.config import MaskedItemConfig, NextItemConfig, TaskConfig
 from trainer.data.batch import Batch
-from trainer.models.bert4rec import Bert4Rec
+from trainer.models import SequenceModel
 from trainer.tasks.masked_item import MaskedItem
 from trainer.tasks.next_item import NextItem
 
@@ -16,12 +16,12 @@ __all__ = ["MaskedItem", "NextItem", "Task", "build_task"]
 class Task(Protocol):
     """A training objective. Its draws are functions of `batch.draw`, so that a resumed run makes the same ones."""
 
-    def loss(self, model: Bert4Rec, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """(loss summed over the positions where one is taken, their number), of this rank's slice of the batch."""
         ...
 
-    def query(self, model: Bert4Rec, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
-        """Hidden states [B, D] that the candidates are scored against. `table_VD`: as `Bert4Rec.forward`'s."""
+    def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
+        """Hidden states [B, D] that the candidates are scored against. `table_VD`: as `SequenceModel.forward`'s."""
         ...
 
 

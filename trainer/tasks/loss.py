@@ -1,4 +1,4 @@
-"""Cross-entropy at the positions where a loss is taken, over the whole catalogue or over sampled negatives.
+"""The loss at the positions where one is taken: over the whole catalogue or over sampled negatives.
 
 Sampled softmax (Jean et al. 2015; Bengio and Senecal 2008): the partition function ``sum_v exp(s_v)`` becomes
 ``exp(s_y) + sum_j exp(s_j - log(K q_j))`` over K negatives drawn from q, those that hit the target left out; its
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from etl.tables import FIRST_INDEX
 from trainer.config import LossConfig
-from trainer.models.bert4rec import Bert4Rec
+from trainer.models import SequenceModel
 from trainer.tasks.softmax import summed_cross_entropy
 
 
 def summed_loss(
-    model: Bert4Rec,
+    model: SequenceModel,
     hidden_ND: Tensor,
     targets_N: Tensor,
     config: LossConfig,
@@ -35,12 +35,14 @@ def summed_loss(
     num_items = model.num_items - FIRST_INDEX
     drawn = np.random.default_rng([*draw, 4]).integers(FIRST_INDEX, model.num_items, config.num_negatives)
     negatives_K = torch.from_numpy(drawn).to(hidden_ND.device)
+    if config.kind == "bce":
+        return binary_loss(model, hidden_ND, targets_N, negatives_K)
     log_expected = np.log(config.num_negatives / num_items)  # draws of one item among K: K q, uniform q
     return sampled_softmax(model, hidden_ND, targets_N, negatives_K, float(log_expected))
 
 
 def sampled_softmax(
-    model: Bert4Rec, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor, log_expected: float
+    model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor, log_expected: float
 ) -> Tensor:
     """The sampled loss for given negatives [K], all drawn with the same expected count exp(log_expected)."""
     query_ND = model.head(hidden_ND)
@@ -52,6 +54,19 @@ def sampled_softmax(
     total_N = torch.logsumexp(_wide(torch.cat([own_N[:, None], others_NK], dim=1)), dim=1)
     loss: Tensor = (total_N - own_N).sum()
     return loss
+
+
+def binary_loss(model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor) -> Tensor:
+    """Sum over N positions of -log s(target), less the mean of log(1 - s(negative)) over the negatives that aren't the
+    target; s is the logistic function (Tang and Wang 2018, equation 8, there with the sum over 3 negatives)."""
+    query_ND = model.head(hidden_ND)
+    rows = torch.cat([targets_N, negatives_K])
+    N, vectors, bias = len(targets_N), model.item_vectors(rows), model.bias(rows)
+    own_N = _wide((query_ND * vectors[:N]).sum(-1) + bias[:N])
+    others_NK = _wide(F.linear(query_ND, vectors[N:], bias[N:]))
+    other_NK = negatives_K != targets_N[:, None]
+    refused_N = (F.softplus(others_NK) * other_NK).sum(1) / other_NK.sum(1).clamp(min=1)
+    return (F.softplus(-own_N) + refused_N).sum()
 
 
 def _wide(scores: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from etl.tables import FIRST_INDEX, MASK, PAD
 from trainer.config import MaskedItemConfig
 from trainer.data.batch import Batch
-from trainer.models.bert4rec import Bert4Rec
+from trainer.models import SequenceModel
 from trainer.tasks.loss import summed_loss
 
 
@@ -26,7 +26,7 @@ class MaskedItem:
     def __init__(self, config: MaskedItemConfig) -> None:
         self.config = config
 
-    def loss(self, model: Bert4Rec, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed loss, number of masked positions) of this rank's slice."""
         corrupted_BT, lengths_B, chosen_BT = self.mask(batch, model.num_items)
         whole = self.config.loss.kind == "full"
@@ -60,7 +60,7 @@ class MaskedItem:
         corrupted_BT = torch.where(chosen_BT, replaced_BT, batch.items)
         return torch.where(place_T < lengths_B[:, None], corrupted_BT, PAD), lengths_B, chosen_BT
 
-    def query(self, model: Bert4Rec, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
+    def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
         """How the model is asked: hidden states [B, D] of a MASK put behind each sequence. `batch` leaves room for
         it."""
         items_BT = torch.cat([batch.items, batch.items.new_zeros(len(batch.items), 1)], dim=1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from etl.tables import CLS
 from trainer.config import NextItemConfig
 from trainer.data.batch import Batch
-from trainer.models.bert4rec import Bert4Rec
+from trainer.models import SequenceModel
 from trainer.tasks.loss import summed_loss
 
 
@@ -21,18 +21,31 @@ class NextItem:
     def __init__(self, config: NextItemConfig) -> None:
         self.config = config
 
-    def loss(self, model: Bert4Rec, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(summed loss, number of predicted positions) of this rank's slice."""
+    def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(summed loss, number of predicted items) of this rank's slice."""
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
         inputs_BT = torch.cat([_begin(batch), batch.items[:, :-1]], dim=1)
         real_BT = batch.mask_BT
         hidden_ND = model(inputs_BT, batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD)
         targets_N = batch.items[real_BT]
+        if self.config.targets > 1:
+            asking, targets_N = self._following(batch)
+            hidden_ND = hidden_ND[asking]
         loss = summed_loss(model, hidden_ND, targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
-        return loss, real_BT.sum()
+        return loss, torch.tensor(len(targets_N), device=loss.device)
 
-    def query(self, model: Bert4Rec, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
+    def _following(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of each real position and each of the next items that there are: the position's number, and the item."""
+        number_BT = (batch.mask_BT.flatten().cumsum(0) - 1).view_as(batch.items)
+        asking, targets = [], []
+        for ahead in range(min(self.config.targets, batch.items.shape[1])):
+            real_BT = batch.mask_BT[:, ahead:]
+            asking.append(number_BT[:, : real_BT.shape[1]][real_BT])
+            targets.append(batch.items[:, ahead:][real_BT])
+        return torch.cat(asking), torch.cat(targets)
+
+    def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
         """How the model is asked: hidden states [B, D] at the newest item (at CLS for an empty history)."""
         items_BT = torch.cat([_begin(batch), batch.items], dim=1)
         newest_BT = torch.arange(items_BT.shape[1], device=items_BT.device) == batch.lengths[:, None]

@@ -1,0 +1,388 @@
+"""The survey's experiment (section 4): models × transfer × task of pre-training × metadata, over seeds, as one command.
+
+    python mlflow_projects/experiment.py --experiment table2 --preset small [--data FOLDER] [--section.key value …]
+
+Every number of the table comes from *cells*: training runs, each a process and a child of one MLflow run. What is done
+is not done again, and a killed run goes on from its checkpoints, so the same command goes on with an experiment that
+was stopped anywhere. A cell that fails is a hole in the table, with its reason; the others go on. Then all models and
+the simple baselines are scored on one pinned release, under every protocol, into <runs>/<name>/results.json and
+report.html. Exit codes: 0; 1 where there are holes that were not asked for; 2 for a mistake in settings or data.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+from pydantic import Field, model_validator
+
+from etl.config import ConfigError, EtlConfig, GraftrecError, MovielensSource, Section, config_hash, load
+from etl.tables import DOMAIN_ALL
+from trainer.config import (
+    BaselinesConfig,
+    EvaluationConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    TaskConfig,
+    TrackingConfig,
+    TransferName,
+)
+from trainer.survey import row_id
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "tests" / "reproduction" / "results"
+ModelName = Literal["bert4rec", "caser"]
+HOLES = 1
+
+
+class ModelPlan(Section):
+    """How one model is trained. The task of `finetune` is that of all its rows; `pretrain_tasks` are the table's."""
+
+    pretrain: PretrainConfig
+    finetune: FinetuneConfig
+    pretrain_tasks: tuple[TaskConfig, ...]  # settings of each task, for pre-training and for extra from-scratch rows
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelPlan":
+        kinds = [task.kind for task in self.pretrain_tasks]
+        if not kinds or len(set(kinds)) < len(kinds):
+            raise ValueError(f"pretrain_tasks: expected different tasks, at least one, found {', '.join(kinds)}")
+        if self.pretrain.model.kind != self.finetune.model.kind:
+            raise ValueError(
+                f"expected pretrain and finetune to name one kind of model, found {self.pretrain.model.kind} and "
+                f"{self.finetune.model.kind}"
+            )
+        return self
+
+
+class ExperimentConfig(Section):
+    """Which rows, on what data, and how they are judged. Lake, domains, seeds, names and folders are set here, whatever
+    the sections say."""
+
+    name: str = "experiment"
+    preset: str = "small"
+    runs: str = "runs"  # the experiment's folder is <runs>/<name>
+    etl: EtlConfig | None = None  # makes the tables; or, in its place:
+    lake: str | None = None  # … a lake that is there
+    release: int | None = None  # of that lake; None: the newest
+    source: str = "source"
+    target: str = "target"
+    split: str = "last-5"
+    joint_split: str = "joint-5"  # one whose domain `all` holds the target's hold-out out
+    part: Literal["validation", "test"] = "test"
+    bert4rec: ModelPlan | None = None
+    caser: ModelPlan | None = None
+    transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
+    knowledge: tuple[bool, ...] = (False, True)
+    joint: bool = True  # one model trained on both domains
+    extras: bool = True  # from scratch under the tasks of pre-training that are not the one of fine-tuning
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    rows: tuple[str, ...] = ()  # ids of the only rows to train; (): all. The others are holes
+    evaluation: EvaluationConfig = EvaluationConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
+    metric: str = "NDCG@10"  # what differences are judged by
+    jobs: int | None = Field(None, ge=1)  # cells at a time; None: cores / threads
+    threads: int = Field(1, ge=1)  # of each cell
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def plans(self) -> dict[ModelName, ModelPlan]:
+        named: list[tuple[ModelName, ModelPlan | None]] = [("bert4rec", self.bert4rec), ("caser", self.caser)]
+        return {name: plan for name, plan in named if plan is not None}
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> "ExperimentConfig":
+        if not self.plans:
+            raise ValueError("expected a section bert4rec, caser or both, found none")
+        for name, plan in self.plans.items():
+            if plan.finetune.model.kind != name:
+                raise ValueError(f"{name}: expected a model of that kind, found {plan.finetune.model.kind}")
+        if (self.etl is None) == (self.lake is None):
+            raise ValueError("expected one of etl, which makes tables, and lake, where there are some")
+        if self.source == self.target:
+            raise ValueError(f"expected two domains, found {self.source!r} as source and as target")
+        wanted = {self.split} | ({self.joint_split} if self.joint else set())
+        if self.etl and (missing := wanted - {split.name for split in self.etl.splits}):
+            raise ValueError(f"etl.splits: expected {', '.join(sorted(missing))} among them; add it, or mend the name")
+        if self.etl and (unknown := {self.source, self.target} - {domain.name for domain in self.etl.domains}):
+            raise ValueError(f"etl.domains: expected {', '.join(sorted(unknown))} among them; mend source or target")
+        if unknown := set(self.rows) - {row.id for row in rows_of(self)}:
+            known = ", ".join(row.id for row in rows_of(self))
+            raise ValueError(f"rows: expected some of {known}; found {', '.join(sorted(unknown))}")
+        return self
+
+
+# --- the plan: rows, and the cells that they need -----------------------------------------------------------------
+
+
+@dataclass
+class Cell:
+    """One training run."""
+
+    name: str  # its folder within the experiment's
+    recipe: Literal["pretrain", "finetune"]
+    config: PretrainConfig
+    parent: "Cell | None" = None
+    failure: str = ""  # why it has no model
+    is_done: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output) / self.config.name
+
+
+@dataclass
+class Row:
+    """One row of the table: the same training over seeds."""
+
+    id: str
+    kind: Literal["model", "joint", "extra"]
+    model: ModelName
+    transfer: TransferName
+    pretrain_task: str | None
+    task: str
+    knowledge: bool
+    label: str
+    reason: str = ""  # why it can't be trained at all
+    cells: dict[int, Cell] = field(default_factory=dict)  # by seed
+
+
+def rows_of(config: ExperimentConfig) -> list[Row]:
+    """The rows of the experiment, without cells."""
+    found = []
+    for model, plan in config.plans.items():
+        task = plan.finetune.task.kind
+        for transfer in config.transfers:
+            for pretrained in [None] if transfer == "none" else [one.kind for one in plan.pretrain_tasks]:
+                for known in config.knowledge:
+                    row = row_id(model, transfer, pretrained, known)
+                    label = " ".join(filter(None, (model, transfer, pretrained, "+ metadata" if known else "")))
+                    found.append(Row(row, "model", model, transfer, pretrained, task, known, label))
+    for model, plan in config.plans.items():
+        for known in config.knowledge:
+            also = " + metadata" if known else ""
+            name = "knowledge" if known else "plain"
+            if config.extras and "none" in config.transfers:
+                for kind in [one.kind for one in plan.pretrain_tasks if one.kind != plan.finetune.task.kind]:
+                    row = f"{row_id(model, 'none', None, known)}/{kind}"
+                    label = f"{model} from scratch by {kind}{also}"
+                    found.append(Row(row, "extra", model, "none", None, kind, known, label))
+            if config.joint:
+                row, task = f"joint/{model}/{name}", plan.finetune.task.kind
+                found.append(Row(row, "joint", model, "none", None, task, known, f"{model} of both domains{also}"))
+    return found
+
+
+def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
+    """The rows with their cells. Rows that need the same pre-trained model share its cell, seed by seed."""
+    pretrained: dict[str, Cell] = {}
+    rows = rows_of(config)
+    for row in rows:
+        if config.rows and row.id not in config.rows:
+            row.reason = "not asked for (`rows`)"
+            continue
+        plan = config.plans[row.model]
+        for seed in config.seeds:
+            parent = None
+            if row.transfer != "none":
+                known = "knowledge" if row.knowledge else "plain"
+                name = f"{row.model}-pretrain-{row.pretrain_task}-{known}-{seed}"
+                if name not in pretrained:
+                    task = _task(plan, row.pretrain_task)
+                    trained = plan.pretrain.model_copy(update={"task": task})
+                    made = _placed(trained, config, row, name, seed, lake, release, config.source, config.split)
+                    pretrained[name] = Cell(name, "pretrain", made)
+                parent = pretrained[name]
+            row.cells[seed] = _cell(config, plan, row, seed, lake, release, parent)
+    return rows
+
+
+def _cell(
+    config: ExperimentConfig, plan: ModelPlan, row: Row, seed: int, lake: str, release: int, parent: Cell | None
+) -> Cell:
+    domain, split = config.target, config.split
+    settings: FinetuneConfig = plan.finetune.model_copy(
+        update={"transfer": row.transfer, "parent": str(parent.folder / "model") if parent else None, "freeze": ()}
+    )
+    if row.kind == "extra":
+        settings = settings.model_copy(update={"task": _task(plan, row.task)})
+    if row.kind == "joint":  # of both domains' size: trained as long as pre-training is
+        domain, split = DOMAIN_ALL, config.joint_split
+        settings = settings.model_copy(update={"train": plan.pretrain.train})
+    name = f"{row.id.replace('/', '-').replace('---', '-')}-{seed}"
+    return Cell(name, "finetune", _placed(settings, config, row, name, seed, lake, release, domain, split), parent)
+
+
+def _task(plan: ModelPlan, kind: str | None) -> TaskConfig:
+    return next(task for task in plan.pretrain_tasks if task.kind == kind)
+
+
+def _placed(
+    section: PretrainConfig, config: ExperimentConfig, row: Row, name: str, seed: int, lake: str, release: int,
+    domain: str, split: str,
+) -> PretrainConfig:  # fmt: skip
+    data = section.data.model_copy(update={"lake": lake, "release": release, "domain": domain, "split": split})
+    model = section.model if row.knowledge else section.model.model_copy(update={"knowledge": {}})
+    runtime = section.runtime.model_copy(update={"threads": config.threads, "progress": False})
+    return section.model_copy(
+        update={
+            "name": name, "output": str(config.folder / "cells"), "data": data, "model": model, "runtime": runtime,
+            "train": section.train.model_copy(update={"seed": seed}), "tracking": config.tracking,
+        }
+    )  # fmt: skip
+
+
+def cells_of(rows: Sequence[Row]) -> list[Cell]:
+    """Every cell once: pre-training before what is grafted on it, and the first seed of all rows before the second, so
+    that a run which is cut short has whole tables of fewer seeds."""
+    by_seed = sorted((seed for row in rows for seed in row.cells), key=lambda seed: seed)
+    found: dict[int, Cell] = {}
+    for seed in dict.fromkeys(by_seed):
+        own = [row.cells[seed] for row in rows if seed in row.cells]
+        for cell in [*(cell.parent for cell in own if cell.parent), *own]:
+            found.setdefault(id(cell), cell)
+    return list(found.values())
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def run(config: ExperimentConfig) -> int:
+    """The whole experiment. Gives the exit code: 0, or 1 where there are holes that were not asked for."""
+    import cells as runner
+    import results
+
+    from trainer import report, tracking
+    from trainer.data.dataset import pin
+
+    folder = config.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with tracking.file_lock(folder / "lock", wait=False) as held:
+        if not held:
+            raise GraftrecError(f"another process is running the experiment in {folder}; wait for it, or set --name")
+        started = _started(config)
+        tags = {"graftrec.recipe": "experiment"}
+        with tracking.start_run(
+            config.tracking, name=config.name, resolved=config, resumed=started["run"], tags=tags
+        ) as tracked:
+            (folder / "started.json").write_text(json.dumps(started | {"run": tracked.id}))
+            release = pin(*build_tables(config))
+            tracked.log_release(release, context="evaluation")
+            rows = planned(config, release.lake, release.number)
+            facts = results.data_facts(release, config)
+            for row in rows:
+                row.reason = row.reason or results.why_not(row, facts, config)
+                row.cells = {} if row.reason else row.cells
+            environment = tracking.child_environment(tracked)
+            runner.run(cells_of(rows), folder=folder, jobs=jobs_of(config), environment=environment)
+            found = results.collect(config, release, rows, facts, started=started["started"])
+            kept = folder / "results.json"
+            kept.write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
+            page = report.write(found, folder / "report")
+            tracked.log_artifact(kept)
+            tracked.log_artifact(page.parent, "report")
+            tracked.log_metrics(dict(results.flat_metrics(found)))
+    print(f"\n{results.text_table(found, config.metric)}\n\nresults  {kept}\nreport   {page}", flush=True)
+    holes = list(_holes(rows))
+    for line in holes:
+        print(f"hole     {line}", file=sys.stderr)
+    return HOLES if holes else 0
+
+
+def _holes(rows: Sequence[Row]) -> Iterator[str]:
+    """What was asked for and is not there."""
+    for row in rows:
+        if row.reason and not row.reason.startswith("not asked for"):
+            yield f"{row.id}: {row.reason}"
+        for seed, cell in row.cells.items():
+            if cell.failure:
+                yield f"{row.id}, seed {seed}: {cell.failure}"
+
+
+def build_tables(config: ExperimentConfig) -> tuple[str, int | None]:
+    """Lake and release to read."""
+    if config.etl is None:
+        assert config.lake is not None
+        return config.lake, config.release
+    import run_etl
+
+    return config.etl.lake, run_etl.run(config.etl, config.tracking)
+
+
+def jobs_of(config: ExperimentConfig) -> int:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return config.jobs or max(1, cores // config.threads)
+
+
+def _started(config: ExperimentConfig) -> dict[str, str]:
+    """When this experiment was begun, with these settings, and its MLflow run."""
+    same = config.model_copy(update={"jobs": None, "threads": 1, "tracking": TrackingConfig()})
+    new = {"settings": config_hash(same), "started": time.strftime("%Y-%m-%d %H:%M"), "run": ""}
+    try:
+        found: dict[str, str] = json.loads((config.folder / "started.json").read_text())
+    except (OSError, ValueError):
+        return new
+    return found if found.get("settings") == new["settings"] else new
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def load_experiment(name: str, preset: str | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """conf/experiment/<name>_<preset>.yaml, or <name>.yaml where that is the preset it is of. Raises ConfigError."""
+    plain = load(ExperimentConfig, name if name.endswith(".yaml") else f"experiment/{name}", overrides)
+    if preset in (None, plain.preset):
+        return plain
+    if name.endswith(".yaml"):
+        raise ConfigError(f"--preset: expected {plain.preset}, which {name} is of, found {preset}; leave it out")
+    return load(ExperimentConfig, f"experiment/{name}_{preset}", overrides)
+
+
+def movielens_in(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
+    """Take MovieLens-1M from `folder`; without its knowledge files the rows with metadata are holes."""
+    from pipeline import movielens_etl
+
+    if config.etl is None or not isinstance(config.etl.source, MovielensSource):
+        raise GraftrecError("--data is for MovieLens-1M, found an experiment on something else; leave it out")
+    return config.model_copy(update={"etl": movielens_etl(config.etl, folder)})
+
+
+def keep(config: ExperimentConfig) -> Path:
+    """Copy the results into the repository."""
+    place = KEPT / f"{config.name}-{config.preset}.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text((config.folder / "results.json").read_text(encoding="utf-8"), encoding="utf-8")
+    return place
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("experiment.py", description="The survey's experiment.", allow_abbrev=False)
+    parser.add_argument("--experiment", required=True, help="a name under conf/experiment/, or a YAML file")
+    parser.add_argument("--preset", help="small, survey…: conf/experiment/<experiment>_<preset>.yaml")
+    parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
+    parser.add_argument("--keep", action="store_true", help="copy the results to tests/reproduction/results/")
+    known, overrides = parser.parse_known_args(arguments)
+    try:
+        config = load_experiment(known.experiment, known.preset, overrides)
+        code = run(movielens_in(config, known.data) if known.data else config)
+        if known.keep:
+            print(f"kept     {keep(config)}")
+        return code
+    except GraftrecError as error:
+        print(f"experiment: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""The survey's experiment: its plan, what it refuses, its numbers beside `evaluate`'s, and, slowly, kills and holes."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from etl.config import ConfigError
+from tests.trainer.folders import write_model
+from tests.trainer.lakes import build_tiny_lake
+from trainer import survey
+from trainer.artifact import load_artifact
+from trainer.comparison import evaluate_contenders
+from trainer.contenders import model_contender, read_evaluation_set
+from trainer.data.dataset import pin
+from trainer.hypotheses import from_scratch_of
+from trainer.metrics import means
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
+
+import experiment
+import results
+from experiment import ExperimentConfig, Row, cells_of, load_experiment, planned
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"width": 8, "max_length": 24, "user_width": 4, "knowledge_width": 4}
+TRAIN = {"epochs": 2, "min_epochs": 1, "batch_size": 16, "warmup_steps": 0, "checkpoint_seconds": 0}
+
+
+def plan(kind: str = "bert4rec", **more: Any) -> dict[str, Any]:
+    model = SMALL | {"kind": kind} | ({"blocks": 1} if kind == "bert4rec" else {"window": 3})
+    trained = {"model": model, "train": TRAIN, "task": {"kind": "masked_item"}}
+    return {"pretrain": trained, "finetune": trained, "pretrain_tasks": [{"kind": "next_item"}]} | more
+
+
+def settings(lake: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """The tiny lake has no joint split; of its split `causal`, the domain `all` has none of the target's hold-out."""
+    given = {"name": "tiny", "runs": str(folder), "lake": lake, "joint_split": "causal", "bert4rec": plan()}
+    tracking = {"tracking": {"system_metrics": False}}
+    return given | {"seeds": [0], "knowledge": [False], "extras": False, "joint": False} | tracking | more
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["small", "survey"])
+def test_table_2_has_the_surveys_rows_each_beside_its_from_scratch(preset: str) -> None:
+    config = load_experiment("table2", preset)
+    rows = planned(config, "lake", 1)
+    assert {row.id for row in rows if row.kind == "model"} == set(survey.TABLE_2)
+    assert {row.id for row in rows if row.kind == "joint"} == {
+        f"joint/{model}/{known}" for model in ("bert4rec", "caser") for known in ("plain", "knowledge")
+    }
+    assert {row.task for row in rows if row.model == "bert4rec" and row.kind != "extra"} == {"masked_item"}
+    assert {row.task for row in rows if row.model == "caser" and row.kind != "extra"} == {"next_item"}
+    told = [vars(row) for row in rows]
+    for row in told:
+        is_scratch = row["kind"] == "model" and row["transfer"] == "none"
+        assert (from_scratch_of(row, told) is None) == is_scratch
+
+
+def test_presets_differ_and_unknown_ones_are_refused_by_name() -> None:
+    small, large = (load_experiment("table2", preset) for preset in ("small", "survey"))
+    assert small.bert4rec is not None
+    assert large.bert4rec is not None
+    assert large.bert4rec.finetune.model.width == large.bert4rec.pretrain.model.width == 128
+    assert small.folder != large.folder
+    with pytest.raises(ConfigError, match=r"table2_huge.*table2_survey"):
+        load_experiment("table2", "huge")
+
+
+def test_cells_are_shared_seeded_and_in_folders_of_their_own() -> None:
+    config = load_experiment("table2", "small")
+    rows = planned(config, "elsewhere", 7)
+    cells = cells_of(rows)
+    assert len({cell.folder for cell in cells}) == len(cells) == 3 * (28 + 8)
+    place = {cell.name: number for number, cell in enumerate(cells)}
+    parents: dict[str, set[tuple[str, int]]] = {}
+    for row, seed in itertools.product(rows, config.seeds):
+        cell = row.cells[seed]
+        data, train = cell.config.data, cell.config.train
+        assert (data.lake, data.release, train.seed) == ("elsewhere", 7, seed)
+        assert (data.domain, data.split) == (("all", "joint-5") if row.kind == "joint" else ("target", "last-5"))
+        assert bool(cell.config.model.knowledge) == row.knowledge
+        assert cell.config.task.kind == row.task
+        assert (cell.parent is None) == (row.transfer == "none")
+        if cell.parent is not None:
+            trained = cell.parent.config
+            assert place[cell.parent.name] < place[cell.name]
+            assert trained.data.domain == "source"
+            assert (trained.task.kind, trained.train.seed, trained.model.kind) == (row.pretrain_task, seed, row.model)
+            assert trained.model.knowledge == cell.config.model.knowledge
+            parents.setdefault(cell.parent.name, set()).add((row.transfer, seed))
+    assert len(parents) == 3 * 8
+    assert {frozenset(given) for given in parents.values()} == {
+        frozenset({("shallow", seed), ("deep", seed)}) for seed in config.seeds
+    }
+    # the first seed's table is whole before the second's begins
+    seeds = [cell.config.train.seed for cell in cells]
+    assert seeds == sorted(seeds)
+
+
+def test_only_the_rows_asked_for_are_trained() -> None:
+    wanted = "bert4rec/deep/next_item/plain"
+    rows = planned(load_experiment("table2", "small", ["--rows", f"[{wanted}]", "--seeds", "[4]"]), "lake", 1)
+    assert [cell.name for cell in cells_of(rows)] == [
+        "bert4rec-pretrain-next_item-plain-4",
+        "bert4rec-deep-next_item-plain-4",
+    ]
+    assert {row.id for row in rows if not row.reason} == {wanted}
+    assert list(experiment._holes(rows)) == []  # not asked for is no failure
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--sasrec", "{pretrain: ml1m}"], "unknown setting sasrec"),
+        (["--rows", "[bert4rec/deep/next_item]"], "rows: expected some of .*found bert4rec/deep/next_item"),
+        (["--target", "source"], "two domains"),
+        (["--target", "elsewhere"], "elsewhere"),
+        (["--joint_split", "last"], "etl.splits: expected last"),
+        (["--lake", "somewhere"], "one of etl"),
+        (["--bert4rec.finetune", "caser_ml1m"], "one kind of model"),
+        (["--caser.pretrain_tasks", "[]"], "at least one"),
+        (["--seeds", "[]"], "seeds"),
+    ],
+)
+def test_settings_that_make_no_experiment_are_one_line(
+    more: Sequence[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert experiment.main(["--experiment", "table2", *more]) == 2
+    assert re.fullmatch(rf"experiment: .*{told}.*\n", capsys.readouterr().err)
+
+
+# --- data that rows make no sense on, and scores ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(build_tiny_lake(tmp_path_factory.mktemp("lake")))
+
+
+def test_table_1_counts_what_the_lake_holds(lake: str, tmp_path: Path) -> None:
+    config = ExperimentConfig.model_validate(settings(lake, tmp_path))
+    release = pin(lake, None)
+    facts = results.data_facts(release, config)
+    from deltalake import DeltaTable
+
+    found = DeltaTable(f"{lake}/sequences").to_pandas()
+    heads = set(DeltaTable(f"{lake}/knowledge").to_pandas()["head_index"])
+    kept = set(DeltaTable(f"{lake}/items").to_pandas().query("kept")["index"])
+    members = DeltaTable(f"{lake}/domains").to_pandas()
+    own = found[found["split"] == "last-5"].groupby("domain")
+    for told in facts.domains:
+        rows = own.get_group(told["domain"])
+        items = set(members[members["domain"] == told["domain"]]["index"]) & kept
+        assert told["users"] == len(rows)
+        assert told["interactions"] == sum(map(len, rows["items"]))
+        assert told["average_length"] == pytest.approx(rows["items"].map(len).mean())
+        assert (told["items"], told["items_with_knowledge"]) == (len(items), len(items & heads))
+    users = {name: set(rows["user"]) for name, rows in own}
+    assert facts.shared_users == len(users["source"] & users["target"])
+
+
+def test_rows_that_would_be_others_under_a_wrong_name_are_holes() -> None:
+    config = load_experiment("table2", "small")
+    domains = [{"domain": name, "items_with_knowledge": known} for name, known in (("source", 0), ("target", 9))]
+    apart = results.DataFacts(domains, shared_users=0)
+    reasons = {row.id: results.why_not(row, apart, config) for row in planned(config, "lake", 1)}
+    assert "share no user" in reasons["bert4rec/shallow/next_item/plain"]
+    assert "domain 'source' has metadata" in reasons["caser/deep/masked_item/knowledge"]
+    assert reasons["bert4rec/none/-/knowledge"] == reasons["bert4rec/deep/next_item/plain"] == ""
+    bare = results.DataFacts([row | {"items_with_knowledge": 0} for row in domains], shared_users=5)
+    reasons = {row.id: results.why_not(row, bare, config) for row in planned(config, "lake", 1)}
+    assert {name for name, reason in reasons.items() if reason} == {name for name in reasons if "knowledge" in name}
+
+
+def test_scores_equal_those_of_evaluate_also_when_read_again(lake: str, tmp_path: Path) -> None:
+    config = ExperimentConfig.model_validate(settings(lake, tmp_path))
+    config.folder.mkdir()
+    release = pin(lake, None)
+    asked = read_evaluation_set(release, "last-5", "target", "test", config.evaluation)
+    row: Row = next(row for row in planned(config, lake, release.number) if row.transfer == "none")
+    cell = row.cells[0]
+    artifact = load_artifact(write_model(cell.folder / "model", lake, skill=1.0))
+    expected = evaluate_contenders([model_contender(artifact, asked, label="x", seed=0)], asked)
+    found = []
+    for _ in range(2):
+        scored = results.Scored(asked, config)
+        scored.add_model(row, 0, cell)
+        found.append(scored.metrics(row.id))
+        for protocol, convention in itertools.product(config.evaluation.protocols, results.CONVENTIONS):
+            told = means(expected.metrics(("x", 0), protocol))
+            prefix = "single/" if convention == "single" else ""
+            for metric in results.METRICS:
+                values = scored.metrics(row.id)[protocol][convention][metric]
+                assert values["mean"] == values["seeds"][0] == pytest.approx(told[prefix + metric])
+    assert found[0] == found[1]
+    assert len(list((config.folder / "ranks").iterdir())) == 1
+    write_model(cell.folder / "model", lake, skill=-1.0)  # another model in that place is scored anew
+    scored = results.Scored(asked, config)
+    scored.add_model(row, 0, cell)
+    assert scored.metrics(row.id) != found[0]
+
+
+def test_numbers_that_are_none_become_null() -> None:
+    given = {"a": [float("nan"), np.float64(1.5), np.int32(2)], "b": (float("inf"), "x", None, True)}
+    assert json.loads(json.dumps(results._finite(given), allow_nan=False)) == {
+        "a": [None, 1.5, 2],
+        "b": [None, "x", None, True],
+    }
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, given: dict[str, Any], log: str) -> subprocess.Popen[bytes]:
+    (folder / "tiny.yaml").write_text(json.dumps(given))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "GRAFTREC_"))}
+    command = [sys.executable, str(ROOT / "mlflow_projects" / "experiment.py"), "--experiment", "tiny.yaml"]
+    with (folder / log).open("wb") as out:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
+
+
+def results_in(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "tiny" / "results.json").read_text())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.timeout(900)
+def test_a_killed_experiment_goes_on_and_ends_as_if_nothing_had_been(lake: str, tmp_path: Path) -> None:
+    """Killed with a grafted cell under way: its process ends too, and all ends as where nothing was killed."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        given = settings(lake, folder, transfers=["deep"])
+        if folder == killed:
+            process = start(folder, given, "first.log")
+            under_way = folder / "tiny" / "cells" / "bert4rec-deep-next_item-plain-0"
+            while not (under_way / "checkpoints").exists() and not (under_way / "done.json").exists():
+                assert process.poll() is None, (folder / "first.log").read_text()
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        process = start(folder, given, "last.log")
+        assert process.wait() == 0, (folder / "last.log").read_text()
+    for one, other in zip(results_in(whole)["rows"], results_in(killed)["rows"], strict=True):
+        assert (one["id"], one["metrics"]) == (other["id"], other["metrics"])
+        assert one["kind"] == "baseline" or one["status"] == "done"
+    assert "pretrain-next_item-plain-0: stands" in (killed / "last.log").read_text()
+    assert (killed / "tiny" / "report" / "report.html").is_file()
+    check_tracked(whole, results_in(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_cell_that_fails_is_a_hole_and_the_others_go_on(lake: str, tmp_path: Path) -> None:
+    """A loss that is no number ends fine-tuning; the joint model has the settings of pre-training, and stands."""
+    given = settings(lake, tmp_path, joint=True, transfers=["none", "deep"])
+    given["bert4rec"]["finetune"] = plan()["finetune"] | {"train": TRAIN | {"learning_rate": 1e30, "clip_norm": 1e30}}
+    process = start(tmp_path, given, "log")
+    assert process.wait() == 1
+    told = (tmp_path / "log").read_text()
+    assert "Traceback" not in told
+    assert re.search(r"hole     bert4rec/deep/next_item/plain, seed 0: .*\n", told)
+    rows = {row["id"]: row for row in results_in(tmp_path)["rows"]}
+    assert (rows["bert4rec/none/-/plain"]["status"], rows["joint/bert4rec/plain"]["status"]) == ("missing", "done")
+    reason = rows["bert4rec/none/-/plain"]["reason"]
+    assert reason.startswith("seed 0: ")
+    assert reason[8:50] in (tmp_path / "tiny" / "report" / "report.md").read_text()
+
+
+def check_tracked(folder: Path, found: dict[str, Any]) -> None:
+    """One run with its cells as children; the results are its artifacts."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("graftrec").experiment_id], max_results=100)
+    (parent,) = [run for run in runs if run.data.tags.get("graftrec.recipe") == "experiment"]
+    children = {run.info.run_id for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert children == {run.info.run_id for run in runs} - {parent.info.run_id}
+    assert {run["run"] for row in found["rows"] for run in row["seeds"]} < children
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"results.json", "report"}

@@ -1,0 +1,116 @@
+"""The seam of a model: what tasks, scoring, transfer and the optimiser ask of any network over item sequences.
+
+Shape letters: ``B`` sequences, ``T`` positions, ``D`` width of a hidden state, ``V`` catalogue rows, ``S`` knowledge
+slots of an item, ``N`` any number of positions, ``C`` candidates, ``Q`` width of what scores.
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from etl.tables import UNK
+from trainer.config import ModelConfig
+from trainer.models.dropout import Dropout
+from trainer.models.table import RowTable, RowTables
+
+_EVERY = slice(None)
+
+
+class SequenceModel(nn.Module):
+    """items, lengths, users -> hidden states [N, D] of wanted positions, and scores [N, C] of items for them.
+
+    A subclass gives `forward`, `head`, `item_vectors`, `scores_with_table`, `table_std`, the tensors `output_bias` and
+    `user_embedding` (where `config.user_width`), `ROW_TABLES`, and `GROUPS`: parameter group (DESIGN section 6: item,
+    user, knowledge, position, body, head) to name prefixes, the one place that says which tensor is of which kind.
+    `knowledge_VS`: entity index of each slot of each catalogue row, UNK where unknown (survey 4.3: director, actors).
+    """
+
+    GROUPS: ClassVar[dict[str, tuple[str, ...]]]
+    ROW_TABLES: ClassVar[tuple[str, ...]]  # names of the tables that can be looked up by row
+
+    knowledge_VS: Tensor
+    head: nn.Module
+    user_embedding: nn.Embedding | RowTable
+    output_bias: nn.Parameter
+
+    def __init__(self, config: ModelConfig, *, knowledge_VS: Tensor, tables: RowTables | None) -> None:
+        super().__init__()
+        self.config, self.num_items = config, len(knowledge_VS)
+        self.tables = tables  # None: dense ones
+        self.register_buffer("knowledge_VS", knowledge_VS.int(), persistent=False)
+        self.dropout = Dropout(config.dropout)
+
+    def table(self, num_embeddings: int, width: int) -> nn.Embedding | RowTable:
+        """A table of item, user or entity vectors, dense or row-wise."""
+        if self.tables is None:
+            return nn.Embedding(num_embeddings, width)
+        return RowTable(num_embeddings, width, self.tables)
+
+    @staticmethod
+    def table_std(width: int) -> float:
+        """The standard deviation that vectors of a new table have."""
+        raise NotImplementedError
+
+    def per_item(self) -> nn.Parameter:
+        """A number of each item, or of those of this process's share: zero."""
+        return nn.Parameter(torch.zeros(self.num_items if self.tables is None else self.tables.share(self.num_items)))
+
+    def forward(
+        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
+        table_VD: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [N, D] of the positions that are wanted (bool [B, T], real ones), row after row.
+
+        items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows of the user table (those
+        beyond it are unknown). `causal`: a position looks at none behind it. `table_VD`: item_vectors(), where the
+        caller has it already."""
+        raise NotImplementedError
+
+    def item_vectors(self, rows: Tensor | None = None) -> Tensor:
+        """The vectors that score catalogue rows, [V, Q] or [*rows.shape, Q]."""
+        raise NotImplementedError
+
+    @property
+    def scores_with_table(self) -> bool:
+        """Whether `item_vectors` is a table as it stands, so that all of it costs nothing."""
+        raise NotImplementedError
+
+    def bias(self, rows: Tensor | None = None) -> Tensor:
+        """Output biases of catalogue rows, [V] or [*rows.shape]."""
+        return self.rows_of(self.output_bias, rows)
+
+    def scores(
+        self, hidden_ND: Tensor, rows: Tensor | slice = _EVERY, table_VD: Tensor | None = None,
+        bias_V: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Scores [N, C] of catalogue rows for hidden states; all of them, reserved ones included, where none are named.
+
+        `table_VD`, `bias_V`: item_vectors() and bias(), where the caller has them already: a slice of rows copies
+        nothing then."""
+        if isinstance(rows, slice):
+            table_CD = (self.item_vectors() if table_VD is None else table_VD)[rows]
+            bias_C = (self.bias() if bias_V is None else bias_V)[rows]
+        else:
+            table_CD = self.item_vectors(rows) if table_VD is None else table_VD[rows]
+            bias_C = self.bias(rows) if bias_V is None else bias_V[rows]
+        return F.linear(self.head(hidden_ND), table_CD, bias_C)
+
+    def rows_of(self, table: Tensor, rows: Tensor | None) -> Tensor:
+        """Rows of an item, user or entity table, however it is kept; `rows` None: all of an item table's."""
+        if self.tables is not None:
+            return self.tables.whole(table, self.num_items) if rows is None else self.tables.lookup(table, rows)
+        if rows is None:
+            return table
+        return F.embedding(rows, table) if table.ndim == 2 else table[rows]
+
+    def user_vectors(self, users_B: Tensor) -> Tensor:
+        """[B, user width]; that of the unknown user for those beyond the table."""
+        known_B = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)
+        return self.rows_of(self.user_embedding.weight, known_B)
+
+    def row_tables(self) -> dict[str, Tensor]:
+        """Names of the tables that are looked up by row, and this process's part of each; none where all are dense."""
+        given = dict(self.named_parameters()) if self.tables is not None else {}
+        return {name: given[name] for name in self.ROW_TABLES if name in given}

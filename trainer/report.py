@@ -1,0 +1,566 @@
+"""An experiment's results as a page for people (survey 4.5): Tables 1 and 2 beside the survey's numbers, gains with
+intervals, the survey's observations with a verdict, learning curves, gains by history length, cost, and what ran.
+
+``python -m trainer.report RESULTS.json --folder FOLDER`` draws the page again from results that were kept. What it says
+is all in the results: nothing is scored or tested here. Metrics are told in percent, gains in points of percent.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from etl.config import GraftrecError
+from trainer import survey
+from trainer.comparison import p_text
+from trainer.document import Block, Cell, Fold, Heading, Picture, Points, Table, Text, Tone
+from trainer.document import write as write_document
+from trainer.hypotheses import LEVEL
+from trainer.pictures import Curve, Gain, curve_panels, gain_panels, slice_panels
+
+Row = Mapping[str, Any]
+NAMES = {"bert4rec": "BERT4Rec", "caser": "Caser"}
+KEYS = (
+    "experiment", "preset", "code", "machine", "started", "finished", "data", "protocols", "conventions", "metrics",
+    "seeds", "rows", "comparisons", "hypotheses", "slices",
+)  # fmt: skip
+TONES: Mapping[str, Tone] = {"supported": "up", "reversed": "down"}
+NAN = float("nan")
+
+
+class ReportError(GraftrecError):
+    """Results that no report can be made of."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a number was scored. Only numbers of one place are compared."""
+
+    protocol: str
+    convention: str
+
+    def __str__(self) -> str:
+        return f"{self.protocol}, {self.convention}"
+
+    def holds(self, entry: Row) -> bool:
+        return bool(entry["protocol"] == self.protocol and entry["convention"] == self.convention)
+
+
+def write(results: Mapping[str, Any], folder: Path) -> Path:
+    """Writes report.html, report.md and the latter's pictures into the folder; the path of report.html.
+
+    results: as the experiment writes results.json. Raises ReportError where a part of it is not there.
+    """
+    missing = [key for key in KEYS if key not in results]
+    if missing:
+        raise ReportError(
+            f"expected an experiment's results, found none of {', '.join(missing)}; give its results.json"
+        )
+    report = _Report(results)
+    return write_document(report.title, report.blocks(), folder, "report")
+
+
+class _Report:
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self.results = results
+        self.title = f"Experiment {results['experiment']}, preset {results['preset']}"
+        self.rows: Sequence[Row] = results["rows"]
+        self.done = [row for row in self.rows if row["status"] == "done"]
+        self.places = [Place(*pair) for pair in product(results["protocols"], results["conventions"])]
+        self.head = self.places[0]
+        judged = [*results["hypotheses"], *results["comparisons"]]
+        self.metric: str = judged[0]["metric"] if judged else "NDCG@10"
+        self.is_surveys_data = survey.is_of(results["data"]["domains"])
+        self.gains = {
+            (Place(gain["protocol"], gain["convention"]), gain["row"]): gain for gain in results["comparisons"]
+        }
+        self.models = list(dict.fromkeys(row["model"] for row in self.rows if row["kind"] == "model"))
+
+    def blocks(self) -> list[Block]:
+        return [
+            *self.what_ran(),
+            *self.in_short(),
+            *self.hypotheses(),
+            *self.gains_pictured(),
+            *self.table_2(),
+            *self.every_protocol(),
+            *self.by_length(),
+            *self.curves(),
+            *self.cost(),
+            *self.table_1(),
+            *self.cells(),
+        ]
+
+    # --- what it was ---
+
+    def what_ran(self) -> list[Block]:
+        results, data = self.results, self.results["data"]
+        commit = results["code"]["commit"] + (" with changes not committed" if results["code"]["dirty"] else "")
+        text = (
+            f"From {data['source_domain']} to {data['target_domain']}: {data['evaluated_users']:,} users, split "
+            f"{data['split']}, {data['part']} part. {_count(len(self.done), 'row')} of {len(self.rows)} done, "
+            f"{_count(len(results['seeds']), 'seed')}. {results['started']} to {results['finished']} on "
+            f"{results['machine']}; commit {commit}."
+        )
+        return [Text(text, "faint"), *self._holes()]
+
+    def _holes(self) -> list[Block]:
+        holes = [
+            f"{_label(row)}: {row.get('reason') or 'missing, no reason given'}"
+            for row in self.rows
+            if row["status"] != "done"
+        ]
+        for row in self.done:
+            lost = [seed for seed in self.results["seeds"] if seed not in [run["seed"] for run in row["seeds"]]]
+            if row["kind"] != "baseline" and lost:
+                holes.append(f"{_label(row)}: no seed {', '.join(map(str, lost))}")
+        if not holes:
+            return []
+        return [Heading("Holes"), Text("These did not run to their end; no number stands for them."), Points(holes)]
+
+    def in_short(self) -> list[Block]:
+        points = []
+        for name in dict.fromkeys(one["name"] for one in self.results["hypotheses"]):
+            own = [one for one in self.results["hypotheses"] if one["name"] == name]
+            told = next((one for one in own if self.head.holds(one)), own[0])
+            agree = sum(one["verdict"] == told["verdict"] for one in own)
+            text = f"{told['claim']}: {told['verdict']}"
+            if told["gain"] is not None:
+                text += f", {_points(told['gain'])} {_interval(told)}, p {_equals(told['p_holm'])}"
+                text += f"; the same under {agree} of {len(own)} ways of scoring"
+            points.append(text + ".")
+        blocks: list[Block] = [Heading("In short"), Points([*points, *self._beside_simple()])]
+        notes = (
+            f"{self.metric} under {self.head}, in points of percent, with 95 % intervals; p after Holm's correction."
+        )
+        if len(self.results["seeds"]) < 2:
+            notes += (
+                " With one seed they and the verdicts speak of users only: another initialisation may say otherwise."
+            )
+        return [*blocks, Text(notes, "faint")]
+
+    def _beside_simple(self) -> list[str]:
+        """The best transfer beside from-scratch, the joint model and the simple baselines: is all this worth it?"""
+        kinds = {
+            "transfer": [row for row in self.done if row["kind"] == "model" and row["transfer"] != "none"],
+            "from-scratch": [r for r in self.done if r["kind"] in ("model", "extra") and r["transfer"] == "none"],
+            "joint": [row for row in self.done if row["kind"] == "joint"],
+            "simple baseline": [row for row in self.done if row["kind"] == "baseline"],
+        }
+        best = {
+            kind: max(((self._mean(row, self.head, self.metric), row["label"]) for row in rows), key=lambda one: one[0])
+            for kind, rows in kinds.items()
+            if rows
+        }
+        if "transfer" not in best or len(best) == 1:
+            return []
+        top, label = best.pop("transfer")
+        others = [
+            f"{'above' if top > mean else 'not above'} the best {kind} ({other}, {_percent(mean)})"
+            for kind, (mean, other) in best.items()
+        ]
+        return [f"The best transfer, {label}, has {_percent(top)}: {'; '.join(others)}."]
+
+    # --- hypotheses ---
+
+    def hypotheses(self) -> list[Block]:
+        judged = self.results["hypotheses"]
+        if not judged:
+            return []
+        names = list(dict.fromkeys(one["name"] for one in judged))
+        by_place = {(one["name"], place): one for one in judged for place in self.places if place.holds(one)}
+        rows = []
+        for name in names:
+            first = by_place[name, self.head]
+            told = first["survey"]
+            theirs = [Cell(_points(told["gain"]), told["verdict"])] if told else [Cell("–")]
+            cells = [_verdict(by_place[name, place]) for place in self.places]
+            rows.append([first["claim"], *cells, *theirs])
+        return [
+            Heading("The survey's observations, tested"),
+            Text(
+                f"Each is the mean of paired differences in {self.metric} over all other factors. Supported, reversed: "
+                f"p ≤ {LEVEL} after Holm's correction within a column; users and seeds are both random in the "
+                "test. The survey printed no intervals: beside its mean is in how many of its own rows the claim holds."
+            ),
+            Table(["claim", *map(str, self.places), "survey"], rows, stacked=True),
+            *[self._single_rows(name, by_place[name, self.head]) for name in names],
+        ]
+
+    def _single_rows(self, name: str, told: Row) -> Block:
+        pairs = f"{told['num_pairs']} of {len(told['rows'])} pairs"
+        rows: list[Sequence[Cell | str] | str] = []
+        for one in told["rows"]:
+            pair = [self._name(one["row"]), self._name(one["against"])]
+            if one["gain"] is None:
+                rows.append([*pair, Cell("hole", tone="faint"), Cell(one["reason"], tone="faint"), ""])
+            else:
+                rows.append([*pair, _points(one["gain"]), _interval(one), p_text(one["p_value"])])
+        table = Table(["row", "against", "gain", "95 % interval", "p of it alone"], rows, texts=2)
+        return Fold(f"{told['claim']}: {told['verdict']}, {pairs} ({self.head})", [table])
+
+    def gains_pictured(self) -> list[Block]:
+        blocks: list[Block] = []
+        for place in self.places:
+            panels = {}
+            for model in self.models:
+                own = [row for row in self.done if row["model"] == model and (place, row["id"]) in self.gains]
+                gains = [(row, self.gains[place, row["id"]]) for row in own]
+                if gains:
+                    panels[_model(model)] = [
+                        Gain(_label(row), 100 * gain["gain"], 100 * gain["low"], 100 * gain["high"])
+                        for row, gain in gains
+                    ]
+            if panels:
+                figure = gain_panels(panels, metric=self.metric, unit="points of percent")
+                shows = f"Gains in {self.metric} over from scratch with intervals, {place}"
+                blocks += [Heading(str(place), 3), Picture(f"gains-{place.protocol}-{place.convention}", figure, shows)]
+        if not blocks:
+            return []
+        return [Heading("Gains over from scratch"), *blocks[:2], *_fold("under the other ways of scoring", blocks[2:])]
+
+    # --- tables ---
+
+    def table_2(self) -> list[Block]:
+        """The survey's Table 2: each model's rows under the way of scoring that the survey's numbers of it fit."""
+        rows: list[Sequence[Cell | str] | str] = []
+        metrics = [metric for metric in survey.METRICS if metric in self.results["metrics"]]
+        for model in self.models:
+            place = Place(survey.PROTOCOL, survey.CONVENTIONS.get(model, self.head.convention))
+            place = place if place in self.places else self.head
+            rows.append(f"{_model(model)} ({place})")
+            for row in [row for row in self.rows if row["kind"] == "model" and row["model"] == model]:
+                rows.append([_label(row), *self._cells_of_table_2(row, place, metrics)])
+        beside = (
+            "Ours in percent, the survey's smaller beside it. Compare within a block only: the survey's BERT4Rec rows "
+            "count three items in one list, its Caser rows one at a time, and these lie so near chance that other "
+            "candidates must have been scored. What can be compared with the survey is the direction of a gain."
+            if self.is_surveys_data
+            else "These are other data than the survey's, so its numbers do not stand beside."
+        )
+        marks = f" Coloured: {self.metric} better or worse than from scratch, p ≤ {LEVEL} after Holm's correction."
+        return [Heading("Table 2"), Text(beside + marks), Table(["%", *metrics], rows)]
+
+    def _cells_of_table_2(self, row: Row, place: Place, metrics: Sequence[str]) -> list[Cell]:
+        theirs: Mapping[str, float] = {}
+        if self.is_surveys_data and row["id"] in survey.TABLE_2:
+            theirs = dict(zip(survey.METRICS, survey.TABLE_2[row["id"]], strict=True))
+        tone = self._tone(place, row)
+        return [
+            Cell(
+                "hole" if row["status"] != "done" else _percent(self._mean(row, place, metric)),
+                f"{theirs[metric]:.2f}" if metric in theirs else "",
+                "faint" if row["status"] != "done" else tone if metric == self.metric else "",
+            )
+            for metric in metrics
+        ]
+
+    def every_protocol(self) -> list[Block]:
+        blocks: list[Block] = []
+        for place in self.places:
+            head = ["%", *self.results["metrics"], f"gain in {self.metric}", "relative", "p (Holm)", "bootstrap, users"]
+            rows: list[Sequence[Cell | str] | str] = []
+            for title, own in self._groups():
+                rows.append(title)
+                for row in own:
+                    cells = [
+                        Cell(_percent(self._mean(row, place, metric)), _spread(self._scores(row, place, metric)))
+                        for metric in self.results["metrics"]
+                    ]
+                    rows.append([_label(row), *cells, *self._gain_cells(place, row)])
+            blocks.append(Fold(str(place), [Table(head, rows)]))
+        text = (
+            "Every row, baselines too, under every way of scoring; ± is the standard deviation over seeds. A number is "
+            "comparable within its table only. No claim is made for baselines, so they have no p-value."
+        )
+        return [Heading("All rows under every way of scoring"), Text(text), *blocks]
+
+    def _groups(self) -> list[tuple[str, list[Row]]]:
+        kinds = [
+            ("joint", "Trained on both domains at once"),
+            ("extra", "From scratch under another task"),
+            ("baseline", "Simple baselines"),
+        ]
+        groups = [
+            (_model(model), [row for row in self.done if row["kind"] == "model" and row["model"] == model])
+            for model in self.models
+        ]
+        groups += [(title, [row for row in self.done if row["kind"] == kind]) for kind, title in kinds]
+        return [(title, own) for title, own in groups if own]
+
+    def _gain_cells(self, place: Place, row: Row) -> list[Cell]:
+        gain = self.gains.get((place, row["id"]))
+        if gain is None:
+            return [Cell("")] * 4
+        relative = "" if gain["relative_gain"] is None else f"{100 * gain['relative_gain']:+.1f} %".replace("-", "−")
+        bootstrap = {"low": gain["bootstrap"][0], "high": gain["bootstrap"][1]}
+        return [
+            Cell(_points(gain["gain"]), _interval(gain), self._tone(place, row)),
+            Cell(relative),
+            Cell(p_text(gain["p_holm"])),
+            Cell(_interval(bootstrap)),
+        ]
+
+    def by_length(self) -> list[Block]:
+        """Does knowledge help where there is little else to go by?"""
+        own = [one for one in self.results["slices"] if self.head.holds(one)]
+        if not own:
+            return []
+        found = {(one["row"], one["slice"]): one for one in own}
+        slices = {one["slice"]: one["users"] for one in own}
+        panels: dict[str, dict[str, list[Gain]]] = {}
+        for row in [row for row in self.done if row["kind"] == "model" and row["transfer"] != "none"]:
+            panel = f"{_model(row['model'])}, {_metadata(row)}"
+            gains = [one for name in slices if (one := found.get((row["id"], name))) and one["gain"] is not None]
+            if gains:
+                panels.setdefault(panel, {})[_factors(row)] = [
+                    Gain(one["slice"], 100 * one["gain"], 100 * one["low"], 100 * one["high"]) for one in gains
+                ]
+        rows: list[Sequence[Cell | str] | str] = []
+        for title, members in self._groups():
+            rows.append(title)
+            rows += [[_label(row), *[_slice_cell(found.get((row["id"], name))) for name in slices]] for row in members]
+        head = [f"{self.metric}, %", *(f"{name} items: {users:,} users" for name, users in slices.items())]
+        target = self.results["data"]["target_domain"]
+        text = f"Users by the items of {target} in their input, the coldest first ({self.head})."
+        picture = f"Gains in {self.metric} by length of the user's history"
+        return [
+            Heading("Gain by length of the user's target history"),
+            Text(text),
+            *([Picture("lengths", slice_panels(panels, metric=f"{self.metric}, %"), picture)] if panels else []),
+            Fold(
+                "Means and gains over from scratch (intervals not corrected for reading many)",
+                [Table(head, rows, stacked=True)],
+            ),
+        ]
+
+    # --- training ---
+
+    def curves(self) -> list[Block]:
+        blocks: list[Block] = []
+        for model in self.models:
+            panels: dict[str, list[Curve]] = {}
+            for row in [row for row in self.done if row["kind"] == "model" and row["model"] == model]:
+                for run in row["seeds"]:
+                    if run["curve"]:
+                        panels.setdefault(_metadata(row), []).append(_curve(_factors(row), run["curve"]))
+            if panels:
+                shows = f"Validation {self.metric} and training loss of {_model(model)} by epoch, every seed a line"
+                blocks += [Heading(_model(model), 3), Picture(f"curves-{model}", curve_panels(panels), shows)]
+        text = "The training that ended in the scored model, every seed a line; dots are the epochs that were kept."
+        return [Heading("Learning curves"), Text(text), *blocks] if blocks else []
+
+    def cost(self) -> list[Block]:
+        head = ["mean over seeds", "parameters", "epochs", "best epoch", "training", "pre-training", "items/s"]
+        keys = ("parameters", "epochs", "best_epoch", "seconds", "pretrain_seconds", "items_per_second")
+        rows: list[Sequence[Cell | str] | str] = []
+        for title, own in self._groups():
+            trained = [row for row in own if row["kind"] != "baseline" and row["seeds"]]
+            if not trained:
+                continue
+            rows.append(title)
+            for row in trained:
+                means = {key: _mean_of(row["seeds"], key) for key in keys}
+                cells = [f"{means[key]:,.0f}" if key in means and np.isfinite(means[key]) else "–" for key in keys]
+                cells[3], cells[4] = (_duration(means[key]) for key in ("seconds", "pretrain_seconds"))
+                rows.append([_label(row), *cells])
+        text = "A pre-trained model that several rows share was trained once; each of them shows its whole time."
+        return [Heading("Cost"), Text(text), Table(head, rows)] if rows else []
+
+    def table_1(self) -> list[Block]:
+        data = self.results["data"]
+        roles = {"all": "all", data["source_domain"]: "source", data["target_domain"]: "target"}
+        keys = ("users", "items", "items_with_knowledge", "interactions", "average_length")
+        rows = []
+        for domain in data["domains"]:
+            role = roles.get(domain["domain"])
+            theirs = survey.TABLE_1[role] if self.is_surveys_data and role else None
+            shown = [f"{domain[key]:,.1f}" if key == "average_length" else f"{domain[key]:,}" for key in keys]
+            beside = [f"{value:,}" for value in theirs] if theirs else [""] * len(keys)
+            rows.append([domain["domain"], *[Cell(*pair) for pair in zip(shown, beside, strict=True)]])
+        versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+        head = ["domain", "users", "items", "with metadata", "interactions", "average length"]
+        return [
+            Heading("Table 1: the data"),
+            *([Text("The survey's numbers are smaller beside ours.")] if self.is_surveys_data else []),
+            Table(head, rows),
+            Text(f"Lake {data['lake']}, release {data['release']}. Snapshots: {versions}.", "faint"),
+        ]
+
+    def cells(self) -> list[Block]:
+        """What each number came from."""
+        head = ["row", "run", "folder", "seed", "epochs", f"validation {self.metric}", "model", "pre-trained model"]
+        rows = [
+            [
+                _name_of(row), str(run["run"] or ""), str(run["folder"] or ""), str(run["seed"]), str(run["epochs"]),
+                _percent(run["validation"]), _short(run["model_hash"]), _short(run["parent_hash"]),
+            ]
+            for row in self.done
+            for run in row["seeds"]
+            if row["kind"] != "baseline"
+        ]  # fmt: skip
+        read = [f"{row['label']} reads {row['reads']}" for row in self.rows if row.get("reads")]
+        blocks: list[Block] = [Table(head, rows, texts=3)] if rows else []
+        return [
+            Heading("What each cell was"),
+            *_fold("Runs, seeds and hashes of models", blocks),
+            *_fold("What each row reads", [Points(read)] if read else []),
+        ]
+
+    # --- numbers ---
+
+    def _scores(self, row: Row, place: Place, metric: str) -> Mapping[str, Any] | None:
+        found: Mapping[str, Any] | None = row["metrics"].get(place.protocol, {}).get(place.convention, {}).get(metric)
+        return found
+
+    def _mean(self, row: Row, place: Place, metric: str) -> float:
+        scores = self._scores(row, place, metric)
+        return NAN if scores is None or scores["mean"] is None else float(scores["mean"])
+
+    def _tone(self, place: Place, row: Row) -> Tone:
+        gain = self.gains.get((place, row["id"]))
+        if gain is None or gain["p_holm"] is None or gain["p_holm"] > LEVEL:
+            return ""
+        return "up" if gain["gain"] > 0 else "down"
+
+    def _name(self, row_id: str) -> str:
+        return next((_name_of(row) for row in self.rows if row["id"] == row_id), row_id)
+
+
+# --- words and numbers -----------------------------------------------------------------------------------------------
+
+
+def _model(name: str) -> str:
+    return NAMES.get(name, name)
+
+
+def _metadata(row: Row) -> str:
+    return "with metadata" if row["knowledge"] else "without metadata"
+
+
+def _factors(row: Row) -> str:
+    """Transfer and pre-training, e.g. "deep, masked item"."""
+    if row["transfer"] == "none":
+        return "from scratch"
+    return f"{row['transfer']}, {(row['pretrain_task'] or '-').replace('_', ' ')}"
+
+
+def _label(row: Row) -> str:
+    """A row within its model's block."""
+    if row["kind"] != "model":
+        return str(row["label"])
+    return _factors(row) + (" + metadata" if row["knowledge"] else "")
+
+
+def _name_of(row: Row) -> str:
+    return f"{_model(row['model'])}, {_label(row)}" if row["kind"] == "model" else _label(row)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" + ("" if number == 1 else "s")
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or not np.isfinite(value) else f"{100 * value:.2f}"
+
+
+def _points(value: float) -> str:
+    """A difference in points of percent."""
+    return f"{100 * value:+.2f}".replace("-", "−")
+
+
+def _interval(entry: Row) -> str:
+    return f"[{_points(entry['low'])}, {_points(entry['high'])}]"
+
+
+def _spread(scores: Mapping[str, Any] | None) -> str:
+    seeds = [] if scores is None else scores["seeds"]
+    return f"±{100 * np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else ""
+
+
+def _verdict(told: Row) -> Cell:
+    if told["gain"] is None:
+        return Cell("unknown", "no pair of rows", "faint")
+    beside = f"{_points(told['gain'])} {_interval(told)}\np {_equals(told['p_holm'])}"
+    if told["num_pairs"] < len(told["rows"]):
+        beside += f", {told['num_pairs']} of {len(told['rows'])} pairs"
+    if told["num_seeds"] < 2:
+        beside += ", one seed"
+    return Cell(told["verdict"], beside, TONES.get(told["verdict"], "faint"))
+
+
+def _equals(p_value: float) -> str:
+    text = p_text(p_value)
+    return text if text.startswith("<") else f"= {text}"
+
+
+def _slice_cell(entry: Row | None) -> Cell:
+    if entry is None:
+        return Cell("–", tone="faint")
+    if entry["gain"] is None:
+        return Cell(_percent(entry["mean"]))
+    tone: Tone = "up" if entry["low"] > 0 else "down" if entry["high"] < 0 else ""
+    return Cell(_percent(entry["mean"]), f"{_points(entry['gain'])} {_interval(entry)}", tone)
+
+
+def _curve(name: str, epochs: Sequence[Row]) -> Curve:
+    last = max(one["epoch"] for one in epochs)
+    loss, validation = [NAN] * last, [NAN] * last
+    for one in epochs:
+        for values, key in ((loss, "loss"), (validation, "validation")):
+            values[one["epoch"] - 1] = NAN if one[key] is None else one[key]
+    return Curve(name, loss, validation)
+
+
+def _mean_of(runs: Sequence[Row], key: str) -> float:
+    known = [run[key] for run in runs if run[key] is not None]
+    return float(np.mean(known)) if known else NAN
+
+
+def _duration(seconds: float) -> str:
+    if not np.isfinite(seconds):
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _short(digest: str | None) -> str:
+    return (digest or "")[:12]
+
+
+def _fold(summary: str, blocks: Sequence[Block]) -> list[Block]:
+    return [Fold(summary, blocks)] if blocks else []
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.report", description="draws an experiment's report")
+    parser.add_argument("results", type=Path, help="results.json of an experiment")
+    parser.add_argument("--folder", type=Path, required=True, help="where report.html and report.md are written")
+    given = parser.parse_args(arguments)
+    try:
+        print(write(_read(given.results), given.folder))
+    except GraftrecError as error:
+        print(f"graftrec: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(f"expected an experiment's results in {path}, found none ({error})") from None
+    if not isinstance(found, dict):
+        raise ReportError(f"expected results of an experiment in {path}, found a {type(found).__name__}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
