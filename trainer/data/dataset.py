@@ -23,6 +23,7 @@ from etl.tables import FIRST_INDEX, Table
 
 IntArray = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
+_FOOTERS = 64  # of data files, kept: a twentieth of what a row group takes is reading its file's anew
 
 
 class DataError(GraftrecError):
@@ -268,6 +269,7 @@ class SequenceDataset:
             )
         self.groups: list[tuple[str, int]] = []
         self.rows_per_group: list[int] = []
+        self._metadata = functools.lru_cache(_FOOTERS)(_metadata)  # of files, which never change
         for file in self.files:
             with _blamed(file), _parquet(file) as parquet:
                 _check_columns(parquet.schema_arrow)
@@ -289,7 +291,7 @@ class SequenceDataset:
         read. May be called from several threads."""
         file, number = self.groups[group]
         columns = ["user", "items", "valid_start", *(["test_start", "end"] if held_out else [])]
-        with _blamed(file), _parquet(file) as parquet:
+        with _blamed(file), _parquet(file, self._metadata(file)) as parquet:
             # One thread, and no coalesced reads ahead: a row group is one unit of work.
             table = parquet.read_row_group(number, columns=[*columns, *(["times"] if times else [])], use_threads=False)
             return _flatten(table, self.rows_per_group[group])
@@ -325,10 +327,15 @@ class _Damage(Exception):
     """Contents that the contract rules out."""
 
 
-def _parquet(file: str) -> pq.ParquetFile:
+def _metadata(file: str) -> pq.FileMetaData:
+    with _parquet(file) as parquet:
+        return parquet.metadata
+
+
+def _parquet(file: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     path = file.removeprefix("file://")
     place = path if file.startswith("file://") or Path(path).exists() else file
-    return pq.ParquetFile(place, pre_buffer=False, page_checksum_verification=True)
+    return pq.ParquetFile(place, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
 
 
 def _check_columns(found: pa.Schema) -> None:
