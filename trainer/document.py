@@ -120,7 +120,7 @@ th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
 tr.title td { background: var(--band); font-weight: 600; text-align: left; white-space: nowrap; }
 small { color: var(--faint); font-size: .82em; margin-left: .35em; font-weight: 400; }
-.stacked small { display: block; margin: 0; white-space: pre-line; } .stacked td { vertical-align: top; }
+.stacked small { display: block; margin: 0; white-space: pre; } .stacked td { vertical-align: top; }
 .up { color: var(--up); font-weight: 600; } .down { color: var(--down); font-weight: 600; }
 .faint { color: var(--faint); }
 figure { margin: 1rem 0; max-width: 44rem; } svg { display: block; width: 100%; height: auto; }
