@@ -106,7 +106,7 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #16191d; --ink: #e4e7ea; --faint: #9aa3ac; --line: #353b42;
   --band: #20252a; --up: #4cc79d; --down: #f2935a; --grid: #343a40; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .6rem; }
 h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; }
@@ -120,7 +120,7 @@ th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
 tr.title td { background: var(--band); font-weight: 600; text-align: left; white-space: nowrap; }
 small { color: var(--faint); font-size: .82em; margin-left: .35em; font-weight: 400; }
-.stacked small { display: block; margin: 0; white-space: pre-line; } .stacked td { vertical-align: top; }
+.stacked small { display: block; margin: 0; white-space: pre; } .stacked td { vertical-align: top; }
 .up { color: var(--up); font-weight: 600; } .down { color: var(--down); font-weight: 600; }
 .faint { color: var(--faint); }
 figure { margin: 1rem 0; max-width: 44rem; } svg { display: block; width: 100%; height: auto; }

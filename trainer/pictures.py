@@ -223,12 +223,13 @@ def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10"
     return figure
 
 
-def curve_panels(panels: Mapping[str, Sequence[Curve]], *, metric: str = "NDCG@10") -> Figure:
-    """Validation score (above) and training loss (below) by epoch, a column a panel; one name has one colour in all
-    panels, named once beneath. Dots: best epochs."""
+def curve_panels(panels: Mapping[str, Sequence[Curve]], *, names: Sequence[str], metric: str = "NDCG@10") -> Figure:
+    """Validation score (above) and training loss (below) by epoch, a column a panel. names: all that curves may have,
+    so that pictures share their colours; the first, which the others are compared with, is grey. Dots: best epochs."""
     figure = Figure(figsize=(NARROW, 5.2), layout="constrained")
     columns = figure.subplots(2, max(len(panels), 1), sharey="row", squeeze=False)
-    colours = _colours([curve.name for curves in panels.values() for curve in curves])
+    met = {curve.name for curves in panels.values() for curve in curves}
+    colours = {name: colour for name, colour in zip(names, [FAINT, *_cycle(len(names))], strict=False) if name in met}
     for column, (name, curves) in enumerate(panels.items()):
         above, below = columns[0, column], columns[1, column]
         for curve in curves:
@@ -247,12 +248,14 @@ def curve_panels(panels: Mapping[str, Sequence[Curve]], *, metric: str = "NDCG@1
     return figure
 
 
-def slice_panels(panels: Mapping[str, Mapping[str, Sequence[Gain]]], *, metric: str = "NDCG@10") -> Figure:
-    """Gains with their intervals by slice: panel -> series -> a Gain for each slice (its name). Series stand
-    beside each other within a slice, and have one colour in all panels; slices are in the order first met."""
+def slice_panels(
+    panels: Mapping[str, Mapping[str, Sequence[Gain]]], *, names: Sequence[str], metric: str = "NDCG@10"
+) -> Figure:
+    """Gains with their intervals by slice: panel -> series -> a Gain for each slice (its name), in the order first met.
+    names: all series there may be; within a slice they stand beside each other, in the colours of `curve_panels`."""
     figure = Figure(figsize=(NARROW, 0.7 + 2.3 * max(len(panels), 1)), layout="constrained")
     rows = figure.subplots(max(len(panels), 1), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    colours = _colours([name for series in panels.values() for name in series])
+    colours = dict(zip(names, _cycle(len(names)), strict=True))
     slices = list(dict.fromkeys(g.name for series in panels.values() for gains in series.values() for g in gains))
     step = 0.8 / max(len(colours), 1)
     for axes, (name, series) in zip(rows, panels.items(), strict=False):

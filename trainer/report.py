@@ -31,6 +31,7 @@ KEYS = (
     "seeds", "rows", "comparisons", "hypotheses", "slices",
 )  # fmt: skip
 TONES: Mapping[str, Tone] = {"supported": "up", "reversed": "down"}
+FROM_SCRATCH = "from scratch"
 NAN = float("nan")
 
 
@@ -58,6 +59,7 @@ def write(results: Mapping[str, Any], folder: Path) -> Path:
     results: as the experiment writes results.json. Raises ReportError where a part of it is not there.
     """
     missing = [key for key in KEYS if key not in results]
+    missing += [key for key in ("protocols", "conventions") if key in results and not results[key]]
     if missing:
         raise ReportError(
             f"expected an experiment's results, found none of {', '.join(missing)}; give its results.json"
@@ -80,6 +82,8 @@ class _Report:
         self.gains = {
             (Place(gain["protocol"], gain["convention"]), gain["row"]): gain for gain in results["comparisons"]
         }
+        transfers = [_factors(row) for row in self.rows if row["kind"] == "model" and row["transfer"] != "none"]
+        self.series = [FROM_SCRATCH, *dict.fromkeys(transfers)]  # one colour each in all pictures
         self.models = list(dict.fromkeys(row["model"] for row in self.rows if row["kind"] == "model"))
 
     def blocks(self) -> list[Block]:
@@ -112,14 +116,14 @@ class _Report:
 
     def _holes(self) -> list[Block]:
         holes = [
-            f"{_label(row)}: {row.get('reason') or 'missing, no reason given'}"
+            f"{_name_of(row)}: {row.get('reason') or 'missing, no reason given'}"
             for row in self.rows
             if row["status"] != "done"
         ]
         for row in self.done:
             lost = [seed for seed in self.results["seeds"] if seed not in [run["seed"] for run in row["seeds"]]]
             if row["kind"] != "baseline" and lost:
-                holes.append(f"{_label(row)}: no seed {', '.join(map(str, lost))}")
+                holes.append(f"{_name_of(row)}: no seed {', '.join(map(str, lost))}")
         if not holes:
             return []
         return [Heading("Holes"), Text("These did not run to their end; no number stands for them."), Points(holes)]
@@ -154,7 +158,9 @@ class _Report:
             "simple baseline": [row for row in self.done if row["kind"] == "baseline"],
         }
         best = {
-            kind: max(((self._mean(row, self.head, self.metric), row["label"]) for row in rows), key=lambda one: one[0])
+            kind: max(
+                ((self._mean(row, self.head, self.metric), _name_of(row)) for row in rows), key=lambda one: one[0]
+            )
             for kind, rows in kinds.items()
             if rows
         }
@@ -185,9 +191,9 @@ class _Report:
         return [
             Heading("The survey's observations, tested"),
             Text(
-                f"Each is the mean of paired differences in {self.metric} over all other factors. Supported, reversed: "
-                f"p ≤ {LEVEL} after Holm's correction within a column; users and seeds are both random in the "
-                "test. The survey printed no intervals: beside its mean is in how many of its own rows the claim holds."
+                f"Each is the mean of paired differences in {self.metric} over all other factors. It is supported or "
+                f"reversed where p ≤ {LEVEL} after Holm's correction within a column; users and seeds both vary in "
+                "the test. The survey printed no intervals: beside its mean is in how many of its rows the claim holds."
             ),
             Table(["claim", *map(str, self.places), "survey"], rows, stacked=True),
             *[self._single_rows(name, by_place[name, self.head]) for name in names],
@@ -199,7 +205,7 @@ class _Report:
         for one in told["rows"]:
             pair = [self._name(one["row"]), self._name(one["against"])]
             if one["gain"] is None:
-                rows.append([*pair, Cell("hole", tone="faint"), Cell(one["reason"], tone="faint"), ""])
+                rows.append([pair[0], Cell(pair[1], one["reason"]), Cell("hole", tone="faint"), "", ""])
             else:
                 rows.append([*pair, _points(one["gain"]), _interval(one), p_text(one["p_value"])])
         table = Table(["row", "against", "gain", "95 % interval", "p of it alone"], rows, texts=2)
@@ -333,7 +339,11 @@ class _Report:
         return [
             Heading("Gain by length of the user's target history"),
             Text(text),
-            *([Picture("lengths", slice_panels(panels, metric=f"{self.metric}, %"), picture)] if panels else []),
+            *(
+                [Picture("lengths", slice_panels(panels, metric=f"{self.metric}, %", names=self.series[1:]), picture)]
+                if panels
+                else []
+            ),
             Fold(
                 "Means and gains over from scratch (intervals not corrected for reading many)",
                 [Table(head, rows, stacked=True)],
@@ -352,7 +362,10 @@ class _Report:
                         panels.setdefault(_metadata(row), []).append(_curve(_factors(row), run["curve"]))
             if panels:
                 shows = f"Validation {self.metric} and training loss of {_model(model)} by epoch, every seed a line"
-                blocks += [Heading(_model(model), 3), Picture(f"curves-{model}", curve_panels(panels), shows)]
+                blocks += [
+                    Heading(_model(model), 3),
+                    Picture(f"curves-{model}", curve_panels(panels, names=self.series), shows),
+                ]
         text = "The training that ended in the scored model, every seed a line; dots are the epochs that were kept."
         return [Heading("Learning curves"), Text(text), *blocks] if blocks else []
 
@@ -447,7 +460,7 @@ def _metadata(row: Row) -> str:
 def _factors(row: Row) -> str:
     """Transfer and pre-training, e.g. "deep, masked item"."""
     if row["transfer"] == "none":
-        return "from scratch"
+        return FROM_SCRATCH
     return f"{row['transfer']}, {(row['pretrain_task'] or '-').replace('_', ' ')}"
 
 
@@ -489,7 +502,7 @@ def _verdict(told: Row) -> Cell:
         return Cell("unknown", "no pair of rows", "faint")
     beside = f"{_points(told['gain'])} {_interval(told)}\np {_equals(told['p_holm'])}"
     if told["num_pairs"] < len(told["rows"]):
-        beside += f", {told['num_pairs']} of {len(told['rows'])} pairs"
+        beside += f"\n{told['num_pairs']} of {len(told['rows'])} pairs"
     if told["num_seeds"] < 2:
         beside += ", one seed"
     return Cell(told["verdict"], beside, TONES.get(told["verdict"], "faint"))

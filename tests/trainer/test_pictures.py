@@ -10,13 +10,17 @@ from matplotlib.figure import Figure
 
 from trainer.pictures import (
     COLOURS,
+    FAINT,
     Curve,
     Gain,
     Tried,
+    curve_panels,
+    gain_panels,
     learning_curves,
     popularity_long_tail,
     search_progress,
     sequence_lengths,
+    slice_panels,
     transfer_gains,
 )
 
@@ -166,3 +170,62 @@ def test_popularity_long_tail_leads_from_each_lines_end_to_its_label():
     assert ends.keys() == starts.keys() == {COLOURS[0], COLOURS[1]}
     for colour, end in ends.items():
         np.testing.assert_allclose(starts[colour], end, atol=0.5)
+
+
+def dots(axes):
+    return [line for line in axes.lines if line.get_marker() == "o"]
+
+
+def test_gain_panels_share_an_axis_and_keep_a_groups_rows_together():
+    panels = {
+        "one": [Gain("deep", 1.5, 0.5, 2.5), Gain("shallow", -1, -3, 1)],
+        "two": [Gain("deep", 4, 3, 5, "its note")],
+    }
+    figure = gain_panels(panels)
+    renderer = render(figure)
+    one, two = figure.axes
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two"]
+    assert one.get_xlim() == two.get_xlim()
+    assert texts(one) == ["+1.50", "−1.00"]
+    assert texts(two) == ["its note"]
+    assert [dot.get_markerfacecolor() == "white" for dot in dots(one)] == [False, True]
+    heights = [one.transData.transform((0, place))[1] for place in range(2)] + [two.transData.transform((0, 0))[1]]
+    assert heights == sorted(heights, reverse=True)
+    width = figure.get_window_extent(renderer).x1
+    assert all(text.get_window_extent(renderer).x1 <= width for axes in figure.axes for text in axes.texts)
+    assert figure._supxlabel.get_window_extent(renderer).x1 <= width
+
+
+def test_curve_panels_keep_the_colours_of_names_that_are_not_drawn():
+    names = ["none", "shallow", "deep"]
+    figure = curve_panels({"plain": [curve("none", 9, 4), curve("deep", 9, 4), curve("deep", 7, 3)]}, names=names)
+    render(figure)
+    above, below = figure.axes
+    assert [line.get_color() for line in below.lines] == [FAINT, COLOURS[1], COLOURS[1]]
+    assert [float(dot.get_xdata()[0]) for dot in dots(above)] == [4, 4, 3]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["none", "deep"]
+
+
+def test_slice_panels_put_the_series_of_a_slice_beside_each_other():
+    series = {
+        "shallow": [Gain("1-5", 1, 0.5, 1.5), Gain("6-10", 2, -1, 5)],
+        "deep": [Gain("6-10", 3, 2, 4)],
+    }
+    figure = slice_panels({"with": series, "without": {"deep": [Gain("1-5", 0, -1, 1)]}}, names=["shallow", "deep"])
+    render(figure)
+    first, second = figure.axes
+    assert [label.get_text() for label in second.get_xticklabels()] == ["1-5", "6-10"]
+    places = [(round(float(dot.get_xdata()[0])), float(dot.get_ydata()[0])) for dot in dots(first)]
+    assert places == [(0, 1), (1, 2), (1, 3)]
+    shallow, deep = dots(first)[1:]
+    assert shallow.get_xdata()[0] < 1 < deep.get_xdata()[0]
+    assert [dot.get_color() for dot in dots(first)] == [COLOURS[0], COLOURS[0], COLOURS[1]]
+    assert dots(second)[0].get_color() == COLOURS[1]
+
+
+@pytest.mark.parametrize(
+    "figure", [gain_panels({}), gain_panels({"a": []}), curve_panels({}, names=[]), slice_panels({}, names=[])]
+)
+def test_panels_of_nothing(figure):
+    render(figure)

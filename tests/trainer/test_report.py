@@ -220,7 +220,8 @@ def test_verdicts_gains_and_data_are_told(written, results):
         (one for one in results["rows"] if one["kind"] == "model" and one["transfer"] != "none"),
         key=lambda one: one["metrics"]["full"]["list"]["NDCG@10"]["mean"],
     )
-    assert f"The best transfer, {best['label']}, has" in text
+    assert best["id"] == "caser/shallow/next_item/knowledge"
+    assert "The best transfer, Caser, shallow, next item + metadata, has" in text
     assert "above the best simple baseline (popularity" in text
 
 
@@ -234,8 +235,8 @@ def test_holes_are_named_and_not_filled(tmp_path):
     rows[0] = rows[0] | {"seeds": [{"seed": 1}, {"seed": 3}]}
     page = write(results_of(rows, protocols=["full"]), tmp_path).read_text(encoding="utf-8")
     parsed(page)
-    assert "deep, next item: loss of seed 2 &lt;became&gt; NaN" in page
-    assert "from scratch: no seed 2" in page
+    assert "BERT4Rec, deep, next item: loss of seed 2 &lt;became&gt; NaN" in page
+    assert "BERT4Rec, from scratch: no seed 2" in page
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     deep = next(row for row in table_under(text, "## Table 2") if row[0] == "deep, next item")
     assert [cell.split()[0] for cell in deep[1:]] == ["hole"] * 5
