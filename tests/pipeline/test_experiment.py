@@ -238,7 +238,6 @@ def results_in(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.timeout(900)
 def test_a_killed_experiment_goes_on_and_ends_as_if_nothing_had_been(lake: str, tmp_path: Path) -> None:
     """Killed with a grafted cell under way: its process ends too, and all ends as where nothing was killed."""

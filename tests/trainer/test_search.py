@@ -128,7 +128,7 @@ class Interrupted(BaseException):
     """Nothing catches it, as nothing catches SIGKILL."""
 
 
-LATER = [pytest.mark.slow, pytest.mark.ci]
+LATER = [pytest.mark.slow]
 MOMENTS = {  # the method that the search dies in, before or after it has done its work
     "before it is proposed": (trials.optuna.Study, "ask", "before"),
     "when it is proposed": (trials.optuna.Study, "ask", "after"),
@@ -279,7 +279,6 @@ def test_seconds_end_where_there_is_nothing_new_to_try(tiny_lake, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_hyperband_gives_trials_up_at_its_rungs(tiny_lake, tmp_path):
     pruner = {"kind": "hyperband", "warmup_epochs": 1, "reduction": 2}
     search.run(tiny(tmp_path, tiny_lake, pruner=pruner, trials=8))
@@ -383,7 +382,6 @@ def test_two_searches_in_one_folder_and_torchrun_are_refused(tiny_lake, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_trials_are_children_of_one_run_however_often_the_search_stops(tiny_lake, tmp_path, monkeypatch):
     enter_store(tmp_path, monkeypatch)
     on = {"enabled": True, "system_metrics": False}
