@@ -246,9 +246,8 @@ def _placed(
 def cells_of(rows: Sequence[Row]) -> list[Cell]:
     """Every cell once: pre-training before what is grafted on it, and the first seed of all rows before the second, so
     that a run which is cut short has whole tables of fewer seeds."""
-    by_seed = sorted((seed for row in rows for seed in row.cells), key=lambda seed: seed)
     found: dict[int, Cell] = {}
-    for seed in dict.fromkeys(by_seed):
+    for seed in sorted({seed for row in rows for seed in row.cells}):
         own = [row.cells[seed] for row in rows if seed in row.cells]
         for cell in [*(cell.parent for cell in own if cell.parent), *own]:
             found.setdefault(id(cell), cell)

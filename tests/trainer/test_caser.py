@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from etl.tables import CLS, FIRST_INDEX, MASK, PAD, UNK
+from tests.trainer import networks
+from tests.trainer.networks import NUM_ITEMS, batch_of
 from trainer import finetune, pretrain
 from trainer.artifact import load_artifact
 from trainer.baselines import Histories
@@ -24,23 +26,11 @@ from trainer.models import Caser, RowTables, build_model, caser, group_of
 from trainer.tasks import MaskedItem, NextItem
 from trainer.tasks.loss import binary_loss
 
-NUM_ITEMS = FIRST_INDEX + 30
 SMALL = CaserConfig(window=3, width=6, horizontal=4, vertical=2, max_length=12, user_width=5, knowledge_width=3)
 
 
-def model_of(config=SMALL, *, slots=4, seed=0):
-    knowledge = torch.from_numpy(np.random.default_rng(7).integers(UNK, 20, (NUM_ITEMS, slots)))
-    model = build_model(config, num_users=50, num_entities=20, knowledge_VS=knowledge, seed=seed)
-    return model.double().eval()
-
-
-def batch_of(lengths, *, seed=0, num_items=NUM_ITEMS):
-    random = np.random.default_rng(seed)
-    lengths = torch.tensor(lengths)
-    items = torch.from_numpy(random.integers(FIRST_INDEX, num_items, (len(lengths), int(lengths.max()))))
-    items[torch.arange(items.shape[1]) >= lengths[:, None]] = PAD
-    users = torch.from_numpy(random.integers(FIRST_INDEX, 50, len(lengths)))
-    return Batch(items, lengths, users, len(lengths), slice(0, len(lengths)), (seed, 0, 0), int(lengths.sum()))
+def model_of(config=SMALL, **how):
+    return networks.model_of(config, **how)
 
 
 def convolved(model, items, user):

@@ -7,30 +7,19 @@ import pytest
 import torch
 
 from etl.tables import CLS, FIRST_INDEX, MASK, PAD, UNK
+from tests.trainer import networks
+from tests.trainer.networks import NUM_ITEMS, batch_of
 from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, NextItemConfig
 from trainer.data.batch import Batch
-from trainer.models import bert4rec, build_model, group_of, groups_of
+from trainer.models import bert4rec, group_of, groups_of
 from trainer.tasks import MaskedItem, NextItem, softmax
 from trainer.tasks.loss import sampled_softmax, summed_loss
 
-NUM_ITEMS = FIRST_INDEX + 30
 SMALL = Bert4RecConfig(blocks=2, width=16, heads=2, max_length=12, dropout=0.0, user_width=4, knowledge_width=3)
 
 
-def model_of(config=SMALL, *, seed=0, slots=4):
-    knowledge = torch.from_numpy(np.random.default_rng(7).integers(UNK, 20, (NUM_ITEMS, slots)))
-    model = build_model(config, num_users=50, num_entities=20, knowledge_VS=knowledge, seed=seed)
-    return model.double().eval()
-
-
-def batch_of(lengths, *, seed=0, draw=(0, 0, 0), width=None):
-    random = np.random.default_rng(seed)
-    lengths = torch.tensor(lengths)
-    width = width or int(lengths.max())
-    items = torch.from_numpy(random.integers(FIRST_INDEX, NUM_ITEMS, (len(lengths), width)))
-    items[torch.arange(width) >= lengths[:, None]] = PAD
-    users = torch.from_numpy(random.integers(FIRST_INDEX, 50, len(lengths)))
-    return Batch(items, lengths, users, len(lengths), slice(0, len(lengths)), draw, int(lengths.sum()))
+def model_of(config=SMALL, **how):
+    return networks.model_of(config, **how)
 
 
 def hidden_of(model, items_BT, lengths_B, users_B, *, causal, table_VD=None):

@@ -21,10 +21,11 @@ _EVERY = slice(None)
 class SequenceModel(nn.Module):
     """items, lengths, users -> hidden states [N, D] of wanted positions, and scores [N, C] of items for them.
 
-    A subclass gives `forward`, `head`, `item_vectors`, `scores_with_table`, `table_std`, the tensors `output_bias` and
-    `user_embedding` (where `config.user_width`), `ROW_TABLES`, and `GROUPS`: parameter group (DESIGN section 6: item,
-    user, knowledge, position, body, head) to name prefixes, the one place that says which tensor is of which kind.
-    `knowledge_VS`: entity index of each slot of each catalogue row, UNK where unknown (survey 4.3: director, actors).
+    A subclass gives `forward`, `head`, `item_vectors`, `scores_with_table`, `table_std`, the tensors `output_bias`,
+    `user_embedding` (where `config.user_width`) and `entity_embedding` (where items have slots), `ROW_TABLES`, and
+    `GROUPS`: parameter group (DESIGN section 6: item, user, knowledge, position, body, head) to name prefixes, the one
+    place that says which tensor is of which kind. `knowledge_VS`: entity index of each slot of each catalogue row, UNK
+    where unknown (survey 4.3: director, actors).
     """
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]]
@@ -33,6 +34,7 @@ class SequenceModel(nn.Module):
     knowledge_VS: Tensor
     head: nn.Module
     user_embedding: nn.Embedding | RowTable
+    entity_embedding: nn.Embedding | RowTable
     output_bias: nn.Parameter
 
     def __init__(self, config: ModelConfig, *, knowledge_VS: Tensor, tables: RowTables | None) -> None:
@@ -109,6 +111,11 @@ class SequenceModel(nn.Module):
         """[B, user width]; that of the unknown user for those beyond the table."""
         known_B = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)
         return self.rows_of(self.user_embedding.weight, known_B)
+
+    def entity_vectors(self, rows: Tensor | None) -> Tensor:
+        """The vectors of catalogue rows' entities side by side, [V or *rows.shape, S x knowledge width]."""
+        known = self.knowledge_VS if rows is None else self.knowledge_VS[rows]
+        return self.rows_of(self.entity_embedding.weight, known).flatten(-2)
 
     def row_tables(self) -> dict[str, Tensor]:
         """Names of the tables that are looked up by row, and this process's part of each; none where all are dense."""

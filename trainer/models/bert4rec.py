@@ -147,9 +147,7 @@ class Bert4Rec(SequenceModel):
         own = self.rows_of(self.item_embedding.weight, rows)
         if self.item_projection is None:
             return own
-        known = self.knowledge_VS if rows is None else self.knowledge_VS[rows]
-        entities = self.rows_of(self.entity_embedding.weight, known).flatten(-2)
-        vectors: Tensor = self.item_projection(own) + self.knowledge_projection(entities)
+        vectors: Tensor = self.item_projection(own) + self.knowledge_projection(self.entity_vectors(rows))
         return vectors
 
     @property

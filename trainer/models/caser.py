@@ -75,17 +75,12 @@ class Caser(SequenceModel):
         own = self.rows_of(self.item_weights.weight, rows)
         if self.knowledge_projection is None:
             return own
-        vectors: Tensor = own + self.knowledge_projection(self._entities(rows))
+        vectors: Tensor = own + self.knowledge_projection(self.entity_vectors(rows))
         return vectors
 
     @property
     def scores_with_table(self) -> bool:
         return self.knowledge_projection is None
-
-    def _entities(self, rows: Tensor | None) -> Tensor:
-        """The vectors of catalogue rows' entities side by side, [V or *rows.shape, S x knowledge width]."""
-        known = self.knowledge_VS if rows is None else self.knowledge_VS[rows]
-        return self.rows_of(self.entity_embedding.weight, known).flatten(-2)
 
     def forward(
         self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
@@ -113,7 +108,7 @@ class Caser(SequenceModel):
         """Vectors [B, T, D] of the items and their entities; zero behind a sequence's end."""
         x_BTD = self.rows_of(self.item_embedding.weight, items_BT)
         if self.knowledge_projection is not None:
-            x_BTD = torch.cat([x_BTD, self._entities(items_BT)], dim=2)
+            x_BTD = torch.cat([x_BTD, self.entity_vectors(items_BT)], dim=2)
         real_BT = torch.arange(items_BT.shape[1], device=items_BT.device) < lengths_B[:, None]
         return x_BTD * real_BT[:, :, None]
 
