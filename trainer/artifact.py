@@ -4,7 +4,8 @@ config.json          the run's whole configuration, its release, table versions,
 weights.safetensors  every tensor but the user table
 users.safetensors    the user table, apart from the rest: it can be huge, and it is personal data. Optional.
 users.parquet        raw user id -> row of the user table. Optional, as above.
-catalogue.parquet    row, global index, raw item id, title, popularity, entity index of each knowledge slot
+catalogue.parquet    row, global index, raw item id, title, popularity, whether it is predicted (where not all are),
+                     entity index of each knowledge slot
 manifest.json        SHA-256 of each file above; written last, so that a half-written folder is no model
 """
 
@@ -70,9 +71,10 @@ class Artifact:
 def save_artifact(
     folder: Path, *, config: PretrainConfig, release: Release, catalogue: Catalogue, popularity: npt.NDArray[np.int64],
     knowledge: Int32Array, weights: Mapping[str, Tensor | Sequence[Tensor]], metrics: dict[str, float],
-    parent: str | None, users: pa.Table | None,
+    parent: str | None, users: pa.Table | None, predicted: npt.NDArray[np.bool_] | None = None,
 ) -> str:  # fmt: skip
     """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index.
+    `predicted`: the rows that are ever an answer; None: all real ones.
 
     `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
     """
@@ -104,6 +106,8 @@ def save_artifact(
         if knowledge.shape[1]
         else pa.array([[] for _ in range(len(catalogue))], pa.list_(pa.int32())),
     }
+    if predicted is not None:
+        rows["predicted"] = predicted
     pq.write_table(pa.table(rows), new / CATALOGUE)
     if user_table is not None:
         save_file({_USER_TABLE: user_table}, new / USERS)
@@ -150,6 +154,8 @@ def load_artifact(folder: str | Path, *, device: str = "cpu", users: bool = True
         config.model, num_users=len(weights[_USER_TABLE]) if config.model.user_width else 0,
         num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
     )  # fmt: skip
+    if "predicted" in rows.column_names:
+        model.predict_only(torch.from_numpy(rows["predicted"].to_numpy()))
     ids = None
     if with_users and USER_IDS in digests:
         named = pq.read_table(folder / USER_IDS)

@@ -43,11 +43,19 @@ class DataConfig(Section):
     lake: str = "lake"
     release: int | None = None  # None: the newest complete one, pinned when the run starts
     split: str = "last-5"
-    domain: str = "source"
+    domain: str = "source"  # whose sequences are read; `all`: those of all domains together
+    # Domain whose items are predicted: the loss is taken on them only, and among them only. None: all that are read.
+    predicted: str | None = None
+    ranked: str | None = None  # domain whose items validation ranks; None: those predicted
     block_rows: int = Field(65_536, ge=1)  # sequences decoded and shuffled together
     cache_bytes: int = Field(256 << 20, ge=0)  # decoded row groups are kept up to this size, others read each epoch
     unknown_users: float = Field(0.05, ge=0, lt=1)  # share of training sequences whose user is hidden
     window: Literal["last", "random"] = "random"  # which part of a sequence longer than the model is trained on
+
+    @property
+    def answered(self) -> str:
+        """The domain whose items a model of this data is asked for."""
+        return self.ranked or self.predicted or self.domain
 
 
 class TargetDataConfig(DataConfig):
@@ -232,6 +240,14 @@ class FinetuneConfig(PretrainConfig):
     transfer: TransferName = "deep"
     parent: str | None = None  # folder of the pre-trained model; not needed by transfer `none`
     freeze: tuple[str, ...] = ()  # parameter groups that do not train
+    # Items that the parent knows too (by raw id) keep its rows, whatever `transfer`; for a model that reads its domain.
+    shared_items: bool = False
+
+    @model_validator(mode="after")
+    def _items_come_from_a_parent(self) -> "FinetuneConfig":
+        if self.shared_items and self.transfer == "none":
+            raise ValueError("shared_items: transfer none takes nothing from a parent; set it to false, or transfer")
+        return self
 
 
 class RangeConfig(Section):
@@ -266,7 +282,7 @@ class PrunerConfig(Section):
 # What decides what a score means, or where a run lies, and so is not for a search to choose.
 _FIXED = (
     "name", "output", "parent", "transfer", "runtime", "tracking", "evaluation", "data.lake", "data.release",
-    "data.split", "data.domain", "train.seed", "train.validation_users",
+    "data.split", "data.domain", "data.predicted", "data.ranked", "train.seed", "train.validation_users",
 )  # fmt: skip
 
 

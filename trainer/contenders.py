@@ -33,6 +33,7 @@ from trainer.data.dataset import (
     Sequences,
     domains_with_sequences,
     read_catalogue,
+    rows_by_raw_id,
     training_interactions,
 )
 from trainer.ranking import HeldOut, Part, Score, read_held_out, read_users, sampled
@@ -191,11 +192,13 @@ def model_contender(
     rows = rows_by_raw_id(artifact.catalogue, asked.catalogue)
     known = np.flatnonzero(rows != UNK)
     known = known[known >= FIRST_INDEX]
+    if (predicted_V := artifact.model.predicted_V) is not None:
+        known = known[predicted_V.cpu().numpy()[rows[known]]]
     if must_know and not len(known):
         raise EvaluateError(
-            f"expected a model that knows items of domain {asked.domain!r}, found none of its "
+            f"expected a model that predicts items of domain {asked.domain!r}, found none of its "
             f"{len(asked.catalogue) - FIRST_INDEX:,} items in {artifact.folder} (trained on domain "
-            f"{artifact.config.data.domain!r}); fine-tune it on the domain first"
+            f"{artifact.config.data.domain!r}, to predict {artifact.config.data.answered!r}); fine-tune it first"
         )
     _refuse_leak(artifact, asked)
     user_rows = _user_rows(artifact, asked)
@@ -231,14 +234,6 @@ def model_contender(
         is_model=True,
         facts={"folder": str(artifact.folder), "hash": artifact.hash, "parent": artifact.parent} | artifact.metrics,
     )
-
-
-def rows_by_raw_id(own: Catalogue, asked: Catalogue) -> IntArray:
-    """[rows of `asked`] rows of `own` with the same raw id, UNK where it has none; reserved rows are themselves."""
-    wanted, had = (pa.array(catalogue.raw_ids[FIRST_INDEX:], pa.string()) for catalogue in (asked, own))
-    found = pc.index_in(wanted, had)
-    rows = found.fill_null(UNK - FIRST_INDEX).to_numpy(zero_copy_only=False).astype(np.int64) + FIRST_INDEX
-    return np.concatenate([np.arange(FIRST_INDEX), rows])
 
 
 def _user_rows(artifact: Artifact, asked: EvaluationSet) -> IntArray:

@@ -56,7 +56,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         return done
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as run:
         asked = read_evaluation_set(
-            release, config.split or first.config.data.split, config.domain or first.config.data.domain, config.part,
+            release, config.split or first.config.data.split, config.domain or first.config.data.answered, config.part,
             config.evaluation,
         )  # fmt: skip
         evaluation = evaluate_contenders(

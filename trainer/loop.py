@@ -194,7 +194,8 @@ def train_step(training: Training, batch: Batch, *, stop: bool) -> bool:
         loss, positions = training.loss(batch)
     num_positions, total, wants_stop = world.sum(float(positions), loss.item(), float(stop))
     # DistributedDataParallel takes the mean over ranks, hence the world's size.
-    (loss * (world.size / num_positions)).backward()
+    # A batch may hold nothing that is predicted.
+    (loss * (world.size / max(num_positions, 1))).backward()
     norm = training.optimizer.clip(config.clip_norm)
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise NonFiniteLoss(_blame(batch, total, norm))

@@ -19,7 +19,7 @@ from etl.config import code_version, config_hash
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
-from trainer.config import FinetuneConfig, GraftrecError, PretrainConfig
+from trainer.config import ConfigError, FinetuneConfig, GraftrecError, PretrainConfig
 from trainer.data.dataset import (
     Catalogue,
     Int32Array,
@@ -28,6 +28,8 @@ from trainer.data.dataset import (
     pin,
     read_catalogue,
     read_knowledge,
+    rows_by_raw_id,
+    rows_of_domain,
     training_interactions,
     vocabulary_size,
 )
@@ -38,7 +40,7 @@ from trainer.metrics import means
 from trainer.models import RowTables, SequenceModel, build_model
 from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
 from trainer.scoring import Scorer
-from trainer.tasks import Task, build_task
+from trainer.tasks import build_task
 from trainer.tracking import Run
 from trainer.transfer import Account, graft
 
@@ -99,14 +101,16 @@ def _fit(
     held_out = read_held_out(
         release, config.data.split, config.data.domain, catalogue, "validation", max_users=config.train.validation_users
     )
-    model, account = _model(config, release, knowledge, parent, world)
+    model, account = _model(config, release, catalogue, knowledge, parent, world)
     dataset = SequenceDataset(release, config.data.split, config.data.domain)
     loader = Loader(
         dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
         seed=config.train.seed, rank=world.rank, world_size=world.size,
     )  # fmt: skip
+    among = _ranked(config, release, catalogue, held_out)
     task = build_task(config.task)
     training = Training(model, task, loader, config.train, world)
+    batch_size = config.evaluation.batch_size
     say(_introduction(config, release, catalogue, dataset, held_out, account))
     say(account.text())
 
@@ -118,7 +122,9 @@ def _fit(
         tracked.set_tags({"graftrec.recipe": _recipe(config), "graftrec.transfer": account.transfer})
         train(
             training,
-            validate=lambda: _validate(model, task, held_out, world, config.evaluation.batch_size),
+            validate=lambda: _validate(
+                Scorer(model, task, device=world.device, among=among), held_out, world, batch_size
+            ),
             score=SCORE,
             checkpoints=folder / "checkpoints",
             on_epoch=lambda epoch: _tell(epoch, tracked, say),
@@ -140,8 +146,9 @@ def _fit(
 
 
 def _model(
-    config: PretrainConfig, release: Release, knowledge: Int32Array, parent: Artifact | None, world: World
-) -> tuple[SequenceModel, Account]:
+    config: PretrainConfig, release: Release, catalogue: Catalogue, knowledge: Int32Array, parent: Artifact | None,
+    world: World,
+) -> tuple[SequenceModel, Account]:  # fmt: skip
     model = build_model(
         config.model, num_users=vocabulary_size(release, tables.USERS),
         num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
@@ -149,12 +156,32 @@ def _model(
         tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
     )  # fmt: skip
     model.to(device=world.device, dtype=world.dtype)
+    if config.data.predicted is not None:
+        model.predict_only(torch.from_numpy(rows_of_domain(release, catalogue, config.data.predicted)))
     if isinstance(config, FinetuneConfig):
-        return model, graft(model, config.model, parent, config.transfer, config.freeze)
+        shared = None
+        if parent is not None and config.shared_items:
+            shared = rows_by_raw_id(parent.catalogue, catalogue)
+        return model, graft(model, config.model, parent, config.transfer, config.freeze, shared)
     return model, graft(model, config.model, None, "none")
 
 
-def _validate(model: SequenceModel, task: Task, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:
+def _ranked(config: PretrainConfig, release: Release, catalogue: Catalogue, held_out: HeldOut) -> torch.Tensor | None:
+    """The rows that validation ranks, bool [V]; None: all. Raises ConfigError where it would ask for others."""
+    if config.data.answered == config.data.domain:
+        return None
+    among = torch.from_numpy(rows_of_domain(release, catalogue, config.data.answered))
+    asked = held_out.targets[held_out.targets >= 0]
+    if strange := int((~among.numpy()[asked]).sum()):
+        raise ConfigError(
+            f"expected split {config.data.split!r} to hold out items of domain {config.data.answered!r} from domain "
+            f"{config.data.domain!r}, found {strange:,} of {len(asked):,} that are none; take a split with a "
+            f"joint_target: {config.data.answered} (etl.splits)"
+        )
+    return among
+
+
+def _validate(scorer: Scorer, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:
     """Mean validation metrics; each process ranks its share of the users.
 
     All shares are equally long (the last user may be ranked again), so that processes which share a table out ask for
@@ -162,7 +189,7 @@ def _validate(model: SequenceModel, task: Task, held_out: HeldOut, world: World,
     """
     length = -(-len(held_out) // world.size)
     share = np.minimum(np.arange(length * world.rank, length * (world.rank + 1)), len(held_out) - 1)
-    ranked = rank(Scorer(model, task, device=world.device).scores, held_out.take(share), batch_size=batch_size)[FULL]
+    ranked = rank(scorer.scores, held_out.take(share), batch_size=batch_size)[FULL]
     names = [name for name in ranked if not name.startswith(SINGLE)]
     table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))[: len(held_out)]
     return means({name: table[:, place].numpy() for place, name in enumerate(names)})
@@ -187,6 +214,7 @@ def _finish(
         folder / "model", config=config, release=release, catalogue=catalogue, popularity=popularity,
         knowledge=knowledge, weights=training.best, metrics=metrics, parent=parent.hash if parent else None,
         users=release.read(tables.USERS, ["user", "index"]),
+        predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
     )  # fmt: skip
     history = [vars(epoch) for epoch in training.progress.history]
     (folder / "history.json").write_text(json.dumps(history, indent=1))

@@ -73,7 +73,7 @@ def run(config: PromoteConfig) -> Promoted:
     release = pin(config.lake or artifact.lake, config.release)
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
         asked = read_evaluation_set(
-            release, config.split or own.split, config.domain or own.domain, config.part, _with_gate_protocol(config)
+            release, config.split or own.split, config.domain or own.answered, config.part, _with_gate_protocol(config)
         )
         evaluation, faults = _score_candidate(registry, version, config, asked)
         decision, promoted = _judge_and_move(registry, version, evaluation, faults, config, tracked)

@@ -109,10 +109,15 @@ def _best_columns(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 class Scorer:
-    """Scores of catalogue rows for histories. Make a new one when the weights change: the item table is kept."""
+    """Scores of catalogue rows for histories; -inf for rows that are not `among` (bool [V]; None: all that the model
+    predicts). Make a new one when the weights change: the item table is kept."""
 
-    def __init__(self, model: SequenceModel, task: Task, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: SequenceModel, task: Task, *, device: torch.device | str = "cpu", among: Tensor | None = None
+    ) -> None:
         self.model, self.task, self.device = model, task, torch.device(device)
+        among = model.predicted_V if among is None else among
+        self._left_out_V = None if among is None else ~among.to(self.device)
 
     def scores(self, histories: Histories, candidates: IntArray | None = None) -> Scores:
         """Scores [B, C] float32 on the model's device; items and candidates are catalogue rows, users global indices.
@@ -128,7 +133,10 @@ class Scorer:
             rows: slice | Tensor = slice(start, stop) if rows_C is None else rows_C[start:stop]
             if rows_C is None and self._table_VD is None:
                 rows = torch.arange(start, stop, device=self.device)
-            return self.model.scores(hidden_BD, rows, self._table_VD, self._bias_V).float()
+            scores = self.model.scores(hidden_BD, rows, self._table_VD, self._bias_V).float()
+            if self._left_out_V is not None:
+                scores.masked_fill_(self._left_out_V[rows], -torch.inf)
+            return scores
 
         return Scores(len(histories), self.model.num_items if candidates is None else len(candidates), columns)
 

@@ -64,7 +64,10 @@ class Shortlist:
 
     def __init__(self, artifact: Artifact) -> None:
         self._scorer = artifact.scorer()
-        self._popularity = Scores.of(torch.from_numpy(artifact.popularity.astype(np.float32))[None])
+        popularity = torch.from_numpy(artifact.popularity.astype(np.float32))
+        if artifact.model.predicted_V is not None:
+            popularity.masked_fill_(~artifact.model.predicted_V, -torch.inf)
+        self._popularity = Scores.of(popularity[None])
         self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
 
     def best(self, histories: Histories, k: int) -> tuple[IntArray, Tensor]:

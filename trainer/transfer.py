@@ -6,6 +6,9 @@ shallow    user and knowledge embeddings; projections, positions, body, head and
 deep       all but the item-indexed tensors
 =========  ====================================================================================================
 
+A model that reads its parent's domain too (`data.domain: all`) may keep the parent's rows of the items that both know
+(`shared_items`); the survey's domains share none.
+
 Users and entities are the lake's own indices, which are given once and for ever: row r means the same in both models. A
 parent that knows fewer (older) ones gives the rows it has, the rest start anew.
 """
@@ -16,8 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from etl.config import GraftrecError
+from etl.tables import FIRST_INDEX, UNK
 from trainer.artifact import Artifact
 from trainer.config import ModelConfig, TransferName
+from trainer.data.dataset import IntArray
 from trainer.models import SequenceModel, group_of, groups_of
 
 COPIED_GROUPS: dict[str, tuple[str, ...]] = {
@@ -72,9 +77,11 @@ def graft(
     parent: Artifact | None,
     transfer: TransferName,
     freeze: Sequence[str] = (),
+    shared_V: IntArray | None = None,
 ) -> Account:
     """Copy what `transfer` says from `parent` into `model`, freeze the groups `freeze`, and account for every tensor.
 
+    `shared_V`: the parent's row of each catalogue row, UNK where it has none; those rows are copied too. None: no item.
     Raises TransferError: no parent where one is needed, an unknown group, or tensors whose shapes don't agree.
     """
     if transfer != "none" and parent is None:
@@ -102,6 +109,10 @@ def graft(
             if shared_out is not None:
                 source = source[shared_out.world.rank :: shared_out.world.size]  # this process's rows
             origin = _copy(tensor, source, name, rows=group in ("user", "knowledge"))
+        elif group == "item" and shared_V is not None and given:
+            rows_V = shared_V if shared_out is None else shared_V[shared_out.world.rank :: shared_out.world.size]
+            _copy_shared(tensor, given[name], name, torch.from_numpy(rows_V))
+            origin = f"copied ({int((shared_V[FIRST_INDEX:] != UNK).sum()):,} of {len(shared_V) - FIRST_INDEX:,} items)"
         tensor.requires_grad_(group not in freeze)
         lines.append(Line(name, group, shape, origin, group not in freeze))
     return Account(transfer, _named(parent) if given else None, tuple(lines))
@@ -120,6 +131,16 @@ def _copy(to: torch.Tensor, source: torch.Tensor, name: str, *, rows: bool) -> s
     common = min(len(to), len(source))
     to[:common] = source[:common].to(to.dtype)
     return "copied" if common == len(to) else f"copied ({common:,} of {len(to):,} rows)"
+
+
+def _copy_shared(to: torch.Tensor, source: torch.Tensor, name: str, rows_V: torch.Tensor) -> None:
+    if source.shape[1:] != to.shape[1:]:
+        raise TransferError(
+            f"{name}: expected the parent's rows {tuple(source.shape[1:])} to fit {tuple(to.shape[1:])}; pre-train "
+            "with the same settings"
+        )
+    known = rows_V != UNK
+    to[known] = source[rows_V[known]].to(to.dtype)
 
 
 def _named(parent: Artifact | None) -> str:

@@ -18,7 +18,8 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
     """Two domains, users with a taste in both (or, unshared, one in each), items with people of their taste.
 
     Every user has a source sequence; user 0 has no target item and users 1 to 5 too few for a hold-out. Items are
-    distinct within a user; times are distinct, the two domains meet in time. Splits `last-5` and `causal`. Release 1.
+    distinct within a user; times are distinct, the two domains meet in time. Splits `last-5`, `causal`, and `joint-5`,
+    in which the domain `all` holds out what the target does. Release 1.
     """
     random = np.random.default_rng(seed)
     num_items = NUM_SOURCE + NUM_TARGET
@@ -67,7 +68,7 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
         if i["index"] % 7  # some items without metadata
     ])  # fmt: skip
     sequences, negatives = [], []
-    for split in ("last-5", "causal"):
+    for split in ("last-5", "causal", "joint-5"):
         for user, log in zip(users, logs, strict=True):
             rows = _sequences(split, user, log, items)
             sequences += rows
@@ -122,9 +123,12 @@ def _sequences(split, user, log, items):
         own = [(i, t) for i, t in zip(*log, strict=True) if domain in (domain_of[i], "all")]
         if split == "causal" and domain != "target" and first_held_out is not None:
             own = [(i, t) for i, t in own if t < first_held_out]
+        if split == "joint-5" and domain == "all":
+            late = target[-5:] if first_held_out is not None else []
+            own = [event for event in own if event not in late] + late
         if not own:
             continue
-        held_out = len(own) > 5
+        held_out = first_held_out is not None if (split, domain) == ("joint-5", "all") else len(own) > 5
         end = len(own)
         rows.append({
             "split": split, "domain": domain, "bucket": bucket_of(user["raw"], BUCKETS), "user": user["index"],

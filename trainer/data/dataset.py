@@ -169,6 +169,27 @@ def read_catalogue(release: Release, domain: str) -> Catalogue:
     )
 
 
+def rows_of_domain(release: Release, catalogue: Catalogue, domain: str) -> npt.NDArray[np.bool_]:
+    """[V] which rows of a catalogue are kept items of `domain`. Raises DataError where none is."""
+    kept = read_catalogue(release, domain).global_index[FIRST_INDEX:]
+    rows = np.isin(catalogue.global_index, kept)
+    rows[:FIRST_INDEX] = False
+    if not rows.any():
+        raise DataError(
+            f"expected items of domain {domain!r} among those that are read, found none; set data.domain to one that "
+            f"holds them, e.g. {tables.DOMAIN_ALL!r}"
+        )
+    return rows
+
+
+def rows_by_raw_id(own: Catalogue, asked: Catalogue) -> IntArray:
+    """[rows of `asked`] rows of `own` with the same raw id, UNK where it has none; reserved rows are themselves."""
+    wanted, had = (pa.array(catalogue.raw_ids[FIRST_INDEX:], pa.string()) for catalogue in (asked, own))
+    found = pc.index_in(wanted, had)
+    rows = found.fill_null(tables.UNK - FIRST_INDEX).to_numpy(zero_copy_only=False).astype(np.int64) + FIRST_INDEX
+    return np.concatenate([np.arange(FIRST_INDEX), rows])
+
+
 def _texts(column: pa.ChunkedArray) -> Texts:
     """With an empty text for each reserved row before."""
     return Texts(pa.concat_arrays([pa.array([""] * FIRST_INDEX, pa.string()), *column.chunks]))

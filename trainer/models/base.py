@@ -32,6 +32,7 @@ class SequenceModel(nn.Module):
     ROW_TABLES: ClassVar[tuple[str, ...]]  # names of the tables that can be looked up by row
 
     knowledge_VS: Tensor
+    predicted_V: Tensor | None  # bool: the catalogue rows that are predicted; None: all real ones
     head: nn.Module
     user_embedding: nn.Embedding | RowTable
     entity_embedding: nn.Embedding | RowTable
@@ -42,6 +43,7 @@ class SequenceModel(nn.Module):
         self.config, self.num_items = config, len(knowledge_VS)
         self.tables = tables  # None: dense ones
         self.register_buffer("knowledge_VS", knowledge_VS.int(), persistent=False)
+        self.register_buffer("predicted_V", None, persistent=False)
         self.dropout = Dropout(config.dropout)
 
     def table(self, num_embeddings: int, width: int) -> nn.Embedding | RowTable:
@@ -73,6 +75,11 @@ class SequenceModel(nn.Module):
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         """The vectors that score catalogue rows, [V, Q] or [*rows.shape, Q]."""
         raise NotImplementedError
+
+    def predict_only(self, rows_V: Tensor) -> None:
+        """Predict these catalogue rows only (bool [V], at least one real item): others are read, and never an
+        answer."""
+        self.predicted_V = rows_V.to(self.knowledge_VS.device)
 
     @property
     def scores_with_table(self) -> bool:

@@ -25,20 +25,31 @@ def summed_loss(
     draw: tuple[int, ...],
     table_VD: Tensor | None,
 ) -> Tensor:
-    """Sum over N positions of the negative log-likelihood (nats) of their targets (catalogue rows)."""
+    """Sum over N positions of the negative log-likelihood (nats) of their targets (catalogue rows) among all that the
+    model predicts."""
+    rows_C = None if model.predicted_V is None else model.predicted_V.nonzero()[:, 0]
     if config.kind == "full":
         table_VD = model.item_vectors() if table_VD is None else table_VD
+        bias_V, classes_N = model.bias(), targets_N - FIRST_INDEX
+        if rows_C is not None:
+            classes_N = torch.searchsorted(rows_C, targets_N)
+        rows = slice(FIRST_INDEX, None) if rows_C is None else rows_C
         return summed_cross_entropy(
-            model.head(hidden_ND), table_VD[FIRST_INDEX:], model.bias()[FIRST_INDEX:], targets_N - FIRST_INDEX,
-            label_smoothing=config.label_smoothing,
-        )  # fmt: skip
-    num_items = model.num_items - FIRST_INDEX
-    drawn = np.random.default_rng([*draw, 4]).integers(FIRST_INDEX, model.num_items, config.num_negatives)
+            model.head(hidden_ND), table_VD[rows], bias_V[rows], classes_N, label_smoothing=config.label_smoothing
+        )
+    num_items = model.num_items - FIRST_INDEX if rows_C is None else len(rows_C)
+    drawn = np.random.default_rng([*draw, 4]).integers(0, num_items, config.num_negatives)
     negatives_K = torch.from_numpy(drawn).to(hidden_ND.device)
+    negatives_K = negatives_K + FIRST_INDEX if rows_C is None else rows_C[negatives_K]
     if config.kind == "bce":
         return binary_loss(model, hidden_ND, targets_N, negatives_K)
     log_expected = np.log(config.num_negatives / num_items)  # draws of one item among K: K q, uniform q
     return sampled_softmax(model, hidden_ND, targets_N, negatives_K, float(log_expected))
+
+
+def is_predicted(model: SequenceModel, items: Tensor) -> Tensor:
+    """Which of the catalogue rows `items` a loss is taken on: bool, of their shape."""
+    return torch.ones_like(items, dtype=torch.bool) if model.predicted_V is None else model.predicted_V[items]
 
 
 def sampled_softmax(

@@ -15,7 +15,7 @@ from etl.tables import FIRST_INDEX, MASK, PAD
 from trainer.config import MaskedItemConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
-from trainer.tasks.loss import summed_loss
+from trainer.tasks.loss import is_predicted, summed_loss
 
 
 class MaskedItem:
@@ -27,8 +27,9 @@ class MaskedItem:
         self.config = config
 
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(summed loss, number of masked positions) of this rank's slice."""
+        """(summed loss, number of masked positions whose items are predicted) of this rank's slice."""
         corrupted_BT, lengths_B, chosen_BT = self.mask(batch, model.num_items)
+        chosen_BT &= is_predicted(model, batch.items)
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
         hidden_ND = model(corrupted_BT, lengths_B, batch.users, chosen_BT, causal=False, table_VD=table_VD)

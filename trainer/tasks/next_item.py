@@ -10,7 +10,7 @@ from etl.tables import CLS
 from trainer.config import NextItemConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
-from trainer.tasks.loss import summed_loss
+from trainer.tasks.loss import is_predicted, summed_loss
 
 
 class NextItem:
@@ -26,12 +26,13 @@ class NextItem:
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
         inputs_BT = torch.cat([_begin(batch), batch.items[:, :-1]], dim=1)
-        real_BT = batch.mask_BT
+        real_BT = batch.mask_BT if self.config.targets > 1 else batch.mask_BT & is_predicted(model, batch.items)
         hidden_ND = model(inputs_BT, batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD)
         targets_N = batch.items[real_BT]
         if self.config.targets > 1:
             asking, targets_N = self._following(batch)
-            hidden_ND = hidden_ND[asking]
+            wanted_N = is_predicted(model, targets_N)
+            hidden_ND, targets_N = hidden_ND[asking[wanted_N]], targets_N[wanted_N]
         loss = summed_loss(model, hidden_ND, targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
         return loss, torch.tensor(len(targets_N), device=loss.device)
 
