@@ -391,6 +391,8 @@ def _compose(raw: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
                 wanted = value.get("kind")
                 section = next((s for s in sections if s.model_fields["kind"].default == wanted), section)
             value = _compose(value, section)
+        elif (entry := _entries(field.annotation)) and isinstance(value, dict):
+            value = {key: _compose(one, entry) if isinstance(one, dict) else one for key, one in value.items()}
         composed[name] = value
     return composed
 
@@ -402,6 +404,15 @@ def _sections(annotation: Any) -> list[type[Section]]:
     if get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
         return [section for part in get_args(annotation) for section in _sections(part)]
     return []
+
+
+def _entries(annotation: Any) -> type[Section] | None:
+    """The Section class of a dict's values."""
+    if get_origin(annotation) is dict:
+        key, value = get_args(annotation)
+        if key is str and isinstance(value, type) and issubclass(value, Section):
+            return value
+    return None
 
 
 def _explain(error: pydantic.ValidationError) -> str:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
@@ -39,6 +39,7 @@ from trainer.survey import row_id
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests" / "reproduction" / "results"
 ModelName = Literal["bert4rec", "caser"]
+ConfigT = TypeVar("ConfigT", bound=PretrainConfig)
 HOLES = 1
 
 
@@ -62,6 +63,37 @@ class ModelPlan(Section):
         return self
 
 
+class RowPlan(Section):
+    """A row of one's own, beside or in the place of the survey's: what is trained, and what its gain is counted over.
+    Domains and split are those of its sections; lake, seeds, names and folders are set here."""
+
+    label: str
+    against: str | None = None  # id of another row
+    pretrain: PretrainConfig | None = None  # what `finetune` is grafted on; without `finetune`, the row itself
+    finetune: FinetuneConfig | None = None
+
+    @property
+    def trained(self) -> PretrainConfig:
+        """Of the row's model."""
+        found = self.finetune or self.pretrain
+        assert found is not None
+        return found
+
+    @model_validator(mode="after")
+    def _has_a_parent_if_it_needs_one(self) -> "RowPlan":
+        if self.finetune is None:
+            if self.pretrain is None:
+                raise ValueError("expected a section pretrain, finetune or both, found none")
+        elif (self.pretrain is None) != (self.finetune.transfer == "none"):
+            raise ValueError(
+                f"expected a section pretrain for transfer {self.finetune.transfer}, found none; add it, or set "
+                "finetune.transfer to none"
+                if self.pretrain is None
+                else "expected no section pretrain for transfer none; remove it, or set finetune.transfer"
+            )
+        return self
+
+
 class ExperimentConfig(Section):
     """Which rows, on what data, and how they are judged. Lake, domains, seeds, names and folders are set here, whatever
     the sections say."""
@@ -79,6 +111,7 @@ class ExperimentConfig(Section):
     part: Literal["validation", "test"] = "test"
     bert4rec: ModelPlan | None = None
     caser: ModelPlan | None = None
+    own: dict[str, RowPlan] = Field(default_factory=dict)  # rows of one's own, by id
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     knowledge: tuple[bool, ...] = (False, True)
     joint: bool = True  # one model trained on both domains
@@ -103,8 +136,8 @@ class ExperimentConfig(Section):
 
     @model_validator(mode="after")
     def _can_be_run(self) -> "ExperimentConfig":
-        if not self.plans:
-            raise ValueError("expected a section bert4rec, caser or both, found none")
+        if not self.plans and not self.own:
+            raise ValueError("expected a section bert4rec, caser or own, found none")
         for name, plan in self.plans.items():
             if plan.finetune.model.kind != name:
                 raise ValueError(f"{name}: expected a model of that kind, found {plan.finetune.model.kind}")
@@ -112,7 +145,7 @@ class ExperimentConfig(Section):
             raise ValueError("expected one of etl, which makes tables, and lake, where there are some")
         if self.source == self.target:
             raise ValueError(f"expected two domains, found {self.source!r} as source and as target")
-        wanted = {self.split} | ({self.joint_split} if self.joint else set())
+        wanted = {self.split} | ({self.joint_split} if self.joint and self.plans else set())
         if self.etl and (missing := wanted - {split.name for split in self.etl.splits}):
             raise ValueError(f"etl.splits: expected {', '.join(sorted(missing))} among them; add it, or mend the name")
         if self.etl and (unknown := {self.source, self.target} - {domain.name for domain in self.etl.domains}):
@@ -120,6 +153,12 @@ class ExperimentConfig(Section):
         if unknown := set(self.rows) - {row.id for row in rows_of(self)}:
             known = ", ".join(row.id for row in rows_of(self))
             raise ValueError(f"rows: expected some of {known}; found {', '.join(sorted(unknown))}")
+        ids = [row.id for row in rows_of(self)]
+        for own, row in self.own.items():
+            if row.against is not None and (row.against == own or row.against not in ids):
+                raise ValueError(
+                    f"own.{own}.against: expected another row, one of {', '.join(ids)}, found {row.against}"
+                )
         return self
 
 
@@ -147,13 +186,14 @@ class Row:
     """One row of the table: the same training over seeds."""
 
     id: str
-    kind: Literal["model", "joint", "extra"]
+    kind: Literal["model", "joint", "extra", "own"]
     model: ModelName
     transfer: TransferName
     pretrain_task: str | None
     task: str
     knowledge: bool
     label: str
+    against: str | None = None  # what its gain is counted over, of kind `own`
     reason: str = ""  # why it can't be trained at all
     cells: dict[int, Cell] = field(default_factory=dict)  # by seed
 
@@ -181,7 +221,17 @@ def rows_of(config: ExperimentConfig) -> list[Row]:
             if config.joint:
                 row, task = f"joint/{model}/{name}", plan.finetune.task.kind
                 found.append(Row(row, "joint", model, "none", None, task, known, f"{model} of both domains{also}"))
+    for name, own in config.own.items():
+        found.append(_own_row(name, own))
     return found
+
+
+def _own_row(name: str, own: RowPlan) -> Row:
+    task, network = own.trained.task.kind, own.trained.model
+    if own.finetune is None or own.pretrain is None:
+        return Row(name, "own", network.kind, "none", None, task, bool(network.knowledge), own.label, own.against)
+    transfer, before = own.finetune.transfer, own.pretrain.task.kind
+    return Row(name, "own", network.kind, transfer, before, task, bool(network.knowledge), own.label, own.against)
 
 
 def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
@@ -192,6 +242,9 @@ def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
         if config.rows and row.id not in config.rows:
             row.reason = "not asked for (`rows`)"
             continue
+        if row.kind == "own":
+            row.cells = {seed: _own_cell(config, row, seed, lake, release, pretrained) for seed in config.seeds}
+            continue
         plan = config.plans[row.model]
         for seed in config.seeds:
             parent = None
@@ -201,8 +254,9 @@ def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
                 if name not in pretrained:
                     task = _task(plan, row.pretrain_task)
                     trained = plan.pretrain.model_copy(update={"task": task})
-                    made = _placed(trained, config, row, name, seed, lake, release, config.source, config.split)
-                    pretrained[name] = Cell(name, "pretrain", made)
+                    data = trained.data.model_copy(update={"domain": config.source, "split": config.split})
+                    trained = _with_knowledge(trained.model_copy(update={"data": data}), row)
+                    pretrained[name] = Cell(name, "pretrain", _placed(trained, config, name, seed, lake, release))
                 parent = pretrained[name]
             row.cells[seed] = _cell(config, plan, row, seed, lake, release, parent)
     return rows
@@ -211,17 +265,48 @@ def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
 def _cell(
     config: ExperimentConfig, plan: ModelPlan, row: Row, seed: int, lake: str, release: int, parent: Cell | None
 ) -> Cell:
-    domain, split = config.target, config.split
+    where: dict[str, str | None] = {"domain": config.target, "split": config.split}
     settings: FinetuneConfig = plan.finetune.model_copy(
         update={"transfer": row.transfer, "parent": str(parent.folder / "model") if parent else None, "freeze": ()}
     )
     if row.kind == "extra":
         settings = settings.model_copy(update={"task": _task(plan, row.task)})
     if row.kind == "joint":  # of both domains' size: trained as long as pre-training is
-        domain, split = DOMAIN_ALL, config.joint_split
+        where = {"domain": DOMAIN_ALL, "split": config.joint_split, "ranked": config.target}
         settings = settings.model_copy(update={"train": plan.pretrain.train})
-    name = f"{row.id.replace('/', '-').replace('---', '-')}-{seed}"
-    return Cell(name, "finetune", _placed(settings, config, row, name, seed, lake, release, domain, split), parent)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update=where)})
+    name = _cell_name(row, seed)
+    return Cell(name, "finetune", _placed(_with_knowledge(settings, row), config, name, seed, lake, release), parent)
+
+
+def _own_cell(
+    config: ExperimentConfig, row: Row, seed: int, lake: str, release: int, pretrained: dict[str, Cell]
+) -> Cell:
+    """The cell of a row of one's own; rows whose sections `pretrain` are equal share that cell."""
+    plan, parent = config.own[row.id], None
+    if plan.pretrain is not None:
+        name = f"own-pretrain-{config_hash(plan.pretrain)[:8]}-{seed}"
+        if name not in pretrained:
+            pretrained[name] = Cell(name, "pretrain", _placed(plan.pretrain, config, name, seed, lake, release))
+        parent = pretrained[name]
+    if plan.finetune is None:
+        assert parent is not None
+        return parent
+    folder = str(parent.folder / "model") if parent else None
+    settings = plan.finetune.model_copy(update={"parent": folder})
+    name = _cell_name(row, seed)
+    return Cell(name, "finetune", _placed(settings, config, name, seed, lake, release), parent)
+
+
+def _cell_name(row: Row, seed: int) -> str:
+    return f"{row.id.replace('/', '-').replace('---', '-')}-{seed}"
+
+
+def _with_knowledge(section: ConfigT, row: Row) -> ConfigT:
+    """The section as it is, or without metadata."""
+    if row.knowledge:
+        return section
+    return section.model_copy(update={"model": section.model.model_copy(update={"knowledge": {}})})
 
 
 def _task(plan: ModelPlan, kind: str | None) -> TaskConfig:
@@ -229,15 +314,13 @@ def _task(plan: ModelPlan, kind: str | None) -> TaskConfig:
 
 
 def _placed(
-    section: PretrainConfig, config: ExperimentConfig, row: Row, name: str, seed: int, lake: str, release: int,
-    domain: str, split: str,
-) -> PretrainConfig:  # fmt: skip
-    data = section.data.model_copy(update={"lake": lake, "release": release, "domain": domain, "split": split})
-    model = section.model if row.knowledge else section.model.model_copy(update={"knowledge": {}})
+    section: PretrainConfig, config: ExperimentConfig, name: str, seed: int, lake: str, release: int
+) -> PretrainConfig:
+    data = section.data.model_copy(update={"lake": lake, "release": release})
     runtime = section.runtime.model_copy(update={"threads": config.threads, "progress": False})
     return section.model_copy(
         update={
-            "name": name, "output": str(config.folder / "cells"), "data": data, "model": model, "runtime": runtime,
+            "name": name, "output": str(config.folder / "cells"), "data": data, "runtime": runtime,
             "train": section.train.model_copy(update={"seed": seed}), "tracking": config.tracking,
         }
     )  # fmt: skip

@@ -20,6 +20,7 @@ from etl.config import GraftrecError, code_version
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, UNK
 from trainer import hypotheses, provenance
 from trainer.artifact import artifact_hash, load_artifact
+from trainer.config import PretrainConfig
 from trainer.contenders import Contender, EvaluationSet, baseline_contenders, model_contender, read_evaluation_set
 from trainer.data.dataset import Release, SequenceDataset, read_catalogue, read_knowledge
 from trainer.distributed import join
@@ -51,9 +52,11 @@ class DataFacts:
 
 def data_facts(release: Release, config: "ExperimentConfig") -> DataFacts:
     """Raises DataError for a domain or split that is not there."""
-    slots = next((p.finetune.model.knowledge for p in config.plans.values() if p.finetune.model.knowledge), {})
+    trained: list[PretrainConfig] = [plan.finetune for plan in config.plans.values()]
+    trained += [row.trained for row in config.own.values()]
+    slots: dict[str, int] = next((section.model.knowledge for section in trained if section.model.knowledge), {})
     users, domains = {}, []
-    for domain in (DOMAIN_ALL, config.source, config.target):
+    for domain in dict.fromkeys((DOMAIN_ALL, config.source, config.target)):
         catalogue = read_catalogue(release, domain)
         sequences = SequenceDataset(release, config.split, domain).read_all()
         users[domain] = sequences.users
@@ -68,7 +71,7 @@ def data_facts(release: Release, config: "ExperimentConfig") -> DataFacts:
 
 def why_not(row: "Row", facts: DataFacts, config: "ExperimentConfig") -> str:
     """Why a row would be another one under a wrong name; "" where it makes sense."""
-    wanted = [config.target] if row.transfer == "none" else [config.target, config.source]
+    wanted = [config.target] if row.transfer == "none" or row.kind == "own" else [config.target, config.source]
     for domain in wanted:
         if row.knowledge and not facts.with_knowledge(domain):
             return f"no item of domain {domain!r} has metadata, so a model with metadata is one without"
@@ -210,7 +213,7 @@ def _row(row: "Row", scored: Scored) -> dict[str, Any]:
         if cell.failure:
             lost.append(f"seed {seed}: {cell.failure}")
     return {
-        "id": row.id, "kind": row.kind, "model": row.model, "transfer": row.transfer,
+        "id": row.id, "kind": row.kind, "against": row.against, "model": row.model, "transfer": row.transfer,
         "pretrain_task": row.pretrain_task, "task": row.task, "knowledge": row.knowledge, "label": row.label,
         "reads": scored.reads.get(row.id, ""), "status": "done" if seeds else "missing",
         "reason": row.reason or "; ".join(dict.fromkeys(lost)),
@@ -220,7 +223,8 @@ def _row(row: "Row", scored: Scored) -> dict[str, Any]:
 
 def _baseline(contender: Contender, scored: Scored) -> dict[str, Any]:
     return {
-        "id": contender.label, "kind": "baseline", "model": None, "transfer": None, "pretrain_task": None, "task": None,
+        "id": contender.label, "kind": "baseline", "against": None, "model": None, "transfer": None,
+        "pretrain_task": None, "task": None,
         "knowledge": False, "label": contender.label, "reads": contender.reads, "status": "done", "reason": "",
         "metrics": scored.metrics(contender.label), "seeds": [],
     }  # fmt: skip

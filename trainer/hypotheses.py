@@ -92,10 +92,10 @@ def judge(
 ) -> dict[str, list[dict[str, Any]]]:
     """What an experiment's rows say: ``comparisons``, ``hypotheses`` and ``slices``, as plain data for results.json.
 
-    rows: dicts with id, kind, model, transfer, pretrain_task, task, knowledge, status and seeds ([{"seed": …}]);
-    `matrix(id, protocol, convention, metric)` is that row's metric [S, U], a seed of the row a line, NaN for a user who
-    holds nothing out; it is asked only of rows whose status is done. lengths [U]: items of the target domain in each
-    user's input. Seeds are paired by their number; a seed that only one side has is not used.
+    rows: dicts with id, kind, against (of kind `own`), model, transfer, pretrain_task, task, knowledge, status and
+    seeds ([{"seed": …}]); `matrix(id, protocol, convention, metric)` is that row's metric [S, U], a seed of the row a
+    line, NaN for a user who holds nothing out; it is asked only of rows whose status is done. lengths [U]: items of the
+    target domain in each user's input. Seeds are paired by their number; a seed that only one side has is not used.
 
     Raises HypothesisError where a matrix does not have the row's seeds and the users of `lengths_U`.
     """
@@ -112,8 +112,11 @@ def judge(
 
 def from_scratch_of(row: Row, rows: Iterable[Row]) -> Row | None:
     """The row that a gain is counted over: from scratch, of the same model, metadata and fine-tuning task (an `extra`
-    row is itself from scratch, under another task). None for baselines and from-scratch, or where there is none.
+    row is itself from scratch, under another task). A row of one's own (`own`) names its counterpart itself. None for
+    baselines and from-scratch, or where there is none.
     """
+    if row["kind"] == "own":
+        return next((other for other in rows if other["id"] == row["against"]), None)
     if row["kind"] not in ("model", "joint", "extra") or (row["kind"] == "model" and row["transfer"] == "none"):
         return None
     for other in rows:
@@ -192,8 +195,11 @@ def _comparisons(scored: _Scored, where: Mapping[str, str]) -> list[dict[str, An
 
 
 def _judged(scored: _Scored, where: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Each hypothesis with its single rows and its verdict; Holm over those that could be tested."""
-    found = [_contrast(hypothesis, scored) | dict(where) for hypothesis in HYPOTHESES]
+    """Each hypothesis with its single rows and its verdict; Holm over those that could be tested. Those that an
+    experiment has no row of are none of its own."""
+    planned = scored.rows.keys() | scored.reasons.keys()
+    own = [one for one in HYPOTHESES if any(planned.issuperset(pair) for pair in one.pairs)]
+    found = [_contrast(hypothesis, scored) | dict(where) for hypothesis in own]
     tested = [hypothesis for hypothesis in found if hypothesis["p_value"] is not None]
     _adjust(tested)
     for hypothesis in tested:

@@ -32,6 +32,7 @@ KEYS = (
 )  # fmt: skip
 TONES: Mapping[str, Tone] = {"supported": "up", "reversed": "down"}
 FROM_SCRATCH = "from scratch"
+OWN = "Configurations of one's own"
 NAN = float("nan")
 
 
@@ -83,8 +84,10 @@ class _Report:
             (Place(gain["protocol"], gain["convention"]), gain["row"]): gain for gain in results["comparisons"]
         }
         transfers = [_factors(row) for row in self.rows if row["kind"] == "model" and row["transfer"] != "none"]
-        self.series = [FROM_SCRATCH, *dict.fromkeys(transfers)]  # one colour each in all pictures
+        own = [row["label"] for row in self.rows if row["kind"] == "own"]
+        self.series = [FROM_SCRATCH, *dict.fromkeys(transfers), *own]  # one colour each in all pictures
         self.models = list(dict.fromkeys(row["model"] for row in self.rows if row["kind"] == "model"))
+        self.panels = list(dict.fromkeys(_panel(row) for row in self.done if row["kind"] != "baseline"))
 
     def blocks(self) -> list[Block]:
         return [
@@ -155,6 +158,7 @@ class _Report:
             "transfer": [row for row in self.done if row["kind"] == "model" and row["transfer"] != "none"],
             "from-scratch": [r for r in self.done if r["kind"] in ("model", "extra") and r["transfer"] == "none"],
             "joint": [row for row in self.done if row["kind"] == "joint"],
+            "other configuration": [row for row in self.done if row["kind"] == "own"],
             "simple baseline": [row for row in self.done if row["kind"] == "baseline"],
         }
         best = {
@@ -164,14 +168,16 @@ class _Report:
             for kind, rows in kinds.items()
             if rows
         }
-        if "transfer" not in best or len(best) == 1:
+        ours = "transfer" if "transfer" in best else "other configuration"
+        if ours not in best or len(best) == 1:
             return []
-        top, label = best.pop("transfer")
+        top, label = best.pop(ours)
         others = [
             f"{'above' if top > mean else 'not above'} the best {kind} ({other}, {_percent(mean)})"
             for kind, (mean, other) in best.items()
         ]
-        return [f"The best transfer, {label}, has {_percent(top)}: {'; '.join(others)}."]
+        word = "transfer" if ours == "transfer" else "row"
+        return [f"The best {word}, {label}, has {_percent(top)}: {'; '.join(others)}."]
 
     # --- hypotheses ---
 
@@ -215,11 +221,11 @@ class _Report:
         blocks: list[Block] = []
         for place in self.places:
             panels = {}
-            for model in self.models:
-                own = [row for row in self.done if row["model"] == model and (place, row["id"]) in self.gains]
+            for panel in self.panels:
+                own = [row for row in self.done if _panel(row) == panel and (place, row["id"]) in self.gains]
                 gains = [(row, self.gains[place, row["id"]]) for row in own]
                 if gains:
-                    panels[_model(model)] = [
+                    panels[panel] = [
                         Gain(_label(row), 100 * gain["gain"], 100 * gain["low"], 100 * gain["high"])
                         for row, gain in gains
                     ]
@@ -235,6 +241,8 @@ class _Report:
 
     def table_2(self) -> list[Block]:
         """The survey's Table 2: each model's rows under the way of scoring that the survey's numbers of it fit."""
+        if not self.models:
+            return []
         rows: list[Sequence[Cell | str] | str] = []
         metrics = [metric for metric in survey.METRICS if metric in self.results["metrics"]]
         for model in self.models:
@@ -291,6 +299,7 @@ class _Report:
         kinds = [
             ("joint", "Trained on both domains at once"),
             ("extra", "From scratch under another task"),
+            ("own", OWN),
             ("baseline", "Simple baselines"),
         ]
         groups = [
@@ -321,11 +330,11 @@ class _Report:
         found = {(one["row"], one["slice"]): one for one in own}
         slices = {one["slice"]: one["users"] for one in own}
         panels: dict[str, dict[str, list[Gain]]] = {}
-        for row in [row for row in self.done if row["kind"] == "model" and row["transfer"] != "none"]:
-            panel = f"{_model(row['model'])}, {_metadata(row)}"
+        for row in [row for row in self.done if row["kind"] in ("model", "own")]:
+            panel = OWN if row["kind"] == "own" else f"{_model(row['model'])}, {_metadata(row)}"
             gains = [one for name in slices if (one := found.get((row["id"], name))) and one["gain"] is not None]
             if gains:
-                panels.setdefault(panel, {})[_factors(row)] = [
+                panels.setdefault(panel, {})[_series(row)] = [
                     Gain(one["slice"], 100 * one["gain"], 100 * one["low"], 100 * one["high"]) for one in gains
                 ]
         rows: list[Sequence[Cell | str] | str] = []
@@ -354,18 +363,17 @@ class _Report:
 
     def curves(self) -> list[Block]:
         blocks: list[Block] = []
-        for model in self.models:
+        for number, name in enumerate(self.panels):
             panels: dict[str, list[Curve]] = {}
-            for row in [row for row in self.done if row["kind"] == "model" and row["model"] == model]:
+            for row in [row for row in self.done if row["kind"] in ("model", "own") and _panel(row) == name]:
                 for run in row["seeds"]:
                     if run["curve"]:
-                        panels.setdefault(_metadata(row), []).append(_curve(_factors(row), run["curve"]))
+                        panels.setdefault(_metadata(row), []).append(_curve(_series(row), run["curve"]))
             if panels:
-                shows = f"Validation {self.metric} and training loss of {_model(model)} by epoch, every seed a line"
+                shows = f"Validation {self.metric} and training loss by epoch, every seed a line: {name}"
                 blocks += [
-                    Heading(_model(model), 3),
-                    Picture(f"curves-{model}", curve_panels(panels, names=self.series), shows),
-                ]
+                    Heading(name, 3), Picture(f"curves-{number}", curve_panels(panels, names=self.series), shows)
+                ]  # fmt: skip
         text = "The training that ended in the scored model, every seed a line; dots are the epochs that were kept."
         return [Heading("Learning curves"), Text(text), *blocks] if blocks else []
 
@@ -462,6 +470,16 @@ def _factors(row: Row) -> str:
     if row["transfer"] == "none":
         return FROM_SCRATCH
     return f"{row['transfer']}, {(row['pretrain_task'] or '-').replace('_', ' ')}"
+
+
+def _panel(row: Row) -> str:
+    """Which rows share a picture."""
+    return OWN if row["kind"] == "own" else _model(row["model"])
+
+
+def _series(row: Row) -> str:
+    """What a row's line is called where its panel says the rest."""
+    return str(row["label"]) if row["kind"] == "own" else _factors(row)
 
 
 def _label(row: Row) -> str:

@@ -44,8 +44,7 @@ def plan(kind: str = "bert4rec", **more: Any) -> dict[str, Any]:
 
 
 def settings(lake: str, folder: Path, **more: Any) -> dict[str, Any]:
-    """The tiny lake has no joint split; of its split `causal`, the domain `all` has none of the target's hold-out."""
-    given = {"name": "tiny", "runs": str(folder), "lake": lake, "joint_split": "causal", "bert4rec": plan()}
+    given = {"name": "tiny", "runs": str(folder), "lake": lake, "bert4rec": plan()}
     tracking = {"tracking": {"system_metrics": False}}
     return given | {"seeds": [0], "knowledge": [False], "extras": False, "joint": False} | tracking | more
 
@@ -90,7 +89,8 @@ def test_cells_are_shared_seeded_and_in_folders_of_their_own() -> None:
         cell = row.cells[seed]
         data, train = cell.config.data, cell.config.train
         assert (data.lake, data.release, train.seed) == ("elsewhere", 7, seed)
-        assert (data.domain, data.split) == (("all", "joint-5") if row.kind == "joint" else ("target", "last-5"))
+        where = ("all", "joint-5", "target") if row.kind == "joint" else ("target", "last-5", None)
+        assert (data.domain, data.split, data.ranked) == where
         assert bool(cell.config.model.knowledge) == row.knowledge
         assert cell.config.task.kind == row.task
         assert (cell.parent is None) == (row.transfer == "none")
@@ -119,6 +119,83 @@ def test_only_the_rows_asked_for_are_trained() -> None:
     ]
     assert {row.id for row in rows if not row.reason} == {wanted}
     assert list(experiment._holes(rows)) == []  # not asked for is no failure
+
+
+OWN = {
+    "alone": {"label": "target alone", "finetune": {"transfer": "none", "task": {"kind": "next_item"}}},
+    "joint": {
+        "label": "joint",
+        "against": "alone",
+        "pretrain": {"data": {"domain": "all", "ranked": "target", "split": "joint-5"}, "task": {"kind": "next_item"}},
+    },
+    "grafted": {
+        "label": "grafted on the joint one",
+        "against": "alone",
+        "pretrain": {"data": {"domain": "all", "ranked": "target", "split": "joint-5"}, "task": {"kind": "next_item"}},
+        "finetune": {
+            "shared_items": True, "task": {"kind": "next_item"},
+            "data": {"domain": "all", "predicted": "target", "split": "joint-5"},
+        },
+    },
+}  # fmt: skip
+
+
+def own_rows() -> dict[str, Any]:
+    """OWN for the tiny lake."""
+    rows: dict[str, Any] = json.loads(json.dumps(OWN))
+    for row in rows.values():
+        for section in [row[name] for name in ("pretrain", "finetune") if name in row]:
+            section |= {"model": SMALL | {"blocks": 1}, "train": TRAIN}
+    return rows
+
+
+def test_rows_of_ones_own_share_what_they_are_grafted_on(tmp_path: Path) -> None:
+    config = ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, own=own_rows(), seeds=[0, 3]))
+    rows = {row.id: row for row in planned(config, "lake", 7)}
+    assert len(cells_of(list(rows.values()))) == 2 * 3
+    for seed in (0, 3):
+        alone, joint, grafted = (rows[name].cells[seed] for name in OWN)
+        assert grafted.parent is joint
+        assert grafted.config.model_dump()["parent"] == str(joint.folder / "model")
+        assert {cell.config.train.seed for cell in (alone, joint, grafted)} == {seed}
+        assert [cell.config.data.predicted for cell in (alone, joint, grafted)] == [None, None, "target"]
+    told = [vars(row) for row in rows.values()]
+    assert [(from_scratch_of(row, told) or {}).get("id") for row in told] == [None, "alone", "alone"]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"joint": {"label": "x", "against": "nobody"}}, "expected a section pretrain, finetune"),
+        ({"x": OWN["alone"] | {"label": "x", "against": "nobody"}}, "expected another row, one of .*found nobody"),
+        ({"x": OWN["grafted"] | {"pretrain": None}}, "expected a section pretrain for transfer deep"),
+        ({"x": OWN["grafted"] | {"finetune": {"transfer": "none"}}}, "expected no section pretrain"),
+    ],
+)
+def test_rows_of_ones_own_that_make_no_sense_are_refused(more: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, own=more))
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
+    given = settings(lake, tmp_path, bert4rec=None, own=own_rows(), seeds=[0, 1])
+    file = tmp_path / "own.yaml"
+    file.write_text(json.dumps(given | {"evaluation": {"protocols": ["full"]}}))
+    assert experiment.main(["--experiment", str(file)]) == 0
+    found = json.loads((tmp_path / "tiny" / "results.json").read_text())
+    rows = {row["id"]: row for row in found["rows"] if row["kind"] == "own"}
+    assert {row["status"] for row in rows.values()} == {"done"}
+    assert {(one["row"], one["against"]) for one in found["comparisons"]} == {("joint", "alone"), ("grafted", "alone")}
+    assert found["hypotheses"] == []
+    assert [run["parent_hash"] for run in rows["grafted"]["seeds"]] == [
+        run["model_hash"] for run in rows["joint"]["seeds"]
+    ]
+    assert "all domains" in rows["joint"]["reads"]
+    page = (tmp_path / "tiny" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Table 2" not in page
+    assert "grafted on the joint one" in page
 
 
 @pytest.mark.parametrize(
