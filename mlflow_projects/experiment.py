@@ -148,7 +148,9 @@ class ExperimentConfig(Section):
         wanted = {self.split} | ({self.joint_split} if self.joint and self.plans else set())
         if self.etl and (missing := wanted - {split.name for split in self.etl.splits}):
             raise ValueError(f"etl.splits: expected {', '.join(sorted(missing))} among them; add it, or mend the name")
-        if self.etl and (unknown := {self.source, self.target} - {domain.name for domain in self.etl.domains}):
+        if self.etl and (
+            unknown := {self.source, self.target} - {DOMAIN_ALL} - {domain.name for domain in self.etl.domains}
+        ):
             raise ValueError(f"etl.domains: expected {', '.join(sorted(unknown))} among them; mend source or target")
         if unknown := set(self.rows) - {row.id for row in rows_of(self)}:
             known = ", ".join(row.id for row in rows_of(self))
