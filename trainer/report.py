@@ -126,7 +126,8 @@ class _Report:
         for row in self.done:
             lost = [seed for seed in self.results["seeds"] if seed not in [run["seed"] for run in row["seeds"]]]
             if row["kind"] != "baseline" and lost:
-                holes.append(f"{_name_of(row)}: no seed {', '.join(map(str, lost))}")
+                reason = row.get("reason") or f"no seed {', '.join(map(str, lost))}"
+                holes.append(f"{_name_of(row)}: {reason}")
         if not holes:
             return []
         return [Heading("Holes"), Text("These did not run to their end; no number stands for them."), Points(holes)]
