@@ -147,15 +147,18 @@ def test_a_missing_row_is_a_hole_with_its_reason_and_the_rest_is_judged():
     assert helps["verdict"] == "supported"
 
 
-def test_a_model_that_the_experiment_does_not_have_is_unknown():
+def test_a_model_without_a_row_that_is_done_is_unknown_and_one_without_any_is_not_judged():
     rows = grid(models=("bert4rec",))
-    judged = by_name(judge(rows, World(rows, survey_was_right), LENGTHS, **ONE))
+    alone = by_name(judge(rows, World(rows, survey_was_right), LENGTHS, **ONE))
+    assert {name.split("-")[0] for name in alone} == {"bert4rec"}
+    both = [*rows, *(one | {"status": "missing", "reason": "no room"} for one in grid(models=("caser",)))]
+    judged = by_name(judge(both, World(rows, survey_was_right), LENGTHS, **ONE))
     assert {name for name, one in judged.items() if one["verdict"] == "unknown"} == {
         "caser-pretraining", "caser-transfer", "caser-task",
     }  # fmt: skip
     caser = judged["caser-task"]
     assert caser["gain"] is caser["p_value"] is caser["p_holm"] is None
-    assert caser["rows"][0]["reason"].endswith("not in this experiment")
+    assert caser["rows"][0]["reason"].endswith("no room")
     json.dumps(judged, allow_nan=False)
 
 
