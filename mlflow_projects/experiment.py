@@ -34,7 +34,7 @@ from trainer.config import (
     TrackingConfig,
     TransferName,
 )
-from trainer.survey import row_id
+from trainer.survey import NAMES, row_id
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests" / "reproduction" / "results"
@@ -218,11 +218,13 @@ def rows_of(config: ExperimentConfig) -> list[Row]:
             if config.extras and "none" in config.transfers:
                 for kind in [one.kind for one in plan.pretrain_tasks if one.kind != plan.finetune.task.kind]:
                     row = f"{row_id(model, 'none', None, known)}/{kind}"
-                    label = f"{model} from scratch by {kind}{also}"
+                    label = f"{NAMES[model]} from scratch by {kind.replace('_', ' ')}{also}"
                     found.append(Row(row, "extra", model, "none", None, kind, known, label))
             if config.joint:
                 row, task = f"joint/{model}/{name}", plan.finetune.task.kind
-                found.append(Row(row, "joint", model, "none", None, task, known, f"{model} of both domains{also}"))
+                found.append(
+                    Row(row, "joint", model, "none", None, task, known, f"{NAMES[model]} of both domains{also}")
+                )
     for name, own in config.own.items():
         found.append(_own_row(name, own))
     return found

@@ -6,6 +6,7 @@ Figures are made without pyplot, so nothing global changes and no window or disp
 Lines are labelled where they end rather than in a legend. Colours: Okabe and Ito 2008, told apart by the colour-blind.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, FAINT, GRID = "#333333", "#999999", "#E5E5E5"
+NAME_CHARACTERS = 26  # of a name in a narrow picture, before it goes on below
 NARROW, SMALL = 5.4, 9  # inches and points of the pictures of a report
 LABEL_GAP = 0.062  # least distance of two labels, in heights of the axes
 
@@ -201,8 +203,10 @@ def popularity_long_tail(counts: Mapping[str, npt.NDArray[Any]], *, title: str =
 def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10", unit: str = "") -> Figure:
     """Gains over from-scratch with their intervals, a panel a group, all on one axis; hollow where the interval holds
     zero. The note of a gain, if any, is in place of its number."""
+    lines = [len(textwrap.wrap(gain.name, NAME_CHARACTERS)) for gains in panels.values() for gain in gains]
     sizes = [max(len(gains), 1) for gains in panels.values()]
-    figure = Figure(figsize=(NARROW, 0.9 + sum(0.5 + 0.27 * size for size in sizes)), layout="constrained")
+    height = 0.27 if max(lines, default=1) < 2 else 0.34
+    figure = Figure(figsize=(NARROW, 0.9 + sum(0.5 + height * size for size in sizes)), layout="constrained")
     rows = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False, height_ratios=[*sizes] or [1])[:, 0]
     for axes, (name, gains) in zip(rows, panels.items(), strict=False):
         for place, gain in enumerate(gains):
@@ -213,7 +217,7 @@ def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10"
             )
         axes.axvline(0, color=INK, linewidth=1)
         _plain(axes, name, grid="x")
-        axes.set_yticks(range(len(gains)), [gain.name for gain in gains])
+        axes.set_yticks(range(len(gains)), [textwrap.fill(gain.name, NAME_CHARACTERS) for gain in gains])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_ylim(sizes[0] if not gains else len(gains) - 0.4, -0.6)

@@ -25,7 +25,6 @@ from trainer.hypotheses import LEVEL
 from trainer.pictures import Curve, Gain, curve_panels, gain_panels, slice_panels
 
 Row = Mapping[str, Any]
-NAMES = {"bert4rec": "BERT4Rec", "caser": "Caser"}
 KEYS = (
     "experiment", "preset", "code", "machine", "started", "finished", "data", "protocols", "conventions", "metrics",
     "seeds", "rows", "comparisons", "hypotheses", "slices",
@@ -459,7 +458,7 @@ class _Report:
 
 
 def _model(name: str) -> str:
-    return NAMES.get(name, name)
+    return survey.NAMES.get(name, name)
 
 
 def _metadata(row: Row) -> str:

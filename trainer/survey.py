@@ -12,6 +12,7 @@ from typing import Any
 
 from trainer.metrics import Convention
 
+NAMES = {"bert4rec": "BERT4Rec", "caser": "Caser"}
 METRICS = ("NDCG@1", "NDCG@5", "NDCG@10", "Recall@5", "Recall@10")
 PROTOCOL = "uniform-100"
 CONVENTIONS: Mapping[str, Convention] = {"caser": "single", "bert4rec": "list"}
