@@ -23,6 +23,7 @@ FloatArray = npt.NDArray[np.float64]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, FAINT, GRID = "#333333", "#999999", "#E5E5E5"
 NAME_CHARACTERS = 26  # of a name in a narrow picture, before it goes on below
+LEGEND_CHARACTERS = 66  # of names beside each other
 NARROW, SMALL = 5.4, 9  # inches and points of the pictures of a report
 LABEL_GAP = 0.062  # least distance of two labels, in heights of the axes
 
@@ -299,9 +300,11 @@ def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
     """Names of the colours beneath the panels."""
     lines = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()]
     if lines:
+        longest = max(map(len, colours))
+        beside = next((n for n in (3, 2) if n * longest <= LEGEND_CHARACTERS), 1)
         figure.legend(
-            lines, list(colours), loc="outside lower center", ncols=min(3, len(lines)), frameon=False, fontsize=SMALL,
-            labelcolor=INK,
+            lines, list(colours), loc="outside lower center", ncols=min(beside, len(lines)), frameon=False,
+            fontsize=SMALL, labelcolor=INK,
         )  # fmt: skip
 
 
