@@ -198,7 +198,8 @@ def model_contender(
         raise EvaluateError(
             f"expected a model that predicts items of domain {asked.domain!r}, found none of its "
             f"{len(asked.catalogue) - FIRST_INDEX:,} items in {artifact.folder} (trained on domain "
-            f"{artifact.config.data.domain!r}, to predict {artifact.config.data.answered!r}); fine-tune it first"
+            f"{artifact.config.data.domain!r}, to predict {artifact.config.data.answered!r}); "
+            "fine-tune it on the domain first"
         )
     _refuse_leak(artifact, asked)
     user_rows = _user_rows(artifact, asked)

@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -99,15 +99,16 @@ def _fit(
     catalogue = read_catalogue(release, config.data.domain)
     knowledge = read_knowledge(release, catalogue, config.model.knowledge)
     held_out = read_held_out(
-        release, config.data.split, config.data.domain, catalogue, "validation", max_users=config.train.validation_users
-    )
+        release, config.data.split, config.data.domain, catalogue, "validation", times=_reads_more(config),
+        max_users=config.train.validation_users,
+    )  # fmt: skip
     model, account = _model(config, release, catalogue, knowledge, parent, world)
     dataset = SequenceDataset(release, config.data.split, config.data.domain)
     loader = Loader(
         dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
         seed=config.train.seed, rank=world.rank, world_size=world.size,
     )  # fmt: skip
-    among = _ranked(config, release, catalogue, held_out)
+    held_out, among = _ranked(config, release, catalogue, held_out)
     task = build_task(config.task)
     training = Training(model, task, loader, config.train, world)
     batch_size = config.evaluation.batch_size
@@ -166,19 +167,33 @@ def _model(
     return model, graft(model, config.model, None, "none")
 
 
-def _ranked(config: PretrainConfig, release: Release, catalogue: Catalogue, held_out: HeldOut) -> torch.Tensor | None:
-    """The rows that validation ranks, bool [V]; None: all. Raises ConfigError where it would ask for others."""
-    if config.data.answered == config.data.domain:
-        return None
-    among = torch.from_numpy(rows_of_domain(release, catalogue, config.data.answered))
+def _reads_more(config: PretrainConfig) -> bool:
+    """Whether the model reads other items than it is asked for."""
+    return config.data.answered != config.data.domain
+
+
+def _ranked(
+    config: PretrainConfig, release: Release, catalogue: Catalogue, held_out: HeldOut
+) -> tuple[HeldOut, torch.Tensor | None]:
+    """The users as they are asked, and the rows that validation ranks, bool [V]; None: all.
+
+    Where more is read than is asked for, what comes after a user's first held-out item is not: as in evaluation. A
+    joint split has such events in the training part. Raises ConfigError where it would ask for items that are not
+    ranked.
+    """
+    if not _reads_more(config):
+        return held_out, None
+    among = rows_of_domain(release, catalogue, config.data.answered)
     asked = held_out.targets[held_out.targets >= 0]
-    if strange := int((~among.numpy()[asked]).sum()):
+    if strange := int((~among[asked]).sum()):
         raise ConfigError(
             f"expected split {config.data.split!r} to hold out items of domain {config.data.answered!r} from domain "
             f"{config.data.domain!r}, found {strange:,} of {len(asked):,} that are none; take a split with a "
             f"joint_target: {config.data.answered} (etl.splits)"
         )
-    return among
+    given = held_out.histories
+    is_before = given.times < np.repeat(held_out.first_time, given.lengths)
+    return replace(held_out, histories=given.keep(is_before | among[given.items])), torch.from_numpy(among)
 
 
 def _validate(scorer: Scorer, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:
@@ -277,7 +292,8 @@ def run_identity(config: PretrainConfig, release: Release, parent: Artifact | No
     )
     here = Path(__file__).parent
     modules = [
-        here / f"{name}.py" for name in ("loop", "optimizer", "transfer", "ranking", "metrics", "scoring", "artifact")
+        here / f"{name}.py"
+        for name in ("pretrain", "loop", "optimizer", "transfer", "ranking", "metrics", "scoring", "artifact")
     ]
     code = code_version(*modules, here / "data", here / "models", here / "tasks")
     versions = {table.name: release.versions.get(table.name) for table in _READ_TABLES}

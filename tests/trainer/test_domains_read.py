@@ -9,9 +9,11 @@ from etl.tables import CLS, FIRST_INDEX, UNK
 from tests.trainer.networks import NUM_ITEMS, batch_of, model_of
 from tests.trainer.test_training import tiny
 from trainer.artifact import load_artifact
+from trainer.comparison import evaluate_contenders
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
+    EvaluationConfig,
     FinetuneConfig,
     LossConfig,
     MaskedItemConfig,
@@ -19,8 +21,10 @@ from trainer.config import (
     PretrainConfig,
     TrainConfig,
 )
+from trainer.contenders import model_contender, read_evaluation_set
 from trainer.data.dataset import DataError, pin, read_catalogue, rows_by_raw_id
 from trainer.finetune import run as finetune
+from trainer.metrics import means
 from trainer.pretrain import run as pretrain
 from trainer.ranking import read_held_out
 from trainer.serving import Recommender, Request
@@ -110,21 +114,19 @@ def test_shared_items_keep_their_rows(runs, tiny_lake):
         torch.testing.assert_close(ours[~known][FIRST_INDEX:], new[~known][FIRST_INDEX:], rtol=0, atol=1e-25)
 
 
-def test_validation_ranks_the_items_that_are_predicted(runs, tiny_lake):
+def test_validation_is_what_evaluation_of_that_part_finds(runs, tiny_lake):
+    """Which reads what the user did elsewhere before the first held-out item, and ranks the target's items alone."""
     _, grafted = runs
-    artifact, release = load_artifact(grafted[True].model), pin(tiny_lake, None)
-    held_out = read_held_out(release, "joint-5", "all", artifact.catalogue, "validation")
+    release = pin(tiny_lake, None)
+    asked = read_evaluation_set(release, "joint-5", "target", "validation", EvaluationConfig(protocols=("full",)))
+    contender = model_contender(load_artifact(grafted[True].model), asked, label="both")
+    found = means(evaluate_contenders([contender], asked).metrics(("both", 0), "full"))
+    for metric in ("NDCG@10", "Recall@5", "MRR"):
+        assert grafted[True].metrics[f"validation/{metric}"] == pytest.approx(found[metric])
+    artifact = load_artifact(grafted[True].model)
     target = np.isin(artifact.catalogue.global_index, read_catalogue(release, "target").global_index[FIRST_INDEX:])
-    whole = artifact.scorer().score(held_out.histories)
-    assert torch.isinf(whole[:, ~target]).all()
-    gains = []
-    for n in range(len(held_out)):
-        history = held_out.histories.items[held_out.histories.offsets[n] : held_out.histories.offsets[n + 1]]
-        order = [row for row in whole[n].argsort(descending=True).tolist() if target[row] and row not in history]
-        wanted = [row for row in held_out.targets[n].tolist() if row >= 0]
-        found = sum(1 / np.log2(2 + order.index(row)) for row in wanted if order.index(row) < 10)
-        gains.append(found / sum(1 / np.log2(2 + place) for place in range(len(wanted))))
-    assert grafted[True].metrics["validation/NDCG@10"] == pytest.approx(np.mean(gains))
+    histories = read_held_out(release, "joint-5", "all", artifact.catalogue, "validation").histories
+    assert torch.isinf(artifact.scorer().score(histories)[:, ~target]).all()
 
 
 def test_answers_are_of_the_predicted_domain_whatever_is_read(runs, tiny_lake):
