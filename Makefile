@@ -12,8 +12,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt $(PIP_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ml1m pipeline table2 both both-causal ml1m-loo page test test-slow test-gpu bench bench-peers bench-growth check format clean \
-	clean-all
+.PHONY: help setup demo ml1m pipeline table2 both both-causal ml1m-loo page test test-slow test-gpu bench bench-peers \
+	bench-growth check format clean clean-all
 
 help:  ## this list
 	@echo "graftrec: recommenders whose knowledge transfers between domains. Needs Python 3.11+ and Java 17+."
@@ -39,15 +39,15 @@ pipeline: $(BIN)/.installed  ## the same on your own log: make pipeline CONFIG=p
 
 PRESET ?= small
 
-table2: EXPERIMENT := table2  ## the survey's experiment: make table2 DATA=folder/of/ratings.dat [PRESET=survey]; hours
-both: EXPERIMENT := both  ## what reading both domains gains: make both DATA=…; an hour
-both-causal: EXPERIMENT := both_causal  ## the same, nothing later than what is asked: make both-causal DATA=…
-ml1m-loo: EXPERIMENT := ml1m_loo  ## MovieLens-1M as others report it, leave-one-out: make ml1m-loo DATA=…; an hour
+table2:  ## the survey's experiment: make table2 DATA=folder/of/ratings.dat [PRESET=survey]; hours
+both:  ## what reading both domains gains: make both DATA=…
+both-causal:  ## the same, nothing later than what is asked: make both-causal DATA=…
+ml1m-loo:  ## MovieLens-1M as others report it, leave-one-out: make ml1m-loo DATA=…
 
 table2 both both-causal ml1m-loo: $(BIN)/.installed
 	@test -n "$(DATA)" || { echo "make $@: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
 		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
-	@$(BIN)/python mlflow_projects/experiment.py --experiment $(EXPERIMENT) --preset $(PRESET) --data "$(DATA)" $(ARGS)
+	@$(BIN)/python mlflow_projects/experiment.py --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)
 
 page: $(BIN)/.installed  ## open the MLflow page on http://127.0.0.1:5000 (PORT=…)
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \

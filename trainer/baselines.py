@@ -50,10 +50,14 @@ class Histories:
         """The last `count` items of each user."""
         return self.keep(self._positions() >= np.repeat(self.lengths - count, self.lengths))
 
-    def before(self, times: IntArray) -> "Histories":
-        """What each user did strictly before ``times[b]``. Raises ValueError where there are no times."""
+    def before(self, times: IntArray, *, always: npt.NDArray[np.bool_] | None = None) -> "Histories":
+        """What each user did strictly before ``times[b]``, and what is flagged as kept `always`.
+
+        Raises ValueError where there are no times.
+        """
         self.require_times()
-        return self.keep(self.times < np.repeat(times, self.lengths))
+        is_before = self.times < np.repeat(times, self.lengths)
+        return self.keep(is_before if always is None else is_before | always)
 
     def take(self, rows: IntArray) -> "Histories":
         """Some users, in that order."""

@@ -204,12 +204,12 @@ def popularity_long_tail(counts: Mapping[str, npt.NDArray[Any]], *, title: str =
 def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10", unit: str = "") -> Figure:
     """Gains over from-scratch with their intervals, a panel a group, all on one axis; hollow where the interval holds
     zero. The note of a gain, if any, is in place of its number."""
-    lines = [len(textwrap.wrap(gain.name, NAME_CHARACTERS)) for gains in panels.values() for gain in gains]
+    labels = [[textwrap.fill(gain.name, NAME_CHARACTERS) for gain in gains] for gains in panels.values()]
     sizes = [max(len(gains), 1) for gains in panels.values()]
-    height = 0.27 if max(lines, default=1) < 2 else 0.34
+    height = 0.34 if any("\n" in label for own in labels for label in own) else 0.27
     figure = Figure(figsize=(NARROW, 0.9 + sum(0.5 + height * size for size in sizes)), layout="constrained")
     rows = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False, height_ratios=[*sizes] or [1])[:, 0]
-    for axes, (name, gains) in zip(rows, panels.items(), strict=False):
+    for axes, (name, gains), own in zip(rows, panels.items(), labels, strict=False):
         for place, gain in enumerate(gains):
             _interval(axes, gain, place, colour=COLOURS[0] if gain.gain >= 0 else COLOURS[1], size=6)
             text = gain.note or f"{gain.gain:+.2f}".replace("-", "−")
@@ -218,7 +218,7 @@ def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10"
             )
         axes.axvline(0, color=INK, linewidth=1)
         _plain(axes, name, grid="x")
-        axes.set_yticks(range(len(gains)), [textwrap.fill(gain.name, NAME_CHARACTERS) for gain in gains])
+        axes.set_yticks(range(len(gains)), own)
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_ylim(sizes[0] if not gains else len(gains) - 0.4, -0.6)

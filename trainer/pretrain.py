@@ -98,17 +98,13 @@ def _fit(
 
     catalogue = read_catalogue(release, config.data.domain)
     knowledge = read_knowledge(release, catalogue, config.model.knowledge)
-    held_out = read_held_out(
-        release, config.data.split, config.data.domain, catalogue, "validation", times=_reads_more(config),
-        max_users=config.train.validation_users,
-    )  # fmt: skip
+    held_out, among = _asked(config, release, catalogue)
     model, account = _model(config, release, catalogue, knowledge, parent, world)
     dataset = SequenceDataset(release, config.data.split, config.data.domain)
     loader = Loader(
         dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
         seed=config.train.seed, rank=world.rank, world_size=world.size,
     )  # fmt: skip
-    held_out, among = _ranked(config, release, catalogue, held_out)
     task = build_task(config.task)
     training = Training(model, task, loader, config.train, world)
     batch_size = config.evaluation.batch_size
@@ -167,21 +163,19 @@ def _model(
     return model, graft(model, config.model, None, "none")
 
 
-def _reads_more(config: PretrainConfig) -> bool:
-    """Whether the model reads other items than it is asked for."""
-    return config.data.answered != config.data.domain
-
-
-def _ranked(
-    config: PretrainConfig, release: Release, catalogue: Catalogue, held_out: HeldOut
-) -> tuple[HeldOut, torch.Tensor | None]:
-    """The users as they are asked, and the rows that validation ranks, bool [V]; None: all.
+def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tuple[HeldOut, torch.Tensor | None]:
+    """Who is validated, and the rows that are ranked, bool [V]; None: all.
 
     Where more is read than is asked for, what comes after a user's first held-out item is not: as in evaluation. A
     joint split has such events in the training part. Raises ConfigError where it would ask for items that are not
     ranked.
     """
-    if not _reads_more(config):
+    reads_more = config.data.answered != config.data.domain
+    held_out = read_held_out(
+        release, config.data.split, config.data.domain, catalogue, "validation", times=reads_more,
+        max_users=config.train.validation_users,
+    )  # fmt: skip
+    if not reads_more:
         return held_out, None
     among = rows_of_domain(release, catalogue, config.data.answered)
     asked = held_out.targets[held_out.targets >= 0]
@@ -192,8 +186,8 @@ def _ranked(
             f"joint_target: {config.data.answered} (etl.splits)"
         )
     given = held_out.histories
-    is_before = given.times < np.repeat(held_out.first_time, given.lengths)
-    return replace(held_out, histories=given.keep(is_before | among[given.items])), torch.from_numpy(among)
+    before = given.before(held_out.first_time, always=among[given.items])
+    return replace(held_out, histories=before), torch.from_numpy(among)
 
 
 def _validate(scorer: Scorer, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:

@@ -125,8 +125,24 @@ def test_validation_is_what_evaluation_of_that_part_finds(runs, tiny_lake):
         assert grafted[True].metrics[f"validation/{metric}"] == pytest.approx(found[metric])
     artifact = load_artifact(grafted[True].model)
     target = np.isin(artifact.catalogue.global_index, read_catalogue(release, "target").global_index[FIRST_INDEX:])
-    histories = read_held_out(release, "joint-5", "all", artifact.catalogue, "validation").histories
-    assert torch.isinf(artifact.scorer().score(histories)[:, ~target]).all()
+    held_out = read_held_out(release, "joint-5", "all", artifact.catalogue, "validation", times=True)
+    given = held_out.histories
+    owner = np.repeat(np.arange(len(given)), given.lengths)
+    was_known = np.array([
+        target[item] or time < held_out.first_time[n]
+        for n, item, time in zip(owner, given.items, given.times, strict=True)
+    ])  # fmt: skip
+    assert not was_known.all()  # the split's training part holds later events of the other domain
+    whole = artifact.scorer().score(given.keep(was_known))
+    assert torch.isinf(whole[:, ~target]).all()
+    gains = []
+    for n in range(len(held_out)):
+        history = given.items[given.offsets[n] : given.offsets[n + 1]]
+        order = [row for row in whole[n].argsort(descending=True).tolist() if target[row] and row not in history]
+        wanted = [row for row in held_out.targets[n].tolist() if row >= 0]
+        discounts = [1 / np.log2(2 + order.index(row)) for row in wanted if order.index(row) < 10]
+        gains.append(sum(discounts) / sum(1 / np.log2(2 + place) for place in range(len(wanted))))
+    assert grafted[True].metrics["validation/NDCG@10"] == pytest.approx(np.mean(gains))
 
 
 def test_answers_are_of_the_predicted_domain_whatever_is_read(runs, tiny_lake):

@@ -159,6 +159,10 @@ def test_a_model_without_a_row_that_is_done_is_unknown_and_one_without_any_is_no
     caser = judged["caser-task"]
     assert caser["gain"] is caser["p_value"] is caser["p_holm"] is None
     assert caser["rows"][0]["reason"].endswith("no room")
+    gone = "bert4rec/deep/next_item/plain"
+    partly = by_name(judge([one for one in rows if one["id"] != gone], World(rows, survey_was_right), LENGTHS, **ONE))
+    reasons = [one["reason"] for one in partly["bert4rec-pretraining"]["rows"] if one["gain"] is None]
+    assert reasons == [f"{gone}: not in this experiment"]
     json.dumps(judged, allow_nan=False)
 
 

@@ -262,6 +262,8 @@ def test_nothing_was_done(tmp_path):
     page = write(results_of(rows), tmp_path).read_text(encoding="utf-8")
     parsed(page)
     assert page.count("no lake") >= 20
+    verdicts = table_under((tmp_path / "report.md").read_text(encoding="utf-8"), "## The survey's observations")
+    assert sum(row[1].startswith("unknown") for row in verdicts) == 7
 
 
 def test_names_of_users_of_the_platform_are_text_not_markup(small_results, tmp_path):
