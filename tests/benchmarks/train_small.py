@@ -200,10 +200,9 @@ def learn(*, plainly: bool) -> Numbers:
 
 
 def _epochs(lists: Lists, *, width: int | None) -> Iterator[Batch]:
-    """The same batches for both: of like length, as the loader makes them."""
-    lengths = np.array([len(one) for one in lists])
+    """The same batches for both, as the loader makes them."""
     for epoch in range(EPOCHS):
-        for step, rows in enumerate(batches_of(lengths, batch_size=BATCH, seed=0, epoch=epoch, block=0)):
+        for step, rows in enumerate(batches_of(len(lists), batch_size=BATCH, seed=0, epoch=epoch, block=0)):
             batch = padded([lists[row] for row in rows], step=step, width=width)
             yield replace(batch, draw=(0, epoch, step))
 

@@ -63,7 +63,7 @@ def step(*, train: str, kind: str) -> Numbers:
     lists = np.split(item, np.flatnonzero(np.diff(user)) + 1)
     chosen = [lists[row][-LENGTH:] for row in np.random.default_rng(0).choice(len(lists), USERS, replace=False)]
     num_items = int(item.max()) + 1
-    rows = batches_of(np.array([len(one) for one in chosen]), batch_size=BATCH, seed=0, epoch=0, block=0)
+    rows = batches_of(len(chosen), batch_size=BATCH, seed=0, epoch=0, block=0)
     width = LENGTH if kind == "plain" else None
     batches = [padded([chosen[row] for row in some], step=number, width=width) for number, some in enumerate(rows)]
     task = MaskedItem(MaskedItemConfig())

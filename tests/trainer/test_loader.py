@@ -95,7 +95,7 @@ def same(left, right):
 
 
 def plain_epoch(made, catalogue, loader):
-    """The same epoch by a loop over rows: order from `order`'s blocks and a plain sort, windows and hidden users from
+    """The same epoch by a loop over rows: order from `order`'s blocks and a permutation, windows and hidden users from
     the documented draws."""
     dataset, rows = made
     known = {int(index): row for row, index in enumerate(catalogue.global_index)}
@@ -104,13 +104,9 @@ def plain_epoch(made, catalogue, loader):
     blocks = order.blocks_of(dataset.rows_per_group, block_rows=config.block_rows, seed=seed, epoch=epoch)
     for number, groups in enumerate(blocks):
         users = np.concatenate([dataset.read([int(group)]).users for group in groups])
-        lengths = np.array([min(rows[user]["valid_start"], T) for user in users])
-        random = np.random.default_rng([seed, epoch, 1, number])
-        noisy = lengths * random.uniform(0.9, 1.1, len(users)) + random.random(len(users))
-        ordered = sorted(range(len(users)), key=lambda row: noisy[row])
-        cut = [ordered[n : n + loader.batch_size] for n in range(0, len(users), loader.batch_size)]
-        for place in random.permutation(len(cut)):
-            chosen = users[cut[place]]
+        users = users[np.random.default_rng([seed, epoch, 1, number]).permutation(len(users))]
+        for first in range(0, len(users), loader.batch_size):
+            chosen = users[first : first + loader.batch_size]
             windows = np.random.default_rng([seed, epoch, step, 2]).random(len(chosen))
             hidden = np.random.default_rng([seed, epoch, step, 3]).random(len(chosen)) < config.unknown_users
             items = []

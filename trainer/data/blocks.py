@@ -1,6 +1,6 @@
 """Blocks of sequences, read ahead: threads decode one block while batches are cut from the one before it.
 
-A block is some row groups that are shuffled together. Decoding, the lookup of catalogue rows and the sort by length all
+A block is some row groups that are shuffled together. Decoding and the lookup of catalogue rows
 give up the interpreter's lock, so that threads do what worker processes would, without copies between them.
 """
 
@@ -58,11 +58,11 @@ class BlockReader:
         self._cached_bytes, self._lock = 0, threading.Lock()
 
     def read(
-        self, blocks: Sequence[IntArray], cut: Callable[[int, IntArray], list[IntArray]]
+        self, blocks: Sequence[IntArray], cut: Callable[[int, int], list[IntArray]]
     ) -> Iterator[tuple[int, Block]]:
         """Number and block, for each of `blocks` (row groups) in turn. A block is good until the next one is asked for.
 
-        `cut` gives a block's batches, as rows of it, from its number and the lengths of its training parts. Raises
+        `cut` gives a block's batches, as rows of it, from its number and the number of its rows. Raises
         DataError for a file that can't be read. Whenever the iterator is left, nothing is under way any longer.
         """
         # Used in turn, so that no epoch asks the system for new memory, and touches every page of it, at each block.
@@ -101,7 +101,7 @@ class BlockReader:
 
     def _block(
         self, waiting: Sequence[Future[Group]], buffers: list[Int32Array], number: int,
-        cut: Callable[[int, IntArray], list[IntArray]],
+        cut: Callable[[int, int], list[IntArray]],
     ) -> Block:  # fmt: skip
         groups = [group.result() for group in waiting]
         users, lengths, trained = (
@@ -114,7 +114,7 @@ class BlockReader:
         rows = buffers[number % 2][:needed]
         np.concatenate([group.rows for group in groups], out=rows[:total])
         rows[total:] = PAD
-        batches = cut(number, trained)
+        batches = cut(number, len(trained))
         order = np.concatenate(batches)
         return Block(
             users[order], trained[order], (np.cumsum(lengths) - lengths)[order],

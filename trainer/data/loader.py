@@ -67,11 +67,10 @@ class Loader:
         stops = np.cumsum(counts, dtype=np.int64)  # step number behind each block's last batch
         skipped = int(np.searchsorted(stops, self.step, side="right"))
 
-        def cut(number: int, trained: IntArray) -> list[IntArray]:
+        def cut(number: int, num_rows: int) -> list[IntArray]:
             return order.batches_of(
-                np.minimum(trained, self.max_length), batch_size=self.batch_size, seed=self.seed, epoch=self.epoch,
-                block=skipped + number,
-            )  # fmt: skip
+                num_rows, batch_size=self.batch_size, seed=self.seed, epoch=self.epoch, block=skipped + number
+            )
 
         for number, block in self._reader.read(blocks[skipped:], cut):
             first = int(stops[skipped + number]) - len(block.stops)
@@ -111,7 +110,7 @@ class Loader:
         """int64 [B, width]: `lengths` catalogue rows from place `starts` on, PAD behind. A copy of B short runs of
         memory, no gather of items."""
         padded = windows_NT[:, :width][starts]
-        shortest = int(lengths.min(initial=width))  # the lengths of a batch are alike, so most of it is real
+        shortest = int(lengths.min(initial=width))  # all of it is real up to here
         behind = self._columns_T[shortest:width] >= lengths[:, None]
         np.copyto(padded[:, shortest:], PAD, where=behind)
         return torch.from_numpy(padded).long()

@@ -1,8 +1,7 @@
-"""Which rows, in which order: pure functions of (row counts or lengths, seed, epoch). No I/O, no state.
+"""Which rows, in which order: pure functions of (row counts, seed, epoch). No I/O, no state.
 
 Rows are shuffled in two stages, so that memory stays bounded whatever the table's size: row groups are shuffled and
-dealt into *blocks* (what is decoded at once), then rows are shuffled inside a block and cut into batches of similar
-length.
+dealt into *blocks* (what is decoded at once), then rows are shuffled inside a block and cut into batches.
 """
 
 import numpy as np
@@ -31,21 +30,14 @@ def num_batches(rows_per_group: list[int], blocks: list[IntArray], batch_size: i
     return [-(-sum(rows_per_group[group] for group in block) // batch_size) for block in blocks]
 
 
-def batches_of(lengths: IntArray, *, batch_size: int, seed: int, epoch: int, block: int) -> list[IntArray]:
-    """Row numbers [<= batch_size] of each batch of one block, rows of like length together, batches in random order.
+def batches_of(num_rows: int, *, batch_size: int, seed: int, epoch: int, block: int) -> list[IntArray]:
+    """Row numbers [<= batch_size] of each batch of one block, in random order.
 
-    The order by length has noise of about a tenth added, so that the company a user keeps changes from epoch to epoch.
+    Not sorted by length, which would spare padding: a step that sees short histories only, then one of long ones only,
+    pulls the weights to and fro (README.md has what that cost).
     """
-    random = np.random.default_rng([seed, epoch, 1, block])
-    noisy = lengths * random.uniform(0.9, 1.1, len(lengths)) + random.random(len(lengths))
-    # Numbers that aren't negative are in the order of their bits, and numbers with the row in their lowest bits can be
-    # sorted themselves, in a third of an argsort's time; no two are equal, whatever sorts them.
-    bits = len(lengths).bit_length()
-    keys = noisy.view(np.int64) >> bits << bits | np.arange(len(lengths))
-    keys.sort()
-    by_length = keys & ((1 << bits) - 1)
-    batches = [by_length[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
-    return [batches[i] for i in random.permutation(len(batches))]
+    rows = np.random.default_rng([seed, epoch, 1, block]).permutation(num_rows)
+    return [rows[start : start + batch_size] for start in range(0, num_rows, batch_size)]
 
 
 def rank_slice(num_rows: int, rank: int, world_size: int) -> slice:
