@@ -100,15 +100,14 @@ def plain_epoch(made, catalogue, loader):
     dataset, rows = made
     known = {int(index): row for row, index in enumerate(catalogue.global_index)}
     config, epoch, seed, T = loader.config, loader.epoch, loader.seed, loader.max_length
-    step = 0
     blocks = order.blocks_of(dataset.rows_per_group, block_rows=config.block_rows, seed=seed, epoch=epoch)
     for number, groups in enumerate(blocks):
         users = np.concatenate([dataset.read([int(group)]).users for group in groups])
         users = users[np.random.default_rng([seed, epoch, 1, number]).permutation(len(users))]
+        draws = np.random.default_rng([seed, epoch, 2, number]).random((2, len(users)))
         for first in range(0, len(users), loader.batch_size):
             chosen = users[first : first + loader.batch_size]
-            windows = np.random.default_rng([seed, epoch, step, 2]).random(len(chosen))
-            hidden = np.random.default_rng([seed, epoch, step, 3]).random(len(chosen)) < config.unknown_users
+            windows, hidden = draws[:, first : first + loader.batch_size]
             items = []
             for user, draw in zip(chosen, windows, strict=True):
                 trained = rows[user]["items"][: rows[user]["valid_start"]]
@@ -116,8 +115,10 @@ def plain_epoch(made, catalogue, loader):
                 if config.window == "random" and draw >= 0.5:
                     start = int((draw - 0.5) * 2 * (start + 1))
                 items.append([known.get(item, UNK) for item in trained[start : start + T]])
-            yield items, [UNK if hide else int(user) for user, hide in zip(chosen, hidden, strict=True)]
-            step += 1
+            yield (
+                items,
+                [UNK if hide < config.unknown_users else int(user) for user, hide in zip(chosen, hidden, strict=True)],
+            )
 
 
 @pytest.mark.parametrize("window", ["last", "random"])
