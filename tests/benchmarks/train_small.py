@@ -27,7 +27,7 @@ from tests.benchmarks.peers_train import ARCHITECTURE
 from trainer.config import Bert4RecConfig, MaskedItemConfig, TrainConfig
 from trainer.data.batch import Batch
 from trainer.data.loader import Loader
-from trainer.data.order import batches_of
+from trainer.data.order import shuffled
 from trainer.distributed import World
 from trainer.loop import Training, train_step
 from trainer.models import build_model
@@ -202,7 +202,8 @@ def learn(*, plainly: bool) -> Numbers:
 def _epochs(lists: Lists, *, width: int | None) -> Iterator[Batch]:
     """The same batches for both, as the loader makes them."""
     for epoch in range(EPOCHS):
-        for step, rows in enumerate(batches_of(len(lists), batch_size=BATCH, seed=0, epoch=epoch, block=0)):
+        order = shuffled(len(lists), seed=0, epoch=epoch, block=0)
+        for step, rows in enumerate(np.split(order, range(BATCH, len(order), BATCH))):
             batch = padded([lists[row] for row in rows], step=step, width=width)
             yield replace(batch, draw=(0, epoch, step))
 

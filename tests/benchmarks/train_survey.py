@@ -23,7 +23,7 @@ from tests.benchmarks.movielens import movielens
 from tests.benchmarks.train_small import LENGTH, THREADS, Plain, padded, plain_step, training_of
 from trainer.config import Bert4RecConfig, MaskedItemConfig
 from trainer.data.batch import Batch
-from trainer.data.order import batches_of
+from trainer.data.order import shuffled
 from trainer.loop import train_step
 from trainer.models.bert4rec import CHUNK_POSITIONS
 from trainer.tasks import MaskedItem
@@ -63,7 +63,7 @@ def step(*, train: str, kind: str) -> Numbers:
     lists = np.split(item, np.flatnonzero(np.diff(user)) + 1)
     chosen = [lists[row][-LENGTH:] for row in np.random.default_rng(0).choice(len(lists), USERS, replace=False)]
     num_items = int(item.max()) + 1
-    rows = batches_of(len(chosen), batch_size=BATCH, seed=0, epoch=0, block=0)
+    rows = np.split(shuffled(USERS, seed=0, epoch=0, block=0), range(BATCH, USERS, BATCH))
     width = LENGTH if kind == "plain" else None
     batches = [padded([chosen[row] for row in some], step=number, width=width) for number, some in enumerate(rows)]
     task = MaskedItem(MaskedItemConfig())

@@ -1,7 +1,7 @@
 """Blocks of sequences, read ahead: threads decode one block while batches are cut from the one before it.
 
-A block is some row groups that are shuffled together. Decoding and the lookup of catalogue rows
-give up the interpreter's lock, so that threads do what worker processes would, without copies between them.
+A block is some row groups that are shuffled together. Decoding and the lookup of catalogue rows give up
+the interpreter's lock, so that threads do what worker processes would, without copies between them.
 """
 
 import threading
@@ -42,7 +42,6 @@ class Block:
     trained: IntArray  # [U] of training parts
     firsts: IntArray  # [U] the place where each sequence begins
     windows_NT: Int32Array
-    stops: list[int]  # of the batches
 
 
 class BlockReader:
@@ -57,13 +56,11 @@ class BlockReader:
         self._cache: dict[int, Group] = {}
         self._cached_bytes, self._lock = 0, threading.Lock()
 
-    def read(
-        self, blocks: Sequence[IntArray], cut: Callable[[int, int], list[IntArray]]
-    ) -> Iterator[tuple[int, Block]]:
+    def read(self, blocks: Sequence[IntArray], order_of: Callable[[int, int], IntArray]) -> Iterator[tuple[int, Block]]:
         """Number and block, for each of `blocks` (row groups) in turn. A block is good until the next one is asked for.
 
-        `cut` gives a block's batches, as rows of it, from its number and the number of its rows. Raises
-        DataError for a file that can't be read. Whenever the iterator is left, nothing is under way any longer.
+        `order_of` gives the order of a block's rows from its number and how many they are. Raises DataError for a file
+        that can't be read. Whenever the iterator is left, nothing is under way any longer.
         """
         # Used in turn, so that no epoch asks the system for new memory, and touches every page of it, at each block.
         buffers = [np.empty(0, np.int32), np.empty(0, np.int32)]
@@ -72,7 +69,7 @@ class BlockReader:
         def begin(number: int) -> None:
             groups = [self._pool.submit(self._group, int(group)) for group in blocks[number]]
             # Threads take tasks in turn, so that what this one waits for is under way, or done, when it begins.
-            ahead.append((groups, self._pool.submit(self._block, groups, buffers, number, cut)))
+            ahead.append((groups, self._pool.submit(self._block, groups, buffers, number, order_of)))
 
         try:
             for number in range(len(blocks)):
@@ -101,7 +98,7 @@ class BlockReader:
 
     def _block(
         self, waiting: Sequence[Future[Group]], buffers: list[Int32Array], number: int,
-        cut: Callable[[int, int], list[IntArray]],
+        order_of: Callable[[int, int], IntArray],
     ) -> Block:  # fmt: skip
         groups = [group.result() for group in waiting]
         users, lengths, trained = (
@@ -114,9 +111,8 @@ class BlockReader:
         rows = buffers[number % 2][:needed]
         np.concatenate([group.rows for group in groups], out=rows[:total])
         rows[total:] = PAD
-        batches = cut(number, len(trained))
-        order = np.concatenate(batches)
+        order = order_of(number, len(trained))
         return Block(
             users[order], trained[order], (np.cumsum(lengths) - lengths)[order],
-            np.lib.stride_tricks.sliding_window_view(rows, self.window), np.cumsum([len(b) for b in batches]).tolist(),
+            np.lib.stride_tricks.sliding_window_view(rows, self.window),
         )  # fmt: skip

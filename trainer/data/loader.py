@@ -3,7 +3,6 @@
 README.md beside this file says what each step costs, and what was tried instead.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,16 +69,15 @@ class Loader:
         stops = np.cumsum(counts, dtype=np.int64)  # step number behind each block's last batch
         skipped = int(np.searchsorted(stops, self.step, side="right"))
 
-        def cut(number: int, num_rows: int) -> list[IntArray]:
-            return order.batches_of(
-                num_rows, batch_size=self.batch_size, seed=self.seed, epoch=self.epoch, block=skipped + number
-            )
+        def order_of(number: int, num_rows: int) -> IntArray:
+            return order.shuffled(num_rows, seed=self.seed, epoch=self.epoch, block=skipped + number)
 
-        for number, block in self._reader.read(blocks[skipped:], cut):
-            first = int(stops[skipped + number]) - len(block.stops)
+        for number, block in self._reader.read(blocks[skipped:], order_of):
+            done = self.step - (int(stops[skipped + number]) - counts[skipped + number])  # batches of this block
             draws = np.random.default_rng([self.seed, self.epoch, 2, skipped + number]).random((2, len(block.users)))
-            for start, stop in list(itertools.pairwise([0, *block.stops]))[self.step - first :]:
-                batch = self._batch(block, slice(start, stop), *draws[:, start:stop])
+            for start in range(done * self.batch_size, len(block.users), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                batch = self._batch(block, rows, *draws[:, rows])
                 self.step += 1  # before the yield: a state taken while the batch is used points behind it
                 yield batch
         self.epoch, self.step = self.epoch + 1, 0

@@ -30,14 +30,13 @@ def num_batches(rows_per_group: list[int], blocks: list[IntArray], batch_size: i
     return [-(-sum(rows_per_group[group] for group in block) // batch_size) for block in blocks]
 
 
-def batches_of(num_rows: int, *, batch_size: int, seed: int, epoch: int, block: int) -> list[IntArray]:
-    """Row numbers [<= batch_size] of each batch of one block, in random order.
+def shuffled(num_rows: int, *, seed: int, epoch: int, block: int) -> IntArray:
+    """The row numbers of one block in a new random order each epoch; batches are cut from it one after the other.
 
     Not sorted by length, which would spare padding: a step that sees short histories only, then one of long ones only,
     pulls the weights to and fro (README.md has what that cost).
     """
-    rows = np.random.default_rng([seed, epoch, 1, block]).permutation(num_rows)
-    return [rows[start : start + batch_size] for start in range(0, num_rows, batch_size)]
+    return np.random.default_rng([seed, epoch, 1, block]).permutation(num_rows)
 
 
 def rank_slice(num_rows: int, rank: int, world_size: int) -> slice:
