@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
@@ -43,11 +43,21 @@ ConfigT = TypeVar("ConfigT", bound=PretrainConfig)
 HOLES = 1
 
 
+class TunedConfig(Section):
+    """Settings of the rows of one transfer: the winners of a search that gave each the same budget. Joint models are
+    trained from scratch."""
+
+    none: FinetuneConfig | None = None
+    shallow: FinetuneConfig | None = None
+    deep: FinetuneConfig | None = None
+
+
 class ModelPlan(Section):
     """How one model is trained. The task of `finetune` is that of all its rows; `pretrain_tasks` are the table's."""
 
     pretrain: PretrainConfig
     finetune: FinetuneConfig
+    tuned: TunedConfig = TunedConfig()  # in the place of `finetune`, where given
     pretrain_tasks: tuple[TaskConfig, ...]  # settings of each task, for pre-training and for extra from-scratch rows
 
     @model_validator(mode="after")
@@ -60,7 +70,19 @@ class ModelPlan(Section):
                 f"expected pretrain and finetune to name one kind of model, found {self.pretrain.model.kind} and "
                 f"{self.finetune.model.kind}"
             )
+        expected = self.finetune.model.kind, self.finetune.task.kind
+        for transfer in get_args(TransferName):
+            settings = self.settings_of(transfer)
+            if (found := (settings.model.kind, settings.task.kind)) != expected:
+                raise ValueError(
+                    f"tuned.{transfer}: expected {' by '.join(expected)}, as in finetune, found {' by '.join(found)}"
+                )
         return self
+
+    def settings_of(self, transfer: TransferName) -> FinetuneConfig:
+        """How the rows of a transfer are trained on the target."""
+        given: FinetuneConfig | None = getattr(self.tuned, transfer)
+        return given or self.finetune
 
 
 class RowPlan(Section):
@@ -270,7 +292,7 @@ def _cell(
     config: ExperimentConfig, plan: ModelPlan, row: Row, seed: int, lake: str, release: int, parent: Cell | None
 ) -> Cell:
     where: dict[str, str | None] = {"domain": config.target, "split": config.split}
-    settings: FinetuneConfig = plan.finetune.model_copy(
+    settings: FinetuneConfig = plan.settings_of(row.transfer).model_copy(
         update={"transfer": row.transfer, "parent": str(parent.folder / "model") if parent else None, "freeze": ()}
     )
     if row.kind == "extra":

@@ -21,6 +21,7 @@ from tests.trainer.lakes import build_tiny_lake
 from trainer import survey
 from trainer.artifact import load_artifact
 from trainer.comparison import evaluate_contenders
+from trainer.config import FinetuneConfig
 from trainer.contenders import model_contender, read_evaluation_set
 from trainer.data.dataset import pin
 from trainer.hypotheses import from_scratch_of
@@ -119,6 +120,29 @@ def test_only_the_rows_asked_for_are_trained() -> None:
     ]
     assert {row.id for row in rows if not row.reason} == {wanted}
     assert list(experiment._holes(rows)) == []  # not asked for is no failure
+
+
+def test_a_searchs_winners_are_for_the_rows_of_their_transfer(tmp_path: Path) -> None:
+    files = {}
+    for transfer, dropout in (("none", 0.4), ("deep", 0.1)):
+        files[transfer] = tmp_path / f"{transfer}.yaml"
+        files[transfer].write_text(f"transfer: {transfer}\nmodel: {{kind: bert4rec, dropout: {dropout}}}\n")
+    given = [word for name, file in files.items() for word in (f"--bert4rec.tuned.{name}", str(file))]
+    config = load_experiment("table2", "small", ["--seeds", "[0]", *given])
+    assert config.bert4rec is not None
+    own = config.bert4rec.finetune.model.dropout
+    expected = {"none": 0.4, "shallow": own, "deep": 0.1}
+    for row in planned(config, "lake", 1):
+        if row.model == "bert4rec" and row.kind != "own":
+            trained = row.cells[0].config
+            assert isinstance(trained, FinetuneConfig)
+            assert trained.model.dropout == expected[row.transfer]
+            assert trained.transfer == row.transfer
+            if row.cells[0].parent is not None:  # pre-training is the same for all
+                assert row.cells[0].parent.config.model.dropout == config.bert4rec.pretrain.model.dropout
+    files["none"].write_text("model: {kind: bert4rec}\ntask: {kind: next_item}\n")
+    with pytest.raises(ConfigError, match=r"tuned.none: expected .* by masked_item, .*found bert4rec by next_item"):
+        load_experiment("table2", "small", given)
 
 
 OWN = {
