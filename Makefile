@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt $(PIP_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ml1m pipeline table2 both both-causal ml1m-loo page test test-slow test-gpu bench bench-peers \
+.PHONY: help setup demo ml1m pipeline table2 both both-causal ml1m-loo page test test-slow test-gpu bench bench-gpu bench-peers \
 	bench-growth check format clean clean-all
 
 help:  ## this list
@@ -65,6 +65,9 @@ test-gpu: $(BIN)/.dev  ## the tests that need a CUDA device
 
 bench: $(BIN)/.dev  ## speed and memory beside bare Arrow and plain torch, at most 15 minutes (DATA=folder of MovieLens-1M)
 	@$(BIN)/python -m tests.benchmarks bench $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+bench-gpu: $(BIN)/.dev  ## training steps on a CUDA device beside plain torch
+	@$(BIN)/python -m tests.benchmarks gpu $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; they get environments of their own
 	@$(BIN)/python -m tests.benchmarks peers $(if $(DATA),--data "$(DATA)") $(ARGS)

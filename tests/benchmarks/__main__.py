@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks bench|peers|growth [--only NAME…] [--data FOLDER] [--work FOLDER]``.
+"""``python -m tests.benchmarks bench|gpu|peers|growth [--only NAME…] [--data FOLDER] [--work FOLDER]``.
 
 Each benchmark is a module of this package with ``measure(report, options)``, which prints tables and holds bars.
 """
@@ -14,6 +14,7 @@ from tests.benchmarks.harness import Report, machine
 
 SUITES = {
     "bench": ("stream", "train_small", "train_survey", "catalogue", "score"),
+    "gpu": ("train_gpu",),
     "peers": ("peers_stream", "peers_train", "peers_score", "peers_etl"),
     "growth": ("growth", "new_day", "heavy_user"),
 }

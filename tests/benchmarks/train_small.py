@@ -117,7 +117,7 @@ class Plain(nn.Module):
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
 
     def forward(self, items_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        place_T = torch.arange(items_BT.shape[1])
+        place_T = torch.arange(items_BT.shape[1], device=items_BT.device)
         x_BTD = self.item_embedding(items_BT) + self.position_embedding(place_T)
         x_BTD = self.dropout(self.input_norm(x_BTD))
         hidden_BTD = self.encoder(x_BTD, src_key_padding_mask=place_T >= lengths_B[:, None])
@@ -208,11 +208,14 @@ def _epochs(lists: Lists, *, width: int | None) -> Iterator[Batch]:
             yield replace(batch, draw=(0, epoch, step))
 
 
-def training_of(config: Bert4RecConfig, task: MaskedItem, *, num_items: int, autocast: bool) -> Training:
+def training_of(
+    config: Bert4RecConfig, task: MaskedItem, *, num_items: int, autocast: bool, device: str = "cpu"
+) -> Training:
     """A run of ours without user and knowledge embeddings, on batches that are given to it one by one."""
     no_knowledge_VS = torch.empty(num_items, 0, dtype=torch.int32)
     model = build_model(config, num_users=0, num_entities=0, knowledge_VS=no_knowledge_VS, seed=0)
-    world = World(0, 1, torch.device("cpu"), torch.float32, autocast=autocast)
+    world = World(0, 1, torch.device(device), torch.float32, autocast=autocast)
+    model.to(world.device)
     rates = TrainConfig(learning_rate=RATE, warmup_steps=0, batch_size=BATCH, epochs=EPOCHS)
     return Training(model, task, cast(Loader, Steps(1)), rates, world)
 

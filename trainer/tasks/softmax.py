@@ -15,6 +15,7 @@ from torch import Tensor
 from trainer.models.chunks import on_threads
 
 BLOCK_SCORES = 1 << 19  # numbers that a thread computes at once, about
+DEVICE_BLOCK_SCORES = 1 << 25  # and a GPU: 128 MB, enough to keep it busy
 BLOCK_ROWS = 64  # but never fewer positions: the table is read once a block
 
 
@@ -66,7 +67,8 @@ def _loss_and_slopes(
     wide = torch.promote_types(table_VD.dtype, torch.float32)
     total, num_classes = torch.zeros((), dtype=wide, device=query_ND.device), len(table_VD)
     slopes = [torch.zeros_like(x, dtype=wide) for x in (query_ND, table_VD, bias_V)] if trained else []
-    rows = max(BLOCK_ROWS, BLOCK_SCORES // num_classes)
+    scores_at_once = BLOCK_SCORES if query_ND.device.type == "cpu" else DEVICE_BLOCK_SCORES
+    rows = max(BLOCK_ROWS, scores_at_once // num_classes)
     for first in range(0, len(query_ND), rows):
         query, targets = query_ND[first : first + rows].to(table_VD.dtype), targets_N[first : first + rows, None]
         scores = torch.addmm(bias_V, query, table_VD.T).to(wide)
