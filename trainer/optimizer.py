@@ -77,9 +77,8 @@ class Optimizer:
         """AdamW's moments; the accumulators are filled in place by whoever knows how they lie on disk."""
         for key, value in moments.items():
             name, _, slot = key.rpartition(":")
-            # The step count stays on the CPU, as the optimiser made it.
-            at = value.clone() if slot == "step" else value.to(self.dense[name].device, copy=True)
-            self.adamw.state[self.dense[name]][slot] = at
+            parameter = self.dense[name]
+            self.adamw.state[parameter][slot] = value.to(parameter.device, copy=True)
 
 
 @torch.no_grad()

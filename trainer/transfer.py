@@ -140,7 +140,7 @@ def _copy_shared(to: torch.Tensor, source: torch.Tensor, name: str, rows_V: torc
             "with the same settings"
         )
     known = rows_V != UNK
-    to[known] = source[rows_V[known]].to(to.dtype)
+    to[known] = source[rows_V[known]].to(to)
 
 
 def _named(parent: Artifact | None) -> str:

@@ -17,6 +17,7 @@ from trainer.baselines import Histories
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
+    FinetuneConfig,
     LossConfig,
     MaskedItemConfig,
     NextItemConfig,
@@ -24,6 +25,7 @@ from trainer.config import (
     RuntimeConfig,
 )
 from trainer.distributed import join
+from trainer.finetune import run as finetune
 from trainer.pretrain import run as pretrain
 from trainer.scoring import Scorer, top_k
 from trainer.tasks import build_task, softmax
@@ -112,6 +114,18 @@ def test_a_run_stopped_in_mid_epoch_ends_with_the_same_weights(number, uninterru
     assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
     result = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="whole"))
     assert equal_weights(weights_of(result.folder), weights_of(uninterrupted))
+
+
+def test_what_a_graft_copies_gets_there(tiny_lake, tmp_path):
+    """Every group of parameters, and rows of shared items: before a step is taken, the model is its parent."""
+    parent = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="parent", data={"domain": "all"})).folder
+    reads_all = {"domain": "all", "predicted": "target", "split": "joint-5"}
+    told = {"name": "graft", "parent": str(parent / "model"), "shared_items": True, "data": reads_all}
+    graft = finetune(tiny(FinetuneConfig, tmp_path, tiny_lake, train={"learning_rate": 1e-12}, **told)).folder
+    before, after = (load_artifact(folder / "model").model.state_dict() for folder in (parent, graft))
+    first = {name: slice(FIRST_INDEX, None) for name in ("item_embedding.weight", "output_bias")}
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name][first.get(name, ...)], tensor[first.get(name, ...)])
 
 
 def test_a_model_trained_there_scores_alike_on_a_cpu(uninterrupted):

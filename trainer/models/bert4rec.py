@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer.config import Bert4RecConfig
 from trainer.models.base import SequenceModel
@@ -28,6 +29,8 @@ from trainer.models.dropout import Dropout
 from trainer.models.table import RowTables
 
 TABLE_STD = 0.02
+# Without cuDNN, which makes a plan for each shape that it hasn't seen, a tenth of a second: here nearly every step's.
+CUDA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHUNK_POSITIONS = 1_024  # padded positions that go through the network together on a CPU: 0.5 MB at width 128
 
 
@@ -206,6 +209,9 @@ class Bert4Rec(SequenceModel):
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
     """Attention (Vaswani et al. 2017, equation 1), [B, H, Q, E]."""
+    if query.device.type == "cuda":
+        with sdpa_kernel(CUDA_KERNELS):
+            return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
     if query.dtype != torch.bfloat16 or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
     # The fused kernel's backward pass takes three times as long in bf16, on a CPU, as these three products.
