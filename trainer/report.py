@@ -117,19 +117,24 @@ class _Report:
         return [Text(text, "faint"), *self._holes()]
 
     def _holes(self) -> list[Block]:
-        holes = [
-            f"{_name_of(row)}: {row.get('reason') or 'missing, no reason given'}"
-            for row in self.rows
-            if row["status"] != "done"
-        ]
-        for row in self.done:
+        """What is missing, rows that lack it for the same reason together."""
+        rows_of: dict[str, list[str]] = {}
+        for row in self.rows:
             lost = [seed for seed in self.results["seeds"] if seed not in [run["seed"] for run in row["seeds"]]]
-            if row["kind"] != "baseline" and lost:
+            if row["status"] != "done":
+                reason = row.get("reason") or "missing, no reason given"
+            elif row["kind"] != "baseline" and lost:
                 reason = row.get("reason") or f"no seed {', '.join(map(str, lost))}"
-                holes.append(f"{_name_of(row)}: {reason}")
-        if not holes:
+            else:
+                continue
+            rows_of.setdefault(reason, []).append(_name_of(row))
+        if not rows_of:
             return []
-        return [Heading("Holes"), Text("These did not run to their end; no number stands for them."), Points(holes)]
+        told = [
+            f"{'; '.join(rows)}: {why}" if len(rows) <= 3 else f"{why}, of {len(rows)} rows: {'; '.join(rows)}"
+            for why, rows in rows_of.items()
+        ]
+        return [Heading("Holes"), Text("These did not run to their end; no number stands for them."), Points(told)]
 
     def in_short(self) -> list[Block]:
         points = []
