@@ -38,7 +38,6 @@ from trainer.survey import NAMES, row_id
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests" / "reproduction" / "results"
-ModelName = Literal["bert4rec", "caser"]
 ConfigT = TypeVar("ConfigT", bound=PretrainConfig)
 HOLES = 1
 
@@ -50,6 +49,7 @@ class TunedConfig(Section):
     none: FinetuneConfig | None = None
     shallow: FinetuneConfig | None = None
     deep: FinetuneConfig | None = None
+    patch: FinetuneConfig | None = None
 
 
 class ModelPlan(Section):
@@ -148,8 +148,8 @@ class ExperimentConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @property
-    def plans(self) -> dict[ModelName, ModelPlan]:
-        named: list[tuple[ModelName, ModelPlan | None]] = [("bert4rec", self.bert4rec), ("caser", self.caser)]
+    def plans(self) -> dict[str, ModelPlan]:
+        named = [("bert4rec", self.bert4rec), ("caser", self.caser)]
         return {name: plan for name, plan in named if plan is not None}
 
     @property
@@ -211,7 +211,7 @@ class Row:
 
     id: str
     kind: Literal["model", "joint", "extra", "own"]
-    model: ModelName
+    model: str
     transfer: TransferName
     pretrain_task: str | None
     task: str

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from etl.config import GraftrecError
 from etl.tables import UNK
-from trainer.config import FinetuneConfig, PretrainConfig
+from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.dataset import Catalogue, Int32Array, Release, Texts
 from trainer.models import SequenceModel, build_saved
 from trainer.models.table import interleave
@@ -153,6 +153,7 @@ def load_artifact(folder: str | Path, *, device: str = "cpu", users: bool = True
     model = build_saved(
         config.model, num_users=len(weights[_USER_TABLE]) if config.model.user_width else 0,
         num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
+        patch=patch_of(config),
     )  # fmt: skip
     if "predicted" in rows.column_names:
         model.predict_only(torch.from_numpy(rows["predicted"].to_numpy()))

@@ -22,6 +22,8 @@ __all__ = [
     "MaskedItemConfig",
     "ModelConfig",
     "NextItemConfig",
+    "PatchConfig",
+    "PeterRecConfig",
     "PretrainConfig",
     "PromoteConfig",
     "PrunerConfig",
@@ -29,11 +31,13 @@ __all__ = [
     "RecommendConfig",
     "RuntimeConfig",
     "SearchConfig",
+    "TargetItemConfig",
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
     "TransferName",
     "load",
+    "patch_of",
 ]
 
 
@@ -105,13 +109,36 @@ class CaserConfig(Section):
     knowledge_width: int = Field(25, ge=1)  # of each slot
 
 
+class PeterRecConfig(Section):
+    """PeterRec (Yuan et al. 2020), with the survey's user and knowledge embeddings where asked for."""
+
+    kind: Literal["peterrec"] = "peterrec"
+    width: int = Field(64, ge=1)
+    dilations: tuple[int, ...] = Field((1, 4) * 4, min_length=1)  # one a block; its second convolution's is twice that
+    max_length: int = Field(200, ge=2)  # positions, the asked one included
+    dropout: float = Field(0.1, ge=0, lt=1)
+    user_width: int = Field(0, ge=0)  # 0: no user embedding
+    knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
+    knowledge_width: int = Field(16, ge=1)  # of each slot
+
+    @field_validator("dilations")
+    @classmethod
+    def _dilations_are_some(cls, dilations: tuple[int, ...]) -> tuple[int, ...]:
+        if min(dilations) < 1:
+            raise ValueError(f"expected dilations of 1 and more, found {', '.join(map(str, dilations))}")
+        return dilations
+
+
 def _kind_of(given: Any) -> str:
     """Where none is given: BERT4Rec."""
     return str(given.get("kind", "bert4rec") if isinstance(given, dict) else getattr(given, "kind", ""))
 
 
 ModelConfig = Annotated[
-    Annotated[Bert4RecConfig, Tag("bert4rec")] | Annotated[CaserConfig, Tag("caser")], Discriminator(_kind_of)
+    Annotated[Bert4RecConfig, Tag("bert4rec")]
+    | Annotated[CaserConfig, Tag("caser")]
+    | Annotated[PeterRecConfig, Tag("peterrec")],
+    Discriminator(_kind_of),
 ]
 
 
@@ -149,7 +176,16 @@ class NextItemConfig(Section):
     loss: LossConfig = LossConfig()
 
 
-TaskConfig = Annotated[MaskedItemConfig | NextItemConfig, Field(discriminator="kind")]
+class TargetItemConfig(Section):
+    """Items of another domain told by a user's vector (PeterRec's fine-tuning: Yuan et al. 2020): what is read is all
+    but the items of `data.predicted`, with a CLS behind, and each of those is a target."""
+
+    kind: Literal["target_item"] = "target_item"
+    causal: bool = True  # as the parent was pre-trained: next item, causal; masked item, not (a CLS at both ends then)
+    loss: LossConfig = LossConfig()
+
+
+TaskConfig = Annotated[MaskedItemConfig | NextItemConfig | TargetItemConfig, Field(discriminator="kind")]
 
 
 class TrainConfig(Section):
@@ -228,8 +264,34 @@ class PretrainConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _target_items_are_of_a_domain(self) -> "PretrainConfig":
+        if self.task.kind == "target_item" and self.data.predicted in (None, self.data.domain):
+            raise ValueError(
+                "task target_item tells one domain's items by what was done elsewhere, found no data.predicted beside "
+                "data.domain; set data.domain=all and data.predicted to a domain"
+            )
+        return self
 
-TransferName = Literal["none", "shallow", "deep"]
+
+TransferName = Literal["none", "shallow", "deep", "patch"]
+
+
+class PatchConfig(Section):
+    """Model patches (survey 3.3), for transfer `patch`."""
+
+    kind: Literal["adapter", "lora"] = "adapter"
+    bottleneck: int | None = Field(None, ge=1)  # of an adapter: channels in its middle; None: an eighth of the width
+    place: Literal["serial", "parallel"] = "serial"  # behind a layer, or beside it
+    per_block: Literal[1, 2] = 2  # beside both layers of a block, or the second only
+    # identity: begins as no change at all. paper: as in PeterRec's released code, drawn at random, and parallel with a
+    # skip of its own.
+    variant: Literal["identity", "paper"] = "identity"
+    rank: int = Field(4, ge=1)  # of lora
+    layer_norm: bool = False  # the network's own LayerNorms are trained too
+
+    def channels(self, width: int) -> int:
+        return max(1, width // 8) if self.bottleneck is None else self.bottleneck
 
 
 class FinetuneConfig(PretrainConfig):
@@ -242,12 +304,35 @@ class FinetuneConfig(PretrainConfig):
     freeze: tuple[str, ...] = ()  # parameter groups that do not train
     # Items that the parent knows too (by raw id) keep its rows, whatever `transfer`; for a model that reads its domain.
     shared_items: bool = False
+    patch: PatchConfig = PatchConfig()  # of transfer `patch`
+
+    @model_validator(mode="after")
+    def _patch_fits(self) -> "FinetuneConfig":
+        if self.transfer != "patch":
+            return self
+        if self.model.kind == "caser":
+            raise ValueError("transfer patch: expected a model with blocks (bert4rec, peterrec), found caser; set deep")
+        width, patch = self.model.width, self.patch
+        middle, name = (patch.rank, "rank") if patch.kind == "lora" else (patch.channels(width), "bottleneck")
+        if middle >= width:
+            raise ValueError(f"patch.{name}: expected less than the model's width, {width}, found {middle}; lower it")
+        if self.shared_items and self.train.table_optimizer == "rowwise":
+            raise ValueError(
+                "transfer patch with shared_items freezes rows, which row-wise tables don't; set "
+                "train.table_optimizer=adamw"
+            )
+        return self
 
     @model_validator(mode="after")
     def _items_come_from_a_parent(self) -> "FinetuneConfig":
         if self.shared_items and self.transfer == "none":
             raise ValueError("shared_items: transfer none takes nothing from a parent; set it to false, or transfer")
         return self
+
+
+def patch_of(config: PretrainConfig) -> PatchConfig | None:
+    """The patches that the run's model has, if any."""
+    return config.patch if isinstance(config, FinetuneConfig) and config.transfer == "patch" else None
 
 
 class RangeConfig(Section):

@@ -19,7 +19,7 @@ from etl.config import code_version, config_hash
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
-from trainer.config import ConfigError, FinetuneConfig, GraftrecError, PretrainConfig
+from trainer.config import ConfigError, FinetuneConfig, GraftrecError, PretrainConfig, patch_of
 from trainer.data.dataset import (
     Catalogue,
     Int32Array,
@@ -113,6 +113,7 @@ def _fit(
 
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
         told = json.dumps(account.as_dict(), indent=1)
+        tracked.log_metrics({f"parameters/{name}": float(count) for name, count in account.counts().items()})
         tracked.log_text(told, "transfer.json")
         if world.first:
             (folder / "transfer.json").write_text(told)
@@ -150,7 +151,7 @@ def _model(
         config.model, num_users=vocabulary_size(release, tables.USERS),
         num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
         knowledge_VS=torch.from_numpy(knowledge), seed=config.train.seed,
-        tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
+        tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None, patch=patch_of(config),
     )  # fmt: skip
     model.to(device=world.device, dtype=world.dtype)
     if config.data.predicted is not None:
@@ -159,7 +160,9 @@ def _model(
         shared = None
         if parent is not None and config.shared_items:
             shared = rows_by_raw_id(parent.catalogue, catalogue)
-        return model, graft(model, config.model, parent, config.transfer, config.freeze, shared)
+        return model, graft(
+            model, config.model, parent, config.transfer, config.freeze, shared, layer_norm=config.patch.layer_norm
+        )
     return model, graft(model, config.model, None, "none")
 
 
@@ -285,10 +288,10 @@ def run_identity(config: PretrainConfig, release: Release, parent: Artifact | No
         }
     )
     here = Path(__file__).parent
-    modules = [
-        here / f"{name}.py"
-        for name in ("pretrain", "loop", "optimizer", "transfer", "ranking", "metrics", "scoring", "artifact")
-    ]
+    names = (
+        "pretrain", "loop", "optimizer", "transfer", "adapters", "ranking", "metrics", "scoring", "artifact",
+    )  # fmt: skip
+    modules = [here / f"{name}.py" for name in names]
     code = code_version(*modules, here / "data", here / "models", here / "tasks")
     versions = {table.name: release.versions.get(table.name) for table in _READ_TABLES}
     return {

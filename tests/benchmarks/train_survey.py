@@ -25,7 +25,7 @@ from trainer.config import Bert4RecConfig, MaskedItemConfig
 from trainer.data.batch import Batch
 from trainer.data.order import shuffled
 from trainer.loop import train_step
-from trainer.models.bert4rec import CHUNK_POSITIONS
+from trainer.models.tied import CHUNK_POSITIONS
 from trainer.tasks import MaskedItem
 from trainer.tasks.softmax import BLOCK_SCORES
 

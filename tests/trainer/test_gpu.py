@@ -21,6 +21,7 @@ from trainer.config import (
     LossConfig,
     MaskedItemConfig,
     NextItemConfig,
+    PeterRecConfig,
     PretrainConfig,
     RuntimeConfig,
 )
@@ -38,6 +39,7 @@ MODELS = {
         blocks=2, width=16, heads=2, max_length=12, dropout=0.0, user_width=4, knowledge_width=3
     ),
     "learned": Bert4RecConfig(blocks=1, width=16, heads=2, max_length=12, dropout=0.0, positions="learned"),
+    "peterrec": PeterRecConfig(width=16, dilations=(1, 2), max_length=12, dropout=0.0),
     "caser": CaserConfig(width=8, max_length=12, window=3, horizontal=4, vertical=2, dropout=0.0, user_width=4),
 }
 TASKS = {

@@ -1,34 +1,38 @@
 """One file per model: the network, its configuration's meaning, its parameter groups."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config import Bert4RecConfig, CaserConfig, ModelConfig
+from trainer.config import Bert4RecConfig, CaserConfig, ModelConfig, PatchConfig, PeterRecConfig
 from trainer.distributed import ALONE
 from trainer.models.base import SequenceModel
 from trainer.models.bert4rec import Bert4Rec
 from trainer.models.caser import Caser
+from trainer.models.peterrec import PeterRec
 from trainer.models.table import RowTable, RowTables
+from trainer.models.tied import TiedModel
 
 __all__ = [
-    "Bert4Rec", "Caser", "RowTables", "SequenceModel", "build_model", "build_saved", "group_of", "groups_of",
+    "Bert4Rec", "Caser", "PeterRec", "RowTables", "SequenceModel", "build_model", "build_saved", "group_of",
+    "groups_of",
 ]  # fmt: skip
 
 
 def build_model(
     config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int,
-    tables: RowTables | None = None,
+    tables: RowTables | None = None, patch: PatchConfig | None = None,
 ) -> SequenceModel:  # fmt: skip
     """A new model, its weights a function of `seed` alone (the global random state is left as it was).
 
-    `tables`: its item, user and entity tables are row-wise, and this process keeps its share of them. Raises
-    ConfigError where there are more processes than rows.
+    `patch`: patches that it has beside its blocks. `tables`: its item, user and entity tables are row-wise, and this
+    process keeps its share of them. Raises ConfigError where there are more processes than rows.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _new(config, num_users, num_entities, knowledge_VS, tables)
+        model = _new(config, num_users, num_entities, knowledge_VS, tables, patch)
     if tables is not None:
         for place, table in enumerate(module for module in model.modules() if isinstance(module, RowTable)):
             tables.initialise(table, seed=[seed, place], std=model.table_std(table.weight.shape[1]))
@@ -36,10 +40,11 @@ def build_model(
 
 
 def build_saved(
-    config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, weights: Mapping[str, Tensor]
-) -> SequenceModel:
+    config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, weights: Mapping[str, Tensor],
+    patch: PatchConfig | None = None,
+) -> SequenceModel:  # fmt: skip
     """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
-    model = _new(config, num_users, num_entities, knowledge_VS, RowTables(ALONE))
+    model = _new(config, num_users, num_entities, knowledge_VS, RowTables(ALONE), patch)
     model.tables = None  # their modules have served to leave them unfilled
     model.to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights, assign=True)
@@ -47,26 +52,33 @@ def build_saved(
 
 
 def _new(
-    config: ModelConfig, num_users: int, num_entities: int, knowledge_VS: Tensor, tables: RowTables | None
-) -> SequenceModel:
+    config: ModelConfig, num_users: int, num_entities: int, knowledge_VS: Tensor, tables: RowTables | None,
+    patch: PatchConfig | None,
+) -> SequenceModel:  # fmt: skip
+    sizes: dict[str, Any] = {"num_users": num_users, "num_entities": num_entities, "knowledge_VS": knowledge_VS}
+    model: SequenceModel
     match config:
         case Bert4RecConfig():
-            return Bert4Rec(
-                config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
-            )
+            model = Bert4Rec(config, **sizes, tables=tables)
         case CaserConfig():
-            return Caser(
-                config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
-            )
+            model = Caser(config, **sizes, tables=tables)
+        case PeterRecConfig():
+            model = PeterRec(config, **sizes, tables=tables)
+    if patch is not None:
+        assert isinstance(model, TiedModel), "settings refuse others"
+        model.add_patches(patch)
+    return model
 
 
 def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
-    """Parameter groups (item, user, knowledge, position, body, head) to the name prefixes of their tensors."""
+    """Parameter groups (item, user, knowledge, position, patch, body, head) to the name prefixes of their tensors."""
     match config:
         case Bert4RecConfig():
             return Bert4Rec.GROUPS
         case CaserConfig():
             return Caser.GROUPS
+        case PeterRecConfig():
+            return PeterRec.GROUPS
 
 
 def group_of(model: nn.Module, config: ModelConfig) -> dict[str, str]:

@@ -5,9 +5,7 @@ Shape letters: ``B`` sequences, ``T`` positions, ``D`` width, ``H`` heads, ``V``
 of an item, ``N`` any number of positions, ``C`` candidates, ``Q`` positions of a sequence that ask, ``E`` width of a
 head.
 
-On a CPU a batch goes through the network in chunks of sequences of like length, small enough for the caches, each on a
-core of its own: hardly any padding, and what one layer writes is still near when the next reads it. In the last layer
-only the positions whose hidden states are wanted ask; the others are only looked at.
+In the last layer only the positions whose hidden states are wanted ask; the others are only looked at.
 
 Where the survey leaves the network open: layers are normalised before each sub-layer (Xiong et al. 2020), which spares
 the warm-up plateau; attention has no key bias (its gradient is zero). Positions count from the oldest item that is
@@ -15,6 +13,7 @@ read. Counting back from the newest was tried: the position that is asked is the
 0.12).
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,16 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trainer.adapters import Patches, patched, weight_of
 from trainer.config import Bert4RecConfig
-from trainer.models.base import SequenceModel
-from trainer.models.chunks import mapped, order_of, sizes_by_length
 from trainer.models.dropout import Dropout
 from trainer.models.table import RowTables
+from trainer.models.tied import TiedModel
 
-TABLE_STD = 0.02
 # Without cuDNN, which makes a plan for each shape that it hasn't seen, a tenth of a second: here nearly every step's.
 CUDA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-CHUNK_POSITIONS = 1_024  # padded positions that go through the network together on a CPU: 0.5 MB at width 128
 
 
 class Block(nn.Module):
@@ -51,27 +48,34 @@ class Block(nn.Module):
 
     def forward(
         self, x_BTD: Tensor, mask: Tensor | None, rotation_TE: Tensor | None, *, causal: bool,
-        wanted: "Wanted | None" = None, random: torch.Generator | None = None,
+        wanted: "Wanted | None" = None, random: torch.Generator | None = None, patches: Patches = None,
     ) -> Tensor:  # fmt: skip
         """[B, T, D] to [B, T, D]; to [N, D], those `wanted`, where not all are. `mask` [B, 1, 1 or Q, T]: what a
         position may look at; None: everything, or with `causal` what doesn't stand behind it."""
         D = x_BTD.shape[2]
         normed_BTD = asking_BQD = self.attention_norm(x_BTD)
+        qkv = weight_of(self.qkv, patches, "qkv")
         if wanted is None:
-            query, key, value = self._heads(self.qkv(normed_BTD), 3)
+            query, key, value = self._heads(F.linear(normed_BTD, qkv), 3)
         else:
             asking_BQD = wanted.gathered(normed_BTD)
-            (query,) = self._heads(F.linear(asking_BQD, self.qkv.weight[:D]), 1)
-            key, value = self._heads(F.linear(normed_BTD, self.qkv.weight[D:]), 2)
+            (query,) = self._heads(F.linear(asking_BQD, qkv[:D]), 1)
+            key, value = self._heads(F.linear(normed_BTD, qkv[D:]), 2)
         if rotation_TE is not None:
             query = _rotated(query, rotation_TE if wanted is None else rotation_TE[wanted.places_BQ][:, None])
             key = _rotated(key, rotation_TE)
         # No dropout of attention weights: it would rule out the fused kernels, and the residual branch has its own.
         attended = _attended(query, key, value, mask, causal=causal and mask is None)
         attended_BQD = attended.transpose(1, 2).flatten(2)
-        x, attended = (x_BTD, attended_BQD) if wanted is None else (x_BTD[wanted.mask_BT], attended_BQD[wanted.mask_BQ])
-        x = x + self.dropout(self.attention_out(attended), random)
-        out: Tensor = x + self.dropout(self.feed_out(F.gelu(self.feed_in(self.feed_norm(x)))), random)
+        x, attended, asking = x_BTD, attended_BQD, asking_BQD
+        if wanted is not None:
+            x, attended, asking = x_BTD[wanted.mask_BT], attended_BQD[wanted.mask_BQ], asking_BQD[wanted.mask_BQ]
+        attended = F.linear(attended, weight_of(self.attention_out, patches, "attention_out"), self.attention_out.bias)
+        x = x + self.dropout(patched(patches, "first", asking, attended), random)
+        normed = self.feed_norm(x)
+        inner = F.gelu(F.linear(normed, weight_of(self.feed_in, patches, "feed_in"), self.feed_in.bias))
+        fed = F.linear(inner, weight_of(self.feed_out, patches, "feed_out"), self.feed_out.bias)
+        out: Tensor = x + self.dropout(patched(patches, "second", normed, fed), random)
         return out
 
     def _heads(self, x_BTD: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -95,22 +99,10 @@ class Wanted:
         return x_BTD.gather(1, self.places_BQ[:, :, None].expand(-1, -1, x_BTD.shape[2]))
 
 
-class Bert4Rec(SequenceModel):
+class Bert4Rec(TiedModel):
     """Items are scored with the same knowledge-enhanced vectors that they are embedded with."""
 
-    GROUPS: ClassVar = {
-        "item": ("item_embedding.", "output_bias"),
-        "user": ("user_embedding.",),
-        "knowledge": ("entity_embedding.",),
-        "position": ("position_embedding.",),
-        "body": (
-            "item_projection.", "knowledge_projection.", "user_projection.", "input_norm.", "blocks.", "output_norm.",
-        ),
-        "head": ("head.",),
-    }  # fmt: skip
-    ROW_TABLES: ClassVar = (
-        "item_embedding.weight", "output_bias", "user_embedding.weight", "entity_embedding.weight",
-    )  # fmt: skip
+    LINEARS: ClassVar = ("qkv", "attention_out", "feed_in", "feed_out")
 
     config: Bert4RecConfig
     rotation_TE: Tensor
@@ -119,69 +111,22 @@ class Bert4Rec(SequenceModel):
         self, config: Bert4RecConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
         tables: RowTables | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
-        num_slots = knowledge_VS.shape[1]
-        width = config.width
-        self.item_embedding = self.table(self.num_items, width)
-        self.item_projection = nn.Linear(width, width) if num_slots else None
-        if num_slots:
-            self.entity_embedding = self.table(num_entities, config.knowledge_width)
-            self.knowledge_projection = nn.Linear(num_slots * config.knowledge_width, width, bias=False)
-        if config.user_width:
-            self.user_embedding = self.table(num_users, config.user_width)
-            self.user_projection = nn.Linear(config.user_width, width, bias=False)
-        self.position_embedding = nn.Embedding(config.max_length, width)
+        super().__init__(
+            config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
+        )
+        self.position_embedding = nn.Embedding(config.max_length, config.width)
         if config.positions == "rotary":
             self.register_buffer("rotation_TE", _rotation(config), persistent=False)
-        self.input_norm = nn.LayerNorm(width)
+        self.input_norm = nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
-        self.output_norm = nn.LayerNorm(width)
-        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.output_bias = self.per_item()
-        self.apply(_initialise)
+        self.output_norm = nn.LayerNorm(config.width)
+        self._add_head()
 
-    @staticmethod
-    def table_std(width: int) -> float:
-        return TABLE_STD
+    def _placed(self, vectors_BTD: Tensor) -> Tensor:
+        return vectors_BTD + self.position_embedding.weight[: vectors_BTD.shape[1]]
 
-    def item_vectors(self, rows: Tensor | None = None) -> Tensor:
-        """Knowledge-enhanced vectors of catalogue rows, [V, D] or [*rows.shape, D]: the projected concatenation of the
-        item's embedding and those of its director and actors (survey 4.3), written as a sum of two projections."""
-        own = self.rows_of(self.item_embedding.weight, rows)
-        if self.item_projection is None:
-            return own
-        vectors: Tensor = self.item_projection(own) + self.knowledge_projection(self.entity_vectors(rows))
-        return vectors
-
-    @property
-    def scores_with_table(self) -> bool:
-        return self.item_projection is None
-
-    def forward(
-        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
-        table_VD: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Hidden states [N, D] of the positions that are wanted (bool [B, T], real ones), row after row.
-
-        items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows of the user table (those
-        beyond it are unknown). `table_VD`: item_vectors(), where the caller has it already."""
-        order_B = lengths_B.argsort(stable=True)
-        items_BT, lengths_B, wanted_BT = items_BT[order_B], lengths_B[order_B], wanted_BT[order_B]
-        # Tables are read once for the whole batch; what follows is done chunk by chunk.
-        vectors_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
-        x_BTD = vectors_BTD + self.position_embedding.weight[: items_BT.shape[1]]
-        if self.config.user_width:
-            x_BTD = x_BTD + self.user_projection(self.user_vectors(users_B)[order_B])[:, None]
-        sizes = sizes_by_length(lengths_B, CHUNK_POSITIONS)
-        lengths, wanted = torch.split(lengths_B, sizes), torch.split(wanted_BT, sizes)
-        seeds = torch.randint(1 << 62, (len(sizes),)).tolist() if self.training else []
-
-        def chunk(number: int, x_BTD: Tensor) -> Tensor:
-            random = torch.Generator(x_BTD.device).manual_seed(seeds[number]) if self.training else None
-            return self._chunk(x_BTD, lengths[number], wanted[number], random, causal=causal)
-
-        weights = [*self.input_norm.parameters(), *self.blocks.parameters(), *self.output_norm.parameters()]
-        return torch.cat(mapped(chunk, torch.split(x_BTD, sizes), weights))[order_of(wanted_BT, order_B)]
+    def _network(self) -> Sequence[nn.Parameter]:
+        return [*self.input_norm.parameters(), *self.blocks.parameters(), *self.output_norm.parameters()]
 
     def _chunk(
         self, x_BTD: Tensor, lengths_B: Tensor, wanted_BT: Tensor, random: torch.Generator | None, *, causal: bool
@@ -194,15 +139,17 @@ class Bert4Rec(SequenceModel):
         mask = None
         if not causal and bool((lengths_B < T).any()):  # a causal query never sees what stands behind it
             mask = (place_T < lengths_B[:, None])[:, None, None]
-        for block in self.blocks[:-1]:
-            x_BTD = block(x_BTD, mask, rotation_TE, causal=causal, random=random)
+        *blocks, (last, last_patches) = zip(self.blocks, self.patches_of_blocks(), strict=True)
+        for block, patches in blocks:
+            x_BTD = block(x_BTD, mask, rotation_TE, causal=causal, random=random, patches=patches)
         wanted = Wanted(wanted_BT)
+        how = {"causal": causal, "random": random, "patches": last_patches}
         if 2 * wanted.mask_BQ.shape[1] > T:  # most are wanted: no gain in leaving the others out
-            x_ND = self.blocks[-1](x_BTD, mask, rotation_TE, causal=causal, random=random)[wanted_BT]
+            x_ND = last(x_BTD, mask, rotation_TE, **how)[wanted_BT]
         else:
             if causal:
                 mask = (place_T <= wanted.places_BQ[:, :, None])[:, None]
-            x_ND = self.blocks[-1](x_BTD, mask, rotation_TE, causal=causal, wanted=wanted, random=random)
+            x_ND = last(x_BTD, mask, rotation_TE, wanted=wanted, **how)
         hidden_ND: Tensor = self.output_norm(x_ND)
         return hidden_ND
 
@@ -263,17 +210,3 @@ def _rotation(config: Bert4RecConfig) -> Tensor:
     half = config.width // config.heads // 2
     angles_TE = torch.arange(config.max_length)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
     return torch.cat([angles_TE.cos(), angles_TE.sin()], dim=1)
-
-
-def _initialise(module: nn.Module) -> None:
-    """Truncated normals: BERT's 0.02 for tables (Devlin et al. 2019), and for layers 1 / sqrt(inputs) (LeCun et al.
-    1998).
-
-    BERT's 0.02 for layers too would fit a width of 768: at 64 it makes attention a whisper beside the residual, and the
-    loss stays at the popularity plateau for tens of epochs.
-    """
-    if isinstance(module, nn.Linear | nn.Embedding):
-        std = TABLE_STD if isinstance(module, nn.Embedding) else module.in_features**-0.5
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -4,13 +4,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trainer.config import MaskedItemConfig, NextItemConfig, TaskConfig
+from trainer.config import MaskedItemConfig, NextItemConfig, TargetItemConfig, TaskConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
 from trainer.tasks.masked_item import MaskedItem
 from trainer.tasks.next_item import NextItem
+from trainer.tasks.target_item import TargetItem
 
-__all__ = ["MaskedItem", "NextItem", "Task", "build_task"]
+__all__ = ["MaskedItem", "NextItem", "TargetItem", "Task", "build_task"]
 
 
 class Task(Protocol):
@@ -31,3 +32,5 @@ def build_task(config: TaskConfig) -> Task:
             return MaskedItem(config)
         case NextItemConfig():
             return NextItem(config)
+        case TargetItemConfig():
+            return TargetItem(config)
