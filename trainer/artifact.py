@@ -38,7 +38,7 @@ from trainer.tasks import Task, build_task
 CONFIG, WEIGHTS, CATALOGUE, MANIFEST = "config.json", "weights.safetensors", "catalogue.parquet", "manifest.json"
 USERS, USER_IDS = "users.safetensors", "users.parquet"
 OPTIONAL = (USERS, USER_IDS)
-_USER_TABLE = "user_embedding.weight"
+USER_TABLE = "user_embedding.weight"
 
 
 class ArtifactError(GraftrecError):
@@ -82,7 +82,7 @@ def save_artifact(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     tensors = {name: _whole(parts, new / f"{name}.whole") for name, parts in weights.items()}
-    user_table = tensors.pop(_USER_TABLE, None)
+    user_table = tensors.pop(USER_TABLE, None)
     save_file(tensors, new / WEIGHTS)
     described: dict[str, Any] = {
         "recipe": "finetune" if isinstance(config, FinetuneConfig) else "pretrain",
@@ -110,12 +110,12 @@ def save_artifact(
         rows["predicted"] = predicted
     pq.write_table(pa.table(rows), new / CATALOGUE)
     if user_table is not None:
-        save_file({_USER_TABLE: user_table}, new / USERS)
+        save_file({USER_TABLE: user_table}, new / USERS)
         if users is not None:
             pq.write_table(users.select(["user", "index"]), new / USER_IDS)
     for scratch in new.glob("*.whole"):
         scratch.unlink()
-    digests = {path.name: _digest(path) for path in sorted(new.iterdir())}
+    digests = {path.name: digest_of(path) for path in sorted(new.iterdir())}
     (new / MANIFEST).write_text(json.dumps(digests, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
@@ -137,36 +137,57 @@ def load_artifact(folder: str | Path, *, device: str = "cpu", users: bool = True
     """Read a model folder. `users` False: without the user table (every user is then unknown). Raises ArtifactError."""
     folder = Path(folder)
     digests = _verified(folder)
-    described = json.loads((folder / CONFIG).read_text())
-    kind = FinetuneConfig if described["recipe"] == "finetune" else PretrainConfig
-    config = kind.model_validate(described["config"])
-    rows = pq.read_table(folder / CATALOGUE)
-    num_rows = len(rows)
-    flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    knowledge = np.asarray(flat, dtype=np.int32).reshape(num_rows, -1)
-    catalogue = Catalogue(rows["index"].to_numpy().astype(np.int64), Texts(rows["item"]), Texts(rows["title"]))
     weights = load_file(folder / WEIGHTS)
     with_users = users and USERS in digests
-    if config.model.user_width:
-        table = load_file(folder / USERS)[_USER_TABLE] if with_users else torch.zeros(UNK + 1, config.model.user_width)
-        weights[_USER_TABLE] = table.to(next(iter(weights.values())).dtype)
+    if with_users:
+        weights[USER_TABLE] = load_file(folder / USERS)[USER_TABLE].to(next(iter(weights.values())).dtype)
+    ids = None
+    if with_users and USER_IDS in digests:
+        named = pq.read_table(folder / USER_IDS)
+        ids = dict(zip(named["user"].to_pylist(), named["index"].to_pylist(), strict=True))
+    return read_artifact(folder, weights, digests, users=ids, device=device)
+
+
+def read_artifact(
+    folder: Path, weights: dict[str, Tensor], digests: dict[str, str], *, users: dict[str, int] | None, device: str
+) -> Artifact:
+    """The model of a folder's settings and catalogue, and of tensors that were read already, which it takes as they
+    are; `digests` of the whole folder's files."""
+    described = json.loads((folder / CONFIG).read_text())
+    config, parent = config_of(folder)
+    rows = pq.read_table(folder / CATALOGUE)
+    flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    knowledge = np.asarray(flat, dtype=np.int32).reshape(len(rows), -1)
+    if config.model.user_width and USER_TABLE not in weights:  # everybody is unknown
+        nobody = torch.zeros(UNK + 1, config.model.user_width)
+        weights[USER_TABLE] = nobody.to(next(iter(weights.values())))
     model = build_saved(
-        config.model, num_users=len(weights[_USER_TABLE]) if config.model.user_width else 0,
+        config.model, num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
         num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
         patch=patch_of(config),
     )  # fmt: skip
     if "predicted" in rows.column_names:
         model.predict_only(torch.from_numpy(rows["predicted"].to_numpy()))
-    ids = None
-    if with_users and USER_IDS in digests:
-        named = pq.read_table(folder / USER_IDS)
-        ids = dict(zip(named["user"].to_pylist(), named["index"].to_pylist(), strict=True))
     return Artifact(
         folder=folder, config=config, lake=described["lake"], release=described["release"],
-        versions=described["versions"], catalogue=catalogue, popularity=rows["popularity"].to_numpy().astype(np.int64),
-        knowledge=knowledge, model=model.to(device).eval(), task=build_task(config.task), parent=described["parent"],
-        hash=_hash(digests), metrics=described["metrics"], users=ids,
+        versions=described["versions"], catalogue=catalogue_of(folder),
+        popularity=rows["popularity"].to_numpy().astype(np.int64), knowledge=knowledge, model=model.to(device).eval(),
+        task=build_task(config.task), parent=parent, hash=_hash(digests), metrics=described["metrics"],
+        users=users,
     )  # fmt: skip
+
+
+def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
+    """Settings of the run that made a model folder, and the hash of the model it was grafted on."""
+    described = json.loads((folder / CONFIG).read_text())
+    kind = FinetuneConfig if described["recipe"] == "finetune" else PretrainConfig
+    return kind.model_validate(described["config"]), described["parent"]
+
+
+def catalogue_of(folder: Path) -> Catalogue:
+    """The catalogue of a model folder."""
+    rows = pq.read_table(folder / CATALOGUE, columns=["index", "item", "title"])
+    return Catalogue(rows["index"].to_numpy().astype(np.int64), Texts(rows["item"]), Texts(rows["title"]))
 
 
 def artifact_hash(folder: str | Path) -> str:
@@ -191,12 +212,13 @@ def _verified(folder: Path) -> dict[str, str]:
                 del digests[name]
                 continue
             raise ArtifactError(f"{path} is missing; train the model again or restore the folder")
-        if _digest(path) != digests[name]:
+        if digest_of(path) != digests[name]:
             raise ArtifactError(f"{path} is damaged: its SHA-256 is not the manifest's; train again or restore it")
     return digests
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """A file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -63,9 +63,12 @@ def run(config: RecommendConfig) -> Result:
     """The recipe `recommend`. Raises GraftrecError."""
     folder, label = _model(config)
     artifact = load_artifact(folder, users=False)
-    split, domain = config.split or artifact.config.data.split, config.domain or artifact.config.data.domain
+    own = artifact.config.data
+    predicts = own.predicted or own.domain
+    split, domain = config.split or own.split, config.domain or predicts
+    reads = own.domain if domain == predicts else domain  # rows are of what is predicted, whatever is read for it
     release = pin(config.lake or artifact.lake, config.release)
-    num_users = SequenceDataset(release, split, domain).num_rows
+    num_users = SequenceDataset(release, split, reads).num_rows
     app, identity = f"recommend/{domain}", _identity(config, artifact, label, release, split, domain)
     recorded = delta.transactions(release.lake, tables.RECOMMENDATIONS, [app, identity])
     if app in recorded and recorded.get(identity) == recorded[app]:
@@ -79,7 +82,7 @@ def run(config: RecommendConfig) -> Result:
             {"graftrec.recipe": "recommend", "graftrec.model_version": label, "graftrec.hash": artifact.hash}
         )
         number = recorded.get(app, 0) + 1
-        result = _write(config, artifact, label, release, split, domain, num_users, (app, identity, number))
+        result = _write(config, artifact, label, release, split, (reads, domain), num_users, (app, identity, number))
         speed = result.users / max(result.seconds, 1e-9)
         tracked.log_metrics(
             {"users": result.users, "rows": result.rows, "seconds": result.seconds, "users_per_second": speed}
@@ -98,6 +101,8 @@ def _model(config: RecommendConfig) -> tuple[Path, str]:
         return Path(config.model), f"unregistered/{load_artifact(config.model, users=False).hash[:12]}"
     registry = Registry(config.registered_model)
     version = registry.version(config.model)
+    if config.domain is not None:  # a patch beside it may be for that domain
+        version = registry.for_domain(version, config.domain)
     return registry.folder(version), version.label
 
 
@@ -117,10 +122,10 @@ def _place(release: Release) -> str:
 
 
 def _write(
-    config: RecommendConfig, artifact: Artifact, label: str, release: Release, split: str, domain: str, num_users: int,
-    transaction: tuple[str, str, int],
+    config: RecommendConfig, artifact: Artifact, label: str, release: Release, split: str, domains: tuple[str, str],
+    num_users: int, transaction: tuple[str, str, int],
 ) -> Result:  # fmt: skip
-    app, identity, number = transaction
+    (reads, domain), (app, identity, number) = domains, transaction
     start = time.monotonic()
     spark = spark_session(config.spark, name="graftrec recommend")
     with _shipped(spark, artifact) as model, _progress(spark, num_users) as count:
@@ -128,7 +133,7 @@ def _write(
             _score_batches, model=model, count=count, k=config.k, batch_size=config.batch_size, domain=domain,
             label=label, release=release.number,
         )  # fmt: skip
-        histories = _histories(spark, release, split, domain, num_users, config.spark.shuffle_partitions)
+        histories = _histories(spark, release, split, reads, num_users, config.spark.shuffle_partitions)
         rows = histories.mapInArrow(score, ROWS_SCHEMA)
         written = delta.write(
             spark, rows, release.lake, tables.RECOMMENDATIONS, mode="partitions", app=app, app_version=number,

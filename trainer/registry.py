@@ -19,16 +19,18 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from trainer import tracking
-from trainer.artifact import MANIFEST, artifact_hash
-from trainer.config import TrackingConfig
+from trainer.artifact import MANIFEST, artifact_hash, config_of
+from trainer.config import TrackingConfig, patch_of
 from trainer.outbox import warn
+from trainer.patches import PATCH, assemble, write_patch
 from trainer.provenance import redact
 from trainer.tracking import TrackingError, translated
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 TAG_HASH = "graftrec.hash"  # of the model folder
 TAG_PARENT = "graftrec.parent"  # hash of the model it was grafted on
-TAG_KIND = "graftrec.kind"  # full | patch
+TAG_KIND = "graftrec.kind"  # full | patch: what it has beside its parent, a version too
+TAG_DOMAIN = "graftrec.domain"  # whose items it predicts
 MODEL_FOLDER = "model"  # of the model folder among the artifacts of the MLflow model
 LEASE_SECONDS = 900.0  # after which another promoter may take over, where the store is a server
 
@@ -59,6 +61,7 @@ class Registry:
         if not name or any(character in name for character in "/:@"):
             raise TrackingError(f"a registered model's name has none of / : @ and is not empty, found {name!r}")
         self.name, self.uri = name, tracking.tracking_uri()
+        self._assembled: dict[str, Path] = {}  # of patches: hash -> whole folder
         with self._asking("can't reach the registry"):
             self._client = tracking.connect(self.uri)
 
@@ -72,7 +75,11 @@ class Registry:
         tags: Mapping[str, str] | None = None,
         alias: str | None = CANDIDATE,
     ) -> Version:
-        """A version of a model folder; the one there is, where this very model is registered already."""
+        """A version of a model folder; the one there is, where this very model is registered already.
+
+        Of one that was fine-tuned by patches, a small version: what it has beside its parent, which is registered
+        before it where it isn't yet.
+        """
         digest = artifact_hash(folder)
         known = next((version for version in self.versions() if version.hash == digest), None)
         if known is None:
@@ -84,7 +91,14 @@ class Registry:
         return self.version(str(known.number))
 
     def _add(self, folder: Path, digest: str, run_id: str, tags: dict[str, str]) -> Version:
-        every = {TAG_HASH: digest, TAG_KIND: "full"} | {key: redact(value) for key, value in tags.items()}
+        config, parent = config_of(folder)
+        kind = "full" if patch_of(config) is None else "patch"
+        own = {TAG_HASH: digest, TAG_KIND: kind, TAG_DOMAIN: config.data.answered}
+        if kind == "patch":
+            assert parent is not None
+            own[TAG_PARENT] = parent
+            parent_folder = self._parent_folder(folder, parent, str(getattr(config, "parent", "")))
+        every = own | {key: redact(value) for key, value in tags.items()}
         with self._asking(f"can't register {folder} as {self.name}"), tempfile.TemporaryDirectory() as scratch:
             experiment = self._experiment(run_id)
             with contextlib.suppress(Exception):  # there is one already, or another process has just made it
@@ -93,6 +107,9 @@ class Registry:
                 experiment, name=self.name, source_run_id=run_id or None, tags=every
             )
             packed = Path(scratch) / "packed"
+            if kind == "patch":
+                write_patch(folder, parent_folder, Path(scratch) / "patch")
+                folder = Path(scratch) / "patch"
             tracking.pack(folder, packed, artifact=MODEL_FOLDER, model_id=logged.model_id, run_id=run_id or None)
             self._client.log_model_artifacts(logged.model_id, str(packed))
             self._client.finalize_logged_model(logged.model_id, "READY")
@@ -100,6 +117,42 @@ class Registry:
                 self.name, f"models:/{logged.model_id}", run_id=run_id or None, tags=every, model_id=logged.model_id
             )
         return self._version(made)
+
+    def _parent_folder(self, folder: Path, parent: str, trained_on: str) -> Path:
+        """That of a patch's parent, registered now if it wasn't."""
+        known = self.of_hash(parent)
+        if known is None:
+            place = Path(trained_on)
+            if not (place / MANIFEST).is_file() or artifact_hash(place) != parent:
+                raise TrackingError(
+                    f"{folder} is a patch for the model {parent[:12]}, which is no version of {self.name} and isn't in "
+                    f"{place} any more; register that model first"
+                )
+            known = self.register(place, alias=None)
+        return self.folder(known)
+
+    def of_hash(self, digest: str) -> Version | None:
+        """The version that holds the model of that hash, if any."""
+        return next((version for version in self.versions() if version.hash == digest), None)
+
+    def patches(self, parent: Version) -> dict[str, Version]:
+        """Of each domain, the newest patch that stands on that version."""
+        found: dict[str, Version] = {}
+        for version in self.versions():
+            if version.tags.get(TAG_KIND) == "patch" and version.tags.get(TAG_PARENT) == parent.hash:
+                found.setdefault(version.tags.get(TAG_DOMAIN, ""), version)
+        return found
+
+    def for_domain(self, version: Version, domain: str) -> Version:
+        """The version to ask about a domain: itself where it predicts that, else the patch beside it that does."""
+        if version.tags.get(TAG_DOMAIN, domain) == domain:
+            return version
+        parent = version
+        if version.tags.get(TAG_KIND) == "patch":
+            parent = self.of_hash(version.tags[TAG_PARENT]) or version
+        if parent.tags.get(TAG_DOMAIN) == domain:
+            return parent
+        return self.patches(parent).get(domain, version)
 
     def _experiment(self, run_id: str) -> str:
         if run_id:
@@ -130,17 +183,31 @@ class Registry:
         )
 
     def folder(self, version: Version) -> Path:
-        """The model folder of a version: in place where the store is local, else a copy that ends with this process."""
+        """The model folder of a version: in place where the store is local, else a copy that ends with this process; of
+        a patch, one put together with its parent's."""
+        found = self.stored(version)
+        if not (found / PATCH).is_file():
+            return found
+        if version.hash not in self._assembled:
+            parent = self.of_hash(version.tags[TAG_PARENT])
+            if parent is None:
+                raise TrackingError(f"{version.label} is a patch, and its parent is no version of {self.name} any more")
+            whole = Path(_scratch()) / "model"
+            assemble(found, self.folder(parent), whole)
+            self._assembled[version.hash] = whole
+        return self._assembled[version.hash]
+
+    def stored(self, version: Version) -> Path:
+        """What the store holds of a version: a model folder, or a patch (`trainer/patches.py`)."""
         with self._asking(f"can't fetch {version.label}"):
             uri = self._client.get_model_version_download_uri(self.name, str(version.number))
             place = urlparse(uri)
             if place.scheme in ("", "file"):
                 folder = Path(unquote(place.path))
             else:
-                scratch = tempfile.mkdtemp(prefix="graftrec-model-")
-                atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-                folder = Path(tracking.download(f"models:/{self.name}/{version.number}", scratch, self.uri))
-        inside = sorted((folder / "artifacts").glob(f"*/{MANIFEST}"))  # MLflow keeps the name that the folder had
+                folder = Path(tracking.download(f"models:/{self.name}/{version.number}", _scratch(), self.uri))
+        artifacts = folder / "artifacts"  # MLflow keeps the name that the folder had
+        inside = [*sorted(artifacts.glob(f"*/{MANIFEST}")), *sorted(artifacts.glob(f"*/{PATCH}"))]
         if len(inside) != 1:
             raise TrackingError(
                 f"{version.label} holds no model folder: expected one in {folder}/artifacts; register it again"
@@ -226,6 +293,13 @@ class Registry:
     def _version(self, entry: Any, aliases: Mapping[str, str] | None = None) -> Version:
         at = tuple(sorted(alias for alias, number in (aliases or {}).items() if str(number) == str(entry.version)))
         return Version(self.name, int(entry.version), at, dict(entry.tags), entry.run_id or "")
+
+
+def _scratch() -> str:
+    """A folder that ends with this process."""
+    scratch = tempfile.mkdtemp(prefix="graftrec-model-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return scratch
 
 
 class Promotion:

@@ -1,16 +1,52 @@
 """The code that MLflow runs when it loads a registered model ("models from code"): nothing is unpickled."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from trainer import tracking
+from trainer.artifact import ArtifactError, load_artifact
+from trainer.patches import is_patch, load_patch
+from trainer.registry import Registry
 from trainer.serving import DEFAULT_K, Recommender, parse
+
+
+def load(folder: Path, label: str) -> Recommender:
+    """What the store holds of a version, ready to answer: the backbone is read once, patches for other domains stand on
+    it as they are asked for. Raises GraftrecError."""
+    name, _, number = label.rpartition("/")
+    if not name and is_patch(folder):
+        raise ArtifactError("a patch is loaded by its registered name, models:/<name>@<alias>, for it needs its parent")
+    registry = Registry(name) if name else None
+    parent = None
+    if is_patch(folder):
+        assert registry is not None
+        version = registry.version(number)
+        known = registry.of_hash(version.tags["graftrec.parent"])
+        if known is None:
+            raise ArtifactError(f"{label} is a patch, and its parent is no version of {name} any more")
+        parent = load_artifact(registry.stored(known))
+    own = load_patch(folder, parent) if parent is not None else load_artifact(folder)
+    backbone = parent or own
+
+    def beside(domain: str) -> Recommender | None:
+        if registry is None:
+            return None
+        other = registry.for_domain(registry.version(number), domain)
+        if other.label == label:
+            return None
+        stored = registry.stored(other)
+        artifact = load_patch(stored, backbone) if is_patch(stored) else backbone
+        return Recommender(artifact, other.label)
+
+    return Recommender(own, label, beside)
 
 
 def answer(recommender: Recommender, records: list[dict[str, Any]], params: dict[str, Any]) -> list[dict[str, Any]]:
     """Answers as plain records."""
-    answers = recommender.answer(parse(records), int(params.get("k", DEFAULT_K)))
+    asked = recommender.of_domain(str(params.get("domain") or ""))
+    answers = asked.answer(parse(records), int(params.get("k", DEFAULT_K)))
     return [dataclasses.asdict(one) for one in answers]
 
 
-tracking.offer(Recommender.load, answer)
+tracking.offer(load, answer)

@@ -12,13 +12,13 @@
     unknown   ids of the history that the model does not know, which were ignored
     version   registered version, e.g. graftrec/3
 
-A malformed request gets a 400. This module knows nothing of MLflow; `served.py` is what MLflow runs.
+`params: {"domain": "books"}` asks for another domain's items: of the patch for it that stands on the same backbone. A
+malformed request gets a 400. This module knows nothing of MLflow; `served.py` is what MLflow runs.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from etl.tables import FIRST_INDEX, UNK
-from trainer.artifact import Artifact, load_artifact
+from trainer.artifact import Artifact
 from trainer.baselines import Histories
 from trainer.config import GraftrecError
 from trainer.data.dataset import IntArray
@@ -86,16 +86,27 @@ class Shortlist:
 
 
 class Recommender:
-    """A model folder, ready to answer."""
+    """A model, ready to answer. `beside`: gives the one for another domain; None where there is none."""
 
-    def __init__(self, artifact: Artifact, version: str) -> None:
-        self.artifact, self.version = artifact, version
+    def __init__(
+        self, artifact: Artifact, version: str, beside: "Callable[[str], Recommender | None]" = lambda domain: None
+    ) -> None:
+        self.artifact, self.version, self._beside = artifact, version, functools.cache(beside)
         self._shortlist = Shortlist(artifact)
         self._row_of = {raw: row for row, raw in enumerate(artifact.catalogue.raw_ids) if row >= FIRST_INDEX}
 
-    @classmethod
-    def load(cls, folder: Path, version: str) -> "Recommender":
-        return cls(load_artifact(folder), version)
+    def of_domain(self, domain: str) -> "Recommender":
+        """The one that predicts that domain's items; "": this one. Raises RequestError."""
+        own = self.artifact.config.data.answered
+        if domain in ("", own):
+            return self
+        other = self._beside(domain)
+        if other is None:
+            raise RequestError(
+                f"domain: expected {own!r}, of which {self.version} predicts items, or one that a patch beside it is "
+                f"registered for; found {domain!r}"
+            )
+        return other
 
     def answer(self, requests: Sequence[Request], k: int = DEFAULT_K) -> list[Answer]:
         """One answer for each request, in order. Raises RequestError."""

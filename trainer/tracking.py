@@ -594,7 +594,7 @@ def pack(folder: Path, target: Path, *, artifact: str, model_id: str, run_id: st
                 ColSpec(DataType.string, "version"),
             ]
         ),
-        ParamSchema([ParamSpec("k", DataType.long, 10)]),
+        ParamSchema([ParamSpec("k", DataType.long, 10), ParamSpec("domain", DataType.string, "")]),
     )
     requirements = [f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS]
     save_model(

@@ -122,10 +122,10 @@ def parents(tiny_lake, tmp_path_factory):
     }  # fmt: skip
 
 
-def settings(folder, lake, parents, name, **more):
+def settings(folder, lake, parents, kind, **more):
     given = {
-        **TINY, "name": f"patched-{name}", "output": str(folder / "runs"), "transfer": "patch",
-        "parent": str(parents[name]), "shared_items": True, "model": MODELS[name], "task": {"kind": "target_item"},
+        **TINY, "name": f"patched-{kind}", "output": str(folder / "runs"), "transfer": "patch",
+        "parent": str(parents[kind]), "shared_items": True, "model": MODELS[kind], "task": {"kind": "target_item"},
         "data": {"lake": str(lake), "domain": "all", "predicted": "target", "split": "joint-5"}, **more,
     }  # fmt: skip
     return FinetuneConfig.model_validate(given)
