@@ -20,6 +20,7 @@ __all__ = [
     "GraftrecError",
     "LossConfig",
     "MaskedItemConfig",
+    "MlpConfig",
     "ModelConfig",
     "NextItemConfig",
     "PatchConfig",
@@ -129,6 +130,26 @@ class PeterRecConfig(Section):
         return dilations
 
 
+class MlpConfig(Section):
+    """User and item embeddings and layers over both (Hu et al. 2018's baseline; He et al. 2017)."""
+
+    kind: Literal["mlp"] = "mlp"
+    width: int = Field(64, ge=1)  # of an item's embedding
+    user_width: int = Field(64, ge=1)
+    layers: tuple[int, ...] = Field((64, 32), min_length=1)  # widths
+    max_length: int = Field(200, ge=2)  # items of a user that a step trains
+    dropout: Literal[0] = 0
+    knowledge: dict[str, int] = Field(default_factory=dict, max_length=0)  # none
+    knowledge_width: int = Field(16, ge=1)
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_are_some(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if min(layers) < 1:
+            raise ValueError(f"expected widths of 1 and more, found {', '.join(map(str, layers))}")
+        return layers
+
+
 def _kind_of(given: Any) -> str:
     """Where none is given: BERT4Rec."""
     return str(given.get("kind", "bert4rec") if isinstance(given, dict) else getattr(given, "kind", ""))
@@ -137,7 +158,8 @@ def _kind_of(given: Any) -> str:
 ModelConfig = Annotated[
     Annotated[Bert4RecConfig, Tag("bert4rec")]
     | Annotated[CaserConfig, Tag("caser")]
-    | Annotated[PeterRecConfig, Tag("peterrec")],
+    | Annotated[PeterRecConfig, Tag("peterrec")]
+    | Annotated[MlpConfig, Tag("mlp")],
     Discriminator(_kind_of),
 ]
 
@@ -265,6 +287,15 @@ class PretrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _mlp_scores_pairs(self) -> "PretrainConfig":
+        if self.model.kind == "mlp" and self.task.loss.kind == "full":
+            raise ValueError(
+                "model mlp scores every pair of user and item by a network, too dear for task.loss.kind full; set that "
+                "to bce or sampled"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _target_items_are_of_a_domain(self) -> "PretrainConfig":
         if self.task.kind == "target_item" and self.data.predicted in (None, self.data.domain):
             raise ValueError(
@@ -310,8 +341,10 @@ class FinetuneConfig(PretrainConfig):
     def _patch_fits(self) -> "FinetuneConfig":
         if self.transfer != "patch":
             return self
-        if self.model.kind == "caser":
-            raise ValueError("transfer patch: expected a model with blocks (bert4rec, peterrec), found caser; set deep")
+        if self.model.kind in ("caser", "mlp"):
+            raise ValueError(
+                f"transfer patch: expected a model with blocks (bert4rec, peterrec), found {self.model.kind}; set deep"
+            )
         width, patch = self.model.width, self.patch
         middle, name = (patch.rank, "rank") if patch.kind == "lora" else (patch.channels(width), "bottleneck")
         if middle >= width:

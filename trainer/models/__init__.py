@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config import Bert4RecConfig, CaserConfig, ModelConfig, PatchConfig, PeterRecConfig
+from trainer.config import Bert4RecConfig, CaserConfig, MlpConfig, ModelConfig, PatchConfig, PeterRecConfig
 from trainer.distributed import ALONE
 from trainer.models.base import SequenceModel
 from trainer.models.bert4rec import Bert4Rec
 from trainer.models.caser import Caser
+from trainer.models.mlp import Mlp
 from trainer.models.peterrec import PeterRec
 from trainer.models.table import RowTable, RowTables
 from trainer.models.tied import TiedModel
 
 __all__ = [
-    "Bert4Rec", "Caser", "PeterRec", "RowTables", "SequenceModel", "build_model", "build_saved", "group_of",
+    "Bert4Rec", "Caser", "Mlp", "PeterRec", "RowTables", "SequenceModel", "build_model", "build_saved", "group_of",
     "groups_of",
 ]  # fmt: skip
 
@@ -64,6 +65,8 @@ def _new(
             model = Caser(config, **sizes, tables=tables)
         case PeterRecConfig():
             model = PeterRec(config, **sizes, tables=tables)
+        case MlpConfig():
+            model = Mlp(config, **sizes, tables=tables)
     if patch is not None:
         assert isinstance(model, TiedModel), "settings refuse others"
         model.add_patches(patch)
@@ -79,6 +82,8 @@ def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
             return Caser.GROUPS
         case PeterRecConfig():
             return PeterRec.GROUPS
+        case MlpConfig():
+            return Mlp.GROUPS
 
 
 def group_of(model: nn.Module, config: ModelConfig) -> dict[str, str]:

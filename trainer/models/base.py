@@ -21,8 +21,9 @@ _EVERY = slice(None)
 class SequenceModel(nn.Module):
     """items, lengths, users -> hidden states [N, D] of wanted positions, and scores [N, C] of items for them.
 
-    A subclass gives `forward`, `head`, `item_vectors`, `scores_with_table`, `table_std`, the tensors `output_bias`,
-    `user_embedding` (where `config.user_width`) and `entity_embedding` (where items have slots), `ROW_TABLES`, and
+    A subclass gives `forward`, `head`, `item_vectors`, `scores_with_table`, `table_std`, `matched` and `crossed` where
+    a score is no product of two vectors, the tensors `output_bias`, `user_embedding` (where `config.user_width`) and
+    `entity_embedding` (where items have slots), `ROW_TABLES`, and
     `GROUPS`: parameter group (DESIGN section 6: item, user, knowledge, position, body, head) to name prefixes, the one
     place that says which tensor is of which kind. `knowledge_VS`: entity index of each slot of each catalogue row, UNK
     where unknown (survey 4.3: director, actors).
@@ -104,7 +105,15 @@ class SequenceModel(nn.Module):
         else:
             table_CD = self.item_vectors(rows) if table_VD is None else table_VD[rows]
             bias_C = self.bias(rows) if bias_V is None else bias_V[rows]
-        return F.linear(self.head(hidden_ND), table_CD, bias_C)
+        return self.crossed(self.head(hidden_ND), table_CD, bias_C)
+
+    def matched(self, query_NQ: Tensor, vectors_NQ: Tensor) -> Tensor:
+        """Scores [N], without biases, of queries and an item's vector for each."""
+        return (query_NQ * vectors_NQ).sum(-1)
+
+    def crossed(self, query_NQ: Tensor, vectors_CQ: Tensor, bias_C: Tensor) -> Tensor:
+        """Scores [N, C] of every query and every item's vector."""
+        return F.linear(query_NQ, vectors_CQ, bias_C)
 
     def rows_of(self, table: Tensor, rows: Tensor | None) -> Tensor:
         """Rows of an item, user or entity table, however it is kept; `rows` None: all of an item table's."""

@@ -59,8 +59,8 @@ def sampled_softmax(
     query_ND = model.head(hidden_ND)
     rows = torch.cat([targets_N, negatives_K])
     N, vectors, bias = len(targets_N), model.item_vectors(rows), model.bias(rows)
-    own_N = (query_ND * vectors[:N]).sum(-1) + bias[:N]
-    others_NK = F.linear(query_ND, vectors[N:], bias[N:]) - log_expected
+    own_N = model.matched(query_ND, vectors[:N]) + bias[:N]
+    others_NK = model.crossed(query_ND, vectors[N:], bias[N:]) - log_expected
     others_NK = others_NK.masked_fill(negatives_K == targets_N[:, None], -torch.inf)
     total_N = torch.logsumexp(_wide(torch.cat([own_N[:, None], others_NK], dim=1)), dim=1)
     loss: Tensor = (total_N - own_N).sum()
@@ -73,8 +73,8 @@ def binary_loss(model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, nega
     query_ND = model.head(hidden_ND)
     rows = torch.cat([targets_N, negatives_K])
     N, vectors, bias = len(targets_N), model.item_vectors(rows), model.bias(rows)
-    own_N = _wide((query_ND * vectors[:N]).sum(-1) + bias[:N])
-    others_NK = _wide(F.linear(query_ND, vectors[N:], bias[N:]))
+    own_N = _wide(model.matched(query_ND, vectors[:N]) + bias[:N])
+    others_NK = _wide(model.crossed(query_ND, vectors[N:], bias[N:]))
     other_NK = negatives_K != targets_N[:, None]
     refused_N = (F.softplus(others_NK) * other_NK).sum(1) / other_NK.sum(1).clamp(min=1)
     return (F.softplus(-own_N) + refused_N).sum()
