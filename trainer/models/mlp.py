@@ -1,5 +1,5 @@
-"""A user vector and an item vector through a small network: what Hu et al. 2018 hold their transfer against, and the
-survey names as shallow transfer without obvious gain. The network is NCF's (He et al. 2017, MLP).
+"""A user vector and an item vector through a small network: the baseline of Hu et al. 2018, whose user embeddings warm
+up another domain's, without obvious gain (survey 3.1). The network is NCF's (He et al. 2017, MLP).
 
 It reads no sequence: whatever a user has done, the user's own embedding is all that is asked, so a user it does not
 know is everybody. Fine-tuned by transfer `shallow`, it begins with the user embeddings of the source domain.
