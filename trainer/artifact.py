@@ -170,7 +170,7 @@ def read_artifact(
         model.predict_only(torch.from_numpy(rows["predicted"].to_numpy()))
     return Artifact(
         folder=folder, config=config, lake=described["lake"], release=described["release"],
-        versions=described["versions"], catalogue=catalogue_of(folder),
+        versions=described["versions"], catalogue=_catalogue(rows),
         popularity=rows["popularity"].to_numpy().astype(np.int64), knowledge=knowledge, model=model.to(device).eval(),
         task=build_task(config.task), parent=parent, hash=_hash(digests), metrics=described["metrics"],
         users=users,
@@ -186,7 +186,10 @@ def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
 
 def catalogue_of(folder: Path) -> Catalogue:
     """The catalogue of a model folder."""
-    rows = pq.read_table(folder / CATALOGUE, columns=["index", "item", "title"])
+    return _catalogue(pq.read_table(folder / CATALOGUE, columns=["index", "item", "title"]))
+
+
+def _catalogue(rows: pa.Table) -> Catalogue:
     return Catalogue(rows["index"].to_numpy().astype(np.int64), Texts(rows["item"]), Texts(rows["title"]))
 
 

@@ -12,10 +12,10 @@ from test_adapters import MODELS, settings
 from test_training import tiny
 
 from etl.tables import FIRST_INDEX
-from trainer import patches, registry
+from trainer import patches, recommend, registry
 from trainer.artifact import ArtifactError, artifact_hash, load_artifact
 from trainer.baselines import Histories
-from trainer.config import PretrainConfig
+from trainer.config import PretrainConfig, RecommendConfig
 from trainer.finetune import run as finetune
 from trainer.pretrain import run as pretrain
 from trainer.registry import Registry
@@ -136,6 +136,10 @@ def test_small_versions_name_their_parent_and_are_picked_by_domain(made, store):
     assert store.for_domain(versions["target"], "source").number == backbone.number
     with pytest.raises(TrackingError, match="is the parent of"):
         store.delete(backbone.number)
+
+    asked = RecommendConfig(registered_model="patched", model=str(backbone.number), domain="target")
+    folder, label = recommend._model(asked)
+    assert (artifact_hash(folder), label) == (versions["target"].hash, versions["target"].label)
 
     from trainer import served  # as MLflow runs it
 

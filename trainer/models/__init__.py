@@ -45,7 +45,8 @@ def build_saved(
     patch: PatchConfig | None = None,
 ) -> SequenceModel:  # fmt: skip
     """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
-    model = _new(config, num_users, num_entities, knowledge_VS, RowTables(ALONE), patch)
+    with torch.device("meta"):  # nothing is drawn that would be overwritten
+        model = _new(config, num_users, num_entities, knowledge_VS, RowTables(ALONE), patch)
     model.tables = None  # their modules have served to leave them unfilled
     model.to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights, assign=True)

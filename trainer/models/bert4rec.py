@@ -208,5 +208,6 @@ class _Rotated(torch.autograd.Function):
 def _rotation(config: Bert4RecConfig) -> Tensor:
     """Cosines, then sines, [T, E] of each position's angles, for heads of width E."""
     half = config.width // config.heads // 2
-    angles_TE = torch.arange(config.max_length)[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    place_T, pair_E = (torch.arange(number, device="cpu") for number in (config.max_length, half))
+    angles_TE = place_T[:, None] * 10_000.0 ** (-pair_E / half)
     return torch.cat([angles_TE.cos(), angles_TE.sin()], dim=1)
