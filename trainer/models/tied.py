@@ -8,8 +8,8 @@ On a CPU a batch goes through the network in chunks of sequences of like length,
 core of its own: hardly any padding, and what one layer writes is still near when the next reads it.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -129,10 +129,11 @@ class TiedModel(SequenceModel):
         """New patches beside every block, drawn from the global random state."""
         self.patches = new_patches(config, self.config.width, self.blocks, self.LINEARS)
 
-    def patches_of_blocks(self) -> Iterable[Patches]:
+    def patches_of_blocks(self) -> list[Patches]:
         """Of each block, in order."""
-        found: Iterable[Patches] = [None] * len(self.blocks) if self.patches is None else self.patches  # type: ignore
-        return found
+        if self.patches is None:
+            return [None] * len(self.blocks)
+        return [cast(nn.ModuleDict, patches) for patches in self.patches]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -7,6 +7,7 @@ once for each).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from etl.tables import CLS
@@ -37,7 +38,7 @@ class TargetItem:
         read_BT = batch.mask_BT & ~is_predicted(model, batch.items)
         items_BT, lengths_B = newest(batch.items, read_BT, at_most=model.config.max_length - more)
         begin = 0 if self.causal else 1
-        items_BT = torch.nn.functional.pad(items_BT, (begin, 1))
+        items_BT = F.pad(items_BT, (begin, 1))
         lengths_B = lengths_B + more
         place_T = torch.arange(items_BT.shape[1], device=items_BT.device)
         asked_BT = place_T == lengths_B[:, None] - 1
