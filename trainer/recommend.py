@@ -9,9 +9,11 @@ One commit replaces the domain's partitions, all or nothing. It records what it 
 holds already does nothing.
 """
 
+import atexit
 import functools
 import hashlib
 import shutil
+import tempfile
 import threading
 import time
 import zipfile
@@ -19,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,8 @@ def _write(
     (reads, domain), (app, identity, number) = domains, transaction
     start = time.monotonic()
     spark = spark_session(config.spark, name="graftrec recommend")
-    with _shipped(spark, artifact) as model, _progress(spark, num_users) as count:
+    model = _shipped(spark, artifact)
+    with _progress(spark, num_users) as count:
         score = functools.partial(
             _score_batches, model=model, count=count, k=config.k, batch_size=config.batch_size, domain=domain,
             label=label, release=release.number,
@@ -232,31 +234,31 @@ def _as_histories(batch: pa.RecordBatch, catalogue: Catalogue) -> Histories:
 # --- shipping and progress ---------------------------------------------
 
 
-@contextmanager
-def _shipped(spark: SparkSession, artifact: Artifact) -> Iterator[str]:
-    """Give executors the model folder, without raw user ids, which they don't need. Yields what `_loaded` finds it by.
+def _shipped(spark: SparkSession, artifact: Artifact) -> str:
+    """Give executors the model folder, without raw user ids, which they don't need. Returns what `_loaded` finds it by.
 
     Sail takes no files: it runs in this process, or its server must see the folder under the same path.
     """
     if engine_of(spark) == "sail":
-        yield str(artifact.folder.absolute())
-        return
-    with TemporaryDirectory() as scratch:
-        new = Path(scratch) / "model.zip"
-        with zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as target:
-            for file in sorted(artifact.folder.iterdir()):
-                if file.is_file() and file.name != USER_IDS:
-                    entry = zipfile.ZipInfo(file.name)  # without a time: the same model is the same archive
-                    with file.open("rb") as source, target.open(entry, "w", force_zip64=True) as packed:
-                        shutil.copyfileobj(source, packed)
-        with new.open("rb") as source:
-            name = f"model-{hashlib.file_digest(source, 'sha256').hexdigest()[:32]}.zip"  # a session takes a name once
-        archive = str(new.rename(new.with_name(name)))
-        if engine_of(spark) == "spark":
-            spark.sparkContext.addArchive(archive)
-        else:
-            spark.addArtifacts(archive, archive=True)
-        yield name
+        return str(artifact.folder.absolute())
+    # As long as the session may still ask for it: it fetches what it was given whenever an executor begins.
+    scratch = Path(tempfile.mkdtemp(prefix="graftrec-model-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    packed_model = scratch / "model.zip"
+    with zipfile.ZipFile(packed_model, "w", zipfile.ZIP_STORED) as target:
+        for file in sorted(artifact.folder.iterdir()):
+            if file.is_file() and file.name != USER_IDS:
+                entry = zipfile.ZipInfo(file.name)  # without a time: the same model is the same archive
+                with file.open("rb") as source, target.open(entry, "w", force_zip64=True) as packed:
+                    shutil.copyfileobj(source, packed)
+    with packed_model.open("rb") as source:
+        name = f"model-{hashlib.file_digest(source, 'sha256').hexdigest()[:32]}.zip"  # a session takes a name once
+    archive = str(packed_model.rename(scratch / name))
+    if engine_of(spark) == "spark":
+        spark.sparkContext.addArchive(archive)
+    else:
+        spark.addArtifacts(archive, archive=True)
+    return name
 
 
 @contextmanager
