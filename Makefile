@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt $(PIP_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ml1m pipeline table2 both both-causal ml1m-loo page test test-slow test-gpu bench bench-gpu bench-peers \
+.PHONY: help setup demo ml1m pipeline table2 both both-causal both-wide both-wide-causal \
+	ml1m-loo loo-deep page test test-slow test-gpu bench bench-gpu bench-peers \
 	bench-growth check format clean clean-all
 
 help:  ## this list
@@ -42,9 +43,12 @@ PRESET ?= small
 table2:  ## the survey's experiment: make table2 DATA=folder/of/ratings.dat [PRESET=survey]; hours
 both:  ## what reading both domains gains: make both DATA=…
 both-causal:  ## the same, nothing later than what is asked: make both-causal DATA=…
+both-wide:  ## wider, with smoothed labels: make both-wide DATA=…
+both-wide-causal:  ## and nothing later than what is asked: make both-wide-causal DATA=…
 ml1m-loo:  ## MovieLens-1M as others report it, leave-one-out: make ml1m-loo DATA=…
+loo-deep:  ## the same with four blocks: make loo-deep DATA=…
 
-table2 both both-causal ml1m-loo: $(BIN)/.installed
+table2 both both-causal both-wide both-wide-causal ml1m-loo loo-deep: $(BIN)/.installed
 	@test -n "$(DATA)" || { echo "make $@: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
 		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
 	@$(BIN)/python mlflow_projects/experiment.py --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)
