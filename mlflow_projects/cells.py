@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.1
 STOP_SECONDS = 30.0  # a stopped run writes a checkpoint first
-_SCORE = f"validation/{pretrain.SCORE}"
+_SCORE = "NDCG@10"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -79,7 +79,7 @@ def _finished(cell: "Cell") -> str | None:
     if done is None:
         return None
     cell.is_done = True
-    return f"validation {pretrain.SCORE} {done.metrics[_SCORE]:.4f}"
+    return f"validation {_SCORE} {done.metrics[f'validation/{_SCORE}']:.4f}"
 
 
 def _start(cell: "Cell", folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:

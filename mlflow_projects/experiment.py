@@ -177,6 +177,12 @@ class ExperimentConfig(Section):
         if unknown := set(self.rows) - {row.id for row in rows_of(self)}:
             known = ", ".join(row.id for row in rows_of(self))
             raise ValueError(f"rows: expected some of {known}; found {', '.join(sorted(unknown))}")
+        for name, row in self.own.items():
+            if any(part is not None and part.task.kind == "profile" for part in (row.pretrain, row.finetune)):
+                raise ValueError(
+                    f"own.{name}: expected tasks that rank items, found profile; `python -m trainer evaluate` compares "
+                    "its models"
+                )
         ids = [row.id for row in rows_of(self)]
         for own, row in self.own.items():
             if row.against is not None and (row.against == own or row.against not in ids):

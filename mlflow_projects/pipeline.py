@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
+from pydantic import model_validator
+
 from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, load
 from etl.tables import RECOMMENDATIONS
 from trainer.config import (
@@ -57,6 +59,12 @@ class PipelineConfig(Section):
     seeds: tuple[int, ...] = (0, 1, 2)
     pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all of them
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _ranks_items(self) -> "PipelineConfig":
+        if any(part.task.kind == "profile" for part in (self.pretrain, self.finetune)):
+            raise ValueError("expected tasks that rank items, found profile; run its steps one by one")
+        return self
 
 
 @dataclass(frozen=True)

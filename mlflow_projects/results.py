@@ -25,12 +25,13 @@ from trainer.contenders import Contender, EvaluationSet, baseline_contenders, mo
 from trainer.data.dataset import Release, SequenceDataset, read_catalogue, read_knowledge
 from trainer.distributed import join
 from trainer.metrics import FloatArray
-from trainer.pretrain import DONE, SCORE
+from trainer.pretrain import DONE
 from trainer.ranking import SINGLE, metrics_of, ranks
 
 if TYPE_CHECKING:
     from experiment import Cell, ExperimentConfig, Row
 
+SCORE = "NDCG@10"  # of the validation part
 CONVENTIONS = ("list", "single")
 METRICS = ("NDCG@1", "NDCG@5", "NDCG@10", "Recall@1", "Recall@5", "Recall@10", "MRR")
 Scores = dict[tuple[str, str], FloatArray]  # protocol, metric (with the prefix of its convention) -> [U]

@@ -34,6 +34,7 @@ from trainer.models import SequenceModel, build_saved
 from trainer.models.table import interleave
 from trainer.scoring import Scorer
 from trainer.tasks import Task, build_task
+from trainer.tasks.profile import HEAD
 
 CONFIG, WEIGHTS, CATALOGUE, MANIFEST = "config.json", "weights.safetensors", "catalogue.parquet", "manifest.json"
 USERS, USER_IDS = "users.safetensors", "users.parquet"
@@ -62,19 +63,31 @@ class Artifact:
     parent: str | None  # hash of the model it was grafted on
     hash: str  # of the folder's required files
     metrics: dict[str, float]
+    classes: tuple[str, ...]  # what the task's head tells, in the order of its outputs; () where it ranks items
     users: dict[str, int] | None  # raw user id -> row; None where the folder lacks it
 
     def scorer(self, *, device: str = "cpu") -> Scorer:
+        """Raises ArtifactError for a model that ranks no items."""
+        if self.classes:
+            raise ArtifactError(
+                f"expected a model that ranks items, found {self.folder}, which tells a user's "
+                f"{getattr(self.config.task, 'attribute', 'class')}; `python -m trainer evaluate` scores it"
+            )
         return Scorer(self.model, self.task, device=device)
+
+    def teller(self) -> Scorer:
+        """Hidden states of users, for a model that ranks no items."""
+        return Scorer(self.model, self.task, device=next(self.model.parameters()).device)
 
 
 def save_artifact(
     folder: Path, *, config: PretrainConfig, release: Release, catalogue: Catalogue, popularity: npt.NDArray[np.int64],
     knowledge: Int32Array, weights: Mapping[str, Tensor | Sequence[Tensor]], metrics: dict[str, float],
     parent: str | None, users: pa.Table | None, predicted: npt.NDArray[np.bool_] | None = None,
+    classes: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index.
-    `predicted`: the rows that are ever an answer; None: all real ones.
+    `predicted`: the rows that are ever an answer; None: all real ones. `classes`: what the task's head tells, if any.
 
     `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
     """
@@ -91,6 +104,7 @@ def save_artifact(
         "release": release.number,
         "versions": release.versions,
         "parent": parent,
+        "classes": list(classes),
         "metrics": metrics,
         "num_users": 0 if user_table is None else len(user_table),
         "num_entities": len(tensors["entity_embedding.weight"]) if "entity_embedding.weight" in tensors else 0,
@@ -155,6 +169,7 @@ def read_artifact(
     are; `digests` of the whole folder's files."""
     described = json.loads((folder / CONFIG).read_text())
     config, parent = config_of(folder)
+    classes = tuple(described.get("classes", ()))
     rows = pq.read_table(folder / CATALOGUE)
     flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     knowledge = np.asarray(flat, dtype=np.int32).reshape(len(rows), -1)
@@ -164,7 +179,7 @@ def read_artifact(
     model = build_saved(
         config.model, num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
         num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
-        patch=patch_of(config),
+        patch=patch_of(config), task_heads={HEAD: len(classes)} if classes else {},
     )  # fmt: skip
     if "predicted" in rows.column_names:
         model.predict_only(torch.from_numpy(rows["predicted"].to_numpy()))
@@ -173,7 +188,7 @@ def read_artifact(
         versions=described["versions"], catalogue=_catalogue(rows),
         popularity=rows["popularity"].to_numpy().astype(np.int64), knowledge=knowledge, model=model.to(device).eval(),
         task=build_task(config.task), parent=parent, hash=_hash(digests), metrics=described["metrics"],
-        users=users,
+        classes=classes, users=users,
     )  # fmt: skip
 
 

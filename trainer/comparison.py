@@ -199,10 +199,10 @@ def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:
         list(dict.fromkeys(names)) for names in zip(*((r.protocol, r.metric) for r in rows), strict=True)
     )
     where = f"{asked.part} · domain {asked.domain} · split {asked.split} · {len(asked.users):,} users"
-    blocks = [f"{protocols[0]} ranking · {where}\n" + _block(rows, [(protocols[0], metric) for metric in metrics])]
+    blocks = [f"{protocols[0]} ranking · {where}\n" + block(rows, [(protocols[0], metric) for metric in metrics])]
     if protocols[1:]:
         columns = [(protocol, metrics[0]) for protocol in protocols[1:]]
-        blocks.append(f"{metrics[0]} among sampled negatives\n" + _block(rows, columns))
+        blocks.append(f"{metrics[0]} among sampled negatives\n" + block(rows, columns))
     headline = [row for row in rows if (row.protocol, row.metric) == (protocols[0], metrics[0])]
     tested = sum(row.p_value is not None for row in rows if row.protocol == protocols[0])
     notes = ["several held-out items are relevant in one list (convention `list`)"]
@@ -214,7 +214,7 @@ def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:
     return "\n\n".join(blocks) + "\n\n" + "\n".join(notes)
 
 
-def _block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
+def block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
     """Labels × columns (protocol, metric); models above baselines."""
     labels = list(dict.fromkeys(row.label for row in rows))
     cells = {(row.label, row.protocol, row.metric): row for row in rows}

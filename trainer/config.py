@@ -26,6 +26,7 @@ __all__ = [
     "PatchConfig",
     "PeterRecConfig",
     "PretrainConfig",
+    "ProfileConfig",
     "PromoteConfig",
     "PrunerConfig",
     "RangeConfig",
@@ -39,6 +40,7 @@ __all__ = [
     "TransferName",
     "load",
     "patch_of",
+    "scores_all",
 ]
 
 
@@ -207,7 +209,36 @@ class TargetItemConfig(Section):
     loss: LossConfig = LossConfig()
 
 
-TaskConfig = Annotated[MaskedItemConfig | NextItemConfig | TargetItemConfig, Field(discriminator="kind")]
+class ProfileConfig(Section):
+    """What a user is told by the user's vector (PeterRec's user-profile prediction: Yuan et al. 2020; survey 3.3): an
+    attribute of the table `users`, as one of the values that it has there."""
+
+    kind: Literal["profile"] = "profile"
+    attribute: str  # gender, age, occupation…
+    causal: bool = True  # as of target_item
+    # Shares of the users whose attribute is held out, chosen by a hash of their index, the same for every model.
+    validation: float = Field(0.1, gt=0, lt=1)
+    test: float = Field(0.2, gt=0, lt=1)
+    min_users: int = Field(1, ge=1)  # who has a value that fewer have counts as having none
+
+    @model_validator(mode="after")
+    def _some_train(self) -> "ProfileConfig":
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"expected validation and test to leave users to train on, found {self.validation} and {self.test}; "
+                "lower them"
+            )
+        return self
+
+
+TaskConfig = Annotated[
+    MaskedItemConfig | NextItemConfig | TargetItemConfig | ProfileConfig, Field(discriminator="kind")
+]
+
+
+def scores_all(task: TaskConfig) -> bool:
+    """Whether a step scores the whole catalogue."""
+    return task.kind != "profile" and task.loss.kind == "full"
 
 
 class TrainConfig(Section):
@@ -279,7 +310,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _rows_are_few(self) -> "PretrainConfig":
-        if self.train.table_optimizer == "rowwise" and self.task.loss.kind == "full":
+        if self.train.table_optimizer == "rowwise" and scores_all(self.task):
             raise ValueError(
                 "train.table_optimizer rowwise needs a loss that reads few rows, and task.loss.kind full reads all; "
                 "set task.loss.kind=sampled, or train.table_optimizer=adamw"
@@ -288,7 +319,9 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _mlp_scores_pairs(self) -> "PretrainConfig":
-        if self.model.kind == "mlp" and self.task.loss.kind == "full":
+        if self.model.kind == "mlp" and self.task.kind == "profile":
+            raise ValueError("model mlp reads no items, so it tells no profile; take bert4rec, caser or peterrec")
+        if self.model.kind == "mlp" and scores_all(self.task):
             raise ValueError(
                 "model mlp scores every pair of user and item by a network, too dear for task.loss.kind full; set that "
                 "to bce or sampled"

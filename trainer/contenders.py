@@ -64,11 +64,7 @@ class EvaluationSet:
     @functools.cached_property
     def raw_users(self) -> list[str]:
         """Raw ids of the users, in their order."""
-        files = self.release.files(tables.USERS)
-        wanted = pc.field("index").isin(pa.array(self.users, pa.int32()))
-        found = pads.dataset(files, format="parquet").to_table(columns=["user", "index"], filter=wanted)
-        raw: list[str] = found.sort_by("index")["user"].to_pylist()
-        return raw
+        return raw_users(self.release, self.users)
 
     @functools.cached_property
     def everything(self) -> Catalogue:
@@ -131,6 +127,15 @@ class EvaluationSet:
         dataset = SequenceDataset(self.release, self.split, domain)
         share = max_users / max(dataset.num_rows, 1)
         return self._rows(read_users(dataset, lambda s: sampled(s.users, share)), training=True)
+
+
+def raw_users(release: Release, users: IntArray) -> list[str]:
+    """Raw ids of users, who ascend."""
+    files = release.files(tables.USERS)
+    wanted = pc.field("index").isin(pa.array(users, pa.int32()))
+    found = pads.dataset(files, format="parquet").to_table(columns=["user", "index"], filter=wanted)
+    raw: list[str] = found.sort_by("index")["user"].to_pylist()
+    return raw
 
 
 def read_evaluation_set(

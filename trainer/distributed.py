@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -11,6 +13,7 @@ from etl.config import GraftrecError
 from trainer.config import RuntimeConfig
 
 _Object = TypeVar("_Object")
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,14 @@ class World:
         dist.all_reduce(total)
         found: list[float] = total.tolist()
         return found
+
+    def share(self, count: int) -> IntArray:
+        """Places of this process's share of `count` things; ``gather(…)[:count]`` puts the shares together.
+
+        All shares are equally long (the last thing may be in several), so that processes which share a table out ask
+        for its rows equally often."""
+        length = -(-count // self.size)
+        return np.minimum(np.arange(length * self.rank, length * (self.rank + 1)), count - 1)
 
     def gather(self, part: torch.Tensor) -> torch.Tensor:
         """The processes' parts (first dimension may differ) one after the other, the same on every process."""

@@ -19,18 +19,26 @@ from matplotlib.figure import Figure
 
 from etl.config import code_version
 from etl.tables import FIRST_INDEX
-from trainer import tracking
+from trainer import profile_table, tracking
 from trainer.artifact import artifact_hash, load_artifact
 from trainer.comparison import Evaluation, Row, compare_table, evaluate_contenders, p_text, render
 from trainer.config import ConfigError, EvaluateConfig, EvaluatedModel
-from trainer.contenders import Contender, EvaluationSet, baseline_contenders, model_contender, read_evaluation_set
-from trainer.data.dataset import pin
+from trainer.contenders import (
+    Contender,
+    EvaluationSet,
+    baseline_contenders,
+    model_contender,
+    raw_users,
+    read_evaluation_set,
+)
+from trainer.data.dataset import Release, pin
 from trainer.distributed import join
 from trainer.metrics import means
-from trainer.pictures import Gain, transfer_gains
+from trainer.pictures import Gain, confusions, transfer_gains
 from trainer.ranking import SINGLE
 
 USERS, SUMMARY, TABLE, GAINS = "users.parquet", "summary.json", "table.txt", "gains.png"
+CONFUSIONS = "confusions.png"
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         print(done.text)
         return done
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as run:
+        if first.classes:
+            return _evaluate_profiles(config, chosen, release, run, folder, key)
         asked = read_evaluation_set(
             release, config.split or first.config.data.split, config.domain or first.config.data.answered, config.part,
             config.evaluation,
@@ -81,6 +91,55 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         for name in (USERS, SUMMARY, TABLE):
             run.log_artifact(folder / name, "evaluation")
         run.log_metrics({f"{config.part}/{r.label}/{r.protocol}/{r.metric}": r.mean for r in rows})
+    return EvaluationReport(folder, data, text, skipped=False)
+
+
+def _evaluate_profiles(
+    config: EvaluateConfig,
+    chosen: Sequence[EvaluatedModel],
+    release: Release,
+    run: tracking.Run,
+    folder: Path,
+    key: str,
+) -> EvaluationReport:
+    """Models that tell what users are, in the place of ranking items for them."""
+    device = str(join(config.runtime).device)
+    models = [load_artifact(model.model, device=device) for model in chosen]
+    told = profile_table.tell(config, chosen, models, release)
+    rows = profile_table.rows_of(told, against=config.against)
+    text = profile_table.render(rows, told, against=config.against)
+    print(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"is {name}" for name in told.classes.names]
+    users = pa.concat_tables(
+        pa.table(
+            {
+                "label": pa.array([label] * len(told.asked), pa.string()),
+                "seed": pa.array([seed] * len(told.asked), pa.int64()),
+                "user": pa.array(raw_users(release, told.asked.histories.users), pa.string()),
+                told.classes.attribute: pa.array([told.classes.names[one] for one in told.asked.class_N]),
+                **{name: pa.array(given[:, place]) for place, name in enumerate(names)},
+            }
+        )
+        for (label, seed), given in told.probabilities.items()
+    )
+    pq.write_table(users, folder / USERS, compression="zstd")
+    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
+    labels = dict.fromkeys(label for label, _ in told.probabilities)
+    shares = {label: profile_table.confusion(told, label) for label in labels}
+    picture = confusions(shares, told.classes.names, title=f"{told.classes.attribute}, {len(told.asked):,} users, %")
+    picture.savefig(folder / CONFUSIONS, dpi=130)
+    run.log_figure(picture, f"evaluation/{CONFUSIONS}")
+    data = [asdict(row) for row in rows]
+    summary = {
+        "key": key, "rows": data, "lake": release.lake, "release": release.number, "versions": release.versions,
+        "split": told.split, "domain": told.domain, "part": told.part, "users": len(told.asked),
+        "attribute": told.classes.attribute, "classes": told.classes.names, "against": config.against,
+    }  # fmt: skip
+    (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    for name in (USERS, SUMMARY, TABLE):
+        run.log_artifact(folder / name, "evaluation")
+    run.log_metrics({f"{config.part}/{row.label}/{row.metric}": row.mean for row in rows})
     return EvaluationReport(folder, data, text, skipped=False)
 
 

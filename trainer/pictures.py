@@ -34,7 +34,7 @@ class Curve:
 
     name: str
     loss: Sequence[float]  # training loss of epochs 1, 2…
-    ndcg: Sequence[float]  # validation NDCG@10 of the same epochs; NaN where there was no validation
+    ndcg: Sequence[float]  # validation score of the same epochs; NaN where there was no validation
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Gain:
     note: str = ""  # printed at the row's end, e.g. "+33 %, p = 0.001"
 
 
-def learning_curves(curves: Sequence[Curve], *, title: str = "") -> Figure:
-    """Training loss and validation NDCG@10 by epoch, all runs overlaid, each run's best epoch marked."""
+def learning_curves(curves: Sequence[Curve], *, title: str = "", score: str = "NDCG@10") -> Figure:
+    """Training loss and validation score by epoch, all runs overlaid, each run's best epoch marked."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     colours = _colours([curve.name for curve in curves])
     panels = [
         (left, "training loss", [c.loss for c in curves]),
-        (right, "validation NDCG@10", [c.ndcg for c in curves]),
+        (right, f"validation {score}", [c.ndcg for c in curves]),
     ]
     for axes, label, series in panels:
         ends: dict[str, tuple[float, float]] = {}
@@ -140,6 +140,27 @@ def transfer_gains(
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.set_xlabel(f"gain in {metric} over {over}, with its interval (hollow: it holds zero)")
+    _title(figure, title)
+    return figure
+
+
+def confusions(shares: Mapping[str, npt.NDArray[Any]], classes: Sequence[str], *, title: str = "") -> Figure:
+    """A square a label: of the users of each class (row), the share told to be of each (column), in percent where there
+    is room."""
+    size = 1.6 + 0.34 * min(len(classes), 24)
+    figure = Figure(figsize=(max(size * len(shares), 5.0), size + 0.7), layout="constrained")
+    panels = figure.subplots(1, max(len(shares), 1), squeeze=False, sharey=True)[0]
+    for axes, (name, share) in zip(panels, shares.items(), strict=False):
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(name, fontsize=11, color=INK, loc="left")
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if len(classes) > 4 else 0, fontsize=9)
+        axes.set_yticks(range(len(classes)), classes, fontsize=9)
+        axes.set_xlabel("told")
+        if len(classes) <= 12:
+            for (row, column), value in np.ndenumerate(share):
+                colour = "white" if value > 0.6 else INK
+                axes.annotate(f"{100 * value:.0f}", (column, row), ha="center", va="center", color=colour, fontsize=9)
+    panels[0].set_ylabel("is")
     _title(figure, title)
     return figure
 

@@ -8,10 +8,9 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from etl import tables
@@ -19,7 +18,7 @@ from etl.config import code_version, config_hash
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
-from trainer.config import ConfigError, FinetuneConfig, GraftrecError, PretrainConfig, patch_of
+from trainer.config import FinetuneConfig, GraftrecError, PretrainConfig, patch_of
 from trainer.data.dataset import (
     Catalogue,
     Int32Array,
@@ -36,15 +35,11 @@ from trainer.data.dataset import (
 from trainer.data.loader import Loader
 from trainer.distributed import World, join
 from trainer.loop import Epoch, Progress, Training, train
-from trainer.metrics import means
 from trainer.models import RowTables, SequenceModel, build_model
-from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
-from trainer.scoring import Scorer
-from trainer.tasks import build_task
 from trainer.tracking import Run
 from trainer.transfer import Account, graft
+from trainer.validation import Validation, read_validation, score_of
 
-SCORE = "NDCG@10"  # of the validation part, full ranking: what early stopping watches
 DONE = "done.json"
 
 
@@ -98,17 +93,16 @@ def _fit(
 
     catalogue = read_catalogue(release, config.data.domain)
     knowledge = read_knowledge(release, catalogue, config.model.knowledge)
-    held_out, among = _asked(config, release, catalogue)
-    model, account = _model(config, release, catalogue, knowledge, parent, world)
+    validation = read_validation(config, release, catalogue)
+    model, account = _model(config, release, catalogue, knowledge, parent, validation, world)
     dataset = SequenceDataset(release, config.data.split, config.data.domain)
     loader = Loader(
         dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
         seed=config.train.seed, rank=world.rank, world_size=world.size,
     )  # fmt: skip
-    task = build_task(config.task)
-    training = Training(model, task, loader, config.train, world)
-    batch_size = config.evaluation.batch_size
-    say(_introduction(config, release, catalogue, dataset, held_out, account))
+    training = Training(model, validation.task, loader, config.train, world)
+    score = score_of(config.task)
+    say(_introduction(config, release, catalogue, dataset, validation, account))
     say(account.text())
 
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
@@ -120,38 +114,40 @@ def _fit(
         tracked.set_tags({"graftrec.recipe": _recipe(config), "graftrec.transfer": account.transfer})
         train(
             training,
-            validate=lambda: _validate(
-                Scorer(model, task, device=world.device, among=among), held_out, world, batch_size
-            ),
-            score=SCORE,
+            validate=lambda: validation.measure(model, world),
+            score=score,
             checkpoints=folder / "checkpoints",
-            on_epoch=lambda epoch: _tell(epoch, tracked, say),
+            on_epoch=lambda epoch: _tell(epoch, score, tracked, say),
             judge=judge,
             show_progress=config.runtime.progress,
             say=say,
         )
         metrics = _summary(training, parent)
         if world.first:
-            _finish(folder, config, release, catalogue, knowledge, training, metrics, parent, identity, tracked)
+            _finish(
+                folder, config, release, catalogue, knowledge, training, metrics, parent, identity, tracked,
+                validation.classes,
+            )  # fmt: skip
             if judge is unjudged:
                 tracked.log_artifact(folder / "model")
         world.wait()
     say(
         f"{config.name}: best epoch {training.progress.best_epoch} of {len(training.progress.history)}, validation "
-        f"{SCORE} {training.progress.best_score:.4f}, {metrics['seconds']:.0f} s; model in {folder / 'model'}"
+        f"{score} {training.progress.best_score:.4f}, {metrics['seconds']:.0f} s; model in {folder / 'model'}"
     )
     return Result(folder, metrics, reused=False)
 
 
 def _model(
     config: PretrainConfig, release: Release, catalogue: Catalogue, knowledge: Int32Array, parent: Artifact | None,
-    world: World,
+    validation: Validation, world: World,
 ) -> tuple[SequenceModel, Account]:  # fmt: skip
     model = build_model(
         config.model, num_users=vocabulary_size(release, tables.USERS),
         num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
         knowledge_VS=torch.from_numpy(knowledge), seed=config.train.seed,
         tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None, patch=patch_of(config),
+        task_heads=validation.task_heads,
     )  # fmt: skip
     model.to(device=world.device, dtype=world.dtype)
     if config.data.predicted is not None:
@@ -161,50 +157,10 @@ def _model(
         if parent is not None and config.shared_items:
             shared = rows_by_raw_id(parent.catalogue, catalogue)
         return model, graft(
-            model, config.model, parent, config.transfer, config.freeze, shared, layer_norm=config.patch.layer_norm
-        )
-    return model, graft(model, config.model, None, "none")
-
-
-def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tuple[HeldOut, torch.Tensor | None]:
-    """Who is validated, and the rows that are ranked, bool [V]; None: all.
-
-    Where more is read than is asked for, what comes after a user's first held-out item is not: as in evaluation. A
-    joint split has such events in the training part. Raises ConfigError where it would ask for items that are not
-    ranked.
-    """
-    reads_more = config.data.answered != config.data.domain
-    held_out = read_held_out(
-        release, config.data.split, config.data.domain, catalogue, "validation", times=reads_more,
-        max_users=config.train.validation_users,
-    )  # fmt: skip
-    if not reads_more:
-        return held_out, None
-    among = rows_of_domain(release, catalogue, config.data.answered)
-    asked = held_out.targets[held_out.targets >= 0]
-    if strange := int((~among[asked]).sum()):
-        raise ConfigError(
-            f"expected split {config.data.split!r} to hold out items of domain {config.data.answered!r} from domain "
-            f"{config.data.domain!r}, found {strange:,} of {len(asked):,} that are none; take a split with a "
-            f"joint_target: {config.data.answered} (etl.splits)"
-        )
-    given = held_out.histories
-    before = given.before(held_out.first_time, always=among[given.items])
-    return replace(held_out, histories=before), torch.from_numpy(among)
-
-
-def _validate(scorer: Scorer, held_out: HeldOut, world: World, batch_size: int) -> dict[str, float]:
-    """Mean validation metrics; each process ranks its share of the users.
-
-    All shares are equally long (the last user may be ranked again), so that processes which share a table out ask for
-    its rows equally often.
-    """
-    length = -(-len(held_out) // world.size)
-    share = np.minimum(np.arange(length * world.rank, length * (world.rank + 1)), len(held_out) - 1)
-    ranked = rank(scorer.scores, held_out.take(share), batch_size=batch_size)[FULL]
-    names = [name for name in ranked if not name.startswith(SINGLE)]
-    table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))[: len(held_out)]
-    return means({name: table[:, place].numpy() for place, name in enumerate(names)})
+            model, config.model, parent, config.transfer, config.freeze, shared, layer_norm=config.patch.layer_norm,
+            unused=validation.unused,
+        )  # fmt: skip
+    return model, graft(model, config.model, None, "none", unused=validation.unused)
 
 
 def _summary(training: Training, parent: Artifact | None) -> dict[str, float]:
@@ -219,6 +175,7 @@ def _summary(training: Training, parent: Artifact | None) -> dict[str, float]:
 def _finish(
     folder: Path, config: PretrainConfig, release: Release, catalogue: Catalogue, knowledge: Int32Array,
     training: Training, metrics: dict[str, float], parent: Artifact | None, identity: str, tracked: Run,
+    classes: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Model folder, curves, and the note that all is done."""
     popularity = training_interactions(training.loader.dataset, catalogue)
@@ -227,13 +184,15 @@ def _finish(
         knowledge=knowledge, weights=training.best, metrics=metrics, parent=parent.hash if parent else None,
         users=release.read(tables.USERS, ["user", "index"]),
         predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
+        classes=classes,
     )  # fmt: skip
     history = [vars(epoch) for epoch in training.progress.history]
     (folder / "history.json").write_text(json.dumps(history, indent=1))
+    score = score_of(config.task)
     curve = pictures.Curve(
-        config.name, [epoch["loss"] for epoch in history], [epoch["metrics"][SCORE] for epoch in history]
+        config.name, [epoch["loss"] for epoch in history], [epoch["metrics"][score] for epoch in history]
     )
-    tracked.log_figure(pictures.learning_curves([curve], title=config.name), "pictures/learning_curve.png")
+    tracked.log_figure(pictures.learning_curves([curve], title=config.name, score=score), "pictures/learning_curve.png")
     tracked.log_metrics(metrics)
     tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
     done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
@@ -243,7 +202,7 @@ def _finish(
     checkpoint.clear(folder / "checkpoints")
 
 
-def _tell(epoch: Epoch, tracked: Run, say: Callable[[str], None]) -> None:
+def _tell(epoch: Epoch, score: str, tracked: Run, say: Callable[[str], None]) -> None:
     numbers = {f"validation/{name}": value for name, value in epoch.metrics.items()}
     speed = {
         "train/loss": epoch.loss,
@@ -252,20 +211,20 @@ def _tell(epoch: Epoch, tracked: Run, say: Callable[[str], None]) -> None:
     }
     tracked.log_metrics(numbers | speed, step=epoch.epoch)
     say(
-        f"epoch {epoch.epoch:>3}  loss {epoch.loss:.4f}  validation {SCORE} {epoch.metrics[SCORE]:.4f}  "
+        f"epoch {epoch.epoch:>3}  loss {epoch.loss:.4f}  validation {score} {epoch.metrics[score]:.4f}  "
         f"{epoch.items_per_second:,.0f} items/s  {epoch.seconds:.1f} s"
     )
 
 
 def _introduction(
-    config: PretrainConfig, release: Release, catalogue: Catalogue, dataset: SequenceDataset, held_out: HeldOut,
+    config: PretrainConfig, release: Release, catalogue: Catalogue, dataset: SequenceDataset, validation: Validation,
     account: Account,
 ) -> str:  # fmt: skip
     size = sum(math.prod(line.shape) for line in account.lines)
     return (
         f"{config.name}: {config.model.kind}, {size:,} parameters; release {release.number} of {release.lake}, "
         f"domain {config.data.domain}: {len(catalogue) - FIRST_INDEX:,} items, {dataset.num_rows:,} users, "
-        f"{len(held_out):,} of them validated"
+        f"{len(validation):,} of them validated"
     )
 
 
@@ -289,7 +248,8 @@ def run_identity(config: PretrainConfig, release: Release, parent: Artifact | No
     )
     here = Path(__file__).parent
     names = (
-        "pretrain", "loop", "optimizer", "transfer", "adapters", "ranking", "metrics", "scoring", "artifact",
+        "pretrain", "loop", "optimizer", "transfer", "adapters", "validation", "profiles", "classification", "ranking",
+        "metrics", "scoring", "artifact",
     )  # fmt: skip
     modules = [here / f"{name}.py" for name in names]
     code = code_version(*modules, here / "data", here / "models", here / "tasks")

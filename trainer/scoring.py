@@ -125,7 +125,7 @@ class Scorer:
         Candidates None: every row. The newest items that fit the model are read, the rest is cut. Users beyond the
         model's table, and UNK, are asked as unknown users. A history may be empty.
         """
-        hidden_BD = self._hidden(histories)
+        hidden_BD = self.hidden(histories)
         rows_C = None if candidates is None else torch.from_numpy(np.ascontiguousarray(candidates)).to(self.device)
 
         @torch.inference_mode()
@@ -173,7 +173,7 @@ class Scorer:
         return None if self._table_VD is None else self.model.bias()
 
     @torch.inference_mode()
-    def _hidden(self, histories: Histories) -> Tensor:
+    def hidden(self, histories: Histories) -> Tensor:
         """How the model is asked about each user, [B, D]. Users of like lengths are read together: less padding."""
         was_training = self.model.training
         self.model.eval()

@@ -29,9 +29,9 @@ from trainer import finetune, pictures, pretrain, tracking
 from trainer.config import FinetuneConfig, RangeConfig, SearchConfig
 from trainer.loop import NonFiniteLoss, Progress, Pruned
 from trainer.outbox import one_line
-from trainer.pretrain import SCORE
 from trainer.transfer import TransferError
 from trainer.trials import Arm, Outcome, SearchError, as_yaml, open_arms, recipes, score, write
+from trainer.validation import score_of
 
 BEST = "best.yaml"
 TRIALS = "trials.json"
@@ -45,7 +45,7 @@ class Winner:
     arm: str
     file: Path
     model: Path  # the folder of the trial's model
-    score: float  # validation NDCG@10
+    score: float  # of the validation part (`score_of`)
     values: dict[str, Any]  # of the settings searched
 
 
@@ -76,7 +76,7 @@ def _search(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
             arm = min(waiting, key=lambda arm: len(arm.ended))
             _try(config, arm)
             if (best := arm.best) is not None:
-                tracked.log_metrics({f"{arm.name}/{SCORE}": score(best)}, step=len(arm.ended))
+                tracked.log_metrics({f"{arm.name}/{score_of(arm.base.task)}": score(best)}, step=len(arm.ended))
         try:
             return _report(config, arms)
         finally:
@@ -95,7 +95,7 @@ def _try(config: SearchConfig, arm: Arm) -> None:
     if (twin := arm.twin(values)) is not None:
         arm.end(trial, "done", score(twin), reason=f"as trial {twin.number + 1}", seconds=0, epochs=0)
         return print(f"{number} has the values of trial {twin.number + 1}, and so its score")
-    judge = Judge(trial)
+    judge = Judge(trial, score_of(arm.base.task))
     try:
         told = _train(config, arm, trial.number, values, judge).metrics
     except (Pruned, NonFiniteLoss, ConfigError, TransferError, MemoryError, torch.OutOfMemoryError) as error:
@@ -104,7 +104,8 @@ def _try(config: SearchConfig, arm: Arm) -> None:
         arm.end(trial, outcome, None, reason=reason, seconds=judge.seconds, epochs=judge.epochs)
         return print(f"{number} {outcome}: {reason}", flush=True)
     arm.end(
-        trial, "done", told[f"validation/{SCORE}"], reason="", seconds=told["seconds"], epochs=int(told["epochs"])
+        trial, "done", told[f"validation/{score_of(arm.base.task)}"], reason="", seconds=told["seconds"],
+        epochs=int(told["epochs"]),
     )  # fmt: skip
 
 
@@ -112,6 +113,10 @@ def _train(config: SearchConfig, arm: Arm, number: int, values: Mapping[str, Any
     folder = arm.run_folder(number)
     place = {"name": folder.name, "output": str(folder.parent), "tracking": config.tracking}
     settings = arm.settings(values).model_copy(update=place)
+    if (expected := score_of(arm.base.task)) != (found := score_of(settings.task)):
+        raise ConfigError(
+            f"task {settings.task.kind}: expected a task judged by {expected}, as the recipe's, found one by {found}"
+        )
     if isinstance(settings, FinetuneConfig):
         return finetune.run(settings, judge=judge)
     return pretrain.run(settings, judge=judge)
@@ -120,8 +125,8 @@ def _train(config: SearchConfig, arm: Arm, number: int, values: Mapping[str, Any
 class Judge:
     """Tells Optuna a trial's validation score after each epoch. Raises Pruned where that says to give the trial up."""
 
-    def __init__(self, trial: Trial) -> None:
-        self._trial = trial
+    def __init__(self, trial: Trial, metric: str) -> None:
+        self._trial, self._metric = trial, metric
         trials = trial.study.get_trials(deepcopy=False)
         self._known = set(next(one for one in trials if one.number == trial.number).intermediate_values)
         self.seconds, self.epochs = 0.0, 0
@@ -131,12 +136,12 @@ class Judge:
         self.epochs = len(progress.history)
         for step, epoch in enumerate(progress.history):
             if step not in self._known:  # of a resumed trial, earlier epochs are
-                self._trial.report(epoch.metrics[SCORE], step)
+                self._trial.report(epoch.metrics[self._metric], step)
                 self._known.add(step)
         if not progress.finished and self._trial.should_prune():
             raise Pruned(
-                f"given up after epoch {self.epochs}: its best validation {SCORE}, {progress.best_score:.4f}, is below "
-                "what earlier trials had there"
+                f"given up after epoch {self.epochs}: its best validation {self._metric}, {progress.best_score:.4f}, "
+                "is below what earlier trials had there"
             )
 
 
@@ -197,8 +202,8 @@ def _winner(config: SearchConfig, arm: Arm) -> Winner | None:
     count = Counter(row["outcome"] for row in arm.rows())
     comment = (
         f"# Found by the search {config.name}, {arm.name}: trial {best.number + 1} of {count.total()} "
-        f"({count['pruned']} given up, {count['failed']} failed).\n# Validation {SCORE} {score(best):.4f}, on release "
-        f"{arm.base.data.release}, seed {own.train.seed}.\n# Searched: {_told(best.params)}.\n"
+        f"({count['pruned']} given up, {count['failed']} failed).\n# Validation {score_of(own.task)} {score(best):.4f}"
+        f", on release {arm.base.data.release}, seed {own.train.seed}.\n# Searched: {_told(best.params)}.\n"
     )
     file = arm.folder / arm.name / BEST
     write(file, comment + as_yaml(won))

@@ -110,11 +110,13 @@ def graft(
     shared_V: IntArray | None = None,
     *,
     layer_norm: bool = False,
+    unused: tuple[str, ...] = (),
 ) -> Account:
     """Copy what `transfer` says from `parent` into `model`, freeze the groups `freeze`, and account for every tensor.
 
     `shared_V`: the parent's row of each catalogue row, UNK where it has none; those rows are copied too. None: no item.
     Transfer `patch` freezes what it copies, those rows too, but with `layer_norm` no LayerNorm of the body.
+    `unused`: name prefixes of what no step reaches, which is not trained.
     Raises TransferError: no parent where one is needed, an unknown group, or tensors whose shapes don't agree.
     """
     if transfer != "none" and parent is None:
@@ -154,7 +156,7 @@ def graft(
         if group == "patch":
             origin = "added"
         is_kept = transfer == "patch" and origin == "copied" and name not in norms
-        tensor.requires_grad_(group not in freeze and not is_kept)
+        tensor.requires_grad_(group not in freeze and not is_kept and not name.startswith(unused))
         lines.append(Line(name, group, shape, origin, tensor.requires_grad))
     return Account(transfer, _named(parent) if given else None, tuple(lines))
 

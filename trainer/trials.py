@@ -121,7 +121,7 @@ class Arm:
 
 
 def score(trial: FrozenTrial) -> float:
-    """Best validation NDCG@10."""
+    """Its best validation score."""
     return -math.inf if trial.value is None else trial.value
 
 

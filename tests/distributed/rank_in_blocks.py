@@ -14,9 +14,10 @@ from trainer.baselines import Histories
 from trainer.config import Bert4RecConfig, MaskedItemConfig, RuntimeConfig
 from trainer.distributed import ALONE, join, leave
 from trainer.models import RowTables, build_model
-from trainer.pretrain import _validate
 from trainer.ranking import FULL, HeldOut
+from trainer.scoring import Scorer
 from trainer.tasks import build_task
+from trainer.validation import full_ranking
 
 NUM_ITEMS, NUM_USERS = 300, 37
 
@@ -54,9 +55,9 @@ def main():
 
     scoring.Scores.blocks = counted
     told = {
-        "whole": _validate(model_of(ALONE), task, held_out(), ALONE, 8),
+        "whole": full_ranking(Scorer(model_of(ALONE), task), held_out(), ALONE, batch_size=8),
         "blocks": len(blocks),
-        "shared_out": _validate(model_of(world), task, held_out(), world, 8),
+        "shared_out": full_ranking(Scorer(model_of(world), task), held_out(), world, batch_size=8),
     }
     (Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
     leave()

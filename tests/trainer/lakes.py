@@ -17,7 +17,8 @@ PROTOCOLS = ("uniform-100", "popular-100", "top-100")
 def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
     """Two domains, users with a taste in both (or, unshared, one in each), items with people of their taste.
 
-    Every user has a source sequence; user 0 has no target item and users 1 to 5 too few for a hold-out. Items are
+    Every user has a source sequence, and the attributes `taste` (of four, that of the sequences where it is shared) and
+    `born` (1991 for two of 60); user 0 has no target item and users 1 to 5 too few for a hold-out. Items are
     distinct within a user; times are distinct, the two domains meet in time. Splits `last-5`, `causal`, and `joint-5`,
     in which the domain `all` holds out what the target does. Release 1.
     """
@@ -44,7 +45,9 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
         for i in sorted(items, key=lambda i: i["index"])
     ])  # fmt: skip
     write("users", [
-        {"user": u["raw"], "index": u["index"], "kept": True, "degree": len(log[0]), "attributes": []}
+        {"user": u["raw"], "index": u["index"], "kept": True, "degree": len(log[0]),
+         "attributes": [{"name": "taste", "value": f"t{(u['index'] - FIRST_INDEX) % NUM_TASTES}"},
+                        {"name": "born", "value": str(1990 + (u["index"] - FIRST_INDEX) // 58)}]}
         for u, log in zip(users, logs, strict=True)
     ])  # fmt: skip
     people = [f"person:p{n}" for n in range(3 * NUM_TASTES)]

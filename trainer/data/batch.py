@@ -10,7 +10,8 @@ from torch import Tensor
 class Batch:
     """Padded sequences of B users, T positions, oldest first, padded at the end.
 
-    items [B, T] int64 catalogue rows (PAD past the end); lengths [B]; users [B] global user index;
+    items [B, T] int64 catalogue rows (PAD past the end); lengths [B]; users [B] global user index, UNK where the user
+    is hidden from the model; owners [B]: whose sequences they are (None: `users`);
     rows: this rank's slice of the global batch of `global_rows` users and `global_items` items; draw: (seed, epoch,
     step), which whatever is random about this batch is a function of.
     """
@@ -22,6 +23,7 @@ class Batch:
     rows: slice
     draw: tuple[int, ...]
     global_items: int = 0
+    owners: Tensor | None = None
 
     @property
     def mask_BT(self) -> Tensor:

@@ -103,6 +103,7 @@ class Loader:
             mine,
             (self.seed, self.epoch, self.step),
             int(lengths.sum()),
+            torch.from_numpy(block.users[batch][mine]),
         )
 
     def _padded(self, windows_NT: Int32Array, starts: IntArray, lengths: IntArray, width: int) -> torch.Tensor:

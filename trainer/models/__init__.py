@@ -24,16 +24,17 @@ __all__ = [
 
 def build_model(
     config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int,
-    tables: RowTables | None = None, patch: PatchConfig | None = None,
+    tables: RowTables | None = None, patch: PatchConfig | None = None, task_heads: Mapping[str, int] | None = None,
 ) -> SequenceModel:  # fmt: skip
     """A new model, its weights a function of `seed` alone (the global random state is left as it was).
 
-    `patch`: patches that it has beside its blocks. `tables`: its item, user and entity tables are row-wise, and this
-    process keeps its share of them. Raises ConfigError where there are more processes than rows.
+    `patch`: patches that it has beside its blocks. `task_heads`: layers of tasks, name -> outputs. `tables`: its item,
+    user and entity tables are row-wise, and this process keeps its share of them. Raises ConfigError
+    where there are more processes than rows.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _new(config, num_users, num_entities, knowledge_VS, tables, patch)
+        model = _new(config, num_users, num_entities, knowledge_VS, tables, patch, task_heads)
     if tables is not None:
         for place, table in enumerate(module for module in model.modules() if isinstance(module, RowTable)):
             tables.initialise(table, seed=[seed, place], std=model.table_std(table.weight.shape[1]))
@@ -42,11 +43,11 @@ def build_model(
 
 def build_saved(
     config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, weights: Mapping[str, Tensor],
-    patch: PatchConfig | None = None,
+    patch: PatchConfig | None = None, task_heads: Mapping[str, int] | None = None,
 ) -> SequenceModel:  # fmt: skip
     """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
     with torch.device("meta"):  # nothing is drawn that would be overwritten
-        model = _new(config, num_users, num_entities, knowledge_VS, RowTables(ALONE), patch)
+        model = _new(config, num_users, num_entities, knowledge_VS, RowTables(ALONE), patch, task_heads)
     model.tables = None  # their modules have served to leave them unfilled
     model.to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights, assign=True)
@@ -55,7 +56,7 @@ def build_saved(
 
 def _new(
     config: ModelConfig, num_users: int, num_entities: int, knowledge_VS: Tensor, tables: RowTables | None,
-    patch: PatchConfig | None,
+    patch: PatchConfig | None, task_heads: Mapping[str, int] | None,
 ) -> SequenceModel:  # fmt: skip
     sizes: dict[str, Any] = {"num_users": num_users, "num_entities": num_entities, "knowledge_VS": knowledge_VS}
     model: SequenceModel
@@ -71,6 +72,8 @@ def _new(
     if patch is not None:
         assert isinstance(model, TiedModel), "settings refuse others"
         model.add_patches(patch)
+    for name, num_outputs in (task_heads or {}).items():
+        model.add_task_head(name, num_outputs)
     return model
 
 
@@ -88,8 +91,9 @@ def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
 
 
 def group_of(model: nn.Module, config: ModelConfig) -> dict[str, str]:
-    """Group of each parameter by name. A tensor that no group claims is a defect: KeyError."""
+    """Group of each parameter by name: of `groups_of`, or `task`. A tensor that none claims is a defect: KeyError."""
     prefixes = {prefix: group for group, starts in groups_of(config).items() for prefix in starts}
+    prefixes["task_heads."] = "task"  # of what is told, whatever the network
     found = {}
     for name, _ in model.named_parameters():
         found[name] = next((group for prefix, group in prefixes.items() if name.startswith(prefix)), "")

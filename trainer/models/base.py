@@ -46,6 +46,7 @@ class SequenceModel(nn.Module):
         self.register_buffer("knowledge_VS", knowledge_VS.int(), persistent=False)
         self.register_buffer("predicted_V", None, persistent=False)
         self.dropout = Dropout(config.dropout)
+        self.task_heads = nn.ModuleDict()
 
     def table(self, num_embeddings: int, width: int) -> nn.Embedding | RowTable:
         """A table of item, user or entity vectors, dense or row-wise."""
@@ -86,6 +87,19 @@ class SequenceModel(nn.Module):
     def scores_with_table(self) -> bool:
         """Whether `item_vectors` is a table as it stands, so that all of it costs nothing."""
         raise NotImplementedError
+
+    def add_task_head(self, name: str, num_outputs: int) -> None:
+        """A layer from a hidden state to `num_outputs` numbers, for a task that tells something else than items. Drawn
+        from the global random state."""
+        layer = nn.Linear(self.hidden_width, num_outputs)
+        nn.init.trunc_normal_(layer.weight, std=self.hidden_width**-0.5)
+        nn.init.zeros_(layer.bias)
+        self.task_heads[name] = layer
+
+    @property
+    def hidden_width(self) -> int:
+        """Width of a hidden state, as `forward` gives it."""
+        return self.config.width
 
     def bias(self, rows: Tensor | None = None) -> Tensor:
         """Output biases of catalogue rows, [V] or [*rows.shape]."""

@@ -71,6 +71,10 @@ class Caser(SequenceModel):
     def table_std(width: int) -> float:
         return 1 / width
 
+    @property
+    def hidden_width(self) -> int:
+        return self.config.width + self.config.user_width
+
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         own = self.rows_of(self.item_weights.weight, rows)
         if self.knowledge_projection is None:

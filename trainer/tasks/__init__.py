@@ -4,14 +4,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trainer.config import MaskedItemConfig, NextItemConfig, TargetItemConfig, TaskConfig
+from trainer.config import MaskedItemConfig, NextItemConfig, ProfileConfig, TargetItemConfig, TaskConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
 from trainer.tasks.masked_item import MaskedItem
 from trainer.tasks.next_item import NextItem
+from trainer.tasks.profile import Profile
 from trainer.tasks.target_item import TargetItem
 
-__all__ = ["MaskedItem", "NextItem", "TargetItem", "Task", "build_task"]
+__all__ = ["MaskedItem", "NextItem", "Profile", "TargetItem", "Task", "build_task"]
 
 
 class Task(Protocol):
@@ -34,3 +35,5 @@ def build_task(config: TaskConfig) -> Task:
             return NextItem(config)
         case TargetItemConfig():
             return TargetItem(config)
+        case ProfileConfig():
+            return Profile(config)

@@ -62,7 +62,7 @@ def sampled_softmax(
     own_N = model.matched(query_ND, vectors[:N]) + bias[:N]
     others_NK = model.crossed(query_ND, vectors[N:], bias[N:]) - log_expected
     others_NK = others_NK.masked_fill(negatives_K == targets_N[:, None], -torch.inf)
-    total_N = torch.logsumexp(_wide(torch.cat([own_N[:, None], others_NK], dim=1)), dim=1)
+    total_N = torch.logsumexp(wide(torch.cat([own_N[:, None], others_NK], dim=1)), dim=1)
     loss: Tensor = (total_N - own_N).sum()
     return loss
 
@@ -73,13 +73,13 @@ def binary_loss(model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, nega
     query_ND = model.head(hidden_ND)
     rows = torch.cat([targets_N, negatives_K])
     N, vectors, bias = len(targets_N), model.item_vectors(rows), model.bias(rows)
-    own_N = _wide(model.matched(query_ND, vectors[:N]) + bias[:N])
-    others_NK = _wide(model.crossed(query_ND, vectors[N:], bias[N:]))
+    own_N = wide(model.matched(query_ND, vectors[:N]) + bias[:N])
+    others_NK = wide(model.crossed(query_ND, vectors[N:], bias[N:]))
     other_NK = negatives_K != targets_N[:, None]
     refused_N = (F.softplus(others_NK) * other_NK).sum(1) / other_NK.sum(1).clamp(min=1)
     return (F.softplus(-own_N) + refused_N).sum()
 
 
-def _wide(scores: Tensor) -> Tensor:
+def wide(scores: Tensor) -> Tensor:
     """Sums of exponentials lose too much in bf16."""
     return scores.float() if scores.dtype == torch.bfloat16 else scores

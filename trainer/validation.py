@@ -1,0 +1,131 @@
+"""What a training run is judged by after each epoch: how it ranks what users held out, or tells what they are.
+
+Shape letters: ``V`` catalogue rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from trainer import profiles
+from trainer.classification import AUC
+from trainer.config import ConfigError, PretrainConfig, ProfileConfig, TaskConfig
+from trainer.data.dataset import Catalogue, Release, rows_of_domain
+from trainer.distributed import World
+from trainer.metrics import means
+from trainer.models import SequenceModel
+from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
+from trainer.scoring import Scorer
+from trainer.tasks import Profile, Task, build_task
+from trainer.tasks.profile import HEAD
+
+
+def score_of(task: TaskConfig) -> str:
+    """The validation metric that early stopping and searches watch: larger is better."""
+    return AUC if task.kind == "profile" else "NDCG@10"
+
+
+class Validation(Protocol):
+    """Who is asked what, and the task that is trained for it."""
+
+    classes: tuple[str, ...]  # what the task's head tells, where it has one
+    task_heads: Mapping[str, int]
+    unused: tuple[str, ...]  # name prefixes of tensors that no step reaches
+
+    @property
+    def task(self) -> Task: ...
+
+    def __len__(self) -> int:
+        """Users that are asked."""
+        ...
+
+    def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
+        """Mean metrics, `score_of` among them."""
+        ...
+
+
+def read_validation(config: PretrainConfig, release: Release, catalogue: Catalogue) -> Validation:
+    """Raises GraftrecError for data that can't be asked as configured."""
+    if isinstance(config.task, ProfileConfig):
+        return Telling(config, config.task, release, catalogue)
+    return Ranking(config, release, catalogue)
+
+
+class Ranking:
+    """Held-out items of the validation part, in full ranking."""
+
+    classes: tuple[str, ...] = ()
+    task_heads: Mapping[str, int] = {}
+    unused: tuple[str, ...] = ()
+
+    def __init__(self, config: PretrainConfig, release: Release, catalogue: Catalogue) -> None:
+        self.task: Task = build_task(config.task)
+        self._held_out, self._among = _asked(config, release, catalogue)
+        self._batch_size = config.evaluation.batch_size
+
+    def __len__(self) -> int:
+        return len(self._held_out)
+
+    def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
+        scorer = Scorer(model, self.task, device=world.device, among=self._among)
+        return full_ranking(scorer, self._held_out, world, batch_size=self._batch_size)
+
+
+def full_ranking(scorer: Scorer, held_out: HeldOut, world: World, *, batch_size: int) -> dict[str, float]:
+    """Mean metrics; each process ranks its share of the users."""
+    ranked = rank(scorer.scores, held_out.take(world.share(len(held_out))), batch_size=batch_size)[FULL]
+    names = [name for name in ranked if not name.startswith(SINGLE)]
+    table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))[: len(held_out)]
+    return means({name: table[:, place].numpy() for place, name in enumerate(names)})
+
+
+class Telling:
+    """Users whose class is held out for validation."""
+
+    task_heads: Mapping[str, int]
+    unused: tuple[str, ...] = ("head.", "output_bias", "item_weights.")  # what scores items
+
+    def __init__(self, config: PretrainConfig, task: ProfileConfig, release: Release, catalogue: Catalogue) -> None:
+        known = profiles.read_classes(release, task)
+        self.task: Task = Profile(task, torch.from_numpy(known.of("train")))
+        self.classes, self.task_heads = known.names, {HEAD: len(known.names)}
+        data = config.data
+        self._asked = profiles.read_asked(release, data.split, data.domain, catalogue, known, "validation")
+        self._batch_size = config.evaluation.batch_size
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
+        scorer = Scorer(model, self.task, device=world.device)
+        return profiles.validate(scorer, model, self._asked, world, batch_size=self._batch_size)
+
+
+def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tuple[HeldOut, torch.Tensor | None]:
+    """Who is validated, and the rows that are ranked, bool [V]; None: all.
+
+    Where more is read than is asked for, what comes after a user's first held-out item is not: as in evaluation. A
+    joint split has such events in the training part. Raises ConfigError where it would ask for items that are not
+    ranked.
+    """
+    reads_more = config.data.answered != config.data.domain
+    held_out = read_held_out(
+        release, config.data.split, config.data.domain, catalogue, "validation", times=reads_more,
+        max_users=config.train.validation_users,
+    )  # fmt: skip
+    if not reads_more:
+        return held_out, None
+    among = rows_of_domain(release, catalogue, config.data.answered)
+    asked = held_out.targets[held_out.targets >= 0]
+    if strange := int((~among[asked]).sum()):
+        raise ConfigError(
+            f"expected split {config.data.split!r} to hold out items of domain {config.data.answered!r} from domain "
+            f"{config.data.domain!r}, found {strange:,} of {len(asked):,} that are none; take a split with a "
+            f"joint_target: {config.data.answered} (etl.splits)"
+        )
+    given = held_out.histories
+    before = given.before(held_out.first_time, always=among[given.items])
+    return replace(held_out, histories=before), torch.from_numpy(among)
