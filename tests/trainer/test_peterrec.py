@@ -14,7 +14,8 @@ from trainer.config import LossConfig, MaskedItemConfig, NextItemConfig, PeterRe
 from trainer.data.batch import Batch
 from trainer.models import tied
 from trainer.tasks import MaskedItem, NextItem
-from trainer.tasks.target_item import TargetItem, newest
+from trainer.tasks.target_item import TargetItem
+from trainer.tasks.user_vector import newest
 
 SMALL = PeterRecConfig(width=16, dilations=(1, 2), max_length=14, dropout=0.0)
 
