@@ -230,6 +230,12 @@ class SequencesConfig(Section):
     max_events: int = Field(1_000_000, ge=1, le=100_000_000)
 
 
+class BasketsConfig(Section):
+    """What was taken together: the log's own column `basket`, or whatever a user did with no longer pause between."""
+
+    gap_minutes: float | None = Field(None, gt=0)  # a longer one begins a new basket; None: the log's column
+
+
 class NegativesConfig(Section):
     protocols: tuple[Literal["uniform-100", "popular-100", "top-100"], ...] = ("uniform-100", "popular-100")
     seed: int = 0
@@ -246,6 +252,7 @@ class EtlConfig(Section):
     knowledge: KnowledgeConfig = KnowledgeConfig()
     splits: tuple[SplitConfig, ...] = (SplitConfig(),)
     sequences: SequencesConfig = SequencesConfig()
+    baskets: BasketsConfig = BasketsConfig()
     negatives: NegativesConfig = NegativesConfig()
     spark: SparkConfig = SparkConfig()
     buckets: int = Field(4, ge=1)  # of users; fixed when the lake is made

@@ -3,7 +3,8 @@ validation, where there are at least three.
 
 Baskets are made per domain: of a basket, a domain sees its own items. Where a split is `causal`, other domains' events
 at or after the first held-out item's time are left out first. Of a user's kept events, of all domains, with or without
-a basket, only the newest `sequences.max_events` count. A log without baskets isn't read.
+a basket, only the newest `sequences.max_events` count. A log without baskets isn't read, unless they are told by gaps
+in time (`baskets.gap_minutes`), between events of whichever domain.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,24 +14,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.config import SplitConfig
+from etl import delta
+from etl.config import ConfigError, EtlConfig, SplitConfig
 from etl.histories import Histories, Key
 from etl.jobs import touched
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.sequences import cut, of_domain, settings
-from etl.tables import BASKETS, DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, USERS
+from etl.tables import BASKETS, DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, TIME_ORDINAL, USERS
 
 _MIN_BASKETS = 3
 _PARTS = pa.array(["train", "validation", "test"])
 
 
 def rows(
-    histories: Histories, *, names: Sequence[str], splits: Sequence[SplitConfig]
+    histories: Histories, *, names: Sequence[str], splits: Sequence[SplitConfig], gap: float | None = None
 ) -> Iterator[tuple[Key, pa.RecordBatch]]:
-    """BASKETS, less its partition columns, of each split and domain. `names`: the domains, in the order of bits."""
-    coded = pc.dictionary_encode(histories.more["basket"])
-    basket = coded.indices.fill_null(-1).to_numpy()
+    """BASKETS, less its partition columns, of each split and domain. `names`: the domains, in the order of bits. `gap`:
+    minutes; None: as the log has them."""
+    if gap is None:
+        coded = pc.dictionary_encode(histories.more["basket"])
+        basket = coded.indices.fill_null(-1).to_numpy()
+    else:
+        basket = _sessions(histories, gap)
     last = np.append(histories.time, np.iinfo(np.int64).max)
     for split in splits:
         cut_time = last[cut(histories, split, split.causal_target, names)]
@@ -45,6 +51,13 @@ def rows(
                 at = at[before[at]]
             if len(at):
                 yield (split.name, name), _baskets(histories, at, basket[at])
+
+
+def _sessions(histories: Histories, gap: float) -> np.ndarray:
+    """[N] numbers of sessions: one begins with a user's first event, and after a pause of more than `gap` minutes."""
+    pause = np.diff(histories.time, prepend=0) > gap * 60_000_000
+    begins = pause | (np.diff(histories.user, prepend=-1) != 0)
+    return np.cumsum(begins)
 
 
 def _baskets(histories: Histories, at: np.ndarray, basket: np.ndarray) -> pa.RecordBatch:
@@ -78,13 +91,24 @@ def _baskets(histories: Histories, at: np.ndarray, basket: np.ndarray) -> pa.Rec
 
 
 def run(run: Run) -> Outcome:
-    cut_rows = partial(rows, names=names_of(run.config.domains), splits=run.config.splits)
-    return touched.write(run, cut_rows, columns=("basket",), needs=True, properties={})
+    gap = run.config.baskets.gap_minutes
+    if gap is not None and delta.last_commit(run.lake, INTERACTIONS)["time"] == TIME_ORDINAL:
+        raise ConfigError(
+            "baskets.gap_minutes: expected a log with times, found one whose times are mere order; name its basket "
+            "column instead, or leave both out"
+        )
+    cut_rows = partial(rows, names=names_of(run.config.domains), splits=run.config.splits, gap=gap)
+    columns = ("basket",) if gap is None else ()
+    return touched.write(run, cut_rows, columns=columns, needs=gap is None, properties={})
+
+
+def _settings(config: EtlConfig) -> object:
+    return [settings(config), config.baskets.model_dump()]
 
 
 JOB = Job(
     BASKETS,
     run,
     reads=(INTERACTIONS, USERS, ITEMS, DOMAINS),
-    settings=settings,
+    settings=_settings,
 )

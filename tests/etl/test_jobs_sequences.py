@@ -45,6 +45,7 @@ def _made(
     users: Mapping[str, bool],
     *,
     max_events: int = 1_000_000,
+    gap: float | None = None,
     files: int = 1,
     shown: list[dict[str, Any]] | None = None,
 ) -> Rows:
@@ -53,9 +54,11 @@ def _made(
     (lake / table.name).mkdir()
     job, columns = (sequences, ("event_type", "value")) if table is SEQUENCES else (baskets, ("basket",))
     read = histories.inputs(str(lake), versions, names=list(DOMAINS), columns=columns, max_events=max_events)
-    if table is BASKETS and not read.columns:
+    if table is BASKETS and not read.columns and gap is None:
         return {}
     rows = partial(job.rows, names=list(DOMAINS), splits=splits)
+    if gap is not None:
+        rows = partial(rows, gap=gap)
     kept = [
         (bucket_of(user, BUCKETS), user, FIRST_INDEX + place, sum(row[0] == user for row in log))
         for place, (user, keep) in reversed(list(enumerate(users.items())))
@@ -179,6 +182,39 @@ def test_baskets_are_in_order_with_the_last_held_out(tmp_path: Path) -> None:
     assert found["causal", "source", 5] == [(0, 1, "train", [A, B])]  # the first held-out target item is at 3
     assert found["last-2", "all", 6] == [(0, 1, "train", [A])]
     assert [row[3] for row in found["last-2", "all", 5]] == [[A, C, B], [D], [A], [C], [A]]
+
+
+def test_a_pause_begins_a_basket(tmp_path: Path) -> None:
+    """Of whichever domain: an event elsewhere keeps a session up. The log's own baskets don't count."""
+    minute = 60_000_000
+    log = [
+        ("u", item, int(at * minute), None, None, "k")
+        for item, at in (("a", 0), ("c", 25), ("b", 50), ("a", 80), ("b", 110.1), ("d", 111))
+    ] + [("v", "a", 112 * minute)]
+    made = _made(tmp_path, log, BASKETS, [LAST], {"u": True, "v": True}, gap=30)
+    assert [row["items"] for row in made["last-2", "all", 5]] == [[A, C, B, A], [B, D]]
+    assert [row["items"] for row in made["last-2", "source", 5]] == [[A, B, A], [B]]
+    assert [row["time"] for row in made["last-2", "target", 5]] == [25 * minute, 111 * minute]
+    assert [row["items"] for row in made["last-2", "all", 6]] == [[A]]
+
+
+@pytest.mark.parametrize("gap", [2.0, 500.0])
+def test_sessions_equal_a_plain_loop(tmp_path: Path, gap: float) -> None:
+    log = [
+        (user, item, time * 1_000_000, *more)
+        for user, item, time, *more in _random_log(5, size=300, times=200, full=True)
+    ]
+    users = {f"u{number}": True for number in range(40)}
+    named = []
+    for events_of in _histories(log, users, 1_000).values():
+        session, before = 0, None
+        for time, place, *_ in events_of:
+            session += before is None or time - before > gap * 60_000_000
+            named.append((place, f"s{session}"))
+            before = time
+    by_place = dict(named)
+    told = [(*row[:5], by_place.get(place)) for place, row in enumerate(log)]
+    assert _made(tmp_path, log, BASKETS, SPLITS, users, gap=gap) == _expected_baskets(told, users, SPLITS, 1_000)
 
 
 def test_of_a_long_history_the_newest_events_are_kept(tmp_path: Path) -> None:
