@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from etl.config import ConfigError, EtlConfig, GraftrecError, MovielensSource, Section, config_hash, load
 from etl.tables import DOMAIN_ALL
 from trainer.config import (
+    RANKING_TASKS,
     BaselinesConfig,
     EvaluationConfig,
     FinetuneConfig,
@@ -178,10 +179,11 @@ class ExperimentConfig(Section):
             known = ", ".join(row.id for row in rows_of(self))
             raise ValueError(f"rows: expected some of {known}; found {', '.join(sorted(unknown))}")
         for name, row in self.own.items():
-            if any(part is not None and part.task.kind == "profile" for part in (row.pretrain, row.finetune)):
+            tasks = [part.task.kind for part in (row.pretrain, row.finetune) if part is not None]
+            if others := [kind for kind in tasks if kind not in RANKING_TASKS]:
                 raise ValueError(
-                    f"own.{name}: expected tasks that rank items, found profile; `python -m trainer evaluate` compares "
-                    "its models"
+                    f"own.{name}: expected tasks that rank items for sequences, found {others[0]}; `python -m trainer "
+                    "evaluate` compares its models"
                 )
         ids = [row.id for row in rows_of(self)]
         for own, row in self.own.items():

@@ -24,6 +24,7 @@ from pydantic import model_validator
 from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, load
 from etl.tables import RECOMMENDATIONS
 from trainer.config import (
+    RANKING_TASKS,
     EvaluateConfig,
     EvaluatedModel,
     FinetuneConfig,
@@ -62,8 +63,8 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _ranks_items(self) -> "PipelineConfig":
-        if any(part.task.kind == "profile" for part in (self.pretrain, self.finetune)):
-            raise ValueError("expected tasks that rank items, found profile; run its steps one by one")
+        if others := [part.task.kind for part in (self.pretrain, self.finetune) if part.task.kind not in RANKING_TASKS]:
+            raise ValueError(f"expected tasks that rank items for sequences, found {others[0]}; run steps one by one")
         return self
 
 

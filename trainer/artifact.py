@@ -28,13 +28,12 @@ from torch import Tensor
 
 from etl.config import GraftrecError
 from etl.tables import UNK
-from trainer.config import FinetuneConfig, PretrainConfig, patch_of
+from trainer.config import FinetuneConfig, PretrainConfig, patch_of, reads_baskets
 from trainer.data.dataset import Catalogue, Int32Array, Release, Texts
 from trainer.models import SequenceModel, build_saved
 from trainer.models.table import interleave
 from trainer.scoring import Scorer
 from trainer.tasks import Task, build_task
-from trainer.tasks.profile import HEAD
 
 CONFIG, WEIGHTS, CATALOGUE, MANIFEST = "config.json", "weights.safetensors", "catalogue.parquet", "manifest.json"
 USERS, USER_IDS = "users.safetensors", "users.parquet"
@@ -66,8 +65,13 @@ class Artifact:
     classes: tuple[str, ...]  # what the task's head tells, in the order of its outputs; () where it ranks items
     users: dict[str, int] | None  # raw user id -> row; None where the folder lacks it
 
-    def scorer(self, *, device: str = "cpu") -> Scorer:
-        """Raises ArtifactError for a model that ranks no items."""
+    def scorer(self, *, device: str = "cpu", baskets: bool = False) -> Scorer:
+        """`baskets`: histories are of baskets. Raises ArtifactError for a model that ranks no items for such."""
+        if reads_baskets(self.config.task) and not baskets:
+            raise ArtifactError(
+                f"expected a model of item sequences, found {self.folder}, which reads baskets; `python -m trainer "
+                "evaluate` scores it"
+            )
         if self.classes:
             raise ArtifactError(
                 f"expected a model that ranks items, found {self.folder}, which tells a user's "
@@ -84,10 +88,11 @@ def save_artifact(
     folder: Path, *, config: PretrainConfig, release: Release, catalogue: Catalogue, popularity: npt.NDArray[np.int64],
     knowledge: Int32Array, weights: Mapping[str, Tensor | Sequence[Tensor]], metrics: dict[str, float],
     parent: str | None, users: pa.Table | None, predicted: npt.NDArray[np.bool_] | None = None,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] = (), task_heads: Mapping[str, int] | None = None,
 ) -> str:  # fmt: skip
     """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index.
-    `predicted`: the rows that are ever an answer; None: all real ones. `classes`: what the task's head tells, if any.
+    `predicted`: the rows that are ever an answer; None: all real ones. `classes`: what the task's head tells, if any;
+    `task_heads`: the task's layers, name -> outputs.
 
     `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
     """
@@ -105,6 +110,7 @@ def save_artifact(
         "versions": release.versions,
         "parent": parent,
         "classes": list(classes),
+        "task_heads": dict(task_heads or {}),
         "metrics": metrics,
         "num_users": 0 if user_table is None else len(user_table),
         "num_entities": len(tensors["entity_embedding.weight"]) if "entity_embedding.weight" in tensors else 0,
@@ -179,7 +185,7 @@ def read_artifact(
     model = build_saved(
         config.model, num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
         num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
-        patch=patch_of(config), task_heads={HEAD: len(classes)} if classes else {},
+        patch=patch_of(config), task_heads=described.get("task_heads"),
     )  # fmt: skip
     if "predicted" in rows.column_names:
         model.predict_only(torch.from_numpy(rows["predicted"].to_numpy()))

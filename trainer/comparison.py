@@ -17,8 +17,8 @@ from torch import Tensor
 
 from trainer.baselines import Histories
 from trainer.contenders import Contender, EvaluateError, EvaluationSet
-from trainer.metrics import Convention, FloatArray, metrics_from_ranks
-from trainer.ranking import SINGLE, Score, metrics_of, ranks
+from trainer.metrics import FloatArray, metrics_from_ranks
+from trainer.ranking import BASKET, SINGLE, Score, convention_of, metrics_of, ranks
 from trainer.scoring import Scores
 from trainer.stats import Comparison, bootstrap_interval, compare, holm
 
@@ -46,23 +46,22 @@ class Evaluation:
         return any(contender.is_model for (name, _), contender in self.contenders.items() if name == label)
 
     def metrics(self, key: Key, protocol: str) -> dict[str, FloatArray]:
-        """Per-user metrics [U] of one contender, both conventions."""
-        return metrics_of(self.ranks[key][protocol].astype(np.int64))
+        """Per-user metrics [U] of one contender, in all conventions."""
+        return metrics_of(self.ranks[key][protocol].astype(np.int64), baskets=self.asked.baskets)
 
     def matrix(
         self, label: str, protocol: str, metric: str, *, seeds: Sequence[int | None] | None = None,
         only_UR: npt.NDArray[np.bool_] | None = None,
     ) -> FloatArray:  # fmt: skip
         """A metric [S, U] of a label's seeds. `only_UR`: of these held-out items alone, NaN for users without."""
-        convention: Convention = "single" if metric.startswith(SINGLE) else "list"
-        name = metric.removeprefix(SINGLE)
+        convention, name = convention_of(metric)
         rows = []
         for seed in self.seeds(label) if seeds is None else seeds:
             found = torch.from_numpy(self.ranks[label, seed][protocol].astype(np.int64))
             metrics = metrics_from_ranks(found, convention=convention, only_BR=only_UR)
             if name not in metrics:
                 raise EvaluateError(
-                    f"no metric {metric!r}; expected one of {', '.join(metrics)}, or {SINGLE} before it"
+                    f"no metric {metric!r}; expected one of {', '.join(metrics)}, or {SINGLE} or {BASKET} before it"
                 )
             rows.append(metrics[name])
         return np.stack(rows)
@@ -205,7 +204,10 @@ def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:
         blocks.append(f"{metrics[0]} among sampled negatives\n" + block(rows, columns))
     headline = [row for row in rows if (row.protocol, row.metric) == (protocols[0], metrics[0])]
     tested = sum(row.p_value is not None for row in rows if row.protocol == protocols[0])
-    notes = ["several held-out items are relevant in one list (convention `list`)"]
+    convention = convention_of(metrics[0])[0]
+    notes = [f"several held-out items are relevant in one list (convention `{convention}`)"]
+    if asked.baskets:
+        notes.append("what a user has had is a candidate too")
     if tested:
         notes.append(f"gains over {against}; p over users and seeds, Holm over {tested} tests")
     notes += [_account(row) for row in headline if row.is_model and row.gain is not None]

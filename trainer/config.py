@@ -8,6 +8,7 @@ from etl.config import ConfigError, GraftrecError, Section, SparkConfig, load
 
 __all__ = [
     "BaselinesConfig",
+    "BasketPairConfig",
     "Bert4RecConfig",
     "CaserConfig",
     "ConfigError",
@@ -22,6 +23,7 @@ __all__ = [
     "MaskedItemConfig",
     "MlpConfig",
     "ModelConfig",
+    "NextBasketConfig",
     "NextItemConfig",
     "PatchConfig",
     "PeterRecConfig",
@@ -40,6 +42,7 @@ __all__ = [
     "TransferName",
     "load",
     "patch_of",
+    "reads_baskets",
     "scores_all",
 ]
 
@@ -231,9 +234,39 @@ class ProfileConfig(Section):
         return self
 
 
+class NextBasketConfig(Section):
+    """The items of a user's next basket (survey 3.2.2; Yang et al. 2019), told by a MASK behind the baskets before."""
+
+    kind: Literal["next_basket"] = "next_basket"
+    context: int = Field(10, ge=1)  # baskets that are read
+    baskets: int = Field(4, ge=1)  # of a user, told in one step
+    loss: LossConfig = LossConfig()
+
+
+class BasketPairConfig(Section):
+    """Pre-training on pairs of baskets (Yang et al. 2019; survey 3.2.2): masked items of both, and whether the second
+    comes next after the first or is another user's."""
+
+    kind: Literal["basket_pair"] = "basket_pair"
+    context: int = Field(1, ge=1)  # baskets on the first side
+    baskets: int = Field(4, ge=1)  # pairs of a user in one step
+    adjacent: float = Field(0.5, gt=0, lt=1)  # share of pairs that are
+    mask_probability: float = Field(0.2, gt=0, lt=1)  # of an item
+    asked_probability: float = Field(0.15, ge=0, le=1)  # of adjacent pairs: the second is one MASK, as when asked
+    weight: float = Field(1.0, ge=0)  # of a pair's answer, where a masked item weighs 1
+    loss: LossConfig = LossConfig()
+
+
 TaskConfig = Annotated[
-    MaskedItemConfig | NextItemConfig | TargetItemConfig | ProfileConfig, Field(discriminator="kind")
+    MaskedItemConfig | NextItemConfig | TargetItemConfig | ProfileConfig | NextBasketConfig | BasketPairConfig,
+    Field(discriminator="kind"),
 ]
+RANKING_TASKS = ("masked_item", "next_item", "target_item")  # of items, for sequences
+
+
+def reads_baskets(task: TaskConfig) -> bool:
+    """Whether a task reads the table `baskets` in the place of `sequences`."""
+    return task.kind in ("next_basket", "basket_pair")
 
 
 def scores_all(task: TaskConfig) -> bool:
@@ -325,6 +358,22 @@ class PretrainConfig(Section):
             raise ValueError(
                 "model mlp scores every pair of user and item by a network, too dear for task.loss.kind full; set that "
                 "to bce or sampled"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _baskets_are_read_whole(self) -> "PretrainConfig":
+        if not reads_baskets(self.task):
+            return self
+        if self.model.kind in ("caser", "mlp"):
+            raise ValueError(
+                f"task {self.task.kind}: expected a model that reads whole sequences (bert4rec, peterrec), found "
+                f"{self.model.kind}"
+            )
+        if self.data.predicted is not None or self.data.ranked is not None:
+            raise ValueError(
+                f"task {self.task.kind} predicts the domain that it reads, found data.predicted or data.ranked; leave "
+                "them out"
             )
         return self
 
@@ -530,7 +579,7 @@ class EvaluateConfig(Section):
     domain: str | None = None
     part: Literal["validation", "test"] = "test"
     against: str = "none"  # the label that gains are over
-    metrics: tuple[str, ...] = ("NDCG@10", "Recall@10", "MRR")  # of the comparison table
+    metrics: tuple[str, ...] = ()  # of the comparison table; (): NDCG@10, Recall@10, MRR, or those of baskets
     evaluation: EvaluationConfig = EvaluationConfig()
     baselines: BaselinesConfig = BaselinesConfig()
     runtime: RuntimeConfig = RuntimeConfig()

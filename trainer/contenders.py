@@ -22,10 +22,10 @@ from torch import Tensor
 
 from etl import tables
 from etl.config import GraftrecError
-from etl.tables import DOMAIN_ALL, FIRST_INDEX, UNK
+from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.artifact import Artifact
 from trainer.baselines import Histories, item_to_item, merge, popularity
-from trainer.config import BaselinesConfig, EvaluationConfig
+from trainer.config import BaselinesConfig, EvaluationConfig, reads_baskets
 from trainer.data.dataset import (
     Catalogue,
     Release,
@@ -60,6 +60,11 @@ class EvaluationSet:
     @property
     def users(self) -> IntArray:
         return self.held_out.users
+
+    @property
+    def baskets(self) -> bool:
+        """Whether next baskets are asked for."""
+        return self.held_out.baskets
 
     @functools.cached_property
     def raw_users(self) -> list[str]:
@@ -139,13 +144,14 @@ def raw_users(release: Release, users: IntArray) -> list[str]:
 
 
 def read_evaluation_set(
-    release: Release, split: str, domain: str, part: Part, config: EvaluationConfig
+    release: Release, split: str, domain: str, part: Part, config: EvaluationConfig, *, baskets: bool = False
 ) -> EvaluationSet:
-    """Pin what is asked. Raises DataError."""
+    """Pin what is asked. Raises GraftrecError."""
     catalogue = read_catalogue(release, domain)
     held_out = read_held_out(
-        release, split, domain, catalogue, part, config.protocols, times=True, max_users=config.max_users
-    )
+        release, split, domain, catalogue, part, config.protocols, times=True, max_users=config.max_users,
+        baskets=baskets,
+    )  # fmt: skip
     return EvaluationSet(release, split, domain, part, catalogue, held_out)
 
 
@@ -194,6 +200,11 @@ def model_contender(
     (`must_know`) knows none of the items; without `must_know` such a model finds nothing.
     """
     reads_all = artifact.config.data.domain == DOMAIN_ALL != asked.domain and bool(asked.other_domains)
+    if asked.baskets and artifact.config.data.domain != asked.domain:
+        raise EvaluateError(
+            f"expected a model that reads domain {asked.domain!r}, whose next baskets are asked for, found "
+            f"{artifact.folder}, which reads {artifact.config.data.domain!r}"
+        )
     rows = rows_by_raw_id(artifact.catalogue, asked.catalogue)
     known = np.flatnonzero(rows != UNK)
     known = known[known >= FIRST_INDEX]
@@ -210,7 +221,8 @@ def model_contender(
     user_rows = _user_rows(artifact, asked)
     item_rows = rows_by_raw_id(artifact.catalogue, asked.everything) if reads_all else rows
     source = merge(asked.input_anywhere, asked.elsewhere) if reads_all else asked.held_out.histories
-    scorer = artifact.scorer(device=device)
+    scorer = artifact.scorer(device=device, baskets=asked.baskets)
+    reads_pauses = reads_baskets(artifact.config.task)
     candidates = rows[known]
     width = len(asked.catalogue)
 
@@ -220,7 +232,10 @@ def model_contender(
         own = Histories(user_rows[place], given.offsets, item_rows[given.items], given.times)
         if len(known) == 0:
             return Scores.of(torch.full((1, 1), -torch.inf).expand(len(histories), width))
-        scores = scorer.scores(own.keep(own.items != UNK), candidates)
+        is_read = own.items != UNK
+        if asked.baskets and not reads_pauses:  # the same items, without what stands between baskets
+            is_read &= own.items != SEP
+        scores = scorer.scores(own.keep(is_read), candidates)
 
         def columns(start: int, stop: int) -> Tensor:
             first, last = np.searchsorted(known, [start, stop])

@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from etl.config import code_version
 from etl.tables import FIRST_INDEX
-from trainer import profile_table, tracking
+from trainer import basket_baselines, profile_table, tracking
 from trainer.artifact import artifact_hash, load_artifact
 from trainer.comparison import Evaluation, Row, compare_table, evaluate_contenders, p_text, render
-from trainer.config import ConfigError, EvaluateConfig, EvaluatedModel
+from trainer.config import ConfigError, EvaluateConfig, EvaluatedModel, reads_baskets
 from trainer.contenders import (
     Contender,
     EvaluationSet,
@@ -35,10 +36,12 @@ from trainer.data.dataset import Release, pin
 from trainer.distributed import join
 from trainer.metrics import means
 from trainer.pictures import Gain, confusions, transfer_gains
-from trainer.ranking import SINGLE
+from trainer.ranking import BASKET, FULL, SINGLE, convention_of
 
 USERS, SUMMARY, TABLE, GAINS = "users.parquet", "summary.json", "table.txt", "gains.png"
 CONFUSIONS = "confusions.png"
+ITEM_METRICS = ("NDCG@10", "Recall@10", "MRR")
+BASKET_METRICS = tuple(f"{BASKET}{name}" for name in ("NDCG@10", "Recall@10", "F1@10", "HR@10"))
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,21 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as run:
         if first.classes:
             return _evaluate_profiles(config, chosen, release, run, folder, key)
+        baskets = reads_baskets(first.config.task)
+        if baskets:  # no others are drawn for them
+            config = config.model_copy(
+                update={"evaluation": config.evaluation.model_copy(update={"protocols": (FULL,)})}
+            )
+        metrics = config.metrics or (BASKET_METRICS if baskets else ITEM_METRICS)
         asked = read_evaluation_set(
             release, config.split or first.config.data.split, config.domain or first.config.data.answered, config.part,
-            config.evaluation,
+            config.evaluation, baskets=baskets,
         )  # fmt: skip
         evaluation = evaluate_contenders(
             _contenders(config, chosen, asked), asked, batch_size=config.evaluation.batch_size,
             progress=config.runtime.progress,
         )  # fmt: skip
-        rows = compare_table(
-            evaluation, against=config.against, protocols=config.evaluation.protocols, metrics=config.metrics
-        )
+        rows = compare_table(evaluation, against=config.against, protocols=config.evaluation.protocols, metrics=metrics)
         text = render(rows, asked, against=config.against)
         print(text)
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +165,11 @@ def _contenders(config: EvaluateConfig, chosen: Sequence[EvaluatedModel], asked:
         model_contender(load_artifact(m.model, device=device), asked, label=m.label, seed=m.seed, device=device)
         for m in chosen
     ]
-    return models + (baseline_contenders(asked, config.baselines) if config.baselines.enabled else [])
+    if not config.baselines.enabled:
+        return models
+    if asked.baskets:
+        return models + basket_baselines.baseline_contenders(asked, config.baselines)
+    return models + baseline_contenders(asked, config.baselines)
 
 
 # --- what is written ---------------------------------------------
@@ -167,21 +178,22 @@ def _contenders(config: EvaluateConfig, chosen: Sequence[EvaluatedModel], asked:
 def write_users(evaluation: Evaluation, path: Path) -> None:
     """Per-user metrics as Parquet: label, seed, protocol, convention, user (raw id) and a column a metric."""
     users = pa.array(evaluation.asked.raw_users, pa.string())
+    prefixes = {"list": "", "single": SINGLE} | ({"basket": BASKET} if evaluation.asked.baskets else {})
+    lacking = np.full(len(users), np.nan)
     unfinished = path.with_name(path.name + ".new")
     writer: pq.ParquetWriter | None = None
     for (label, seed), by_protocol in evaluation.ranks.items():
         for protocol in by_protocol:
             metrics = evaluation.metrics((label, seed), protocol)
-            for convention in ("list", "single"):
-                prefix = SINGLE if convention == "single" else ""
-                names = [name for name in metrics if "/" not in name]
+            names = list(dict.fromkeys(convention_of(name)[1] for name in metrics))
+            for convention, prefix in prefixes.items():
                 columns: dict[str, Any] = {
                     "label": pa.array([label] * len(users), pa.string()),
                     "seed": pa.array([seed] * len(users), pa.int64()),
                     "protocol": pa.array([protocol] * len(users), pa.string()),
                     "convention": pa.array([convention] * len(users), pa.string()),
                     "user": users,
-                } | {name: metrics[prefix + name] for name in names}
+                } | {name: metrics.get(prefix + name, lacking) for name in names}
                 part = pa.table(columns)
                 writer = writer or pq.ParquetWriter(unfinished, part.schema, compression="zstd")
                 writer.write_table(part)

@@ -2,13 +2,15 @@
 
 Shape letters: ``B`` users in the batch, ``R`` held-out items of a user (ragged, padded by -1).
 
-Two conventions, which give different numbers and must never share a column:
+Three conventions, which give different numbers and must never share a column:
 
 * ``list``: all held-out items of a user are relevant in *one* list. Recall@k = hits / min(k, R); NDCG@k has min(k, R)
   items on top as its ideal; MRR is that of the best held-out item. The survey's BERT4Rec rows.
 * ``single``: each held-out item is ranked *alone*, against the candidates that are not held out, as if it were the only
   one: Recall@k is the hit rate, NDCG@k = 1/log2(rank + 1) within k, MRR = 1/rank; a user's value is the mean over its
   held-out items. The survey's Caser rows.
+* ``basket``: as ``list``, but Recall@k = hits / R; and F1@k, the harmonic mean of that and hits / k, and HR@k, 1 where
+  anything is hit: next basket recommendation (Rendle et al. 2010; Yu et al. 2016).
 
 Ties are never broken in the target's favour: whatever scores as high as a held-out item is placed above it, and so is
 a score that is not a number. Held-out items tied with each other share the places they fill; their order changes no
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 FloatArray = npt.NDArray[np.float64]
-Convention = Literal["list", "single"]
+Convention = Literal["list", "single", "basket"]
 
 KS = (1, 5, 10)
 PADDED = -1  # no held-out item in this place, or one that an earlier place already has
@@ -59,7 +61,8 @@ def metrics_from_ranks(
     ks: Sequence[int] = KS,
     only_BR: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, FloatArray]:
-    """Per-user metrics float64 [B]: ``NDCG@k``, ``Recall@k`` and ``MRR``; NaN for a user without held-out items.
+    """Per-user metrics float64 [B]: ``NDCG@k``, ``Recall@k``, ``MRR`` (and of `basket` F1@k, HR@k); NaN for a
+    user without held-out items.
 
     `only_BR`: the held-out items that are asked about (cold ones, say); the others keep their places in the list.
     """
@@ -78,14 +81,18 @@ def metrics_from_ranks(
         for k in ks:
             hits = found & (ranks <= k)
             best = np.concatenate([[0.0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])  # ideal of 0, 1… k items
-            if convention == "list":
-                metrics[f"NDCG@{k}"] = (hits * discounts).sum(1) / best[np.minimum(num_targets, k)]
-                metrics[f"Recall@{k}"] = hits.sum(1) / np.minimum(num_targets, k)
-            else:
+            if convention == "single":
                 metrics[f"NDCG@{k}"] = (hits * discounts).sum(1) / num_targets
                 metrics[f"Recall@{k}"] = hits.sum(1) / num_targets
+                continue
+            metrics[f"NDCG@{k}"] = (hits * discounts).sum(1) / best[np.minimum(num_targets, k)]
+            metrics[f"Recall@{k}"] = hits.sum(1) / (np.minimum(num_targets, k) if convention == "list" else num_targets)
+            if convention == "basket":
+                of_both = 2 * hits.sum(1) / (k + num_targets)  # 2 P R / (P + R), with P = hits / k
+                metrics[f"F1@{k}"] = np.where(num_targets > 0, of_both, np.nan)
+                metrics[f"HR@{k}"] = hits.any(1) / (num_targets > 0)
         reciprocal = found / places
-        if convention == "list":
+        if convention != "single":
             metrics["MRR"] = np.where(num_targets > 0, reciprocal.max(1, initial=0.0), np.nan)
         else:
             metrics["MRR"] = reciprocal.sum(1) / num_targets

@@ -18,7 +18,8 @@ from etl.config import code_version, config_hash
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
-from trainer.config import FinetuneConfig, GraftrecError, PretrainConfig, patch_of
+from trainer.config import FinetuneConfig, GraftrecError, PretrainConfig, patch_of, reads_baskets
+from trainer.data.baskets import BasketDataset
 from trainer.data.dataset import (
     Catalogue,
     Int32Array,
@@ -95,10 +96,12 @@ def _fit(
     knowledge = read_knowledge(release, catalogue, config.model.knowledge)
     validation = read_validation(config, release, catalogue)
     model, account = _model(config, release, catalogue, knowledge, parent, validation, world)
-    dataset = SequenceDataset(release, config.data.split, config.data.domain)
+    kind = BasketDataset if reads_baskets(config.task) else SequenceDataset
+    dataset = kind(release, config.data.split, config.data.domain)
     loader = Loader(
         dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
         seed=config.train.seed, rank=world.rank, world_size=world.size,
+        everyone=config.task.kind == "basket_pair",
     )  # fmt: skip
     training = Training(model, validation.task, loader, config.train, world)
     score = score_of(config.task)
@@ -126,7 +129,7 @@ def _fit(
         if world.first:
             _finish(
                 folder, config, release, catalogue, knowledge, training, metrics, parent, identity, tracked,
-                validation.classes,
+                validation,
             )  # fmt: skip
             if judge is unjudged:
                 tracked.log_artifact(folder / "model")
@@ -175,7 +178,7 @@ def _summary(training: Training, parent: Artifact | None) -> dict[str, float]:
 def _finish(
     folder: Path, config: PretrainConfig, release: Release, catalogue: Catalogue, knowledge: Int32Array,
     training: Training, metrics: dict[str, float], parent: Artifact | None, identity: str, tracked: Run,
-    classes: tuple[str, ...],
+    validation: Validation,
 ) -> None:  # fmt: skip
     """Model folder, curves, and the note that all is done."""
     popularity = training_interactions(training.loader.dataset, catalogue)
@@ -184,7 +187,7 @@ def _finish(
         knowledge=knowledge, weights=training.best, metrics=metrics, parent=parent.hash if parent else None,
         users=release.read(tables.USERS, ["user", "index"]),
         predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
-        classes=classes,
+        classes=validation.classes, task_heads=validation.task_heads,
     )  # fmt: skip
     history = [vars(epoch) for epoch in training.progress.history]
     (folder / "history.json").write_text(json.dumps(history, indent=1))
@@ -230,7 +233,7 @@ def _introduction(
 
 # --- identity: a run whose inputs are unchanged is not done again ---------------------------------------------
 
-_READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS, tables.SEQUENCES)
+_READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS)
 
 
 def _recipe(config: PretrainConfig) -> str:
@@ -253,7 +256,8 @@ def run_identity(config: PretrainConfig, release: Release, parent: Artifact | No
     )  # fmt: skip
     modules = [here / f"{name}.py" for name in names]
     code = code_version(*modules, here / "data", here / "models", here / "tasks")
-    versions = {table.name: release.versions.get(table.name) for table in _READ_TABLES}
+    read = (*_READ_TABLES, tables.BASKETS if reads_baskets(config.task) else tables.SEQUENCES)
+    versions = {table.name: release.versions.get(table.name) for table in read}
     return {
         "settings": config_hash(settings),
         "code": code,

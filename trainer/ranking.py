@@ -9,7 +9,8 @@ padded by -1), ``N`` negatives of a user (ragged, padded by -1), ``P`` pairs of 
 
 Protocols: ``full`` ranks the held-out items among every item of the catalogue less those in the user's input;
 ``uniform-100``, ``popular-100`` and ``top-100`` rank them among themselves and the user's fixed negatives. Metrics are
-named as in `trainer.metrics`: bare names are of the convention ``list``, those of ``single`` begin with ``single/``.
+named as in `trainer.metrics`: bare names are of the convention ``list``, those of
+``single`` begin with ``single/``, those of ``basket`` with ``basket/``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from etl import tables
-from etl.tables import FIRST_INDEX, UNK
+from etl.config import ConfigError
+from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.baselines import Histories
+from trainer.data.baskets import BasketDataset
 from trainer.data.dataset import Catalogue, DataError, Release, SequenceDataset, Sequences
-from trainer.metrics import KS, FloatArray, metrics_from_ranks, place_targets
+from trainer.metrics import KS, Convention, FloatArray, metrics_from_ranks, place_targets
 from trainer.scoring import Scores
 
 IntArray = npt.NDArray[np.int64]
@@ -37,7 +40,8 @@ Part = Literal["validation", "test"]
 Score = Callable[[Histories], Scores]  # histories in rows -> [B, V]
 
 FULL = "full"
-SINGLE = "single/"  # prefix of metrics of the convention `single`
+SINGLE, BASKET = "single/", "basket/"  # prefixes of metrics of the conventions `single` and `basket`
+CONVENTIONS: dict[str, Convention] = {SINGLE: "single", BASKET: "basket"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class HeldOut:
     num_rows: int  # V
     training_items: IntArray  # [U] length of the training part
     first_time: IntArray  # [U] time of the first held-out item; empty where there are no times, or they were not read
+    # Of baskets: histories have a SEP behind each, and what a user has had is a candidate too, for it may be had again.
+    baskets: bool = False
 
     def __len__(self) -> int:
         return len(self.users)
@@ -79,16 +85,23 @@ def read_held_out(
     *,
     times: bool = False,
     max_users: int | None = None,
+    baskets: bool = False,
 ) -> HeldOut:
     """The users who hold out something in `part`, with input and targets as rows of `catalogue`.
 
     Input at validation: the training part; at test: training part and validation items. `times`: read times too, which
     baselines over several domains need. `max_users`: only about so many users, the same ones for every model and run
-    (chosen by a hash of their index), so that memory is bounded whatever the table's size.
+    (chosen by a hash of their index), so that memory is bounded whatever the table's size. `baskets`: the next basket
+    is held out, of the table `baskets`; ranked in full only.
     Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
     that the catalogue lacks (it must be of the same release and domain).
     """
-    dataset = SequenceDataset(release, split, domain)
+    if baskets and (drawn := [protocol for protocol in protocols if protocol != FULL]):
+        raise ConfigError(
+            f"evaluation.protocols: baskets are ranked in full only, for fixed negatives are never what a user has "
+            f"had, found {', '.join(drawn)}; set it to [{FULL}]"
+        )
+    dataset = BasketDataset(release, split, domain) if baskets else SequenceDataset(release, split, domain)
     share = 1.0 if max_users is None else max_users / max(dataset.num_rows, 1)
 
     def holds_out(sequences: Sequences) -> npt.NDArray[np.bool_]:
@@ -98,14 +111,19 @@ def read_held_out(
     asked = read_users(dataset, holds_out, times=times)
     if asked is None:
         raise DataError(
-            f"no user of split {split!r} and domain {domain!r} holds out items for {part} in release {release.number} "
-            f"of {release.lake}; shorten the split's hold-out, or give more interactions per user"
+            f"no user of split {split!r} and domain {domain!r} holds out {'a basket' if baskets else 'items'} for "
+            f"{part} in release {release.number} of {release.lake}; "
+            + (
+                "give users of three baskets and more"
+                if baskets
+                else "shorten the split's hold-out, or give more interactions per user"
+            )
         )
     start, stop = _bounds(asked, part)
     rows = catalogue.rows(asked.items).astype(np.int64)
     position = np.arange(len(rows)) - np.repeat(asked.offsets[:-1], np.diff(asked.offsets))
     owner = np.repeat(np.arange(len(asked)), np.diff(asked.offsets))
-    is_target = (position >= start[owner]) & (position < stop[owner])
+    is_target = (position >= start[owner]) & (position < stop[owner]) & (rows != SEP)
     if (unknown := int((rows[is_target] == UNK).sum())) > 0:
         raise DataError(
             f"expected a catalogue of domain {domain!r} in release {release.number}, found one that lacks {unknown:,} "
@@ -121,8 +139,9 @@ def read_held_out(
         {p: _read_negatives(release, split, domain, catalogue, part, p, asked.users) for p in protocols if p != FULL},
         tuple(protocols),
         len(catalogue),
-        asked.valid_start,
+        np.bincount(owner[(position < asked.valid_start[owner]) & (rows != SEP)], minlength=len(asked)),
         asked.times[asked.offsets[:-1] + start] if len(asked.times) else asked.times,
+        baskets,
     )
 
 
@@ -166,7 +185,8 @@ def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: b
             ranks_BR = rank_among(parts[0], targets_BR.to(device), scores_BN, negatives_BN.to(device))
             found[protocol][users] = ranks_BR.cpu().numpy()
         if FULL in found:
-            found[FULL][users] = rank_in_full(scores, parts[0], targets_BR, histories, FIRST_INDEX).cpu().numpy()
+            left_out = histories.until(np.zeros(len(histories), np.int64)) if held_out.baskets else histories
+            found[FULL][users] = rank_in_full(scores, parts[0], targets_BR, left_out, FIRST_INDEX).cpu().numpy()
         bar.update(len(users))
     bar.close()
     return found
@@ -220,11 +240,23 @@ def _count(flags_BV: Tensor) -> Tensor:
     return torch.from_numpy(np.count_nonzero(flags_BV.numpy(), axis=1))
 
 
-def metrics_of(ranks_UR: IntArray, *, ks: Sequence[int] = KS) -> dict[str, FloatArray]:
-    """Per-user metrics of both conventions; names of the convention `single` begin with ``single/``."""
+def metrics_of(ranks_UR: IntArray, *, ks: Sequence[int] = KS, baskets: bool = False) -> dict[str, FloatArray]:
+    """Per-user metrics of both conventions, and of `basket` where asked for; names of others than `list` are
+    prefixed."""
     given = torch.from_numpy(ranks_UR)
-    single = metrics_from_ranks(given, convention="single", ks=ks)
-    return metrics_from_ranks(given, ks=ks) | {SINGLE + name: values for name, values in single.items()}
+    found = metrics_from_ranks(given, ks=ks)
+    for prefix in (SINGLE, *([BASKET] if baskets else [])):
+        of_convention = metrics_from_ranks(given, convention=convention_of(prefix)[0], ks=ks)
+        found |= {prefix + name: values for name, values in of_convention.items()}
+    return found
+
+
+def convention_of(metric: str) -> tuple[Convention, str]:
+    """The convention that a metric's prefix says, and its name without."""
+    for prefix, convention in CONVENTIONS.items():
+        if metric.startswith(prefix):
+            return convention, metric.removeprefix(prefix)
+    return "list", metric
 
 
 def _bounds(sequences: Sequences, part: Part) -> tuple[IntArray, IntArray]:

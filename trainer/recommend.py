@@ -64,6 +64,7 @@ def run(config: RecommendConfig) -> Result:
     """The recipe `recommend`. Raises GraftrecError."""
     folder, label = _model(config)
     artifact = load_artifact(folder, users=False)
+    artifact.scorer()  # refuses a model that ranks no items, or reads something else than is read here
     own = artifact.config.data
     predicts = own.predicted or own.domain
     split, domain = config.split or own.split, config.domain or predicts

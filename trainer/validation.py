@@ -12,7 +12,14 @@ import torch
 
 from trainer import profiles
 from trainer.classification import AUC
-from trainer.config import ConfigError, PretrainConfig, ProfileConfig, TaskConfig
+from trainer.config import (
+    BasketPairConfig,
+    ConfigError,
+    PretrainConfig,
+    ProfileConfig,
+    TaskConfig,
+    reads_baskets,
+)
 from trainer.data.dataset import Catalogue, Release, rows_of_domain
 from trainer.distributed import World
 from trainer.metrics import means
@@ -20,6 +27,7 @@ from trainer.models import SequenceModel
 from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
 from trainer.scoring import Scorer
 from trainer.tasks import Profile, Task, build_task
+from trainer.tasks.baskets import HEAD as NEXT_BASKET
 from trainer.tasks.profile import HEAD
 
 
@@ -55,7 +63,7 @@ def read_validation(config: PretrainConfig, release: Release, catalogue: Catalog
 
 
 class Ranking:
-    """Held-out items of the validation part, in full ranking."""
+    """Held-out items, or baskets, of the validation part, in full ranking."""
 
     classes: tuple[str, ...] = ()
     task_heads: Mapping[str, int] = {}
@@ -65,6 +73,8 @@ class Ranking:
         self.task: Task = build_task(config.task)
         self._held_out, self._among = _asked(config, release, catalogue)
         self._batch_size = config.evaluation.batch_size
+        if isinstance(config.task, BasketPairConfig):
+            self.task_heads = {NEXT_BASKET: 1}
 
     def __len__(self) -> int:
         return len(self._held_out)
@@ -114,7 +124,7 @@ def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tu
     reads_more = config.data.answered != config.data.domain
     held_out = read_held_out(
         release, config.data.split, config.data.domain, catalogue, "validation", times=reads_more,
-        max_users=config.train.validation_users,
+        max_users=config.train.validation_users, baskets=reads_baskets(config.task),
     )  # fmt: skip
     if not reads_more:
         return held_out, None

@@ -77,6 +77,15 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
             sequences += rows
             negatives += [row for sequence in rows for row in _negatives(random, sequence, log, items)]
     write("sequences", sequences)
+    write(
+        "baskets",
+        [
+            row
+            for user, log in zip(users, logs, strict=True)
+            for domain in DOMAINS
+            for row in _baskets(user, domain, log, items)
+        ],
+    )
     write("negatives", negatives)
     write("releases", [
         {"release": 1, "created": 0, "config": "{}", "config_hash": "tiny", "code_version": "tiny",
@@ -139,6 +148,23 @@ def _sequences(split, user, log, items):
             "valid_start": end - 5 if held_out else end, "test_start": end - 3 if held_out else end, "end": end,
         })  # fmt: skip
     return rows
+
+
+def _baskets(user, domain, log, items):
+    """Of one, two and three items in turn; the last of three or more is for test, the one before for validation."""
+    domain_of = {i["index"]: i["domain"] for i in items}
+    own = [(i, t) for i, t in zip(*log, strict=True) if domain in (domain_of[i], "all")]
+    lists = []
+    while own:
+        size = len(lists) % 3 + 1
+        lists.append(own[:size])
+        own = own[size:]
+    parts = ["train"] * len(lists) if len(lists) < 3 else [*["train"] * (len(lists) - 2), "validation", "test"]
+    return [
+        {"split": "last-5", "domain": domain, "bucket": bucket_of(user["raw"], BUCKETS), "user": user["index"],
+         "basket": number, "time": events[0][1], "part": part, "items": [i for i, _ in events]}
+        for number, (events, part) in enumerate(zip(lists, parts, strict=True))
+    ]  # fmt: skip
 
 
 def _negatives(random, sequence, log, items):

@@ -12,6 +12,7 @@ class Batch:
 
     items [B, T] int64 catalogue rows (PAD past the end); lengths [B]; users [B] global user index, UNK where the user
     is hidden from the model; owners [B]: whose sequences they are (None: `users`);
+    everyone [G, T]: items of the whole global batch, where the task looks at others' (None: `items` are all there are);
     rows: this rank's slice of the global batch of `global_rows` users and `global_items` items; draw: (seed, epoch,
     step), which whatever is random about this batch is a function of.
     """
@@ -24,6 +25,7 @@ class Batch:
     draw: tuple[int, ...]
     global_items: int = 0
     owners: Tensor | None = None
+    everyone: Tensor | None = None
 
     @property
     def mask_BT(self) -> Tensor:
@@ -36,4 +38,5 @@ class Batch:
             items=self.items.to(device, non_blocking=True),
             lengths=self.lengths.to(device, non_blocking=True),
             users=self.users.to(device, non_blocking=True),
+            everyone=None if self.everyone is None else self.everyone.to(device, non_blocking=True),
         )

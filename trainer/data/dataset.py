@@ -200,6 +200,11 @@ def _partitions(release: Release, table: Table) -> list[dict[str, str]]:
     return partitions
 
 
+def known_sequences(release: Release, table: Table) -> list[tuple[str, str]]:
+    """Splits and domains that a table has."""
+    return sorted({(part["split"], part["domain"]) for part in _partitions(release, table)})
+
+
 def domains_with_sequences(release: Release, split: str) -> list[str]:
     """Domains that have sequences in a split; none where there is no such split."""
     return sorted({part["domain"] for part in _partitions(release, tables.SEQUENCES) if part["split"] == split})
@@ -283,7 +288,7 @@ class SequenceDataset:
         self.release, self.split, self.domain = release, split, domain
         self.files = release.files(tables.SEQUENCES, {"split": split, "domain": domain})
         if not self.files:
-            known = sorted({(p["split"], p["domain"]) for p in _partitions(release, tables.SEQUENCES)})
+            known = known_sequences(release, tables.SEQUENCES)
             raise DataError(
                 f"no sequences of split {split!r} and domain {domain!r} in release {release.number} of {release.lake}; "
                 f"it has {', '.join('/'.join(pair) for pair in known)}"
@@ -292,7 +297,7 @@ class SequenceDataset:
         self.rows_per_group: list[int] = []
         self._metadata = functools.lru_cache(_FOOTERS)(_metadata)  # of files, which never change
         for file in self.files:
-            with _blamed(file), _parquet(file) as parquet:
+            with blamed(file), open_parquet(file) as parquet:
                 _check_columns(parquet.schema_arrow)
                 for group in range(parquet.num_row_groups):
                     self.groups.append((file, group))
@@ -312,7 +317,7 @@ class SequenceDataset:
         read. May be called from several threads."""
         file, number = self.groups[group]
         columns = ["user", "items", "valid_start", *(["test_start", "end"] if held_out else [])]
-        with _blamed(file), _parquet(file, self._metadata(file)) as parquet:
+        with blamed(file), open_parquet(file, self._metadata(file)) as parquet:
             # One thread, and no coalesced reads ahead: a row group is one unit of work.
             table = parquet.read_row_group(number, columns=[*columns, *(["times"] if times else [])], use_threads=False)
             return _flatten(table, self.rows_per_group[group])
@@ -335,7 +340,7 @@ def training_interactions(dataset: SequenceDataset, catalogue: Catalogue) -> Int
 
 
 @contextmanager
-def _blamed(file: str) -> Iterator[None]:
+def blamed(file: str) -> Iterator[None]:
     """What goes wrong while a data file is read, as a DataError that names it."""
     try:
         yield
@@ -349,11 +354,11 @@ class _Damage(Exception):
 
 
 def _metadata(file: str) -> pq.FileMetaData:
-    with _parquet(file) as parquet:
+    with open_parquet(file) as parquet:
         return parquet.metadata
 
 
-def _parquet(file: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
+def open_parquet(file: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
     path = file.removeprefix("file://")
     place = path if file.startswith("file://") or Path(path).exists() else file
     return pq.ParquetFile(place, metadata=metadata, pre_buffer=False, page_checksum_verification=True)

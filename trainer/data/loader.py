@@ -27,18 +27,19 @@ class Loader:
     slice, so every world size sees the same samples in the same order. Memory: two blocks, plus the cache up to
     `cache_bytes`, whatever the table's size.
 
+    `everyone`: each rank's batches hold the items of the whole global batch too.
     Raises ConfigError for sizes that can't work, DataError for a table without rows, and, while iterating, for a file
     that can't be read.
     """
 
     def __init__(
         self, dataset: SequenceDataset, catalogue: Catalogue, config: DataConfig, *,
-        batch_size: int, max_length: int, seed: int, rank: int = 0, world_size: int = 1,
+        batch_size: int, max_length: int, seed: int, rank: int = 0, world_size: int = 1, everyone: bool = False,
     ) -> None:  # fmt: skip
         _check_sizes(dataset, config, batch_size, max_length, rank, world_size)
         self.dataset, self.catalogue, self.config = dataset, catalogue, config
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.everyone = rank, world_size, everyone and world_size > 1
         self.epoch, self.step = 0, 0  # the next batch
         self._reader = BlockReader(dataset, catalogue, window=max_length, cache_bytes=config.cache_bytes)
         self._columns_T = np.arange(max_length, dtype=np.int32)
@@ -104,6 +105,7 @@ class Loader:
             (self.seed, self.epoch, self.step),
             int(lengths.sum()),
             torch.from_numpy(block.users[batch][mine]),
+            self._padded(block.windows_NT, block.firsts[batch] + starts, lengths, width) if self.everyone else None,
         )
 
     def _padded(self, windows_NT: Int32Array, starts: IntArray, lengths: IntArray, width: int) -> torch.Tensor:

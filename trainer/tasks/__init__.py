@@ -4,15 +4,24 @@ from typing import Protocol
 
 from torch import Tensor
 
-from trainer.config import MaskedItemConfig, NextItemConfig, ProfileConfig, TargetItemConfig, TaskConfig
+from trainer.config import (
+    BasketPairConfig,
+    MaskedItemConfig,
+    NextBasketConfig,
+    NextItemConfig,
+    ProfileConfig,
+    TargetItemConfig,
+    TaskConfig,
+)
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
+from trainer.tasks.baskets import BasketPair, NextBasket
 from trainer.tasks.masked_item import MaskedItem
 from trainer.tasks.next_item import NextItem
 from trainer.tasks.profile import Profile
 from trainer.tasks.target_item import TargetItem
 
-__all__ = ["MaskedItem", "NextItem", "Profile", "TargetItem", "Task", "build_task"]
+__all__ = ["BasketPair", "MaskedItem", "NextBasket", "NextItem", "Profile", "TargetItem", "Task", "build_task"]
 
 
 class Task(Protocol):
@@ -37,3 +46,7 @@ def build_task(config: TaskConfig) -> Task:
             return TargetItem(config)
         case ProfileConfig():
             return Profile(config)
+        case NextBasketConfig():
+            return NextBasket(config)
+        case BasketPairConfig():
+            return BasketPair(config)

@@ -1,0 +1,79 @@
+"""Baskets read as sequences: a user's baskets one behind the other, a SEP behind each."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from etl import tables
+from etl.tables import SEP
+from trainer.data.dataset import (
+    DataError,
+    IntArray,
+    Release,
+    SequenceDataset,
+    Sequences,
+    blamed,
+    known_sequences,
+    open_parquet,
+)
+
+
+class BasketDataset(SequenceDataset):
+    """The baskets of one split and domain, each user a sequence; its parts are those of the baskets.
+
+    A group is a data file, that is, a bucket's users or a part of them: a user's baskets lie in one file, but maybe in
+    several row groups of it. Raises DataError where there are none, and for a file that can't be read.
+    """
+
+    def __init__(self, release: Release, split: str, domain: str) -> None:
+        self.release, self.split, self.domain = release, split, domain
+        has_any = tables.BASKETS.name in release.versions
+        self.files = release.files(tables.BASKETS, {"split": split, "domain": domain}) if has_any else []
+        if not self.files:
+            known = known_sequences(release, tables.BASKETS) if has_any else []
+            told = f"it has {', '.join('/'.join(pair) for pair in known)}" if known else "it has none at all"
+            raise DataError(
+                f"no baskets of split {split!r} and domain {domain!r} in release {release.number} of {release.lake}; "
+                f"{told}; name the log's basket column, or set baskets.gap_minutes, and run `python -m etl all` again"
+            )
+        self.groups = [(file, 0) for file in self.files]
+        self.rows_per_group = [self._num_users(file) for file in self.files]
+
+    def _num_users(self, file: str) -> int:
+        with blamed(file), open_parquet(file) as parquet:
+            users = parquet.read(columns=["user"], use_threads=False)["user"].to_numpy()
+        return int(np.count_nonzero(np.diff(users))) + 1 if len(users) else 0
+
+    def read_group(self, group: int, *, times: bool = False, held_out: bool = True) -> Sequences:
+        """One file's users. Raises DataError naming a file that can't be read. May be called from several threads."""
+        file, _ = self.groups[group]
+        columns = ["user", "basket", "part", "items", *(["time"] if times else [])]
+        with blamed(file), open_parquet(file) as parquet:
+            return _joined(parquet.read(columns=columns, use_threads=False))
+
+
+def _joined(baskets: pa.Table) -> Sequences:
+    """Baskets in the order of user and number, as sequences."""
+    user, number = (baskets[name].to_numpy().astype(np.int64) for name in ("user", "basket"))
+    if (np.diff(user) < 0).any() or (
+        (np.diff(user) == 0) & (np.diff(number) <= 0)
+    ).any():  # a table rewritten by others
+        return _joined(baskets.take(pa.array(np.lexsort((number, user)))))
+    lists = baskets["items"].combine_chunks()
+    size = pc.list_value_length(lists).to_numpy().astype(np.int64) + 1  # a SEP behind each
+    ends = np.cumsum(size)
+    items = np.full(int(size.sum()), SEP, dtype=np.int32)
+    is_item = np.ones(len(items), dtype=bool)
+    is_item[ends - 1] = False
+    items[is_item] = lists.flatten().to_numpy()
+    first = np.flatnonzero(np.diff(user, prepend=-1))  # each user's first basket
+    part = baskets["part"].cast(pa.string())
+
+    def length(*names: str) -> IntArray:
+        inside = pc.is_in(part, value_set=pa.array(names)).to_numpy()
+        return np.add.reduceat(size * inside, first) if len(first) else np.empty(0, np.int64)
+
+    before = [length(*tables.PARTS[: count + 1]) for count in range(len(tables.PARTS))]
+    offsets = np.concatenate([[0], np.cumsum(before[-1])]).astype(np.int64)
+    times = np.repeat(baskets["time"].to_numpy(), size) if "time" in baskets.column_names else np.empty(0, np.int64)
+    return Sequences(user[first], offsets, items, times, *before)
