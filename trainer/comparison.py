@@ -206,7 +206,7 @@ def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:
     tested = sum(row.p_value is not None for row in rows if row.protocol == protocols[0])
     convention = convention_of(metrics[0])[0]
     notes = [f"several held-out items are relevant in one list (convention `{convention}`)"]
-    if asked.baskets:
+    if asked.held_out.repeats:
         notes.append("what a user has had is a candidate too")
     if tested:
         notes.append(f"gains over {against}; p over users and seeds, Holm over {tested} tests")

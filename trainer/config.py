@@ -324,6 +324,8 @@ class EvaluationConfig(Section):
         "uniform-100",
         "popular-100",
     )
+    # Of next baskets: whether what a user has had is a candidate too; not in a log where nothing is taken twice.
+    repeats: bool = True
     batch_size: int = Field(256, ge=1)
     max_users: int | None = Field(None, ge=2)  # about so many, the same for every model; None: all
 

@@ -150,7 +150,7 @@ def read_evaluation_set(
     catalogue = read_catalogue(release, domain)
     held_out = read_held_out(
         release, split, domain, catalogue, part, config.protocols, times=True, max_users=config.max_users,
-        baskets=baskets,
+        baskets=baskets, repeats=config.repeats,
     )  # fmt: skip
     return EvaluationSet(release, split, domain, part, catalogue, held_out)
 

@@ -56,8 +56,8 @@ class HeldOut:
     num_rows: int  # V
     training_items: IntArray  # [U] length of the training part
     first_time: IntArray  # [U] time of the first held-out item; empty where there are no times, or they were not read
-    # Of baskets: histories have a SEP behind each, and what a user has had is a candidate too, for it may be had again.
-    baskets: bool = False
+    baskets: bool = False  # histories have a SEP behind each
+    repeats: bool = False  # what is in the input is a candidate too, for it may be had again
 
     def __len__(self) -> int:
         return len(self.users)
@@ -86,13 +86,14 @@ def read_held_out(
     times: bool = False,
     max_users: int | None = None,
     baskets: bool = False,
+    repeats: bool = True,
 ) -> HeldOut:
     """The users who hold out something in `part`, with input and targets as rows of `catalogue`.
 
     Input at validation: the training part; at test: training part and validation items. `times`: read times too, which
     baselines over several domains need. `max_users`: only about so many users, the same ones for every model and run
     (chosen by a hash of their index), so that memory is bounded whatever the table's size. `baskets`: the next basket
-    is held out, of the table `baskets`; ranked in full only.
+    is held out, of the table `baskets`; ranked in full only, with `repeats` among what the user has had, too.
     Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
     that the catalogue lacks (it must be of the same release and domain).
     """
@@ -142,6 +143,7 @@ def read_held_out(
         np.bincount(owner[(position < asked.valid_start[owner]) & (rows != SEP)], minlength=len(asked)),
         asked.times[asked.offsets[:-1] + start] if len(asked.times) else asked.times,
         baskets,
+        baskets and repeats,
     )
 
 
@@ -185,7 +187,7 @@ def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: b
             ranks_BR = rank_among(parts[0], targets_BR.to(device), scores_BN, negatives_BN.to(device))
             found[protocol][users] = ranks_BR.cpu().numpy()
         if FULL in found:
-            left_out = histories.until(np.zeros(len(histories), np.int64)) if held_out.baskets else histories
+            left_out = histories.until(np.zeros(len(histories), np.int64)) if held_out.repeats else histories
             found[FULL][users] = rank_in_full(scores, parts[0], targets_BR, left_out, FIRST_INDEX).cpu().numpy()
         bar.update(len(users))
     bar.close()
