@@ -224,9 +224,10 @@ def block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
     width = max(len(label) for label in [*labels, "model"])
     compared = any(row.gain for row in rows)
     several = len({protocol for protocol, _ in columns}) > 1 or columns[0][0] != rows[0].protocol
+    names = [protocol if several else metric for protocol, metric in columns]
+    wide = max(13, *(len(name) + 2 for name in names))
     head = f"{'model':<{width}} seeds" + "".join(
-        f"{protocol if several else metric:>13}" + (f"{'gain':>9}{'p':>8}" if compared else "")
-        for protocol, metric in columns
+        f"{name:>{wide}}" + (f"{'gain':>9}{'p':>8}" if compared else "") for name in names
     )
     lines = [head, "─" * len(head)]
     for label in models + [label for label in labels if label not in models]:
@@ -234,12 +235,12 @@ def block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
         if models and label not in models and len(lines) == 2 + len(models):
             lines.append("")
         seeds = own[0].num_seeds if own[0].is_model else "–"
-        lines.append(f"{label:<{width}} {seeds:>5}{''.join(_cell(row, compared) for row in own)}".rstrip())
+        lines.append(f"{label:<{width}} {seeds:>5}{''.join(_cell(row, wide, compared) for row in own)}".rstrip())
     return "\n".join(lines)
 
 
-def _cell(row: Row, compared: bool) -> str:
-    text = f"{row.mean:>13.4f}"
+def _cell(row: Row, wide: int, compared: bool) -> str:
+    text = f"{row.mean:>{wide}.4f}"
     if compared:
         gain = f"{100 * row.gain.relative_gain:+.1f} %" if row.gain is not None else ""
         text += f"{gain:>9}{p_text(row.p_value):>8}"

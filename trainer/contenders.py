@@ -264,20 +264,28 @@ def _user_rows(artifact: Artifact, asked: EvaluationSet) -> IntArray:
 
 
 def _refuse_leak(artifact: Artifact, asked: EvaluationSet) -> None:
-    """A domain's training part may hold what another holds out: that of `all` under `last-5` does, not so `causal`."""
+    """A domain's training part may hold what another holds out: that of `all` under `last-5` does, not so `causal`; and
+    a sequence's may hold the last basket, where that is longer than what the split holds out."""
     data, release = artifact.config.data, asked.release
     if artifact.lake == release.lake and artifact.release > release.number:
         raise EvaluateError(
             f"expected a release at least as new as {artifact.release}, which {artifact.folder} was trained on, found "
             f"{release.number}, which may hold out what the model has seen; evaluate on a newer release"
         )
-    if data.domain == asked.domain or data.domain not in domains_with_sequences(asked.release, data.split):
+    same = data.domain == asked.domain and asked.baskets == reads_baskets(artifact.config.task)
+    if same or data.domain not in domains_with_sequences(asked.release, data.split):
         return
     dataset = SequenceDataset(asked.release, data.split, data.domain)
     trained = aligned(asked._rows(read_users(dataset, _is_among(asked.users)), training=True), asked.users)
     owner = np.repeat(np.arange(len(trained)), trained.lengths)
     own = np.bincount(owner[np.isin(trained.items, asked.own_rows)], minlength=len(trained))
-    leaked = int(np.maximum(own - asked.held_out.histories.lengths, 0).sum())
+    given = asked.held_out.histories
+    leaked = int(np.maximum(own - given.keep(given.items != SEP).lengths, 0).sum())
+    if leaked and asked.baskets:
+        raise EvaluateError(
+            f"expected a model that has not seen what it is asked, found {leaked:,} items of last baskets in what "
+            f"{artifact.folder} was trained on (split {data.split!r}); train it on a split that holds out more"
+        )
     if leaked:
         raise EvaluateError(
             f"expected a model that has not seen what it is asked, found {leaked:,} held-out interactions of domain "

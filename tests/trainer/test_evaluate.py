@@ -232,7 +232,7 @@ def test_model_of_all_domains_reads_what_came_before_everywhere(tiny_lake, asked
             return Scores.of(torch.zeros(len(histories), len(candidates)))
 
     watched = dataclasses.replace(artifact)
-    object.__setattr__(watched, "scorer", lambda device: Watching())
+    object.__setattr__(watched, "scorer", lambda device, baskets: Watching())
     contender = model_contender(watched, asked, label="joint")
     contender.score(asked.held_out.histories)
     sequences = {row["user"]: row for row in rows_of(tiny_lake, "sequences", split="last-5", domain="all")}
