@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-wide both-wide-causal \
-	ml1m-loo loo-deep page test test-slow test-gpu bench bench-gpu bench-peers \
+	ml1m-loo loo-deep models page test test-slow test-gpu bench bench-gpu bench-peers \
 	bench-growth check format clean clean-all
 
 help:  ## this list
@@ -52,6 +52,9 @@ table2 both both-causal both-wide both-wide-causal ml1m-loo loo-deep: $(BIN)/.in
 	@test -n "$(DATA)" || { echo "make $@: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
 		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
 	@$(BIN)/python mlflow_projects/experiment.py --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)
+
+models: $(BIN)/.installed  ## each model by each transfer, on a generated log, or with DATA=… on MovieLens-1M; hours
+	@$(BIN)/python mlflow_projects/experiment.py --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)
 
 page: $(BIN)/.installed  ## open the MLflow page on http://127.0.0.1:5000 (PORT=…)
 	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \

@@ -242,6 +242,7 @@ def _seed(seed: int, cell: "Cell") -> dict[str, Any]:
         "seed": seed, "run": done["mlflow_run"], "folder": str(cell.folder), "model_hash": done["hash"],
         "parent_hash": artifact_hash(cell.parent.folder / "model") if cell.parent else None,
         "parameters": sum(math.prod(tensor["shape"]) for tensor in account["tensors"]),
+        "trained": account["parameters"]["trained"], "peak_gb": done["metrics"].get("peak_gb"),
         "epochs": int(done["metrics"]["epochs"]), "best_epoch": int(done["metrics"]["best_epoch"]),
         "seconds": done["metrics"]["seconds"], "pretrain_seconds": done["metrics"]["pretrain_seconds"] or None,
         "items_per_second": items / trained if trained else None, "validation": done["metrics"][f"validation/{SCORE}"],

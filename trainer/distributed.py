@@ -1,6 +1,8 @@
 """One process or many: the same code. `torchrun` sets the variables; without them the world is this process alone."""
 
 import os
+import resource
+import sys
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -73,6 +75,13 @@ class World:
         found: list[_Object | None] = [None] * self.size
         dist.all_gather_object(found, mine)
         return [one for one in found if one is not None]
+
+    def peak_gb(self) -> float:
+        """The most memory that this process has held at once, in GB: the GPU's, where it computes on one."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
     def wait(self) -> None:
         if self.size > 1:

@@ -170,7 +170,10 @@ def _summary(training: Training, parent: Artifact | None) -> dict[str, float]:
     progress = training.progress
     seconds = sum(epoch.seconds for epoch in progress.history)
     best = {f"validation/{name}": value for name, value in progress.history[progress.best_epoch - 1].metrics.items()}
-    cost = {"seconds": seconds, "epochs": len(progress.history), "best_epoch": progress.best_epoch}
+    cost = {
+        "seconds": seconds, "epochs": len(progress.history), "best_epoch": progress.best_epoch,
+        "peak_gb": training.world.peak_gb(),
+    }  # fmt: skip
     inherited = 0.0 if parent is None else parent.metrics["seconds"] + parent.metrics.get("pretrain_seconds", 0.0)
     return best | cost | {"pretrain_seconds": inherited}
 

@@ -383,8 +383,16 @@ class _Report:
         return [Heading("Learning curves"), Text(text), *blocks] if blocks else []
 
     def cost(self) -> list[Block]:
-        head = ["mean over seeds", "parameters", "epochs", "best epoch", "training", "pre-training", "items/s"]
-        keys = ("parameters", "epochs", "best_epoch", "seconds", "pretrain_seconds", "items_per_second")
+        head = [
+            "mean over seeds", "parameters", "trained", "epochs", "best epoch", "training", "pre-training", "items/s",
+            "peak memory",
+        ]  # fmt: skip
+        keys = (
+            "parameters", "trained", "epochs", "best_epoch", "seconds", "pretrain_seconds", "items_per_second",
+            "peak_gb",
+        )  # fmt: skip
+        runs = [run for row in self.done for run in row["seeds"]]
+        shown = [place for place, key in enumerate(keys) if any(run.get(key) is not None for run in runs)]
         rows: list[Sequence[Cell | str] | str] = []
         for title, own in self._groups():
             trained = [row for row in own if row["kind"] != "baseline" and row["seeds"]]
@@ -394,8 +402,10 @@ class _Report:
             for row in trained:
                 means = {key: _mean_of(row["seeds"], key) for key in keys}
                 cells = [f"{means[key]:,.0f}" if key in means and np.isfinite(means[key]) else "–" for key in keys]
-                cells[3], cells[4] = (_duration(means[key]) for key in ("seconds", "pretrain_seconds"))
-                rows.append([_label(row), *cells])
+                cells[4], cells[5] = (_duration(means[key]) for key in ("seconds", "pretrain_seconds"))
+                cells[7] = f"{means['peak_gb']:.2f} GB" if np.isfinite(means["peak_gb"]) else "–"
+                rows.append([_label(row), *(cells[place] for place in shown)])
+        head = [head[0], *(head[place + 1] for place in shown)]
         text = "A pre-trained model that several rows share was trained once; each of them shows its whole time."
         return [Heading("Cost"), Text(text), Table(head, rows)] if rows else []
 
@@ -555,7 +565,7 @@ def _curve(name: str, epochs: Sequence[Row]) -> Curve:
 
 
 def _mean_of(runs: Sequence[Row], key: str) -> float:
-    known = [run[key] for run in runs if run[key] is not None]
+    known = [run[key] for run in runs if run.get(key) is not None]
     return float(np.mean(known)) if known else NAN
 
 
