@@ -37,6 +37,7 @@ from trainer.distributed import join
 from trainer.metrics import means
 from trainer.pictures import Gain, confusions, transfer_gains
 from trainer.ranking import BASKET, FULL, SINGLE, convention_of
+from trainer.told import rows_of
 
 USERS, SUMMARY, TABLE, GAINS = "users.parquet", "summary.json", "table.txt", "gains.png"
 CONFUSIONS = "confusions.png"
@@ -113,7 +114,7 @@ def _evaluate_profiles(
     device = str(join(config.runtime).device)
     models = [load_artifact(model.model, device=device) for model in chosen]
     told = profile_table.tell(config, chosen, models, release)
-    rows = profile_table.rows_of(told, against=config.against)
+    rows = rows_of(told, metrics=profile_table.METRICS, tested=profile_table.TESTED, against=config.against)
     text = profile_table.render(rows, told, against=config.against)
     print(text)
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,8 +133,7 @@ def _evaluate_profiles(
     )
     pq.write_table(users, folder / USERS, compression="zstd")
     (folder / TABLE).write_text(text + "\n", encoding="utf-8")
-    labels = dict.fromkeys(label for label, _ in told.probabilities)
-    shares = {label: profile_table.confusion(told, label) for label in labels}
+    shares = {label: profile_table.confusion(told, label) for label in told.labels}
     picture = confusions(shares, told.classes.names, title=f"{told.classes.attribute}, {len(told.asked):,} users, %")
     picture.savefig(folder / CONFUSIONS, dpi=130)
     run.log_figure(picture, f"evaluation/{CONFUSIONS}")

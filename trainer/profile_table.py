@@ -3,11 +3,11 @@
 Beside them: the most frequent value, and a logistic regression on which items a user has, whose strength is chosen on
 the validation part. A transfer gain that doesn't beat that one is none.
 
-Shape letters: ``S`` seeds, ``N`` users, ``C`` classes, ``V`` rows of the catalogue.
+Shape letters: ``N`` users, ``C`` classes, ``V`` rows of the catalogue.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -25,31 +25,30 @@ from trainer.contenders import EvaluateError, raw_users
 from trainer.data.dataset import Catalogue, Release, read_catalogue, rows_by_raw_id
 from trainer.metrics import FloatArray
 from trainer.profiles import Asked, Classes, probabilities, read_asked, read_classes
-from trainer.stats import compare, holm
+from trainer.told import Key, Told, keys_of, notes_of
 
 METRICS = ("accuracy", "macro-F1", AUC, "log loss")
 TESTED = ("accuracy", "log loss")  # of one user each, so that users can be paired
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # C of the regression
-Key = tuple[str, int | None]  # label, seed
 
 
 @dataclass(frozen=True)
-class Told:
-    """What every contender told of the users asked."""
+class ToldProfiles(Told):
+    """Probabilities [N, C]; a user is one example."""
 
     classes: Classes
     asked: Asked
-    part: str
-    domain: str
-    split: str
-    probabilities: Mapping[Key, FloatArray]  # [N, C]
-    models: frozenset[str]  # labels that are models
-    seconds: Mapping[str, tuple[float, float]]  # of a label's training and pre-training, mean over seeds
+
+    def metrics(self, key: Key) -> dict[str, float]:
+        return metrics_of(self.asked.class_N, self.probabilities[key])
+
+    def of_users(self, key: Key, metric: str) -> FloatArray:
+        return example_metrics(self.asked.class_N, self.probabilities[key])[metric]
 
 
 def tell(
     config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], release: Release
-) -> Told:
+) -> ToldProfiles:
     """Ask every model, and the baselines. Raises EvaluateError for models that were not trained for one question."""
     task, data = models[0].config.task, models[0].config.data
     assert isinstance(task, ProfileConfig)
@@ -64,21 +63,11 @@ def tell(
         )
     catalogue = read_catalogue(release, domain)
     asked = read_asked(release, split, domain, catalogue, classes, config.part)
-    found: dict[Key, FloatArray] = {}
-    seconds: dict[str, list[tuple[float, float]]] = {}
-    for named, artifact in zip(chosen, models, strict=True):
-        label = named.label or str(getattr(artifact.config, "transfer", artifact.config.name))
-        key = label, artifact.config.train.seed if named.seed is None else named.seed
-        if key in found:
-            raise EvaluateError(
-                f"expected one model of each label and seed, found two of {label!r}, seed {key[1]}; give `label` or "
-                "`seed` in models"
-            )
-        found[key] = _told(artifact, asked, catalogue, release, config.evaluation.batch_size)
-        seconds.setdefault(label, []).append(
-            (artifact.metrics.get("seconds", 0.0), artifact.metrics.get("pretrain_seconds", 0.0))
-        )
-    labels = frozenset(seconds)
+    keys, costs = keys_of(chosen, models)
+    found = {
+        key: _told(artifact, asked, catalogue, release, config.evaluation.batch_size)
+        for key, artifact in zip(keys, models, strict=True)
+    }
     if config.baselines.enabled:
         trained, checked = (
             read_asked(release, split, domain, catalogue, classes, part) for part in ("train", "validation")
@@ -86,8 +75,7 @@ def tell(
         shares = np.bincount(trained.class_N, minlength=len(classes.names)) / len(trained)
         found["most frequent value", None] = np.tile(shares, (len(asked), 1))
         found["items, logistic regression", None] = _regression(trained, checked, asked, len(catalogue))
-    means = {label: tuple(np.mean(of, axis=0).tolist()) for label, of in seconds.items()}
-    return Told(classes, asked, config.part, domain, split, found, labels, means)
+    return ToldProfiles(found, config.part, domain, split, costs, classes, asked)
 
 
 def _check(artifact: Artifact, first: Artifact, split: str, domain: str) -> None:
@@ -141,68 +129,21 @@ def _items(histories: Histories, num_rows: int) -> sp.csr_matrix:
     return found
 
 
-def rows_of(told: Told, *, against: str) -> list[Row]:
-    """Every label under every metric; gains of TESTED over `against`, Holm over the models' tests."""
-    labels = list(dict.fromkeys(label for label, _ in told.probabilities))
-    rows = [_row(told, label, against, metric) for metric in METRICS for label in labels]
-    tested = [(number, row.gain) for number, row in enumerate(rows) if row.is_model and row.gain]
-    for (number, _), p_value in zip(tested, holm([gain.p_value for _, gain in tested]) if tested else [], strict=True):
-        rows[number] = replace(rows[number], p_value=p_value)
-    return rows
-
-
-def _row(told: Told, label: str, against: str, metric: str) -> Row:
-    seeds = _seeds(told, label)
-    values = [metrics_of(told.asked.class_N, told.probabilities[label, seed])[metric] for seed in seeds]
-    gain = None
-    if metric in TESTED and label != against and (others := _seeds(told, against)):
-        if None not in seeds and None not in others:
-            seeds = others = [seed for seed in seeds if seed in others]
-            if not seeds:
-                raise EvaluateError(f"expected {label!r} and {against!r} to share a seed; train both with the same")
-        ours, theirs = _of_users(told, label, seeds, metric), _of_users(told, against, others, metric)
-        gain = compare(ours, theirs)
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    seconds, before = told.seconds.get(label, (0.0, 0.0))
-    return Row(
-        label, "users", metric, float(np.mean(values)), spread, len(values), label in told.models, told.domain, gain,
-        seconds=seconds, pretrain_seconds=before,
-    )  # fmt: skip
-
-
-def _seeds(told: Told, label: str) -> list[int | None]:
-    return [seed for name, seed in told.probabilities if name == label]
-
-
-def _of_users(told: Told, label: str, seeds: Sequence[int | None], metric: str) -> FloatArray:
-    """[S, N]; [N] where there are no seeds."""
-    found = np.stack([example_metrics(told.asked.class_N, told.probabilities[label, seed])[metric] for seed in seeds])
-    return found[0] if list(seeds) == [None] else found
-
-
-def render(rows: Sequence[Row], told: Told, *, against: str) -> str:
+def render(rows: Sequence[Row], told: ToldProfiles, *, against: str) -> str:
     """The table for people."""
     count = np.bincount(told.asked.class_N, minlength=len(told.classes.names))
     shown = ", ".join(f"{name} {users:,}" for name, users in zip(told.classes.names, count, strict=True))
     where = f"{told.part} · domain {told.domain} · split {told.split} · {len(told.asked):,} users ({shown})"
     notes = ["reads the training part; AUC of more than two values: each against the rest, averaged"]
-    if any(row.gain for row in rows):
-        tests = sum(row.p_value is not None for row in rows)
-        notes.append(f"gains over {against}, of accuracy and log loss (less is better); Holm over {tests} tests")
-    costs = {row.label: row for row in rows if row.is_model}
-    notes += [
-        f"{label}: pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"
-        for label, row in costs.items()
-    ]
     table = block(rows, [("users", metric) for metric in METRICS])
-    return f"{told.classes.attribute} · {where}\n{table}\n\n" + "\n".join(notes)
+    return f"{told.classes.attribute} · {where}\n{table}\n\n" + "\n".join(notes + notes_of(rows, against=against))
 
 
-def confusion(told: Told, label: str) -> npt.NDArray[np.float64]:
+def confusion(told: ToldProfiles, label: str) -> npt.NDArray[np.float64]:
     """[C, C] of a label, its seeds together: share of the users of each class (row) who are told to be of another."""
     size = len(told.classes.names)
     counted = np.zeros((size, size))
-    for seed in _seeds(told, label):
+    for seed in told.seeds(label):
         np.add.at(counted, (told.asked.class_N, told.probabilities[label, seed].argmax(1)), 1)
     shares: npt.NDArray[np.float64] = counted / np.maximum(counted.sum(1, keepdims=True), 1)
     return shares

@@ -1,0 +1,113 @@
+"""What models told that rank nothing, as rows of one table: of what users are, or of what they click.
+
+Shape letters: ``S`` seeds, ``U`` users.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from trainer.artifact import Artifact
+from trainer.comparison import Row
+from trainer.config import EvaluatedModel
+from trainer.contenders import EvaluateError
+from trainer.metrics import FloatArray
+from trainer.stats import compare, holm
+
+Key = tuple[str, int | None]  # label, seed
+Costs = Mapping[str, tuple[float, float]]  # label -> seconds of training and of pre-training, mean over seeds
+
+
+@dataclass(frozen=True)
+class Told(ABC):
+    """Probabilities of every contender for the same examples."""
+
+    probabilities: Mapping[Key, FloatArray]
+    part: str
+    domain: str
+    split: str
+    costs: Costs  # of models
+
+    @abstractmethod
+    def metrics(self, key: Key) -> dict[str, float]:
+        """Of all examples together."""
+
+    @abstractmethod
+    def of_users(self, key: Key, metric: str) -> FloatArray:
+        """[U] of each user's examples, for paired tests."""
+
+    @property
+    def labels(self) -> list[str]:
+        return list(dict.fromkeys(label for label, _ in self.probabilities))
+
+    def seeds(self, label: str) -> list[int | None]:
+        return [seed for name, seed in self.probabilities if name == label]
+
+
+def keys_of(chosen: Sequence[EvaluatedModel], models: Sequence[Artifact]) -> tuple[list[Key], Costs]:
+    """Label and seed of each model. Raises EvaluateError for two of the same."""
+    keys: list[Key] = []
+    seconds: dict[str, list[tuple[float, float]]] = {}
+    for named, artifact in zip(chosen, models, strict=True):
+        label = named.label or str(getattr(artifact.config, "transfer", artifact.config.name))
+        key = label, artifact.config.train.seed if named.seed is None else named.seed
+        if key in keys:
+            raise EvaluateError(
+                f"expected one model of each label and seed, found two of {label!r}, seed {key[1]}; give `label` or "
+                "`seed` in models"
+            )
+        keys.append(key)
+        spent = artifact.metrics.get("seconds", 0.0), artifact.metrics.get("pretrain_seconds", 0.0)
+        seconds.setdefault(label, []).append(spent)
+    costs = {label: tuple(np.mean(of, axis=0).tolist()) for label, of in seconds.items()}
+    return keys, costs
+
+
+def rows_of(told: Told, *, metrics: Sequence[str], tested: Sequence[str], against: str) -> list[Row]:
+    """Every label under every metric; gains of the metrics `tested` over `against`, Holm over the models' tests."""
+    rows = [_row(told, label, against, metric, metric in tested) for metric in metrics for label in told.labels]
+    gains = [(number, row.gain) for number, row in enumerate(rows) if row.is_model and row.gain]
+    adjusted = holm([gain.p_value for _, gain in gains]) if gains else []
+    for (number, _), p_value in zip(gains, adjusted, strict=True):
+        rows[number] = replace(rows[number], p_value=p_value)
+    return rows
+
+
+def _row(told: Told, label: str, against: str, metric: str, tested: bool) -> Row:
+    seeds, others = told.seeds(label), told.seeds(against)
+    values = [told.metrics((label, seed))[metric] for seed in seeds]
+    gain = None
+    if tested and label != against and others:
+        paired = seeds
+        if None not in seeds and None not in others:
+            paired = others = [seed for seed in seeds if seed in others]
+            if not paired:
+                raise EvaluateError(f"expected {label!r} and {against!r} to share a seed; train both with the same")
+        gain = compare(_of_users(told, label, paired, metric), _of_users(told, against, others, metric))
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+    seconds, before = told.costs.get(label, (0.0, 0.0))
+    return Row(
+        label, "users", metric, float(np.mean(values)), spread, len(values), label in told.costs, told.domain, gain,
+        seconds=seconds, pretrain_seconds=before,
+    )  # fmt: skip
+
+
+def _of_users(told: Told, label: str, seeds: Sequence[int | None], metric: str) -> FloatArray:
+    """[S, U]; [U] where there are no seeds."""
+    found = np.stack([told.of_users((label, seed), metric) for seed in seeds])
+    return found[0] if list(seeds) == [None] else found
+
+
+def notes_of(rows: Sequence[Row], *, against: str) -> list[str]:
+    """What a reader of the table must know: what was tested, what models cost."""
+    notes = []
+    if tests := sum(row.p_value is not None for row in rows):
+        tested = ", ".join(dict.fromkeys(row.metric for row in rows if row.p_value is not None))
+        notes.append(f"gains over {against}, of {tested}; p over users and seeds, Holm over {tests} tests")
+    costs = {row.label: row for row in rows if row.is_model}
+    return notes + [
+        f"{label}: pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"
+        for label, row in costs.items()
+    ]
