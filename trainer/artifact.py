@@ -4,6 +4,7 @@ config.json          the run's whole configuration, its release, table versions,
 weights.safetensors  every tensor but the user table
 users.safetensors    the user table, apart from the rest: it can be huge, and it is personal data. Optional.
 users.parquet        raw user id -> row of the user table. Optional, as above.
+content.safetensors  what items are (float16), where the task reads it
 catalogue.parquet    row, global index, raw item id, title, popularity, whether it is predicted (where not all are),
                      entity index of each knowledge slot
 manifest.json        SHA-256 of each file above; written last, so that a half-written folder is no model
@@ -28,7 +29,15 @@ from torch import Tensor
 
 from etl.config import GraftrecError
 from etl.tables import UNK
-from trainer.config import FinetuneConfig, PretrainConfig, patch_of, reads_baskets
+from trainer.config import (
+    FinetuneConfig,
+    PairHeadConfig,
+    PretrainConfig,
+    TaskHead,
+    patch_of,
+    ranks_items,
+    reads_baskets,
+)
 from trainer.data.dataset import Catalogue, Int32Array, Release, Texts
 from trainer.models import SequenceModel, build_saved
 from trainer.models.table import interleave
@@ -38,6 +47,7 @@ from trainer.tasks import Task, build_task
 CONFIG, WEIGHTS, CATALOGUE, MANIFEST = "config.json", "weights.safetensors", "catalogue.parquet", "manifest.json"
 USERS, USER_IDS = "users.safetensors", "users.parquet"
 OPTIONAL = (USERS, USER_IDS)
+CONTENT = "content"
 USER_TABLE = "user_embedding.weight"
 
 
@@ -72,10 +82,11 @@ class Artifact:
                 f"expected a model of item sequences, found {self.folder}, which reads baskets; `python -m trainer "
                 "evaluate` scores it"
             )
-        if self.classes:
+        if not ranks_items(self.config.task):
+            told = getattr(self.config.task, "attribute", "clicks")
             raise ArtifactError(
-                f"expected a model that ranks items, found {self.folder}, which tells a user's "
-                f"{getattr(self.config.task, 'attribute', 'class')}; `python -m trainer evaluate` scores it"
+                f"expected a model that ranks items, found {self.folder}, which tells a user's {told}; `python -m "
+                "trainer evaluate` scores it"
             )
         return Scorer(self.model, self.task, device=device)
 
@@ -88,11 +99,12 @@ def save_artifact(
     folder: Path, *, config: PretrainConfig, release: Release, catalogue: Catalogue, popularity: npt.NDArray[np.int64],
     knowledge: Int32Array, weights: Mapping[str, Tensor | Sequence[Tensor]], metrics: dict[str, float],
     parent: str | None, users: pa.Table | None, predicted: npt.NDArray[np.bool_] | None = None,
-    classes: Sequence[str] = (), task_heads: Mapping[str, int] | None = None,
+    classes: Sequence[str] = (), task_heads: Mapping[str, TaskHead] | None = None,
+    content: npt.NDArray[np.float32] | None = None,
 ) -> str:  # fmt: skip
     """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index.
     `predicted`: the rows that are ever an answer; None: all real ones. `classes`: what the task's head tells, if any;
-    `task_heads`: the task's layers, name -> outputs.
+    `task_heads`: the task's layers; `content` [V, F]: what items are, where the task reads it.
 
     `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
     """
@@ -102,6 +114,8 @@ def save_artifact(
     tensors = {name: _whole(parts, new / f"{name}.whole") for name, parts in weights.items()}
     user_table = tensors.pop(USER_TABLE, None)
     save_file(tensors, new / WEIGHTS)
+    if content is not None:
+        save_file({CONTENT: torch.from_numpy(content).half()}, new / f"{CONTENT}.safetensors")
     described: dict[str, Any] = {
         "recipe": "finetune" if isinstance(config, FinetuneConfig) else "pretrain",
         "config": config.model_dump(mode="json"),
@@ -110,7 +124,9 @@ def save_artifact(
         "versions": release.versions,
         "parent": parent,
         "classes": list(classes),
-        "task_heads": dict(task_heads or {}),
+        "task_heads": {
+            name: head if isinstance(head, int) else head.model_dump() for name, head in (task_heads or {}).items()
+        },
         "metrics": metrics,
         "num_users": 0 if user_table is None else len(user_table),
         "num_entities": len(tensors["entity_embedding.weight"]) if "entity_embedding.weight" in tensors else 0,
@@ -185,8 +201,14 @@ def read_artifact(
     model = build_saved(
         config.model, num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
         num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
-        patch=patch_of(config), task_heads=described.get("task_heads"),
+        patch=patch_of(config), 
+        task_heads={
+            name: head if isinstance(head, int) else PairHeadConfig.model_validate(head)
+            for name, head in described.get("task_heads", {}).items()
+        },
     )  # fmt: skip
+    if (told := folder / f"{CONTENT}.safetensors").is_file():
+        model.describe(load_file(told)[CONTENT].float())
     if "predicted" in rows.column_names:
         model.predict_only(torch.from_numpy(rows["predicted"].to_numpy()))
     return Artifact(

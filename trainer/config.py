@@ -11,6 +11,7 @@ __all__ = [
     "BasketPairConfig",
     "Bert4RecConfig",
     "CaserConfig",
+    "ClickConfig",
     "ConfigError",
     "DataConfig",
     "EvaluateConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "ModelConfig",
     "NextBasketConfig",
     "NextItemConfig",
+    "PairHeadConfig",
     "PatchConfig",
     "PeterRecConfig",
     "PretrainConfig",
@@ -37,11 +39,13 @@ __all__ = [
     "SearchConfig",
     "TargetItemConfig",
     "TaskConfig",
+    "TaskHead",
     "TrackingConfig",
     "TrainConfig",
     "TransferName",
     "load",
     "patch_of",
+    "ranks_items",
     "reads_baskets",
     "scores_all",
 ]
@@ -203,6 +207,16 @@ class NextItemConfig(Section):
     loss: LossConfig = LossConfig()
 
 
+class PairHeadConfig(Section):
+    """f(u, v) of content-based click prediction: a user's vector and an item's content to a score."""
+
+    content: int = Field(ge=1)  # width
+    layers: tuple[int, ...]
+
+
+TaskHead = int | PairHeadConfig  # so many outputs, or a score of pairs
+
+
 class TargetItemConfig(Section):
     """Items of another domain told by a user's vector (PeterRec's fine-tuning: Yuan et al. 2020): what is read is all
     but the items of `data.predicted`, with a CLS behind, and each of those is a target."""
@@ -257,11 +271,41 @@ class BasketPairConfig(Section):
     loss: LossConfig = LossConfig()
 
 
+class ClickConfig(Section):
+    """Whether a user takes an item, told by the user's vector and by what the item is (Chen et al. 2019; survey 3.2.2,
+    equation 2)."""
+
+    kind: Literal["click"] = "click"
+    content: tuple[Literal["text", "categories"], ...] = Field(("text", "categories"), min_length=1)
+    layers: tuple[int, ...] = Field((64,), min_length=1)  # widths of f's hidden layers
+    negatives: int = Field(4, ge=1, le=20)  # for each item taken, in training and when asked
+    causal: bool = True  # as the parent was pre-trained: next item, causal; masked item, not
+    cuts: int = Field(8, ge=1)  # of a sequence in a step, where not causal
+
+    @field_validator("content")
+    @classmethod
+    def _parts_differ(cls, content: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(content)) < len(content):
+            raise ValueError(f"expected each part once, found {', '.join(content)}")
+        return content
+
+
 TaskConfig = Annotated[
-    MaskedItemConfig | NextItemConfig | TargetItemConfig | ProfileConfig | NextBasketConfig | BasketPairConfig,
+    MaskedItemConfig
+    | NextItemConfig
+    | TargetItemConfig
+    | ProfileConfig
+    | NextBasketConfig
+    | BasketPairConfig
+    | ClickConfig,
     Field(discriminator="kind"),
 ]
 RANKING_TASKS = ("masked_item", "next_item", "target_item")  # of items, for sequences
+
+
+def ranks_items(task: TaskConfig) -> bool:
+    """Whether a task's models score items: for sequences or baskets. Others tell something of a user, or of a pair."""
+    return not isinstance(task, ProfileConfig | ClickConfig)
 
 
 def reads_baskets(task: TaskConfig) -> bool:
@@ -271,7 +315,7 @@ def reads_baskets(task: TaskConfig) -> bool:
 
 def scores_all(task: TaskConfig) -> bool:
     """Whether a step scores the whole catalogue."""
-    return task.kind != "profile" and task.loss.kind == "full"
+    return not isinstance(task, ProfileConfig | ClickConfig) and task.loss.kind == "full"
 
 
 class TrainConfig(Section):
@@ -354,12 +398,24 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _mlp_scores_pairs(self) -> "PretrainConfig":
-        if self.model.kind == "mlp" and self.task.kind == "profile":
-            raise ValueError("model mlp reads no items, so it tells no profile; take bert4rec, caser or peterrec")
+        if self.model.kind == "mlp" and self.task.kind in ("profile", "click"):
+            raise ValueError(
+                f"model mlp reads no items, so there is nothing to tell task {self.task.kind} by; take bert4rec, caser "
+                "or peterrec"
+            )
         if self.model.kind == "mlp" and scores_all(self.task):
             raise ValueError(
                 "model mlp scores every pair of user and item by a network, too dear for task.loss.kind full; set that "
                 "to bce or sampled"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _clicks_are_of_one_domain(self) -> "PretrainConfig":
+        if self.task.kind == "click" and (self.data.predicted is not None or self.data.ranked is not None):
+            raise ValueError(
+                "task click is asked about the domain that it reads, found data.predicted or data.ranked; leave them "
+                "out"
             )
         return self
 

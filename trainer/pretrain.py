@@ -153,6 +153,8 @@ def _model(
         task_heads=validation.task_heads,
     )  # fmt: skip
     model.to(device=world.device, dtype=world.dtype)
+    if validation.content is not None:
+        model.describe(torch.from_numpy(validation.content))
     if config.data.predicted is not None:
         model.predict_only(torch.from_numpy(rows_of_domain(release, catalogue, config.data.predicted)))
     if isinstance(config, FinetuneConfig):
@@ -190,7 +192,7 @@ def _finish(
         knowledge=knowledge, weights=training.best, metrics=metrics, parent=parent.hash if parent else None,
         users=release.read(tables.USERS, ["user", "index"]),
         predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
-        classes=validation.classes, task_heads=validation.task_heads,
+        classes=validation.classes, task_heads=validation.task_heads, content=validation.content,
     )  # fmt: skip
     history = [vars(epoch) for epoch in training.progress.history]
     (folder / "history.json").write_text(json.dumps(history, indent=1))
@@ -254,7 +256,8 @@ def run_identity(config: PretrainConfig, release: Release, parent: Artifact | No
     )
     here = Path(__file__).parent
     names = (
-        "pretrain", "loop", "optimizer", "transfer", "adapters", "validation", "profiles", "classification", "ranking",
+        "pretrain", "loop", "optimizer", "transfer", "adapters", "validation", "profiles", "clicks", "content",
+        "classification", "ranking",
         "metrics", "scoring", "artifact",
     )  # fmt: skip
     modules = [here / f"{name}.py" for name in names]

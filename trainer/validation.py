@@ -10,38 +10,47 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from trainer import profiles
+from trainer import clicks, profiles
 from trainer.classification import AUC
 from trainer.config import (
     BasketPairConfig,
+    ClickConfig,
     ConfigError,
+    PairHeadConfig,
     PretrainConfig,
     ProfileConfig,
     TaskConfig,
+    TaskHead,
+    ranks_items,
     reads_baskets,
 )
+from trainer.content import FloatArray, read_content
 from trainer.data.dataset import Catalogue, Release, rows_of_domain
 from trainer.distributed import World
 from trainer.metrics import means
 from trainer.models import SequenceModel
 from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
 from trainer.scoring import Scorer
-from trainer.tasks import Profile, Task, build_task
+from trainer.tasks import Click, Profile, Task, build_task
 from trainer.tasks.baskets import HEAD as NEXT_BASKET
+from trainer.tasks.click import HEAD as CLICK
 from trainer.tasks.profile import HEAD
+
+SCORES_ITEMS = ("head.", "output_bias", "item_weights.")  # tensors that a task leaves alone which ranks no items
 
 
 def score_of(task: TaskConfig) -> str:
     """The validation metric that early stopping and searches watch: larger is better."""
-    return AUC if task.kind == "profile" else "NDCG@10"
+    return "NDCG@10" if ranks_items(task) else AUC
 
 
 class Validation(Protocol):
     """Who is asked what, and the task that is trained for it."""
 
     classes: tuple[str, ...]  # what the task's head tells, where it has one
-    task_heads: Mapping[str, int]
+    task_heads: Mapping[str, TaskHead]
     unused: tuple[str, ...]  # name prefixes of tensors that no step reaches
+    content: FloatArray | None  # [V, F] what items are, where the task reads it
 
     @property
     def task(self) -> Task: ...
@@ -59,6 +68,8 @@ def read_validation(config: PretrainConfig, release: Release, catalogue: Catalog
     """Raises GraftrecError for data that can't be asked as configured."""
     if isinstance(config.task, ProfileConfig):
         return Telling(config, config.task, release, catalogue)
+    if isinstance(config.task, ClickConfig):
+        return Clicking(config, config.task, release, catalogue)
     return Ranking(config, release, catalogue)
 
 
@@ -66,8 +77,9 @@ class Ranking:
     """Held-out items, or baskets, of the validation part, in full ranking."""
 
     classes: tuple[str, ...] = ()
-    task_heads: Mapping[str, int] = {}
+    task_heads: Mapping[str, TaskHead] = {}
     unused: tuple[str, ...] = ()
+    content: FloatArray | None = None
 
     def __init__(self, config: PretrainConfig, release: Release, catalogue: Catalogue) -> None:
         self.task: Task = build_task(config.task)
@@ -95,8 +107,9 @@ def full_ranking(scorer: Scorer, held_out: HeldOut, world: World, *, batch_size:
 class Telling:
     """Users whose class is held out for validation."""
 
-    task_heads: Mapping[str, int]
-    unused: tuple[str, ...] = ("head.", "output_bias", "item_weights.")  # what scores items
+    task_heads: Mapping[str, TaskHead]
+    unused: tuple[str, ...] = SCORES_ITEMS
+    content: FloatArray | None = None
 
     def __init__(self, config: PretrainConfig, task: ProfileConfig, release: Release, catalogue: Catalogue) -> None:
         known = profiles.read_classes(release, task)
@@ -112,6 +125,37 @@ class Telling:
     def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
         scorer = Scorer(model, self.task, device=world.device)
         return profiles.validate(scorer, model, self._asked, world, batch_size=self._batch_size)
+
+
+class Clicking:
+    """Held-out items, and others that the user did not take."""
+
+    classes: tuple[str, ...] = ()
+    task_heads: Mapping[str, TaskHead]
+    unused: tuple[str, ...] = SCORES_ITEMS
+    content: FloatArray | None
+
+    def __init__(self, config: PretrainConfig, task: ClickConfig, release: Release, catalogue: Catalogue) -> None:
+        self._click = Click(task)
+        self.content = read_content(release, catalogue, task.content)
+        self.task_heads = {CLICK: PairHeadConfig(content=self.content.shape[1], layers=task.layers)}
+        data = config.data
+        self._pairs = clicks.read_pairs(
+            release, data.split, data.domain, catalogue, "validation", task.negatives,
+            max_users=config.train.validation_users,
+        )  # fmt: skip
+        self._batch_size = config.evaluation.batch_size
+
+    @property
+    def task(self) -> Task:
+        return self._click
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
+        scorer = Scorer(model, self.task, device=world.device)
+        return clicks.validate(scorer, model, self._click, self._pairs, world, batch_size=self._batch_size)
 
 
 def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tuple[HeldOut, torch.Tensor | None]:

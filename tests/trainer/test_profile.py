@@ -141,7 +141,7 @@ def test_rare_values_count_as_none(tiny_lake):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="leave users to train on"):
         ProfileConfig(attribute="x", validation=0.5, test=0.5)
-    with pytest.raises(ValueError, match="mlp reads no items"):
+    with pytest.raises(ValueError, match="mlp reads no items, so there is nothing to tell task profile by"):
         PretrainConfig(model=MlpConfig(), task=ProfileConfig(attribute="x"))
 
 

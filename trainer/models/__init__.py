@@ -6,7 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config import Bert4RecConfig, CaserConfig, MlpConfig, ModelConfig, PatchConfig, PeterRecConfig
+from trainer.config import (
+    Bert4RecConfig,
+    CaserConfig,
+    MlpConfig,
+    ModelConfig,
+    PatchConfig,
+    PeterRecConfig,
+    TaskHead,
+)
 from trainer.distributed import ALONE
 from trainer.models.base import SequenceModel
 from trainer.models.bert4rec import Bert4Rec
@@ -24,11 +32,11 @@ __all__ = [
 
 def build_model(
     config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int,
-    tables: RowTables | None = None, patch: PatchConfig | None = None, task_heads: Mapping[str, int] | None = None,
+    tables: RowTables | None = None, patch: PatchConfig | None = None, task_heads: Mapping[str, TaskHead] | None = None,
 ) -> SequenceModel:  # fmt: skip
     """A new model, its weights a function of `seed` alone (the global random state is left as it was).
 
-    `patch`: patches that it has beside its blocks. `task_heads`: layers of tasks, name -> outputs. `tables`: its item,
+    `patch`: patches that it has beside its blocks. `task_heads`: what tasks tell beside items. `tables`: its item,
     user and entity tables are row-wise, and this process keeps its share of them. Raises ConfigError
     where there are more processes than rows.
     """
@@ -43,7 +51,7 @@ def build_model(
 
 def build_saved(
     config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, weights: Mapping[str, Tensor],
-    patch: PatchConfig | None = None, task_heads: Mapping[str, int] | None = None,
+    patch: PatchConfig | None = None, task_heads: Mapping[str, TaskHead] | None = None,
 ) -> SequenceModel:  # fmt: skip
     """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
     with torch.device("meta"):  # nothing is drawn that would be overwritten
@@ -56,7 +64,7 @@ def build_saved(
 
 def _new(
     config: ModelConfig, num_users: int, num_entities: int, knowledge_VS: Tensor, tables: RowTables | None,
-    patch: PatchConfig | None, task_heads: Mapping[str, int] | None,
+    patch: PatchConfig | None, task_heads: Mapping[str, TaskHead] | None,
 ) -> SequenceModel:  # fmt: skip
     sizes: dict[str, Any] = {"num_users": num_users, "num_entities": num_entities, "knowledge_VS": knowledge_VS}
     model: SequenceModel
@@ -72,8 +80,8 @@ def _new(
     if patch is not None:
         assert isinstance(model, TiedModel), "settings refuse others"
         model.add_patches(patch)
-    for name, num_outputs in (task_heads or {}).items():
-        model.add_task_head(name, num_outputs)
+    for name, head in (task_heads or {}).items():
+        model.add_task_head(name, head)
     return model
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etl.tables import UNK
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, PairHeadConfig, TaskHead
 from trainer.models.dropout import Dropout
+from trainer.models.pair import PairHead
 from trainer.models.table import RowTable, RowTables
 
 _EVERY = slice(None)
@@ -34,6 +35,7 @@ class SequenceModel(nn.Module):
 
     knowledge_VS: Tensor
     predicted_V: Tensor | None  # bool: the catalogue rows that are predicted; None: all real ones
+    content_VF: Tensor | None  # vectors of what items are, where the task reads them
     head: nn.Module
     user_embedding: nn.Embedding | RowTable
     entity_embedding: nn.Embedding | RowTable
@@ -45,6 +47,7 @@ class SequenceModel(nn.Module):
         self.tables = tables  # None: dense ones
         self.register_buffer("knowledge_VS", knowledge_VS.int(), persistent=False)
         self.register_buffer("predicted_V", None, persistent=False)
+        self.register_buffer("content_VF", None, persistent=False)
         self.dropout = Dropout(config.dropout)
         self.task_heads = nn.ModuleDict()
 
@@ -88,13 +91,20 @@ class SequenceModel(nn.Module):
         """Whether `item_vectors` is a table as it stands, so that all of it costs nothing."""
         raise NotImplementedError
 
-    def add_task_head(self, name: str, num_outputs: int) -> None:
-        """A layer from a hidden state to `num_outputs` numbers, for a task that tells something else than items. Drawn
+    def add_task_head(self, name: str, head: TaskHead) -> None:
+        """What a task tells by a hidden state beside items: so many numbers, or a score of an item's content. Drawn
         from the global random state."""
-        layer = nn.Linear(self.hidden_width, num_outputs)
+        if isinstance(head, PairHeadConfig):
+            self.task_heads[name] = PairHead(self.hidden_width, head.content, head.layers)
+            return
+        layer = nn.Linear(self.hidden_width, head)
         nn.init.trunc_normal_(layer.weight, std=self.hidden_width**-0.5)
         nn.init.zeros_(layer.bias)
         self.task_heads[name] = layer
+
+    def describe(self, content_VF: Tensor) -> None:
+        """What items are (`trainer.content`), for a task that reads it."""
+        self.content_VF = content_VF.to(self.knowledge_VS.device)
 
     @property
     def hidden_width(self) -> int:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from trainer.config import (
     BasketPairConfig,
+    ClickConfig,
     MaskedItemConfig,
     NextBasketConfig,
     NextItemConfig,
@@ -16,12 +17,13 @@ from trainer.config import (
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
 from trainer.tasks.baskets import BasketPair, NextBasket
+from trainer.tasks.click import Click
 from trainer.tasks.masked_item import MaskedItem
 from trainer.tasks.next_item import NextItem
 from trainer.tasks.profile import Profile
 from trainer.tasks.target_item import TargetItem
 
-__all__ = ["BasketPair", "MaskedItem", "NextBasket", "NextItem", "Profile", "TargetItem", "Task", "build_task"]
+__all__ = ["BasketPair", "Click", "MaskedItem", "NextBasket", "NextItem", "Profile", "TargetItem", "Task", "build_task"]
 
 
 class Task(Protocol):
@@ -46,6 +48,8 @@ def build_task(config: TaskConfig) -> Task:
             return TargetItem(config)
         case ProfileConfig():
             return Profile(config)
+        case ClickConfig():
+            return Click(config)
         case NextBasketConfig():
             return NextBasket(config)
         case BasketPairConfig():

@@ -1,0 +1,32 @@
+"""A score of a user's vector and an item's content by a small network: f(u, v) of content-based click prediction
+(survey equation 2; Chen et al. 2019, *BERT4SessRec*).
+
+Shape letters: ``N`` pairs, ``D`` width of a hidden state, ``F`` width of content.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PairHead(nn.Module):
+    """Hidden states [N, D] and contents [N, F] -> logits [N]. The layers read both, and their product."""
+
+    def __init__(self, hidden_width: int, content_width: int, layers: tuple[int, ...]) -> None:
+        super().__init__()
+        self.content = nn.Linear(content_width, hidden_width)
+        sizes = [3 * hidden_width, *layers, 1]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
+        for layer in (self.content, *self.layers):
+            nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, hidden_ND: Tensor, content_NF: Tensor) -> Tensor:
+        item_ND = self.content(content_NF)
+        x = torch.cat([hidden_ND, item_ND, hidden_ND * item_ND], dim=-1)
+        for place, layer in enumerate(self.layers):
+            x = layer(F.gelu(x) if place else x)
+        logits: Tensor = x.squeeze(-1)
+        return logits
