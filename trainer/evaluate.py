@@ -20,10 +20,11 @@ from matplotlib.figure import Figure
 
 from etl.config import code_version
 from etl.tables import FIRST_INDEX
-from trainer import basket_baselines, profile_table, tracking
+from trainer import basket_baselines, click_table, profile_table, tracking
 from trainer.artifact import artifact_hash, load_artifact
+from trainer.click_table import ToldClicks
 from trainer.comparison import Evaluation, Row, compare_table, evaluate_contenders, p_text, render
-from trainer.config import ConfigError, EvaluateConfig, EvaluatedModel, reads_baskets
+from trainer.config import ConfigError, EvaluateConfig, EvaluatedModel, ranks_items, reads_baskets
 from trainer.contenders import (
     Contender,
     EvaluationSet,
@@ -35,12 +36,13 @@ from trainer.contenders import (
 from trainer.data.dataset import Release, pin
 from trainer.distributed import join
 from trainer.metrics import means
-from trainer.pictures import Gain, confusions, transfer_gains
+from trainer.pictures import Gain, confusions, reliability_curves, transfer_gains
+from trainer.profile_table import ToldProfiles
 from trainer.ranking import BASKET, FULL, SINGLE, convention_of
-from trainer.told import rows_of
+from trainer.told import Told, rows_of
 
 USERS, SUMMARY, TABLE, GAINS = "users.parquet", "summary.json", "table.txt", "gains.png"
-CONFUSIONS = "confusions.png"
+CONFUSIONS, RELIABILITY = "confusions.png", "reliability.png"
 ITEM_METRICS = ("NDCG@10", "Recall@10", "MRR")
 BASKET_METRICS = tuple(f"{BASKET}{name}" for name in ("NDCG@10", "Recall@10", "F1@10", "HR@10"))
 
@@ -67,8 +69,8 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         print(done.text)
         return done
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as run:
-        if first.classes:
-            return _evaluate_profiles(config, chosen, release, run, folder, key)
+        if not ranks_items(first.config.task):
+            return _evaluate_told(config, chosen, release, run, folder, key)
         baskets = reads_baskets(first.config.task)
         if baskets:  # no others are drawn for them
             config = config.model_copy(
@@ -102,52 +104,88 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     return EvaluationReport(folder, data, text, skipped=False)
 
 
-def _evaluate_profiles(
-    config: EvaluateConfig,
-    chosen: Sequence[EvaluatedModel],
-    release: Release,
-    run: tracking.Run,
-    folder: Path,
+def _evaluate_told(
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], release: Release, run: tracking.Run, folder: Path,
     key: str,
-) -> EvaluationReport:
-    """Models that tell what users are, in the place of ranking items for them."""
+) -> EvaluationReport:  # fmt: skip
+    """Models that rank no items: they tell what users are, or what they take."""
     device = str(join(config.runtime).device)
     models = [load_artifact(model.model, device=device) for model in chosen]
-    told = profile_table.tell(config, chosen, models, release)
-    rows = rows_of(told, metrics=profile_table.METRICS, tested=profile_table.TESTED, against=config.against)
-    text = profile_table.render(rows, told, against=config.against)
+    told: Told
+    if models[0].config.task.kind == "click":
+        told = clicks = click_table.tell(config, chosen, models, release)
+        rows = rows_of(told, metrics=click_table.METRICS, tested=click_table.TESTED, against=config.against)
+        text = click_table.render(rows, clicks, against=config.against)
+        picture, drawn = _reliability(clicks), RELIABILITY
+        users = _pairs_told(clicks, release)
+    else:
+        told = profiles = profile_table.tell(config, chosen, models, release)
+        rows = rows_of(told, metrics=profile_table.METRICS, tested=profile_table.TESTED, against=config.against)
+        text = profile_table.render(rows, profiles, against=config.against)
+        picture, drawn = _confusions(profiles), CONFUSIONS
+        users = _users_told(profiles, release)
     print(text)
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"is {name}" for name in told.classes.names]
-    users = pa.concat_tables(
-        pa.table(
-            {
-                "label": pa.array([label] * len(told.asked), pa.string()),
-                "seed": pa.array([seed] * len(told.asked), pa.int64()),
-                "user": pa.array(raw_users(release, told.asked.histories.users), pa.string()),
-                told.classes.attribute: pa.array([told.classes.names[one] for one in told.asked.class_N]),
-                **{name: pa.array(given[:, place]) for place, name in enumerate(names)},
-            }
-        )
-        for (label, seed), given in told.probabilities.items()
-    )
     pq.write_table(users, folder / USERS, compression="zstd")
     (folder / TABLE).write_text(text + "\n", encoding="utf-8")
-    shares = {label: profile_table.confusion(told, label) for label in told.labels}
-    picture = confusions(shares, told.classes.names, title=f"{told.classes.attribute}, {len(told.asked):,} users, %")
-    picture.savefig(folder / CONFUSIONS, dpi=130)
-    run.log_figure(picture, f"evaluation/{CONFUSIONS}")
+    picture.savefig(folder / drawn, dpi=130)
+    run.log_figure(picture, f"evaluation/{drawn}")
     data = [asdict(row) for row in rows]
     summary = {
         "key": key, "rows": data, "lake": release.lake, "release": release.number, "versions": release.versions,
-        "split": told.split, "domain": told.domain, "part": told.part, "users": len(told.asked),
-        "attribute": told.classes.attribute, "classes": told.classes.names, "against": config.against,
+        "split": told.split, "domain": told.domain, "part": told.part, "against": config.against,
+        "task": models[0].config.task.model_dump(mode="json"),
     }  # fmt: skip
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     for name in (USERS, SUMMARY, TABLE):
         run.log_artifact(folder / name, "evaluation")
     run.log_metrics({f"{config.part}/{row.label}/{row.metric}": row.mean for row in rows})
     return EvaluationReport(folder, data, text, skipped=False)
+
+
+def _users_told(told: ToldProfiles, release: Release) -> pa.Table:
+    """Label, seed, user (raw id), what the user is, and a column of probabilities for each class."""
+    names = told.classes.names
+    users = raw_users(release, told.asked.histories.users)
+    return pa.concat_tables(
+        pa.table(
+            {
+                "label": pa.array([label] * len(users), pa.string()),
+                "seed": pa.array([seed] * len(users), pa.int64()),
+                "user": pa.array(users, pa.string()),
+                told.classes.attribute: pa.array([names[one] for one in told.asked.class_N]),
+                **{f"is {name}": pa.array(given[:, place]) for place, name in enumerate(names)},
+            }
+        )
+        for (label, seed), given in told.probabilities.items()
+    )
+
+
+def _pairs_told(told: ToldClicks, release: Release) -> pa.Table:
+    """Label, seed, user (raw id), whether an item of the user's pairs was taken, and what was told of it."""
+    users = pa.array(raw_users(release, told.pairs.histories.users), pa.string()).take(pa.array(told.pairs.owner_N))
+    return pa.concat_tables(
+        pa.table(
+            {
+                "label": pa.array([label] * len(users), pa.string()),
+                "seed": pa.array([seed] * len(users), pa.int64()),
+                "user": users,
+                "taken": pa.array(told.pairs.taken_N),
+                "probability": pa.array(given),
+            }
+        )
+        for (label, seed), given in told.probabilities.items()
+    )
+
+
+def _confusions(told: ToldProfiles) -> Figure:
+    shares = {label: profile_table.confusion(told, label) for label in told.labels}
+    return confusions(shares, told.classes.names, title=f"{told.classes.attribute}, {len(told.asked):,} users, %")
+
+
+def _reliability(told: ToldClicks) -> Figure:
+    curves = {label: told.curve(label) for label in told.labels}
+    return reliability_curves(curves, title=f"{told.domain}, {len(told.pairs):,} users")
 
 
 def _chosen(config: EvaluateConfig) -> list[EvaluatedModel]:

@@ -165,6 +165,24 @@ def confusions(shares: Mapping[str, npt.NDArray[Any]], classes: Sequence[str], *
     return figure
 
 
+def reliability_curves(curves: Mapping[str, npt.NDArray[Any]], *, title: str = "") -> Figure:
+    """Of what is told a probability (across), the share that is so (up), by bins [bins, 2 or more]; the diagonal is
+    as told."""
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.subplots()
+    colours = _colours(list(curves))
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
+    ends: dict[str, tuple[float, float]] = {}
+    for name, curve in curves.items():
+        axes.plot(curve[:, 0], curve[:, 1], "o-", color=colours[name], linewidth=1.6, markersize=4)
+        ends[name] = (float(curve[-1, 0]), float(curve[-1, 1]))
+    _plain(axes, "share that was taken")
+    axes.set_xlabel("probability told (bins of equally many pairs)")
+    _label_ends(axes, ends, colours)
+    _title(figure, title)
+    return figure
+
+
 def sequence_lengths(lengths: Mapping[str, npt.NDArray[Any]], *, title: str = "") -> Figure:
     """Histogram of users by sequence length, a row a domain, one logarithmic axis, medians marked. Empty sequences are
     left out."""

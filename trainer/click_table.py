@@ -1,0 +1,145 @@
+"""Models that tell what users take, side by side on held-out items and others that the users did not take.
+
+Beside them, calibrated by a logistic regression on the validation part: popularity, and popularity with untrained
+item-to-item over the user's items. They know which items are, not what they are.
+
+Shape letters: ``N`` pairs of a user and an item.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from etl.tables import UNK
+from trainer.artifact import Artifact
+from trainer.baselines import Histories, item_to_item, popularity
+from trainer.classification import AUC, example_metrics
+from trainer.clicks import ERROR, OF_USER, Pairs, metrics_of, probabilities, read_pairs, reliability, user_auc
+from trainer.comparison import Row, block
+from trainer.config import ClickConfig, EvaluateConfig, EvaluatedModel
+from trainer.contenders import EvaluateError, raw_users
+from trainer.data.dataset import Catalogue, Release, SequenceDataset, read_catalogue, rows_by_raw_id
+from trainer.metrics import FloatArray
+from trainer.ranking import read_users, sampled
+from trainer.tasks.click import Click
+from trainer.told import Key, Told, keys_of, notes_of
+
+METRICS = (AUC, OF_USER, "log loss", ERROR)
+TESTED = (OF_USER, "log loss")  # of one user each, so that users can be paired
+
+
+@dataclass(frozen=True)
+class ToldClicks(Told):
+    """Probabilities [N] that a user takes an item."""
+
+    pairs: Pairs
+
+    def metrics(self, key: Key) -> dict[str, float]:
+        return metrics_of(self.pairs.taken_N, self.probabilities[key], self.pairs.owner_N)
+
+    def of_users(self, key: Key, metric: str) -> FloatArray:
+        told_N, pairs = self.probabilities[key], self.pairs
+        if metric == OF_USER:
+            return user_auc(pairs.taken_N, told_N, pairs.owner_N)
+        losses = example_metrics(pairs.taken_N.astype(np.int64), np.stack([1 - told_N, told_N], axis=1))[metric]
+        found: FloatArray = np.bincount(pairs.owner_N, losses) / np.bincount(pairs.owner_N)
+        return found
+
+    def curve(self, label: str) -> FloatArray:
+        """`reliability` of a label, its seeds together."""
+        seeds = self.seeds(label)
+        told = np.concatenate([self.probabilities[label, seed] for seed in seeds])
+        return reliability(np.tile(self.pairs.taken_N, len(seeds)), told)
+
+
+def tell(
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], release: Release
+) -> ToldClicks:
+    """Ask every model, and the baselines. Raises EvaluateError for models that were not trained for one question."""
+    first, data = models[0].config.task, models[0].config.data
+    assert isinstance(first, ClickConfig)
+    split, domain = config.split or data.split, config.domain or data.domain
+    for artifact in models:
+        task, own = artifact.config.task, artifact.config.data
+        if not isinstance(task, ClickConfig) or (task.negatives, own.split, own.domain) != (
+            first.negatives, split, domain,
+        ):  # fmt: skip
+            raise EvaluateError(
+                f"expected models of task click that read domain {domain!r} of split {split!r} with {first.negatives} "
+                f"negatives for each item, found {artifact.folder} of task {task.kind}, domain {own.domain!r}, split "
+                f"{own.split!r}"
+            )
+    catalogue = read_catalogue(release, domain)
+    pairs = _read(release, split, domain, catalogue, config, first, config.part)
+    keys, costs = keys_of(chosen, models)
+    found = {
+        key: _told(artifact, pairs, catalogue, release, config.evaluation.batch_size)
+        for key, artifact in zip(keys, models, strict=True)
+    }
+    if config.baselines.enabled:
+        checked = _read(release, split, domain, catalogue, config, first, "validation")
+        features = _Features(release, split, domain, catalogue, config)
+        for label, width in (("popularity", 1), ("popularity and item-to-item", 2)):
+            model = LogisticRegression(max_iter=1_000).fit(features.of(checked)[:, :width], checked.taken_N)
+            found[label, None] = model.predict_proba(features.of(pairs)[:, :width])[:, 1]
+    return ToldClicks(found, config.part, domain, split, costs, pairs)
+
+
+def _read(
+    release: Release, split: str, domain: str, catalogue: Catalogue, config: EvaluateConfig, task: ClickConfig,
+    part: str,
+) -> Pairs:  # fmt: skip
+    return read_pairs(
+        release, split, domain, catalogue, "validation" if part == "validation" else "test", task.negatives,
+        max_users=config.evaluation.max_users,
+    )  # fmt: skip
+
+
+def _told(artifact: Artifact, pairs: Pairs, catalogue: Catalogue, release: Release, batch_size: int) -> FloatArray:
+    """What the model doesn't know is passed over in histories, and asked about as the unknown item."""
+    given, known = pairs.histories, artifact.users or {}
+    users = np.array([known.get(raw, UNK) for raw in raw_users(release, given.users)], dtype=np.int64)
+    rows = rows_by_raw_id(artifact.catalogue, catalogue)
+    own = Histories(users, given.offsets, rows[given.items], given.times)
+    task = artifact.task
+    assert isinstance(task, Click)
+    asked = Pairs(own.keep(own.items != UNK), pairs.owner_N, rows[pairs.row_N], pairs.taken_N)
+    return probabilities(artifact.teller(), artifact.model, task, asked, batch_size=batch_size)
+
+
+class _Features:
+    """[N, 2] of pairs: logarithms of the item's popularity, and of its item-to-item score, in training parts."""
+
+    def __init__(self, release: Release, split: str, domain: str, catalogue: Catalogue, config: EvaluateConfig) -> None:
+        dataset = SequenceDataset(release, split, domain)
+        share = config.baselines.max_users / max(dataset.num_rows, 1)
+        found = read_users(dataset, lambda s: sampled(s.users, share))
+        assert found is not None, "whoever holds items out has others"
+        rows = catalogue.rows(found.items).astype(np.int64)
+        training = Histories(found.users, found.offsets, rows, found.times).until(found.valid_start)
+        self._rows = np.arange(len(catalogue))
+        self._popular = popularity(training, len(catalogue)).counts
+        self._near = item_to_item(training, len(catalogue), last=None, decay=config.baselines.decay)
+
+    def of(self, pairs: Pairs) -> FloatArray:
+        near = np.empty(len(pairs.row_N))
+        for start in range(0, len(pairs), 1_024):
+            users = np.arange(start, min(start + 1_024, len(pairs)))
+            at = np.flatnonzero((pairs.owner_N >= start) & (pairs.owner_N < start + len(users)))
+            scores = self._near.score(pairs.histories.take(users), self._rows).numpy()
+            near[at] = scores[pairs.owner_N[at] - start, pairs.row_N[at]]
+        return np.stack([np.log1p(self._popular[pairs.row_N]), np.log(near + 1e-4)], axis=1)
+
+
+def render(rows: Sequence[Row], told: ToldClicks, *, against: str) -> str:
+    """The table for people."""
+    taken = int(told.pairs.taken_N.sum())
+    where = f"{told.part} · domain {told.domain} · split {told.split} · {len(told.pairs):,} users"
+    notes = [
+        f"{taken:,} items taken and {len(told.pairs.taken_N) - taken:,} drawn uniformly, which were not",
+        "popularity and item-to-item are calibrated by a logistic regression on the validation part",
+    ]
+    table = block(rows, [("users", metric) for metric in METRICS])
+    return f"clicks · {where}\n{table}\n\n" + "\n".join(notes + notes_of(rows, against=against))
