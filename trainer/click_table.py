@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 
 from etl.tables import UNK
 from trainer.artifact import Artifact
 from trainer.baselines import Histories, item_to_item, popularity
-from trainer.classification import AUC, example_metrics
+from trainer.classification import AUC, example_metrics, scikit_learn
 from trainer.clicks import ERROR, OF_USER, Pairs, metrics_of, probabilities, read_pairs, reliability, user_auc
 from trainer.comparison import Row, block
 from trainer.config import ClickConfig, EvaluateConfig, EvaluatedModel
@@ -82,7 +81,11 @@ def tell(
         checked = _read(release, split, domain, catalogue, config, first, "validation")
         features = _Features(release, split, domain, catalogue, config)
         for label, width in (("popularity", 1), ("popularity and item-to-item", 2)):
-            model = LogisticRegression(max_iter=1_000).fit(features.of(checked)[:, :width], checked.taken_N)
+            model = (
+                scikit_learn("linear_model")
+                .LogisticRegression(max_iter=1_000)
+                .fit(features.of(checked)[:, :width], checked.taken_N)
+            )
             found[label, None] = model.predict_proba(features.of(pairs)[:, :width])[:, 1]
     return ToldClicks(found, config.part, domain, split, costs, pairs)
 

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
-from sklearn.feature_extraction.text import TfidfTransformer
-from sklearn.linear_model import LogisticRegression
 
 from etl.tables import UNK
 from trainer.artifact import Artifact
 from trainer.baselines import Histories
-from trainer.classification import AUC, example_metrics, metrics_of
+from trainer.classification import AUC, example_metrics, metrics_of, scikit_learn
 from trainer.comparison import Row, block
 from trainer.config import EvaluateConfig, EvaluatedModel, ProfileConfig
 from trainer.contenders import EvaluateError, raw_users
@@ -108,13 +106,11 @@ def _told(artifact: Artifact, asked: Asked, catalogue: Catalogue, release: Relea
 
 def _regression(trained: Asked, checked: Asked, asked: Asked, num_rows: int) -> FloatArray:
     """[N, C]: items that a user has, weighed by rarity (TF-IDF), rows of length one."""
-    weigh = TfidfTransformer().fit(_items(trained.histories, num_rows))
+    weigh = scikit_learn("feature_extraction.text").TfidfTransformer().fit(_items(trained.histories, num_rows))
     x, x_checked, x_asked = (weigh.transform(_items(part.histories, num_rows)) for part in (trained, checked, asked))
 
-    def fitted(strength: float) -> LogisticRegression:
-        return LogisticRegression(C=strength, max_iter=1_000).fit(x, trained.class_N)
-
-    models = [fitted(strength) for strength in STRENGTHS]
+    kind = scikit_learn("linear_model").LogisticRegression
+    models = [kind(C=strength, max_iter=1_000).fit(x, trained.class_N) for strength in STRENGTHS]
     scores = [metrics_of(checked.class_N, model.predict_proba(x_checked))["log loss"] for model in models]
     found: FloatArray = models[int(np.argmin(scores))].predict_proba(x_asked)
     return found
