@@ -404,10 +404,33 @@ class _Report:
                 cells = [f"{means[key]:,.0f}" if key in means and np.isfinite(means[key]) else "–" for key in keys]
                 cells[4], cells[5] = (_duration(means[key]) for key in ("seconds", "pretrain_seconds"))
                 cells[7] = f"{means['peak_gb']:.2f} GB" if np.isfinite(means["peak_gb"]) else "–"
-                rows.append([_label(row), *(cells[place] for place in shown)])
-        head = [head[0], *(head[place + 1] for place in shown)]
-        text = "A pre-trained model that several rows share was trained once; each of them shows its whole time."
+                rows.append([_label(row), *(cells[place] for place in shown), self._reached(row)])
+        head = [head[0], *(head[place + 1] for place in shown), "as good after"]
+        text = (
+            "A pre-trained model that several rows share was trained once; each of them shows its whole time. As good "
+            "after: epochs until the validation score is that which the row it is compared with had at its best, seed "
+            "by seed; pre-training is not in them."
+        )
         return [Heading("Cost"), Text(text), Table(head, rows)] if rows else []
+
+    def _reached(self, row: Row) -> str:
+        """Mean epochs until a row is as good on the validation part as what its gain is over ever was; in how many of
+        the seeds, where not in all."""
+        gain = self.gains.get((self.head, row["id"]))
+        other = next((one for one in self.done if gain and one["id"] == gain["against"]), None)
+        if other is None:
+            return ""
+        bars = {run["seed"]: _best_of(run) for run in other["seeds"]}
+        pairs = [(run["curve"], bars[run["seed"]]) for run in row["seeds"] if run["seed"] in bars]
+        epochs = [
+            next((point["epoch"] for point in curve if bar is not None and (point["validation"] or 0) >= bar), None)
+            for curve, bar in pairs
+        ]
+        known = [epoch for epoch in epochs if epoch is not None]
+        if not known:
+            return "never"
+        text = f"{np.mean(known):,.1f} epochs".replace(".0 ", " ")
+        return text if len(known) == len(epochs) else f"{text} in {len(known)} of {len(epochs)}"
 
     def table_1(self) -> list[Block]:
         data = self.results["data"]
@@ -562,6 +585,11 @@ def _curve(name: str, epochs: Sequence[Row]) -> Curve:
         for values, key in ((loss, "loss"), (validation, "validation")):
             values[one["epoch"] - 1] = NAN if one[key] is None else one[key]
     return Curve(name, loss, validation)
+
+
+def _best_of(run: Row) -> float | None:
+    """The best validation score of a run's epochs."""
+    return max((point["validation"] for point in run["curve"] if point["validation"] is not None), default=None)
 
 
 def _mean_of(runs: Sequence[Row], key: str) -> float:

@@ -511,6 +511,7 @@ def test_baskets_are_no_sequences(trained, tiny_lake, tmp_path):
         settings(PretrainConfig, tmp_path, tiny_lake, data={"lake": tiny_lake, "domain": "all", "predicted": "target"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["next_basket", "basket_pair"])
 def test_two_processes_see_what_one_sees(kind, tiny_lake, tmp_path):
     found = {}

@@ -341,6 +341,7 @@ def test_settings_that_make_no_sense_are_refused():
         PretrainConfig(task=ClickConfig(), data={"domain": "all", "predicted": "target"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 def test_two_processes_see_what_one_sees(causal, tiny_lake, tmp_path):
     found = {}

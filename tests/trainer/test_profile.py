@@ -278,6 +278,7 @@ def test_models_of_other_questions_are_not_compared(trained, lake, tmp_path):
             evaluate(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tables_kept", ["adamw", "rowwise"])
 def test_two_processes_see_what_one_sees(tables_kept, lake, tmp_path):
     found = {}

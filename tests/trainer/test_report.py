@@ -225,6 +225,28 @@ def test_verdicts_gains_and_data_are_told(written, results):
     assert "above the best simple baseline (popularity" in text
 
 
+def test_how_soon_a_row_is_as_good(small_results, tmp_path):
+    """As what it is compared with was at its best, seed by seed; epochs that were not validated say nothing."""
+    results = copy.deepcopy(small_results)
+    gain = results["comparisons"][0]
+    ours, theirs = (next(r for r in results["rows"] if r["id"] == gain[name]) for name in ("row", "against"))
+    for run in theirs["seeds"]:
+        run["curve"] = curve(0.1, None, 0.2, 0.15)
+    for run, scores in zip(ours["seeds"], ((0.1, 0.2, 0.3), (0.25, 0.1), (0.19, None, 0.19)), strict=True):
+        run["curve"] = curve(*scores)
+    page = write(results, tmp_path).with_suffix(".md").read_text(encoding="utf-8")
+    cost = page[page.index("## Cost") :]
+    assert "| 1.5 epochs in 2 of 3 |" in cost
+    for run in ours["seeds"]:
+        run["curve"] = curve(0.1)
+    page = write(results, tmp_path).with_suffix(".md").read_text(encoding="utf-8")
+    assert "| never |" in page[page.index("## Cost") :]
+
+
+def curve(*scores):
+    return [{"epoch": n, "loss": 1.0, "validation": score} for n, score in enumerate(scores, 1)]
+
+
 def test_holes_are_named_and_not_filled(tmp_path):
     rows = whole_grid()
     gone = "bert4rec/deep/next_item/plain"
