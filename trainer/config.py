@@ -14,6 +14,7 @@ __all__ = [
     "ClickConfig",
     "ConfigError",
     "DataConfig",
+    "DupnConfig",
     "EvaluateConfig",
     "EvaluatedModel",
     "EvaluationConfig",
@@ -139,6 +140,18 @@ class PeterRecConfig(Section):
         return dilations
 
 
+class DupnConfig(Section):
+    """DUPN (Ni et al. 2018): an LSTM over the items, attention over its states by the user's embedding."""
+
+    kind: Literal["dupn"] = "dupn"
+    width: int = Field(64, ge=1)  # of items' vectors and of states
+    max_length: int = Field(200, ge=2)  # positions, the asked one included
+    dropout: float = Field(0.1, ge=0, lt=1)
+    user_width: int = Field(32, ge=0)  # 0: no user embedding, attention asks nothing of the user
+    knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
+    knowledge_width: int = Field(16, ge=1)  # of each slot
+
+
 class MlpConfig(Section):
     """User and item embeddings and layers over both (Hu et al. 2018's baseline; He et al. 2017)."""
 
@@ -168,6 +181,7 @@ ModelConfig = Annotated[
     Annotated[Bert4RecConfig, Tag("bert4rec")]
     | Annotated[CaserConfig, Tag("caser")]
     | Annotated[PeterRecConfig, Tag("peterrec")]
+    | Annotated[DupnConfig, Tag("dupn")]
     | Annotated[MlpConfig, Tag("mlp")],
     Discriminator(_kind_of),
 ]
@@ -308,6 +322,11 @@ def ranks_items(task: TaskConfig) -> bool:
     return not isinstance(task, ProfileConfig | ClickConfig)
 
 
+def looks_back_only(task: TaskConfig) -> bool:
+    """Whether a position never reads what stands behind it."""
+    return task.kind == "next_item" or bool(getattr(task, "causal", False))
+
+
 def reads_baskets(task: TaskConfig) -> bool:
     """Whether a task reads the table `baskets` in the place of `sequences`."""
     return task.kind in ("next_basket", "basket_pair")
@@ -411,6 +430,15 @@ class PretrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _dupn_reads_left_to_right(self) -> "PretrainConfig":
+        if self.model.kind == "dupn" and not looks_back_only(self.task):
+            raise ValueError(
+                f"model dupn reads from left to right, found task {self.task.kind}, which looks ahead; take next_item, "
+                "or a task with causal: true"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _clicks_are_of_one_domain(self) -> "PretrainConfig":
         if self.task.kind == "click" and (self.data.predicted is not None or self.data.ranked is not None):
             raise ValueError(
@@ -423,7 +451,7 @@ class PretrainConfig(Section):
     def _baskets_are_read_whole(self) -> "PretrainConfig":
         if not reads_baskets(self.task):
             return self
-        if self.model.kind in ("caser", "mlp"):
+        if self.model.kind not in ("bert4rec", "peterrec"):
             raise ValueError(
                 f"task {self.task.kind}: expected a model that reads whole sequences (bert4rec, peterrec), found "
                 f"{self.model.kind}"
@@ -481,7 +509,7 @@ class FinetuneConfig(PretrainConfig):
     def _patch_fits(self) -> "FinetuneConfig":
         if self.transfer != "patch":
             return self
-        if self.model.kind in ("caser", "mlp"):
+        if self.model.kind not in ("bert4rec", "peterrec"):
             raise ValueError(
                 f"transfer patch: expected a model with blocks (bert4rec, peterrec), found {self.model.kind}; set deep"
             )

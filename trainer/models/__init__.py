@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
+    DupnConfig,
     MlpConfig,
     ModelConfig,
     PatchConfig,
@@ -19,14 +20,15 @@ from trainer.distributed import ALONE
 from trainer.models.base import SequenceModel
 from trainer.models.bert4rec import Bert4Rec
 from trainer.models.caser import Caser
+from trainer.models.dupn import Dupn
 from trainer.models.mlp import Mlp
 from trainer.models.peterrec import PeterRec
 from trainer.models.table import RowTable, RowTables
 from trainer.models.tied import TiedModel
 
 __all__ = [
-    "Bert4Rec", "Caser", "Mlp", "PeterRec", "RowTables", "SequenceModel", "build_model", "build_saved", "group_of",
-    "groups_of",
+    "Bert4Rec", "Caser", "Dupn", "Mlp", "PeterRec", "RowTables", "SequenceModel", "build_model", "build_saved",
+    "group_of", "groups_of",
 ]  # fmt: skip
 
 
@@ -75,6 +77,8 @@ def _new(
             model = Caser(config, **sizes, tables=tables)
         case PeterRecConfig():
             model = PeterRec(config, **sizes, tables=tables)
+        case DupnConfig():
+            model = Dupn(config, **sizes, tables=tables)
         case MlpConfig():
             model = Mlp(config, **sizes, tables=tables)
     if patch is not None:
@@ -94,6 +98,8 @@ def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
             return Caser.GROUPS
         case PeterRecConfig():
             return PeterRec.GROUPS
+        case DupnConfig():
+            return Dupn.GROUPS
         case MlpConfig():
             return Mlp.GROUPS
 

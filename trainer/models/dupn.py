@@ -1,0 +1,134 @@
+"""DUPN (Ni et al. 2018; survey 3.1): an LSTM over a user's items, and attention over its states with the user's own
+embedding as the query; what comes out is the user, for whatever task.
+
+Shape letters: ``B`` sequences, ``T`` positions, ``D`` width, ``N`` any number of positions.
+
+A position attends to itself and what is before it, so that every position of a sequence is a user at that time, and one
+pass trains them all; the paper has one per sequence. Where we leave it, too: what a behaviour was (a click, a purchase)
+isn't read, and the state at the position stands beside the attended one.
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.config import DupnConfig
+from trainer.models.base import SequenceModel
+from trainer.models.table import RowTables
+
+TABLE_STD = 0.02
+MOST = 15.0  # of an attention score's size, so that exponentials of any two can be divided in fp32
+
+
+class Dupn(SequenceModel):
+    """Items are scored with the vectors that they are read by."""
+
+    GROUPS: ClassVar = {
+        "item": ("item_embedding.", "output_bias"),
+        "user": ("user_embedding.",),
+        "knowledge": ("entity_embedding.",),
+        "position": (),
+        "patch": (),
+        "body": (
+            "knowledge_projection.",
+            "input_norm.",
+            "lstm.",
+            "attention_state.",
+            "attention_user.",
+            "attention.",
+            "merged.",
+        ),
+        "head": ("head.",),
+    }
+    ROW_TABLES: ClassVar = (
+        "item_embedding.weight", "output_bias", "user_embedding.weight", "entity_embedding.weight",
+    )  # fmt: skip
+
+    config: DupnConfig
+
+    def __init__(
+        self, config: DupnConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
+        tables: RowTables | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
+        width, num_slots = config.width, knowledge_VS.shape[1]
+        self.item_embedding = self.table(self.num_items, width)
+        self.knowledge_projection = None
+        if num_slots:
+            self.entity_embedding = self.table(num_entities, config.knowledge_width)
+            self.knowledge_projection = nn.Linear(num_slots * config.knowledge_width, width, bias=False)
+        self.input_norm = nn.LayerNorm(width)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+        self.attention_state = nn.Linear(width, width)
+        if config.user_width:
+            self.user_embedding = self.table(num_users, config.user_width)
+            self.attention_user = nn.Linear(config.user_width, width, bias=False)
+        self.attention = nn.Linear(width, 1, bias=False)
+        self.merged = nn.Linear(2 * width, width)
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
+        self.output_bias = self.per_item()
+        self.apply(_initialise)
+
+    @staticmethod
+    def table_std(width: int) -> float:
+        return TABLE_STD
+
+    def item_vectors(self, rows: Tensor | None = None) -> Tensor:
+        own = self.rows_of(self.item_embedding.weight, rows)
+        if self.knowledge_projection is None:
+            return own
+        vectors: Tensor = own + self.knowledge_projection(self.entity_vectors(rows))
+        return vectors
+
+    @property
+    def scores_with_table(self) -> bool:
+        return self.knowledge_projection is None
+
+    def forward(
+        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
+        table_VD: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        assert causal, "settings refuse tasks that look ahead"
+        vectors_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
+        random = None
+        if self.training:
+            random = torch.Generator(vectors_BTD.device).manual_seed(int(torch.randint(1 << 62, ())))
+        # What stands behind a sequence's end changes nothing before it.
+        states_BTD, _ = self.lstm(self.dropout(self.input_norm(vectors_BTD), random))
+        asked_BTD = self.attention_state(states_BTD)
+        if self.config.user_width:
+            asked_BTD = asked_BTD + self.attention_user(self.user_vectors(users_B))[:, None]
+        score_BT1 = MOST * torch.tanh(self.attention(torch.tanh(asked_BTD)).float() / MOST)
+        attended_BTD = _attended(score_BT1, states_BTD)
+        both_ND = torch.cat([attended_BTD[wanted_BT], states_BTD[wanted_BT]], dim=1)
+        hidden_ND: Tensor = self.dropout(torch.tanh(self.merged(both_ND)), random)
+        return hidden_ND
+
+
+def _attended(score_BT1: Tensor, states_BTD: Tensor) -> Tensor:
+    """[B, T, D]: at each position the mean of the states up to it, weighed by the softmax of their scores: two running
+    sums."""
+    weight_BT1 = score_BT1.exp()
+    summed_BTD = (weight_BT1 * states_BTD).cumsum(1)
+    return (summed_BTD / weight_BT1.cumsum(1)).to(states_BTD.dtype)
+
+
+def _initialise(module: nn.Module) -> None:
+    """As in `bert4rec`: truncated normals, 0.02 for tables, 1 / sqrt(inputs) for layers; forget gates begin open
+    (Jozefowicz et al. 2015)."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        std = TABLE_STD if isinstance(module, nn.Embedding) else module.in_features**-0.5
+        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.LSTM):
+        width = module.hidden_size
+        for name, parameter in module.named_parameters():
+            if name.startswith("weight"):
+                nn.init.trunc_normal_(parameter, std=width**-0.5, a=-2 * width**-0.5, b=2 * width**-0.5)
+            else:
+                nn.init.zeros_(parameter)
+            if name == "bias_ih_l0":  # gates: in, forget, new, out
+                nn.init.ones_(parameter.data[width : 2 * width])
