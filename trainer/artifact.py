@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,7 +32,6 @@ from etl.config import GraftrecError
 from etl.tables import UNK
 from trainer.config import (
     FinetuneConfig,
-    PairHeadConfig,
     PretrainConfig,
     TaskHead,
     patch_of,
@@ -72,7 +72,7 @@ class Artifact:
     parent: str | None  # hash of the model it was grafted on
     hash: str  # of the folder's required files
     metrics: dict[str, float]
-    classes: tuple[str, ...]  # what the task's head tells, in the order of its outputs; () where it ranks items
+    classes: dict[str, tuple[str, ...]]  # head of the task -> the classes that it tells, in the order of its outputs
     users: dict[str, int] | None  # raw user id -> row; None where the folder lacks it
 
     def scorer(self, *, device: str = "cpu", baskets: bool = False) -> Scorer:
@@ -83,7 +83,8 @@ class Artifact:
                 "evaluate` scores it"
             )
         if not ranks_items(self.config.task):
-            told = getattr(self.config.task, "attribute", "clicks")
+            told = {"click": "clicks", "multi": "next events"}.get(self.config.task.kind, "")
+            told = told or getattr(self.config.task, "attribute", "profile")
             raise ArtifactError(
                 f"expected a model that ranks items, found {self.folder}, which tells a user's {told}; `python -m "
                 "trainer evaluate` scores it"
@@ -99,11 +100,11 @@ def save_artifact(
     folder: Path, *, config: PretrainConfig, release: Release, catalogue: Catalogue, popularity: npt.NDArray[np.int64],
     knowledge: Int32Array, weights: Mapping[str, Tensor | Sequence[Tensor]], metrics: dict[str, float],
     parent: str | None, users: pa.Table | None, predicted: npt.NDArray[np.bool_] | None = None,
-    classes: Sequence[str] = (), task_heads: Mapping[str, TaskHead] | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None, task_heads: Mapping[str, TaskHead] | None = None,
     content: npt.NDArray[np.float32] | None = None,
 ) -> str:  # fmt: skip
     """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index.
-    `predicted`: the rows that are ever an answer; None: all real ones. `classes`: what the task's head tells, if any;
+    `predicted`: the rows that are ever an answer; None: all real ones. `classes`: what the task's heads tell, if any;
     `task_heads`: the task's layers; `content` [V, F]: what items are, where the task reads it.
 
     `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
@@ -123,7 +124,7 @@ def save_artifact(
         "release": release.number,
         "versions": release.versions,
         "parent": parent,
-        "classes": list(classes),
+        "classes": {head: list(names) for head, names in (classes or {}).items()},
         "task_heads": {
             name: head if isinstance(head, int) else head.model_dump() for name, head in (task_heads or {}).items()
         },
@@ -191,7 +192,7 @@ def read_artifact(
     are; `digests` of the whole folder's files."""
     described = json.loads((folder / CONFIG).read_text())
     config, parent = config_of(folder)
-    classes = tuple(described.get("classes", ()))
+    classes = {head: tuple(names) for head, names in described.get("classes", {}).items()}
     rows = pq.read_table(folder / CATALOGUE)
     flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     knowledge = np.asarray(flat, dtype=np.int32).reshape(len(rows), -1)
@@ -203,8 +204,7 @@ def read_artifact(
         num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
         patch=patch_of(config), 
         task_heads={
-            name: head if isinstance(head, int) else PairHeadConfig.model_validate(head)
-            for name, head in described.get("task_heads", {}).items()
+            name: TypeAdapter(TaskHead).validate_python(head) for name, head in described.get("task_heads", {}).items()
         },
     )  # fmt: skip
     if (told := folder / f"{CONTENT}.safetensors").is_file():

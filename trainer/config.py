@@ -25,6 +25,7 @@ __all__ = [
     "MaskedItemConfig",
     "MlpConfig",
     "ModelConfig",
+    "MultiConfig",
     "NextBasketConfig",
     "NextItemConfig",
     "PairHeadConfig",
@@ -44,6 +45,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "TransferName",
+    "WeightsHeadConfig",
     "load",
     "patch_of",
     "ranks_items",
@@ -228,7 +230,13 @@ class PairHeadConfig(Section):
     layers: tuple[int, ...]
 
 
-TaskHead = int | PairHeadConfig  # so many outputs, or a score of pairs
+class WeightsHeadConfig(Section):
+    """Weights of several losses, learned with the model (Kendall, Gal and Cipolla 2018)."""
+
+    losses: int = Field(ge=1)
+
+
+TaskHead = int | PairHeadConfig | WeightsHeadConfig  # so many outputs, a score of pairs, or weights
 
 
 class TargetItemConfig(Section):
@@ -285,6 +293,32 @@ class BasketPairConfig(Section):
     loss: LossConfig = LossConfig()
 
 
+class MultiConfig(Section):
+    """Several things about what comes next, told together (DUPN: Ni et al. 2018; survey 3.1): the item, its category
+    (there: the shop), the event's value as one of its levels (there: the price)."""
+
+    kind: Literal["multi"] = "multi"
+    tells: tuple[Literal["next_item", "category", "value"], ...] = Field(("next_item", "category"), min_length=1)
+    weighting: Literal["fixed", "uncertainty"] = "fixed"  # uncertainty: learned (Kendall, Gal and Cipolla 2018)
+    weights: dict[str, float] = Field(default_factory=dict)  # of fixed: by what is told; 1 where not named
+    max_levels: int = Field(20, ge=2)  # different values that are still levels
+    loss: LossConfig = LossConfig()  # of the item
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> "MultiConfig":
+        if len(set(self.tells)) < len(self.tells):
+            raise ValueError(f"tells: expected each once, found {', '.join(self.tells)}")
+        if unknown := set(self.weights) - set(self.tells):
+            raise ValueError(
+                f"weights: expected names among {', '.join(self.tells)}, found {', '.join(sorted(unknown))}"
+            )
+        if any(weight < 0 for weight in self.weights.values()):
+            raise ValueError(f"weights: expected none below 0, found {self.weights}")
+        if self.weights and self.weighting != "fixed":
+            raise ValueError("weights are of weighting fixed; leave them out")
+        return self
+
+
 class ClickConfig(Section):
     """Whether a user takes an item, told by the user's vector and by what the item is (Chen et al. 2019; survey 3.2.2,
     equation 2)."""
@@ -311,6 +345,7 @@ TaskConfig = Annotated[
     | ProfileConfig
     | NextBasketConfig
     | BasketPairConfig
+    | MultiConfig
     | ClickConfig,
     Field(discriminator="kind"),
 ]
@@ -319,12 +354,14 @@ RANKING_TASKS = ("masked_item", "next_item", "target_item")  # of items, for seq
 
 def ranks_items(task: TaskConfig) -> bool:
     """Whether a task's models score items: for sequences or baskets. Others tell something of a user, or of a pair."""
+    if isinstance(task, MultiConfig):
+        return "next_item" in task.tells
     return not isinstance(task, ProfileConfig | ClickConfig)
 
 
 def looks_back_only(task: TaskConfig) -> bool:
     """Whether a position never reads what stands behind it."""
-    return task.kind == "next_item" or bool(getattr(task, "causal", False))
+    return task.kind in ("next_item", "multi") or bool(getattr(task, "causal", False))
 
 
 def reads_baskets(task: TaskConfig) -> bool:
@@ -334,7 +371,9 @@ def reads_baskets(task: TaskConfig) -> bool:
 
 def scores_all(task: TaskConfig) -> bool:
     """Whether a step scores the whole catalogue."""
-    return not isinstance(task, ProfileConfig | ClickConfig) and task.loss.kind == "full"
+    if isinstance(task, ProfileConfig | ClickConfig):
+        return False
+    return task.loss.kind == "full" and not (isinstance(task, MultiConfig) and "next_item" not in task.tells)
 
 
 class TrainConfig(Section):
@@ -417,7 +456,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _mlp_scores_pairs(self) -> "PretrainConfig":
-        if self.model.kind == "mlp" and self.task.kind in ("profile", "click"):
+        if self.model.kind == "mlp" and self.task.kind in ("profile", "click", "multi"):
             raise ValueError(
                 f"model mlp reads no items, so there is nothing to tell task {self.task.kind} by; take bert4rec, caser "
                 "or peterrec"
@@ -440,10 +479,10 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _clicks_are_of_one_domain(self) -> "PretrainConfig":
-        if self.task.kind == "click" and (self.data.predicted is not None or self.data.ranked is not None):
+        if self.task.kind in ("click", "multi") and (self.data.predicted is not None or self.data.ranked is not None):
             raise ValueError(
-                "task click is asked about the domain that it reads, found data.predicted or data.ranked; leave them "
-                "out"
+                f"task {self.task.kind} is asked about the domain that it reads, found data.predicted or data.ranked; "
+                "leave them out"
             )
         return self
 

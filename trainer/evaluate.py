@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from etl.config import code_version
 from etl.tables import FIRST_INDEX
-from trainer import basket_baselines, click_table, profile_table, tracking
+from trainer import basket_baselines, click_table, next_event_table, profile_table, tracking
 from trainer.artifact import artifact_hash, load_artifact
 from trainer.click_table import ToldClicks
 from trainer.comparison import Evaluation, Row, compare_table, evaluate_contenders, p_text, render
@@ -76,6 +76,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             config = config.model_copy(
                 update={"evaluation": config.evaluation.model_copy(update={"protocols": (FULL,)})}
             )
+        events: list[dict[str, Any]] = []  # of what is told beside items
         metrics = config.metrics or (BASKET_METRICS if baskets else ITEM_METRICS)
         asked = read_evaluation_set(
             release, config.split or first.config.data.split, config.domain or first.config.data.answered, config.part,
@@ -87,6 +88,16 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         )  # fmt: skip
         rows = compare_table(evaluation, against=config.against, protocols=config.evaluation.protocols, metrics=metrics)
         text = render(rows, asked, against=config.against)
+        if first.config.task.kind == "multi":
+            device = str(join(config.runtime).device)
+            told = next_event_table.tell(
+                config, chosen, [load_artifact(model.model, device=device) for model in chosen], release
+            )
+            shown = [next_event_table.render(one, against=config.against) for one in told]
+            text = "\n\n".join([text, *(table for _, table in shown)])
+            events = [
+                asdict(row) | {"protocol": one.name} for one, (own, _) in zip(told, shown, strict=True) for row in own
+            ]
         print(text)
         folder.mkdir(parents=True, exist_ok=True)
         write_users(evaluation, folder / USERS)
@@ -95,7 +106,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         if gains is not None:
             gains.savefig(folder / GAINS, dpi=130)
             run.log_figure(gains, f"evaluation/{GAINS}")
-        data = [asdict(row) for row in rows]
+        data = [asdict(row) for row in rows] + events
         summary = {"key": key, "rows": data} | _summary(evaluation, config)
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
         for name in (USERS, SUMMARY, TABLE):
@@ -112,7 +123,14 @@ def _evaluate_told(
     device = str(join(config.runtime).device)
     models = [load_artifact(model.model, device=device) for model in chosen]
     told: Told
-    if models[0].config.task.kind == "click":
+    if models[0].config.task.kind == "multi":
+        tables = next_event_table.tell(config, chosen, models, release)
+        shown = [next_event_table.render(one, against=config.against) for one in tables]
+        told, rows = tables[0], [row for own, _ in shown for row in own]
+        text = "\n\n".join(table for _, table in shown)
+        picture, drawn = _levels(tables), CONFUSIONS
+        users = pa.concat_tables(_events_told(one, release) for one in tables)
+    elif models[0].config.task.kind == "click":
         told = clicks = click_table.tell(config, chosen, models, release)
         rows = rows_of(told, metrics=click_table.METRICS, tested=click_table.TESTED, against=config.against)
         text = click_table.render(rows, clicks, against=config.against)
@@ -161,6 +179,32 @@ def _users_told(told: ToldProfiles, release: Release) -> pa.Table:
     )
 
 
+def _events_told(told: next_event_table.ToldEvents, release: Release) -> pa.Table:
+    """Label, seed, user (raw id), what is told, what it was, and the probability given to that."""
+    users = raw_users(release, told.asked.histories.users)
+    is_N = told.asked.class_N
+    return pa.concat_tables(
+        pa.table(
+            {
+                "label": pa.array([label] * len(users), pa.string()),
+                "seed": pa.array([seed] * len(users), pa.int64()),
+                "user": pa.array(users, pa.string()),
+                "told": pa.array([told.name] * len(users)),
+                "is": pa.array([told.names[one] for one in is_N]),
+                "probability": pa.array(given[np.arange(len(is_N)), is_N]),
+            }
+        )
+        for (label, seed), given in told.probabilities.items()
+    )
+
+
+def _levels(tables: Sequence[next_event_table.ToldEvents]) -> Figure:
+    """Of what is told last, value where it is told: it has the fewest classes."""
+    told = tables[-1]
+    shares = {label: profile_table.confusion(told, label, len(told.names)) for label in told.labels}
+    return confusions(shares, told.names, title=f"{told.name}, {len(told.asked):,} users, %")
+
+
 def _pairs_told(told: ToldClicks, release: Release) -> pa.Table:
     """Label, seed, user (raw id), whether an item of the user's pairs was taken, and what was told of it."""
     users = pa.array(raw_users(release, told.pairs.histories.users), pa.string()).take(pa.array(told.pairs.owner_N))
@@ -179,7 +223,7 @@ def _pairs_told(told: ToldClicks, release: Release) -> pa.Table:
 
 
 def _confusions(told: ToldProfiles) -> Figure:
-    shares = {label: profile_table.confusion(told, label) for label in told.labels}
+    shares = {label: profile_table.confusion(told, label, len(told.classes.names)) for label in told.labels}
     return confusions(shares, told.classes.names, title=f"{told.classes.attribute}, {len(told.asked):,} users, %")
 
 

@@ -18,7 +18,7 @@ from etl.config import code_version, config_hash
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
-from trainer.config import FinetuneConfig, GraftrecError, PretrainConfig, patch_of, reads_baskets
+from trainer.config import FinetuneConfig, GraftrecError, MultiConfig, PretrainConfig, patch_of, reads_baskets
 from trainer.data.baskets import BasketDataset
 from trainer.data.dataset import (
     Catalogue,
@@ -96,8 +96,7 @@ def _fit(
     knowledge = read_knowledge(release, catalogue, config.model.knowledge)
     validation = read_validation(config, release, catalogue)
     model, account = _model(config, release, catalogue, knowledge, parent, validation, world)
-    kind = BasketDataset if reads_baskets(config.task) else SequenceDataset
-    dataset = kind(release, config.data.split, config.data.domain)
+    dataset = _dataset(config, release)
     loader = Loader(
         dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
         seed=config.train.seed, rank=world.rank, world_size=world.size,
@@ -139,6 +138,14 @@ def _fit(
         f"{score} {training.progress.best_score:.4f}, {metrics['seconds']:.0f} s; model in {folder / 'model'}"
     )
     return Result(folder, metrics, reused=False)
+
+
+def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
+    split, domain = config.data.split, config.data.domain
+    if reads_baskets(config.task):
+        return BasketDataset(release, split, domain)
+    values = isinstance(config.task, MultiConfig) and "value" in config.task.tells
+    return SequenceDataset(release, split, domain, values=values)
 
 
 def _model(
@@ -256,7 +263,8 @@ def run_identity(config: PretrainConfig, release: Release, parent: Artifact | No
     )
     here = Path(__file__).parent
     names = (
-        "pretrain", "loop", "optimizer", "transfer", "adapters", "validation", "profiles", "clicks", "content",
+        "pretrain", "loop", "optimizer", "transfer", "adapters", "validation", "profiles", "clicks", "next_events",
+        "content",
         "classification", "ranking",
         "metrics", "scoring", "artifact",
     )  # fmt: skip

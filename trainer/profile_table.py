@@ -6,8 +6,9 @@ the validation part. A transfer gain that doesn't beat that one is none.
 Shape letters: ``N`` users, ``C`` classes, ``V`` rows of the catalogue.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from trainer.contenders import EvaluateError, raw_users
 from trainer.data.dataset import Catalogue, Release, read_catalogue, rows_by_raw_id
 from trainer.metrics import FloatArray
 from trainer.profiles import Asked, Classes, probabilities, read_asked, read_classes
+from trainer.tasks.profile import HEAD
 from trainer.told import Key, Told, keys_of, notes_of
 
 METRICS = ("accuracy", "macro-F1", AUC, "log loss")
@@ -54,10 +56,10 @@ def tell(
     for artifact in models:
         _check(artifact, models[0], split, domain)
     classes = read_classes(release, task)
-    if classes.names != models[0].classes:
+    if classes.names != models[0].classes[HEAD]:
         raise EvaluateError(
             f"expected {task.attribute} to have the values that {models[0].folder} was trained on "
-            f"({', '.join(models[0].classes)}), found {', '.join(classes.names)}; evaluate on its own release"
+            f"({', '.join(models[0].classes[HEAD])}), found {', '.join(classes.names)}; evaluate on its own release"
         )
     catalogue = read_catalogue(release, domain)
     asked = read_asked(release, split, domain, catalogue, classes, config.part)
@@ -74,6 +76,16 @@ def tell(
         found["most frequent value", None] = np.tile(shares, (len(asked), 1))
         found["items, logistic regression", None] = _regression(trained, checked, asked, len(catalogue))
     return ToldProfiles(found, config.part, domain, split, costs, classes, asked)
+
+
+class Answers(Protocol):
+    """What is told of users who each are of one class."""
+
+    @property
+    def asked(self) -> Asked: ...
+    @property
+    def probabilities(self) -> Mapping[Key, FloatArray]: ...
+    def seeds(self, label: str) -> list[int | None]: ...
 
 
 def _check(artifact: Artifact, first: Artifact, split: str, domain: str) -> None:
@@ -135,9 +147,8 @@ def render(rows: Sequence[Row], told: ToldProfiles, *, against: str) -> str:
     return f"{told.classes.attribute} · {where}\n{table}\n\n" + "\n".join(notes + notes_of(rows, against=against))
 
 
-def confusion(told: ToldProfiles, label: str) -> npt.NDArray[np.float64]:
+def confusion(told: "Answers", label: str, size: int) -> npt.NDArray[np.float64]:
     """[C, C] of a label, its seeds together: share of the users of each class (row) who are told to be of another."""
-    size = len(told.classes.names)
     counted = np.zeros((size, size))
     for seed in told.seeds(label):
         np.add.at(counted, (told.asked.class_N, told.probabilities[label, seed].argmax(1)), 1)

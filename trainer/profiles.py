@@ -136,20 +136,24 @@ def read_asked(release: Release, split: str, domain: str, catalogue: Catalogue, 
     return Asked(histories, class_U[found.users])
 
 
-def probabilities(scorer: Scorer, model: SequenceModel, histories: Histories, *, batch_size: int) -> FloatArray:
-    """[N, C] that a model gives each class for each user."""
+def probabilities(
+    scorer: Scorer, model: SequenceModel, histories: Histories, *, batch_size: int, head: str = HEAD
+) -> FloatArray:
+    """[N, C] that a model gives each class for each user, by one of its task's heads."""
     parts = []
     for start in range(0, len(histories), batch_size):
         users = np.arange(start, min(start + batch_size, len(histories)))
         with torch.inference_mode():
-            scores_BC: torch.Tensor = model.task_heads[HEAD](scorer.hidden(histories.take(users)))
+            scores_BC: torch.Tensor = model.task_heads[head](scorer.hidden(histories.take(users)))
             parts.append(scores_BC.double().softmax(1).cpu().numpy())
     return np.concatenate(parts)
 
 
-def validate(scorer: Scorer, model: SequenceModel, asked: Asked, world: World, *, batch_size: int) -> dict[str, float]:
+def validate(
+    scorer: Scorer, model: SequenceModel, asked: Asked, world: World, *, batch_size: int, head: str = HEAD
+) -> dict[str, float]:
     """Metrics of `trainer.classification`; each process asks about its share of the users."""
     share = world.share(len(asked))
-    told = probabilities(scorer, model, asked.histories.take(share), batch_size=batch_size)
+    told = probabilities(scorer, model, asked.histories.take(share), batch_size=batch_size, head=head)
     probabilities_NC = world.gather(torch.from_numpy(told))[: len(asked)].numpy()
     return metrics_of(asked.class_N, probabilities_NC)

@@ -14,7 +14,7 @@ named as in `trainer.metrics`: bare names are of the convention ``list``, those 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -58,6 +58,8 @@ class HeldOut:
     first_time: IntArray  # [U] time of the first held-out item; empty where there are no times, or they were not read
     baskets: bool = False  # histories have a SEP behind each
     repeats: bool = False  # what is in the input is a candidate too, for it may be had again
+    # [U] value of the first held-out event, NaN: none; empty where they were not read
+    first_value: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
     def __len__(self) -> int:
         return len(self.users)
@@ -72,6 +74,7 @@ class HeldOut:
             negatives={protocol: items[rows] for protocol, items in self.negatives.items()},
             training_items=self.training_items[rows],
             first_time=self.first_time[rows] if len(self.first_time) else self.first_time,
+            first_value=self.first_value[rows] if len(self.first_value) else self.first_value,
         )
 
 
@@ -87,6 +90,7 @@ def read_held_out(
     max_users: int | None = None,
     baskets: bool = False,
     repeats: bool = True,
+    values: bool = False,
 ) -> HeldOut:
     """The users who hold out something in `part`, with input and targets as rows of `catalogue`.
 
@@ -94,6 +98,7 @@ def read_held_out(
     baselines over several domains need. `max_users`: only about so many users, the same ones for every model and run
     (chosen by a hash of their index), so that memory is bounded whatever the table's size. `baskets`: the next basket
     is held out, of the table `baskets`; ranked in full only, with `repeats` among what the user has had, too.
+    `values`: the first held-out event's is read.
     Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
     that the catalogue lacks (it must be of the same release and domain).
     """
@@ -102,7 +107,10 @@ def read_held_out(
             f"evaluation.protocols: baskets are ranked in full only, for fixed negatives are never what a user has "
             f"had, found {', '.join(drawn)}; set it to [{FULL}]"
         )
-    dataset = BasketDataset(release, split, domain) if baskets else SequenceDataset(release, split, domain)
+    if baskets:
+        dataset: SequenceDataset = BasketDataset(release, split, domain)
+    else:
+        dataset = SequenceDataset(release, split, domain, values=values)
     share = 1.0 if max_users is None else max_users / max(dataset.num_rows, 1)
 
     def holds_out(sequences: Sequences) -> npt.NDArray[np.bool_]:
@@ -144,6 +152,7 @@ def read_held_out(
         asked.times[asked.offsets[:-1] + start] if len(asked.times) else asked.times,
         baskets,
         baskets and repeats,
+        asked.values[asked.offsets[:-1] + start] if len(asked.values) else asked.values,
     )
 
 
@@ -286,6 +295,7 @@ def read_users(
         np.concatenate([s.users for s in kept]), offsets, np.concatenate([s.items for s in kept]),
         np.concatenate([s.times for s in kept]), np.concatenate([s.valid_start for s in kept]),
         np.concatenate([s.test_start for s in kept]), np.concatenate([s.end for s in kept]),
+        np.concatenate([s.values for s in kept]),
     )  # fmt: skip
     return together.take(np.argsort(together.users, kind="stable"))
 

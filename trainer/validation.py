@@ -10,30 +10,33 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from trainer import clicks, profiles
+from trainer import clicks, next_events, profiles
 from trainer.classification import AUC
 from trainer.config import (
     BasketPairConfig,
     ClickConfig,
     ConfigError,
+    MultiConfig,
     PairHeadConfig,
     PretrainConfig,
     ProfileConfig,
     TaskConfig,
     TaskHead,
+    WeightsHeadConfig,
     ranks_items,
     reads_baskets,
 )
 from trainer.content import FloatArray, read_content
-from trainer.data.dataset import Catalogue, Release, rows_of_domain
+from trainer.data.dataset import Catalogue, Release, SequenceDataset, rows_of_domain
 from trainer.distributed import World
 from trainer.metrics import means
 from trainer.models import SequenceModel
 from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
 from trainer.scoring import Scorer
-from trainer.tasks import Click, Profile, Task, build_task
+from trainer.tasks import Click, Multi, Profile, Task, build_task
 from trainer.tasks.baskets import HEAD as NEXT_BASKET
 from trainer.tasks.click import HEAD as CLICK
+from trainer.tasks.multi import WEIGHTS
 from trainer.tasks.profile import HEAD
 
 SCORES_ITEMS = ("head.", "output_bias", "item_weights.")  # tensors that a task leaves alone which ranks no items
@@ -41,13 +44,15 @@ SCORES_ITEMS = ("head.", "output_bias", "item_weights.")  # tensors that a task 
 
 def score_of(task: TaskConfig) -> str:
     """The validation metric that early stopping and searches watch: larger is better."""
-    return "NDCG@10" if ranks_items(task) else AUC
+    if ranks_items(task):
+        return "NDCG@10"
+    return f"{task.tells[0]}/{AUC}" if isinstance(task, MultiConfig) else AUC
 
 
 class Validation(Protocol):
     """Who is asked what, and the task that is trained for it."""
 
-    classes: tuple[str, ...]  # what the task's head tells, where it has one
+    classes: Mapping[str, tuple[str, ...]]  # head of the task -> the classes that it tells
     task_heads: Mapping[str, TaskHead]
     unused: tuple[str, ...]  # name prefixes of tensors that no step reaches
     content: FloatArray | None  # [V, F] what items are, where the task reads it
@@ -68,6 +73,8 @@ def read_validation(config: PretrainConfig, release: Release, catalogue: Catalog
     """Raises GraftrecError for data that can't be asked as configured."""
     if isinstance(config.task, ProfileConfig):
         return Telling(config, config.task, release, catalogue)
+    if isinstance(config.task, MultiConfig):
+        return TellingSeveral(config, config.task, release, catalogue)
     if isinstance(config.task, ClickConfig):
         return Clicking(config, config.task, release, catalogue)
     return Ranking(config, release, catalogue)
@@ -76,7 +83,7 @@ def read_validation(config: PretrainConfig, release: Release, catalogue: Catalog
 class Ranking:
     """Held-out items, or baskets, of the validation part, in full ranking."""
 
-    classes: tuple[str, ...] = ()
+    classes: Mapping[str, tuple[str, ...]] = {}
     task_heads: Mapping[str, TaskHead] = {}
     unused: tuple[str, ...] = ()
     content: FloatArray | None = None
@@ -107,6 +114,7 @@ def full_ranking(scorer: Scorer, held_out: HeldOut, world: World, *, batch_size:
 class Telling:
     """Users whose class is held out for validation."""
 
+    classes: Mapping[str, tuple[str, ...]]
     task_heads: Mapping[str, TaskHead]
     unused: tuple[str, ...] = SCORES_ITEMS
     content: FloatArray | None = None
@@ -114,7 +122,7 @@ class Telling:
     def __init__(self, config: PretrainConfig, task: ProfileConfig, release: Release, catalogue: Catalogue) -> None:
         known = profiles.read_classes(release, task)
         self.task: Task = Profile(task, torch.from_numpy(known.of("train")))
-        self.classes, self.task_heads = known.names, {HEAD: len(known.names)}
+        self.classes, self.task_heads = {HEAD: known.names}, {HEAD: len(known.names)}
         data = config.data
         self._asked = profiles.read_asked(release, data.split, data.domain, catalogue, known, "validation")
         self._batch_size = config.evaluation.batch_size
@@ -127,10 +135,50 @@ class Telling:
         return profiles.validate(scorer, model, self._asked, world, batch_size=self._batch_size)
 
 
+class TellingSeveral:
+    """What a user's first held-out event is, in several ways."""
+
+    classes: Mapping[str, tuple[str, ...]]
+    task_heads: Mapping[str, TaskHead]
+    unused: tuple[str, ...]
+    content: FloatArray | None = None
+
+    def __init__(self, config: PretrainConfig, task: MultiConfig, release: Release, catalogue: Catalogue) -> None:
+        data, values = config.data, "value" in task.tells
+        dataset = SequenceDataset(release, data.split, data.domain, values=values)
+        known = next_events.read_classes(release, catalogue, task, dataset)
+        self.task: Task = Multi(task, torch.from_numpy(known.class_V), torch.from_numpy(known.levels_L))
+        self.classes = known.names
+        heads: dict[str, TaskHead] = {name: len(names) for name, names in known.names.items()}
+        if task.weighting == "uncertainty":
+            heads[WEIGHTS] = WeightsHeadConfig(losses=len(task.tells))
+        self.task_heads = heads
+        self.unused = () if ranks_items(task) else SCORES_ITEMS
+        self._held_out = read_held_out(
+            release, data.split, data.domain, catalogue, "validation", max_users=config.train.validation_users,
+            values=values,
+        )  # fmt: skip
+        self._asked = {name: next_events.asked_of(self._held_out, known, name) for name in known.names}
+        self._ranks, self._batch_size = ranks_items(task), config.evaluation.batch_size
+
+    def __len__(self) -> int:
+        return len(self._held_out)
+
+    def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
+        """Of the item as bare names, of what else is told with its name before."""
+        scorer, found = Scorer(model, self.task, device=world.device), {}
+        if self._ranks:
+            found = full_ranking(scorer, self._held_out, world, batch_size=self._batch_size)
+        for name, asked in self._asked.items():
+            told = profiles.validate(scorer, model, asked, world, batch_size=self._batch_size, head=name)
+            found |= {f"{name}/{metric}": value for metric, value in told.items()}
+        return found
+
+
 class Clicking:
     """Held-out items, and others that the user did not take."""
 
-    classes: tuple[str, ...] = ()
+    classes: Mapping[str, tuple[str, ...]] = {}
     task_heads: Mapping[str, TaskHead]
     unused: tuple[str, ...] = SCORES_ITEMS
     content: FloatArray | None

@@ -14,13 +14,14 @@ DOMAINS = ("source", "target", "all")
 PROTOCOLS = ("uniform-100", "popular-100", "top-100")
 
 
-def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
+def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS, described=False):
     """Two domains, users with a taste in both (or, unshared, one in each), items with people of their taste.
 
     Every user has a source sequence, and the attributes `taste` (of four, that of the sequences where it is shared) and
     `born` (1991 for two of 60); user 0 has no target item and users 1 to 5 too few for a hold-out. Items are
     distinct within a user; times are distinct, the two domains meet in time. Splits `last-5`, `causal`, and `joint-5`,
-    in which the domain `all` holds out what the target does. Release 1.
+    in which the domain `all` holds out what the target does. Release 1. `described`: an item's first category is its
+    taste, and events have values: 5 where that is the user's, else 2, none for each seventh item.
     """
     random = np.random.default_rng(seed)
     num_items = NUM_SOURCE + NUM_TARGET
@@ -41,7 +42,8 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
     write = _Writer(str(folder))
     write("items", [
         {"item": i["raw"], "index": i["index"], "kept": i["kept"], "degree": sum(i["index"] in log[0] for log in logs),
-         "title": f"Title {i['raw']}", "year": 1990 + i["taste"], "categories": [i["domain"]], "attributes": []}
+         "title": f"Title {i['raw']}", "year": 1990 + i["taste"], "attributes": [],
+         "categories": [f"kind {i['taste']}", i["domain"]] if described else [i["domain"]]}
         for i in sorted(items, key=lambda i: i["index"])
     ])  # fmt: skip
     write("users", [
@@ -74,6 +76,8 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS):
     for split in ("last-5", "causal", "joint-5"):
         for user, log in zip(users, logs, strict=True):
             rows = _sequences(split, user, log, items)
+            if described:
+                _add_values(rows, user, items)
             sequences += rows
             negatives += [row for sequence in rows for row in _negatives(random, sequence, log, items)]
     write("sequences", sequences)
@@ -148,6 +152,13 @@ def _sequences(split, user, log, items):
             "valid_start": end - 5 if held_out else end, "test_start": end - 3 if held_out else end, "end": end,
         })  # fmt: skip
     return rows
+
+
+def _add_values(rows, user, items):
+    taste_of = {i["index"]: i["taste"] for i in items}
+    own = (user["index"] - FIRST_INDEX) % NUM_TASTES
+    for row in rows:
+        row["values"] = [None if i % 7 == 0 else 5.0 if taste_of[i] == own else 2.0 for i in row["items"]]
 
 
 def _baskets(user, domain, log, items):

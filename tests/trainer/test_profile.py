@@ -219,7 +219,7 @@ def trained(lake, tmp_path_factory):
 def test_a_model_tells_and_says_what(transfer, trained):
     folder, _, models = trained
     artifact = load_artifact(models[transfer])
-    assert artifact.classes == ("t0", "t1", "t2", "t3")
+    assert artifact.classes == {HEAD: ("t0", "t1", "t2", "t3")}
     assert artifact.metrics["validation/AUC"] > 0.6
     history = json.loads((folder / "runs" / transfer / "history.json").read_text())
     assert max(line["metrics"]["AUC"] for line in history) == artifact.metrics["validation/AUC"]

@@ -73,7 +73,7 @@ def _joined(baskets: pa.Table) -> Sequences:
         inside = pc.is_in(part, value_set=pa.array(names)).to_numpy()
         return np.add.reduceat(size * inside, first) if len(first) else np.empty(0, np.int64)
 
-    before = [length(*tables.PARTS[: count + 1]) for count in range(len(tables.PARTS))]
-    offsets = np.concatenate([[0], np.cumsum(before[-1])]).astype(np.int64)
+    trained, until_test, whole = (length(*tables.PARTS[: count + 1]) for count in range(len(tables.PARTS)))
+    offsets = np.concatenate([[0], np.cumsum(whole)]).astype(np.int64)
     times = np.repeat(baskets["time"].to_numpy(), size) if "time" in baskets.column_names else np.empty(0, np.int64)
-    return Sequences(user[first], offsets, items, times, *before)
+    return Sequences(user[first], offsets, items, times, trained, until_test, whole)

@@ -13,6 +13,7 @@ class Batch:
     items [B, T] int64 catalogue rows (PAD past the end); lengths [B]; users [B] global user index, UNK where the user
     is hidden from the model; owners [B]: whose sequences they are (None: `users`);
     everyone [G, T]: items of the whole global batch, where the task looks at others' (None: `items` are all there are);
+    values [B, T] float32: the events' values, where they are read; NaN where there is none, anything past the end;
     rows: this rank's slice of the global batch of `global_rows` users and `global_items` items; draw: (seed, epoch,
     step), which whatever is random about this batch is a function of.
     """
@@ -26,6 +27,7 @@ class Batch:
     global_items: int = 0
     owners: Tensor | None = None
     everyone: Tensor | None = None
+    values: Tensor | None = None
 
     @property
     def mask_BT(self) -> Tensor:
@@ -38,5 +40,6 @@ class Batch:
             items=self.items.to(device, non_blocking=True),
             lengths=self.lengths.to(device, non_blocking=True),
             users=self.users.to(device, non_blocking=True),
+            values=None if self.values is None else self.values.to(device, non_blocking=True),
             everyone=None if self.everyone is None else self.everyone.to(device, non_blocking=True),
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from etl.tables import PAD
-from trainer.data.dataset import Catalogue, Int32Array, IntArray, SequenceDataset
+from trainer.data.dataset import Catalogue, FloatArray, Int32Array, IntArray, SequenceDataset
 
 READERS = 2  # threads: a core decodes some 100 M items a second, far more than a network trains on
 
@@ -25,10 +25,11 @@ class Group:
     lengths: IntArray  # [U] of whole sequences
     trained: IntArray  # [U] of training parts
     rows: Int32Array  # [sum of lengths] catalogue rows
+    values: FloatArray  # [sum of lengths], or empty where no one asks
 
     @property
     def nbytes(self) -> int:
-        return self.users.nbytes + self.lengths.nbytes + self.trained.nbytes + self.rows.nbytes
+        return self.users.nbytes + self.lengths.nbytes + self.trained.nbytes + self.rows.nbytes + self.values.nbytes
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Block:
     trained: IntArray  # [U] of training parts
     firsts: IntArray  # [U] the place where each sequence begins
     windows_NT: Int32Array
+    values_NT: FloatArray | None  # of the same places
 
 
 class BlockReader:
@@ -89,7 +91,8 @@ class BlockReader:
         if (cached := self._cache.get(group)) is not None:
             return cached
         read = self.dataset.read_group(group, held_out=False)
-        found = Group(read.users, np.diff(read.offsets), read.valid_start, self.catalogue.rows(read.items))
+        rows = self.catalogue.rows(read.items)
+        found = Group(read.users, np.diff(read.offsets), read.valid_start, rows, read.values)
         with self._lock:
             if self._cached_bytes + found.nbytes <= self.cache_bytes:
                 self._cache[group] = found
@@ -112,7 +115,12 @@ class BlockReader:
         np.concatenate([group.rows for group in groups], out=rows[:total])
         rows[total:] = PAD
         order = order_of(number, len(trained))
+        values_NT = None
+        if self.dataset.values:
+            behind = np.full(self.window, np.nan, np.float32)
+            values = np.concatenate([*(group.values for group in groups), behind])
+            values_NT = np.lib.stride_tricks.sliding_window_view(values, self.window)
         return Block(
             users[order], trained[order], (np.cumsum(lengths) - lengths)[order],
-            np.lib.stride_tricks.sliding_window_view(rows, self.window),
+            np.lib.stride_tricks.sliding_window_view(rows, self.window), values_NT,
         )  # fmt: skip

@@ -4,7 +4,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,6 +23,7 @@ from etl.tables import FIRST_INDEX, Table
 
 IntArray = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32]
 _FOOTERS = 64  # of data files, kept: a twentieth of what a row group takes is reading its file's anew
 
 
@@ -258,6 +259,7 @@ class Sequences:
     valid_start: IntArray  # [U]
     test_start: IntArray  # [U]
     end: IntArray  # [U]
+    values: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))  # [sum of lengths]; NaN: none
 
     def __len__(self) -> int:
         return len(self.users)
@@ -275,17 +277,21 @@ class Sequences:
         return Sequences(
             self.users[rows], offsets, self.items[flat], self.times[flat] if len(self.times) else self.times,
             self.valid_start[rows], self.test_start[rows], self.end[rows],
+            self.values[flat] if len(self.values) else self.values,
         )  # fmt: skip
 
 
 class SequenceDataset:
     """The sequences of one split and domain of a release, as row groups that can be read in any combination.
 
+    `values`: the events' values (ratings, prices) are read too.
     Raises DataError where there are none, and for a file that is missing, damaged or not of the contract's schema.
     """
 
-    def __init__(self, release: Release, split: str, domain: str) -> None:
-        self.release, self.split, self.domain = release, split, domain
+    values = False
+
+    def __init__(self, release: Release, split: str, domain: str, *, values: bool = False) -> None:
+        self.release, self.split, self.domain, self.values = release, split, domain, values
         self.files = release.files(tables.SEQUENCES, {"split": split, "domain": domain})
         if not self.files:
             known = known_sequences(release, tables.SEQUENCES)
@@ -319,7 +325,8 @@ class SequenceDataset:
         columns = ["user", "items", "valid_start", *(["test_start", "end"] if held_out else [])]
         with blamed(file), open_parquet(file, self._metadata(file)) as parquet:
             # One thread, and no coalesced reads ahead: a row group is one unit of work.
-            table = parquet.read_row_group(number, columns=[*columns, *(["times"] if times else [])], use_threads=False)
+            columns += [*(["times"] if times else []), *(["values"] if self.values else [])]
+            table = parquet.read_row_group(number, columns=columns, use_threads=False)
             return _flatten(table, self.rows_per_group[group])
 
     def read_all(self, *, times: bool = False) -> Sequences:
@@ -406,7 +413,20 @@ def _flatten(table: pa.Table, num_rows: int) -> Sequences:
         raise _Damage(f"expected item indices from {FIRST_INDEX} on, found {pc.min(items)} or null")
     if any((before > after).any() for before, after in itertools.pairwise([np.zeros_like(valid_start), *bounds])):
         raise _Damage("expected 0 <= valid_start <= test_start <= end <= length of items, found a row that isn't so")
-    return Sequences(integers("user"), offsets, items.to_numpy(), times, valid_start, test_start, end)
+    values = _values(table["values"], lengths) if "values" in table.column_names else np.empty(0, np.float32)
+    return Sequences(integers("user"), offsets, items.to_numpy(), times, valid_start, test_start, end, values)
+
+
+def _values(column: pa.ChunkedArray, lengths: IntArray) -> FloatArray:
+    """Side by side with items; NaN where an event, or all of a user's, have none. Raises _Damage."""
+    lists = column.combine_chunks()
+    found = np.full(int(lengths.sum()), np.nan, dtype=np.float32)
+    given = lists.is_valid().to_numpy(zero_copy_only=False)
+    flat = lists.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
+    if len(flat) != int(lengths[given].sum()):
+        raise _Damage(f"expected as many values as items, found {len(flat):,} for {int(lengths[given].sum()):,}")
+    found[np.repeat(given, lengths)] = flat
+    return found
 
 
 def _concatenated(parts: Sequence[Sequences]) -> Sequences:
@@ -418,5 +438,5 @@ def _concatenated(parts: Sequence[Sequences]) -> Sequences:
     return Sequences(
         together("users", np.int64), np.concatenate([[0], np.cumsum(lengths)]), together("items", np.int32),
         together("times", np.int64), together("valid_start", np.int64), together("test_start", np.int64),
-        together("end", np.int64),
+        together("end", np.int64), together("values", np.float32),
     )  # fmt: skip

@@ -96,6 +96,9 @@ class Loader:
             users = np.where(hidden < self.config.unknown_users, UNK, users)
         mine = order.rank_slice(len(full), self.rank, self.world_size)
         width = max(int(lengths.max()), 1)
+        values = None
+        if block.values_NT is not None:
+            values = torch.from_numpy(block.values_NT[:, :width][(block.firsts[batch] + starts)[mine]])
         return Batch(
             self._padded(block.windows_NT, (block.firsts[batch] + starts)[mine], lengths[mine], width),
             torch.from_numpy(lengths[mine]),
@@ -106,6 +109,7 @@ class Loader:
             int(lengths.sum()),
             torch.from_numpy(block.users[batch][mine]),
             self._padded(block.windows_NT, block.firsts[batch] + starts, lengths, width) if self.everyone else None,
+            values,
         )
 
     def _padded(self, windows_NT: Int32Array, starts: IntArray, lengths: IntArray, width: int) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etl.tables import UNK
-from trainer.config import ModelConfig, PairHeadConfig, TaskHead
+from trainer.config import ModelConfig, PairHeadConfig, TaskHead, WeightsHeadConfig
 from trainer.models.dropout import Dropout
-from trainer.models.pair import PairHead
+from trainer.models.pair import LossWeights, PairHead
 from trainer.models.table import RowTable, RowTables
 
 _EVERY = slice(None)
@@ -92,10 +92,13 @@ class SequenceModel(nn.Module):
         raise NotImplementedError
 
     def add_task_head(self, name: str, head: TaskHead) -> None:
-        """What a task tells by a hidden state beside items: so many numbers, or a score of an item's content. Drawn
-        from the global random state."""
+        """What a task tells by a hidden state beside items: so many numbers, a score of an item's content, or weights
+        of losses. Drawn from the global random state."""
         if isinstance(head, PairHeadConfig):
             self.task_heads[name] = PairHead(self.hidden_width, head.content, head.layers)
+            return
+        if isinstance(head, WeightsHeadConfig):
+            self.task_heads[name] = LossWeights(head.losses)
             return
         layer = nn.Linear(self.hidden_width, head)
         nn.init.trunc_normal_(layer.weight, std=self.hidden_width**-0.5)

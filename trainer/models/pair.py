@@ -30,3 +30,17 @@ class PairHead(nn.Module):
             x = layer(F.gelu(x) if place else x)
         logits: Tensor = x.squeeze(-1)
         return logits
+
+
+class LossWeights(nn.Module):
+    """The logarithms s of several losses' variances, learned with the model: a loss L weighs ``exp(-s) L + s / 2``
+    (Kendall, Gal and Cipolla 2018, equation 10)."""
+
+    def __init__(self, num_losses: int) -> None:
+        super().__init__()
+        self.log_variance = nn.Parameter(torch.zeros(num_losses))
+
+    def forward(self, place: int, loss: Tensor, count: Tensor) -> Tensor:
+        """Of a loss that is summed over `count` things."""
+        weighed: Tensor = torch.exp(-self.log_variance[place]) * loss + self.log_variance[place] / 2 * count
+        return weighed

@@ -8,6 +8,7 @@ from trainer.config import (
     BasketPairConfig,
     ClickConfig,
     MaskedItemConfig,
+    MultiConfig,
     NextBasketConfig,
     NextItemConfig,
     ProfileConfig,
@@ -19,11 +20,23 @@ from trainer.models import SequenceModel
 from trainer.tasks.baskets import BasketPair, NextBasket
 from trainer.tasks.click import Click
 from trainer.tasks.masked_item import MaskedItem
+from trainer.tasks.multi import Multi
 from trainer.tasks.next_item import NextItem
 from trainer.tasks.profile import Profile
 from trainer.tasks.target_item import TargetItem
 
-__all__ = ["BasketPair", "Click", "MaskedItem", "NextBasket", "NextItem", "Profile", "TargetItem", "Task", "build_task"]
+__all__ = [
+    "BasketPair",
+    "Click",
+    "MaskedItem",
+    "Multi",
+    "NextBasket",
+    "NextItem",
+    "Profile",
+    "TargetItem",
+    "Task",
+    "build_task",
+]
 
 
 class Task(Protocol):
@@ -48,6 +61,8 @@ def build_task(config: TaskConfig) -> Task:
             return TargetItem(config)
         case ProfileConfig():
             return Profile(config)
+        case MultiConfig():
+            return Multi(config)
         case ClickConfig():
             return Click(config)
         case NextBasketConfig():

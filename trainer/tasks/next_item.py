@@ -25,7 +25,7 @@ class NextItem:
         """(summed loss, number of predicted items) of this rank's slice."""
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
-        inputs_BT = torch.cat([_begin(batch), batch.items[:, :-1]], dim=1)
+        inputs_BT = begun(batch)
         real_BT = batch.mask_BT if self.config.targets > 1 else batch.mask_BT & is_predicted(model, batch.items)
         hidden_ND = model(inputs_BT, batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD)
         targets_N = batch.items[real_BT]
@@ -52,6 +52,11 @@ class NextItem:
         newest_BT = torch.arange(items_BT.shape[1], device=items_BT.device) == batch.lengths[:, None]
         query_BD: Tensor = model(items_BT, batch.lengths + 1, batch.users, newest_BT, causal=True, table_VD=table_VD)
         return query_BD
+
+
+def begun(batch: Batch) -> Tensor:
+    """[B, T]: at each position what stood there before, a CLS at the first."""
+    return torch.cat([_begin(batch), batch.items[:, :-1]], dim=1)
 
 
 def _begin(batch: Batch) -> Tensor:
