@@ -270,10 +270,10 @@ def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10"
 def curve_panels(panels: Mapping[str, Sequence[Curve]], *, names: Sequence[str], metric: str = "NDCG@10") -> Figure:
     """Validation score (above) and training loss (below) by epoch, a column a panel. names: all that curves may have,
     so that pictures share their colours; the first, which the others are compared with, is grey. Dots: best epochs."""
-    figure = Figure(figsize=(NARROW, 5.2), layout="constrained")
-    columns = figure.subplots(2, max(len(panels), 1), sharey="row", squeeze=False)
     met = {curve.name for curves in panels.values() for curve in curves}
     colours = {name: colour for name, colour in zip(names, [FAINT, *_cycle(len(names))], strict=False) if name in met}
+    figure = Figure(figsize=(NARROW, 4.8 + _legend_height(colours)), layout="constrained")
+    columns = figure.subplots(2, max(len(panels), 1), sharey="row", squeeze=False)
     for column, (name, curves) in enumerate(panels.items()):
         above, below = columns[0, column], columns[1, column]
         for curve in curves:
@@ -297,9 +297,10 @@ def slice_panels(
 ) -> Figure:
     """Gains with their intervals by slice: panel -> series -> a Gain for each slice (its name), in the order first met.
     names: all series there may be; within a slice they stand beside each other, in the colours of `curve_panels`."""
-    figure = Figure(figsize=(NARROW, 0.7 + 2.3 * max(len(panels), 1)), layout="constrained")
-    rows = figure.subplots(max(len(panels), 1), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     colours = dict(zip(names, _cycle(len(names)), strict=True))
+    height = 0.5 + 2.3 * max(len(panels), 1) + _legend_height(colours)
+    figure = Figure(figsize=(NARROW, height), layout="constrained")
+    rows = figure.subplots(max(len(panels), 1), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     slices = list(dict.fromkeys(g.name for series in panels.values() for gains in series.values() for g in gains))
     step = 0.8 / max(len(colours), 1)
     for axes, (name, series) in zip(rows, panels.items(), strict=False):
@@ -339,12 +340,21 @@ def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
     """Names of the colours beneath the panels."""
     lines = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()]
     if lines:
-        longest = max(map(len, colours))
-        beside = next((n for n in (3, 2) if n * longest <= LEGEND_CHARACTERS), 1)
         figure.legend(
-            lines, list(colours), loc="outside lower center", ncols=min(beside, len(lines)), frameon=False,
+            lines, list(colours), loc="outside lower center", ncols=_beside(colours), frameon=False,
             fontsize=SMALL, labelcolor=INK,
         )  # fmt: skip
+
+
+def _beside(colours: Mapping[str, str]) -> int:
+    """Columns of a legend: names stand beside each other where they are short."""
+    longest = max(map(len, colours), default=0)
+    return max(1, min(next((n for n in (3, 2) if n * longest <= LEGEND_CHARACTERS), 1), len(colours)))
+
+
+def _legend_height(colours: Mapping[str, str]) -> float:
+    """Inches."""
+    return 0.19 * -(-len(colours) // _beside(colours))
 
 
 def _cycle(count: int) -> list[str]:

@@ -32,6 +32,8 @@ KEYS = (
 TONES: Mapping[str, Tone] = {"supported": "up", "reversed": "down"}
 FROM_SCRATCH = "from scratch"
 OWN = "Configurations of one's own"
+MANY_ROWS = 7  # of one's own, that a picture can tell apart
+FEW_USERS = 30  # of a slice: their intervals would hide all others
 NAN = float("nan")
 
 
@@ -334,12 +336,16 @@ class _Report:
             return []
         found = {(one["row"], one["slice"]): one for one in own}
         slices = {one["slice"]: one["users"] for one in own}
-        panels: dict[str, dict[str, list[Gain]]] = {}
+        drawn = [name for name, users in slices.items() if users >= FEW_USERS]
+        pictures: dict[str, dict[str, dict[str, list[Gain]]]] = {}  # picture -> panel -> series
         for row in [row for row in self.done if row["kind"] in ("model", "own")]:
-            panel = OWN if row["kind"] == "own" else f"{_model(row['model'])}, {_metadata(row)}"
-            gains = [one for name in slices if (one := found.get((row["id"], name))) and one["gain"] is not None]
+            picture, panel = "", f"{_model(row['model'])}, {_metadata(row)}"
+            if row["kind"] == "own":
+                picture = panel = self._family(row)
+                picture = "" if picture == OWN else picture
+            gains = [one for name in drawn if (one := found.get((row["id"], name))) and one["gain"] is not None]
             if gains:
-                panels.setdefault(panel, {})[_series(row)] = [
+                pictures.setdefault(picture, {}).setdefault(panel, {})[_series(row)] = [
                     Gain(one["slice"], 100 * one["gain"], 100 * one["low"], 100 * one["high"]) for one in gains
                 ]
         rows: list[Sequence[Cell | str] | str] = []
@@ -349,36 +355,56 @@ class _Report:
         head = [f"{self.metric}, %", *(f"{name} items: {users:,} users" for name, users in slices.items())]
         target = self.results["data"]["target_domain"]
         text = f"Users by the items of {target} in their input, the coldest first ({self.head})."
-        picture = f"Gains in {self.metric} by length of the user's history"
+        told, metric = f"Gains in {self.metric} by length of the user's history", f"{self.metric}, %"
+        shown = []
+        for number, (family, panels) in enumerate(pictures.items()):
+            names = [
+                name for name in self.series[1:] if not family or any(name in series for series in panels.values())
+            ]
+            file = f"lengths-{number}" if family else "lengths"
+            shown.append(Picture(file, slice_panels(panels, metric=metric, names=names), told))
         return [
             Heading("Gain by length of the user's target history"),
             Text(text),
-            *(
-                [Picture("lengths", slice_panels(panels, metric=f"{self.metric}, %", names=self.series[1:]), picture)]
-                if panels
-                else []
-            ),
+            *shown,
             Fold(
                 "Means and gains over from scratch (intervals not corrected for reading many)",
                 [Table(head, rows, stacked=True)],
             ),
         ]
 
+    def _family(self, row: Row) -> str:
+        """Rows of one's own that share a picture: all, or, where they are many, those that are compared with one."""
+        own = {one["id"]: one for one in self.rows if one["kind"] == "own"}
+        if len(own) <= MANY_ROWS:
+            return OWN
+        met = {row["id"]}
+        while (other := own.get(row.get("against") or "")) is not None and other["id"] not in met:
+            row = other
+            met.add(row["id"])
+        return str(row["label"])
+
     # --- training ---
 
     def curves(self) -> list[Block]:
         blocks: list[Block] = []
         for number, name in enumerate(self.panels):
-            panels: dict[str, list[Curve]] = {}
-            for row in [row for row in self.done if row["kind"] in ("model", "own") and _panel(row) == name]:
-                for run in row["seeds"]:
-                    if run["curve"]:
-                        panels.setdefault(_metadata(row), []).append(_curve(_series(row), run["curve"]))
-            if panels:
-                shows = f"Validation {self.metric} and training loss by epoch, every seed a line: {name}"
-                blocks += [
-                    Heading(name, 3), Picture(f"curves-{number}", curve_panels(panels, names=self.series), shows)
-                ]  # fmt: skip
+            members = [row for row in self.done if row["kind"] in ("model", "own") and _panel(row) == name]
+            families: dict[str, list[Row]] = {}
+            for row in members:
+                families.setdefault(self._family(row) if row["kind"] == "own" else name, []).append(row)
+            for part, (family, rows) in enumerate(families.items()):
+                panels: dict[str, list[Curve]] = {}
+                for row in rows:
+                    for run in row["seeds"]:
+                        if run["curve"]:
+                            panels.setdefault(_metadata(row), []).append(_curve(_series(row), run["curve"]))
+                if not panels:
+                    continue
+                names = self.series if len(families) == 1 else [_series(row) for row in rows]
+                file = f"curves-{number}" if len(families) == 1 else f"curves-{number}-{part}"
+                shows = f"Validation {self.metric} and training loss by epoch, every seed a line: {family}"
+                blocks += [Heading(family, 3), Picture(file, curve_panels(panels, names=names), shows)]
         text = "The training that ended in the scored model, every seed a line; dots are the epochs that were kept."
         return [Heading("Learning curves"), Text(text), *blocks] if blocks else []
 

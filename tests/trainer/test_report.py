@@ -5,6 +5,7 @@ import html
 import html.parser
 import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -241,6 +242,24 @@ def test_how_soon_a_row_is_as_good(small_results, tmp_path):
         run["curve"] = curve(0.1)
     page = write(results, tmp_path).with_suffix(".md").read_text(encoding="utf-8")
     assert "| never |" in page[page.index("## Cost") :]
+
+
+def test_many_rows_of_ones_own_have_a_picture_a_family(tmp_path):
+    """Rows that are compared with one, whichever way round, and no more in a picture than it can tell apart."""
+    ids = [(f"{family}{n}", f"{family}{n - 1}" if n else None) for family in "ab" for n in range(4)]
+    own = [
+        row("bert4rec") | {"id": name, "kind": "own", "label": f"row {name}", "against": against, "pretrain_task": None}
+        for name, against in ids
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(results_of(own), tmp_path)
+    pictures = {path.name for path in tmp_path.glob("*.svg")}
+    assert {"report-curves-0-0.svg", "report-curves-0-1.svg"} <= pictures
+    assert "report-curves-0-2.svg" not in pictures
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "every seed a line: row a0](report-curves-0-0.svg)" in text
+    assert "every seed a line: row b0](report-curves-0-1.svg)" in text
 
 
 def curve(*scores):
