@@ -14,21 +14,16 @@ from torch import Tensor
 from etl.tables import FIRST_INDEX, SEP
 from trainer.baselines import TIE_BREAK, Histories, IntArray
 from trainer.config import BaselinesConfig
-from trainer.contenders import Contender, EvaluationSet
+from trainer.contenders import Contender, EvaluationSet, training_histories
 from trainer.data.baskets import BasketDataset
 from trainer.metrics import FloatArray
-from trainer.ranking import read_users, sampled
 from trainer.scoring import Scores
 
 
 def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[Contender]:
     """Counted on the training baskets of about `config.max_users` users."""
     dataset = BasketDataset(asked.release, asked.split, asked.domain)
-    share = config.max_users / max(dataset.num_rows, 1)
-    found = read_users(dataset, lambda s: sampled(s.users, share))
-    assert found is not None, "whoever holds a basket out has training baskets"
-    rows = asked.catalogue.rows(found.items).astype(np.int64)
-    training = Histories(found.users, found.offsets, rows, found.times).until(found.valid_start)
+    training = training_histories(dataset, asked.catalogue, max_users=config.max_users)
     num_rows = len(asked.catalogue)
     popular = popularity(training, num_rows)
     chain = markov_chain(training, num_rows)

@@ -8,30 +8,29 @@ Shape letters: ``N`` pairs of a user and an item.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from etl.tables import UNK
 from trainer.artifact import Artifact
-from trainer.baselines import Histories, item_to_item, popularity
+from trainer.baselines import item_to_item, popularity
 from trainer.classification import AUC, example_metrics, scikit_learn
 from trainer.clicks import ERROR, OF_USER, Pairs, metrics_of, probabilities, read_pairs, reliability, user_auc
-from trainer.comparison import Row, block
+from trainer.comparison import Row
 from trainer.config import ClickConfig, EvaluateConfig, EvaluatedModel
-from trainer.contenders import EvaluateError, raw_users
-from trainer.data.dataset import Catalogue, Release, SequenceDataset, read_catalogue, rows_by_raw_id
+from trainer.contenders import EvaluateError, raw_users, training_histories
+from trainer.data.dataset import Catalogue, Release, SequenceDataset, read_catalogue
 from trainer.metrics import FloatArray
-from trainer.ranking import read_users, sampled
 from trainer.tasks.click import Click
-from trainer.told import Key, Told, keys_of, notes_of
-
-METRICS = (AUC, OF_USER, "log loss", ERROR)
-TESTED = (OF_USER, "log loss")  # of one user each, so that users can be paired
+from trainer.told import Key, Told, as_known, keys_of
 
 
 @dataclass(frozen=True)
 class ToldClicks(Told):
     """Probabilities [N] that a user takes an item."""
+
+    METRICS: ClassVar = (AUC, OF_USER, "log loss", ERROR)
+    TESTED: ClassVar = (OF_USER, "log loss")
 
     pairs: Pairs
 
@@ -73,8 +72,9 @@ def tell(
     catalogue = read_catalogue(release, domain)
     pairs = _read(release, split, domain, catalogue, config, first, config.part)
     keys, costs = keys_of(chosen, models)
+    users = raw_users(release, pairs.histories.users)
     found = {
-        key: _told(artifact, pairs, catalogue, release, config.evaluation.batch_size)
+        key: _told(artifact, pairs, users, catalogue, config.evaluation.batch_size)
         for key, artifact in zip(keys, models, strict=True)
     }
     if config.baselines.enabled:
@@ -100,15 +100,12 @@ def _read(
     )  # fmt: skip
 
 
-def _told(artifact: Artifact, pairs: Pairs, catalogue: Catalogue, release: Release, batch_size: int) -> FloatArray:
+def _told(artifact: Artifact, pairs: Pairs, users: Sequence[str], catalogue: Catalogue, batch_size: int) -> FloatArray:
     """What the model doesn't know is passed over in histories, and asked about as the unknown item."""
-    given, known = pairs.histories, artifact.users or {}
-    users = np.array([known.get(raw, UNK) for raw in raw_users(release, given.users)], dtype=np.int64)
-    rows = rows_by_raw_id(artifact.catalogue, catalogue)
-    own = Histories(users, given.offsets, rows[given.items], given.times)
     task = artifact.task
     assert isinstance(task, Click)
-    asked = Pairs(own.keep(own.items != UNK), pairs.owner_N, rows[pairs.row_N], pairs.taken_N)
+    own, rows = as_known(artifact, pairs.histories, users, catalogue)
+    asked = Pairs(own, pairs.owner_N, rows[pairs.row_N], pairs.taken_N)
     return probabilities(artifact.teller(), artifact.model, task, asked, batch_size=batch_size)
 
 
@@ -117,11 +114,7 @@ class _Features:
 
     def __init__(self, release: Release, split: str, domain: str, catalogue: Catalogue, config: EvaluateConfig) -> None:
         dataset = SequenceDataset(release, split, domain)
-        share = config.baselines.max_users / max(dataset.num_rows, 1)
-        found = read_users(dataset, lambda s: sampled(s.users, share))
-        assert found is not None, "whoever holds items out has others"
-        rows = catalogue.rows(found.items).astype(np.int64)
-        training = Histories(found.users, found.offsets, rows, found.times).until(found.valid_start)
+        training = training_histories(dataset, catalogue, max_users=config.baselines.max_users)
         self._rows = np.arange(len(catalogue))
         self._popular = popularity(training, len(catalogue)).counts
         self._near = item_to_item(training, len(catalogue), last=None, decay=config.baselines.decay)
@@ -136,13 +129,11 @@ class _Features:
         return np.stack([np.log1p(self._popular[pairs.row_N]), np.log(near + 1e-4)], axis=1)
 
 
-def render(rows: Sequence[Row], told: ToldClicks, *, against: str) -> str:
+def render(told: ToldClicks, rows: Sequence[Row], *, against: str) -> str:
     """The table for people."""
     taken = int(told.pairs.taken_N.sum())
-    where = f"{told.part} · domain {told.domain} · split {told.split} · {len(told.pairs):,} users"
     notes = [
         f"{taken:,} items taken and {len(told.pairs.taken_N) - taken:,} drawn uniformly, which were not",
         "popularity and item-to-item are calibrated by a logistic regression on the validation part",
     ]
-    table = block(rows, [("users", metric) for metric in METRICS])
-    return f"clicks · {where}\n{table}\n\n" + "\n".join(notes + notes_of(rows, against=against))
+    return told.table("clicks", rows, f"{len(told.pairs):,} users", notes, against=against)

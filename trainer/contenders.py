@@ -8,7 +8,7 @@ Shape letters: ``U`` held-out users, ``B`` users of a batch, ``V`` rows of the e
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,18 +120,28 @@ class EvaluationSet:
         return self.everything.rows(self.catalogue.global_index).astype(np.int64)
 
     def _rows(self, sequences: Sequences | None, *, training: bool = False) -> Histories:
-        if sequences is None:
-            none = np.empty(0, np.int64)
-            return Histories(none, np.zeros(1, np.int64), none, none)
-        rows = self.everything.rows(sequences.items).astype(np.int64)
-        whole = Histories(sequences.users, sequences.offsets, rows, sequences.times)
-        return whole.until(sequences.valid_start if training else sequences.end)
+        return in_rows(sequences, self.everything, training=training)
 
     def training(self, domain: str, *, max_users: int) -> Histories:
         """Training parts of a domain, of about `max_users` users, as rows of `everything`; without times."""
         dataset = SequenceDataset(self.release, self.split, domain)
-        share = max_users / max(dataset.num_rows, 1)
-        return self._rows(read_users(dataset, lambda s: sampled(s.users, share)), training=True)
+        return training_histories(dataset, self.everything, max_users=max_users)
+
+
+def in_rows(sequences: Sequences | None, catalogue: Catalogue, *, training: bool = False) -> Histories:
+    """Sequences, or their training parts, as rows of a catalogue."""
+    if sequences is None:
+        none = np.empty(0, np.int64)
+        return Histories(none, np.zeros(1, np.int64), none, none)
+    rows = catalogue.rows(sequences.items).astype(np.int64)
+    whole = Histories(sequences.users, sequences.offsets, rows, sequences.times)
+    return whole.until(sequences.valid_start if training else sequences.end)
+
+
+def training_histories(dataset: SequenceDataset, catalogue: Catalogue, *, max_users: int) -> Histories:
+    """Training parts of about `max_users` users, in rows of a catalogue; without times."""
+    share = max_users / max(dataset.num_rows, 1)
+    return in_rows(read_users(dataset, lambda s: sampled(s.users, share)), catalogue, training=True)
 
 
 def raw_users(release: Release, users: IntArray) -> list[str]:
@@ -218,7 +228,7 @@ def model_contender(
             "fine-tune it on the domain first"
         )
     _refuse_leak(artifact, asked)
-    user_rows = _user_rows(artifact, asked)
+    own_users = user_rows(artifact, asked.raw_users)
     item_rows = rows_by_raw_id(artifact.catalogue, asked.everything) if reads_all else rows
     source = merge(asked.input_anywhere, asked.elsewhere) if reads_all else asked.held_out.histories
     scorer = artifact.scorer(device=device, baskets=asked.baskets)
@@ -229,7 +239,7 @@ def model_contender(
     def score(histories: Histories) -> Scores:
         place = np.searchsorted(asked.users, histories.users)
         given = source.take(place) if reads_all else histories
-        own = Histories(user_rows[place], given.offsets, item_rows[given.items], given.times)
+        own = Histories(own_users[place], given.offsets, item_rows[given.items], given.times)
         if len(known) == 0:
             return Scores.of(torch.full((1, 1), -torch.inf).expand(len(histories), width))
         is_read = own.items != UNK
@@ -257,10 +267,10 @@ def model_contender(
     )
 
 
-def _user_rows(artifact: Artifact, asked: EvaluationSet) -> IntArray:
+def user_rows(artifact: Artifact, raw_users: Sequence[str]) -> IntArray:
     """[U] rows of the model's user table, UNK for users that it does not know."""
     known = artifact.users or {}
-    return np.array([known.get(raw, UNK) for raw in asked.raw_users], dtype=np.int64)
+    return np.array([known.get(raw, UNK) for raw in raw_users], dtype=np.int64)
 
 
 def _refuse_leak(artifact: Artifact, asked: EvaluationSet) -> None:

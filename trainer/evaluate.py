@@ -8,7 +8,7 @@ summary.json (means, comparisons, snapshots, models), table.txt and gains.png. A
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from etl.config import code_version
 from etl.tables import FIRST_INDEX
 from trainer import basket_baselines, click_table, next_event_table, profile_table, tracking
-from trainer.artifact import artifact_hash, load_artifact
+from trainer.artifact import Artifact, artifact_hash, load_artifact
 from trainer.click_table import ToldClicks
 from trainer.comparison import Evaluation, Row, compare_table, evaluate_contenders, p_text, render
 from trainer.config import ConfigError, EvaluateConfig, EvaluatedModel, ranks_items, reads_baskets
@@ -35,11 +35,10 @@ from trainer.contenders import (
 )
 from trainer.data.dataset import Release, pin
 from trainer.distributed import join
-from trainer.metrics import means
+from trainer.metrics import FloatArray, means
 from trainer.pictures import Gain, confusions, reliability_curves, transfer_gains
-from trainer.profile_table import ToldProfiles
 from trainer.ranking import BASKET, FULL, SINGLE, convention_of
-from trainer.told import Told, rows_of
+from trainer.told import Told, ToldClasses
 
 USERS, SUMMARY, TABLE, GAINS = "users.parquet", "summary.json", "table.txt", "gains.png"
 CONFUSIONS, RELIABILITY = "confusions.png", "reliability.png"
@@ -69,8 +68,10 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         print(done.text)
         return done
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as run:
+        device = str(join(config.runtime).device)
+        models = [load_artifact(model.model, device=device) for model in chosen]
         if not ranks_items(first.config.task):
-            return _evaluate_told(config, chosen, release, run, folder, key)
+            return _evaluate_told(config, chosen, models, release, run, folder, key)
         baskets = reads_baskets(first.config.task)
         if baskets:  # no others are drawn for them
             config = config.model_copy(
@@ -83,21 +84,15 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             config.evaluation, baskets=baskets,
         )  # fmt: skip
         evaluation = evaluate_contenders(
-            _contenders(config, chosen, asked), asked, batch_size=config.evaluation.batch_size,
+            _contenders(config, chosen, models, asked), asked, batch_size=config.evaluation.batch_size,
             progress=config.runtime.progress,
         )  # fmt: skip
         rows = compare_table(evaluation, against=config.against, protocols=config.evaluation.protocols, metrics=metrics)
         text = render(rows, asked, against=config.against)
         if first.config.task.kind == "multi":
-            device = str(join(config.runtime).device)
-            told = next_event_table.tell(
-                config, chosen, [load_artifact(model.model, device=device) for model in chosen], release
-            )
-            shown = [next_event_table.render(one, against=config.against) for one in told]
-            text = "\n\n".join([text, *(table for _, table in shown)])
-            events = [
-                asdict(row) | {"protocol": one.name} for one, (own, _) in zip(told, shown, strict=True) for row in own
-            ]
+            for told, own, table in _next_events(config, chosen, models, release):
+                text += f"\n\n{table}"
+                events += [asdict(row) | {"protocol": told.name} for row in own]
         print(text)
         folder.mkdir(parents=True, exist_ok=True)
         write_users(evaluation, folder / USERS)
@@ -116,32 +111,29 @@ def run(config: EvaluateConfig) -> EvaluationReport:
 
 
 def _evaluate_told(
-    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], release: Release, run: tracking.Run, folder: Path,
-    key: str,
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], release: Release,
+    run: tracking.Run, folder: Path, key: str,
 ) -> EvaluationReport:  # fmt: skip
     """Models that rank no items: they tell what users are, or what they take."""
-    device = str(join(config.runtime).device)
-    models = [load_artifact(model.model, device=device) for model in chosen]
     told: Told
     if models[0].config.task.kind == "multi":
-        tables = next_event_table.tell(config, chosen, models, release)
-        shown = [next_event_table.render(one, against=config.against) for one in tables]
-        told, rows = tables[0], [row for own, _ in shown for row in own]
-        text = "\n\n".join(table for _, table in shown)
-        picture, drawn = _levels(tables), CONFUSIONS
-        users = pa.concat_tables(_events_told(one, release) for one in tables)
+        tables = _next_events(config, chosen, models, release)
+        told, rows = tables[-1][0], [row for _, own, _ in tables for row in own]
+        text = "\n\n".join(table for *_, table in tables)
+        picture, drawn = _confusions(told), CONFUSIONS  # of what is told last, value where it is told: fewest classes
+        users = pa.concat_tables(_events_told(one, release) for one, *_ in tables)
     elif models[0].config.task.kind == "click":
-        told = clicks = click_table.tell(config, chosen, models, release)
-        rows = rows_of(told, metrics=click_table.METRICS, tested=click_table.TESTED, against=config.against)
-        text = click_table.render(rows, clicks, against=config.against)
-        picture, drawn = _reliability(clicks), RELIABILITY
-        users = _pairs_told(clicks, release)
+        told = click_table.tell(config, chosen, models, release)
+        rows = told.rows(against=config.against)
+        text = click_table.render(told, rows, against=config.against)
+        picture, drawn = _reliability(told), RELIABILITY
+        users = _pairs_told(told, release)
     else:
-        told = profiles = profile_table.tell(config, chosen, models, release)
-        rows = rows_of(told, metrics=profile_table.METRICS, tested=profile_table.TESTED, against=config.against)
-        text = profile_table.render(rows, profiles, against=config.against)
-        picture, drawn = _confusions(profiles), CONFUSIONS
-        users = _users_told(profiles, release)
+        told = profile_table.tell(config, chosen, models, release)
+        rows = told.rows(against=config.against)
+        text = profile_table.render(told, rows, against=config.against)
+        picture, drawn = _confusions(told), CONFUSIONS
+        users = _users_told(told, release)
     print(text)
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(users, folder / USERS, compression="zstd")
@@ -161,70 +153,64 @@ def _evaluate_told(
     return EvaluationReport(folder, data, text, skipped=False)
 
 
-def _users_told(told: ToldProfiles, release: Release) -> pa.Table:
+def _next_events(
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], release: Release
+) -> list[tuple[ToldClasses, list[Row], str]]:
+    """Of each thing that is told beside the item: what was told, its rows, its table."""
+    found = []
+    for told in next_event_table.tell(config, chosen, models, release):
+        rows = told.rows(against=config.against)
+        found.append((told, rows, next_event_table.render(told, rows, against=config.against)))
+    return found
+
+
+def _users_told(told: ToldClasses, release: Release) -> pa.Table:
     """Label, seed, user (raw id), what the user is, and a column of probabilities for each class."""
-    names = told.classes.names
-    users = raw_users(release, told.asked.histories.users)
-    return pa.concat_tables(
-        pa.table(
-            {
-                "label": pa.array([label] * len(users), pa.string()),
-                "seed": pa.array([seed] * len(users), pa.int64()),
-                "user": pa.array(users, pa.string()),
-                told.classes.attribute: pa.array([names[one] for one in told.asked.class_N]),
-                **{f"is {name}": pa.array(given[:, place]) for place, name in enumerate(names)},
-            }
-        )
-        for (label, seed), given in told.probabilities.items()
-    )
+
+    def columns(given: FloatArray) -> dict[str, Any]:
+        of_class = {f"is {name}": given[:, place] for place, name in enumerate(told.names)}
+        return {told.name: [told.names[one] for one in told.asked.class_N], **of_class}
+
+    return _told_table(told, raw_users(release, told.asked.histories.users), columns)
 
 
-def _events_told(told: next_event_table.ToldEvents, release: Release) -> pa.Table:
+def _events_told(told: ToldClasses, release: Release) -> pa.Table:
     """Label, seed, user (raw id), what is told, what it was, and the probability given to that."""
-    users = raw_users(release, told.asked.histories.users)
     is_N = told.asked.class_N
-    return pa.concat_tables(
-        pa.table(
-            {
-                "label": pa.array([label] * len(users), pa.string()),
-                "seed": pa.array([seed] * len(users), pa.int64()),
-                "user": pa.array(users, pa.string()),
-                "told": pa.array([told.name] * len(users)),
-                "is": pa.array([told.names[one] for one in is_N]),
-                "probability": pa.array(given[np.arange(len(is_N)), is_N]),
-            }
-        )
-        for (label, seed), given in told.probabilities.items()
-    )
 
+    def columns(given: FloatArray) -> dict[str, Any]:
+        of_that = given[np.arange(len(is_N)), is_N]
+        return {"told": [told.name] * len(is_N), "is": [told.names[one] for one in is_N], "probability": of_that}
 
-def _levels(tables: Sequence[next_event_table.ToldEvents]) -> Figure:
-    """Of what is told last, value where it is told: it has the fewest classes."""
-    told = tables[-1]
-    shares = {label: profile_table.confusion(told, label, len(told.names)) for label in told.labels}
-    return confusions(shares, told.names, title=f"{told.name}, {len(told.asked):,} users, %")
+    return _told_table(told, raw_users(release, told.asked.histories.users), columns)
 
 
 def _pairs_told(told: ToldClicks, release: Release) -> pa.Table:
     """Label, seed, user (raw id), whether an item of the user's pairs was taken, and what was told of it."""
     users = pa.array(raw_users(release, told.pairs.histories.users), pa.string()).take(pa.array(told.pairs.owner_N))
+    return _told_table(told, users, lambda given: {"taken": told.pairs.taken_N, "probability": given})
+
+
+def _told_table(
+    told: Told, users: Sequence[str] | pa.Array, columns: Callable[[FloatArray], dict[str, Any]]
+) -> pa.Table:
+    """A row for each example and contender: label, seed, user, and `columns` of what it told."""
     return pa.concat_tables(
         pa.table(
             {
                 "label": pa.array([label] * len(users), pa.string()),
                 "seed": pa.array([seed] * len(users), pa.int64()),
-                "user": users,
-                "taken": pa.array(told.pairs.taken_N),
-                "probability": pa.array(given),
+                "user": pa.array(users, pa.string()),
+                **columns(given),
             }
         )
         for (label, seed), given in told.probabilities.items()
     )
 
 
-def _confusions(told: ToldProfiles) -> Figure:
-    shares = {label: profile_table.confusion(told, label, len(told.classes.names)) for label in told.labels}
-    return confusions(shares, told.classes.names, title=f"{told.classes.attribute}, {len(told.asked):,} users, %")
+def _confusions(told: ToldClasses) -> Figure:
+    shares = {label: told.confusion(label) for label in told.labels}
+    return confusions(shares, told.names, title=f"{told.name}, {len(told.asked):,} users, %")
 
 
 def _reliability(told: ToldClicks) -> Figure:
@@ -241,17 +227,19 @@ def _chosen(config: EvaluateConfig) -> list[EvaluatedModel]:
     return chosen
 
 
-def _contenders(config: EvaluateConfig, chosen: Sequence[EvaluatedModel], asked: EvaluationSet) -> list[Contender]:
+def _contenders(
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], asked: EvaluationSet
+) -> list[Contender]:
     device = str(join(config.runtime).device)
-    models = [
-        model_contender(load_artifact(m.model, device=device), asked, label=m.label, seed=m.seed, device=device)
-        for m in chosen
+    found = [
+        model_contender(artifact, asked, label=named.label, seed=named.seed, device=device)
+        for named, artifact in zip(chosen, models, strict=True)
     ]
     if not config.baselines.enabled:
-        return models
+        return found
     if asked.baskets:
-        return models + basket_baselines.baseline_contenders(asked, config.baselines)
-    return models + baseline_contenders(asked, config.baselines)
+        return found + basket_baselines.baseline_contenders(asked, config.baselines)
+    return found + baseline_contenders(asked, config.baselines)
 
 
 # --- what is written ---------------------------------------------

@@ -28,6 +28,12 @@ class Classes:
     class_V: IntArray  # category of each row, NOTHING where it has none; empty where it isn't told
     levels_L: npt.NDArray[np.float32]  # ascending; empty where values aren't told
 
+    def level_of(self, values: npt.NDArray[np.float32]) -> IntArray:
+        """Classes of values; NOTHING for none, and for one that is no level."""
+        place = np.searchsorted(self.levels_L, np.nan_to_num(values, nan=np.inf))
+        place = np.minimum(place, len(self.levels_L) - 1)
+        return np.where(self.levels_L[place] == values, place, NOTHING)
+
 
 def read_classes(release: Release, catalogue: Catalogue, config: MultiConfig, dataset: SequenceDataset) -> Classes:
     """Raises ConfigError: no item has a category, no event has a value, or values are no levels."""
@@ -69,9 +75,7 @@ def _levels(dataset: SequenceDataset, most: int) -> npt.NDArray[np.float32]:
     found = np.empty(0, np.float32)
     for group in range(len(dataset.groups)):
         sequences = dataset.read([group])
-        lengths = np.diff(sequences.offsets)
-        position = np.arange(len(sequences.items)) - np.repeat(sequences.offsets[:-1], lengths)
-        trained = sequences.values[position < np.repeat(sequences.valid_start, lengths)]
+        trained = sequences.values[sequences.positions < sequences.valid_start[sequences.owners]]
         found = np.unique(np.concatenate([found, trained[~np.isnan(trained)]]))
         if len(found) > most:
             raise ConfigError(
@@ -93,10 +97,7 @@ def asked_of(held_out: HeldOut, classes: Classes, name: str) -> Asked:
         class_U = classes.class_V[held_out.targets[:, 0]]
     else:
         given = held_out.first_value
-        place = np.minimum(
-            np.searchsorted(classes.levels_L, np.nan_to_num(given, nan=np.inf)), len(classes.levels_L) - 1
-        )
-        class_U = np.where(classes.levels_L[place] == given, place, NOTHING)
+        class_U = classes.level_of(given)
         if (strange := given[~np.isnan(given) & (class_U == NOTHING)]).size:
             raise ConfigError(
                 f"task.tells value: expected held-out values among those of the training parts, found {strange[0]:g}, "

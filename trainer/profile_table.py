@@ -6,49 +6,29 @@ the validation part. A transfer gain that doesn't beat that one is none.
 Shape letters: ``N`` users, ``C`` classes, ``V`` rows of the catalogue.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import scipy.sparse as sp
 
-from etl.tables import UNK
 from trainer.artifact import Artifact
 from trainer.baselines import Histories
-from trainer.classification import AUC, example_metrics, metrics_of, scikit_learn
-from trainer.comparison import Row, block
+from trainer.classification import metrics_of, scikit_learn
+from trainer.comparison import Row
 from trainer.config import EvaluateConfig, EvaluatedModel, ProfileConfig
 from trainer.contenders import EvaluateError, raw_users
-from trainer.data.dataset import Catalogue, Release, read_catalogue, rows_by_raw_id
+from trainer.data.dataset import Release, read_catalogue
 from trainer.metrics import FloatArray
-from trainer.profiles import Asked, Classes, probabilities, read_asked, read_classes
+from trainer.profiles import Asked, read_asked, read_classes
 from trainer.tasks.profile import HEAD
-from trainer.told import Key, Told, keys_of, notes_of
+from trainer.told import ToldClasses, keys_of, told_by
 
-METRICS = ("accuracy", "macro-F1", AUC, "log loss")
-TESTED = ("accuracy", "log loss")  # of one user each, so that users can be paired
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # C of the regression
-
-
-@dataclass(frozen=True)
-class ToldProfiles(Told):
-    """Probabilities [N, C]; a user is one example."""
-
-    classes: Classes
-    asked: Asked
-
-    def metrics(self, key: Key) -> dict[str, float]:
-        return metrics_of(self.asked.class_N, self.probabilities[key])
-
-    def of_users(self, key: Key, metric: str) -> FloatArray:
-        return example_metrics(self.asked.class_N, self.probabilities[key])[metric]
 
 
 def tell(
     config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], release: Release
-) -> ToldProfiles:
+) -> ToldClasses:
     """Ask every model, and the baselines. Raises EvaluateError for models that were not trained for one question."""
     task, data = models[0].config.task, models[0].config.data
     assert isinstance(task, ProfileConfig)
@@ -64,8 +44,9 @@ def tell(
     catalogue = read_catalogue(release, domain)
     asked = read_asked(release, split, domain, catalogue, classes, config.part)
     keys, costs = keys_of(chosen, models)
+    users = raw_users(release, asked.histories.users)
     found = {
-        key: _told(artifact, asked, catalogue, release, config.evaluation.batch_size)
+        key: told_by(artifact, asked, users, catalogue, batch_size=config.evaluation.batch_size, head=HEAD)
         for key, artifact in zip(keys, models, strict=True)
     }
     if config.baselines.enabled:
@@ -75,17 +56,7 @@ def tell(
         shares = np.bincount(trained.class_N, minlength=len(classes.names)) / len(trained)
         found["most frequent value", None] = np.tile(shares, (len(asked), 1))
         found["items, logistic regression", None] = _regression(trained, checked, asked, len(catalogue))
-    return ToldProfiles(found, config.part, domain, split, costs, classes, asked)
-
-
-class Answers(Protocol):
-    """What is told of users who each are of one class."""
-
-    @property
-    def asked(self) -> Asked: ...
-    @property
-    def probabilities(self) -> Mapping[Key, FloatArray]: ...
-    def seeds(self, label: str) -> list[int | None]: ...
+    return ToldClasses(found, config.part, domain, split, costs, task.attribute, classes.names, asked)
 
 
 def _check(artifact: Artifact, first: Artifact, split: str, domain: str) -> None:
@@ -106,14 +77,6 @@ def _check(artifact: Artifact, first: Artifact, split: str, domain: str) -> None
             f"expected models that read domain {domain!r} of split {split!r}, found {data.domain!r} of {data.split!r} "
             f"in {artifact.folder}"
         )
-
-
-def _told(artifact: Artifact, asked: Asked, catalogue: Catalogue, release: Release, batch_size: int) -> FloatArray:
-    given, known = asked.histories, artifact.users or {}
-    users = np.array([known.get(raw, UNK) for raw in raw_users(release, given.users)], dtype=np.int64)
-    rows = rows_by_raw_id(artifact.catalogue, catalogue)[given.items]
-    own = Histories(users, given.offsets, rows, given.times).keep(rows != UNK)
-    return probabilities(artifact.teller(), artifact.model, own, batch_size=batch_size)
 
 
 def _regression(trained: Asked, checked: Asked, asked: Asked, num_rows: int) -> FloatArray:
@@ -137,20 +100,9 @@ def _items(histories: Histories, num_rows: int) -> sp.csr_matrix:
     return found
 
 
-def render(rows: Sequence[Row], told: ToldProfiles, *, against: str) -> str:
+def render(told: ToldClasses, rows: Sequence[Row], *, against: str) -> str:
     """The table for people."""
-    count = np.bincount(told.asked.class_N, minlength=len(told.classes.names))
-    shown = ", ".join(f"{name} {users:,}" for name, users in zip(told.classes.names, count, strict=True))
-    where = f"{told.part} · domain {told.domain} · split {told.split} · {len(told.asked):,} users ({shown})"
+    count = np.bincount(told.asked.class_N, minlength=len(told.names))
+    shown = ", ".join(f"{name} {users:,}" for name, users in zip(told.names, count, strict=True))
     notes = ["reads the training part; AUC of more than two values: each against the rest, averaged"]
-    table = block(rows, [("users", metric) for metric in METRICS])
-    return f"{told.classes.attribute} · {where}\n{table}\n\n" + "\n".join(notes + notes_of(rows, against=against))
-
-
-def confusion(told: "Answers", label: str, size: int) -> npt.NDArray[np.float64]:
-    """[C, C] of a label, its seeds together: share of the users of each class (row) who are told to be of another."""
-    counted = np.zeros((size, size))
-    for seed in told.seeds(label):
-        np.add.at(counted, (told.asked.class_N, told.probabilities[label, seed].argmax(1)), 1)
-    shares: npt.NDArray[np.float64] = counted / np.maximum(counted.sum(1, keepdims=True), 1)
-    return shares
+    return told.render(rows, notes, against=against, users=f" ({shown})")

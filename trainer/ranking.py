@@ -130,8 +130,7 @@ def read_held_out(
         )
     start, stop = _bounds(asked, part)
     rows = catalogue.rows(asked.items).astype(np.int64)
-    position = np.arange(len(rows)) - np.repeat(asked.offsets[:-1], np.diff(asked.offsets))
-    owner = np.repeat(np.arange(len(asked)), np.diff(asked.offsets))
+    position, owner = asked.positions, asked.owners
     is_target = (position >= start[owner]) & (position < stop[owner]) & (rows != SEP)
     if (unknown := int((rows[is_target] == UNK).sum())) > 0:
         raise DataError(

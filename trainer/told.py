@@ -1,21 +1,29 @@
 """What models told that rank nothing, as rows of one table: of what users are, or of what they click.
 
-Shape letters: ``S`` seeds, ``U`` users.
+Shape letters: ``S`` seeds, ``U`` users, ``N`` examples, ``C`` classes, ``V`` rows of a catalogue.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
+from etl.tables import UNK
 from trainer.artifact import Artifact
-from trainer.comparison import Row
+from trainer.baselines import Histories
+from trainer.classification import AUC, example_metrics, metrics_of
+from trainer.comparison import Row, block
 from trainer.config import EvaluatedModel
-from trainer.contenders import EvaluateError
+from trainer.contenders import EvaluateError, user_rows
+from trainer.data.dataset import Catalogue, rows_by_raw_id
 from trainer.metrics import FloatArray
+from trainer.profiles import Asked, probabilities
 from trainer.stats import compare, holm
 
+IntArray = npt.NDArray[np.int64]
 Key = tuple[str, int | None]  # label, seed
 Costs = Mapping[str, tuple[float, float]]  # label -> seconds of training and of pre-training, mean over seeds
 
@@ -23,6 +31,9 @@ Costs = Mapping[str, tuple[float, float]]  # label -> seconds of training and of
 @dataclass(frozen=True)
 class Told(ABC):
     """Probabilities of every contender for the same examples."""
+
+    METRICS: ClassVar[tuple[str, ...]]
+    TESTED: ClassVar[tuple[str, ...]]  # of one user each, so that users can be paired
 
     probabilities: Mapping[Key, FloatArray]
     part: str
@@ -45,6 +56,72 @@ class Told(ABC):
     def seeds(self, label: str) -> list[int | None]:
         return [seed for name, seed in self.probabilities if name == label]
 
+    def rows(self, *, against: str) -> list[Row]:
+        """Every label under every metric; gains of TESTED over `against`, Holm over the models' tests."""
+        tested = self.TESTED
+        rows = [
+            _row(self, label, against, metric, metric in tested) for metric in self.METRICS for label in self.labels
+        ]
+        gains = [(number, row.gain) for number, row in enumerate(rows) if row.is_model and row.gain]
+        adjusted = holm([gain.p_value for _, gain in gains]) if gains else []
+        for (number, _), p_value in zip(gains, adjusted, strict=True):
+            rows[number] = replace(rows[number], p_value=p_value)
+        return rows
+
+    def table(self, what: str, rows: Sequence[Row], users: str, notes: Sequence[str], *, against: str) -> str:
+        """For people: what was told of whom, the rows, and what to know of them."""
+        where = f"{self.part} · domain {self.domain} · split {self.split} · {users}"
+        table = block(rows, [("users", metric) for metric in self.METRICS])
+        return f"{what} · {where}\n{table}\n\n" + "\n".join([*notes, *_notes(rows, against=against)])
+
+
+@dataclass(frozen=True)
+class ToldClasses(Told):
+    """Probabilities [N, C] of the classes of something that each user is one of."""
+
+    METRICS: ClassVar = ("accuracy", "macro-F1", AUC, "log loss")
+    TESTED: ClassVar = ("accuracy", "log loss")
+
+    name: str
+    names: tuple[str, ...]  # of the classes
+    asked: Asked
+
+    def metrics(self, key: Key) -> dict[str, float]:
+        return metrics_of(self.asked.class_N, self.probabilities[key])
+
+    def of_users(self, key: Key, metric: str) -> FloatArray:
+        return example_metrics(self.asked.class_N, self.probabilities[key])[metric]
+
+    def confusion(self, label: str) -> FloatArray:
+        """[C, C], its seeds together: share of the users of each class (row) who are told to be of another."""
+        counted = np.zeros((len(self.names), len(self.names)))
+        for seed in self.seeds(label):
+            np.add.at(counted, (self.asked.class_N, self.probabilities[label, seed].argmax(1)), 1)
+        shares: FloatArray = counted / np.maximum(counted.sum(1, keepdims=True), 1)
+        return shares
+
+    def render(self, rows: Sequence[Row], notes: Sequence[str], *, against: str, users: str = "") -> str:
+        """The table for people. `users`: more of them, in brackets."""
+        return self.table(self.name, rows, f"{len(self.asked):,} users{users}", notes, against=against)
+
+
+def as_known(
+    artifact: Artifact, given: Histories, raw_users: Sequence[str], catalogue: Catalogue
+) -> tuple[Histories, IntArray]:
+    """(Histories of a catalogue's rows as a model knows users and items, others passed over; [V] its row of each row of
+    the catalogue, UNK where it has none)."""
+    rows = rows_by_raw_id(artifact.catalogue, catalogue)
+    own = Histories(user_rows(artifact, raw_users), given.offsets, rows[given.items], given.times)
+    return own.keep(own.items != UNK), rows
+
+
+def told_by(
+    artifact: Artifact, asked: Asked, raw_users: Sequence[str], catalogue: Catalogue, *, batch_size: int, head: str
+) -> FloatArray:
+    """[N, C] by one of a model's heads."""
+    own, _ = as_known(artifact, asked.histories, raw_users, catalogue)
+    return probabilities(artifact.teller(), artifact.model, own, batch_size=batch_size, head=head)
+
 
 def keys_of(chosen: Sequence[EvaluatedModel], models: Sequence[Artifact]) -> tuple[list[Key], Costs]:
     """Label and seed of each model. Raises EvaluateError for two of the same."""
@@ -63,16 +140,6 @@ def keys_of(chosen: Sequence[EvaluatedModel], models: Sequence[Artifact]) -> tup
         seconds.setdefault(label, []).append(spent)
     costs = {label: tuple(np.mean(of, axis=0).tolist()) for label, of in seconds.items()}
     return keys, costs
-
-
-def rows_of(told: Told, *, metrics: Sequence[str], tested: Sequence[str], against: str) -> list[Row]:
-    """Every label under every metric; gains of the metrics `tested` over `against`, Holm over the models' tests."""
-    rows = [_row(told, label, against, metric, metric in tested) for metric in metrics for label in told.labels]
-    gains = [(number, row.gain) for number, row in enumerate(rows) if row.is_model and row.gain]
-    adjusted = holm([gain.p_value for _, gain in gains]) if gains else []
-    for (number, _), p_value in zip(gains, adjusted, strict=True):
-        rows[number] = replace(rows[number], p_value=p_value)
-    return rows
 
 
 def _row(told: Told, label: str, against: str, metric: str, tested: bool) -> Row:
@@ -100,7 +167,7 @@ def _of_users(told: Told, label: str, seeds: Sequence[int | None], metric: str) 
     return found[0] if list(seeds) == [None] else found
 
 
-def notes_of(rows: Sequence[Row], *, against: str) -> list[str]:
+def _notes(rows: Sequence[Row], *, against: str) -> list[str]:
     """What a reader of the table must know: what was tested, what models cost."""
     notes = []
     if tests := sum(row.p_value is not None for row in rows):

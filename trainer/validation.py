@@ -184,7 +184,7 @@ class Clicking:
     content: FloatArray | None
 
     def __init__(self, config: PretrainConfig, task: ClickConfig, release: Release, catalogue: Catalogue) -> None:
-        self._click = Click(task)
+        self.task = Click(task)
         self.content = read_content(release, catalogue, task.content)
         self.task_heads = {CLICK: PairHeadConfig(content=self.content.shape[1], layers=task.layers)}
         data = config.data
@@ -194,16 +194,12 @@ class Clicking:
         )  # fmt: skip
         self._batch_size = config.evaluation.batch_size
 
-    @property
-    def task(self) -> Task:
-        return self._click
-
     def __len__(self) -> int:
         return len(self._pairs)
 
     def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
         scorer = Scorer(model, self.task, device=world.device)
-        return clicks.validate(scorer, model, self._click, self._pairs, world, batch_size=self._batch_size)
+        return clicks.validate(scorer, model, self.task, self._pairs, world, batch_size=self._batch_size)
 
 
 def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tuple[HeldOut, torch.Tensor | None]:

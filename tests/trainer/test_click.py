@@ -1,6 +1,5 @@
 """Click prediction by content: what is read, drawn and told, metrics beside scikit-learn's, a planted taste."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lakes import build_tiny_lake
+from processes import trained_by
 from sklearn import metrics as sk
 from test_training import TINY
 
@@ -351,13 +351,7 @@ def test_two_processes_see_what_one_sees(causal, tiny_lake, tmp_path):
             train={**TRAINED, "epochs": 2, "table_optimizer": "rowwise" if causal else "adamw"},
             task=TASK | {"causal": causal}, runtime={"progress": False, "threads": 1, "precision": "fp64"},
         )  # fmt: skip
-        path = tmp_path / f"by{processes}.json"
-        path.write_text(config.model_dump_json())
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *launcher, "-m", "trainer", "pretrain", "--config", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found[processes] = load_artifact(tmp_path / "runs" / f"by{processes}" / "model")
+        found[processes] = trained_by(processes, config, tmp_path)
     for name, one in found[1].model.state_dict().items():
         torch.testing.assert_close(found[2].model.state_dict()[name], one)
     before, after = (found[processes].metrics for processes in (1, 2))

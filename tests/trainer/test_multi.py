@@ -1,14 +1,13 @@
 """Several things told together: labels, losses by hand, weights, a planted pattern, evaluation, and refusals."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from lakes import build_tiny_lake
+from processes import trained_by
 from test_training import TINY
 
 from etl.config import ConfigError
@@ -382,12 +381,6 @@ def test_two_processes_see_what_one_sees(lake, tmp_path):
             task=TASK | {"weighting": "uncertainty"},
             runtime={"progress": False, "threads": 1, "precision": "fp64"},
         )  # fmt: skip
-        path = tmp_path / f"by{processes}.json"
-        path.write_text(config.model_dump_json())
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *launcher, "-m", "trainer", "pretrain", "--config", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found[processes] = load_artifact(tmp_path / "runs" / f"by{processes}" / "model")
+        found[processes] = trained_by(processes, config, tmp_path)
     for name, one in found[1].model.state_dict().items():
         torch.testing.assert_close(found[2].model.state_dict()[name], one)

@@ -1,14 +1,13 @@
 """What users are, told by their vectors: labels, metrics beside scikit-learn's, a planted taste, and refusals."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from lakes import NUM_TASTES, build_tiny_lake
+from processes import trained_by
 from sklearn import metrics as sk
 from test_training import TINY
 
@@ -283,18 +282,12 @@ def test_models_of_other_questions_are_not_compared(trained, lake, tmp_path):
 def test_two_processes_see_what_one_sees(tables_kept, lake, tmp_path):
     found = {}
     for processes in (1, 2):
-        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
         config = settings(
             PretrainConfig, tmp_path, lake, name=f"by{processes}", model=SMALL | {"dropout": 0.0},
             train={**TRAINED, "epochs": 2, "table_optimizer": tables_kept},
             runtime={"progress": False, "threads": 1, "precision": "fp64"},
         )  # fmt: skip
-        path = tmp_path / f"by{processes}.json"
-        path.write_text(config.model_dump_json())
-        command = [sys.executable, *launcher, "-m", "trainer", "pretrain", "--config", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        found[processes] = load_artifact(tmp_path / "runs" / f"by{processes}" / "model")
+        found[processes] = trained_by(processes, config, tmp_path)
     for name, one in found[1].model.state_dict().items():
         torch.testing.assert_close(found[2].model.state_dict()[name], one)
     assert found[1].metrics["validation/AUC"] == pytest.approx(found[2].metrics["validation/AUC"])

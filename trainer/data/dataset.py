@@ -264,6 +264,16 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.users)
 
+    @property
+    def owners(self) -> IntArray:
+        """[sum of lengths] row of each place."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    @property
+    def positions(self) -> IntArray:
+        """[sum of lengths] of each place within its sequence."""
+        return np.arange(len(self.items)) - self.offsets[self.owners]
+
     def history_end(self, part: str) -> IntArray:
         """Where the input ends when `part` is asked for: training part for validation, training and validation for
         test."""
@@ -338,9 +348,7 @@ def training_interactions(dataset: SequenceDataset, catalogue: Catalogue) -> Int
     counts = np.zeros(len(catalogue), dtype=np.int64)
     for group in range(len(dataset.groups)):
         sequences = dataset.read([group])
-        lengths = np.diff(sequences.offsets)
-        position = np.arange(len(sequences.items)) - np.repeat(sequences.offsets[:-1], lengths)
-        trained = sequences.items[position < np.repeat(sequences.valid_start, lengths)]
+        trained = sequences.items[sequences.positions < sequences.valid_start[sequences.owners]]
         counts += np.bincount(catalogue.rows(trained), minlength=len(catalogue))
     counts[:FIRST_INDEX] = 0
     return counts

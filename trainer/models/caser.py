@@ -77,10 +77,7 @@ class Caser(SequenceModel):
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         own = self.rows_of(self.item_weights.weight, rows)
-        if self.knowledge_projection is None:
-            return own
-        vectors: Tensor = own + self.knowledge_projection(self.entity_vectors(rows))
-        return vectors
+        return self.with_knowledge(own, rows, self.knowledge_projection)
 
     @property
     def scores_with_table(self) -> bool:

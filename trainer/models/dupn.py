@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import DupnConfig
-from trainer.models.base import SequenceModel
+from trainer.models.base import TABLE_STD, SequenceModel, initialise
 from trainer.models.table import RowTables
 
-TABLE_STD = 0.02
 MOST = 15.0  # of an attention score's size, so that exponentials of any two can be divided in fp32
 
 
@@ -77,10 +76,7 @@ class Dupn(SequenceModel):
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         own = self.rows_of(self.item_embedding.weight, rows)
-        if self.knowledge_projection is None:
-            return own
-        vectors: Tensor = own + self.knowledge_projection(self.entity_vectors(rows))
-        return vectors
+        return self.with_knowledge(own, rows, self.knowledge_projection)
 
     @property
     def scores_with_table(self) -> bool:
@@ -116,13 +112,8 @@ def _attended(score_BT1: Tensor, states_BTD: Tensor) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    """As in `bert4rec`: truncated normals, 0.02 for tables, 1 / sqrt(inputs) for layers; forget gates begin open
-    (Jozefowicz et al. 2015)."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        std = TABLE_STD if isinstance(module, nn.Embedding) else module.in_features**-0.5
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    """As all networks of this kind; the LSTM like layers, its forget gates open (Jozefowicz et al. 2015)."""
+    initialise(module)
     if isinstance(module, nn.LSTM):
         width = module.hidden_size
         for name, parameter in module.named_parameters():

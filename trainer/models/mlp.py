@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import MlpConfig
-from trainer.models.base import SequenceModel
+from trainer.models.base import TABLE_STD, SequenceModel, initialise
 from trainer.models.table import RowTables
 
-TABLE_STD = 0.02
 PAIRS = 1 << 18  # of user and item that go through the layers together
 
 
@@ -54,7 +53,7 @@ class Mlp(SequenceModel):
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
         self.head = nn.Identity()
         self.output_bias = self.per_item()
-        self.apply(_initialise)
+        self.apply(initialise)
 
     @staticmethod
     def table_std(width: int) -> float:
@@ -85,12 +84,3 @@ class Mlp(SequenceModel):
         rows = max(1, PAIRS // max(1, len(vectors_CQ)))
         parts = [self.matched(part[:, None], vectors_CQ) + bias_C for part in torch.split(query_NQ, rows)]
         return torch.cat(parts) if parts else query_NQ.new_zeros(0, len(vectors_CQ))
-
-
-def _initialise(module: nn.Module) -> None:
-    """As in `bert4rec`: truncated normals, 0.02 for tables, 1 / sqrt(inputs) for layers."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        std = TABLE_STD if isinstance(module, nn.Embedding) else module.in_features**-0.5
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

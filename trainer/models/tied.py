@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from trainer.adapters import Patches, new_patches
 from trainer.config import Bert4RecConfig, PatchConfig, PeterRecConfig
-from trainer.models.base import SequenceModel
+from trainer.models.base import TABLE_STD, SequenceModel, initialise
 from trainer.models.chunks import mapped, order_of, sizes_by_length
 from trainer.models.table import RowTables
 
-TABLE_STD = 0.02
 CHUNK_POSITIONS = 1_024  # padded positions that go through the network together on a CPU: 0.5 MB at width 128
 
 
@@ -70,7 +69,7 @@ class TiedModel(SequenceModel):
         width = self.config.width
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
         self.output_bias = self.per_item()
-        self.apply(_initialise)
+        self.apply(initialise)
 
     @staticmethod
     def table_std(width: int) -> float:
@@ -134,17 +133,3 @@ class TiedModel(SequenceModel):
         if self.patches is None:
             return [None] * len(self.blocks)
         return [cast(nn.ModuleDict, patches) for patches in self.patches]
-
-
-def _initialise(module: nn.Module) -> None:
-    """Truncated normals: BERT's 0.02 for tables (Devlin et al. 2019), and for layers 1 / sqrt(inputs) (LeCun et al.
-    1998).
-
-    BERT's 0.02 for layers too would fit a width of 768: at 64 it makes attention a whisper beside the residual, and the
-    loss stays at the popularity plateau for tens of epochs.
-    """
-    if isinstance(module, nn.Linear | nn.Embedding):
-        std = TABLE_STD if isinstance(module, nn.Embedding) else module.in_features**-0.5
-        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -56,10 +56,11 @@ class Multi:
         """What `name` is of these events; NOTHING where they have none."""
         if name == "category":
             assert self.class_V is not None, "a task that is trained has classes"
-            return self.class_V.to(items_N.device)[items_N]
+            self.class_V = self.class_V.to(items_N.device)  # once
+            return self.class_V[items_N]
         assert self.levels_L is not None, "a task that is trained has classes"
         assert values_N is not None, "values are read"
-        levels_L = self.levels_L.to(values_N.device)
+        levels_L = self.levels_L = self.levels_L.to(values_N.device)  # once
         place_N = torch.searchsorted(levels_L, values_N.nan_to_num(torch.inf)).clamp(max=len(levels_L) - 1)
         return torch.where(levels_L[place_N] == values_N, place_N, NOTHING)
 

@@ -26,7 +26,8 @@ class Profile:
         """(cross-entropy summed over the users who are trained on, their number) of this rank's slice."""
         assert self.class_U is not None, "a task that is trained has classes"
         owners = batch.users if batch.owners is None else batch.owners
-        class_B = self.class_U.to(owners.device)[owners]
+        self.class_U = self.class_U.to(owners.device)  # once
+        class_B = self.class_U[owners]
         known_B = class_B >= 0
         scores_NC = model.task_heads[HEAD](self.query(model, batch))[known_B]
         return F.cross_entropy(wide(scores_NC), class_B[known_B], reduction="sum"), known_B.sum()
