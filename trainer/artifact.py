@@ -75,6 +75,11 @@ class Artifact:
     classes: dict[str, tuple[str, ...]]  # head of the task -> the classes that it tells, in the order of its outputs
     users: dict[str, int] | None  # raw user id -> row; None where the folder lacks it
 
+    @property
+    def event_types(self) -> tuple[str, ...]:
+        """The kinds of event that the model reads, in the order of its rows for them from 1 on."""
+        return self.config.data.event_types if getattr(self.config.model, "event_types", False) else ()
+
     def scorer(self, *, device: str = "cpu", baskets: bool = False) -> Scorer:
         """`baskets`: histories are of baskets. Raises ArtifactError for a model that ranks no items for such."""
         if reads_baskets(self.config.task) and not baskets:
@@ -202,7 +207,7 @@ def read_artifact(
     model = build_saved(
         config.model, num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
         num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
-        patch=patch_of(config), 
+        patch=patch_of(config), num_event_types=len(config.data.event_types),
         task_heads={
             name: TypeAdapter(TaskHead).validate_python(head) for name, head in described.get("task_heads", {}).items()
         },

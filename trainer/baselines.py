@@ -7,7 +7,7 @@ Similarities come from training parts only; what a user has held out is never co
 Item-to-item cosine: Sarwar, Karypis, Konstan, Riedl 2001; the top of the last items alone: Linden, Smith, York 2003.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ class Histories:
     offsets: IntArray  # [B + 1]
     items: IntArray  # [sum of lengths]
     times: IntArray  # [sum of lengths], or empty where no one asks
+    # Kinds of event, [sum of lengths]: places among names that whoever reads them knows, 0 for none; empty as above.
+    event_types: npt.NDArray[np.int8] = field(default_factory=lambda: np.empty(0, np.int8))
 
     def __len__(self) -> int:
         return len(self.users)
@@ -40,7 +42,10 @@ class Histories:
     def keep(self, flags: npt.NDArray[np.bool_]) -> "Histories":
         """Only the interactions whose flag is set."""
         kept = np.concatenate([[0], np.cumsum(flags)])[self.offsets]
-        return Histories(self.users, kept, self.items[flags], self.times[flags] if len(self.times) else self.times)
+        return Histories(
+            self.users, kept, self.items[flags], self.times[flags] if len(self.times) else self.times,
+            self.event_types[flags] if len(self.event_types) else self.event_types,
+        )  # fmt: skip
 
     def until(self, ends: IntArray) -> "Histories":
         """The first ``ends[b]`` items of each user: a training part, or what is read at a validation or test."""
@@ -65,8 +70,9 @@ class Histories:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         flat = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Histories(
-            self.users[rows], offsets, self.items[flat], self.times[flat] if len(self.times) else self.times
-        )
+            self.users[rows], offsets, self.items[flat], self.times[flat] if len(self.times) else self.times,
+            self.event_types[flat] if len(self.event_types) else self.event_types,
+        )  # fmt: skip
 
     def require_times(self) -> None:
         if len(self.times) != len(self.items):

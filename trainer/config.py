@@ -68,6 +68,16 @@ class DataConfig(Section):
     cache_bytes: int = Field(256 << 20, ge=0)  # decoded row groups are kept up to this size, others read each epoch
     unknown_users: float = Field(0.05, ge=0, lt=1)  # share of training sequences whose user is hidden
     window: Literal["last", "random"] = "random"  # which part of a sequence longer than the model is trained on
+    # Kinds of event (view, purchase…) that are told apart, for a model that reads them or a task that tells them; all
+    # others are as one.
+    event_types: tuple[str, ...] = Field((), max_length=100)
+
+    @field_validator("event_types")
+    @classmethod
+    def _event_types_differ(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected each kind once, found {', '.join(names)}")
+        return names
 
     @property
     def answered(self) -> str:
@@ -150,6 +160,7 @@ class DupnConfig(Section):
     max_length: int = Field(200, ge=2)  # positions, the asked one included
     dropout: float = Field(0.1, ge=0, lt=1)
     user_width: int = Field(32, ge=0)  # 0: no user embedding, attention asks nothing of the user
+    event_types: bool = False  # what kind of event each was is read too, of data.event_types
     knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
     knowledge_width: int = Field(16, ge=1)  # of each slot
 
@@ -295,10 +306,12 @@ class BasketPairConfig(Section):
 
 class MultiConfig(Section):
     """Several things about what comes next, told together (DUPN: Ni et al. 2018; survey 3.1): the item, its category
-    (there: the shop), the event's value as one of its levels (there: the price)."""
+    (there: the shop), the event's kind (there: the click), its value as one of its levels (there: the price)."""
 
     kind: Literal["multi"] = "multi"
-    tells: tuple[Literal["next_item", "category", "value"], ...] = Field(("next_item", "category"), min_length=1)
+    tells: tuple[Literal["next_item", "category", "event_type", "value"], ...] = Field(
+        ("next_item", "category"), min_length=1
+    )
     weighting: Literal["fixed", "uncertainty"] = "fixed"  # uncertainty: learned (Kendall, Gal and Cipolla 2018)
     weights: dict[str, float] = Field(default_factory=dict)  # of fixed: by what is told; 1 where not named
     max_levels: int = Field(20, ge=2)  # different values that are still levels
@@ -474,6 +487,29 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"model dupn reads from left to right, found task {self.task.kind}, which looks ahead; take next_item, "
                 "or a task with causal: true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _event_types_are_of_use(self) -> "PretrainConfig":
+        names = self.data.event_types
+        reads = isinstance(self.model, DupnConfig) and self.model.event_types
+        tells = isinstance(self.task, MultiConfig) and "event_type" in self.task.tells
+        if reads and not names:
+            raise ValueError("model.event_types: expected names of kinds of event, found none; set data.event_types")
+        if reads and self.task.kind not in ("next_item", "multi"):
+            raise ValueError(
+                f"model.event_types: expected task next_item or multi, found {self.task.kind}, which reads items only"
+            )
+        if tells and len(names) < 2:
+            raise ValueError(
+                f"task.tells event_type: expected two kinds of event at least in data.event_types, found "
+                f"{', '.join(names) or 'none'}"
+            )
+        if names and not (reads or tells):
+            raise ValueError(
+                "data.event_types: expected a model that reads kinds of event (dupn, event_types: true) or a task that "
+                "tells them (multi), found neither; leave them out"
             )
         return self
 

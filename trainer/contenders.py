@@ -56,6 +56,7 @@ class EvaluationSet:
     part: Part
     catalogue: Catalogue
     held_out: HeldOut
+    event_types: tuple[str, ...] = ()  # that inputs tell apart
 
     @property
     def users(self) -> IntArray:
@@ -154,15 +155,16 @@ def raw_users(release: Release, users: IntArray) -> list[str]:
 
 
 def read_evaluation_set(
-    release: Release, split: str, domain: str, part: Part, config: EvaluationConfig, *, baskets: bool = False
-) -> EvaluationSet:
-    """Pin what is asked. Raises GraftrecError."""
+    release: Release, split: str, domain: str, part: Part, config: EvaluationConfig, *, baskets: bool = False,
+    event_types: Sequence[str] = (),
+) -> EvaluationSet:  # fmt: skip
+    """Pin what is asked. `event_types`: kinds of event that models read. Raises GraftrecError."""
     catalogue = read_catalogue(release, domain)
     held_out = read_held_out(
         release, split, domain, catalogue, part, config.protocols, times=True, max_users=config.max_users,
-        baskets=baskets, repeats=config.repeats,
+        baskets=baskets, repeats=config.repeats, event_types=event_types,
     )  # fmt: skip
-    return EvaluationSet(release, split, domain, part, catalogue, held_out)
+    return EvaluationSet(release, split, domain, part, catalogue, held_out, tuple(event_types))
 
 
 def aligned(histories: Histories, users: IntArray) -> Histories:
@@ -215,6 +217,13 @@ def model_contender(
             f"expected a model that reads domain {asked.domain!r}, whose next baskets are asked for, found "
             f"{artifact.folder}, which reads {artifact.config.data.domain!r}"
         )
+    kinds = artifact.event_types
+    if kinds and (reads_all or kinds != asked.event_types):
+        raise EvaluateError(
+            f"expected models that read the kinds of event {', '.join(asked.event_types) or 'none'} of domain "
+            f"{asked.domain!r}, found {artifact.folder}, which reads {', '.join(kinds)} of "
+            f"{artifact.config.data.domain!r}; evaluate it by itself, on the domain that it reads"
+        )
     rows = rows_by_raw_id(artifact.catalogue, asked.catalogue)
     known = np.flatnonzero(rows != UNK)
     known = known[known >= FIRST_INDEX]
@@ -239,7 +248,7 @@ def model_contender(
     def score(histories: Histories) -> Scores:
         place = np.searchsorted(asked.users, histories.users)
         given = source.take(place) if reads_all else histories
-        own = Histories(own_users[place], given.offsets, item_rows[given.items], given.times)
+        own = Histories(own_users[place], given.offsets, item_rows[given.items], given.times, given.event_types)
         if len(known) == 0:
             return Scores.of(torch.full((1, 1), -torch.inf).expand(len(histories), width))
         is_read = own.items != UNK

@@ -34,15 +34,16 @@ def tell(
     split, domain = config.split or data.split, config.domain or data.domain
     for artifact in models:
         own = artifact.config.data
-        if (own.split, own.domain, artifact.classes) != (split, domain, models[0].classes):
+        same = (own.split, own.domain, artifact.classes) == (split, domain, models[0].classes)
+        if not same or own.event_types != data.event_types:
             raise EvaluateError(
                 f"expected models that read domain {domain!r} of split {split!r} and tell what {models[0].folder} does "
-                f"({', '.join(models[0].classes)}), found {artifact.folder}, which reads {own.domain!r} of "
-                f"{own.split!r} and tells {', '.join(artifact.classes) or 'items only'}"
+                f"({', '.join(models[0].classes)}), of the same kinds of event, found {artifact.folder}, which reads "
+                f"{own.domain!r} of {own.split!r} and tells {', '.join(artifact.classes) or 'items only'}"
             )
     if not models[0].classes:
         return []
-    dataset = SequenceDataset(release, split, domain, values="value" in task.tells)
+    dataset = SequenceDataset(release, split, domain, values="value" in task.tells, event_types=data.event_types)
     catalogue = read_catalogue(release, domain)
     classes = read_classes(release, catalogue, task, dataset)
     if classes.names != models[0].classes:
@@ -52,7 +53,7 @@ def tell(
         )
     held_out = read_held_out(
         release, split, domain, catalogue, config.part, max_users=config.evaluation.max_users,
-        values="value" in task.tells,
+        values="value" in task.tells, event_types=data.event_types,
     )  # fmt: skip
     past = read_users(dataset, lambda sequences: np.isin(sequences.users, held_out.users))
     assert past is not None, "whoever holds something out has a past"
@@ -80,7 +81,10 @@ def _counts(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """([U, C] events of each class that each user had before what is asked, [C] shares in their training parts)."""
     owner, position = past.owners, past.positions
-    class_N = classes.class_V[catalogue.rows(past.items)] if name == "category" else classes.level_of(past.values)
+    if name == "category":
+        class_N = classes.class_V[catalogue.rows(past.items)]
+    else:
+        class_N = past.event_types.astype(np.int64) - 1 if name == "event_type" else classes.level_of(past.values)
     size = len(classes.names[name])
     trained = (position < past.valid_start[owner]) & (class_N != NOTHING)
     shares = np.bincount(class_N[trained], minlength=size).astype(np.float64)

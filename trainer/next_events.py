@@ -36,11 +36,14 @@ class Classes:
 
 
 def read_classes(release: Release, catalogue: Catalogue, config: MultiConfig, dataset: SequenceDataset) -> Classes:
-    """Raises ConfigError: no item has a category, no event has a value, or values are no levels."""
+    """What is told of a dataset's events; kinds of event are those that it tells apart. Raises ConfigError: no item has
+    a category, no event has a value, or values are no levels."""
     names: dict[str, tuple[str, ...]] = {}
     class_V, levels_L = np.empty(0, np.int64), np.empty(0, np.float32)
     if "category" in config.tells:
         class_V, names["category"] = _categories(release, catalogue)
+    if "event_type" in config.tells:
+        names["event_type"] = tuple(dataset.event_types)
     if "value" in config.tells:
         levels_L = _levels(dataset, config.max_levels)
         names["value"] = tuple(f"{level:g}" for level in levels_L)
@@ -95,6 +98,8 @@ def asked_of(held_out: HeldOut, classes: Classes, name: str) -> Asked:
     """The users whose first held-out event has a class, and which. Raises ConfigError for one that training lacks."""
     if name == "category":
         class_U = classes.class_V[held_out.targets[:, 0]]
+    elif name == "event_type":
+        class_U = held_out.first_event_type.astype(np.int64) - 1  # 0, none of the names, becomes NOTHING
     else:
         given = held_out.first_value
         class_U = classes.level_of(given)

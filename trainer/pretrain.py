@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from etl import tables
@@ -18,7 +19,15 @@ from etl.config import code_version, config_hash
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
-from trainer.config import FinetuneConfig, GraftrecError, MultiConfig, PretrainConfig, patch_of, reads_baskets
+from trainer.config import (
+    ConfigError,
+    FinetuneConfig,
+    GraftrecError,
+    MultiConfig,
+    PretrainConfig,
+    patch_of,
+    reads_baskets,
+)
 from trainer.data.baskets import BasketDataset
 from trainer.data.dataset import (
     Catalogue,
@@ -145,7 +154,25 @@ def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
     if reads_baskets(config.task):
         return BasketDataset(release, split, domain)
     values = isinstance(config.task, MultiConfig) and "value" in config.task.tells
-    return SequenceDataset(release, split, domain, values=values)
+    dataset = SequenceDataset(release, split, domain, values=values, event_types=config.data.event_types)
+    _check_event_types(dataset)
+    return dataset
+
+
+def _check_event_types(dataset: SequenceDataset) -> None:
+    """Raises ConfigError for a name that no event of the training parts has."""
+    found = np.zeros(len(dataset.event_types) + 1, dtype=np.int64)
+    for group in range(len(dataset.groups)) if dataset.event_types else ():
+        sequences = dataset.read([group])
+        trained = sequences.positions < sequences.valid_start[sequences.owners]
+        found += np.bincount(sequences.event_types[trained], minlength=len(found))
+    if lacking := [name for name, count in zip(dataset.event_types, found[1:], strict=True) if not count]:
+        raise ConfigError(
+            f"data.event_types: expected kinds that events of the training parts have, found none of "
+            f"{', '.join(lacking)} in split {dataset.split!r}, domain {dataset.domain!r} of {dataset.release.lake} "
+            f"({int(found[0]):,} events are of other kinds, or of none); mend the names, or name the log's column of "
+            "event types in the source"
+        )
 
 
 def _model(
@@ -157,7 +184,7 @@ def _model(
         num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
         knowledge_VS=torch.from_numpy(knowledge), seed=config.train.seed,
         tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None, patch=patch_of(config),
-        task_heads=validation.task_heads,
+        task_heads=validation.task_heads, num_event_types=len(config.data.event_types),
     )  # fmt: skip
     model.to(device=world.device, dtype=world.dtype)
     if validation.content is not None:
@@ -170,7 +197,7 @@ def _model(
             shared = rows_by_raw_id(parent.catalogue, catalogue)
         return model, graft(
             model, config.model, parent, config.transfer, config.freeze, shared, layer_norm=config.patch.layer_norm,
-            unused=validation.unused,
+            unused=validation.unused, event_types=config.data.event_types,
         )  # fmt: skip
     return model, graft(model, config.model, None, "none", unused=validation.unused)
 

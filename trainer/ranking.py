@@ -58,8 +58,9 @@ class HeldOut:
     first_time: IntArray  # [U] time of the first held-out item; empty where there are no times, or they were not read
     baskets: bool = False  # histories have a SEP behind each
     repeats: bool = False  # what is in the input is a candidate too, for it may be had again
-    # [U] value of the first held-out event, NaN: none; empty where they were not read
-    first_value: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    # Of the first held-out event, [U]; empty where they were not read.
+    first_value: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))  # NaN: none
+    first_event_type: npt.NDArray[np.int8] = field(default_factory=lambda: np.empty(0, np.int8))
 
     def __len__(self) -> int:
         return len(self.users)
@@ -75,6 +76,7 @@ class HeldOut:
             training_items=self.training_items[rows],
             first_time=self.first_time[rows] if len(self.first_time) else self.first_time,
             first_value=self.first_value[rows] if len(self.first_value) else self.first_value,
+            first_event_type=self.first_event_type[rows] if len(self.first_event_type) else self.first_event_type,
         )
 
 
@@ -91,6 +93,7 @@ def read_held_out(
     baskets: bool = False,
     repeats: bool = True,
     values: bool = False,
+    event_types: Sequence[str] = (),
 ) -> HeldOut:
     """The users who hold out something in `part`, with input and targets as rows of `catalogue`.
 
@@ -98,7 +101,8 @@ def read_held_out(
     baselines over several domains need. `max_users`: only about so many users, the same ones for every model and run
     (chosen by a hash of their index), so that memory is bounded whatever the table's size. `baskets`: the next basket
     is held out, of the table `baskets`; ranked in full only, with `repeats` among what the user has had, too.
-    `values`: the first held-out event's is read.
+    `values`: the first held-out event's is read. `event_types`: names of the kinds of event that are told apart, in the
+    input and of the first held-out event (see SequenceDataset).
     Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
     that the catalogue lacks (it must be of the same release and domain).
     """
@@ -110,7 +114,7 @@ def read_held_out(
     if baskets:
         dataset: SequenceDataset = BasketDataset(release, split, domain)
     else:
-        dataset = SequenceDataset(release, split, domain, values=values)
+        dataset = SequenceDataset(release, split, domain, values=values, event_types=event_types)
     share = 1.0 if max_users is None else max_users / max(dataset.num_rows, 1)
 
     def holds_out(sequences: Sequences) -> npt.NDArray[np.bool_]:
@@ -139,7 +143,8 @@ def read_held_out(
         )
     targets = np.full((len(asked), int((stop - start).max())), -1, dtype=np.int64)
     targets[owner[is_target], (position - start[owner])[is_target]] = rows[is_target]
-    histories = Histories(asked.users, asked.offsets, rows, asked.times).until(start)
+    histories = Histories(asked.users, asked.offsets, rows, asked.times, asked.event_types).until(start)
+    first = asked.offsets[:-1] + start
     return HeldOut(
         asked.users,
         histories,
@@ -148,10 +153,11 @@ def read_held_out(
         tuple(protocols),
         len(catalogue),
         np.bincount(owner[(position < asked.valid_start[owner]) & (rows != SEP)], minlength=len(asked)),
-        asked.times[asked.offsets[:-1] + start] if len(asked.times) else asked.times,
+        asked.times[first] if len(asked.times) else asked.times,
         baskets,
         baskets and repeats,
-        asked.values[asked.offsets[:-1] + start] if len(asked.values) else asked.values,
+        asked.values[first] if len(asked.values) else asked.values,
+        asked.event_types[first] if len(asked.event_types) else asked.event_types,
     )
 
 
@@ -294,7 +300,7 @@ def read_users(
         np.concatenate([s.users for s in kept]), offsets, np.concatenate([s.items for s in kept]),
         np.concatenate([s.times for s in kept]), np.concatenate([s.valid_start for s in kept]),
         np.concatenate([s.test_start for s in kept]), np.concatenate([s.end for s in kept]),
-        np.concatenate([s.values for s in kept]),
+        np.concatenate([s.values for s in kept]), np.concatenate([s.event_types for s in kept]),
     )  # fmt: skip
     return together.take(np.argsort(together.users, kind="stable"))
 

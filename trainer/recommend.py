@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ from trainer import tracking
 from trainer.artifact import MANIFEST, USER_IDS, Artifact, load_artifact
 from trainer.baselines import Histories
 from trainer.config import GraftrecError, RecommendConfig
-from trainer.data.dataset import Catalogue, Release, SequenceDataset, pin
+from trainer.data.dataset import Catalogue, Release, SequenceDataset, event_type_codes, pin
 from trainer.registry import Registry
 from trainer.serving import Shortlist
 
@@ -136,7 +136,10 @@ def _write(
             _score_batches, model=model, count=count, k=config.k, batch_size=config.batch_size, domain=domain,
             label=label, release=release.number,
         )  # fmt: skip
-        histories = _histories(spark, release, split, reads, num_users, config.spark.shuffle_partitions)
+        histories = _histories(
+            spark, release, split, reads, num_users, config.spark.shuffle_partitions,
+            event_types=bool(artifact.event_types),
+        )  # fmt: skip
         rows = histories.mapInArrow(score, ROWS_SCHEMA)
         written = delta.write(
             spark, rows, release.lake, tables.RECOMMENDATIONS, mode="partitions", app=app, app_version=number,
@@ -154,18 +157,20 @@ def _write(
 
 
 def _histories(
-    spark: SparkSession, release: Release, split: str, domain: str, num_users: int, parallel: int
+    spark: SparkSession, release: Release, split: str, domain: str, num_users: int, parallel: int, *, event_types: bool
 ) -> DataFrame:
-    """user (raw id), index, bucket, items; spread over enough tasks to keep every core busy."""
+    """user (raw id), index, bucket, items, event_types where asked for; spread over enough tasks to keep every core
+    busy."""
     sequences = delta.read(
         spark, release.lake, tables.SEQUENCES, version=release.versions[tables.SEQUENCES.name],
         partitions={"split": [split], "domain": [domain]},
     )  # fmt: skip
     users = delta.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
     named = users.select("index", F.col("user").alias("raw"))
-    joined = sequences.select(F.col("user").alias("index"), "bucket", "items").join(named, "index")
+    kinds = ["event_types"] if event_types else []
+    joined = sequences.select(F.col("user").alias("index"), "bucket", "items", *kinds).join(named, "index")
     tasks = max(parallel, -(-num_users // USERS_PER_TASK))
-    return joined.repartition(tasks, "index").select("raw", "index", "bucket", "items")
+    return joined.repartition(tasks, "index").select("raw", "index", "bucket", "items", *kinds)
 
 
 # --- in the executors ---------------------------------------------
@@ -178,6 +183,7 @@ class _Model:
         self.catalogue = artifact.catalogue
         self.raw_ids = pa.array(artifact.catalogue.raw_ids, pa.string())
         self.shortlist = Shortlist(artifact)
+        self.event_types = artifact.event_types
 
 
 _loading = threading.Lock()  # Sail's tasks are threads of one process
@@ -201,7 +207,7 @@ def _score_batches(
         order = np.argsort(pa.compute.list_value_length(batch.column("items")).to_numpy(), kind="stable")
         for start in range(0, len(order), batch_size):
             chosen = batch.take(pa.array(order[start : start + batch_size]))
-            histories = _as_histories(chosen, loaded.catalogue)
+            histories = _as_histories(chosen, loaded.catalogue, loaded.event_types)
             rows, best = loaded.shortlist.best(histories, k)
             owner, place = torch.isfinite(best).numpy().nonzero()
             users = pa.array(owner)
@@ -222,14 +228,17 @@ def _score_batches(
             count.add(batch.num_rows)
 
 
-def _as_histories(batch: pa.RecordBatch, catalogue: Catalogue) -> Histories:
+def _as_histories(batch: pa.RecordBatch, catalogue: Catalogue, event_types: Sequence[str]) -> Histories:
     """What the model knows of the users' items, as its rows."""
     items = batch.column("items")
     lengths = pa.compute.list_value_length(items).to_numpy()
     rows = catalogue.rows(items.flatten().to_numpy(zero_copy_only=False)).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     users = batch.column("index").to_numpy().astype(np.int64)
-    return Histories(users, offsets, rows, np.empty(0, dtype=np.int64)).keep(rows != UNK)
+    kinds = np.empty(0, np.int8)
+    if event_types:
+        kinds = event_type_codes(pa.chunked_array([batch.column("event_types")]), lengths.astype(np.int64), event_types)
+    return Histories(users, offsets, rows, np.empty(0, dtype=np.int64), kinds).keep(rows != UNK)
 
 
 # --- shipping and progress ---------------------------------------------

@@ -198,4 +198,8 @@ class Scorer:
             torch.from_numpy(items), torch.from_numpy(lengths.astype(np.int64)),
             torch.from_numpy(histories.users.astype(np.int64)), len(histories), slice(0, len(histories)), (),
         )  # fmt: skip
+        if len(histories.event_types):
+            kinds = np.zeros(items.shape, dtype=np.int64)
+            kinds[np.arange(width) < lengths[:, None]] = histories.event_types
+            batch.event_types = torch.from_numpy(kinds)
         return batch.to(self.device)

@@ -4,7 +4,8 @@
     curl -d '{"dataframe_records": [{"user": "42", "items": ["318", "858"]}], "params": {"k": 5}}' \
          -H 'Content-Type: application/json' localhost:5001/invocations
 
-`items` is a history, oldest first; `user` may be left out. An answer holds
+`items` is a history, oldest first; `user` may be left out, and so may `event_types`, the kind of event that each item's
+was, for a model that reads kinds (others pass it over). An answer holds
 
     items     raw ids, best first; what is in the history is left out
     scores    the scorer's own: what evaluation ranked by; of `popular` answers, training interactions
@@ -29,7 +30,7 @@ from etl.tables import FIRST_INDEX, UNK
 from trainer.artifact import Artifact
 from trainer.baselines import Histories
 from trainer.config import GraftrecError
-from trainer.data.dataset import IntArray
+from trainer.data.dataset import Int8Array, IntArray
 from trainer.scoring import Scores, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
@@ -46,6 +47,7 @@ class Request:
 
     items: Sequence[str]
     user: str | None = None
+    event_types: Sequence[str] | None = None  # of each item
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Recommender:
     ) -> None:
         self.artifact, self.version, self._beside = artifact, version, functools.cache(beside)
         self._shortlist = Shortlist(artifact)
+        self._place_of = {name: place for place, name in enumerate(artifact.event_types, 1)}
         self._row_of = {raw: row for row, raw in enumerate(artifact.catalogue.raw_ids) if row >= FIRST_INDEX}
 
     def of_domain(self, domain: str) -> "Recommender":
@@ -119,20 +122,29 @@ class Recommender:
 
     def _answer(self, requests: Sequence[Request], k: int) -> list[Answer]:
         rows = [[self._row_of.get(item, UNK) for item in request.items] for request in requests]
-        known = [[row for row in history if row != UNK] for history in rows]
         users = self.artifact.users or {}
-        histories = Histories(
+        given = np.array([row for history in rows for row in history], dtype=np.int64)
+        whole = Histories(
             np.array([users.get(request.user or "", UNK) for request in requests], dtype=np.int64),
-            np.concatenate([[0], np.cumsum([len(history) for history in known])]).astype(np.int64),
-            np.array([row for history in known for row in history], dtype=np.int64),
+            np.concatenate([[0], np.cumsum([len(history) for history in rows])]).astype(np.int64),
+            given,
             np.empty(0, dtype=np.int64),
+            self._event_types(requests),
         )
+        histories = whole.keep(given != UNK)
         has_history = histories.lengths > 0
         best_rows, best = self._shortlist.best(histories, k)
         return [
             self._one(request, history, best_rows[place], best[place], "model" if has_history[place] else "popular")
             for place, (request, history) in enumerate(zip(requests, rows, strict=True))
         ]
+
+    def _event_types(self, requests: Sequence[Request]) -> Int8Array:
+        """Places among the names that the model tells apart, 0 for others; empty where it reads none."""
+        if not self._place_of:
+            return np.empty(0, np.int8)
+        kinds = [request.event_types or [""] * len(request.items) for request in requests]
+        return np.array([self._place_of.get(kind, 0) for of_one in kinds for kind in of_one], dtype=np.int8)
 
     def _one(self, request: Request, history: Sequence[int], rows: IntArray, scores: Tensor, basis: str) -> Answer:
         count = int(torch.isfinite(scores).sum())
@@ -147,13 +159,24 @@ def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
 
 
 def _parse(record: Mapping[str, Any], place: int) -> Request:
-    items, user = record.get("items"), record.get("user")
-    if isinstance(items, np.ndarray):
-        items = items.tolist()
-    if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+    items, user, kinds = (_plain(record.get(name)) for name in ("items", "user", "event_types"))
+    if not _is_texts(items):
         raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {str(items)[:100]!r}")
-    if user is None or user != user:  # pandas has NaN for what is not there
-        return Request(items)
-    if not isinstance(user, str):
+    if user is not None and not isinstance(user, str):
         raise RequestError(f"record {place}: `user` is a raw user id (a string), found {str(user)[:100]!r}")
-    return Request(items, user)
+    if kinds is not None and (not _is_texts(kinds) or len(kinds) != len(items)):
+        raise RequestError(
+            f"record {place}: `event_types` is a list of strings as long as `items`, found {str(kinds)[:100]!r}"
+        )
+    return Request(items, user, kinds)
+
+
+def _plain(given: Any) -> Any:
+    """What pandas and numpy made of JSON, as it was; NaN is pandas' word for what is not there."""
+    if isinstance(given, np.ndarray):
+        return given.tolist()
+    return None if isinstance(given, float) and given != given else given
+
+
+def _is_texts(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(isinstance(text, str) for text in given)

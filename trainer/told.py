@@ -111,7 +111,7 @@ def as_known(
     """(Histories of a catalogue's rows as a model knows users and items, others passed over; [V] its row of each row of
     the catalogue, UNK where it has none)."""
     rows = rows_by_raw_id(artifact.catalogue, catalogue)
-    own = Histories(user_rows(artifact, raw_users), given.offsets, rows[given.items], given.times)
+    own = Histories(user_rows(artifact, raw_users), given.offsets, rows[given.items], given.times, given.event_types)
     return own.keep(own.items != UNK), rows
 
 

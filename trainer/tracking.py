@@ -584,7 +584,13 @@ def pack(folder: Path, target: Path, *, artifact: str, model_id: str, run_id: st
     root = Path(__file__).parent
     texts, numbers = Array(DataType.string), Array(DataType.double)
     signature = ModelSignature(
-        Schema([ColSpec(DataType.string, "user", required=False), ColSpec(texts, "items")]),
+        Schema(
+            [
+                ColSpec(DataType.string, "user", required=False),
+                ColSpec(texts, "items"),
+                ColSpec(texts, "event_types", required=False),
+            ]
+        ),
         Schema(
             [
                 ColSpec(texts, "items"),

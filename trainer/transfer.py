@@ -111,12 +111,14 @@ def graft(
     *,
     layer_norm: bool = False,
     unused: tuple[str, ...] = (),
+    event_types: tuple[str, ...] = (),
 ) -> Account:
     """Copy what `transfer` says from `parent` into `model`, freeze the groups `freeze`, and account for every tensor.
 
     `shared_V`: the parent's row of each catalogue row, UNK where it has none; those rows are copied too. None: no item.
     Transfer `patch` freezes what it copies, those rows too, but with `layer_norm` no LayerNorm of the body.
-    `unused`: name prefixes of what no step reaches, which is not trained.
+    `unused`: name prefixes of what no step reaches, which is not trained. `event_types`: kinds that the model's data
+    tells apart.
     Raises TransferError: no parent where one is needed, an unknown group, or tensors whose shapes don't agree.
     """
     if transfer != "none" and parent is None:
@@ -125,6 +127,8 @@ def graft(
         raise TransferError(
             f"freeze: expected parameter groups ({', '.join(groups_of(config))}), found {sorted(unknown)}"
         )
+    if parent is not None and transfer != "none":
+        _check_event_types(config, event_types, parent)
     given = dict(parent.model.named_parameters()) if parent is not None and transfer != "none" else {}
     groups = group_of(model, config)
     norms = _layer_norms(model) if layer_norm else set()
@@ -159,6 +163,18 @@ def graft(
         tensor.requires_grad_(group not in freeze and not is_kept and not name.startswith(unused))
         lines.append(Line(name, group, shape, origin, tensor.requires_grad))
     return Account(transfer, _named(parent) if given else None, tuple(lines))
+
+
+def _check_event_types(config: ModelConfig, event_types: tuple[str, ...], parent: Artifact) -> None:
+    """Row r of the table of kinds is the r-th name in both models, or the parent's rows would mean something else."""
+    if not getattr(config, "event_types", False) or not getattr(parent.config.model, "event_types", False):
+        return
+    theirs = parent.config.data.event_types
+    if event_types != theirs:
+        raise TransferError(
+            f"expected data.event_types to be the parent's ({', '.join(theirs)}), found {', '.join(event_types)}; set "
+            "them alike"
+        )
 
 
 def _copy(to: torch.Tensor, source: torch.Tensor, name: str, *, rows: bool) -> str:

@@ -145,7 +145,7 @@ class TellingSeveral:
 
     def __init__(self, config: PretrainConfig, task: MultiConfig, release: Release, catalogue: Catalogue) -> None:
         data, values = config.data, "value" in task.tells
-        dataset = SequenceDataset(release, data.split, data.domain, values=values)
+        dataset = SequenceDataset(release, data.split, data.domain, values=values, event_types=data.event_types)
         known = next_events.read_classes(release, catalogue, task, dataset)
         self.task: Task = Multi(task, torch.from_numpy(known.class_V), torch.from_numpy(known.levels_L))
         self.classes = known.names
@@ -156,7 +156,7 @@ class TellingSeveral:
         self.unused = () if ranks_items(task) else SCORES_ITEMS
         self._held_out = read_held_out(
             release, data.split, data.domain, catalogue, "validation", max_users=config.train.validation_users,
-            values=values,
+            values=values, event_types=data.event_types,
         )  # fmt: skip
         self._asked = {name: next_events.asked_of(self._held_out, known, name) for name in known.names}
         self._ranks, self._batch_size = ranks_items(task), config.evaluation.batch_size
@@ -213,7 +213,7 @@ def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tu
     held_out = read_held_out(
         release, config.data.split, config.data.domain, catalogue, "validation", times=reads_more,
         max_users=config.train.validation_users, baskets=reads_baskets(config.task),
-        repeats=config.evaluation.repeats,
+        repeats=config.evaluation.repeats, event_types=config.data.event_types,
     )  # fmt: skip
     if not reads_more:
         return held_out, None

@@ -21,7 +21,8 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS, d
     `born` (1991 for two of 60); user 0 has no target item and users 1 to 5 too few for a hold-out. Items are
     distinct within a user; times are distinct, the two domains meet in time. Splits `last-5`, `causal`, and `joint-5`,
     in which the domain `all` holds out what the target does. Release 1. `described`: an item's first category is its
-    taste, and events have values: 5 where that is the user's, else 2, none for each seventh item.
+    taste, and events have values: 5 where that is the user's, else 2, none for each seventh item; and kinds: "buy" for
+    two in three of the items of the user's taste, "look" for others, none for each eleventh, or for user 9.
     """
     random = np.random.default_rng(seed)
     num_items = NUM_SOURCE + NUM_TARGET
@@ -77,7 +78,7 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS, d
         for user, log in zip(users, logs, strict=True):
             rows = _sequences(split, user, log, items)
             if described:
-                _add_values(rows, user, items)
+                _add_values_and_kinds(rows, user, items)
             sequences += rows
             negatives += [row for sequence in rows for row in _negatives(random, sequence, log, items)]
     write("sequences", sequences)
@@ -154,11 +155,15 @@ def _sequences(split, user, log, items):
     return rows
 
 
-def _add_values(rows, user, items):
+def _add_values_and_kinds(rows, user, items):
     taste_of = {i["index"]: i["taste"] for i in items}
     own = (user["index"] - FIRST_INDEX) % NUM_TASTES
     for row in rows:
         row["values"] = [None if i % 7 == 0 else 5.0 if taste_of[i] == own else 2.0 for i in row["items"]]
+        if user["index"] != FIRST_INDEX + 9:
+            row["event_types"] = [
+                None if i % 11 == 0 else "buy" if taste_of[i] == own and i % 3 else "look" for i in row["items"]
+            ]
 
 
 def _baskets(user, domain, log, items):

@@ -14,6 +14,8 @@ class Batch:
     is hidden from the model; owners [B]: whose sequences they are (None: `users`);
     everyone [G, T]: items of the whole global batch, where the task looks at others' (None: `items` are all there are);
     values [B, T] float32: the events' values, where they are read; NaN where there is none, anything past the end;
+    event_types [B, T] int64: the events' kinds, where they are read: places among `data.event_types` from 1 on, 0 for
+    none of them, anything past the end;
     rows: this rank's slice of the global batch of `global_rows` users and `global_items` items; draw: (seed, epoch,
     step), which whatever is random about this batch is a function of.
     """
@@ -28,6 +30,7 @@ class Batch:
     owners: Tensor | None = None
     everyone: Tensor | None = None
     values: Tensor | None = None
+    event_types: Tensor | None = None
 
     @property
     def mask_BT(self) -> Tensor:
@@ -41,5 +44,6 @@ class Batch:
             lengths=self.lengths.to(device, non_blocking=True),
             users=self.users.to(device, non_blocking=True),
             values=None if self.values is None else self.values.to(device, non_blocking=True),
+            event_types=None if self.event_types is None else self.event_types.to(device, non_blocking=True),
             everyone=None if self.everyone is None else self.everyone.to(device, non_blocking=True),
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from etl.tables import PAD
-from trainer.data.dataset import Catalogue, FloatArray, Int32Array, IntArray, SequenceDataset
+from trainer.data.dataset import Catalogue, FloatArray, Int8Array, Int32Array, IntArray, SequenceDataset
 
 READERS = 2  # threads: a core decodes some 100 M items a second, far more than a network trains on
 
@@ -26,10 +26,11 @@ class Group:
     trained: IntArray  # [U] of training parts
     rows: Int32Array  # [sum of lengths] catalogue rows
     values: FloatArray  # [sum of lengths], or empty where no one asks
+    event_types: Int8Array  # likewise
 
     @property
     def nbytes(self) -> int:
-        return self.users.nbytes + self.lengths.nbytes + self.trained.nbytes + self.rows.nbytes + self.values.nbytes
+        return sum(array.nbytes for array in vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Block:
     firsts: IntArray  # [U] the place where each sequence begins
     windows_NT: Int32Array
     values_NT: FloatArray | None  # of the same places
+    event_types_NT: Int8Array | None
 
 
 class BlockReader:
@@ -92,7 +94,7 @@ class BlockReader:
             return cached
         read = self.dataset.read_group(group, held_out=False)
         rows = self.catalogue.rows(read.items)
-        found = Group(read.users, np.diff(read.offsets), read.valid_start, rows, read.values)
+        found = Group(read.users, np.diff(read.offsets), read.valid_start, rows, read.values, read.event_types)
         with self._lock:
             if self._cached_bytes + found.nbytes <= self.cache_bytes:
                 self._cache[group] = found
@@ -115,12 +117,15 @@ class BlockReader:
         np.concatenate([group.rows for group in groups], out=rows[:total])
         rows[total:] = PAD
         order = order_of(number, len(trained))
-        values_NT = None
+        values_NT = event_types_NT = None
         if self.dataset.values:
             behind = np.full(self.window, np.nan, np.float32)
             values = np.concatenate([*(group.values for group in groups), behind])
             values_NT = np.lib.stride_tricks.sliding_window_view(values, self.window)
+        if self.dataset.event_types:
+            kinds = np.concatenate([*(group.event_types for group in groups), np.zeros(self.window, np.int8)])
+            event_types_NT = np.lib.stride_tricks.sliding_window_view(kinds, self.window)
         return Block(
             users[order], trained[order], (np.cumsum(lengths) - lengths)[order],
-            np.lib.stride_tricks.sliding_window_view(rows, self.window), values_NT,
+            np.lib.stride_tricks.sliding_window_view(rows, self.window), values_NT, event_types_NT,
         )  # fmt: skip

@@ -23,6 +23,7 @@ from etl.tables import FIRST_INDEX, Table
 
 IntArray = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
+Int8Array = npt.NDArray[np.int8]
 FloatArray = npt.NDArray[np.float32]
 _FOOTERS = 64  # of data files, kept: a twentieth of what a row group takes is reading its file's anew
 
@@ -260,6 +261,7 @@ class Sequences:
     test_start: IntArray  # [U]
     end: IntArray  # [U]
     values: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))  # [sum of lengths]; NaN: none
+    event_types: Int8Array = field(default_factory=lambda: np.empty(0, np.int8))  # [sum of lengths]; 0: none of them
 
     def __len__(self) -> int:
         return len(self.users)
@@ -288,20 +290,26 @@ class Sequences:
             self.users[rows], offsets, self.items[flat], self.times[flat] if len(self.times) else self.times,
             self.valid_start[rows], self.test_start[rows], self.end[rows],
             self.values[flat] if len(self.values) else self.values,
+            self.event_types[flat] if len(self.event_types) else self.event_types,
         )  # fmt: skip
 
 
 class SequenceDataset:
     """The sequences of one split and domain of a release, as row groups that can be read in any combination.
 
-    `values`: the events' values (ratings, prices) are read too.
+    `values`: the events' values (ratings, prices) are read too. `event_types`: names of kinds of event to be told
+    apart: those of an event are read as its place among them, from 1 on, and 0 for whatever else.
     Raises DataError where there are none, and for a file that is missing, damaged or not of the contract's schema.
     """
 
     values = False
+    event_types: Sequence[str] = ()
 
-    def __init__(self, release: Release, split: str, domain: str, *, values: bool = False) -> None:
-        self.release, self.split, self.domain, self.values = release, split, domain, values
+    def __init__(
+        self, release: Release, split: str, domain: str, *, values: bool = False, event_types: Sequence[str] = ()
+    ) -> None:
+        self.release, self.split, self.domain = release, split, domain
+        self.values, self.event_types = values, event_types
         self.files = release.files(tables.SEQUENCES, {"split": split, "domain": domain})
         if not self.files:
             known = known_sequences(release, tables.SEQUENCES)
@@ -336,8 +344,9 @@ class SequenceDataset:
         with blamed(file), open_parquet(file, self._metadata(file)) as parquet:
             # One thread, and no coalesced reads ahead: a row group is one unit of work.
             columns += [*(["times"] if times else []), *(["values"] if self.values else [])]
+            columns += ["event_types"] if self.event_types else []
             table = parquet.read_row_group(number, columns=columns, use_threads=False)
-            return _flatten(table, self.rows_per_group[group])
+            return _flatten(table, self.rows_per_group[group], self.event_types)
 
     def read_all(self, *, times: bool = False) -> Sequences:
         return self.read(range(len(self.groups)), times=times)
@@ -392,7 +401,7 @@ def _check_columns(found: pa.Schema) -> None:
             raise _Damage(f"expected a column {name} of {expected}, found {kind}")
 
 
-def _flatten(table: pa.Table, num_rows: int) -> Sequences:
+def _flatten(table: pa.Table, num_rows: int, event_types: Sequence[str]) -> Sequences:
     """Arrow's own buffers, where they have the contract's types. Raises _Damage."""
 
     def column(name: str) -> pa.Array:
@@ -422,19 +431,36 @@ def _flatten(table: pa.Table, num_rows: int) -> Sequences:
     if any((before > after).any() for before, after in itertools.pairwise([np.zeros_like(valid_start), *bounds])):
         raise _Damage("expected 0 <= valid_start <= test_start <= end <= length of items, found a row that isn't so")
     values = _values(table["values"], lengths) if "values" in table.column_names else np.empty(0, np.float32)
-    return Sequences(integers("user"), offsets, items.to_numpy(), times, valid_start, test_start, end, values)
+    kinds = event_type_codes(table["event_types"], lengths, event_types) if event_types else np.empty(0, np.int8)
+    return Sequences(integers("user"), offsets, items.to_numpy(), times, valid_start, test_start, end, values, kinds)
 
 
 def _values(column: pa.ChunkedArray, lengths: IntArray) -> FloatArray:
     """Side by side with items; NaN where an event, or all of a user's, have none. Raises _Damage."""
-    lists = column.combine_chunks()
     found = np.full(int(lengths.sum()), np.nan, dtype=np.float32)
-    given = lists.is_valid().to_numpy(zero_copy_only=False)
-    flat = lists.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
-    if len(flat) != int(lengths[given].sum()):
-        raise _Damage(f"expected as many values as items, found {len(flat):,} for {int(lengths[given].sum()):,}")
-    found[np.repeat(given, lengths)] = flat
+    flat, given = _beside(column, lengths, "values")
+    found[given] = flat.cast(pa.float32()).to_numpy(zero_copy_only=False)
     return found
+
+
+def event_type_codes(column: pa.ChunkedArray, lengths: IntArray, names: Sequence[str]) -> Int8Array:
+    """Places among `names` side by side with items, from 1 on; 0 for none of them. Raises _Damage."""
+    found = np.zeros(int(lengths.sum()), dtype=np.int8)
+    flat, given = _beside(column, lengths, "event types")
+    place = pc.index_in(flat.cast(pa.string()), pa.array(names, pa.string()), skip_nulls=True).fill_null(-1)
+    found[given] = place.to_numpy(zero_copy_only=False) + 1
+    return found
+
+
+def _beside(column: pa.ChunkedArray, lengths: IntArray, what: str) -> tuple[pa.Array, npt.NDArray[np.bool_]]:
+    """What a column of lists holds, and the places of items that it is beside: those of users who have any. Raises
+    _Damage."""
+    lists = column.combine_chunks()
+    has_any = lists.is_valid().to_numpy(zero_copy_only=False)
+    flat = lists.flatten()
+    if len(flat) != int(lengths[has_any].sum()):
+        raise _Damage(f"expected as many {what} as items, found {len(flat):,} for {int(lengths[has_any].sum()):,}")
+    return flat, np.repeat(has_any, lengths)
 
 
 def _concatenated(parts: Sequence[Sequences]) -> Sequences:
@@ -446,5 +472,5 @@ def _concatenated(parts: Sequence[Sequences]) -> Sequences:
     return Sequences(
         together("users", np.int64), np.concatenate([[0], np.cumsum(lengths)]), together("items", np.int32),
         together("times", np.int64), together("valid_start", np.int64), together("test_start", np.int64),
-        together("end", np.int64), together("values", np.float32),
+        together("end", np.int64), together("values", np.float32), together("event_types", np.int8),
     )  # fmt: skip

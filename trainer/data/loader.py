@@ -96,11 +96,14 @@ class Loader:
             users = np.where(hidden < self.config.unknown_users, UNK, users)
         mine = order.rank_slice(len(full), self.rank, self.world_size)
         width = max(int(lengths.max()), 1)
-        values = None
+        begins = (block.firsts[batch] + starts)[mine]
+        values = event_types = None
         if block.values_NT is not None:
-            values = torch.from_numpy(block.values_NT[:, :width][(block.firsts[batch] + starts)[mine]])
+            values = torch.from_numpy(block.values_NT[:, :width][begins])
+        if block.event_types_NT is not None:
+            event_types = torch.from_numpy(block.event_types_NT[:, :width][begins]).long()
         return Batch(
-            self._padded(block.windows_NT, (block.firsts[batch] + starts)[mine], lengths[mine], width),
+            self._padded(block.windows_NT, begins, lengths[mine], width),
             torch.from_numpy(lengths[mine]),
             torch.from_numpy(users[mine]),
             len(full),
@@ -110,6 +113,7 @@ class Loader:
             torch.from_numpy(block.users[batch][mine]),
             self._padded(block.windows_NT, block.firsts[batch] + starts, lengths, width) if self.everyone else None,
             values,
+            event_types,
         )
 
     def _padded(self, windows_NT: Int32Array, starts: IntArray, lengths: IntArray, width: int) -> torch.Tensor:

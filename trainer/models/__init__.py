@@ -35,16 +35,17 @@ __all__ = [
 def build_model(
     config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int,
     tables: RowTables | None = None, patch: PatchConfig | None = None, task_heads: Mapping[str, TaskHead] | None = None,
+    num_event_types: int = 0,
 ) -> SequenceModel:  # fmt: skip
     """A new model, its weights a function of `seed` alone (the global random state is left as it was).
 
     `patch`: patches that it has beside its blocks. `task_heads`: what tasks tell beside items. `tables`: its item,
-    user and entity tables are row-wise, and this process keeps its share of them. Raises ConfigError
-    where there are more processes than rows.
+    user and entity tables are row-wise, and this process keeps its share of them. `num_event_types`: kinds of event
+    that are told apart, for a model that reads them. Raises ConfigError where there are more processes than rows.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _new(config, num_users, num_entities, knowledge_VS, tables, patch, task_heads)
+        model = _new(config, num_users, num_entities, knowledge_VS, tables, patch, task_heads, num_event_types)
     if tables is not None:
         for place, table in enumerate(module for module in model.modules() if isinstance(module, RowTable)):
             tables.initialise(table, seed=[seed, place], std=model.table_std(table.weight.shape[1]))
@@ -53,11 +54,13 @@ def build_model(
 
 def build_saved(
     config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, weights: Mapping[str, Tensor],
-    patch: PatchConfig | None = None, task_heads: Mapping[str, TaskHead] | None = None,
+    patch: PatchConfig | None = None, task_heads: Mapping[str, TaskHead] | None = None, num_event_types: int = 0,
 ) -> SequenceModel:  # fmt: skip
     """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
     with torch.device("meta"):  # nothing is drawn that would be overwritten
-        model = _new(config, num_users, num_entities, knowledge_VS, RowTables(ALONE), patch, task_heads)
+        model = _new(
+            config, num_users, num_entities, knowledge_VS, RowTables(ALONE), patch, task_heads, num_event_types
+        )
     model.tables = None  # their modules have served to leave them unfilled
     model.to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights, assign=True)
@@ -66,7 +69,7 @@ def build_saved(
 
 def _new(
     config: ModelConfig, num_users: int, num_entities: int, knowledge_VS: Tensor, tables: RowTables | None,
-    patch: PatchConfig | None, task_heads: Mapping[str, TaskHead] | None,
+    patch: PatchConfig | None, task_heads: Mapping[str, TaskHead] | None, num_event_types: int,
 ) -> SequenceModel:  # fmt: skip
     sizes: dict[str, Any] = {"num_users": num_users, "num_entities": num_entities, "knowledge_VS": knowledge_VS}
     model: SequenceModel
@@ -78,7 +81,7 @@ def _new(
         case PeterRecConfig():
             model = PeterRec(config, **sizes, tables=tables)
         case DupnConfig():
-            model = Dupn(config, **sizes, tables=tables)
+            model = Dupn(config, **sizes, tables=tables, num_event_types=num_event_types)
         case MlpConfig():
             model = Mlp(config, **sizes, tables=tables)
     if patch is not None:

@@ -69,13 +69,14 @@ class SequenceModel(nn.Module):
 
     def forward(
         self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
-        table_VD: Tensor | None = None,
+        table_VD: Tensor | None = None, event_types_BT: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Hidden states [N, D] of the positions that are wanted (bool [B, T], real ones), row after row.
 
         items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows of the user table (those
         beyond it are unknown). `causal`: a position looks at none behind it. `table_VD`: item_vectors(), where the
-        caller has it already."""
+        caller has it already. `event_types` [B, T]: kinds of event, where the model reads them (`data.event_types`); 0
+        for none of them, or for a reserved row; None: all are."""
         raise NotImplementedError
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:

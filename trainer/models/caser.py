@@ -85,7 +85,7 @@ class Caser(SequenceModel):
 
     def forward(
         self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
-        table_VD: Tensor | None = None,
+        table_VD: Tensor | None = None, event_types_BT: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         order_B = lengths_B.argsort(stable=True)
         lengths, wanted = lengths_B[order_B], wanted_BT[order_B]

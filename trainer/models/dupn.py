@@ -1,11 +1,14 @@
 """DUPN (Ni et al. 2018; survey 3.1): an LSTM over a user's items, and attention over its states with the user's own
 embedding as the query; what comes out is the user, for whatever task.
 
+What kind of event each was (a view, a purchase) may be read too: a vector of it is added to the item's, so that it
+reaches each gate of the LSTM, as the paper's behaviour property does.
+
 Shape letters: ``B`` sequences, ``T`` positions, ``D`` width, ``N`` any number of positions.
 
 A position attends to itself and what is before it, so that every position of a sequence is a user at that time, and one
-pass trains them all; the paper has one per sequence. Where we leave it, too: what a behaviour was (a click, a purchase)
-isn't read, and the state at the position stands beside the attended one.
+pass trains them all; the paper has one per sequence. Where we leave it, too: the state at the position stands beside
+the attended one.
 """
 
 from typing import ClassVar
@@ -32,6 +35,7 @@ class Dupn(SequenceModel):
         "patch": (),
         "body": (
             "knowledge_projection.",
+            "event_type_embedding.",
             "input_norm.",
             "lstm.",
             "attention_state.",
@@ -49,8 +53,9 @@ class Dupn(SequenceModel):
 
     def __init__(
         self, config: DupnConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
-        tables: RowTables | None = None,
+        tables: RowTables | None = None, num_event_types: int = 0,
     ) -> None:  # fmt: skip
+        """`num_event_types`: kinds that are told apart, where they are read."""
         super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
         width, num_slots = config.width, knowledge_VS.shape[1]
         self.item_embedding = self.table(self.num_items, width)
@@ -58,6 +63,8 @@ class Dupn(SequenceModel):
         if num_slots:
             self.entity_embedding = self.table(num_entities, config.knowledge_width)
             self.knowledge_projection = nn.Linear(num_slots * config.knowledge_width, width, bias=False)
+        if config.event_types:
+            self.event_type_embedding = nn.Embedding(num_event_types + 1, width)
         self.input_norm = nn.LayerNorm(width)
         self.lstm = nn.LSTM(width, width, batch_first=True)
         self.attention_state = nn.Linear(width, width)
@@ -84,10 +91,13 @@ class Dupn(SequenceModel):
 
     def forward(
         self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
-        table_VD: Tensor | None = None,
+        table_VD: Tensor | None = None, event_types_BT: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         assert causal, "settings refuse tasks that look ahead"
         vectors_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
+        if self.config.event_types:
+            kinds_BT = torch.zeros_like(items_BT) if event_types_BT is None else event_types_BT
+            vectors_BTD = vectors_BTD + self.event_type_embedding(kinds_BT)
         random = None
         if self.training:
             random = torch.Generator(vectors_BTD.device).manual_seed(int(torch.randint(1 << 62, ())))

@@ -69,7 +69,7 @@ class Mlp(SequenceModel):
 
     def forward(
         self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
-        table_VD: Tensor | None = None,
+        table_VD: Tensor | None = None, event_types_BT: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         user_BH: Tensor = self.of_user(self.user_vectors(users_B))
         return user_BH[wanted_BT.nonzero()[:, 0]]

@@ -1,7 +1,7 @@
 """Several things about what comes next, told together by one user vector (DUPN: Ni et al. 2018; survey 3.1).
 
-At each position of a sequence: the item that follows, its category, the level of the event's value. The losses are
-summed over positions and added up, each with a weight that is set, or learned.
+At each position of a sequence: the item that follows, its category, the event's kind, the level of its value. The
+losses are summed over positions and added up, each with a weight that is set, or learned.
 
 Shape letters: ``B`` sequences, ``T`` positions, ``N`` real positions, ``V`` catalogue rows, ``L`` levels.
 """
@@ -35,7 +35,10 @@ class Multi:
         whole = "next_item" in self.config.tells and self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
         real_BT = batch.mask_BT
-        hidden_ND = model(begun(batch), batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD)
+        inputs_BT, kinds_BT = begun(batch)
+        hidden_ND = model(
+            inputs_BT, batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD, event_types_BT=kinds_BT
+        )
         items_N = batch.items[real_BT]
         total = hidden_ND.new_zeros(())
         for place, name in enumerate(self.config.tells):
@@ -43,7 +46,7 @@ class Multi:
                 loss = summed_loss(model, hidden_ND, items_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
                 count = torch.tensor(len(items_N), device=loss.device)
             else:
-                class_N = self.classes(name, items_N, None if batch.values is None else batch.values[real_BT])
+                class_N = self.classes(name, batch, real_BT)
                 known_N = class_N != NOTHING
                 scores_NC = wide(model.task_heads[name](hidden_ND[known_N]))
                 loss, count = F.cross_entropy(scores_NC, class_N[known_N], reduction="sum"), known_N.sum()
@@ -52,14 +55,18 @@ class Multi:
             total = total + self.config.weights.get(name, 1.0) * loss
         return total, real_BT.sum()
 
-    def classes(self, name: str, items_N: Tensor, values_N: Tensor | None) -> Tensor:
-        """What `name` is of these events; NOTHING where they have none."""
+    def classes(self, name: str, batch: Batch, asked_BT: Tensor) -> Tensor:
+        """What `name` is of the events at flagged positions [B, T]; NOTHING where they have none."""
         if name == "category":
             assert self.class_V is not None, "a task that is trained has classes"
-            self.class_V = self.class_V.to(items_N.device)  # once
-            return self.class_V[items_N]
+            self.class_V = self.class_V.to(asked_BT.device)  # once
+            return self.class_V[batch.items[asked_BT]]
+        if name == "event_type":
+            assert batch.event_types is not None, "kinds are read"
+            return batch.event_types[asked_BT] - 1  # 0, none of the names, becomes NOTHING
         assert self.levels_L is not None, "a task that is trained has classes"
-        assert values_N is not None, "values are read"
+        assert batch.values is not None, "values are read"
+        values_N = batch.values[asked_BT]
         levels_L = self.levels_L = self.levels_L.to(values_N.device)  # once
         place_N = torch.searchsorted(levels_L, values_N.nan_to_num(torch.inf)).clamp(max=len(levels_L) - 1)
         return torch.where(levels_L[place_N] == values_N, place_N, NOTHING)

@@ -4,6 +4,7 @@ A CLS stands before the oldest item, so that the first item is predicted too and
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from etl.tables import CLS
@@ -25,9 +26,11 @@ class NextItem:
         """(summed loss, number of predicted items) of this rank's slice."""
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
-        inputs_BT = begun(batch)
+        inputs_BT, kinds_BT = begun(batch)
         real_BT = batch.mask_BT if self.config.targets > 1 else batch.mask_BT & is_predicted(model, batch.items)
-        hidden_ND = model(inputs_BT, batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD)
+        hidden_ND = model(
+            inputs_BT, batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD, event_types_BT=kinds_BT
+        )
         targets_N = batch.items[real_BT]
         if self.config.targets > 1:
             asking, targets_N = self._following(batch)
@@ -48,16 +51,22 @@ class NextItem:
 
     def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
         """How the model is asked: hidden states [B, D] at the newest item (at CLS for an empty history)."""
-        items_BT = torch.cat([_begin(batch), batch.items], dim=1)
+        items_BT, kinds_BT = _begin(batch)
         newest_BT = torch.arange(items_BT.shape[1], device=items_BT.device) == batch.lengths[:, None]
-        query_BD: Tensor = model(items_BT, batch.lengths + 1, batch.users, newest_BT, causal=True, table_VD=table_VD)
+        query_BD: Tensor = model(
+            items_BT, batch.lengths + 1, batch.users, newest_BT, causal=True, table_VD=table_VD, event_types_BT=kinds_BT
+        )
         return query_BD
 
 
-def begun(batch: Batch) -> Tensor:
-    """[B, T]: at each position what stood there before, a CLS at the first."""
-    return torch.cat([_begin(batch), batch.items[:, :-1]], dim=1)
+def begun(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Items [B, T] and, where they are read, kinds of event: at each position what stood before it, a CLS at the
+    first."""
+    items_BT, kinds_BT = _begin(batch)
+    return items_BT[:, :-1], None if kinds_BT is None else kinds_BT[:, :-1]
 
 
-def _begin(batch: Batch) -> Tensor:
-    return batch.items.new_full((len(batch.items), 1), CLS)
+def _begin(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """All of a batch, [B, T + 1], behind a CLS."""
+    kinds_BT = None if batch.event_types is None else F.pad(batch.event_types, (1, 0))
+    return F.pad(batch.items, (1, 0), value=CLS), kinds_BT
