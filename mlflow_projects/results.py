@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import patched
 import psutil
 import torch
 
@@ -197,6 +198,7 @@ def collect(
         "metrics": list(METRICS),
         "seeds": list(config.seeds),
         "rows": written,
+        "patches": patched.beside_copies(rows),
     }  # fmt: skip
     plain: dict[str, Any] = _finite(found | judged)
     return plain

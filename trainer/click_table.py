@@ -33,6 +33,7 @@ class ToldClicks(Told):
     TESTED: ClassVar = (OF_USER, "log loss")
 
     pairs: Pairs
+    impressions: tuple[str, ...]
 
     def metrics(self, key: Key) -> dict[str, float]:
         return metrics_of(self.pairs.taken_N, self.probabilities[key], self.pairs.owner_N)
@@ -40,7 +41,8 @@ class ToldClicks(Told):
     def of_users(self, key: Key, metric: str) -> FloatArray:
         told_N, pairs = self.probabilities[key], self.pairs
         if metric == OF_USER:
-            return user_auc(pairs.taken_N, told_N, pairs.owner_N)
+            own = user_auc(pairs.taken_N, told_N, pairs.owner_N)
+            return own[~np.isnan(own)]  # who has only one of both has none, whoever tells
         losses = example_metrics(pairs.taken_N.astype(np.int64), np.stack([1 - told_N, told_N], axis=1))[metric]
         found: FloatArray = np.bincount(pairs.owner_N, losses) / np.bincount(pairs.owner_N)
         return found
@@ -61,13 +63,13 @@ def tell(
     split, domain = config.split or data.split, config.domain or data.domain
     for artifact in models:
         task, own = artifact.config.task, artifact.config.data
-        if not isinstance(task, ClickConfig) or (task.negatives, own.split, own.domain) != (
-            first.negatives, split, domain,
+        if not isinstance(task, ClickConfig) or (task.negatives, task.impressions, own.split, own.domain) != (
+            first.negatives, first.impressions, split, domain,
         ):  # fmt: skip
             raise EvaluateError(
                 f"expected models of task click that read domain {domain!r} of split {split!r} with {first.negatives} "
-                f"negatives for each item, found {artifact.folder} of task {task.kind}, domain {own.domain!r}, split "
-                f"{own.split!r}"
+                f"negatives for each item and impressions {', '.join(first.impressions) or 'none'}, found "
+                f"{artifact.folder} of task {task.kind}, domain {own.domain!r}, split {own.split!r}"
             )
     catalogue = read_catalogue(release, domain)
     pairs = _read(release, split, domain, catalogue, config, first, config.part)
@@ -79,7 +81,7 @@ def tell(
     }
     if config.baselines.enabled:
         checked = _read(release, split, domain, catalogue, config, first, "validation")
-        features = _Features(release, split, domain, catalogue, config)
+        features = _Features(release, split, domain, catalogue, config, first.impressions)
         for label, width in (("popularity", 1), ("popularity and item-to-item", 2)):
             model = (
                 scikit_learn("linear_model")
@@ -87,7 +89,7 @@ def tell(
                 .fit(features.of(checked)[:, :width], checked.taken_N)
             )
             found[label, None] = model.predict_proba(features.of(pairs)[:, :width])[:, 1]
-    return ToldClicks(found, config.part, domain, split, costs, pairs)
+    return ToldClicks(found, config.part, domain, split, costs, pairs, first.impressions)
 
 
 def _read(
@@ -95,7 +97,7 @@ def _read(
     part: str,
 ) -> Pairs:  # fmt: skip
     return read_pairs(
-        release, split, domain, catalogue, "validation" if part == "validation" else "test", task.negatives,
+        release, split, domain, catalogue, "validation" if part == "validation" else "test", task,
         max_users=config.evaluation.max_users,
     )  # fmt: skip
 
@@ -112,9 +114,14 @@ def _told(artifact: Artifact, pairs: Pairs, users: Sequence[str], catalogue: Cat
 class _Features:
     """[N, 2] of pairs: logarithms of the item's popularity, and of its item-to-item score, in training parts."""
 
-    def __init__(self, release: Release, split: str, domain: str, catalogue: Catalogue, config: EvaluateConfig) -> None:
-        dataset = SequenceDataset(release, split, domain)
+    def __init__(
+        self, release: Release, split: str, domain: str, catalogue: Catalogue, config: EvaluateConfig,
+        impressions: Sequence[str],
+    ) -> None:  # fmt: skip
+        dataset = SequenceDataset(release, split, domain, event_types=impressions)
         training = training_histories(dataset, catalogue, max_users=config.baselines.max_users)
+        if impressions:
+            training = training.keep(training.event_types == 0)
         self._rows = np.arange(len(catalogue))
         self._popular = popularity(training, len(catalogue)).counts
         self._near = item_to_item(training, len(catalogue), last=None, decay=config.baselines.decay)
@@ -131,9 +138,10 @@ class _Features:
 
 def render(told: ToldClicks, rows: Sequence[Row], *, against: str) -> str:
     """The table for people."""
-    taken = int(told.pairs.taken_N.sum())
+    taken, shown = int(told.pairs.taken_N.sum()), ", ".join(told.impressions)
+    others = f"drawn uniformly or shown and not taken ({shown})" if shown else "drawn uniformly, which were not"
     notes = [
-        f"{taken:,} items taken and {len(told.pairs.taken_N) - taken:,} drawn uniformly, which were not",
+        f"{taken:,} items taken and {len(told.pairs.taken_N) - taken:,} {others}",
         "popularity and item-to-item are calibrated by a logistic regression on the validation part",
     ]
     return told.table("clicks", rows, f"{len(told.pairs):,} users", notes, against=against)

@@ -12,7 +12,8 @@ import torch
 from trainer.baselines import Histories
 from trainer.classification import AUC
 from trainer.classification import metrics_of as of_classes
-from trainer.data.dataset import Catalogue, Release
+from trainer.config import ClickConfig
+from trainer.data.dataset import Catalogue, DataError, Release
 from trainer.distributed import World
 from trainer.metrics import FloatArray
 from trainer.models import SequenceModel
@@ -52,14 +53,24 @@ class Pairs:
 
 
 def read_pairs(
-    release: Release, split: str, domain: str, catalogue: Catalogue, part: Part, negatives: int, *,
+    release: Release, split: str, domain: str, catalogue: Catalogue, part: Part, task: ClickConfig, *,
     max_users: int | None = None,
 ) -> Pairs:  # fmt: skip
-    """For each held-out item `negatives` of the user's `uniform-100`, the same ones for every model. Raises
-    GraftrecError."""
-    asked = read_held_out(release, split, domain, catalogue, part, (NEGATIVES,), max_users=max_users)
-    fixed = asked.negatives[NEGATIVES]
-    wanted = np.minimum((asked.targets >= 0).sum(1) * negatives, (fixed >= 0).sum(1))
+    """Held-out items that were taken; for each so many of the user's `uniform-100`, the same ones for every model; and
+    what the log says was shown, and not taken in this part. Raises GraftrecError."""
+    protocols = (NEGATIVES,) if task.negatives else ()
+    asked = read_held_out(
+        release, split, domain, catalogue, part, protocols, max_users=max_users, event_types=task.impressions
+    )
+    is_event = asked.targets >= 0
+    is_taken = is_event & (asked.event_types == 0) if task.impressions else is_event
+    taken = np.where(is_taken, asked.targets, -1)
+    is_shown = is_event & ~(asked.targets[:, :, None] == taken[:, None, :]).any(2)
+    histories = asked.histories
+    if task.impressions:
+        histories = histories.keep(histories.event_types == 0)
+    fixed = asked.negatives.get(NEGATIVES, np.full((len(asked), 1), -1))
+    wanted = np.minimum(is_taken.sum(1) * task.negatives, (fixed >= 0).sum(1))
     # Which of them: by a draw of the user's own, for they lie in an order that may mean something.
     order = np.stack([np.random.default_rng([int(user), 9]).permutation(fixed.shape[1]) for user in asked.users])
     shuffled = np.take_along_axis(fixed, order, axis=1)
@@ -67,11 +78,16 @@ def read_pairs(
     shuffled = np.take_along_axis(shuffled, known_first, axis=1)
     is_chosen = np.arange(shuffled.shape[1]) < wanted[:, None]
     items = np.concatenate([asked.targets, shuffled], axis=1)
-    flags = np.concatenate([asked.targets >= 0, is_chosen], axis=1)
-    is_taken = np.zeros_like(flags)
-    is_taken[:, : asked.targets.shape[1]] = True
-    owner, place = flags.nonzero()
-    return Pairs(asked.histories, owner, items[owner, place], is_taken[owner, place])
+    owner, place = np.concatenate([is_taken | is_shown, is_chosen], axis=1).nonzero()
+    yes = np.concatenate([is_taken, np.zeros_like(is_chosen)], axis=1)
+    pairs = Pairs(histories, owner, items[owner, place], yes[owner, place])
+    if not pairs.taken_N.any() or pairs.taken_N.all():
+        raise DataError(
+            f"expected items that were taken and others in the {part} part of split {split!r}, domain {domain!r}, "
+            f"found {int(pairs.taken_N.sum()):,} and {int((~pairs.taken_N).sum()):,}; mend task.impressions, or raise "
+            "task.negatives"
+        )
+    return pairs.take(np.flatnonzero(np.bincount(owner, minlength=len(pairs))))
 
 
 def probabilities(scorer: Scorer, model: SequenceModel, task: Click, pairs: Pairs, *, batch_size: int) -> FloatArray:

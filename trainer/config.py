@@ -339,9 +339,17 @@ class ClickConfig(Section):
     kind: Literal["click"] = "click"
     content: tuple[Literal["text", "categories"], ...] = Field(("text", "categories"), min_length=1)
     layers: tuple[int, ...] = Field((64,), min_length=1)  # widths of f's hidden layers
-    negatives: int = Field(4, ge=1, le=20)  # for each item taken, in training and when asked
+    negatives: int = Field(4, ge=0, le=20)  # drawn for each item taken, in training and when asked
+    # Kinds of event in the log that say an item was shown and not taken: noes too, and never read as taken.
+    impressions: tuple[str, ...] = Field((), max_length=100)
     causal: bool = True  # as the parent was pre-trained: next item, causal; masked item, not
     cuts: int = Field(8, ge=1)  # of a sequence in a step, where not causal
+
+    @model_validator(mode="after")
+    def _there_are_noes(self) -> "ClickConfig":
+        if not self.negatives and not self.impressions:
+            raise ValueError("negatives 0 leaves no noes; raise it, or name the kinds of event that are impressions")
+        return self
 
     @field_validator("content")
     @classmethod

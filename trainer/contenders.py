@@ -135,7 +135,7 @@ def in_rows(sequences: Sequences | None, catalogue: Catalogue, *, training: bool
         none = np.empty(0, np.int64)
         return Histories(none, np.zeros(1, np.int64), none, none)
     rows = catalogue.rows(sequences.items).astype(np.int64)
-    whole = Histories(sequences.users, sequences.offsets, rows, sequences.times)
+    whole = Histories(sequences.users, sequences.offsets, rows, sequences.times, sequences.event_types)
     return whole.until(sequences.valid_start if training else sequences.end)
 
 

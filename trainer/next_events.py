@@ -99,7 +99,7 @@ def asked_of(held_out: HeldOut, classes: Classes, name: str) -> Asked:
     if name == "category":
         class_U = classes.class_V[held_out.targets[:, 0]]
     elif name == "event_type":
-        class_U = held_out.first_event_type.astype(np.int64) - 1  # 0, none of the names, becomes NOTHING
+        class_U = held_out.event_types[:, 0].astype(np.int64) - 1  # 0, none of the names, becomes NOTHING
     else:
         given = held_out.first_value
         class_U = classes.level_of(given)

@@ -20,6 +20,7 @@ from etl.tables import FIRST_INDEX
 from trainer import checkpoint, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
 from trainer.config import (
+    ClickConfig,
     ConfigError,
     FinetuneConfig,
     GraftrecError,
@@ -103,9 +104,9 @@ def _fit(
 
     catalogue = read_catalogue(release, config.data.domain)
     knowledge = read_knowledge(release, catalogue, config.model.knowledge)
+    dataset = _dataset(config, release)
     validation = read_validation(config, release, catalogue)
     model, account = _model(config, release, catalogue, knowledge, parent, validation, world)
-    dataset = _dataset(config, release)
     loader = Loader(
         dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
         seed=config.train.seed, rank=world.rank, world_size=world.size,
@@ -154,12 +155,16 @@ def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
     if reads_baskets(config.task):
         return BasketDataset(release, split, domain)
     values = isinstance(config.task, MultiConfig) and "value" in config.task.tells
-    dataset = SequenceDataset(release, split, domain, values=values, event_types=config.data.event_types)
-    _check_event_types(dataset)
+    if isinstance(config.task, ClickConfig):
+        setting, kinds = "task.impressions", config.task.impressions
+    else:
+        setting, kinds = "data.event_types", config.data.event_types
+    dataset = SequenceDataset(release, split, domain, values=values, event_types=kinds)
+    _check_event_types(dataset, setting)
     return dataset
 
 
-def _check_event_types(dataset: SequenceDataset) -> None:
+def _check_event_types(dataset: SequenceDataset, setting: str) -> None:
     """Raises ConfigError for a name that no event of the training parts has."""
     found = np.zeros(len(dataset.event_types) + 1, dtype=np.int64)
     for group in range(len(dataset.groups)) if dataset.event_types else ():
@@ -168,7 +173,7 @@ def _check_event_types(dataset: SequenceDataset) -> None:
         found += np.bincount(sequences.event_types[trained], minlength=len(found))
     if lacking := [name for name, count in zip(dataset.event_types, found[1:], strict=True) if not count]:
         raise ConfigError(
-            f"data.event_types: expected kinds that events of the training parts have, found none of "
+            f"{setting}: expected kinds that events of the training parts have, found none of "
             f"{', '.join(lacking)} in split {dataset.split!r}, domain {dataset.domain!r} of {dataset.release.lake} "
             f"({int(found[0]):,} events are of other kinds, or of none); mend the names, or name the log's column of "
             "event types in the source"

@@ -58,9 +58,10 @@ class HeldOut:
     first_time: IntArray  # [U] time of the first held-out item; empty where there are no times, or they were not read
     baskets: bool = False  # histories have a SEP behind each
     repeats: bool = False  # what is in the input is a candidate too, for it may be had again
-    # Of the first held-out event, [U]; empty where they were not read.
-    first_value: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))  # NaN: none
-    first_event_type: npt.NDArray[np.int8] = field(default_factory=lambda: np.empty(0, np.int8))
+    # [U] value of the first held-out event, NaN: none; empty where they were not read
+    first_value: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    # [U, R] kinds of the held-out events (places among those told apart, 0 for none); empty where they were not read
+    event_types: npt.NDArray[np.int8] = field(default_factory=lambda: np.empty((0, 0), np.int8))
 
     def __len__(self) -> int:
         return len(self.users)
@@ -76,7 +77,7 @@ class HeldOut:
             training_items=self.training_items[rows],
             first_time=self.first_time[rows] if len(self.first_time) else self.first_time,
             first_value=self.first_value[rows] if len(self.first_value) else self.first_value,
-            first_event_type=self.first_event_type[rows] if len(self.first_event_type) else self.first_event_type,
+            event_types=self.event_types[rows] if len(self.event_types) else self.event_types,
         )
 
 
@@ -102,7 +103,7 @@ def read_held_out(
     (chosen by a hash of their index), so that memory is bounded whatever the table's size. `baskets`: the next basket
     is held out, of the table `baskets`; ranked in full only, with `repeats` among what the user has had, too.
     `values`: the first held-out event's is read. `event_types`: names of the kinds of event that are told apart, in the
-    input and of the first held-out event (see SequenceDataset).
+    input and of held-out events (see SequenceDataset).
     Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
     that the catalogue lacks (it must be of the same release and domain).
     """
@@ -143,6 +144,10 @@ def read_held_out(
         )
     targets = np.full((len(asked), int((stop - start).max())), -1, dtype=np.int64)
     targets[owner[is_target], (position - start[owner])[is_target]] = rows[is_target]
+    kinds = np.empty((0, 0), np.int8)
+    if len(asked.event_types):
+        kinds = np.zeros(targets.shape, np.int8)
+        kinds[owner[is_target], (position - start[owner])[is_target]] = asked.event_types[is_target]
     histories = Histories(asked.users, asked.offsets, rows, asked.times, asked.event_types).until(start)
     first = asked.offsets[:-1] + start
     return HeldOut(
@@ -157,7 +162,7 @@ def read_held_out(
         baskets,
         baskets and repeats,
         asked.values[first] if len(asked.values) else asked.values,
-        asked.event_types[first] if len(asked.event_types) else asked.event_types,
+        kinds,
     )
 
 

@@ -101,6 +101,7 @@ class _Report:
             *self.by_length(),
             *self.curves(),
             *self.cost(),
+            *self.patches(),
             *self.table_1(),
             *self.cells(),
         ]
@@ -457,6 +458,29 @@ class _Report:
             return "never"
         text = f"{np.mean(known):,.1f} epochs".replace(".0 ", " ")
         return text if len(known) == len(epochs) else f"{text} in {len(known)} of {len(epochs)}"
+
+    def patches(self) -> list[Block]:
+        """Many targets on one backbone: what it costs to keep, load and ask them (survey 3.3)."""
+        measured = self.results.get("patches", [])
+        rows: list[Sequence[Cell | str] | str] = []
+        for one in measured:
+            labels = [self._name(row) for row in one["rows"]]
+            small = [f"{one[key]:,.2f} MB" for key in ("patches_mb", "items_mb")]
+            ways = {"whole copies": (one["whole"], ["", ""]), "a backbone and patches": (one["patched"], small)}
+            rows.append(f"{', '.join(labels)}, seed {one['seed']}")
+            rows += [
+                [name, f"{cost['mb']:,.2f} MB", *own, f"{cost['seconds']:.2f} s", f"{cost['ms']:.1f} ms"]
+                for name, (cost, own) in ways.items()
+            ]
+        if not rows:
+            return []
+        text = (
+            "The patched models of one pre-trained model, kept as whole copies, and as patches that stand on it: bytes "
+            "on disk, of them the patches and, of these, rows of items, which any fine-tuned model of a target has; "
+            "seconds until all can answer; the median time to answer one request of 50 items, the models in turns."
+        )
+        head = ["patched on one model", "on disk", "patches", "rows of items", "to load all", "a request"]
+        return [Heading("Patches beside whole copies"), Text(text), Table(head, rows)]
 
     def table_1(self) -> list[Block]:
         data = self.results["data"]

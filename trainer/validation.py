@@ -189,7 +189,7 @@ class Clicking:
         self.task_heads = {CLICK: PairHeadConfig(content=self.content.shape[1], layers=task.layers)}
         data = config.data
         self._pairs = clicks.read_pairs(
-            release, data.split, data.domain, catalogue, "validation", task.negatives,
+            release, data.split, data.domain, catalogue, "validation", task,
             max_users=config.train.validation_users,
         )  # fmt: skip
         self._batch_size = config.evaluation.batch_size

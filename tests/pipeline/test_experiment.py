@@ -204,14 +204,22 @@ def test_rows_of_ones_own_that_make_no_sense_are_refused(more: dict[str, Any], t
 @pytest.mark.slow
 @pytest.mark.ci
 def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
-    given = settings(lake, tmp_path, bert4rec=None, own=own_rows(), seeds=[0, 1])
+    own = own_rows()
+    for kind in ("serial", "lora"):
+        own[kind] = json.loads(json.dumps(own["grafted"]))
+        own[kind] |= {"label": f"patched by {kind}"}
+        own[kind]["finetune"] |= {"transfer": "patch", "patch": {"bottleneck": 1, "rank": 1}}
+        own[kind]["finetune"]["patch"] |= {"kind": "lora" if kind == "lora" else "adapter"}
+    given = settings(lake, tmp_path, bert4rec=None, own=own, seeds=[0, 1])
     file = tmp_path / "own.yaml"
     file.write_text(json.dumps(given | {"evaluation": {"protocols": ["full"]}}))
     assert experiment.main(["--experiment", str(file)]) == 0
     found = json.loads((tmp_path / "tiny" / "results.json").read_text())
     rows = {row["id"]: row for row in found["rows"] if row["kind"] == "own"}
     assert {row["status"] for row in rows.values()} == {"done"}
-    assert {(one["row"], one["against"]) for one in found["comparisons"]} == {("joint", "alone"), ("grafted", "alone")}
+    assert {(one["row"], one["against"]) for one in found["comparisons"]} == {(row, "alone") for row in own} - {
+        ("alone", "alone")
+    }
     assert found["hypotheses"] == []
     assert [run["parent_hash"] for run in rows["grafted"]["seeds"]] == [
         run["model_hash"] for run in rows["joint"]["seeds"]
@@ -220,6 +228,19 @@ def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
     page = (tmp_path / "tiny" / "report" / "report.html").read_text(encoding="utf-8")
     assert "Table 2" not in page
     assert "grafted on the joint one" in page
+    assert [(one["seed"], one["rows"]) for one in found["patches"]] == [
+        (0, ["serial", "lora"]),
+        (1, ["serial", "lora"]),
+    ]
+    for one in found["patches"]:
+        folders = [Path(run["folder"]) / "model" for row in one["rows"] for run in rows[row]["seeds"]]
+        whole = [sum(file.stat().st_size for file in folder.iterdir()) / 1e6 for folder in folders]
+        assert one["whole"]["mb"] == pytest.approx(sum(whole) / 2, rel=0.02)  # of both seeds, who are alike
+        assert 0 < one["items_mb"] < one["patches_mb"] < one["whole"]["mb"]
+        assert one["patched"]["mb"] > one["patches_mb"]
+        assert min(one[way][what] for way in ("whole", "patched") for what in ("seconds", "ms")) > 0
+    assert "Patches beside whole copies" in page
+    assert "patched by serial, patched by lora, seed 0" in page
 
 
 @pytest.mark.parametrize(

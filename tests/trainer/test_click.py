@@ -139,7 +139,7 @@ def test_each_item_is_told_by_those_before(name):
 def test_a_network_of_masked_items_is_asked_by_a_mask(name):
     model, batch = described(NETWORKS[name]), batch_of([5, 12, 1])
     task = Click(ClickConfig(negatives=2, layers=(8,), causal=False, cuts=4))
-    hidden_ND, row_N, place_N = task._asked(model, batch)
+    hidden_ND, row_N, place_N = task._asked(model, batch, batch.mask_BT)
     assert torch.bincount(row_N).tolist() == [4, 4, 4]
     assert (place_N < batch.lengths[row_N]).all()
     assert len(set(place_N[row_N == 1].tolist())) > 1
@@ -201,14 +201,146 @@ def test_a_planted_pattern_holds_for_items_never_seen(causal):
     assert (told == (new % 3 == torch.from_numpy(taste)[:, None])).float().mean() > 0.9
 
 
+# --- impressions ---------------------------------------------
+
+
+def shown(batch, *, seed=0):
+    """A third of the events are impressions, and some items were shown first and taken later."""
+    batch.event_types = (torch.rand(batch.items.shape, generator=torch.Generator().manual_seed(seed)) < 0.35).long()
+    batch.items[1, 2], batch.event_types[1, 2] = batch.items[1, 7], 1
+    batch.event_types[1, 7] = 0
+    return batch
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_was_shown_is_told_by_what_was_taken_before(name):
+    model, batch = described(NETWORKS[name]), shown(batch_of([5, 11, 1, 3]))
+    batch.event_types[3] = 1  # a user who took nothing
+    task = Click(ClickConfig(negatives=2, layers=(8,), impressions=("shown",)))
+    loss, count = task.loss(model, batch)
+    drawn_BTK = task._drawn(batch, model.num_items)
+    expected, pairs, again = 0.0, 0, 0
+    for row, length in enumerate(batch.lengths.tolist()):
+        events = list(zip(batch.items[row, :length].tolist(), batch.event_types[row, :length].tolist(), strict=True))
+        all_taken = [item for item, kind in events if not kind]
+        for place, (item, kind) in enumerate(events):
+            before = [i for i, k in events[:place] if not k]
+            read = torch.tensor([[CLS, *before]])
+            last = torch.arange(read.shape[1])[None] == len(before)
+            hidden_D = model(read, torch.tensor([read.shape[1]]), batch.users[row, None], last, causal=True)[0]
+            if kind and item in all_taken:
+                again += 1
+                continue
+            asked = [(item, not kind)]
+            asked += [] if kind else [(i, False) for i in drawn_BTK[row, place].tolist() if i not in all_taken]
+            for one, yes in asked:
+                logit = plain_logit(model, hidden_D, one)
+                expected += F.softplus(-logit if yes else logit).item()
+            pairs += len(asked)
+    assert again
+    assert int(count) == pairs
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_a_network_of_masked_items_reads_only_what_was_taken():
+    model, batch = described(NETWORKS["bert4rec"]), shown(batch_of([5, 12, 1]))
+    task = Click(ClickConfig(negatives=2, layers=(8,), causal=False, cuts=6, impressions=("shown",)))
+    is_taken = batch.mask_BT & (batch.event_types == 0)
+    hidden_ND, row_N, place_N = task._asked(model, batch, is_taken)
+    assert not is_taken[row_N, place_N].all()
+    for hidden_D, row, place in zip(hidden_ND, row_N, place_N, strict=True):
+        before = batch.items[row, :place][is_taken[row, :place]].tolist()
+        read = torch.tensor([[*before, MASK]])
+        given = read, torch.tensor([read.shape[1]]), batch.users[row, None], read == MASK
+        torch.testing.assert_close(hidden_D, model(*given, causal=False)[0])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_is_passed_over_is_learned_from_impressions_alone(causal):
+    """Users take what is of the kind of their first item, and pass over all else; nothing is drawn."""
+    model = described(NETWORKS["bert4rec"]).float().train()
+    kind_V = torch.arange(NUM_ITEMS) % 3
+    model.describe(F.one_hot(kind_V, WIDTH).float())
+    task = Click(ClickConfig(layers=(8,), causal=causal, negatives=0, impressions=("shown",)))
+    random, optimizer = np.random.default_rng(0), torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def users(step):
+        items = torch.from_numpy(random.integers(FIRST_INDEX, NUM_ITEMS, (24, 9)))
+        given = torch.full((24,), 9), torch.zeros(24).long(), 24, slice(0, 24), (0, 0, step)
+        return Batch(items, *given, event_types=(kind_V[items] != kind_V[items[:, :1]]).long())
+
+    for step in range(150):
+        loss, count = task.loss(model, users(step))
+        optimizer.zero_grad()
+        (loss / count).backward()
+        optimizer.step()
+    batch = users(999)
+    taste_B = kind_V[batch.items[:, 0]]
+    only_taken = Batch(batch.items[:, :1], torch.ones(24).long(), batch.users, 24, slice(0, 24), batch.draw)
+    hidden_BD = task.query(model.eval(), only_taken)
+    told = task.told(model, hidden_BD[:, None], torch.arange(FIRST_INDEX, NUM_ITEMS).expand(24, -1)) > 0
+    assert (told == (kind_V[FIRST_INDEX:] == taste_B[:, None])).float().mean() > 0.9
+
+
+@pytest.fixture(scope="module")
+def lake_of_kinds(tmp_path_factory):
+    return build_tiny_lake(tmp_path_factory.mktemp("shown") / "lake", num_users=200, described=True)
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_pairs_are_what_was_taken_and_what_was_shown(negatives, lake_of_kinds):
+    release = pin(lake_of_kinds, None)
+    catalogue = read_catalogue(release, "target")
+    task = ClickConfig(negatives=negatives, impressions=("look",))
+    pairs = clicks.read_pairs(release, "last-5", "target", catalogue, "test", task)
+    expected = {}
+    rows = pl.read_delta(f"{lake_of_kinds}/sequences").filter(
+        (pl.col("split") == "last-5") & (pl.col("domain") == "target")
+    )
+    for row in rows.to_dicts():
+        kinds = row["event_types"] or [None] * len(row["items"])
+        events = list(zip(row["items"], kinds, strict=True))
+        history = [item for item, kind in events[: row["test_start"]] if kind != "look"]
+        asked = events[row["test_start"] : row["end"]]
+        if asked:
+            expected[row["user"]] = history, [i for i, k in asked if k != "look"], [i for i, k in asked if k == "look"]
+    found = {}
+    for place, user in enumerate(pairs.histories.users.tolist()):
+        own, history = pairs.owner_N == place, pairs.histories.take(np.array([place]))
+        yes, no = (
+            catalogue.global_index[pairs.row_N[own & flags]].tolist() for flags in (pairs.taken_N, ~pairs.taken_N)
+        )
+        found[user] = catalogue.global_index[history.items].tolist(), yes, no[: len(expected[user][2])]
+        assert len(no) == len(expected[user][2]) + min(negatives * len(yes), len(no) - len(expected[user][2]))
+        assert not negatives or len(no) > len(expected[user][2]) or not yes
+    assert found == expected
+
+
+def test_models_are_asked_about_what_was_shown(lake_of_kinds, tmp_path):
+    task = TASK | {"negatives": 0, "impressions": ["look"]}
+    made = settings(FinetuneConfig, tmp_path, lake_of_kinds, name="made", transfer="none", task=task)
+    model = finetune(made).model
+    config = EvaluateConfig(
+        name="asked", output=str(tmp_path), tracking={"enabled": False}, runtime={"progress": False},
+        models=(EvaluatedModel(model=str(model)),),
+    )  # fmt: skip
+    report = evaluate(config)
+    own = {row["label"]: row["mean"] for row in report.rows if row["metric"] == "AUC"}
+    assert own["none"] > 0.7  # what is bought is of the user's taste, which categories tell
+    assert "shown and not taken (look)" in report.text
+    wrong = settings(PretrainConfig, tmp_path, lake_of_kinds, task=task | {"impressions": ["seen"]})
+    with pytest.raises(ConfigError, match=r"task.impressions: expected kinds .* found none of seen"):
+        pretrain(wrong)
+
+
 # --- pairs and metrics ---------------------------------------------
 
 
 def test_pairs_are_held_out_items_and_fixed_negatives(tiny_lake):
     release = pin(tiny_lake, None)
     catalogue = read_catalogue(release, "target")
-    pairs = clicks.read_pairs(release, "last-5", "target", catalogue, "test", 2)
-    again = clicks.read_pairs(release, "last-5", "target", catalogue, "test", 2)
+    pairs = clicks.read_pairs(release, "last-5", "target", catalogue, "test", ClickConfig(negatives=2))
+    again = clicks.read_pairs(release, "last-5", "target", catalogue, "test", ClickConfig(negatives=2))
     assert (pairs.row_N == again.row_N).all()
     rows = pl.read_delta(f"{tiny_lake}/sequences").filter(
         (pl.col("split") == "last-5") & (pl.col("domain") == "target")
@@ -328,7 +460,7 @@ def test_models_of_other_questions_are_not_compared(trained, tmp_path):
         output=str(tmp_path), tracking={"enabled": False},
         models=tuple(EvaluatedModel(model=str(model)) for model in (models["none"], other)),
     )  # fmt: skip
-    with pytest.raises(EvaluateError, match="with 3 negatives for each item"):
+    with pytest.raises(EvaluateError, match="with 3 negatives for each item and impressions none"):
         evaluate(config)
 
 
@@ -339,6 +471,8 @@ def test_settings_that_make_no_sense_are_refused():
         ClickConfig(content=("text", "text"))
     with pytest.raises(ValueError, match="leave them out"):
         PretrainConfig(task=ClickConfig(), data={"domain": "all", "predicted": "target"})
+    with pytest.raises(ValueError, match="negatives 0 leaves no noes"):
+        ClickConfig(negatives=0)
 
 
 @pytest.mark.slow

@@ -136,7 +136,8 @@ def test_held_out_users_have_the_kinds_of_their_input(lake):
         row, own = by_user[user], held_out.histories.take(np.array([place]))
         codes = [code_of(kind) for kind in kinds_in(row)]
         assert own.event_types.tolist() == codes[: row["test_start"]]
-        assert held_out.first_event_type[place] == codes[row["test_start"]]
+        asked = codes[row["test_start"] : row["end"]]
+        assert held_out.event_types[place, : len(asked)].tolist() == asked
 
 
 # --- the network ---------------------------------------------

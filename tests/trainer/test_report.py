@@ -307,6 +307,19 @@ def test_nothing_was_done(tmp_path):
     assert sum(row[1].startswith("unknown") for row in verdicts) == 7
 
 
+def test_patches_stand_beside_whole_copies(small_results, tmp_path):
+    whole, patched = {"mb": 363.0, "seconds": 4.2, "ms": 45.0}, {"mb": 53.14, "seconds": 3.3, "ms": 46.24}
+    measured = {"seed": 1, "rows": [small_results["rows"][0]["id"], "gone"], "whole": whole, "patched": patched}
+    told = small_results | {"patches": [measured | {"patches_mb": 2.0, "items_mb": 1.5}]}
+    write(told, tmp_path / "with")
+    table = table_under((tmp_path / "with" / "report.md").read_text(encoding="utf-8"), "## Patches beside whole copies")
+    assert [row[1:] for row in table[-2:]] == [
+        ["363.00 MB", "", "", "4.20 s", "45.0 ms"], ["53.14 MB", "2.00 MB", "1.50 MB", "3.30 s", "46.2 ms"],
+    ]  # fmt: skip
+    write(small_results | {"patches": []}, tmp_path / "without")
+    assert "Patches beside" not in (tmp_path / "without" / "report.md").read_text(encoding="utf-8")
+
+
 def test_names_of_users_of_the_platform_are_text_not_markup(small_results, tmp_path):
     odd = copy.deepcopy(small_results)
     odd["machine"] = "<script>alert(1)</script> & | * _x_"

@@ -1,12 +1,13 @@
 """Content-based click prediction (Chen et al. 2019; survey 3.2.2, equation 2): does a user take an item, told by what
 the user did before and by what the item is.
 
-An item that was taken is a yes; `negatives` items drawn uniformly for each, less those that the user has taken in what
-is read, are noes. A causal network tells every item of a sequence from those before it; one that isn't (pre-trained by
-masked items) tells `cuts` of them, from a MASK in their place.
+An item that was taken is a yes; `negatives` items drawn uniformly for each are noes, and what the log says was shown
+(`impressions`), less items that the user has taken in what is read. A causal network tells every item of a sequence
+from those taken before it; one that isn't (pre-trained by masked items) tells `cuts` of them, from a MASK in their
+place.
 
 Shape letters: ``B`` sequences of this rank, ``G`` of the global batch, ``T`` positions, ``C`` cuts, ``K`` negatives,
-``N`` items taken.
+``N`` events asked about, ``M`` of them that are taken.
 """
 
 import numpy as np
@@ -19,6 +20,7 @@ from trainer.config import ClickConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
 from trainer.tasks.loss import wide
+from trainer.tasks.user_vector import newest
 
 HEAD = "click"
 
@@ -31,13 +33,22 @@ class Click:
 
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """(binary cross-entropy summed over pairs, their number) of this rank's slice."""
-        hidden_ND, row_N, place_N = self._asked(model, batch)
-        targets_N = batch.items[row_N, place_N]
-        drawn_NK = self._drawn(batch, model.num_items)[row_N, place_N]
-        isn_taken_NK = (drawn_NK[:, :, None] != batch.items[row_N][:, None]).all(2)
-        yes_N, no_NK = self.told(model, hidden_ND, targets_N), self.told(model, hidden_ND[:, None], drawn_NK)
-        loss = F.softplus(-yes_N).sum() + (F.softplus(no_NK) * isn_taken_NK).sum()
-        return loss, isn_taken_NK.sum() + len(targets_N)
+        is_taken_BT = batch.mask_BT
+        if self.config.impressions:
+            assert batch.event_types is not None, "kinds are read"
+            is_taken_BT = is_taken_BT & (batch.event_types == 0)
+        taken_BT = torch.where(is_taken_BT, batch.items, PAD)
+        hidden_ND, row_N, place_N = self._asked(model, batch, is_taken_BT)
+        items_N, is_taken_N = batch.items[row_N, place_N], is_taken_BT[row_N, place_N]
+        told_N = self.told(model, hidden_ND, items_N)
+        isn_taken_N = (items_N[:, None] != taken_BT[row_N]).all(1)
+        row_M, place_M = row_N[is_taken_N], place_N[is_taken_N]
+        drawn_MK = self._drawn(batch, model.num_items)[row_M, place_M]
+        isn_taken_MK = (drawn_MK[:, :, None] != taken_BT[row_M][:, None]).all(2)
+        no_MK = self.told(model, hidden_ND[is_taken_N][:, None], drawn_MK)
+        loss = F.softplus(-told_N[is_taken_N]).sum() + F.softplus(told_N[isn_taken_N]).sum()
+        loss = loss + (F.softplus(no_MK) * isn_taken_MK).sum()
+        return loss, is_taken_N.sum() + isn_taken_N.sum() + isn_taken_MK.sum()
 
     def told(self, model: SequenceModel, hidden_ND: Tensor, rows: Tensor) -> Tensor:
         """Logits, of the shape of `rows`, that the users of hidden states [..., D] take these catalogue rows."""
@@ -59,24 +70,31 @@ class Click:
         )
         return hidden_BD
 
-    def _asked(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """(hidden states [N, D] before items that were taken; their rows and places)."""
+    def _asked(self, model: SequenceModel, batch: Batch, is_taken_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(hidden states [N, D] before events, of what was taken until then; their rows and places)."""
+        num_positions = batch.items.shape[1]
         if self.config.causal:
-            begin_B1 = batch.items.new_full((len(batch.items), 1), CLS)
-            read_BT = torch.cat([begin_B1, batch.items[:, :-1]], dim=1)
-            hidden_ND = model(read_BT, batch.lengths, batch.users, batch.mask_BT, causal=True)
-            return hidden_ND, *batch.mask_BT.nonzero(as_tuple=True)
+            rank_BT = is_taken_BT.cumsum(1) - is_taken_BT.long()  # taken before
+            lengths_B = ((rank_BT + 1) * batch.mask_BT).amax(1)
+            taken_BT, _ = newest(batch.items, is_taken_BT, at_most=num_positions)
+            read_BT = F.pad(taken_BT, (1, 0), value=CLS)[:, : int(lengths_B.amax())]
+            every_BT = torch.arange(read_BT.shape[1], device=read_BT.device) < lengths_B[:, None]
+            hidden_ND = model(read_BT * every_BT, lengths_B, batch.users, every_BT, causal=True)
+            row_N, place_N = batch.mask_BT.nonzero(as_tuple=True)
+            first_B = lengths_B.cumsum(0) - lengths_B
+            return hidden_ND[first_B[row_N] + rank_BT[row_N, place_N]], row_N, place_N
         random = np.random.default_rng([*batch.draw, 8])
         uniform_BC = torch.from_numpy(random.random((batch.global_rows, self.config.cuts))[batch.rows])
         has_any_B = batch.lengths > 0
         place_BC = (uniform_BC.to(batch.lengths.device) * batch.lengths[:, None]).long()
         row_N = torch.arange(len(place_BC), device=place_BC.device)[:, None].expand_as(place_BC)[has_any_B].flatten()
         place_N = place_BC[has_any_B].flatten()
-        place_T = torch.arange(batch.items.shape[1], device=place_N.device)
-        read_NT = torch.where(place_T < place_N[:, None], batch.items[row_N], PAD)
-        asked_NT = place_T == place_N[:, None]
+        is_before_NT = torch.arange(num_positions, device=place_N.device) < place_N[:, None]
+        read_NT, count_N = newest(batch.items[row_N], is_before_NT & is_taken_BT[row_N], at_most=num_positions - 1)
+        read_NT = F.pad(read_NT, (0, 1))
+        asked_NT = torch.arange(read_NT.shape[1], device=place_N.device) == count_N[:, None]
         read_NT = torch.where(asked_NT, MASK, read_NT)
-        hidden_ND = model(read_NT, place_N + 1, batch.users[row_N], asked_NT, causal=False)
+        hidden_ND = model(read_NT, count_N + 1, batch.users[row_N], asked_NT, causal=False)
         return hidden_ND, row_N, place_N
 
     def _drawn(self, batch: Batch, num_items: int) -> Tensor:
