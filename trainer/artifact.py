@@ -38,6 +38,7 @@ from trainer.config import (
     ranks_items,
     reads_baskets,
 )
+from trainer.content import Content
 from trainer.data.dataset import Catalogue, Int32Array, Release, Texts
 from trainer.models import SequenceModel, build_saved
 from trainer.models.table import interleave
@@ -73,6 +74,7 @@ class Artifact:
     hash: str  # of the folder's required files
     metrics: dict[str, float]
     classes: dict[str, tuple[str, ...]]  # head of the task -> the classes that it tells, in the order of its outputs
+    categories: tuple[str, ...]  # those that have flags in what items are, where the task reads that
     users: dict[str, int] | None  # raw user id -> row; None where the folder lacks it
 
     @property
@@ -106,11 +108,11 @@ def save_artifact(
     knowledge: Int32Array, weights: Mapping[str, Tensor | Sequence[Tensor]], metrics: dict[str, float],
     parent: str | None, users: pa.Table | None, predicted: npt.NDArray[np.bool_] | None = None,
     classes: Mapping[str, Sequence[str]] | None = None, task_heads: Mapping[str, TaskHead] | None = None,
-    content: npt.NDArray[np.float32] | None = None,
+    content: Content | None = None,
 ) -> str:  # fmt: skip
     """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index.
     `predicted`: the rows that are ever an answer; None: all real ones. `classes`: what the task's heads tell, if any;
-    `task_heads`: the task's layers; `content` [V, F]: what items are, where the task reads it.
+    `task_heads`: the task's layers; `content`: what items are, where the task reads it.
 
     `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
     """
@@ -121,7 +123,7 @@ def save_artifact(
     user_table = tensors.pop(USER_TABLE, None)
     save_file(tensors, new / WEIGHTS)
     if content is not None:
-        save_file({CONTENT: torch.from_numpy(content).half()}, new / f"{CONTENT}.safetensors")
+        save_file({CONTENT: torch.from_numpy(content.vectors_VF).half()}, new / f"{CONTENT}.safetensors")
     described: dict[str, Any] = {
         "recipe": "finetune" if isinstance(config, FinetuneConfig) else "pretrain",
         "config": config.model_dump(mode="json"),
@@ -133,6 +135,7 @@ def save_artifact(
         "task_heads": {
             name: head if isinstance(head, int) else head.model_dump() for name, head in (task_heads or {}).items()
         },
+        "categories": list(content.categories) if content is not None else [],
         "metrics": metrics,
         "num_users": 0 if user_table is None else len(user_table),
         "num_entities": len(tensors["entity_embedding.weight"]) if "entity_embedding.weight" in tensors else 0,
@@ -221,7 +224,7 @@ def read_artifact(
         versions=described["versions"], catalogue=_catalogue(rows),
         popularity=rows["popularity"].to_numpy().astype(np.int64), knowledge=knowledge, model=model.to(device).eval(),
         task=build_task(config.task), parent=parent, hash=_hash(digests), metrics=described["metrics"],
-        classes=classes, users=users,
+        classes=classes, categories=tuple(described.get("categories", ())), users=users,
     )  # fmt: skip
 
 

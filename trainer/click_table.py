@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import torch
 
+from etl.tables import UNK
 from trainer.artifact import Artifact
 from trainer.baselines import item_to_item, popularity
 from trainer.classification import AUC, example_metrics, scikit_learn
@@ -19,6 +21,7 @@ from trainer.clicks import ERROR, OF_USER, Pairs, metrics_of, probabilities, rea
 from trainer.comparison import Row
 from trainer.config import ClickConfig, EvaluateConfig, EvaluatedModel
 from trainer.contenders import EvaluateError, raw_users, training_histories
+from trainer.content import read_content
 from trainer.data.dataset import Catalogue, Release, SequenceDataset, read_catalogue
 from trainer.metrics import FloatArray
 from trainer.tasks.click import Click
@@ -76,7 +79,7 @@ def tell(
     keys, costs = keys_of(chosen, models)
     users = raw_users(release, pairs.histories.users)
     found = {
-        key: _told(artifact, pairs, users, catalogue, config.evaluation.batch_size)
+        key: _told(artifact, pairs, users, release, catalogue, config.evaluation.batch_size)
         for key, artifact in zip(keys, models, strict=True)
     }
     if config.baselines.enabled:
@@ -102,13 +105,22 @@ def _read(
     )  # fmt: skip
 
 
-def _told(artifact: Artifact, pairs: Pairs, users: Sequence[str], catalogue: Catalogue, batch_size: int) -> FloatArray:
-    """What the model doesn't know is passed over in histories, and asked about as the unknown item."""
-    task = artifact.task
+def _told(
+    artifact: Artifact, pairs: Pairs, users: Sequence[str], release: Release, catalogue: Catalogue, batch_size: int
+) -> FloatArray:
+    """Items that the model doesn't know are passed over in histories, and asked about by what they are."""
+    task, model = artifact.task, artifact.model
     assert isinstance(task, Click)
+    assert model.content_VF is not None, "items have been described"
     own, rows = as_known(artifact, pairs.histories, users, catalogue)
+    asked_about = np.zeros(len(catalogue), dtype=bool)
+    asked_about[pairs.row_N] = True
+    if len(new := np.flatnonzero((rows == UNK) & asked_about)):
+        content = read_content(release, catalogue, task.config.content, known=artifact.categories).vectors_VF[new]
+        rows[new] = len(model.content_VF) + np.arange(len(new))  # behind those it knows
+        model.describe(torch.cat([model.content_VF, torch.from_numpy(content).to(model.content_VF)]))
     asked = Pairs(own, pairs.owner_N, rows[pairs.row_N], pairs.taken_N)
-    return probabilities(artifact.teller(), artifact.model, task, asked, batch_size=batch_size)
+    return probabilities(artifact.teller(), model, task, asked, batch_size=batch_size)
 
 
 class _Features:

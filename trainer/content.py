@@ -4,6 +4,7 @@ The encoder is WordLlama's (static token vectors, averaged), whose weights its p
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,19 +21,34 @@ Part = Literal["text", "categories"]
 TEXTS_AT_ONCE = 10_000
 
 
-def read_content(release: Release, catalogue: Catalogue, parts: Sequence[Part]) -> FloatArray:
-    """[V, width] of a catalogue's rows, `parts` side by side, each of length one; zero for reserved rows and for what
-    an item lacks. Raises ConfigError where no item has any of a part, or the encoder's package isn't there."""
+@dataclass(frozen=True)
+class Content:
+    """What the items of a catalogue are."""
+
+    vectors_VF: FloatArray  # parts side by side, each of length one; zero for reserved rows and for what an item lacks
+    categories: tuple[str, ...]  # those that have a flag, in the order of flags
+
+    @property
+    def width(self) -> int:
+        return int(self.vectors_VF.shape[1])
+
+
+def read_content(
+    release: Release, catalogue: Catalogue, parts: Sequence[Part], *, known: Sequence[str] | None = None
+) -> Content:
+    """Of a catalogue's rows. `known`: the categories that have flags, where a model was trained on them already; None:
+    all that there are. Raises ConfigError where no item has any of a part, or the encoder's package isn't there."""
     items = release.read(tables.ITEMS, ["index", "title", "categories"])
     rows = catalogue.rows(items["index"].to_numpy())
-    known = np.flatnonzero(rows >= FIRST_INDEX)
-    items, rows = items.take(known), rows[known]
+    inside = np.flatnonzero(rows >= FIRST_INDEX)
+    items, rows = items.take(inside), rows[inside]
     titles = items["title"].fill_null("").to_pylist()
     categories: list[list[str]] = [one or [] for one in items["categories"].to_pylist()]
+    names = tuple(sorted({name for own in categories for name in own}) if known is None else known)
     found = []
     for part in parts:
-        own = _flags(categories) if part == "categories" else _texts(titles, categories)
-        if not own.any():
+        own = _flags(categories, names) if part == "categories" else _texts(titles, categories)
+        if known is None and not own.any():
             lacks = "a category" if part == "categories" else "a title or a category"
             raise ConfigError(
                 f"task.content: no item of release {release.number} of {release.lake} has {lacks}; leave {part} out, "
@@ -42,16 +58,15 @@ def read_content(release: Release, catalogue: Catalogue, parts: Sequence[Part]) 
         whole = np.zeros((len(catalogue), own.shape[1]), dtype=np.float32)
         whole[rows] = own / np.maximum(length, 1e-12)
         found.append(whole)
-    return np.concatenate(found, axis=1)
+    return Content(np.concatenate(found, axis=1), names)
 
 
-def _flags(categories: Sequence[Sequence[str]]) -> FloatArray:
-    """[N, number of categories], in the order of their names."""
-    names = sorted({name for own in categories for name in own})
+def _flags(categories: Sequence[Sequence[str]], names: Sequence[str]) -> FloatArray:
+    """[N, number of names]; other categories have none."""
     place = {name: number for number, name in enumerate(names)}
     flags = np.zeros((len(categories), max(len(names), 1)), dtype=np.float32)
     for row, own in enumerate(categories):
-        flags[row, [place[name] for name in own]] = 1
+        flags[row, [place[name] for name in own if name in place]] = 1
     return flags
 
 

@@ -193,7 +193,7 @@ def _model(
     )  # fmt: skip
     model.to(device=world.device, dtype=world.dtype)
     if validation.content is not None:
-        model.describe(torch.from_numpy(validation.content))
+        model.describe(torch.from_numpy(validation.content.vectors_VF))
     if config.data.predicted is not None:
         model.predict_only(torch.from_numpy(rows_of_domain(release, catalogue, config.data.predicted)))
     if isinstance(config, FinetuneConfig):

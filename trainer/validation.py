@@ -26,7 +26,7 @@ from trainer.config import (
     ranks_items,
     reads_baskets,
 )
-from trainer.content import FloatArray, read_content
+from trainer.content import Content, read_content
 from trainer.data.dataset import Catalogue, Release, SequenceDataset, rows_of_domain
 from trainer.distributed import World
 from trainer.metrics import means
@@ -55,7 +55,7 @@ class Validation(Protocol):
     classes: Mapping[str, tuple[str, ...]]  # head of the task -> the classes that it tells
     task_heads: Mapping[str, TaskHead]
     unused: tuple[str, ...]  # name prefixes of tensors that no step reaches
-    content: FloatArray | None  # [V, F] what items are, where the task reads it
+    content: Content | None  # what items are, where the task reads it
 
     @property
     def task(self) -> Task: ...
@@ -86,7 +86,7 @@ class Ranking:
     classes: Mapping[str, tuple[str, ...]] = {}
     task_heads: Mapping[str, TaskHead] = {}
     unused: tuple[str, ...] = ()
-    content: FloatArray | None = None
+    content: Content | None = None
 
     def __init__(self, config: PretrainConfig, release: Release, catalogue: Catalogue) -> None:
         self.task: Task = build_task(config.task)
@@ -117,7 +117,7 @@ class Telling:
     classes: Mapping[str, tuple[str, ...]]
     task_heads: Mapping[str, TaskHead]
     unused: tuple[str, ...] = SCORES_ITEMS
-    content: FloatArray | None = None
+    content: Content | None = None
 
     def __init__(self, config: PretrainConfig, task: ProfileConfig, release: Release, catalogue: Catalogue) -> None:
         known = profiles.read_classes(release, task)
@@ -141,7 +141,7 @@ class TellingSeveral:
     classes: Mapping[str, tuple[str, ...]]
     task_heads: Mapping[str, TaskHead]
     unused: tuple[str, ...]
-    content: FloatArray | None = None
+    content: Content | None = None
 
     def __init__(self, config: PretrainConfig, task: MultiConfig, release: Release, catalogue: Catalogue) -> None:
         data, values = config.data, "value" in task.tells
@@ -181,12 +181,12 @@ class Clicking:
     classes: Mapping[str, tuple[str, ...]] = {}
     task_heads: Mapping[str, TaskHead]
     unused: tuple[str, ...] = SCORES_ITEMS
-    content: FloatArray | None
+    content: Content | None
 
     def __init__(self, config: PretrainConfig, task: ClickConfig, release: Release, catalogue: Catalogue) -> None:
         self.task = Click(task)
         self.content = read_content(release, catalogue, task.content)
-        self.task_heads = {CLICK: PairHeadConfig(content=self.content.shape[1], layers=task.layers)}
+        self.task_heads = {CLICK: PairHeadConfig(content=self.content.width, layers=task.layers)}
         data = config.data
         self._pairs = clicks.read_pairs(
             release, data.split, data.domain, catalogue, "validation", task,

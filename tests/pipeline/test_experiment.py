@@ -210,6 +210,7 @@ def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
         own[kind] |= {"label": f"patched by {kind}"}
         own[kind]["finetune"] |= {"transfer": "patch", "patch": {"bottleneck": 1, "rank": 1}}
         own[kind]["finetune"]["patch"] |= {"kind": "lora" if kind == "lora" else "adapter"}
+    own["lora"]["finetune"]["shared_items"] = False  # so that items are its own
     given = settings(lake, tmp_path, bert4rec=None, own=own, seeds=[0, 1])
     file = tmp_path / "own.yaml"
     file.write_text(json.dumps(given | {"evaluation": {"protocols": ["full"]}}))

@@ -1,5 +1,6 @@
 """Click prediction by content: what is read, drawn and told, metrics beside scikit-learn's, a planted taste."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -16,7 +17,7 @@ from etl import tables
 from etl.config import ConfigError
 from etl.tables import CLS, FIRST_INDEX, MASK
 from tests.trainer.networks import NUM_ITEMS, batch_of, model_of
-from trainer import clicks, content
+from trainer import click_table, clicks, content
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.baselines import Histories
 from trainer.config import (
@@ -83,13 +84,15 @@ def plain_logit(model, hidden_D, item):
 def test_categories_are_flags_and_texts_are_near_where_they_are_alike(tiny_lake):
     release = pin(tiny_lake, None)
     catalogue = read_catalogue(release, "all")
-    found = read_content(release, catalogue, ("categories",))
+    told = read_content(release, catalogue, ("categories",))
+    assert told.categories == ("source", "target")
+    found = told.vectors_VF
     assert found.shape == (len(catalogue), 2)  # source and target
     assert not found[:FIRST_INDEX].any()
     target = set(read_catalogue(release, "target").raw_ids)
     for row in range(FIRST_INDEX, len(catalogue)):
         assert found[row].tolist() == ([0, 1] if catalogue.raw_ids[row] in target else [1, 0])
-    both = read_content(release, catalogue, ("text", "categories"))
+    both = read_content(release, catalogue, ("text", "categories")).vectors_VF
     assert both.shape[1] > 2
     np.testing.assert_array_equal(both[:, -2:], found)
     np.testing.assert_allclose(np.linalg.norm(both[FIRST_INDEX:, :-2], axis=1), 1, rtol=1e-5)
@@ -102,7 +105,7 @@ def test_categories_are_flags_and_texts_are_near_where_they_are_alike(tiny_lake)
 
 def test_a_part_that_no_item_has_is_named(tmp_path, tiny_lake, monkeypatch):
     release, catalogue = pin(tiny_lake, None), read_catalogue(pin(tiny_lake, None), "all")
-    monkeypatch.setattr(content, "_flags", lambda categories: np.zeros((len(categories), 1), np.float32))
+    monkeypatch.setattr(content, "_flags", lambda categories, names: np.zeros((len(categories), 1), np.float32))
     with pytest.raises(ConfigError, match=r"no item of release 1 .* has a category; leave categories out"):
         read_content(release, catalogue, ("categories",))
     monkeypatch.setitem(sys.modules, "wordllama", None)
@@ -412,7 +415,9 @@ def test_a_model_keeps_what_items_are(trained):
     lake, _, models = trained
     artifact = load_artifact(models["deep"])
     release = pin(lake, None)
-    expected = read_content(release, read_catalogue(release, "target"), ("categories", "text"))
+    told = read_content(release, read_catalogue(release, "target"), ("categories", "text"))
+    expected = told.vectors_VF
+    assert artifact.categories == told.categories
     torch.testing.assert_close(artifact.model.content_VF, torch.from_numpy(expected), atol=1e-3, rtol=1e-2)
     assert 0 < artifact.metrics["validation/log loss"] < np.log(2)
     with pytest.raises(ArtifactError, match=r"expected a model that ranks items, found .* tells a user's clicks"):
@@ -441,15 +446,30 @@ def test_models_are_compared_on_held_out_items(trained, tmp_path):
     assert evaluate(config).skipped
 
 
-def test_items_that_a_model_does_not_know_are_passed_over(trained):
-    """As a newer release asks for: they are read by nobody, and asked about as unknown."""
-    _, _, models = trained
-    artifact = load_artifact(models["none"])
-    row = FIRST_INDEX + 1
-    known = Histories(np.array([tables.UNK]), np.array([0, 2]), np.array([row, row + 1]), np.empty(0, np.int64))
-    pairs = clicks.Pairs(known, np.array([0, 0]), np.array([row + 2, tables.UNK]), np.array([True, False]))
-    told = clicks.probabilities(artifact.teller(), artifact.model, artifact.task, pairs, batch_size=8)
-    assert ((told > 0) & (told < 1)).all()
+def test_an_item_that_a_model_does_not_know_is_told_by_what_it_is(trained):
+    """As a newer release asks for: it is read by nobody, and asked about like one that the model knows."""
+    lake, _, models = trained
+    release, artifact = pin(lake, None), load_artifact(models["none"])
+    catalogue = read_catalogue(release, "target")
+    strange = FIRST_INDEX + 2
+    ids = list(artifact.catalogue.raw_ids)
+    ids[strange] = "not there"
+    stranger = dataclasses.replace(artifact, catalogue=dataclasses.replace(artifact.catalogue, raw_ids=ids))
+    given = Histories(
+        np.array([tables.FIRST_INDEX, tables.FIRST_INDEX + 1]), np.array([0, 2, 5]),
+        np.array([FIRST_INDEX, FIRST_INDEX + 1, FIRST_INDEX + 4, strange, FIRST_INDEX + 5]), np.empty(0, np.int64),
+    )  # fmt: skip
+    row = np.array([strange, FIRST_INDEX + 3, strange, FIRST_INDEX + 6])
+    pairs = clicks.Pairs(given, np.array([0, 0, 1, 1]), row, np.array([True, False, True, False]))
+    users = ["u000", "u001"]
+    asked = {
+        name: (artifact, users, release, catalogue, 8) for name, artifact in (("known", artifact), ("not", stranger))
+    }
+    found = {name: click_table._told(one, pairs, *rest) for name, (one, *rest) in asked.items()}
+    np.testing.assert_allclose(found["not"][:2], found["known"][:2], rtol=1e-3)  # what is known was kept in 16 bits
+    assert abs(found["not"][3] - found["known"][3]) > 1e-5  # the second user's history lacks an item
+    unlike = content._flags([["new", "target"], ["new"]], ("source", "target"))
+    np.testing.assert_array_equal(unlike, [[0, 1], [0, 0]])
 
 
 def test_models_of_other_questions_are_not_compared(trained, tmp_path):
