@@ -31,6 +31,7 @@ from torch import Tensor
 from etl.config import GraftrecError
 from etl.tables import UNK
 from trainer.config import (
+    ClickConfig,
     FinetuneConfig,
     PretrainConfig,
     TaskHead,
@@ -79,17 +80,20 @@ class Artifact:
 
     @property
     def event_types(self) -> tuple[str, ...]:
-        """The kinds of event that the model reads, in the order of its rows for them from 1 on."""
+        """The kinds of event that the model reads, in the order of its rows for them from 1 on; or passes over."""
+        if isinstance(self.config.task, ClickConfig):
+            return self.config.task.impressions
         return self.config.data.event_types if getattr(self.config.model, "event_types", False) else ()
 
-    def scorer(self, *, device: str = "cpu", baskets: bool = False) -> Scorer:
-        """`baskets`: histories are of baskets. Raises ArtifactError for a model that ranks no items for such."""
+    def scorer(self, *, device: str = "cpu", baskets: bool = False, clicks: bool = False) -> Scorer:
+        """`baskets`: histories are of baskets. `clicks`: items may be scored by whether a user takes each. Raises
+        ArtifactError for a model that ranks no items for such."""
         if reads_baskets(self.config.task) and not baskets:
             raise ArtifactError(
                 f"expected a model of item sequences, found {self.folder}, which reads baskets; `python -m trainer "
                 "evaluate` scores it"
             )
-        if not ranks_items(self.config.task):
+        if not ranks_items(self.config.task) and not (clicks and isinstance(self.config.task, ClickConfig)):
             told = {"click": "clicks", "multi": "next events"}.get(self.config.task.kind, "")
             told = told or getattr(self.config.task, "attribute", "profile")
             raise ArtifactError(

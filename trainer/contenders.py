@@ -26,6 +26,7 @@ from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.artifact import Artifact
 from trainer.baselines import Histories, item_to_item, merge, popularity
 from trainer.config import BaselinesConfig, EvaluationConfig, reads_baskets
+from trainer.data.baskets import BasketDataset
 from trainer.data.dataset import (
     Catalogue,
     Release,
@@ -113,7 +114,8 @@ class EvaluationSet:
     @functools.cached_property
     def training_interactions(self) -> IntArray:
         """[V] interactions of each row of the catalogue in the domain's training parts, of all users."""
-        return training_interactions(SequenceDataset(self.release, self.split, self.domain), self.catalogue)
+        read = BasketDataset if self.baskets else SequenceDataset
+        return training_interactions(read(self.release, self.split, self.domain), self.catalogue)
 
     @functools.cached_property
     def own_rows(self) -> IntArray:

@@ -225,7 +225,8 @@ def _finish(
     validation: Validation,
 ) -> None:  # fmt: skip
     """Model folder, curves, and the note that all is done."""
-    popularity = training_interactions(training.loader.dataset, catalogue)
+    others = isinstance(config.task, ClickConfig)  # what was shown only has not been taken
+    popularity = training_interactions(training.loader.dataset, catalogue, others=others)
     digest = save_artifact(
         folder / "model", config=config, release=release, catalogue=catalogue, popularity=popularity,
         knowledge=knowledge, weights=training.best, metrics=metrics, parent=parent.hash if parent else None,

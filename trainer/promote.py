@@ -19,16 +19,16 @@ import numpy as np
 import torch
 
 from etl.config import GraftrecError
-from trainer import tracking
+from trainer import basket_baselines, tracking
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.comparison import Evaluation, evaluate_contenders
-from trainer.config import EvaluationConfig, GateConfig, PromoteConfig
+from trainer.config import EvaluationConfig, GateConfig, PromoteConfig, reads_baskets
 from trainer.contenders import EvaluationSet, baseline_contenders, model_contender, read_evaluation_set
 from trainer.data.dataset import pin
 from trainer.distributed import join
 from trainer.gate import Decision, Evidence, Slice, decide
 from trainer.metrics import FloatArray, means
-from trainer.ranking import SINGLE
+from trainer.ranking import SINGLE, convention_of
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Promotion, Registry, Version
 from trainer.tracking import Run
 
@@ -69,12 +69,13 @@ def run(config: PromoteConfig) -> Promoted:
         print(f"{version.label} is the champion already")
         return Promoted(version, None, None)
     artifact = load_artifact(registry.folder(version))
-    own = artifact.config.data
+    own, baskets = artifact.config.data, reads_baskets(artifact.config.task)
     release = pin(config.lake or artifact.lake, config.release)
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
         asked = read_evaluation_set(
-            release, config.split or own.split, config.domain or own.answered, config.part, _with_gate_protocol(config)
-        )
+            release, config.split or own.split, config.domain or own.answered, config.part,
+            _with_gate_protocol(config, baskets), baskets=baskets, event_types=artifact.event_types,
+        )  # fmt: skip
         evaluation, faults = _score_candidate(registry, version, config, asked)
         decision, promoted = _judge_and_move(registry, version, evaluation, faults, config, tracked)
         told = {"version": version.label, "release": release.number, "lake": release.lake} | decision.as_dict()
@@ -121,8 +122,10 @@ def _is_version(name: str) -> bool:
 # --- evidence ---------------------------------------------
 
 
-def _with_gate_protocol(config: PromoteConfig) -> EvaluationConfig:
-    protocols = tuple(dict.fromkeys((*config.evaluation.protocols, config.gate.protocol)))
+def _with_gate_protocol(config: PromoteConfig, baskets: bool) -> EvaluationConfig:
+    """Next baskets are ranked in full only."""
+    asked = [config.gate.protocol] if baskets else [*config.evaluation.protocols, config.gate.protocol]
+    protocols = tuple(dict.fromkeys(asked))
     return config.evaluation.model_copy(update={"protocols": protocols})
 
 
@@ -142,7 +145,9 @@ def _score_candidate(
         contenders.append(model_contender(artifact, asked, label=label, device=device))
     if faults:  # no need to ask them
         return Evaluation(asked, {}, {}, {}), faults
-    contenders += baseline_contenders(asked, config.baselines) if config.gate.above else []
+    if config.gate.above:
+        simple = basket_baselines.baseline_contenders if asked.baskets else baseline_contenders
+        contenders += simple(asked, config.baselines)
     evaluation = evaluate_contenders(
         contenders, asked, batch_size=config.evaluation.batch_size, progress=config.runtime.progress
     )
@@ -205,7 +210,7 @@ def _slices(evaluation: Evaluation, champion: Evaluation | None, gate: GateConfi
     cold_U = asked.held_out.training_items <= gate.cold_user_items
     targets_UR = asked.held_out.targets
     cold_UR = (targets_UR >= 0) & (asked.training_interactions[targets_UR] <= gate.cold_item_interactions)
-    alone = SINGLE + gate.metric.removeprefix(SINGLE)
+    alone = SINGLE + convention_of(gate.metric)[1].replace("HR@", "Recall@").replace("F1@", "Recall@")
     first = evaluation.seeds(VERSION)[:1]
     with_cold_U = cold_UR.any(1)
 

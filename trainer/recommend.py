@@ -38,7 +38,8 @@ from etl.tables import UNK
 from trainer import tracking
 from trainer.artifact import MANIFEST, USER_IDS, Artifact, load_artifact
 from trainer.baselines import Histories
-from trainer.config import GraftrecError, RecommendConfig
+from trainer.config import GraftrecError, RecommendConfig, reads_baskets
+from trainer.data.baskets import BasketDataset, separated
 from trainer.data.dataset import Catalogue, Release, SequenceDataset, event_type_codes, pin
 from trainer.registry import Registry
 from trainer.serving import Shortlist
@@ -64,13 +65,14 @@ def run(config: RecommendConfig) -> Result:
     """The recipe `recommend`. Raises GraftrecError."""
     folder, label = _model(config)
     artifact = load_artifact(folder, users=False)
-    artifact.scorer()  # refuses a model that ranks no items, or reads something else than is read here
+    baskets = reads_baskets(artifact.config.task)
+    artifact.scorer(baskets=baskets, clicks=True)  # refuses a model that ranks no items
     own = artifact.config.data
     predicts = own.predicted or own.domain
     split, domain = config.split or own.split, config.domain or predicts
     reads = own.domain if domain == predicts else domain  # rows are of what is predicted, whatever is read for it
     release = pin(config.lake or artifact.lake, config.release)
-    num_users = SequenceDataset(release, split, reads).num_rows
+    num_users = (BasketDataset if baskets else SequenceDataset)(release, split, reads).num_rows
     app, identity = f"recommend/{domain}", _identity(config, artifact, label, release, split, domain)
     recorded = delta.transactions(release.lake, tables.RECOMMENDATIONS, [app, identity])
     if app in recorded and recorded.get(identity) == recorded[app]:
@@ -114,7 +116,8 @@ def _identity(
     """Names everything that the rows depend on."""
     here = Path(__file__).parent
     code = code_version(Path(__file__), here / "serving.py", here / "scoring.py", here / "models", here / "tasks")
-    versions = [release.versions.get(table.name) for table in (tables.SEQUENCES, tables.USERS)]
+    read = tables.BASKETS if reads_baskets(artifact.config.task) else tables.SEQUENCES
+    versions = [release.versions.get(table.name) for table in (read, tables.USERS)]
     told = [artifact.hash, label, release.number, versions, split, domain, config.k, code]
     return f"recommend/{domain}/{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
 
@@ -138,7 +141,7 @@ def _write(
         )  # fmt: skip
         histories = _histories(
             spark, release, split, reads, num_users, config.spark.shuffle_partitions,
-            event_types=bool(artifact.event_types),
+            event_types=bool(artifact.event_types), baskets=reads_baskets(artifact.config.task),
         )  # fmt: skip
         rows = histories.mapInArrow(score, ROWS_SCHEMA)
         written = delta.write(
@@ -157,14 +160,27 @@ def _write(
 
 
 def _histories(
-    spark: SparkSession, release: Release, split: str, domain: str, num_users: int, parallel: int, *, event_types: bool
+    spark: SparkSession,
+    release: Release,
+    split: str,
+    domain: str,
+    num_users: int,
+    parallel: int,
+    *,
+    event_types: bool,
+    baskets: bool,
 ) -> DataFrame:
-    """user (raw id), index, bucket, items, event_types where asked for; spread over enough tasks to keep every core
-    busy."""
+    """user (raw id), index, bucket, items (of `baskets`: a list of each), event_types where asked for; spread over
+    enough tasks to keep every core busy."""
+    table = tables.BASKETS if baskets else tables.SEQUENCES
     sequences = delta.read(
-        spark, release.lake, tables.SEQUENCES, version=release.versions[tables.SEQUENCES.name],
+        spark, release.lake, table, version=release.versions[table.name],
         partitions={"split": [split], "domain": [domain]},
     )  # fmt: skip
+    if baskets:
+        in_order = F.sort_array(F.collect_list(F.struct("basket", "items")))
+        together = sequences.groupBy("user", "bucket").agg(in_order.alias("baskets"))
+        sequences = together.select("user", "bucket", F.col("baskets.items").alias("items"))
     users = delta.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
     named = users.select("index", F.col("user").alias("raw"))
     kinds = ["event_types"] if event_types else []
@@ -231,6 +247,8 @@ def _score_batches(
 def _as_histories(batch: pa.RecordBatch, catalogue: Catalogue, event_types: Sequence[str]) -> Histories:
     """What the model knows of the users' items, as its rows."""
     items = batch.column("items")
+    if pa.types.is_list(items.type.value_type) or pa.types.is_large_list(items.type.value_type):
+        items = _in_a_row(items)
     lengths = pa.compute.list_value_length(items).to_numpy()
     rows = catalogue.rows(items.flatten().to_numpy(zero_copy_only=False)).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -239,6 +257,14 @@ def _as_histories(batch: pa.RecordBatch, catalogue: Catalogue, event_types: Sequ
     if event_types:
         kinds = event_type_codes(pa.chunked_array([batch.column("event_types")]), lengths.astype(np.int64), event_types)
     return Histories(users, offsets, rows, np.empty(0, dtype=np.int64), kinds).keep(rows != UNK)
+
+
+def _in_a_row(baskets: pa.ListArray) -> pa.ListArray:
+    """Each user's baskets as one list, a SEP behind each."""
+    rows, size = separated(baskets.flatten())
+    ends = np.concatenate([[0], np.cumsum(size)])
+    first = np.concatenate([[0], np.cumsum(pa.compute.list_value_length(baskets).to_numpy())])
+    return pa.ListArray.from_arrays(pa.array(ends[first], pa.int32()), pa.array(rows))
 
 
 # --- shipping and progress ---------------------------------------------

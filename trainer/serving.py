@@ -5,10 +5,12 @@
          -H 'Content-Type: application/json' localhost:5001/invocations
 
 `items` is a history, oldest first; `user` may be left out, and so may `event_types`, the kind of event that each item's
-was, for a model that reads kinds (others pass it over). An answer holds
+was, for a model that reads kinds (others pass it over). A model of next baskets takes `baskets` in the place of
+`items`: a list of lists, oldest first. An answer holds
 
-    items     raw ids, best first; what is in the history is left out
-    scores    the scorer's own: what evaluation ranked by; of `popular` answers, training interactions
+    items     raw ids, best first; what is in the history is left out (not so of baskets, where things are had again)
+    scores    the scorer's own: what evaluation ranked by; of a model that tells clicks, log-odds of one; of `popular`
+              answers, training interactions
     basis     model | popular (the history is empty, or holds no known item)
     unknown   ids of the history that the model does not know, which were ignored
     version   registered version, e.g. graftrec/3
@@ -23,13 +25,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from etl.tables import FIRST_INDEX, UNK
+from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.artifact import Artifact
 from trainer.baselines import Histories
-from trainer.config import GraftrecError
+from trainer.config import GraftrecError, reads_baskets
 from trainer.data.dataset import Int8Array, IntArray
 from trainer.scoring import Scores, top_k
 
@@ -43,11 +46,12 @@ class RequestError(GraftrecError):
 
 @dataclass(frozen=True)
 class Request:
-    """One history of raw item ids, oldest first."""
+    """One history of raw item ids, oldest first; of `baskets`, where these are not None."""
 
     items: Sequence[str]
     user: str | None = None
     event_types: Sequence[str] | None = None  # of each item
+    baskets: Sequence[Sequence[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,9 @@ class Shortlist:
     """The best rows for histories: the model's, and for an empty history the popular ones."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self._scorer = artifact.scorer()
+        baskets = reads_baskets(artifact.config.task)
+        self._scorer = artifact.scorer(baskets=baskets, clicks=True)
+        self._repeats = baskets and artifact.config.evaluation.repeats
         popularity = torch.from_numpy(artifact.popularity.astype(np.float32))
         if artifact.model.predicted_V is not None:
             popularity.masked_fill_(~artifact.model.predicted_V, -torch.inf)
@@ -73,18 +79,26 @@ class Shortlist:
         self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
 
     def best(self, histories: Histories, k: int) -> tuple[IntArray, Tensor]:
-        """Rows [B, K] and scores [B, K] that are not in the history, best first; see `trainer.scoring.top_k`."""
+        """Rows [B, K] and scores [B, K], best first, that are not in the history, or of baskets maybe are; see
+        `trainer.scoring.top_k`."""
         rows, scores = self._popular(k)
         rows_BK, scores_BK = rows.repeat(len(histories), axis=0), scores.repeat(len(histories), 1)
-        asked = np.flatnonzero(histories.lengths > 0)
+        asked = np.flatnonzero(has_items(histories))
         if len(asked):
             own = histories.take(asked)
-            rows_BK[asked], scores_BK[torch.from_numpy(asked)] = top_k(self._scorer.scores(own), own, k)
+            left_out = own.until(np.zeros(len(own), np.int64)) if self._repeats else own
+            rows_BK[asked], scores_BK[torch.from_numpy(asked)] = top_k(self._scorer.scores(own), left_out, k)
         return rows_BK, scores_BK
 
     def _popular_rows(self, k: int) -> tuple[IntArray, Tensor]:
         none = np.empty(0, dtype=np.int64)
         return top_k(self._popularity, Histories(np.array([UNK]), np.zeros(2, np.int64), none, none), k)
+
+
+def has_items(histories: Histories) -> npt.NDArray[np.bool_]:
+    """[B] whether there is anything in a history but the ends of baskets."""
+    flags: npt.NDArray[np.bool_] = histories.keep(histories.items != SEP).lengths > 0
+    return flags
 
 
 class Recommender:
@@ -94,7 +108,7 @@ class Recommender:
         self, artifact: Artifact, version: str, beside: "Callable[[str], Recommender | None]" = lambda domain: None
     ) -> None:
         self.artifact, self.version, self._beside = artifact, version, functools.cache(beside)
-        self._shortlist = Shortlist(artifact)
+        self._shortlist, self._baskets = Shortlist(artifact), reads_baskets(artifact.config.task)
         self._place_of = {name: place for place, name in enumerate(artifact.event_types, 1)}
         self._row_of = {raw: row for row, raw in enumerate(artifact.catalogue.raw_ids) if row >= FIRST_INDEX}
 
@@ -115,13 +129,18 @@ class Recommender:
         """One answer for each request, in order. Raises RequestError."""
         if not 1 <= k <= MAX_K:
             raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {k}")
+        for place, request in enumerate(requests):
+            if (request.baskets is not None) != self._baskets:
+                wanted, found = ("baskets", "items") if self._baskets else ("items", "baskets")
+                raise RequestError(f"record {place}: expected `{wanted}`, which {self.version} reads, found `{found}`")
         answers: list[Answer] = []
         for start in range(0, len(requests), BATCH_SIZE):
             answers += self._answer(requests[start : start + BATCH_SIZE], k)
         return answers
 
     def _answer(self, requests: Sequence[Request], k: int) -> list[Answer]:
-        rows = [[self._row_of.get(item, UNK) for item in request.items] for request in requests]
+        read = [_read(request) for request in requests]
+        rows = [[SEP if item is None else self._row_of.get(item, UNK) for item in items] for items in read]
         users = self.artifact.users or {}
         given = np.array([row for history in rows for row in history], dtype=np.int64)
         whole = Histories(
@@ -132,11 +151,11 @@ class Recommender:
             self._event_types(requests),
         )
         histories = whole.keep(given != UNK)
-        has_history = histories.lengths > 0
+        has_history = has_items(histories)
         best_rows, best = self._shortlist.best(histories, k)
         return [
-            self._one(request, history, best_rows[place], best[place], "model" if has_history[place] else "popular")
-            for place, (request, history) in enumerate(zip(requests, rows, strict=True))
+            self._one(items, history, best_rows[place], best[place], "model" if has_history[place] else "popular")
+            for place, (items, history) in enumerate(zip(read, rows, strict=True))
         ]
 
     def _event_types(self, requests: Sequence[Request]) -> Int8Array:
@@ -146,20 +165,36 @@ class Recommender:
         kinds = [request.event_types or [""] * len(request.items) for request in requests]
         return np.array([self._place_of.get(kind, 0) for of_one in kinds for kind in of_one], dtype=np.int8)
 
-    def _one(self, request: Request, history: Sequence[int], rows: IntArray, scores: Tensor, basis: str) -> Answer:
+    def _one(
+        self, items: Sequence[str | None], history: Sequence[int], rows: IntArray, scores: Tensor, basis: str
+    ) -> Answer:
         count = int(torch.isfinite(scores).sum())
         raw_ids = self.artifact.catalogue.raw_ids
-        unknown = [item for item, row in zip(request.items, history, strict=True) if row == UNK]
+        unknown = [item for item, row in zip(items, history, strict=True) if row == UNK and item is not None]
         return Answer([raw_ids[row] for row in rows[:count]], scores[:count].tolist(), basis, unknown, self.version)
 
 
+def _read(request: Request) -> Sequence[str | None]:
+    """Raw ids, oldest first; None where a basket ends."""
+    if request.baskets is None:
+        return request.items
+    return [item for basket in request.baskets for item in (*basket, None)]
+
+
 def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
-    """Requests of records with `items` and perhaps `user`. Raises RequestError."""
+    """Requests of records with `items` or `baskets`, and perhaps `user`. Raises RequestError."""
     return [_parse(record, place) for place, record in enumerate(records)]
 
 
 def _parse(record: Mapping[str, Any], place: int) -> Request:
-    items, user, kinds = (_plain(record.get(name)) for name in ("items", "user", "event_types"))
+    items, user, kinds, baskets = (_plain(record.get(name)) for name in ("items", "user", "event_types", "baskets"))
+    if baskets is not None:
+        if items is not None or not isinstance(baskets, list) or not all(map(_is_texts, baskets)):
+            raise RequestError(
+                f"record {place}: `baskets`, in the place of `items`, is a list of lists of raw item ids (strings), "
+                f"found {str(baskets)[:100]!r}"
+            )
+        items = []
     if not _is_texts(items):
         raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {str(items)[:100]!r}")
     if user is not None and not isinstance(user, str):
@@ -168,13 +203,13 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
         raise RequestError(
             f"record {place}: `event_types` is a list of strings as long as `items`, found {str(kinds)[:100]!r}"
         )
-    return Request(items, user, kinds)
+    return Request(items, user, kinds, baskets)
 
 
 def _plain(given: Any) -> Any:
     """What pandas and numpy made of JSON, as it was; NaN is pandas' word for what is not there."""
-    if isinstance(given, np.ndarray):
-        return given.tolist()
+    if isinstance(given, np.ndarray | list | tuple):
+        return [_plain(one) for one in given]
     return None if isinstance(given, float) and given != given else given
 
 

@@ -587,8 +587,9 @@ def pack(folder: Path, target: Path, *, artifact: str, model_id: str, run_id: st
         Schema(
             [
                 ColSpec(DataType.string, "user", required=False),
-                ColSpec(texts, "items"),
+                ColSpec(texts, "items", required=False),
                 ColSpec(texts, "event_types", required=False),
+                ColSpec(Array(texts), "baskets", required=False),
             ]
         ),
         Schema(

@@ -8,6 +8,7 @@ from etl import tables
 from etl.tables import SEP
 from trainer.data.dataset import (
     DataError,
+    Int32Array,
     IntArray,
     Release,
     SequenceDataset,
@@ -59,13 +60,7 @@ def _joined(baskets: pa.Table) -> Sequences:
         (np.diff(user) == 0) & (np.diff(number) <= 0)
     ).any():  # a table rewritten by others
         return _joined(baskets.take(pa.array(np.lexsort((number, user)))))
-    lists = baskets["items"].combine_chunks()
-    size = pc.list_value_length(lists).to_numpy().astype(np.int64) + 1  # a SEP behind each
-    ends = np.cumsum(size)
-    items = np.full(int(size.sum()), SEP, dtype=np.int32)
-    is_item = np.ones(len(items), dtype=bool)
-    is_item[ends - 1] = False
-    items[is_item] = lists.flatten().to_numpy()
+    items, size = separated(baskets["items"].combine_chunks())
     first = np.flatnonzero(np.diff(user, prepend=-1))  # each user's first basket
     part = baskets["part"].cast(pa.string())
 
@@ -77,3 +72,13 @@ def _joined(baskets: pa.Table) -> Sequences:
     offsets = np.concatenate([[0], np.cumsum(whole)]).astype(np.int64)
     times = np.repeat(baskets["time"].to_numpy(), size) if "time" in baskets.column_names else np.empty(0, np.int64)
     return Sequences(user[first], offsets, items, times, trained, until_test, whole)
+
+
+def separated(baskets: pa.ListArray) -> tuple[Int32Array, IntArray]:
+    """(the items of all baskets one behind the other, a SEP behind each; places that each basket takes)."""
+    size = pc.list_value_length(baskets).to_numpy().astype(np.int64) + 1
+    items = np.full(int(size.sum()), SEP, dtype=np.int32)
+    is_item = np.ones(len(items), dtype=bool)
+    is_item[np.cumsum(size) - 1] = False
+    items[is_item] = baskets.flatten().to_numpy()
+    return items, size

@@ -352,13 +352,16 @@ class SequenceDataset:
         return self.read(range(len(self.groups)), times=times)
 
 
-def training_interactions(dataset: SequenceDataset, catalogue: Catalogue) -> IntArray:
-    """Interactions [V] of each catalogue row in all users' training parts, 0 for reserved rows; by row group."""
+def training_interactions(dataset: SequenceDataset, catalogue: Catalogue, *, others: bool = False) -> IntArray:
+    """Interactions [V] of each catalogue row in all users' training parts, 0 for reserved rows; by row group. `others`:
+    only those of none of the kinds of event that the dataset tells apart."""
     counts = np.zeros(len(catalogue), dtype=np.int64)
     for group in range(len(dataset.groups)):
         sequences = dataset.read([group])
-        trained = sequences.items[sequences.positions < sequences.valid_start[sequences.owners]]
-        counts += np.bincount(catalogue.rows(trained), minlength=len(catalogue))
+        is_counted = sequences.positions < sequences.valid_start[sequences.owners]
+        if others and dataset.event_types:
+            is_counted &= sequences.event_types == 0
+        counts += np.bincount(catalogue.rows(sequences.items[is_counted]), minlength=len(catalogue))
     counts[:FIRST_INDEX] = 0
     return counts
 

@@ -57,10 +57,15 @@ class Click:
         return wide(model.task_heads[HEAD](hidden, model.content_VF[rows].to(hidden.dtype)))
 
     def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
-        """Hidden states [B, D] of users after all that is read."""
+        """Hidden states [B, D] of users after all that is read; impressions, where kinds are known, aren't."""
         begin, end = (CLS, PAD) if self.config.causal else (None, MASK)
-        items_BT = batch.items if begin is None else F.pad(batch.items, (1, 0), value=begin)
-        lengths_B = batch.lengths + 1
+        items_BT, lengths_B = batch.items, batch.lengths
+        if self.config.impressions and batch.event_types is not None:
+            is_taken_BT = batch.mask_BT & (batch.event_types == 0)
+            items_BT, lengths_B = newest(items_BT, is_taken_BT, at_most=items_BT.shape[1])
+        if begin is not None:
+            items_BT = F.pad(items_BT, (1, 0), value=begin)
+        lengths_B = lengths_B + 1
         items_BT = F.pad(items_BT, (0, 0 if self.config.causal else 1))
         asked_BT = torch.arange(items_BT.shape[1], device=items_BT.device) == lengths_B[:, None] - 1
         if not self.config.causal:

@@ -1,0 +1,205 @@
+"""Models of next baskets and of clicks, put to work: served, written as recommendations, and judged by the gate."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from lakes import build_tiny_lake
+from stores import enter_store
+from test_recommend import rows_of as recommended
+from test_training import TINY
+
+from etl.tables import FIRST_INDEX, SEP, UNK
+from trainer import promote, recommend
+from trainer.artifact import ArtifactError, load_artifact
+from trainer.baselines import Histories
+from trainer.config import FinetuneConfig, PromoteConfig, RecommendConfig
+from trainer.finetune import run as finetune
+from trainer.registry import CHAMPION, Registry
+from trainer.serving import Recommender, Request, RequestError, parse
+
+PETERREC = {"kind": "peterrec", "width": 16, "dilations": [1, 2], "max_length": 24}
+TRAIN = {"batch_size": 16, "epochs": 3, "learning_rate": 0.01, "warmup_steps": 0, "min_epochs": 3}
+CLICK = {"kind": "click", "content": ["categories"], "layers": [8], "negatives": 2, "impressions": ["look"]}
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory):
+    return build_tiny_lake(tmp_path_factory.mktemp("tasks") / "lake", num_users=150, described=True)
+
+
+@pytest.fixture(scope="module")
+def models(lake, tmp_path_factory):
+    """Folders by name."""
+    folder = tmp_path_factory.mktemp("made")
+
+    def made(name, **more):
+        given = {"data": {"lake": str(lake), "domain": "source"}, "model": PETERREC, "train": TRAIN}
+        given |= {"name": name, "output": str(folder), "transfer": "none"}
+        return str(finetune(FinetuneConfig.model_validate({**TINY, **given, **more})).model)
+
+    basket = {"kind": "next_basket"}
+    return {
+        "baskets": made("baskets", task=basket),
+        "other": made("other", task=basket, train=TRAIN | {"seed": 1}),
+        "once": made("once", task=basket, evaluation={"repeats": False}),
+        "clicks": made("clicks", task=CLICK),
+        "items": made("items", task={"kind": "next_item"}),
+    }
+
+
+def baskets_of(lake):
+    """raw user id -> lists of raw item ids."""
+    raw = dict(pl.read_delta(f"{lake}/items").select("index", "item").iter_rows())
+    users = dict(pl.read_delta(f"{lake}/users").select("index", "user").iter_rows())
+    rows = pl.read_delta(f"{lake}/baskets").filter((pl.col("split") == "last-5") & (pl.col("domain") == "source"))
+    found = {}
+    for row in rows.sort("user", "basket").to_dicts():
+        found.setdefault(users[row["user"]], []).append([raw[item] for item in row["items"]])
+    return found
+
+
+def in_rows(artifact, *lists):
+    """One user's history of raw ids; a SEP behind each list."""
+    row_of = {raw: row for row, raw in enumerate(artifact.catalogue.raw_ids)}
+    rows = np.array([row for items in lists for row in (*(row_of[item] for item in items), SEP)], dtype=np.int64)
+    return Histories(np.array([UNK]), np.array([0, len(rows)]), rows, np.empty(0, np.int64))
+
+
+# --- served ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["baskets", "once"])
+def test_next_baskets_are_answered_from_baskets(name, models):
+    artifact = load_artifact(models[name])
+    items = list(artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 5])
+    given = [items[:2], items[2:]]
+    answer = Recommender(artifact, "graftrec/1").answer([Request([], baskets=given)], k=1_000)[0]
+    scores = artifact.scorer(baskets=True).score(in_rows(artifact, *given))[0]
+    left_out = [] if name == "baskets" else range(FIRST_INDEX, FIRST_INDEX + 5)
+    rows = [row for row in range(FIRST_INDEX, len(artifact.catalogue)) if row not in left_out]
+    rows.sort(key=lambda row: -float(scores[row]))
+    assert answer.items == [artifact.catalogue.raw_ids[row] for row in rows]
+    assert answer.scores == pytest.approx([float(scores[row]) for row in rows], abs=1e-6)
+    assert (answer.basis, answer.unknown) == ("model", [])
+
+
+def test_what_is_not_known_of_a_basket_is_passed_over(models):
+    artifact = load_artifact(models["baskets"])
+    items = list(artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 3])
+    asked = [[items[0], "x"], items[1:]], [[items[0]], items[1:]], [], [["x"], []]
+    server = Recommender(artifact, "graftrec/1")
+    mixed, known, none, strange = server.answer([Request([], baskets=baskets) for baskets in asked], k=3)
+    assert mixed.items == known.items
+    assert mixed.scores == pytest.approx(known.scores, abs=1e-6)
+    assert (mixed.unknown, strange.unknown) == (["x"], ["x"])
+    assert (none.basis, strange.basis) == ("popular", "popular")
+    assert none.items == strange.items
+
+
+def test_a_model_says_what_it_reads(models):
+    for name, request, message in [
+        ("baskets", Request(["a"]), "record 1: expected `baskets`, which graftrec/1 reads, found `items`"),
+        ("items", Request([], baskets=[["a"]]), "record 1: expected `items`, which graftrec/1 reads, found `baskets`"),
+    ]:
+        fine = Request([]) if name == "items" else Request([], baskets=[])
+        with pytest.raises(RequestError, match=message):
+            Recommender(load_artifact(models[name]), "graftrec/1").answer([fine, request])
+
+
+def test_records_of_baskets_are_parsed():
+    nested = np.array([np.array(["1", "2"], dtype=object), np.array([], dtype=object)], dtype=object)
+    assert parse([{"baskets": nested, "items": float("nan")}]) == [Request([], baskets=[["1", "2"], []])]
+    for wrong in ("1", ["1"], [[1]], [["1"], None]):
+        with pytest.raises(RequestError, match="`baskets`, in the place of `items`, is a list of lists"):
+            parse([{"baskets": wrong}])
+    with pytest.raises(RequestError, match="in the place of `items`"):
+        parse([{"baskets": [["1"]], "items": ["1"]}])
+
+
+def test_clicks_are_answered_by_how_likely_each_item_is(models):
+    artifact = load_artifact(models["clicks"])
+    items = list(artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 4])
+    kinds = ["buy", "look", "", "look"]
+    server = Recommender(artifact, "graftrec/1")
+    answer, taken = server.answer([Request(items, None, kinds), Request([items[0], items[2]])], k=1_000)
+    read = Histories(np.array([UNK]), np.array([0, 2]), np.array([FIRST_INDEX, FIRST_INDEX + 2]), np.empty(0, np.int64))
+    hidden = artifact.teller().hidden(read)
+    rows = torch.arange(FIRST_INDEX, len(artifact.catalogue))
+    with torch.inference_mode():
+        logits = artifact.task.told(artifact.model, hidden, rows[None])[0]
+    by_raw = {artifact.catalogue.raw_ids[row]: float(logit) for row, logit in zip(rows, logits, strict=True)}
+    assert answer.scores == pytest.approx([by_raw[item] for item in answer.items], abs=1e-6)
+    assert answer.scores == sorted(answer.scores, reverse=True)
+    assert set(answer.items) == set(by_raw) - set(items), "what was shown is left out as well"
+    assert set(taken.items) == set(by_raw) - {items[0], items[2]}
+    assert {
+        item: s for item, s in zip(taken.items, taken.scores, strict=True) if item in answer.items
+    } == pytest.approx(dict(zip(answer.items, answer.scores, strict=True)), abs=1e-6)
+    with pytest.raises(ArtifactError, match="expected a model that ranks items"):
+        artifact.scorer()
+
+
+def test_popular_is_what_was_taken(lake, models):
+    artifact = load_artifact(models["clicks"])
+    rows = pl.read_delta(f"{lake}/sequences").filter((pl.col("split") == "last-5") & (pl.col("domain") == "source"))
+    counts = np.zeros(len(artifact.catalogue), dtype=np.int64)
+    for row in rows.to_dicts():
+        kinds = row["event_types"] or [None] * len(row["items"])
+        taken = [i for i, kind in list(zip(row["items"], kinds, strict=True))[: row["valid_start"]] if kind != "look"]
+        np.add.at(counts, artifact.catalogue.rows(np.array(taken, dtype=np.int64)), 1)
+    assert artifact.popularity.tolist() == counts.tolist()
+
+
+# --- recommended, judged ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["baskets", "clicks"])
+def test_every_user_gets_what_the_server_answers(name, spark, lake, models, tmp_path, monkeypatch):
+    enter_store(tmp_path / "store", monkeypatch)
+    recommend.run(RecommendConfig.model_validate({"lake": lake, "model": models[name], "k": 4, "batch_size": 16}))
+    server, found = Recommender(load_artifact(models[name]), "graftrec/1"), recommended(lake, "source")
+    if name == "baskets":
+        asked = {user: Request([], user, baskets=baskets) for user, baskets in baskets_of(lake).items()}
+    else:
+        asked = clicks_of(lake)
+    assert found.keys() == asked.keys()
+    for (user, request), answer in zip(asked.items(), server.answer(list(asked.values()), k=4), strict=True):
+        assert [row["item"] for row in found[user]] == answer.items, request
+        assert [row["score"] for row in found[user]] == pytest.approx(answer.scores, rel=1e-5, abs=1e-6)
+
+
+def clicks_of(lake):
+    raw = dict(pl.read_delta(f"{lake}/items").select("index", "item").iter_rows())
+    users = dict(pl.read_delta(f"{lake}/users").select("index", "user").iter_rows())
+    rows = pl.read_delta(f"{lake}/sequences").filter((pl.col("split") == "last-5") & (pl.col("domain") == "source"))
+    return {
+        users[row["user"]]: Request(
+            [raw[item] for item in row["items"]], users[row["user"]],
+            None if row["event_types"] is None else [kind or "" for kind in row["event_types"]],
+        )
+        for row in rows.to_dicts()
+    }  # fmt: skip
+
+
+def test_the_gate_judges_next_baskets(models, tmp_path, monkeypatch, capsys):
+    enter_store(tmp_path / "store", monkeypatch)
+
+    def judged(**gate):
+        return PromoteConfig.model_validate({
+            "candidate": models["baskets"], "from_scratch": [models["other"]], "runtime": {"progress": False},
+            "tracking": {"enabled": False},
+            "gate": {"min_seeds": 1, "min_users": 20, "metric": "basket/F1@5", "above": []} | gate,
+        })  # fmt: skip
+
+    with pytest.raises(promote.GateRefused, match=r"no better than from-scratch: basket/F1@5 0\."):
+        promote.run(judged())
+    with pytest.raises(promote.GateRefused, match="no simple baseline 'item-to-item' was scored"):
+        promote.run(judged(above=["item-to-item"]))
+    told = capsys.readouterr().out
+    assert "cold items" in told
+    with pytest.raises(promote.GateRefused, match=r"simple baseline Markov chain|better than from-scratch"):
+        promote.run(judged(above=["Markov chain", "personal frequency"]))
+    version = Registry().version("1")
+    assert "basket/F1@5" in version.tags["graftrec.test.full"]
+    assert CHAMPION not in version.aliases
