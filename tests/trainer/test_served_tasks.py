@@ -20,7 +20,7 @@ from trainer.serving import Recommender, Request, RequestError, parse
 
 PETERREC = {"kind": "peterrec", "width": 16, "dilations": [1, 2], "max_length": 24}
 TRAIN = {"batch_size": 16, "epochs": 3, "learning_rate": 0.01, "warmup_steps": 0, "min_epochs": 3}
-CLICK = {"kind": "click", "content": ["categories"], "layers": [8], "negatives": 2, "impressions": ["look"]}
+CLICK = {"kind": "click", "content": ["categories", "text"], "layers": [8], "negatives": 2, "impressions": ["look"]}
 
 
 @pytest.fixture(scope="module")
