@@ -89,8 +89,9 @@ def test_baskets_are_sequences_with_separators(tiny_lake):
     release = pin(tiny_lake, None)
     rows = pl.read_delta(f"{tiny_lake}/baskets").filter(pl.col("split") == "last-5").sort("user", "basket")
     for domain in ("source", "target"):
-        found = BasketDataset(release, "last-5", domain).read_all(times=True)
-        assert len(found) == rows.filter(pl.col("domain") == domain)["user"].n_unique()
+        dataset = BasketDataset(release, "last-5", domain)
+        found = dataset.read_all(times=True)
+        assert len(found) == dataset.num_rows == rows.filter(pl.col("domain") == domain)["user"].n_unique()
         for place, user in enumerate(found.users):
             own = rows.filter((pl.col("domain") == domain) & (pl.col("user") == user))
             items = found.items[found.offsets[place] : found.offsets[place + 1]].tolist()

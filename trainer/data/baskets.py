@@ -43,7 +43,10 @@ class BasketDataset(SequenceDataset):
     def _num_users(self, file: str) -> int:
         with blamed(file), open_parquet(file) as parquet:
             users = parquet.read(columns=["user"], use_threads=False)["user"].to_numpy()
-        return int(np.count_nonzero(np.diff(users))) + 1 if len(users) else 0
+        changes = np.diff(users)
+        if (changes < 0).any():  # a table rewritten by others
+            return len(np.unique(users))
+        return int(np.count_nonzero(changes)) + 1 if len(users) else 0
 
     def read_group(self, group: int, *, times: bool = False, held_out: bool = True) -> Sequences:
         """One file's users. Raises DataError naming a file that can't be read. May be called from several threads."""
