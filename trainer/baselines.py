@@ -98,7 +98,9 @@ def merge(first: Histories, second: Histories) -> Histories:
     times = np.concatenate([first.times, second.times])
     order = np.lexsort((times, owner))  # stable
     offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(users)))])
-    return Histories(users, offsets, np.concatenate([first.items, second.items])[order], times[order])
+    kinds = np.concatenate([first.event_types, second.event_types])
+    kinds = kinds[order] if len(kinds) == len(order) else np.empty(0, np.int8)  # not of one alone
+    return Histories(users, offsets, np.concatenate([first.items, second.items])[order], times[order], kinds)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from trainer.config import BaselinesConfig, EvaluationConfig, reads_baskets
 from trainer.data.baskets import BasketDataset
 from trainer.data.dataset import (
     Catalogue,
+    Int8Array,
     Release,
     SequenceDataset,
     Sequences,
@@ -96,7 +97,8 @@ class EvaluationSet:
     def elsewhere(self) -> Histories:
         """What the users did in other domains strictly before their first held-out item, as rows of `everything`."""
         users = np.asarray(self.users)
-        found = read_users(SequenceDataset(self.release, self.split, DOMAIN_ALL), _is_among(users), times=True)
+        dataset = SequenceDataset(self.release, self.split, DOMAIN_ALL, event_types=self.event_types)
+        found = read_users(dataset, _is_among(users), times=True)
         others = aligned(self._rows(found), users).before(self.held_out.first_time)
         return others.keep(~np.isin(others.items, self.own_rows))
 
@@ -219,13 +221,7 @@ def model_contender(
             f"expected a model that reads domain {asked.domain!r}, whose next baskets are asked for, found "
             f"{artifact.folder}, which reads {artifact.config.data.domain!r}"
         )
-    kinds = artifact.event_types
-    if kinds and (reads_all or kinds != asked.event_types):
-        raise EvaluateError(
-            f"expected models that read the kinds of event {', '.join(asked.event_types) or 'none'} of domain "
-            f"{asked.domain!r}, found {artifact.folder}, which reads {', '.join(kinds)} of "
-            f"{artifact.config.data.domain!r}; evaluate it by itself, on the domain that it reads"
-        )
+    own_kinds = _kinds_as_known(artifact, asked)
     rows = rows_by_raw_id(artifact.catalogue, asked.catalogue)
     known = np.flatnonzero(rows != UNK)
     known = known[known >= FIRST_INDEX]
@@ -250,7 +246,8 @@ def model_contender(
     def score(histories: Histories) -> Scores:
         place = np.searchsorted(asked.users, histories.users)
         given = source.take(place) if reads_all else histories
-        own = Histories(own_users[place], given.offsets, item_rows[given.items], given.times, given.event_types)
+        kinds = own_kinds[given.event_types] if len(own_kinds) else own_kinds
+        own = Histories(own_users[place], given.offsets, item_rows[given.items], given.times, kinds)
         if len(known) == 0:
             return Scores.of(torch.full((1, 1), -torch.inf).expand(len(histories), width))
         is_read = own.items != UNK
@@ -276,6 +273,21 @@ def model_contender(
         is_model=True,
         facts={"folder": str(artifact.folder), "hash": artifact.hash, "parent": artifact.parent} | artifact.metrics,
     )
+
+
+def _kinds_as_known(artifact: Artifact, asked: EvaluationSet) -> Int8Array:
+    """The model's place of each kind of event that inputs tell apart; empty where it reads none. Raises EvaluateError
+    for a model that reads what they don't tell."""
+    own = artifact.event_types
+    if not own:
+        return np.empty(0, np.int8)
+    if not set(own) <= set(asked.event_types):
+        raise EvaluateError(
+            f"expected models that read at most the kinds of event {', '.join(asked.event_types) or 'none'}, found "
+            f"{artifact.folder}, which reads {', '.join(own)}; ask again, it was not there when the kinds were read"
+        )
+    places = {name: place for place, name in enumerate(own, 1)}
+    return np.array([0, *(places.get(name, 0) for name in asked.event_types)], dtype=np.int8)
 
 
 def user_rows(artifact: Artifact, raw_users: Sequence[str]) -> IntArray:

@@ -82,7 +82,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         asked = read_evaluation_set(
             release, config.split or first.config.data.split, config.domain or first.config.data.answered, config.part,
             config.evaluation, baskets=baskets,
-            event_types=next((one.event_types for one in models if one.event_types), ()),
+            event_types=list(dict.fromkeys(name for one in models for name in one.event_types)),
         )  # fmt: skip
         evaluation = evaluate_contenders(
             _contenders(config, chosen, models, asked), asked, batch_size=config.evaluation.batch_size,

@@ -7,6 +7,7 @@ Candidate, from-scratch and champion are scored outside the promotion lock, whic
 lock the champion is looked at again: where another promoter has changed it meanwhile, the new one is scored first.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 
 from etl.config import GraftrecError
 from trainer import basket_baselines, tracking
-from trainer.artifact import ArtifactError, load_artifact
+from trainer.artifact import Artifact, ArtifactError, load_artifact
 from trainer.comparison import Evaluation, evaluate_contenders
 from trainer.config import EvaluationConfig, GateConfig, PromoteConfig, reads_baskets
 from trainer.contenders import EvaluationSet, baseline_contenders, model_contender, read_evaluation_set
@@ -74,7 +75,7 @@ def run(config: PromoteConfig) -> Promoted:
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
         asked = read_evaluation_set(
             release, config.split or own.split, config.domain or own.answered, config.part,
-            _with_gate_protocol(config, baskets), baskets=baskets, event_types=artifact.event_types,
+            _with_gate_protocol(config, baskets), baskets=baskets, event_types=_event_types(registry, artifact),
         )  # fmt: skip
         evaluation, faults = _score_candidate(registry, version, config, asked)
         decision, promoted = _judge_and_move(registry, version, evaluation, faults, config, tracked)
@@ -117,6 +118,15 @@ def _candidate(registry: Registry, config: PromoteConfig) -> Version:
 def _is_version(name: str) -> bool:
     """A version's number or alias ("3", "@champion"), rather than a folder."""
     return name.isdigit() or name.startswith("@")
+
+
+def _event_types(registry: Registry, candidate: Artifact) -> list[str]:
+    """The kinds of event that the candidate reads, and those that the champion does."""
+    found, champion = list(candidate.event_types), registry.find(CHAMPION)
+    if champion is not None:
+        with contextlib.suppress(ArtifactError):  # it is no bar then, which is said where it is scored
+            found += load_artifact(registry.folder(champion), users=False).event_types
+    return list(dict.fromkeys(found))
 
 
 # --- evidence ---------------------------------------------

@@ -245,6 +245,15 @@ def test_what_was_shown_is_told_by_what_was_taken_before(name):
     assert loss.item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_rank_whose_users_did_nothing_has_nothing_to_say(causal):
+    model, batch = described(NETWORKS["bert4rec"]), batch_of([0, 0], width=1)
+    task = Click(ClickConfig(layers=(8,), causal=causal))
+    loss, count = task.loss(model, batch)
+    assert (loss.item(), int(count)) == (0, 0)
+    loss.backward()
+
+
 def test_a_network_of_masked_items_reads_only_what_was_taken():
     model, batch = described(NETWORKS["bert4rec"]), shown(batch_of([5, 12, 1]))
     task = Click(ClickConfig(negatives=2, layers=(8,), causal=False, cuts=6, impressions=("shown",)))

@@ -1,5 +1,7 @@
 """Kinds of event (views, purchases) beside items: read from the tables and by a model, told, served, refused."""
 
+import json
+
 import numpy as np
 import polars as pl
 import pytest
@@ -12,7 +14,7 @@ from test_training import TINY
 from etl.config import ConfigError
 from etl.tables import FIRST_INDEX, UNK
 from tests.trainer.networks import NUM_ITEMS
-from trainer import recommend
+from trainer import promote, recommend
 from trainer.artifact import load_artifact
 from trainer.baselines import Histories
 from trainer.config import (
@@ -20,13 +22,15 @@ from trainer.config import (
     DupnConfig,
     EvaluateConfig,
     EvaluatedModel,
+    EvaluationConfig,
     FinetuneConfig,
     MultiConfig,
     NextItemConfig,
     PretrainConfig,
+    PromoteConfig,
     RecommendConfig,
 )
-from trainer.contenders import EvaluateError
+from trainer.contenders import model_contender, read_evaluation_set
 from trainer.data.batch import Batch
 from trainer.data.dataset import SequenceDataset, pin, read_catalogue
 from trainer.data.loader import Loader
@@ -35,6 +39,7 @@ from trainer.finetune import run as finetune
 from trainer.models import build_model
 from trainer.pretrain import run as pretrain
 from trainer.ranking import read_held_out
+from trainer.registry import CHAMPION, Registry
 from trainer.serving import Recommender, Request, RequestError, parse
 from trainer.tasks import Multi, NextItem
 from trainer.transfer import TransferError
@@ -369,11 +374,59 @@ def test_a_parent_of_other_kinds_is_refused(trained, lake, tmp_path):
         finetune(settings(FinetuneConfig, tmp_path, lake, **more))
 
 
-def test_models_of_other_kinds_are_not_compared(trained, lake, tmp_path):
+def test_models_of_other_kinds_are_compared_each_by_its_own(trained, lake, tmp_path):
     other = {"name": "other", "transfer": "none", "data": {"domain": "target", "event_types": ("buy",)}}
     model = finetune(settings(FinetuneConfig, tmp_path, lake, **other)).model
-    with pytest.raises(EvaluateError, match=r"the kinds of event look, buy .* found .* which reads buy"):
-        evaluated(tmp_path, {"none": trained[2], "other": model})
+    alone = evaluated(tmp_path / "alone", {"none": model})
+    beside = evaluated(tmp_path / "beside", {"other": trained[2], "none": model})
+    own = [[row["mean"] for row in report.rows if row["label"] == "none"] for report in (alone, beside)]
+    assert own[0] == own[1]
+
+
+def test_a_champion_that_reads_kinds_is_no_wall(trained, lake, tmp_path, monkeypatch):
+    """A candidate without kinds is judged beside it; each is asked in its own way."""
+    enter_store(tmp_path / "store", monkeypatch)
+    plain = {"data": {"domain": "target", "event_types": ()}, "model": MODEL | {"event_types": False}}
+    without = finetune(settings(FinetuneConfig, tmp_path, lake, name="plain", transfer="none", **plain)).model
+    Registry().register(trained[2], alias=CHAMPION)
+    given = {"candidate": str(without), "from_scratch": [str(without)], "tracking": {"enabled": False}}
+    gate = {"min_seeds": 1, "min_users": 20, "above": []}
+    with pytest.raises(promote.GateRefused, match="no better than from-scratch"):
+        promote.run(PromoteConfig.model_validate(given | {"gate": gate}))
+    told = json.loads((tmp_path / "store" / "runs" / "promote" / "decision.json").read_text())
+    assert {check["name"] for check in told["checks"]} >= {"from-scratch", "champion"}
+    expected = evaluated(tmp_path / "expected", {"none": trained[2]})
+    ndcg = next(
+        r["mean"] for r in expected.rows if (r["label"], r["protocol"], r["metric"]) == ("none", "full", "NDCG@10")
+    )
+    champion = next(check for check in told["checks"] if check["name"] == "champion")
+    assert champion["numbers"]["champion"] == pytest.approx(ndcg)
+
+
+def test_a_model_of_all_domains_reads_the_kinds_of_all(lake, tmp_path):
+    """What it is asked with, by hand: all events before the first held-out one, in time order, with their kinds."""
+    more = {"data": {"domain": "all", "predicted": "target", "split": "joint-5"}}
+    model = finetune(settings(FinetuneConfig, tmp_path, lake, name="all", transfer="none", **more)).model
+    artifact, release = load_artifact(model), pin(lake, None)
+    protocols = EvaluationConfig(protocols=("full",))
+    asked = read_evaluation_set(release, "joint-5", "target", "test", protocols, event_types=KINDS)
+    contender, some = model_contender(artifact, asked), np.arange(0, len(asked.users), 7)
+    scores = contender.score(asked.held_out.histories.take(some)).whole()
+    rows = {
+        (row["domain"], row["user"]): row
+        for row in pl.read_delta(f"{lake}/sequences").filter(pl.col("split") == "joint-5").to_dicts()
+    }
+    for place, user in enumerate(asked.users[some].tolist()):
+        own, target = rows["all", user], rows["target", user]
+        first = target["times"][target["test_start"]]
+        events = zip(own["times"], own["items"], kinds_in(own), strict=True)
+        read = sorted((time, item, code_of(kind)) for time, item, kind in events if time < first)
+        items = artifact.catalogue.rows(np.array([item for _, item, _ in read], dtype=np.int64)).astype(np.int64)
+        codes = np.array([code for *_, code in read], dtype=np.int8)
+        history = Histories(np.array([UNK]), np.array([0, len(read)]), items, np.empty(0, np.int64), codes)
+        expected = artifact.scorer().score(history)[0]
+        of_target = artifact.catalogue.rows(asked.catalogue.global_index[FIRST_INDEX:])
+        torch.testing.assert_close(scores[place, FIRST_INDEX:], expected[torch.from_numpy(of_target.copy()).long()])
 
 
 def test_settings_that_make_no_sense_are_refused():

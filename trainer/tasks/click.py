@@ -82,7 +82,7 @@ class Click:
             rank_BT = is_taken_BT.cumsum(1) - is_taken_BT.long()  # taken before
             lengths_B = ((rank_BT + 1) * batch.mask_BT).amax(1)
             taken_BT, _ = newest(batch.items, is_taken_BT, at_most=num_positions)
-            read_BT = F.pad(taken_BT, (1, 0), value=CLS)[:, : int(lengths_B.amax())]
+            read_BT = F.pad(taken_BT, (1, 0), value=CLS)[:, : max(int(lengths_B.amax()), 1)]
             every_BT = torch.arange(read_BT.shape[1], device=read_BT.device) < lengths_B[:, None]
             hidden_ND = model(read_BT * every_BT, lengths_B, batch.users, every_BT, causal=True)
             row_N, place_N = batch.mask_BT.nonzero(as_tuple=True)
