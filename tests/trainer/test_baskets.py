@@ -28,7 +28,6 @@ from trainer.config import (
     NextBasketConfig,
     PeterRecConfig,
     PretrainConfig,
-    RecommendConfig,
 )
 from trainer.data.baskets import BasketDataset
 from trainer.data.batch import Batch
@@ -38,7 +37,6 @@ from trainer.finetune import run as finetune
 from trainer.metrics import metrics_from_ranks
 from trainer.pretrain import run as pretrain
 from trainer.ranking import ranks, read_held_out
-from trainer.recommend import run as recommend
 from trainer.scoring import Scores
 from trainer.tasks import BasketPair, NextBasket
 from trainer.tasks.baskets import HEAD, Spans, find_baskets, join_pairs
@@ -503,8 +501,6 @@ def test_baskets_are_no_sequences(trained, tiny_lake, tmp_path):
     _, _, models = trained
     with pytest.raises(ArtifactError, match="expected a model of item sequences"):
         load_artifact(models["deep"]).scorer()
-    with pytest.raises(ArtifactError, match="expected a model of item sequences"):
-        recommend(RecommendConfig(model=str(models["deep"]), lake=str(tiny_lake), tracking={"enabled": False}))
     with pytest.raises(ValueError, match="expected a model that reads whole sequences"):
         PretrainConfig(model=CaserConfig(), task=NextBasketConfig())
     with pytest.raises(ValueError, match="predicts the domain that it reads"):
