@@ -15,7 +15,7 @@ import torch
 
 from etl.tables import UNK
 from trainer.artifact import Artifact
-from trainer.baselines import item_to_item, popularity
+from trainer.baselines import Histories, item_to_item, popularity
 from trainer.classification import AUC, example_metrics, scikit_learn
 from trainer.clicks import ERROR, OF_USER, Pairs, metrics_of, probabilities, read_pairs, reliability, user_auc
 from trainer.comparison import Row
@@ -38,14 +38,17 @@ class ToldClicks(Told):
     pairs: Pairs
     impressions: tuple[str, ...]
 
+    @property
+    def histories(self) -> Histories:
+        return self.pairs.histories
+
     def metrics(self, key: Key) -> dict[str, float]:
         return metrics_of(self.pairs.taken_N, self.probabilities[key], self.pairs.owner_N)
 
     def of_users(self, key: Key, metric: str) -> FloatArray:
         told_N, pairs = self.probabilities[key], self.pairs
         if metric == OF_USER:
-            own = user_auc(pairs.taken_N, told_N, pairs.owner_N)
-            return own[~np.isnan(own)]  # who has only one of both has none, whoever tells
+            return user_auc(pairs.taken_N, told_N, pairs.owner_N)
         losses = example_metrics(pairs.taken_N.astype(np.int64), np.stack([1 - told_N, told_N], axis=1))[metric]
         found: FloatArray = np.bincount(pairs.owner_N, losses) / np.bincount(pairs.owner_N)
         return found

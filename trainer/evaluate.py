@@ -9,7 +9,7 @@ summary.json (means, comparisons, snapshots, models), table.txt and gains.png. A
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             config = config.model_copy(
                 update={"evaluation": config.evaluation.model_copy(update={"protocols": (FULL,)})}
             )
-        events: list[dict[str, Any]] = []  # of what is told beside items
+        events: list[Row] = []  # of what is told beside items
         metrics = config.metrics or (BASKET_METRICS if baskets else ITEM_METRICS)
         asked = read_evaluation_set(
             release, config.split or first.config.data.split, config.domain or first.config.data.answered, config.part,
@@ -91,9 +91,9 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         rows = compare_table(evaluation, against=config.against, protocols=config.evaluation.protocols, metrics=metrics)
         text = render(rows, asked, against=config.against)
         if first.config.task.kind == "multi":
-            for told, own, table in _next_events(config, chosen, models, release):
+            for _, own, table in _next_events(config, chosen, models, release):
                 text += f"\n\n{table}"
-                events += [asdict(row) | {"protocol": told.name} for row in own]
+                events += own
         print(text)
         folder.mkdir(parents=True, exist_ok=True)
         write_users(evaluation, folder / USERS)
@@ -102,12 +102,12 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         if gains is not None:
             gains.savefig(folder / GAINS, dpi=130)
             run.log_figure(gains, f"evaluation/{GAINS}")
-        data = [asdict(row) for row in rows] + events
+        data = [asdict(row) for row in (*rows, *events)]
         summary = {"key": key, "rows": data} | _summary(evaluation, config)
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
         for name in (USERS, SUMMARY, TABLE):
             run.log_artifact(folder / name, "evaluation")
-        run.log_metrics({f"{config.part}/{r.label}/{r.protocol}/{r.metric}": r.mean for r in rows})
+        run.log_metrics({f"{config.part}/{r.label}/{r.protocol}/{r.metric}": r.mean for r in (*rows, *events)})
     return EvaluationReport(folder, data, text, skipped=False)
 
 
@@ -150,8 +150,13 @@ def _evaluate_told(
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     for name in (USERS, SUMMARY, TABLE):
         run.log_artifact(folder / name, "evaluation")
-    run.log_metrics({f"{config.part}/{row.label}/{row.metric}": row.mean for row in rows})
+    run.log_metrics({f"{config.part}/{row.label}/{_named(row)}": row.mean for row in rows})
     return EvaluationReport(folder, data, text, skipped=False)
+
+
+def _named(row: Row) -> str:
+    """Its metric, after what is told, where that is one of several."""
+    return row.metric if row.protocol == "users" else f"{row.protocol}/{row.metric}"
 
 
 def _next_events(
@@ -161,7 +166,8 @@ def _next_events(
     found = []
     for told in next_event_table.tell(config, chosen, models, release):
         rows = told.rows(against=config.against)
-        found.append((told, rows, next_event_table.render(told, rows, against=config.against)))
+        table = next_event_table.render(told, rows, against=config.against)
+        found.append((told, [replace(row, protocol=told.name) for row in rows], table))
     return found
 
 

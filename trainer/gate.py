@@ -129,7 +129,7 @@ def _against_scratch(evidence: Evidence, config: GateConfig) -> Check:
     gain = compare(ours, theirs)
     own, bar = float(evidence.version_U.mean()), float(scratch_SU.mean())
     certain = gain.gain > 0 and gain.p_value <= config.level
-    enough = own - bar > config.min_gain * bar + ROUNDING
+    enough = own - bar > config.min_gain * abs(bar) + ROUNDING
     varied = f"users and {len(scratch_SU)} seeds" if gain.seeds_varied else "users"
     text = (
         f"{config.metric} {own:.4f} against {bar:.4f} ({_share(own - bar, bar)}, p = {gain.p_value:.2g} over {varied}; "
@@ -150,7 +150,7 @@ def _against_champion(version_U: FloatArray, champion_U: FloatArray, config: Gat
         f"may be {100 * config.champion_margin:.1f} % below)"
     )
     numbers = _numbers(gain) | {"version": own, "champion": bar}
-    if own - bar < -config.champion_margin * bar - ROUNDING:
+    if own - bar < -config.champion_margin * abs(bar) - ROUNDING:
         return Check("champion", "refused", f"worse than the champion: {text}", numbers)
     return Check("champion", "passed", f"not worse: {text}", numbers)
 
@@ -177,7 +177,7 @@ def _in_slice(part: Slice, config: GateConfig) -> Check:
         return Check(part.name, "not judged", text, {"users": len(version_C)})
     gain = compare(version_C, reference_C)
     own, bar = float(version_C.mean()), float(reference_C.mean())
-    margin = config.slice_margin * bar
+    margin = config.slice_margin * abs(bar)
     text = (
         f"{own:.4f} against {bar:.4f} of {part.reference} ({_share(own - bar, bar)}, interval "
         f"[{gain.low:+.4f}, {gain.high:+.4f}], {len(version_C):,} users; may be {100 * config.slice_margin:g} % below)"
@@ -191,7 +191,7 @@ def _in_slice(part: Slice, config: GateConfig) -> Check:
 
 
 def _share(gain: float, bar: float) -> str:
-    return f"{100 * gain / bar:+.1f} %" if bar else f"{gain:+.4f}"
+    return f"{100 * gain / abs(bar):+.1f} %" if bar else f"{gain:+.4f}"
 
 
 def _numbers(gain: Comparison) -> dict[str, float]:

@@ -7,7 +7,6 @@ Candidate, from-scratch and champion are scored outside the promotion lock, whic
 lock the champion is looked at again: where another promoter has changed it meanwhile, the new one is scored first.
 """
 
-import contextlib
 import datetime
 import json
 import os
@@ -20,20 +19,16 @@ import numpy as np
 import torch
 
 from etl.config import GraftrecError
-from trainer import basket_baselines, tracking
+from trainer import tracking
 from trainer.artifact import Artifact, ArtifactError, load_artifact
-from trainer.comparison import Evaluation, evaluate_contenders
-from trainer.config import EvaluationConfig, GateConfig, PromoteConfig, reads_baskets
-from trainer.contenders import EvaluationSet, baseline_contenders, model_contender, read_evaluation_set
-from trainer.data.dataset import pin
+from trainer.config import PromoteConfig
+from trainer.data.dataset import Release, pin
 from trainer.distributed import join
-from trainer.gate import Decision, Evidence, Slice, decide
-from trainer.metrics import FloatArray, means
-from trainer.ranking import SINGLE, convention_of
+from trainer.gate import Decision, Evidence, decide
+from trainer.judged import SCRATCH, VERSION, Judged, judged
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Promotion, Registry, Version
 from trainer.tracking import Run
 
-VERSION, SCRATCH = "candidate", "from-scratch"  # labels of the evaluation
 TAG_GATE = "graftrec.gate"  # what the gate said last: passed, or why not
 TAG_BEFORE = "graftrec.champion_before"  # number of the champion that a promotion replaced
 TAG_AUDIT = "graftrec.audit."  # + time: one entry for each promotion, refusal, replacement and rollback
@@ -69,16 +64,10 @@ def run(config: PromoteConfig) -> Promoted:
     if CHAMPION in version.aliases:
         print(f"{version.label} is the champion already")
         return Promoted(version, None, None)
-    artifact = load_artifact(registry.folder(version))
-    own, baskets = artifact.config.data, reads_baskets(artifact.config.task)
-    release = pin(config.lake or artifact.lake, config.release)
+    release = pin(config.lake or load_artifact(registry.folder(version)).lake, config.release)
     with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
-        asked = read_evaluation_set(
-            release, config.split or own.split, config.domain or own.answered, config.part,
-            _with_gate_protocol(config, baskets), baskets=baskets, event_types=_event_types(registry, artifact),
-        )  # fmt: skip
-        evaluation, faults = _score_candidate(registry, version, config, asked)
-        decision, promoted = _judge_and_move(registry, version, evaluation, faults, config, tracked)
+        found, faults = _ask(registry, version, config, release)
+        decision, promoted = _judge_and_move(registry, version, found, faults, config, tracked)
         told = {"version": version.label, "release": release.number, "lake": release.lake} | decision.as_dict()
         place = Path(config.output) / config.name / "decision.json"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +76,8 @@ def run(config: PromoteConfig) -> Promoted:
         tracked.set_tags({TAG_GATE: _verdict(decision), "graftrec.version": version.label})
         for check in decision.checks:
             tracked.log_metrics({f"gate/{check.name}/{name}": value for name, value in check.numbers.items()})
-    print(f"gate on release {release.number}, {len(asked.users):,} users of domain {asked.domain}, {asked.part}:")
+    if found is not None:
+        print(f"gate on release {release.number}, {found.num_users:,} users of domain {found.domain}, {found.part}:")
     print(decision.text())
     if promoted is None:
         raise GateRefused(f"{version.label} is not promoted: {'; '.join(decision.reasons)}")
@@ -120,136 +110,75 @@ def _is_version(name: str) -> bool:
     return name.isdigit() or name.startswith("@")
 
 
-def _event_types(registry: Registry, candidate: Artifact) -> list[str]:
-    """The kinds of event that the candidate reads, and those that the champion does."""
-    found, champion = list(candidate.event_types), registry.find(CHAMPION)
-    if champion is not None:
-        with contextlib.suppress(ArtifactError):  # it is no bar then, which is said where it is scored
-            found += load_artifact(registry.folder(champion), users=False).event_types
-    return list(dict.fromkeys(found))
-
-
 # --- evidence ---------------------------------------------
 
 
-def _with_gate_protocol(config: PromoteConfig, baskets: bool) -> EvaluationConfig:
-    """Next baskets are ranked in full only."""
-    asked = [config.gate.protocol] if baskets else [*config.evaluation.protocols, config.gate.protocol]
-    protocols = tuple(dict.fromkeys(asked))
-    return config.evaluation.model_copy(update={"protocols": protocols})
-
-
-def _score_candidate(
-    registry: Registry, version: Version, config: PromoteConfig, asked: EvaluationSet
-) -> tuple[Evaluation, list[str]]:
-    """Candidate, its replicas, from-scratch and baselines; and why their numbers can't be trusted."""
+def _ask(
+    registry: Registry, version: Version, config: PromoteConfig, release: Release
+) -> tuple[Judged[Any] | None, list[str]]:
+    """The version, its replicas and from-scratch, asked; and why their numbers can't be trusted. None: no need to."""
     device = str(join(config.runtime).device)
     named = [(VERSION, name) for name in (str(version.number), *config.replicas)]
     named += [(SCRATCH, name) for name in config.from_scratch]
-    contenders, faults = [], []
+    models, faults = [], []
     for label, name in named:
         path = registry.folder(registry.version(name)) if _is_version(name) else Path(name)
         artifact = load_artifact(path, device=device)
         if broken := _not_finite(artifact.model):
             faults.append(f"weights of {path} are not finite ({', '.join(broken)})")
-        contenders.append(model_contender(artifact, asked, label=label, device=device))
-    if faults:  # no need to ask them
-        return Evaluation(asked, {}, {}, {}), faults
-    if config.gate.above:
-        simple = basket_baselines.baseline_contenders if asked.baskets else baseline_contenders
-        contenders += simple(asked, config.baselines)
-    evaluation = evaluate_contenders(
-        contenders, asked, batch_size=config.evaluation.batch_size, progress=config.runtime.progress
-    )
-    faults = [
-        f"{count:,} scores of {label}, seed {seed}, are not numbers"
-        for (label, seed), count in evaluation.broken.items()
-        if count
-    ]
-    return evaluation, faults
+        models.append((label, artifact))
+    if faults:
+        return None, faults
+    champion = _load_champion(registry, registry.find(CHAMPION), config, say=False)
+    found = judged(models, champion, config, release)
+    return found, found.faults
 
 
 def _not_finite(model: torch.nn.Module) -> list[str]:
     return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 
 
-def _score_champion(
-    registry: Registry, champion: Version, config: PromoteConfig, asked: EvaluationSet
-) -> Evaluation | None:
-    """The champion on the same release, whatever it was trained on. None: its folder is gone or damaged."""
-    device = str(join(config.runtime).device)
-    try:
-        artifact = load_artifact(registry.folder(champion), device=device)
-    except ArtifactError as error:
-        print(f"the champion {champion.label} can't be scored, so it is no bar: {error}")
+def _load_champion(
+    registry: Registry, champion: Version | None, config: PromoteConfig, *, say: bool = True
+) -> Artifact | None:
+    """None: there is none, or its folder is gone or damaged."""
+    if champion is None:
         return None
-    contender = model_contender(artifact, asked, label=CHAMPION, device=device, must_know=False)
-    return evaluate_contenders([contender], asked, batch_size=config.evaluation.batch_size)
+    try:
+        return load_artifact(registry.folder(champion), device=str(join(config.runtime).device))
+    except ArtifactError as error:
+        if say:
+            print(f"the champion {champion.label} can't be scored, so it is no bar: {error}")
+        return None
 
 
-def evidence_of(
-    evaluation: Evaluation, champion: Evaluation | None, gate: GateConfig, *, faults: Sequence[str] = ()
-) -> Evidence:
-    """What the gate is shown: the candidate's first seed is the version itself."""
-    if faults:
-        return Evidence(np.empty(0), faults=faults)
-    seeds, scratch_seeds = evaluation.seeds(VERSION), evaluation.seeds(SCRATCH)
-    paired = len(scratch_seeds) > 1 and set(scratch_seeds) <= set(seeds)
-
-    def own(seeds_asked: Sequence[int | None], only: Any = None, metric: str = gate.metric) -> FloatArray:
-        return evaluation.matrix(VERSION, gate.protocol, metric, seeds=seeds_asked, only_UR=only)
-
-    return Evidence(
-        version_U=own(seeds[:1])[0],
-        scratch_SU=evaluation.matrix(SCRATCH, gate.protocol, gate.metric) if scratch_seeds else None,
-        recipe_SU=own(scratch_seeds) if paired else None,
-        champion_U=champion.matrix(CHAMPION, gate.protocol, gate.metric)[0] if champion else None,
-        baselines={
-            label: evaluation.matrix(label, gate.protocol, gate.metric)[0]
-            for label in evaluation.labels
-            if not evaluation.is_model(label)
-        },
-        slices=_slices(evaluation, champion, gate) if champion or scratch_seeds else (),
-    )
-
-
-def _slices(evaluation: Evaluation, champion: Evaluation | None, gate: GateConfig) -> list[Slice]:
-    """Cold users: all that they hold out. Cold items: each ranked alone, in the convention `single`."""
-    asked = evaluation.asked
-    beside, label, name = (champion, CHAMPION, CHAMPION) if champion else (evaluation, SCRATCH, SCRATCH)
-    cold_U = asked.held_out.training_items <= gate.cold_user_items
-    targets_UR = asked.held_out.targets
-    cold_UR = (targets_UR >= 0) & (asked.training_interactions[targets_UR] <= gate.cold_item_interactions)
-    alone = SINGLE + convention_of(gate.metric)[1].replace("HR@", "Recall@").replace("F1@", "Recall@")
-    first = evaluation.seeds(VERSION)[:1]
-    with_cold_U = cold_UR.any(1)
-
-    def pair(metric: str, users: Any, only: Any = None) -> tuple[FloatArray, FloatArray]:
-        version = evaluation.matrix(VERSION, gate.protocol, metric, seeds=first, only_UR=only)[0]
-        return version[users], beside.matrix(label, gate.protocol, metric, only_UR=only).mean(0)[users]
-
-    return [
-        Slice("cold users", *pair(gate.metric, cold_U), name),
-        Slice("cold items", *pair(alone, with_cold_U, cold_UR), name),
-    ]
+def _score_champion(registry: Registry, champion: Version, config: PromoteConfig, found: Judged[Any]) -> Any:
+    """The champion on the same questions. None: it can't be loaded."""
+    artifact = _load_champion(registry, champion, config)
+    return None if artifact is None else found.champion(artifact)
 
 
 # --- aliases ---------------------------------------------
 
 
 def _judge_and_move(
-    registry: Registry, version: Version, evaluation: Evaluation, faults: Sequence[str], config: PromoteConfig, run: Run
-) -> tuple[Decision, Promoted | None]:
+    registry: Registry, version: Version, found: Judged[Any] | None, faults: Sequence[str], config: PromoteConfig,
+    run: Run,
+) -> tuple[Decision, Promoted | None]:  # fmt: skip
     """Decide against the champion of the moment of moving. None: refused."""
     for _ in range(ATTEMPTS):
         champion = registry.find(CHAMPION)
-        scored = _score_champion(registry, champion, config, evaluation.asked) if champion and not faults else None
-        decision = decide(evidence_of(evaluation, scored, config.gate, faults=faults), config.gate)
+        if found is None or faults:
+            evidence = Evidence(np.empty(0), faults=faults)
+        else:
+            scored = _score_champion(registry, champion, config, found) if champion else None
+            evidence = found.evidence(scored, config.gate)
+        decision = decide(evidence, config.gate)
         with registry.promoting() as promotion:
             if _number(registry.find(CHAMPION)) != _number(champion):
                 continue
-            registry.set_tags(version.number, _test_metrics(evaluation))
-            entry = _entry(decision, evaluation, champion, run)
+            registry.set_tags(version.number, _test_metrics(found) if found and not faults else {})
+            entry = _entry(decision, found, champion, run)
             if not decision.passed:
                 registry.set_tags(
                     version.number, {TAG_GATE: _verdict(decision)} | _audit({"action": "refused"} | entry)
@@ -304,25 +233,23 @@ def _verdict(decision: Decision) -> str:
     return ("passed" if decision.passed else f"refused: {'; '.join(decision.reasons)}")[:TAG_CHARACTERS]
 
 
-def _test_metrics(evaluation: Evaluation) -> dict[str, str]:
-    """The version's metrics by protocol, as tags."""
-    key = next((key for key in evaluation.contenders if key[0] == VERSION), None)
-    if key is None:
-        return {}
-    asked = evaluation.asked
+def _test_metrics(found: Judged[Any]) -> dict[str, str]:
+    """The version's metrics by protocol, or by what it tells, as tags."""
     return {
-        f"graftrec.{asked.part}.{protocol}": json.dumps(
-            {"release": asked.release.number} | means(evaluation.metrics(key, protocol))
-        )
-        for protocol in asked.held_out.protocols
+        f"graftrec.{found.part}.{name}": json.dumps({"release": found.release.number} | numbers)
+        for name, numbers in found.means().items()
     }
 
 
-def _entry(decision: Decision, evaluation: Evaluation, champion: Version | None, run: Run) -> dict[str, Any]:
-    asked = evaluation.asked
-    return {
-        "release": asked.release.number, "split": asked.split, "domain": asked.domain, "part": asked.part,
-        "users": len(asked.users), "champion": champion.label if champion else None, "run": run.id,
+def _entry(decision: Decision, found: Judged[Any] | None, champion: Version | None, run: Run) -> dict[str, Any]:
+    asked: dict[str, Any] = {}
+    if found is not None:
+        asked = {
+            "release": found.release.number, "split": found.split, "domain": found.domain, "part": found.part,
+            "users": found.num_users,
+        }  # fmt: skip
+    return asked | {
+        "champion": champion.label if champion else None, "run": run.id,
         "checks": [{"name": c.name, "verdict": c.verdict, "text": c.text} for c in decision.checks],
     }  # fmt: skip
 

@@ -47,7 +47,12 @@ class Told(ABC):
 
     @abstractmethod
     def of_users(self, key: Key, metric: str) -> FloatArray:
-        """[U] of each user's examples, for paired tests."""
+        """[U] of each user's examples, for paired tests; NaN where these can't say, whatever was told."""
+
+    @property
+    @abstractmethod
+    def histories(self) -> Histories:
+        """What was read of each user."""
 
     @property
     def labels(self) -> list[str]:
@@ -85,6 +90,10 @@ class ToldClasses(Told):
     name: str
     names: tuple[str, ...]  # of the classes
     asked: Asked
+
+    @property
+    def histories(self) -> Histories:
+        return self.asked.histories
 
     def metrics(self, key: Key) -> dict[str, float]:
         return metrics_of(self.asked.class_N, self.probabilities[key])
@@ -162,8 +171,9 @@ def _row(told: Told, label: str, against: str, metric: str, tested: bool) -> Row
 
 
 def _of_users(told: Told, label: str, seeds: Sequence[int | None], metric: str) -> FloatArray:
-    """[S, U]; [U] where there are no seeds."""
+    """[S, U]; [U] where there are no seeds. Of the users of whom something can be said."""
     found = np.stack([told.of_users((label, seed), metric) for seed in seeds])
+    found = found[:, ~np.isnan(found).any(0)]
     return found[0] if list(seeds) == [None] else found
 
 

@@ -14,10 +14,12 @@ from test_ranking import literal
 
 from trainer import promote
 from trainer.__main__ import main
+from trainer.comparison import evaluate_contenders
 from trainer.config import EvaluationConfig, GateConfig, PromoteConfig
-from trainer.contenders import read_evaluation_set
+from trainer.contenders import model_contender, read_evaluation_set
 from trainer.data.dataset import pin
-from trainer.promote import GateRefused, PromoteError, evidence_of
+from trainer.judged import evidence_of
+from trainer.promote import GateRefused, PromoteError
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry
 
 ROOT = Path(__file__).parents[2]
@@ -144,10 +146,10 @@ def test_cold_slices_are_what_the_tables_say(tiny_lake, models):
     asked = read_evaluation_set(pin(tiny_lake, None), "last-5", "target", "test", EvaluationConfig(protocols=("full",)))
     given = config(models, "better")
     contenders = [
-        promote.model_contender(promote.load_artifact(models[name]), asked, label=label)
+        model_contender(promote.load_artifact(models[name]), asked, label=label)
         for label, name in ((promote.VERSION, "better"), (promote.SCRATCH, "weak-0"), (promote.SCRATCH, "weak-1"))
     ]
-    evaluation = promote.evaluate_contenders(contenders, asked)
+    evaluation = evaluate_contenders(contenders, asked)
     gate = given.gate.model_copy(update={"cold_user_items": 2, "cold_item_interactions": 10})
     evidence = evidence_of(evaluation, None, gate)
     users, items = evidence.slices

@@ -1,4 +1,7 @@
-"""Models of next baskets and of clicks, put to work: served, written as recommendations, and judged by the gate."""
+"""Models of next baskets, clicks, profiles and several things: served, recommended from, judged by the gate."""
+
+import json
+from contextlib import nullcontext
 
 import numpy as np
 import polars as pl
@@ -13,7 +16,9 @@ from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer import promote, recommend
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.baselines import Histories
-from trainer.config import FinetuneConfig, PromoteConfig, RecommendConfig
+from trainer.config import EvaluateConfig, EvaluatedModel, FinetuneConfig, PromoteConfig, RecommendConfig
+from trainer.contenders import EvaluateError
+from trainer.evaluate import run as evaluate
 from trainer.finetune import run as finetune
 from trainer.registry import CHAMPION, Registry
 from trainer.serving import Recommender, Request, RequestError, parse
@@ -203,3 +208,82 @@ def test_the_gate_judges_next_baskets(models, tmp_path, monkeypatch, capsys):
     version = Registry().version("1")
     assert "basket/F1@5" in version.tags["graftrec.test.full"]
     assert CHAMPION not in version.aliases
+
+
+UNTRAINED = TRAIN | {"epochs": 1, "min_epochs": 1, "learning_rate": 1e-12}
+TOLD = {  # task, metric of the gate, a simple baseline of it
+    "profile": ({"kind": "profile", "attribute": "taste"}, "accuracy", "most frequent value"),
+    "clicks": (CLICK, "user AUC", "popularity"),
+    "several": ({"kind": "multi", "tells": ["category", "value"]}, "category/accuracy", "shares of all"),
+}
+
+
+@pytest.fixture(scope="module")
+def told(lake, tmp_path_factory):
+    """Folders by name: a model of each task, one not trained, and one of another seed."""
+    folder = tmp_path_factory.mktemp("told")
+
+    def made(name, task, train):
+        given = {"data": {"lake": str(lake), "domain": "source"}, "model": PETERREC, "train": train, "task": task}
+        given |= {"name": name, "output": str(folder), "transfer": "none"}
+        return str(finetune(FinetuneConfig.model_validate({**TINY, **given})).model)
+
+    longer = TRAIN | {"epochs": 30, "min_epochs": 30, "learning_rate": 0.01}
+    return {
+        name: {"good": made(f"{name}-good", task, longer), "poor": made(f"{name}-poor", task, UNTRAINED)}
+        for name, (task, _, _) in TOLD.items()
+    }
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_the_gate_judges_what_is_told(name, told, tmp_path, monkeypatch):
+    enter_store(tmp_path / "store", monkeypatch)
+    _, metric, simple = TOLD[name]
+
+    def judged(candidate, scratch, **gate):
+        return PromoteConfig.model_validate({
+            "candidate": told[name][candidate], "from_scratch": [told[name][scratch]],
+            "runtime": {"progress": False}, "tracking": {"enabled": False},
+            "gate": {"min_seeds": 1, "min_users": 10, "level": 0.2, "metric": metric, "above": [simple]} | gate,
+        })  # fmt: skip
+
+    learns = name != "several"  # of 150 users too little is learned to pass
+    with nullcontext() if learns else pytest.raises(promote.GateRefused):
+        promote.run(judged("good", "poor"))
+    version = Registry().version("1")
+    assert (CHAMPION in version.aliases) == learns
+    decision = json.loads((tmp_path / "store" / "runs" / "promote" / "decision.json").read_text())
+    config = EvaluateConfig(
+        name="asked", output=str(tmp_path), tracking={"enabled": False}, runtime={"progress": False},
+        models=(EvaluatedModel(model=told[name]["good"], label="good"),), against="good",
+    )  # fmt: skip
+    rows = evaluate(config).rows
+    wanted = metric.rpartition("/")[2]
+    places = "users", metric.partition("/")[0]
+    means = {r["label"]: r["mean"] for r in rows if r["metric"] == wanted and r["protocol"] in places}
+    checks = {check["name"]: check["numbers"] for check in decision["checks"]}
+    assert checks["from-scratch"]["version"] == pytest.approx(means["good"])
+    assert checks[simple]["baseline"] == pytest.approx(means[simple])
+    tag = json.loads(version.tags[f"graftrec.test.{TOLD[name][0]['kind']}"])
+    assert tag[wanted] == pytest.approx(means["good"])
+
+    with pytest.raises(EvaluateError, match=r"gate.metric: expected one that task .* found NDCG@10; set it"):
+        promote.run(judged("poor", "good", metric="NDCG@10"))
+    if learns:
+        with pytest.raises(promote.GateRefused, match="no better than from-scratch") as refused:
+            promote.run(judged("poor", "good", above=[]))
+        assert "worse than the champion" in str(refused.value)
+
+
+def test_the_smaller_loss_is_the_better(told, tmp_path, monkeypatch):
+    enter_store(tmp_path / "store", monkeypatch)
+    given = {"runtime": {"progress": False}, "tracking": {"enabled": False}}
+    gate = {"min_seeds": 1, "min_users": 10, "metric": "log loss", "above": ["popularity"]}
+    models = told["clicks"]
+    asked = given | {"candidate": models["good"], "from_scratch": [models["poor"]], "gate": gate}
+    decision = promote.run(PromoteConfig.model_validate(asked)).decision
+    numbers = {check.name: check.numbers for check in decision.checks}["from-scratch"]
+    assert numbers["scratch"] < numbers["version"] < 0
+    strict = gate | {"min_gain": 0.9, "above": []}
+    with pytest.raises(promote.GateRefused, match="needs more than"):
+        promote.run(PromoteConfig.model_validate(asked | {"gate": strict, "registered_model": "other"}))
