@@ -14,6 +14,7 @@ import numpy as np
 
 from trainer import basket_baselines, click_table, next_event_table, profile_table
 from trainer.artifact import Artifact
+from trainer.click_table import ToldClicks
 from trainer.comparison import Evaluation, evaluate_contenders
 from trainer.config import (
     ClickConfig,
@@ -33,7 +34,7 @@ from trainer.gate import Evidence, Slice
 from trainer.metrics import FloatArray, means
 from trainer.ranking import SINGLE, convention_of
 from trainer.registry import CHAMPION
-from trainer.told import Told
+from trainer.told import Told, ToldClasses
 
 VERSION, SCRATCH = "candidate", "from-scratch"  # labels, beside the registry's champion
 LOSS = "log loss"  # the smaller the better
@@ -171,6 +172,7 @@ class ToldOf(Judged[Told]):
 
     def __init__(self, models: Named, config: PromoteConfig, release: Release) -> None:
         self.config, self.release, self.part, self._models = config, release, config.part, models
+        _check_metric(models[0][1], config.gate.metric)
         self._told = self._ask(models, baselines=bool(config.gate.above))
         self.split, self.domain = self._told.split, self._told.domain
         self.num_users = len(self._told.histories)
@@ -215,25 +217,29 @@ class ToldOf(Judged[Told]):
         return {self._models[0][1].config.task.kind: self._told.metrics(key)}
 
     def _ask(self, models: Named, *, baselines: bool) -> Told:
-        """Raises EvaluateError where the gate's metric is none of what is told."""
-        config, task, wanted = self.config, models[0][1].config.task, self.config.gate.metric
+        config, task = self.config, models[0][1].config.task
         asked = EvaluateConfig(
             split=config.split, domain=config.domain, part=config.part, evaluation=config.evaluation,
             baselines=config.baselines.model_copy(update={"enabled": baselines}), runtime=config.runtime,
         )  # fmt: skip
         chosen = [EvaluatedModel(model=str(model.folder), label=label) for label, model in models]
         artifacts = [model for _, model in models]
-        found: dict[str, Told]
         if isinstance(task, MultiConfig):
             several = next_event_table.tell(asked, chosen, artifacts, self.release)
-            found = {f"{told.name}/{metric}": told for told in several for metric in told.TESTED}
-        else:
-            table = click_table if isinstance(task, ClickConfig) else profile_table
-            told = table.tell(asked, chosen, artifacts, self.release)
-            found = dict.fromkeys(told.TESTED, told)
-        if wanted not in found:
-            raise EvaluateError(
-                f"gate.metric: expected one that task {task.kind} has of each user ({', '.join(found)}), found "
-                f"{wanted}; set it, and gate.above to simple baselines of `python -m trainer evaluate`"
-            )
-        return found[wanted]
+            return next(told for told in several if told.name == config.gate.metric.partition("/")[0])
+        if isinstance(task, ClickConfig):
+            return click_table.tell(asked, chosen, artifacts, self.release)
+        return profile_table.tell(asked, chosen, artifacts, self.release)
+
+
+def _check_metric(version: Artifact, metric: str) -> None:
+    """Raises EvaluateError where it is none that a model of that task has of each user."""
+    task, told = version.config.task, ToldClasses.TESTED
+    known = list(ToldClicks.TESTED if isinstance(task, ClickConfig) else told)
+    if isinstance(task, MultiConfig):
+        known = [f"{name}/{one}" for name in version.classes for one in told]
+    if metric not in known:
+        raise EvaluateError(
+            f"gate.metric: expected one that task {task.kind} has of each user ({', '.join(known)}), found {metric}; "
+            "set it, and gate.above to simple baselines of `python -m trainer evaluate`"
+        )
