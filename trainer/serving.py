@@ -183,6 +183,8 @@ def _read(request: Request) -> Sequence[str | None]:
 
 def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
     """Requests of records with `items` or `baskets`, and perhaps `user`. Raises RequestError."""
+    if not records:
+        raise RequestError("expected one record at least, with `items` or `baskets`, found none")
     return [_parse(record, place) for place, record in enumerate(records)]
 
 

@@ -130,6 +130,11 @@ def test_a_malformed_record_is_refused_by_place(record):
         parse([{"items": []}, record])
 
 
+def test_no_record_at_all_is_refused():
+    with pytest.raises(RequestError, match="expected one record at least"):
+        parse([])
+
+
 def test_records_of_a_data_frame_are_parsed():
     assert parse([{"items": np.array(["1", "2"]), "user": float("nan")}]) == [Request(["1", "2"])]
 
