@@ -100,13 +100,13 @@ def _fit(
     if (finished := _finished(folder, identity)) is not None:
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
         return finished
-    _clear_other(folder, identity, world, say)
 
     catalogue = read_catalogue(release, config.data.domain)
     knowledge = read_knowledge(release, catalogue, config.model.knowledge)
     dataset = _dataset(config, release)
     validation = read_validation(config, release, catalogue)
     model, account = _model(config, release, catalogue, knowledge, parent, validation, world)
+    _clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
         dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
         seed=config.train.seed, rank=world.rank, world_size=world.size,
