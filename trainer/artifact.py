@@ -35,6 +35,7 @@ from trainer.config import (
     FinetuneConfig,
     PretrainConfig,
     TaskHead,
+    event_types_read,
     patch_of,
     ranks_items,
     reads_baskets,
@@ -80,10 +81,8 @@ class Artifact:
 
     @property
     def event_types(self) -> tuple[str, ...]:
-        """The kinds of event that the model reads, in the order of its rows for them from 1 on; or passes over."""
-        if isinstance(self.config.task, ClickConfig):
-            return self.config.task.impressions
-        return self.config.data.event_types if getattr(self.config.model, "event_types", False) else ()
+        """The kinds of event that the model reads, or passes over."""
+        return event_types_read(self.config)
 
     def scorer(self, *, device: str = "cpu", baskets: bool = False, clicks: bool = False) -> Scorer:
         """`baskets`: histories are of baskets. `clicks`: items may be scored by whether a user takes each. Raises

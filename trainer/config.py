@@ -54,6 +54,12 @@ __all__ = [
 ]
 
 
+def _each_once(names: tuple[str, ...], what: str) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError(f"expected each {what} once, found {', '.join(names)}")
+    return names
+
+
 class DataConfig(Section):
     """Which snapshot, and how it is read."""
 
@@ -75,9 +81,7 @@ class DataConfig(Section):
     @field_validator("event_types")
     @classmethod
     def _event_types_differ(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(names)) < len(names):
-            raise ValueError(f"expected each kind once, found {', '.join(names)}")
-        return names
+        return _each_once(names, "kind")
 
     @property
     def answered(self) -> str:
@@ -354,9 +358,7 @@ class ClickConfig(Section):
     @field_validator("content")
     @classmethod
     def _parts_differ(cls, content: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(content)) < len(content):
-            raise ValueError(f"expected each part once, found {', '.join(content)}")
-        return content
+        return _each_once(content, "part")
 
 
 TaskConfig = Annotated[
@@ -554,6 +556,14 @@ class PretrainConfig(Section):
                 "data.domain; set data.domain=all and data.predicted to a domain"
             )
         return self
+
+
+def event_types_read(config: PretrainConfig) -> tuple[str, ...]:
+    """The kinds of event that a run's model reads, in the order of its rows for them from 1 on; or passes over."""
+    if isinstance(config.task, ClickConfig):
+        return config.task.impressions
+    reads = isinstance(config.model, DupnConfig) and config.model.event_types
+    return config.data.event_types if reads else ()
 
 
 TransferName = Literal["none", "shallow", "deep", "patch"]

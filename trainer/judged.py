@@ -65,25 +65,25 @@ class Judged(ABC, Generic[Scored]):
         """The version's own numbers, by protocol, or by what is told."""
 
 
-def judged(models: Named, champion: Artifact | None, config: PromoteConfig, release: Release) -> Judged[Any]:
-    """Ask all of `models`. `champion`: what may have to be asked later. Raises GraftrecError."""
+def judged(models: Named, kinds: Sequence[str], config: PromoteConfig, release: Release) -> Judged[Any]:
+    """Ask all of `models`. `kinds`: those of events that the champion, who may be asked later, reads. Raises
+    GraftrecError."""
     if ranks_items(models[0][1].config.task):
-        return Ranked(models, champion, config, release)
+        return Ranked(models, kinds, config, release)
     return ToldOf(models, config, release)
 
 
 class Ranked(Judged[Evaluation]):
     """Held-out items, or next baskets, ranked."""
 
-    def __init__(self, models: Named, champion: Artifact | None, config: PromoteConfig, release: Release) -> None:
+    def __init__(self, models: Named, kinds: Sequence[str], config: PromoteConfig, release: Release) -> None:
         self.config, self.release, self.part = config, release, config.part
         first = models[0][1]
         own, baskets = first.config.data, reads_baskets(first.config.task)
-        kinds = [*first.event_types, *(champion.event_types if champion is not None else ())]
         self.split, self.domain = config.split or own.split, config.domain or own.answered
         self.asked = read_evaluation_set(
             release, self.split, self.domain, config.part, _with_gate_protocol(config, baskets), baskets=baskets,
-            event_types=list(dict.fromkeys(kinds)),
+            event_types=list(dict.fromkeys([*first.event_types, *kinds])),
         )  # fmt: skip
         self.num_users = len(self.asked.users)
         device = str(join(config.runtime).device)

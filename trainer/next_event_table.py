@@ -81,10 +81,7 @@ def _counts(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """([U, C] events of each class that each user had before what is asked, [C] shares in their training parts)."""
     owner, position = past.owners, past.positions
-    if name == "category":
-        class_N = classes.class_V[catalogue.rows(past.items)]
-    else:
-        class_N = past.event_types.astype(np.int64) - 1 if name == "event_type" else classes.level_of(past.values)
+    class_N = classes.of(name, catalogue.rows(past.items), past.values, past.event_types)
     size = len(classes.names[name])
     trained = (position < past.valid_start[owner]) & (class_N != NOTHING)
     shares = np.bincount(class_N[trained], minlength=size).astype(np.float64)

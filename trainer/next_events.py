@@ -12,7 +12,7 @@ from etl import tables
 from etl.config import ConfigError
 from etl.tables import FIRST_INDEX
 from trainer.config import MultiConfig
-from trainer.data.dataset import Catalogue, Release, SequenceDataset
+from trainer.data.dataset import Catalogue, Int8Array, Int32Array, Release, SequenceDataset
 from trainer.profiles import Asked
 from trainer.ranking import HeldOut
 from trainer.tasks.multi import NOTHING
@@ -28,7 +28,16 @@ class Classes:
     class_V: IntArray  # category of each row, NOTHING where it has none; empty where it isn't told
     levels_L: npt.NDArray[np.float32]  # ascending; empty where values aren't told
 
-    def level_of(self, values: npt.NDArray[np.float32]) -> IntArray:
+    def of(
+        self, name: str, rows: IntArray | Int32Array, values: npt.NDArray[np.float32], event_types: Int8Array
+    ) -> IntArray:
+        """What `name` is of events, given side by side what is known of them (`values`, `event_types` where these are
+        told); NOTHING where they have none."""
+        if name == "category":
+            return self.class_V[rows]
+        return event_types.astype(np.int64) - 1 if name == "event_type" else self._level_of(values)  # 0: none of them
+
+    def _level_of(self, values: npt.NDArray[np.float32]) -> IntArray:
         """Classes of values; NOTHING for none, and for one that is no level."""
         place = np.searchsorted(self.levels_L, np.nan_to_num(values, nan=np.inf))
         place = np.minimum(place, len(self.levels_L) - 1)
@@ -96,17 +105,12 @@ def _levels(dataset: SequenceDataset, most: int) -> npt.NDArray[np.float32]:
 
 def asked_of(held_out: HeldOut, classes: Classes, name: str) -> Asked:
     """The users whose first held-out event has a class, and which. Raises ConfigError for one that training lacks."""
-    if name == "category":
-        class_U = classes.class_V[held_out.targets[:, 0]]
-    elif name == "event_type":
-        class_U = held_out.event_types[:, 0].astype(np.int64) - 1  # 0, none of the names, becomes NOTHING
-    else:
-        given = held_out.first_value
-        class_U = classes.level_of(given)
-        if (strange := given[~np.isnan(given) & (class_U == NOTHING)]).size:
-            raise ConfigError(
-                f"task.tells value: expected held-out values among those of the training parts, found {strange[0]:g}, "
-                "which no training event has; leave such events out of the log, or values out of task.tells"
-            )
+    given = held_out.first_value
+    class_U = classes.of(name, held_out.targets[:, 0], given, held_out.event_types[:, :1].ravel())
+    if name == "value" and (strange := given[~np.isnan(given) & (class_U == NOTHING)]).size:
+        raise ConfigError(
+            f"task.tells value: expected held-out values among those of the training parts, found {strange[0]:g}, "
+            "which no training event has; leave such events out of the log, or values out of task.tells"
+        )
     known = np.flatnonzero(class_U != NOTHING)
     return Asked(held_out.histories.take(known), class_U[known])

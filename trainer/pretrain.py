@@ -167,7 +167,9 @@ def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
 def _check_event_types(dataset: SequenceDataset, setting: str) -> None:
     """Raises ConfigError for a name that no event of the training parts has."""
     found = np.zeros(len(dataset.event_types) + 1, dtype=np.int64)
-    for group in range(len(dataset.groups)) if dataset.event_types else ():
+    for group in range(len(dataset.groups)):
+        if found[1:].all():  # as a rule after the first
+            return
         sequences = dataset.read([group])
         trained = sequences.positions < sequences.valid_start[sequences.owners]
         found += np.bincount(sequences.event_types[trained], minlength=len(found))

@@ -7,6 +7,7 @@ Candidate, from-scratch and champion are scored outside the promotion lock, whic
 lock the champion is looked at again: where another promoter has changed it meanwhile, the new one is scored first.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -20,8 +21,8 @@ import torch
 
 from etl.config import GraftrecError
 from trainer import tracking
-from trainer.artifact import Artifact, ArtifactError, load_artifact
-from trainer.config import PromoteConfig
+from trainer.artifact import ArtifactError, config_of, load_artifact
+from trainer.config import PromoteConfig, event_types_read
 from trainer.data.dataset import Release, pin
 from trainer.distributed import join
 from trainer.gate import Decision, Evidence, decide
@@ -129,8 +130,7 @@ def _ask(
         models.append((label, artifact))
     if faults:
         return None, faults
-    champion = _load_champion(registry, registry.find(CHAMPION), config, say=False)
-    found = judged(models, champion, config, release)
+    found = judged(models, _kinds_of_champion(registry), config, release)
     return found, found.faults
 
 
@@ -138,24 +138,23 @@ def _not_finite(model: torch.nn.Module) -> list[str]:
     return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 
 
-def _load_champion(
-    registry: Registry, champion: Version | None, config: PromoteConfig, *, say: bool = True
-) -> Artifact | None:
-    """None: there is none, or its folder is gone or damaged."""
-    if champion is None:
-        return None
-    try:
-        return load_artifact(registry.folder(champion), device=str(join(config.runtime).device))
-    except ArtifactError as error:
-        if say:
-            print(f"the champion {champion.label} can't be scored, so it is no bar: {error}")
-        return None
+def _kinds_of_champion(registry: Registry) -> tuple[str, ...]:
+    """Of events, that it reads; none where it can't be read, which is said where it is scored."""
+    champion = registry.find(CHAMPION)
+    if champion is not None:
+        with contextlib.suppress(GraftrecError, OSError, ValueError):
+            return event_types_read(config_of(registry.stored(champion))[0])
+    return ()
 
 
 def _score_champion(registry: Registry, champion: Version, config: PromoteConfig, found: Judged[Any]) -> Any:
-    """The champion on the same questions. None: it can't be loaded."""
-    artifact = _load_champion(registry, champion, config)
-    return None if artifact is None else found.champion(artifact)
+    """The champion on the same questions. None: its folder is gone or damaged."""
+    try:
+        artifact = load_artifact(registry.folder(champion), device=str(join(config.runtime).device))
+    except ArtifactError as error:
+        print(f"the champion {champion.label} can't be scored, so it is no bar: {error}")
+        return None
+    return found.champion(artifact)
 
 
 # --- aliases ---------------------------------------------

@@ -8,8 +8,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from etl.tables import PAD
 from trainer.data.dataset import Catalogue, FloatArray, Int8Array, Int32Array, IntArray, SequenceDataset
@@ -117,15 +119,13 @@ class BlockReader:
         np.concatenate([group.rows for group in groups], out=rows[:total])
         rows[total:] = PAD
         order = order_of(number, len(trained))
-        values_NT = event_types_NT = None
-        if self.dataset.values:
-            behind = np.full(self.window, np.nan, np.float32)
-            values = np.concatenate([*(group.values for group in groups), behind])
-            values_NT = np.lib.stride_tricks.sliding_window_view(values, self.window)
-        if self.dataset.event_types:
-            kinds = np.concatenate([*(group.event_types for group in groups), np.zeros(self.window, np.int8)])
-            event_types_NT = np.lib.stride_tricks.sliding_window_view(kinds, self.window)
+
+        def windows(name: str) -> Any:
+            parts = [getattr(group, name) for group in groups]
+            return sliding_window_view(np.concatenate([*parts, np.zeros(self.window, parts[0].dtype)]), self.window)
+
         return Block(
-            users[order], trained[order], (np.cumsum(lengths) - lengths)[order],
-            np.lib.stride_tricks.sliding_window_view(rows, self.window), values_NT, event_types_NT,
+            users[order], trained[order], (np.cumsum(lengths) - lengths)[order], sliding_window_view(rows, self.window),
+            windows("values") if self.dataset.values else None,
+            windows("event_types") if self.dataset.event_types else None,
         )  # fmt: skip
