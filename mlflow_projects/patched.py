@@ -64,15 +64,20 @@ def _timed(load: Callable[[], list[Artifact]]) -> dict[str, float]:
         begun = time.perf_counter()
         models = load()
         seconds.append(time.perf_counter() - begun)
+    return {"seconds": float(np.median(seconds)), "ms": milliseconds_to_answer(models, REQUESTS)}
+
+
+def milliseconds_to_answer(models: Sequence[Artifact], requests: int) -> float:
+    """The median of one request of HISTORY items, the models in turns; each one's first doesn't count."""
     servers = [Recommender(model, "measured/1") for model in models]
     random, times = np.random.default_rng(0), []
     items = [str(item) for item in models[0].catalogue.raw_ids[FIRST_INDEX:]]
-    for number in range(REQUESTS + len(servers)):
+    for number in range(requests + len(servers)):
         history = random.choice(items, min(HISTORY, len(items)), replace=False).tolist()
         begun = time.perf_counter()
         servers[number % len(servers)].answer([Request(history)])
         times.append(time.perf_counter() - begun)
-    return {"seconds": float(np.median(seconds)), "ms": float(1e3 * np.median(times[len(servers) :]))}
+    return float(1e3 * np.median(times[len(servers) :]))
 
 
 def _item_bytes(patch: Path, model: Path) -> int:

@@ -24,3 +24,12 @@ def batch_of(lengths, *, seed=0, draw=(0, 0, 0), width=None):
     items[torch.arange(width) >= lengths[:, None]] = PAD
     users = torch.from_numpy(random.integers(FIRST_INDEX, 50, len(lengths)))
     return Batch(items, lengths, users, len(lengths), slice(0, len(lengths)), draw, int(lengths.sum()))
+
+
+def descend(task, model, batch, optimizer):
+    """One plain step of training; gives the loss a target."""
+    loss, count = task.loss(model, batch)
+    optimizer.zero_grad()
+    (loss / count).backward()
+    optimizer.step()
+    return loss / count

@@ -14,7 +14,7 @@ from test_training import TINY
 from etl import tables
 from etl.config import ConfigError
 from etl.tables import CLS, FIRST_INDEX, MASK, PAD, SEP
-from tests.trainer.networks import NUM_ITEMS, model_of
+from tests.trainer.networks import NUM_ITEMS, descend, model_of
 from trainer import basket_baselines
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.baselines import Histories
@@ -344,10 +344,7 @@ def test_a_planted_pattern_is_found(kind, name):
         ]
 
     for step in range(150 if kind == "next_basket" else 400):
-        loss, count = task.loss(model, batch_of(users(24), draw=(0, 0, step)))
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
+        descend(task, model, batch_of(users(24), draw=(0, 0, step)), optimizer)
     model.eval()
     lists = users(50)
     best_BK = model.scores(task.query(model, batch_of(lists)))[:, FIRST_INDEX:NUM_ITEMS].topk(5).indices

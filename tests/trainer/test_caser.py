@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from etl.tables import CLS, FIRST_INDEX, MASK, PAD, UNK
 from tests.trainer import networks
-from tests.trainer.networks import NUM_ITEMS, batch_of
+from tests.trainer.networks import NUM_ITEMS, batch_of, descend
 from trainer import finetune, pretrain
 from trainer.artifact import load_artifact
 from trainer.baselines import Histories
@@ -167,10 +167,7 @@ def test_learns_a_planted_order(task):
         return Batch(torch.from_numpy(items), lengths, users, 64, slice(0, 64), (0, 0, step), 64 * length)
 
     for step in range(150):
-        loss, count = task.loss(model.train(), batch(step))
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
+        descend(task, model.train(), batch(step), optimizer)
     asked = batch(0)
     best = model.scores(task.query(model.eval(), asked))[:, FIRST_INDEX:].argmax(1)
     expected = (asked.items[:, -1] - FIRST_INDEX + 1) % num_items

@@ -16,7 +16,7 @@ from test_training import TINY
 from etl import tables
 from etl.config import ConfigError
 from etl.tables import CLS, FIRST_INDEX, MASK
-from tests.trainer.networks import NUM_ITEMS, batch_of, model_of
+from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
 from trainer import click_table, clicks, content
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.baselines import Histories
@@ -193,10 +193,7 @@ def test_a_planted_pattern_holds_for_items_never_seen(causal):
         return taste, Batch(items, torch.full((24,), 8), torch.zeros(24).long(), 24, slice(0, 24), (0, 0, step))
 
     for step in range(150):
-        loss, count = task.loss(model, users(step)[1])
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
+        descend(task, model, users(step)[1], optimizer)
     taste, batch = users(999)
     hidden_BD = task.query(model.eval(), batch)
     new = torch.arange(24, NUM_ITEMS)
@@ -282,10 +279,7 @@ def test_what_is_passed_over_is_learned_from_impressions_alone(causal):
         return Batch(items, *given, event_types=(kind_V[items] != kind_V[items[:, :1]]).long())
 
     for step in range(150):
-        loss, count = task.loss(model, users(step))
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
+        descend(task, model, users(step), optimizer)
     batch = users(999)
     taste_B = kind_V[batch.items[:, 0]]
     only_taken = Batch(batch.items[:, :1], torch.ones(24).long(), batch.users, 24, slice(0, 24), batch.draw)

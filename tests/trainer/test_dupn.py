@@ -6,7 +6,7 @@ import torch
 from test_training import TINY, equal_weights, weights_of
 
 from etl.tables import FIRST_INDEX, PAD, UNK
-from tests.trainer.networks import NUM_ITEMS, batch_of, model_of
+from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
 from trainer.artifact import load_artifact
 from trainer.config import (
     DupnConfig,
@@ -93,10 +93,7 @@ def test_it_learns_a_successor():
         items = FIRST_INDEX + (random.integers(0, 30, 32)[:, None] + np.arange(10)) % 30
         users, lengths = torch.zeros(32).long(), torch.full((32,), 10)
         batch = Batch(torch.from_numpy(items), lengths, users, 32, slice(0, 32), (0, 0, step))
-        loss, count = task.loss(model, batch)
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
+        descend(task, model, batch, optimizer)
     best_B = model.eval().scores(task.query(model, batch))[:, FIRST_INDEX:NUM_ITEMS].argmax(1)
     assert (best_B == (batch.items[:, -1] - FIRST_INDEX + 1) % 30).float().mean() > 0.95
 

@@ -13,7 +13,7 @@ from test_training import TINY
 
 from etl.config import ConfigError
 from etl.tables import FIRST_INDEX, UNK
-from tests.trainer.networks import NUM_ITEMS
+from tests.trainer.networks import NUM_ITEMS, descend
 from trainer import promote, recommend
 from trainer.artifact import load_artifact
 from trainer.baselines import Histories
@@ -197,10 +197,7 @@ def test_it_learns_what_only_kinds_tell():
         for step in range(200):
             batch, _ = planted(random, step)
             batch.event_types = batch.event_types if reads else None
-            loss, count = task.loss(model, batch)
-            optimizer.zero_grad()
-            (loss / count).backward()
-            optimizer.step()
+            descend(task, model, batch, optimizer)
         batch, behind = planted(random, 0)
         batch.event_types = batch.event_types if reads else None
         best_B = model.eval().scores(task.query(model, batch))[:, FIRST_INDEX:NUM_ITEMS].argmax(1) + FIRST_INDEX
@@ -232,10 +229,7 @@ def test_a_kind_is_told_by_what_came_before():
     torch.testing.assert_close(only_first, by_hand)
     assert count == 32 * 7
     for step in range(120):
-        loss, count = task.loss(model, users(step))
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
+        descend(task, model, users(step), optimizer)
     batch = users(0)
     told = model.task_heads["event_type"](task.query(model.eval(), batch)).argmax(1)
     assert (told + 1 == 3 - batch.event_types[:, -1]).float().mean() > 0.95

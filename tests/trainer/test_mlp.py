@@ -6,7 +6,7 @@ import torch
 from test_training import tiny
 
 from etl.tables import FIRST_INDEX, UNK
-from tests.trainer.networks import NUM_ITEMS, batch_of, model_of
+from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
 from trainer.artifact import load_artifact
 from trainer.config import FinetuneConfig, LossConfig, MlpConfig, NextItemConfig, PretrainConfig
 from trainer.data.batch import Batch
@@ -62,10 +62,7 @@ def test_a_planted_pattern_is_found():
         batch = Batch(
             torch.from_numpy(items), lengths, torch.from_numpy(users), len(users), slice(0, len(users)), (0, 0, step)
         )
-        loss, count = TASK.loss(model, batch)
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
+        descend(TASK, model, batch, optimizer)
     scores_BV = model.eval().scores(TASK.query(model, batch))[:, FIRST_INDEX : FIRST_INDEX + 30]
     best_BK = scores_BV.topk(10).indices
     assert (best_BK % 3 == torch.from_numpy(users % 3)[:, None]).float().mean() > 0.95

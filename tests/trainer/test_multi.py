@@ -12,7 +12,7 @@ from test_training import TINY
 
 from etl.config import ConfigError
 from etl.tables import CLS, FIRST_INDEX
-from tests.trainer.networks import NUM_ITEMS, batch_of, model_of
+from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
 from trainer import next_events
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.config import (
@@ -263,10 +263,7 @@ def test_planted_patterns_are_found(name):
         return Batch(items, torch.full((32,), 6), torch.zeros(32).long(), 32, slice(0, 32), (0, 0, step), values=values)
 
     for step in range(250):
-        loss, count = task.loss(model, users(step))
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
+        descend(task, model, users(step), optimizer)
     batch = users(0)
     hidden_BD = task.query(model.eval(), batch)
     last = class_V[batch.items[:, -1]]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from etl.tables import CLS, FIRST_INDEX, PAD
 from tests.trainer import networks
-from tests.trainer.networks import NUM_ITEMS, batch_of
+from tests.trainer.networks import NUM_ITEMS, batch_of, descend
 from trainer.config import LossConfig, MaskedItemConfig, NextItemConfig, PeterRecConfig, TargetItemConfig
 from trainer.data.batch import Batch
 from trainer.models import tied
@@ -180,11 +180,8 @@ def test_a_planted_pattern_is_found_and_holds_for_new_users(causal):
     task, random = TargetItem(TargetItemConfig(causal=causal)), np.random.default_rng(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(60):
-        loss, count = task.loss(model, taste_batch(random)[1])
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
-    assert (loss / count).item() == pytest.approx(np.log(OF_TARGET), abs=0.2)  # nothing but luck within a kind
+        loss = descend(task, model, taste_batch(random)[1], optimizer)
+    assert loss.item() == pytest.approx(np.log(OF_TARGET), abs=0.2)  # nothing but luck within a kind
     taste, cold = taste_batch(random, targets=0)
     scores_BV = model.eval().scores(task.query(model, cold)).masked_fill(~predicted_V, -torch.inf)
     best_BK = scores_BV.topk(OF_TARGET).indices - FIRST_TARGET
@@ -200,10 +197,7 @@ def test_it_learns_a_successor(task):
         items = FIRST_INDEX + (random.integers(0, 30, 32)[:, None] + np.arange(10)) % 30
         lengths, users = torch.full((32,), 10), torch.zeros(32).long()
         batch = Batch(torch.from_numpy(items), lengths, users, 32, slice(0, 32), (0, 0, step))
-        loss, count = task.loss(model, batch)
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
+        descend(task, model, batch, optimizer)
     best_B = model.eval().scores(task.query(model, batch))[:, FIRST_INDEX:].argmax(1)
     expected_B = (batch.items[:, -1] - FIRST_INDEX + 1) % 30
     assert (best_B == expected_B).float().mean() > 0.95

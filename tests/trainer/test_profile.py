@@ -14,7 +14,7 @@ from test_training import TINY
 from etl import tables
 from etl.config import ConfigError
 from etl.tables import CLS, FIRST_INDEX
-from tests.trainer.networks import NUM_ITEMS, batch_of, model_of
+from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
 from trainer import profiles
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.classification import example_metrics, metrics_of
@@ -190,10 +190,7 @@ def test_a_planted_pattern_is_found(name):
         users = torch.arange(32)
         batch = Batch(torch.from_numpy(items), torch.full((32,), 5), torch.zeros(32).long(), 32, slice(0, 32),
                       (0, 0, step), owners=users)  # fmt: skip
-        loss, count = Profile(ProfileConfig(attribute="x"), torch.from_numpy(kind)).loss(model, batch)
-        optimizer.zero_grad()
-        (loss / count).backward()
-        optimizer.step()
+        descend(Profile(ProfileConfig(attribute="x"), torch.from_numpy(kind)), model, batch, optimizer)
     model.eval()
     told = model.task_heads[HEAD](Profile(ProfileConfig(attribute="x")).query(model, batch)).argmax(1)
     assert (told.numpy() == kind).mean() > 0.9
