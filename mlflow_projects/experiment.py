@@ -21,6 +21,7 @@ from typing import Literal, TypeVar, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
+from cells import Cell
 from pydantic import Field, model_validator
 
 from etl.config import ConfigError, EtlConfig, GraftrecError, MovielensSource, Section, config_hash, load
@@ -195,22 +196,6 @@ class ExperimentConfig(Section):
 
 
 # --- the plan: rows, and the cells that they need -----------------------------------------------------------------
-
-
-@dataclass
-class Cell:
-    """One training run."""
-
-    name: str  # its folder within the experiment's
-    recipe: Literal["pretrain", "finetune"]
-    config: PretrainConfig
-    parent: "Cell | None" = None
-    failure: str = ""  # why it has no model
-    is_done: bool = False
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.output) / self.config.name
 
 
 @dataclass

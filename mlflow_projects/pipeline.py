@@ -2,9 +2,11 @@
 
     python mlflow_projects/pipeline.py --config pipeline/demo [--data FOLDER] [--section.key value …]
 
-One process runs the steps one after the other, each a child of one MLflow run. A step whose inputs, settings and code
-are unchanged says so and is skipped: the recipes decide that themselves. Exit codes: 0; 2 for a mistake in settings or
-data; 3 where the gate refuses the candidate.
+Every step is a child of one MLflow run. Trainings run side by side, one process each. A step whose inputs, settings and
+code are unchanged says so and is skipped: the recipes decide that themselves. A pipeline has one source domain and any
+number of target domains, each with a registered model of its own; without a source domain nothing is transferred, and
+models are compared with baselines and champion. Exit codes: 0; 2 for a mistake in settings or data; 3 where the gate
+refuses a candidate; 4 where a loss is not a number; 143 stopped by a signal.
 """
 
 import argparse
@@ -19,12 +21,14 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from pydantic import model_validator
+from cells import Cell
+from pydantic import Field, model_validator
 
-from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, load
-from etl.tables import RECOMMENDATIONS
+from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, SplitConfig, load
+from etl.tables import DOMAIN_ALL, RECOMMENDATIONS
 from trainer.config import (
     RANKING_TASKS,
+    ConfigError,
     EvaluateConfig,
     EvaluatedModel,
     FinetuneConfig,
@@ -38,6 +42,7 @@ from trainer.config import (
 
 SCORE = "validation/NDCG@10"  # chooses the candidate; test numbers choose nothing
 SCRATCH: TransferName = "none"
+READS_ALL = "all-domains"  # label of the model that reads every domain and predicts the target's items
 REFUSED = 3
 
 
@@ -49,16 +54,19 @@ class PipelineConfig(Section):
 
     name: str = "pipeline"
     runs: str = "runs"  # folder of the training runs, their evaluation and the gate's decision
-    registered_model: str = "graftrec"
+    registered_model: str = "graftrec"  # each target domain's is <registered_model>-<domain>
     etl: EtlConfig
     pretrain: PretrainConfig
     finetune: FinetuneConfig
     promote: PromoteConfig  # no default: the gate's thresholds are data in conf/
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
+    targets: tuple[str, ...] = ()  # domains that are transferred to; (): finetune.data.domain, or the only one there is
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
-    seeds: tuple[int, ...] = (0, 1, 2)
+    reads_all: bool = True  # beside them a model that reads all domains and predicts the target's items
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all of them
+    jobs: int | None = Field(None, ge=1)  # trainings side by side; None: one a core, on a GPU one
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
@@ -67,15 +75,104 @@ class PipelineConfig(Section):
             raise ValueError(f"expected tasks that rank items for sequences, found {others[0]}; run steps one by one")
         return self
 
+    @model_validator(mode="after")
+    def _each_once(self) -> "PipelineConfig":
+        for name, given in (("targets", self.targets), ("transfers", self.transfers), ("seeds", self.seeds)):
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name}: expected each once, found {', '.join(map(str, given))}")
+        if not self.seeds:
+            raise ValueError("seeds: expected at least one, found none")
+        return self
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which domains are read, and which predicted."""
+
+    source: str | None  # None: nothing is transferred
+    targets: tuple[str, ...]
+    transfers: tuple[TransferName, ...]
+    joint_splits: dict[str, str]  # of each target: the split whose domain `all` holds out the target's items
+
 
 @dataclass(frozen=True)
 class Trained:
-    """One fine-tuned model."""
+    """One fine-tuned model. `label`: its transfer, or READS_ALL."""
 
-    transfer: TransferName
+    label: str
     seed: int
     model: Path
     score: float  # on the validation part
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one target domain."""
+
+    target: str
+    table: str
+    refusal: str  # "": promoted
+    lines: list[str]  # champion, recommendations, what to do next
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
+    """Source and targets, checked against the domains of the log; and the configuration with the splits that they
+    need. Raises ConfigError."""
+    names = [domain.name for domain in config.etl.domains]
+    wanted = config.pretrain.data.domain
+    source = wanted if len(names) > 1 or wanted in names else None
+    if not names:
+        targets = config.targets or (DOMAIN_ALL,)
+    elif config.targets or config.finetune.data.domain in names:
+        targets = config.targets or (config.finetune.data.domain,)
+    elif len(names) == 1:
+        targets = (names[0],)
+    else:
+        targets = (config.finetune.data.domain,)
+    known = [*names, DOMAIN_ALL]
+    if source is not None and source not in known:
+        raise ConfigError(
+            f"pretrain.data.domain: expected one of the log's domains ({', '.join(known)}), found {source!r}; mend the "
+            "name, or set transfers to [none]"
+        )
+    if unknown := [name for name in targets if name not in known]:
+        raise ConfigError(
+            f"targets: expected domains of the log ({', '.join(known)}), found {', '.join(unknown)}; mend the names"
+        )
+    if targets == (source,):
+        source = None
+    if source in targets:
+        raise ConfigError(
+            f"targets: expected domains other than {source!r}, which is pre-trained on, found {', '.join(targets)}; "
+            "leave it out, or set pretrain.data.domain to another"
+        )
+    transfers = config.transfers if source is not None else (SCRATCH,)
+    if set(transfers) == {SCRATCH}:
+        source = None
+    splits, joint = list(config.etl.splits), {}
+    if config.reads_all and len(names) > 1:
+        for target in targets:
+            if target != DOMAIN_ALL:
+                joint[target] = _joint_split(splits, config.finetune.data.split, target)
+    etl = config.etl.model_copy(update={"splits": tuple(splits)})
+    return config.model_copy(update={"etl": etl}), Plan(source, targets, transfers, joint)
+
+
+def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
+    """The split like `name` with `joint_target`; added where there is none."""
+    own = next((split for split in splits if split.name == name), None)
+    if own is None:
+        known = ", ".join(split.name for split in splits)
+        raise ConfigError(f"finetune.data.split: expected one of etl.splits ({known}), found {name!r}; mend the name")
+    wanted = own.model_copy(update={"joint_target": target})
+    for split in splits:
+        if split.model_copy(update={"name": name}) == wanted:
+            return split.name
+    splits.append(wanted.model_copy(update={"name": f"{name}-joint-{target}"}))
+    return splits[-1].name
 
 
 # --- the steps --------------------------------------------------------------------------------------------------------
@@ -86,22 +183,26 @@ def run(config: PipelineConfig) -> int:
     from trainer import tracking
 
     begun = time.monotonic()
+    config, planned = plan(config)
+    if planned.source is None:
+        print("nothing is transferred: models are compared with the simple baselines and the champion", flush=True)
     tags = {"graftrec.recipe": "pipeline"}
     with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
         release = build_tables(config)
         tracked.set_tags({"graftrec.release": release, "graftrec.lake": config.etl.lake})
-        trained = train_all(config, release)
-        table = gain_table(evaluate(config, release, trained))
-        tracked.log_text(table, "table.txt")
-        refusal = promote(config, release, trained)
-        tracked.set_tags({"graftrec.gate": refusal or "promoted"})
-        written = recommend(config, release)
-    print(f"\n== {config.name}, in {time.monotonic() - begun:.0f} s\n\n{table}\n")
-    print(f"gate             {f'refused: {refusal}' if refusal else 'passed'}")
-    for line in written:
-        print(line)
+        trained = train_all(config, planned, release, tracking.child_environment(tracked))
+        outcomes = [conclude(config, planned, target, release, trained[target]) for target in planned.targets]
+        for outcome in outcomes:
+            tracked.log_text(outcome.table, f"{outcome.target}/table.txt")
+            tracked.set_tags({f"graftrec.gate.{outcome.target}": outcome.refusal or "promoted"})
+    print(f"\n== {config.name}, in {time.monotonic() - begun:.0f} s")
+    for outcome in outcomes:
+        print(f"\n{outcome.target}\n{outcome.table}\n")
+        print(f"gate             {f'refused: {outcome.refusal}' if outcome.refusal else 'passed'}")
+        for line in outcome.lines:
+            print(line)
     print(f"MLflow page      {page_command()}", flush=True)
-    return REFUSED if refusal else 0
+    return REFUSED if any(outcome.refusal for outcome in outcomes) else 0
 
 
 def build_tables(config: PipelineConfig) -> int:
@@ -112,60 +213,115 @@ def build_tables(config: PipelineConfig) -> int:
         return run_etl.run(config.etl, config.tracking)
 
 
-def train_all(config: PipelineConfig, release: int) -> list[Trained]:
-    """Pre-train, then fine-tune by every transfer and seed."""
-    from trainer import finetune, pretrain
+def train_all(
+    config: PipelineConfig, planned: Plan, release: int, environment: dict[str, str]
+) -> dict[str, list[Trained]]:
+    """Pre-train, and fine-tune by every transfer and seed, side by side; gives the models of each target."""
+    import cells as runner
 
-    parents: dict[int, Path] = {}
-    if set(config.transfers) - {SCRATCH}:
-        with step("pre-train"):
-            for seed in config.seeds if config.pretrain_each_seed else config.seeds[:1]:
-                parents[seed] = pretrain.run(pretrain_config(config, release, seed)).model
-    trained = []
-    with step("fine-tune"):
-        for transfer in config.transfers:
+    cells, of_target = cells_of(config, planned, release)
+    with step("train"):
+        runner.run(cells, folder=Path(config.runs), jobs=jobs_of(config, len(cells)), environment=environment)
+    if failed := next((cell for cell in cells if cell.failure), None):
+        raise TrainingFailed(f"{failed.name}: {failed.failure}", failed.exit_code)
+    return {
+        target: [
+            Trained(label, seed, cell.model, (cell.metrics or {})[SCORE]) for (label, seed), cell in of_label.items()
+        ]
+        for target, of_label in of_target.items()
+    }
+
+
+class TrainingFailed(GraftrecError):
+    """A training of the pipeline that gave no model; ends with that training's exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def cells_of(
+    config: PipelineConfig, planned: Plan, release: int
+) -> tuple[list[Cell], dict[str, dict[tuple[str, int], Cell]]]:
+    """All trainings, those that others wait for first; and of each target the fine-tuned ones by label and seed."""
+    parents: dict[int, Cell] = {}
+    if planned.source is not None:
+        for seed in config.seeds if config.pretrain_each_seed else config.seeds[:1]:
+            parents[seed] = Cell(f"pretrain-{seed}", "pretrain", pretrain_config(config, planned, release, seed))
+    of_target: dict[str, dict[tuple[str, int], Cell]] = {}
+    for target in planned.targets:
+        labels = [*planned.transfers, *([READS_ALL] if target in planned.joint_splits else [])]
+        found = of_target.setdefault(target, {})
+        for label in labels:
             for seed in config.seeds:
-                parent = None if transfer == SCRATCH else parents.get(seed, parents[config.seeds[0]])
-                done = finetune.run(finetune_config(config, release, transfer, seed, parent))
-                trained.append(Trained(transfer, seed, done.model, done.metrics[SCORE]))
-    return trained
+                parent = None
+                if label not in (SCRATCH, READS_ALL):
+                    parent = parents.get(seed, parents[config.seeds[0]])
+                made = finetune_config(config, planned, target, release, label, seed, parent.model if parent else None)
+                found[label, seed] = Cell(made.name, "finetune", made, parent)
+    fine_tuned = [cell for of_label in of_target.values() for cell in of_label.values()]
+    return [*parents.values(), *fine_tuned], of_target
 
 
-def evaluate(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> list[dict[str, Any]]:
+def jobs_of(config: PipelineConfig, trainings: int) -> int:
+    """How many trainings run side by side."""
+    import torch
+
+    device = config.finetune.runtime.device
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        return config.jobs or 1
+    return config.jobs or max(1, min(trainings, _cores() // (config.finetune.runtime.threads or 1)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, trained: Sequence[Trained]) -> Outcome:
+    """Evaluate the models of one target domain, ask the gate, write recommendations."""
+    heading = f" {target}" if len(planned.targets) > 1 else ""
+    with step(f"evaluate{heading}"):
+        table = gain_table(evaluate(config, planned, target, release, trained))
+    with step(f"promote{heading}"):
+        refusal = promote(config, planned, target, release, trained)
+    return Outcome(target, table, refusal, recommend(config, target, release))
+
+
+def evaluate(
+    config: PipelineConfig, planned: Plan, target: str, release: int, trained: Sequence[Trained]
+) -> list[dict[str, Any]]:
     """Score all models beside the baselines; gives the rows of the comparison."""
     from trainer import evaluate
 
-    with step("evaluate"):
-        return evaluate.run(evaluate_config(config, release, trained)).rows
+    return evaluate.run(evaluate_config(config, target, release, trained)).rows
 
 
-def promote(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> str:
+def promote(config: PipelineConfig, planned: Plan, target: str, release: int, trained: Sequence[Trained]) -> str:
     """Register the candidate and ask the gate; gives its reason to refuse, "" where it agrees."""
     from trainer import promote
 
-    with step("promote"):
-        try:
-            promote.run(promote_config(config, release, trained))
-        except GraftrecError as refusal:
-            if refusal.exit_code != REFUSED:
-                raise
-            print(refusal)
-            return str(refusal)
+    try:
+        promote.run(promote_config(config, target, release, trained))
+    except GraftrecError as refusal:
+        if refusal.exit_code != REFUSED:
+            raise
+        print(refusal)
+        return str(refusal)
     return ""
 
 
-def recommend(config: PipelineConfig, release: int) -> list[str]:
+def recommend(config: PipelineConfig, target: str, release: int) -> list[str]:
     """Write the champion's recommendations; gives lines on the champion and on what was written."""
     from trainer import recommend
     from trainer.registry import CHAMPION, Registry
 
     if not config.tracking.enabled:
         return []
-    champion = Registry(config.registered_model).find(CHAMPION)
+    champion = Registry(registered_model(config, target)).find(CHAMPION)
     if champion is None:
         return ["champion         none yet, so no recommendations are written"]
-    with step("recommend"):
-        written = recommend.run(recommend_config(config, release))
+    with step(f"recommend {target}"):
+        written = recommend.run(recommend_config(config, target, release))
     made = f"{written.rows:,} rows" if written.committed else "unchanged"
     return [
         f"champion         {champion.label} (models:/{champion.name}@{CHAMPION})",
@@ -173,15 +329,19 @@ def recommend(config: PipelineConfig, release: int) -> list[str]:
     ]
 
 
-def choose(trained: Sequence[Trained]) -> list[Trained]:
-    """The candidate, and then its replicas: the transfer with the best mean validation score, its best seed first.
+def registered_model(config: PipelineConfig, target: str) -> str:
+    return f"{config.registered_model}-{target}"
 
-    From-scratch is chosen only where there is nothing else; the gate then refuses it.
+
+def choose(trained: Sequence[Trained]) -> list[Trained]:
+    """The candidate, and then its replicas: the label with the best mean validation score, its best seed first.
+
+    From-scratch is chosen only where there is nothing else; the gate then compares with baselines and champion.
     """
-    by_transfer: dict[TransferName, list[Trained]] = {}
-    for model in [model for model in trained if model.transfer != SCRATCH] or trained:
-        by_transfer.setdefault(model.transfer, []).append(model)
-    best = max(by_transfer.values(), key=lambda models: sum(model.score for model in models) / len(models))
+    by_label: dict[str, list[Trained]] = {}
+    for model in [model for model in trained if model.label != SCRATCH] or trained:
+        by_label.setdefault(model.label, []).append(model)
+    best = max(by_label.values(), key=lambda models: sum(model.score for model in models) / len(models))
     return sorted(best, key=lambda model: -model.score)
 
 
@@ -215,26 +375,37 @@ def page_command() -> str:
 ConfigT = TypeVar("ConfigT", bound=PretrainConfig)
 
 
-def pretrain_config(config: PipelineConfig, release: int, seed: int) -> PretrainConfig:
-    return _training(config.pretrain, config, release, f"pretrain-{seed}", seed)
+def pretrain_config(config: PipelineConfig, planned: Plan, release: int, seed: int) -> PretrainConfig:
+    return _training(config.pretrain, config, release, f"pretrain-{seed}", seed, {"domain": planned.source})
 
 
 def finetune_config(
-    config: PipelineConfig, release: int, transfer: TransferName, seed: int, parent: Path | None
+    config: PipelineConfig, planned: Plan, target: str, release: int, label: str, seed: int, parent: Path | None
 ) -> FinetuneConfig:
-    made = _training(config.finetune, config, release, f"{transfer}-{seed}", seed)
+    """Of a transfer; READS_ALL is trained from scratch."""
+    data: dict[str, Any] = {"domain": target}
+    transfer = label
+    if label == READS_ALL:
+        data = {"domain": DOMAIN_ALL, "predicted": target, "split": planned.joint_splits[target]}
+        transfer = SCRATCH
+    made = _training(config.finetune, config, release, f"{target}/{label}-{seed}", seed, data)
     return made.model_copy(update={"transfer": transfer, "parent": str(parent) if parent else None})
 
 
-def _training(section: ConfigT, config: PipelineConfig, release: int, name: str, seed: int) -> ConfigT:
-    data = section.data.model_copy(update={"lake": config.etl.lake, "release": release})
-    train = section.train.model_copy(update={"seed": seed})
+def _training(
+    section: ConfigT, config: PipelineConfig, release: int, name: str, seed: int, data: dict[str, Any]
+) -> ConfigT:
+    update = {"lake": config.etl.lake, "release": release, **data}
     return section.model_copy(
         update={
-            "name": name, "output": config.runs, "data": data, "train": train,
-            "runtime": _quiet(section.runtime), "tracking": config.tracking,
+            "name": name,
+            "output": config.runs,
+            "data": section.data.model_copy(update=update),
+            "train": section.train.model_copy(update={"seed": seed}),
+            "runtime": section.runtime.model_copy(update={"progress": False, "threads": section.runtime.threads or 1}),
+            "tracking": config.tracking,
         }
-    )  # fmt: skip
+    )
 
 
 def _quiet(runtime: RuntimeConfig) -> RuntimeConfig:
@@ -242,36 +413,57 @@ def _quiet(runtime: RuntimeConfig) -> RuntimeConfig:
     return runtime.model_copy(update={"progress": runtime.progress and sys.stderr.isatty()})
 
 
-def evaluate_config(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> EvaluateConfig:
-    models = tuple(EvaluatedModel(model=str(one.model), label=one.transfer, seed=one.seed) for one in trained)
+def evaluate_config(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> EvaluateConfig:
+    models = tuple(EvaluatedModel(model=str(one.model), label=one.label, seed=one.seed) for one in trained)
     return config.evaluate.model_copy(
         update={
-            "name": "evaluate", "output": config.runs, "model": None, "models": models, "lake": config.etl.lake,
-            "release": release, "runtime": _quiet(config.evaluate.runtime), "tracking": config.tracking,
-        }
-    )  # fmt: skip
-
-
-def promote_config(config: PipelineConfig, release: int, trained: Sequence[Trained]) -> PromoteConfig:
-    candidate, *replicas = choose(trained)
-    return config.promote.model_copy(
-        update={
-            "name": "promote", "output": config.runs, "registered_model": config.registered_model,
-            "candidate": str(candidate.model), "replicas": tuple(str(one.model) for one in replicas),
-            "from_scratch": tuple(str(one.model) for one in trained if one.transfer == SCRATCH),
-            "lake": config.etl.lake, "release": release, "runtime": _quiet(config.promote.runtime),
+            "name": f"{target}/evaluate",
+            "output": config.runs,
+            "model": None,
+            "models": models,
+            "lake": config.etl.lake,
+            "release": release,
+            "split": config.finetune.data.split,
+            "domain": target,
+            "runtime": _quiet(config.evaluate.runtime),
             "tracking": config.tracking,
         }
-    )  # fmt: skip
+    )
 
 
-def recommend_config(config: PipelineConfig, release: int) -> RecommendConfig:
+def promote_config(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> PromoteConfig:
+    candidate, *replicas = choose(trained)
+    scratch = [one for one in trained if one.label == SCRATCH != candidate.label]
+    return config.promote.model_copy(
+        update={
+            "name": f"{target}/promote",
+            "output": config.runs,
+            "registered_model": registered_model(config, target),
+            "candidate": str(candidate.model),
+            "replicas": tuple(str(one.model) for one in replicas),
+            "from_scratch": tuple(str(one.model) for one in scratch),
+            "lake": config.etl.lake,
+            "release": release,
+            "split": config.finetune.data.split,
+            "domain": target,
+            "runtime": _quiet(config.promote.runtime),
+            "tracking": config.tracking,
+        }
+    )
+
+
+def recommend_config(config: PipelineConfig, target: str, release: int) -> RecommendConfig:
     return config.recommend.model_copy(
         update={
-            "registered_model": config.registered_model, "model": "champion", "lake": config.etl.lake,
-            "release": release, "spark": config.etl.spark, "tracking": config.tracking,
+            "registered_model": registered_model(config, target),
+            "model": "champion",
+            "lake": config.etl.lake,
+            "release": release,
+            "domain": target,
+            "spark": config.etl.spark,
+            "tracking": config.tracking,
         }
-    )  # fmt: skip
+    )
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

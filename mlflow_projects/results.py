@@ -30,7 +30,8 @@ from trainer.pretrain import DONE
 from trainer.ranking import SINGLE, metrics_of, ranks
 
 if TYPE_CHECKING:
-    from experiment import Cell, ExperimentConfig, Row
+    from cells import Cell
+    from experiment import ExperimentConfig, Row
 
 SCORE = "NDCG@10"  # of the validation part
 CONVENTIONS = ("list", "single")

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ def demo(*overrides: str) -> PipelineConfig:
 
 def trained(**scores: list[float]) -> list[Trained]:
     return [
-        Trained(transfer, seed, Path("runs") / f"{transfer}-{seed}" / "model", score)  # type: ignore[arg-type]
-        for transfer, of_seeds in scores.items()
+        Trained(label, seed, Path("runs") / f"{label}-{seed}" / "model", score)
+        for label, of_seeds in scores.items()
         for seed, score in enumerate(of_seeds)
     ]
 
@@ -36,15 +37,16 @@ def trained(**scores: list[float]) -> list[Trained]:
 
 
 def test_lake_and_release_flow_through_every_step() -> None:
-    config = demo("--etl.lake", "elsewhere")
+    config, planned = pipeline.plan(demo("--etl.lake", "elsewhere"))
     models = trained(none=[0.1, 0.1], deep=[0.2, 0.3])
-    assert pipeline.pretrain_config(config, 7, 1).data.lake == "elsewhere"
+    cells, _ = pipeline.cells_of(config, planned, 7)
+    assert {(cell.config.data.lake, cell.config.data.release) for cell in cells} == {("elsewhere", 7)}
     for made in (
-        pipeline.evaluate_config(config, 7, models),
-        pipeline.promote_config(config, 7, models),
-        pipeline.recommend_config(config, 7),
+        pipeline.evaluate_config(config, "target", 7, models),
+        pipeline.promote_config(config, "target", 7, models),
+        pipeline.recommend_config(config, "target", 7),
     ):
-        assert (made.lake, made.release) == ("elsewhere", 7)
+        assert (made.lake, made.release, made.domain) == ("elsewhere", 7, "target")
 
 
 @pytest.mark.parametrize("name", ["pipeline/demo", "pipeline/ml1m"])
@@ -52,32 +54,95 @@ def test_gate_takes_its_thresholds_from_its_yaml(name: str) -> None:
     wanted = load(GateConfig, "gate/default")
     assert wanted != GateConfig(), "the file says nothing that the type doesn't"
     config = load(PipelineConfig, name)
-    assert pipeline.promote_config(config, 1, trained(none=[0.1], deep=[0.2])).gate == wanted
+    assert pipeline.promote_config(config, "target", 1, trained(none=[0.1], deep=[0.2])).gate == wanted
 
 
-def test_each_transfer_and_seed_trains_in_a_folder_of_its_own() -> None:
-    config = demo()
-    names = {
-        pipeline.finetune_config(config, 1, transfer, seed, None).name
-        for transfer in config.transfers
-        for seed in config.seeds
-    }
-    assert len(names) == len(config.transfers) * len(config.seeds)
-    made = pipeline.finetune_config(config, 1, "deep", 2, Path("runs/pretrain-0/model"))
-    assert (made.train.seed, made.transfer, made.parent) == (2, "deep", "runs/pretrain-0/model")
+def test_each_training_has_a_folder_of_its_own() -> None:
+    config, planned = pipeline.plan(shop("music", "films", targets="[music, films]"))
+    cells, of_target = pipeline.cells_of(config, planned, 1)
+    assert len({cell.folder for cell in cells}) == len(cells) == 1 + 2 * len(config.seeds) * (len(config.transfers) + 1)
+    deep = of_target["films"]["deep", 2]
+    assert (deep.config.train.seed, deep.config.transfer, deep.config.data.domain) == (2, "deep", "films")
+    assert deep.parent is of_target["music"]["shallow", 0].parent is cells[0]
+    assert deep.config.parent == str(cells[0].model)
+    assert (cells[0].config.data.domain, of_target["films"]["none", 2].parent) == ("books", None)
+
+
+def test_a_model_of_all_domains_predicts_the_target_on_a_split_that_holds_its_items_out() -> None:
+    config, planned = pipeline.plan(shop("music", "films", targets="[music, films]"))
+    _, of_target = pipeline.cells_of(config, planned, 1)
+    for target in ("music", "films"):
+        data = of_target[target]["all-domains", 0].config.data
+        split = next(split for split in config.etl.splits if split.name == data.split)
+        assert (data.domain, data.predicted, split.joint_target) == ("all", target, target)
+    plain = next(split for split in config.etl.splits if split.name == "last-5")
+    assert (split.validation, split.test, split.min_train) == (plain.validation, plain.test, plain.min_train)
+    assert pipeline.plan(config)[0].etl.splits == config.etl.splits  # found, not added again
+
+
+def test_movielens_has_the_split_for_all_domains_already() -> None:
+    config = load(PipelineConfig, "pipeline/ml1m")
+    planned = pipeline.plan(config)
+    assert (planned[1].joint_splits, planned[0].etl.splits) == ({"target": "joint-5"}, config.etl.splits)
+
+
+def shop(*targets_of_log: str, targets: str = "[]", source: str = "books") -> PipelineConfig:
+    """A log with these domains beside `books`; none at all where none are named."""
+    names = ["books", *targets_of_log] if targets_of_log else []
+    domains = str([{"name": name, "any_of": [name]} for name in names])
+    return demo("--etl.domains", domains, "--targets", targets, "--pretrain.data.domain", source)
+
+
+def test_without_domains_one_model_of_the_whole_log_is_trained() -> None:
+    _, planned = pipeline.plan(shop())
+    assert (planned.source, planned.targets, planned.transfers) == (None, ("all",), ("none",))
+    assert planned.joint_splits == {}
+
+
+def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scratch() -> None:
+    config = demo("--etl.domains", "[{name: music, any_of: [music]}]")
+    config, planned = pipeline.plan(config)
+    assert (planned.source, planned.targets, planned.transfers) == (None, ("music",), ("none",))
+    asked = pipeline.promote_config(config, "music", 1, trained(none=[0.1, 0.3]))
+    assert (asked.candidate, asked.from_scratch) == (str(Path("runs/none-1/model")), ())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: shop("music", targets="[musik]"), r"targets: .*books, music, all.* found musik"),
+        (
+            lambda: shop("music", targets="[music]", source="book"),
+            r"pretrain\.data\.domain: .*books, music.* found 'book'",
+        ),
+        (lambda: shop("music", targets="[music, books]"), r"targets: expected domains other than 'books'"),
+        (lambda: shop("music"), r"targets: .*found target"),
+    ],
+)
+def test_domains_that_do_not_fit_the_log_are_named(config: Callable[[], PipelineConfig], message: str) -> None:
+    with pytest.raises(GraftrecError, match=message):
+        pipeline.plan(config())
+
+
+def test_each_target_has_a_registered_model_and_folders_of_its_own() -> None:
+    config = demo("--registered_model", "shop")
+    made = [pipeline.promote_config(config, domain, 1, trained(none=[0.1], deep=[0.2])) for domain in ("a", "b")]
+    assert [one.registered_model for one in made] == ["shop-a", "shop-b"]
+    assert pipeline.recommend_config(config, "b", 1).registered_model == "shop-b"
+    assert len({(one.output, one.name) for one in made}) == 2
 
 
 def test_candidate_is_the_best_seed_of_the_transfer_that_is_best_on_the_whole() -> None:
     models = trained(none=[0.9, 0.9], shallow=[0.1, 0.6], deep=[0.4, 0.5])
-    assert [(model.transfer, model.seed) for model in pipeline.choose(models)] == [("deep", 1), ("deep", 0)]
-    asked = pipeline.promote_config(demo(), 1, models)
+    assert [(model.label, model.seed) for model in pipeline.choose(models)] == [("deep", 1), ("deep", 0)]
+    asked = pipeline.promote_config(demo(), "target", 1, models)
     assert asked.candidate == str(Path("runs/deep-1/model"))
     assert asked.replicas == (str(Path("runs/deep-0/model")),)
     assert len(asked.from_scratch) == 2
 
 
 def test_from_scratch_is_the_candidate_only_where_it_is_alone() -> None:
-    assert {model.transfer for model in pipeline.choose(trained(none=[0.1, 0.2]))} == {"none"}
+    assert {model.label for model in pipeline.choose(trained(none=[0.1, 0.2]))} == {"none"}
 
 
 def test_movielens_without_knowledge_files_trains_without_knowledge(tmp_path: Path) -> None:
@@ -118,7 +183,10 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def gains(output: str) -> dict[str, float]:
     """Transfer -> gain in the first metric, in percent, from the closing table."""
     table = output[output.rindex("transfer ") :]
-    return {name: float(gain) for name, gain in re.findall(r"^(shallow|deep) +[0-9.]+ +([+-][0-9.]+) %", table, re.M)}
+    return {
+        name: float(gain)
+        for name, gain in re.findall(r"^(shallow|deep|all-domains) +[0-9.]+ +([+-][0-9.]+) %", table, re.M)
+    }
 
 
 @pytest.mark.slow
@@ -128,7 +196,7 @@ def test_demo_moves_knowledge_promotes_and_recommends(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert min(gains(done.stdout).values()) > 5
-    assert "models:/graftrec@champion" in done.stdout
+    assert "models:/graftrec-target@champion" in done.stdout
 
     again = run(tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -155,7 +223,9 @@ def check_tracked(folder: Path) -> None:
     runs = client.search_runs([experiment.experiment_id], max_results=1_000)
     parents = [run for run in runs if run.data.tags.get("graftrec.recipe") == "pipeline"]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[-1].info.run_id]
-    assert {"etl", "pretrain-0", "none-0", "deep-2", "evaluate", "promote"} <= {run.info.run_name for run in children}
+    assert {"etl", "pretrain-0", "target/none-0", "target/deep-2", "target/evaluate", "target/promote"} <= {
+        run.info.run_name for run in children
+    }
     assert {run.info.status for run in runs} == {"FINISHED"}
     suffixes = {path.suffix for path in (folder / "mlartifacts").rglob("*")}
     assert not suffixes & {".pkl", ".pickle", ".pt", ".pth", ".bin"}
