@@ -11,6 +11,7 @@ refuses a candidate; 4 where a loss is not a number; 143 stopped by a signal.
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -141,6 +142,11 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     if unknown := [name for name in targets if name not in known]:
         raise ConfigError(
             f"targets: expected domains of the log ({', '.join(known)}), found {', '.join(unknown)}; mend the names"
+        )
+    if unfit := [name for name in targets if not re.fullmatch(r"[^/:@\x00]{1,100}", name) or name in (".", "..")]:
+        raise ConfigError(
+            "targets: expected names that a folder and a registered model can have (none of / : @), found "
+            f"{unfit[0]!r}; rename the domain"
         )
     if targets == (source,):
         source = None
@@ -439,6 +445,7 @@ def promote_config(config: PipelineConfig, target: str, release: int, trained: S
             "name": f"{target}/promote",
             "output": config.runs,
             "registered_model": registered_model(config, target),
+            "family": config.registered_model,
             "candidate": str(candidate.model),
             "replicas": tuple(str(one.model) for one in replicas),
             "from_scratch": tuple(str(one.model) for one in scratch),

@@ -788,6 +788,7 @@ class PromoteConfig(Section):
     name: str = "promote"
     output: str = "runs"  # the decision goes to <output>/<name>/decision.json
     registered_model: str = "graftrec"
+    family: str = ""  # registered models of the same log, <family>-<domain>: they share parents of patches
     candidate: str | None = None  # a version's number, or a model folder (registered then); None: alias `candidate`
     replicas: tuple[str, ...] = ()  # the candidate's recipe with other seeds
     from_scratch: tuple[str, ...] = ()  # model folders of transfer `none`, one a seed

@@ -58,7 +58,7 @@ class Promoted:
 
 def run(config: PromoteConfig) -> Promoted:
     """Promote or roll back, as configured. Raises GateRefused (exit code 3) or another GraftrecError (2)."""
-    registry = Registry(config.registered_model)
+    registry = Registry(config.registered_model, family=config.family)
     if config.rollback:
         return _roll_back(registry)
     version = _candidate(registry, config)

@@ -31,6 +31,7 @@ TAG_HASH = "graftrec.hash"  # of the model folder
 TAG_PARENT = "graftrec.parent"  # hash of the model it was grafted on
 TAG_KIND = "graftrec.kind"  # full | patch: what it has beside its parent, a version too
 TAG_DOMAIN = "graftrec.domain"  # whose items it predicts
+TAG_FAMILY = "graftrec.family"  # its registered model is one of <family>-<domain>, one for each domain
 MODEL_FOLDER = "model"  # of the model folder among the artifacts of the MLflow model
 LEASE_SECONDS = 900.0  # after which another promoter may take over, where the store is a server
 
@@ -55,12 +56,16 @@ class Version:
 
 
 class Registry:
-    """The versions of one registered model in the store of $MLFLOW_TRACKING_URI. Methods raise TrackingError."""
+    """The versions of one registered model in the store of $MLFLOW_TRACKING_URI. Methods raise TrackingError.
 
-    def __init__(self, name: str = "graftrec") -> None:
+    `family`: registered models of the same log, `<family>-<domain>`, are found from each other: patches for several
+    domains share one version of their parent, and whoever serves one domain can ask for another's champion.
+    """
+
+    def __init__(self, name: str = "graftrec", *, family: str = "") -> None:
         if not name or any(character in name for character in "/:@"):
             raise TrackingError(f"a registered model's name has none of / : @ and is not empty, found {name!r}")
-        self.name, self.uri = name, tracking.tracking_uri()
+        self.name, self.family, self.uri = name, family, tracking.tracking_uri()
         self._assembled: dict[str, Path] = {}  # of patches: hash -> whole folder
         with self._asking("can't reach the registry"):
             self._client = tracking.connect(self.uri)
@@ -94,6 +99,8 @@ class Registry:
         config, parent = config_of(folder)
         kind = "full" if patch_of(config) is None else "patch"
         own = {TAG_HASH: digest, TAG_KIND: kind, TAG_DOMAIN: config.data.answered}
+        if self.family:
+            own[TAG_FAMILY] = self.family
         if kind == "patch":
             assert parent is not None
             own[TAG_PARENT] = parent
@@ -128,12 +135,28 @@ class Registry:
                     f"{folder} is a patch for the model {parent[:12]}, which is no version of {self.name} and isn't in "
                     f"{place} any more; register that model first"
                 )
-            known = self.register(place, alias=None)
+            holder = self
+            if self.family:
+                holder = Registry(f"{self.family}-{config_of(place)[0].data.answered}", family=self.family)
+            known = holder.register(place, alias=None)
         return self.folder(known)
 
     def of_hash(self, digest: str) -> Version | None:
-        """The version that holds the model of that hash, if any."""
-        return next((version for version in self.versions() if version.hash == digest), None)
+        """The version that holds the model of that hash, if any: of this registered model, else of another."""
+        own = next((version for version in self.versions() if version.hash == digest), None)
+        return own or next(iter(self._tagged(TAG_HASH, digest)), None)
+
+    def _tagged(self, tag: str, value: str) -> list[Version]:
+        """Versions of any registered model with that tag, newest first."""
+        with self._asking("can't search versions"):
+            found = self._client.search_model_versions(f"tags.`{tag}` = '{value.replace(chr(39), '')}'")
+        return sorted((self._version(entry) for entry in found), key=lambda version: (version.name, -version.number))
+
+    def holder(self, version: Version) -> "Registry":
+        """The registry of the registered model that a version is of."""
+        if version.name == self.name:
+            return self
+        return Registry(version.name, family=version.tags.get(TAG_FAMILY, ""))
 
     def patches(self, parent: Version) -> dict[str, Version]:
         """Of each domain, the newest patch that stands on that version."""
@@ -144,9 +167,13 @@ class Registry:
         return found
 
     def for_domain(self, version: Version, domain: str) -> Version:
-        """The version to ask about a domain: itself where it predicts that, else the patch beside it that does."""
+        """The version to ask about a domain: itself where it predicts that, else the champion of its family for that
+        domain, else the patch beside it that does; itself where there is none."""
         if version.tags.get(TAG_DOMAIN, domain) == domain:
             return version
+        if family := version.tags.get(TAG_FAMILY, ""):
+            champion = Registry(f"{family}-{domain}", family=family).find(CHAMPION)
+            return champion or version
         parent = version
         if version.tags.get(TAG_KIND) == "patch":
             parent = self.of_hash(version.tags[TAG_PARENT]) or version
@@ -185,6 +212,8 @@ class Registry:
     def folder(self, version: Version) -> Path:
         """The model folder of a version: in place where the store is local, else a copy that ends with this process; of
         a patch, one put together with its parent's."""
+        if version.name != self.name:
+            return self.holder(version).folder(version)
         found = self.stored(version)
         if not (found / PATCH).is_file():
             return found
@@ -199,6 +228,8 @@ class Registry:
 
     def stored(self, version: Version) -> Path:
         """What the store holds of a version: a model folder, or a patch (`trainer/patches.py`)."""
+        if version.name != self.name:
+            return self.holder(version).stored(version)
         with self._asking(f"can't fetch {version.label}"):
             uri = self._client.get_model_version_download_uri(self.name, str(version.number))
             place = urlparse(uri)
@@ -219,10 +250,11 @@ class Registry:
         version = self.version(str(number))
         if version.aliases:
             raise TrackingError(f"{version.label} is @{', @'.join(version.aliases)}: move the alias before deleting it")
-        patches = [
-            v for v in self.versions() if v.tags.get(TAG_KIND) == "patch" and v.tags.get(TAG_PARENT) == version.hash
-        ]
-        if patches and version.hash:
+        patches = []
+        if version.hash:
+            of_parent = self._tagged(TAG_PARENT, version.hash)
+            patches = [other for other in of_parent if other.tags.get(TAG_KIND) == "patch"]
+        if patches:
             raise TrackingError(
                 f"{version.label} is the parent of {', '.join(v.label for v in patches)}: delete those first"
             )
@@ -292,7 +324,7 @@ class Registry:
 
     def _version(self, entry: Any, aliases: Mapping[str, str] | None = None) -> Version:
         at = tuple(sorted(alias for alias, number in (aliases or {}).items() if str(number) == str(entry.version)))
-        return Version(self.name, int(entry.version), at, dict(entry.tags), entry.run_id or "")
+        return Version(str(entry.name), int(entry.version), at, dict(entry.tags), entry.run_id or "")
 
 
 def _scratch() -> str:

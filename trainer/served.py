@@ -6,14 +6,14 @@ from typing import Any
 
 from trainer import tracking
 from trainer.artifact import ArtifactError, load_artifact
-from trainer.patches import is_patch, load_patch
+from trainer.patches import is_patch, load_patch, parent_of
 from trainer.registry import Registry
 from trainer.serving import DEFAULT_K, Recommender, parse
 
 
 def load(folder: Path, label: str) -> Recommender:
-    """What the store holds of a version, ready to answer: the backbone is read once, patches for other domains stand on
-    it as they are asked for. Raises GraftrecError."""
+    """What the store holds of a version, ready to answer. The backbone is read once, and patches for other domains
+    stand on it; champions of other domains are read when first asked for. Raises GraftrecError."""
     name, _, number = label.rpartition("/")
     if not name and is_patch(folder):
         raise ArtifactError("a patch is loaded by its registered name, models:/<name>@<alias>, for it needs its parent")
@@ -36,8 +36,11 @@ def load(folder: Path, label: str) -> Recommender:
         if other.label == label:
             return None
         stored = registry.stored(other)
-        artifact = load_patch(stored, backbone) if is_patch(stored) else backbone
-        return Recommender(artifact, other.label)
+        if not is_patch(stored):
+            return Recommender(backbone if other.hash == backbone.hash else load_artifact(stored), other.label)
+        if parent_of(stored) == backbone.hash:
+            return Recommender(load_patch(stored, backbone), other.label)
+        return Recommender(load_artifact(registry.folder(other)), other.label)
 
     return Recommender(own, label, beside)
 

@@ -15,8 +15,9 @@ was, for a model that reads kinds (others pass it over). A model of next baskets
     unknown   ids of the history that the model does not know, which were ignored
     version   registered version, e.g. graftrec/3
 
-`params: {"domain": "books"}` asks for another domain's items: of the patch for it that stands on the same backbone. A
-malformed request gets a 400. This module knows nothing of MLflow; `served.py` is what MLflow runs.
+`params: {"domain": "books"}` asks for another domain's items: of that domain's champion in the same family of
+registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. This module
+knows nothing of MLflow; `served.py` is what MLflow runs.
 """
 
 import functools
@@ -120,8 +121,8 @@ class Recommender:
         other = self._beside(domain)
         if other is None:
             raise RequestError(
-                f"domain: expected {own!r}, of which {self.version} predicts items, or one that a patch beside it is "
-                f"registered for; found {domain!r}"
+                f"domain: expected {own!r}, of which {self.version} predicts items, or one that has a champion of the "
+                f"same family or a patch beside it; found {domain!r}"
             )
         return other
 

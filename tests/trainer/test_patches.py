@@ -156,6 +156,36 @@ def test_small_versions_name_their_parent_and_are_picked_by_domain(made, store):
         recommender.of_domain("moon")
 
 
+def test_targets_of_a_family_share_their_parent_and_answer_for_each_other(made, store):
+    _, parent, children = made
+    of = {domain: Registry(f"shop-{domain}", family="shop") for domain in ("source", *children)}
+    versions = {domain: of[domain].register(children[domain], alias=registry.CHAMPION) for domain in children}
+    (backbone,) = of["source"].versions()  # registered once, as the model of the domain that it was trained on
+    assert backbone.hash == artifact_hash(parent)
+    for domain, version in versions.items():
+        assert [one.label for one in of[domain].versions()] == [f"shop-{domain}/1"]
+        assert artifact_hash(of[domain].folder(version)) == artifact_hash(children[domain])
+        for other, expected in versions.items():
+            assert of[domain].for_domain(version, other).label == expected.label
+        assert of[domain].for_domain(version, "source").label == version.label  # the parent is no champion
+    with pytest.raises(TrackingError, match="is the parent of shop-all/1, shop-target/1"):
+        of["source"].delete(backbone.number)
+
+    asked = RecommendConfig(registered_model="shop-target", model="champion", domain="all")
+    folder, label = recommend._model(asked)
+    assert (artifact_hash(folder), label) == (versions["all"].hash, "shop-all/1")
+
+    from trainer import served  # as MLflow runs it
+
+    of["source"].set_alias(registry.CHAMPION, backbone.number)  # whole models answer beside patches
+    recommender = served.load(of["target"].stored(versions["target"]), "shop-target/1")
+    history = [item for item in recommender.artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 4]]
+    for domain, folder in {**children, "source": parent}.items():
+        whole = Recommender(load_artifact(folder), f"shop-{domain}/1").answer([Request(history)])[0]
+        answer = recommender.of_domain(domain).answer([Request(history)])[0]
+        assert dataclasses.replace(answer, scores=[]) == dataclasses.replace(whole, scores=[])
+
+
 def test_a_patch_whose_parent_is_gone_is_refused(made, store, tmp_path):
     _, _, children = made
     orphan = tmp_path / "orphan"
