@@ -93,7 +93,9 @@ class Plan:
     source: str | None  # None: nothing is transferred
     targets: tuple[str, ...]
     transfers: tuple[TransferName, ...]
-    joint_splits: dict[str, str]  # of each target: the split whose domain `all` holds out the target's items
+    joint_splits: dict[
+        str, str
+    ]  # of each domain but the source: the split whose domain `all` holds out the target's items
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,8 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     if set(transfers) == {SCRATCH}:
         source = None
     splits, joint = list(config.etl.splits), {}
-    if config.reads_all and len(names) > 1:
-        for target in targets:
-            if target != DOMAIN_ALL:
-                joint[target] = _joint_split(splits, config.finetune.data.split, target)
+    if config.reads_all and len(names) > 1:  # of all domains: tables stay as they are where targets change
+        joint = {name: _joint_split(splits, config.finetune.data.split, name) for name in names if name != source}
     etl = config.etl.model_copy(update={"splits": tuple(splits)})
     return config.model_copy(update={"etl": etl}), Plan(source, targets, transfers, joint)
 

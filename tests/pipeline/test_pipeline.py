@@ -1,5 +1,6 @@
 """The main job: what its steps are given, and, slowly, the whole path on the demo's own settings."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from etl.config import GraftrecError, load
@@ -173,10 +175,10 @@ def test_unknown_setting_ends_with_two_and_one_line(capsys: pytest.CaptureFixtur
 # --- the whole path ---------------------------------------------------------------------------------------------------
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script in an empty folder, as `make demo` runs it."""
+def run(folder: Path, *arguments: str, config: str = "pipeline/demo") -> subprocess.CompletedProcess[str]:
+    """The script in that folder, as `make demo` runs it."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "GRAFTREC_"))}
-    command = [sys.executable, str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", "pipeline/demo", *arguments]
+    command = [sys.executable, str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", config, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -239,3 +241,86 @@ def test_demo_without_shared_tastes_is_refused(tmp_path: Path) -> None:
     assert "gate             refused" in done.stdout
     assert "no recommendations are written" in done.stdout
     assert gains(done.stdout)["shallow"] < 5
+
+
+# --- a log of one's own -----------------------------------------------------------------------------------------------
+
+DEPARTMENTS = ("books", "music", "films")
+
+
+def write_shop(folder: Path, *, users: int = 300) -> None:
+    """A log of three departments, whose users' tastes hold in all of them, and the settings of its pipeline."""
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    rows = []
+    for user in range(users):
+        taste, time = random.integers(4), 1_600_000_000 + int(random.integers(1_000_000))
+        for _ in range(int(random.integers(25, 45))):
+            group = taste if random.random() < 0.8 else random.integers(4)
+            time += int(random.integers(60, 9_000))
+            rows.append(f"u{user},{DEPARTMENTS[random.integers(3)]}-{group * 10 + random.integers(10)},{time}\n")
+    (folder / "events.csv").write_text("customer,sku,at\n" + "".join(rows))
+    items = [f"{name}-{item},{name}\n" for name in DEPARTMENTS for item in range(40)]
+    (folder / "products.csv").write_text("sku,department\n" + "".join(items))
+    source = {
+        "kind": "log",
+        "root": str(folder),
+        "events": {"path": "events.csv", "columns": {"user": "customer", "item": "sku", "time": "at"}},
+        "items": {"path": "products.csv", "id": "sku", "categories": "department"},
+    }
+    domains = [{"name": name, "any_of": [name]} for name in DEPARTMENTS]
+    etl = {"lake": "lake", "source": source, "domains": domains, "spark": {"engine": "sail"}}
+    (folder / "etl.yaml").write_text(json.dumps(etl))
+    data = {"domain": "books"}
+    pretrain = {"data": data, "model": "demo", "task": "masked_item", "train": {"epochs": 3, "learning_rate": 0.003}}
+    settings = {
+        "name": "shop", "registered_model": "shop", "runs": "runs", "etl": str(folder / "etl.yaml"),
+        "pretrain": pretrain, "finetune": pretrain | {"data": {"domain": "music"}}, "promote": "default",
+        "transfers": ["none", "patch"], "seeds": [0, 1], "targets": ["music", "films"],
+    }  # fmt: skip
+    (folder / "shop.yaml").write_text(json.dumps(settings))
+
+
+def models_in(folder: Path) -> dict[str, bytes]:
+    """Run -> what its model's manifest says of all its files."""
+    return {str(path.parent.parent): path.read_bytes() for path in sorted(folder.rglob("model/manifest.json"))}
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.timeout(1_200)
+def test_two_targets_one_domain_and_none_each_keep_their_own(tmp_path: Path) -> None:
+    write_shop(tmp_path / "log")
+    base = str(tmp_path / "log" / "shop.yaml")
+    done = run(tmp_path, config=base)
+    assert done.returncode in (0, 3), done.stdout + done.stderr  # three epochs show nothing to speak of
+    assert "Traceback" not in done.stderr
+    first = models_in(tmp_path / "runs")
+    assert len(first) == 1 + 2 * 2 * 3
+    registered = names_of_versions(tmp_path)
+    assert {name for name in registered if name.endswith(("music", "films"))} == {"shop-music", "shop-films"}
+    for domain in ("music", "films"):
+        decision = json.loads((tmp_path / "runs" / domain / "promote" / "decision.json").read_text())
+        assert decision["version"] == f"shop-{domain}/1"
+        assert (tmp_path / "runs" / domain / "evaluate" / "evaluation" / "summary.json").is_file()
+
+    again = run(tmp_path, "--targets", "[films]", config=base)
+    assert "unchanged, validation" in again.stdout
+    assert models_in(tmp_path / "runs") == first
+
+    for domains, target in (("[{name: music, any_of: [music]}]", "music"), ("[]", "all")):
+        alone = run(
+            tmp_path, "--etl.domains", domains, "--etl.lake", f"lake-{target}", "--targets", "[]",
+            "--runs", f"runs-{target}", "--registered_model", "alone", config=base,
+        )  # fmt: skip
+        assert alone.returncode in (0, 3), alone.stdout + alone.stderr
+        assert "nothing is transferred" in alone.stdout
+        assert {Path(name).name for name in models_in(tmp_path / f"runs-{target}")} == {"none-0", "none-1"}
+    assert models_in(tmp_path / "runs") == first
+    assert {"alone-music", "alone-all"} <= names_of_versions(tmp_path)
+
+
+def names_of_versions(folder: Path) -> set[str]:
+    from mlflow import MlflowClient
+
+    return {version.name for version in MlflowClient(f"sqlite:///{folder}/mlflow.db").search_model_versions()}
