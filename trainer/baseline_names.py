@@ -1,4 +1,5 @@
 """Names of the simple baselines, by what a model predicts: in tables, in `gate.must_beat`, where they are computed."""
+
 from trainer.config import ClickConfig, MultiConfig, ProfileConfig, TaskConfig, ranks_items, reads_baskets
 
 POPULARITY = "popularity"
