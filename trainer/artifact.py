@@ -238,6 +238,11 @@ def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
     return kind.model_validate(described["config"]), described["parent"]
 
 
+def lake_of(folder: Path) -> str:
+    """The lake that a model was trained on."""
+    return str(json.loads((folder / CONFIG).read_text())["lake"])
+
+
 def catalogue_of(folder: Path) -> Catalogue:
     """The catalogue of a model folder."""
     return _catalogue(pq.read_table(folder / CATALOGUE, columns=["index", "item", "title"]))

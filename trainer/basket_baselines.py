@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from etl.tables import FIRST_INDEX, SEP
+from trainer.baseline_names import MARKOV_CHAIN, PERSONAL_FREQUENCY, POPULARITY
 from trainer.baselines import TIE_BREAK, Histories, IntArray
 from trainer.config import BaselinesConfig
 from trainer.contenders import Contender, EvaluationSet, training_histories
@@ -35,9 +36,9 @@ def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[C
         return Scores.of(personal_frequency(given, popular))
 
     return [
-        Contender("popularity", None, of_everyone, "nothing"),
-        Contender("personal frequency", None, of_user, f"all baskets of {asked.domain}"),
-        Contender("Markov chain", None, lambda given: Scores.of(chain.score(given)), f"last basket of {asked.domain}"),
+        Contender(POPULARITY, None, of_everyone, "nothing"),
+        Contender(PERSONAL_FREQUENCY, None, of_user, f"all baskets of {asked.domain}"),
+        Contender(MARKOV_CHAIN, None, lambda given: Scores.of(chain.score(given)), f"last basket of {asked.domain}"),
     ]
 
 

@@ -16,6 +16,8 @@ from trainer.metrics import FloatArray
 IntArray = npt.NDArray[np.int64]
 
 AUC = "AUC"
+LOG_LOSS = "log loss"
+PER_EXAMPLE = ("accuracy", LOG_LOSS)  # metrics that one example has
 _LEAST = 1e-15  # of a probability, so that a logarithm has one
 
 

@@ -15,6 +15,7 @@ import torch
 
 from etl.tables import UNK
 from trainer.artifact import Artifact
+from trainer.baseline_names import POPULARITY, POPULARITY_AND_ITEMS
 from trainer.baselines import Histories, item_to_item, popularity
 from trainer.classification import AUC, example_metrics, scikit_learn
 from trainer.clicks import ERROR, OF_USER, Pairs, metrics_of, probabilities, read_pairs, reliability, user_auc
@@ -88,7 +89,7 @@ def tell(
     if config.baselines.enabled:
         checked = _read(release, split, domain, catalogue, config, first, "validation")
         features = _Features(release, split, domain, catalogue, config, first.impressions)
-        for label, width in (("popularity", 1), ("popularity and item-to-item", 2)):
+        for label, width in ((POPULARITY, 1), (POPULARITY_AND_ITEMS, 2)):
             model = (
                 scikit_learn("linear_model")
                 .LogisticRegression(max_iter=1_000)

@@ -4,7 +4,9 @@ Shape letters: ``S`` seeds, ``U`` users, ``R`` held-out items of a user.
 
 A row of the table is a label: all seeds of a transfer, or a baseline. Gains are over the label ``against`` (from
 scratch), paired by user and seed; p-values know both (`trainer.stats.compare`) and are adjusted by Holm's method over
-the gains of all models in all metrics under one protocol. A baseline has no p-value: no claim is made for it.
+the gains of all models in all metrics under one protocol. Where a `candidate` was chosen before this part was read, its
+gain in the first metric under the first protocol is the one planned test, as in the gate: it is not adjusted, and the
+others are adjusted among themselves. A baseline has no p-value: no claim is made for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +22,9 @@ from trainer.contenders import Contender, EvaluateError, EvaluationSet
 from trainer.metrics import FloatArray, metrics_from_ranks
 from trainer.ranking import BASKET, SINGLE, Score, convention_of, metrics_of, ranks
 from trainer.scoring import Scores
-from trainer.stats import Comparison, bootstrap_interval, compare, holm
+from trainer.stats import Comparison, bootstrap_interval, compare, holm, mean_over_seeds, p_text
 
+CANDIDATE_MARK = " *"  # behind the candidate's label in a table
 RankArray = npt.NDArray[np.int32]
 Key = tuple[str, int | None]  # label, seed
 
@@ -121,30 +124,52 @@ class Row:
     is_model: bool
     reads: str
     gain: Comparison | None = None  # over `against`; its p-value is not adjusted
-    p_value: float | None = None  # adjusted over models and metrics of the protocol; None for baselines
+    p_value: float | None = None  # adjusted over models and metrics of the protocol (`planned`: not); None: baseline
     bootstrap: tuple[float, float] | None = None  # interval of the gain over users, seeds averaged
     seconds: float = 0.0  # of training, mean over seeds
     pretrain_seconds: float = 0.0
+    is_candidate: bool = False  # chosen before the evaluated part was read
+    planned: bool = False  # its gain is the one planned test
 
 
 def compare_table(
-    evaluation: Evaluation, *, against: str, protocols: Sequence[str], metrics: Sequence[str], seed: int = 0
-) -> list[Row]:
+    evaluation: Evaluation, *, against: str, protocols: Sequence[str], metrics: Sequence[str], seed: int = 0,
+    candidate: str | None = None,
+) -> list[Row]:  # fmt: skip
     """Every label under every protocol and metric. Gains are left out where no label is `against`."""
     rows: list[Row] = []
     for protocol in protocols:
         for metric in metrics:
             rows += [_row(evaluation, label, against, protocol, metric, seed) for label in evaluation.labels]
+    rows = mark_candidate(rows, candidate, metric=metrics[0])
     for protocol in protocols:
-        tested = [(n, row.gain) for n, row in enumerate(rows) if row.is_model and row.protocol == protocol and row.gain]
-        adjusted = holm([gain.p_value for _, gain in tested]) if tested else []
-        for (n, _), p_value in zip(tested, adjusted, strict=True):
-            rows[n] = replace(rows[n], p_value=p_value)
+        own = [n for n, row in enumerate(rows) if row.protocol == protocol]
+        for n, row in zip(own, adjust([rows[n] for n in own]), strict=True):
+            rows[n] = row
     return rows
 
 
+def mark_candidate(rows: Sequence[Row], candidate: str | None, *, metric: str) -> list[Row]:
+    """The candidate's rows, and the planned test: its gain in `metric`, in the first row that has it."""
+    marked = [replace(row, is_candidate=row.label == candidate) for row in rows]
+    for n, row in enumerate(marked):
+        if row.is_candidate and row.metric == metric and row.gain is not None:
+            marked[n] = replace(row, planned=True)
+            break
+    return marked
+
+
+def adjust(rows: Sequence[Row]) -> list[Row]:
+    """p-values of the models' gains: a planned one as it is, all others by Holm's method among themselves."""
+    found = [replace(row, p_value=row.gain.p_value) if row.planned and row.gain else row for row in rows]
+    tested = [(n, row.gain) for n, row in enumerate(found) if row.is_model and row.gain and not row.planned]
+    for (n, _), p_value in zip(tested, holm([gain.p_value for _, gain in tested]), strict=True):
+        found[n] = replace(found[n], p_value=p_value)
+    return found
+
+
 def _row(evaluation: Evaluation, label: str, against: str, protocol: str, metric: str, seed: int) -> Row:
-    values_SU = evaluation.matrix(label, protocol, metric)
+    values_SU = evaluation.matrix(label, protocol, metric, seeds=in_order(evaluation.seeds(label)))
     own = [c for (name, _), c in evaluation.contenders.items() if name == label]
     of_seed = np.nanmean(values_SU, axis=1)
     gain = interval = None
@@ -152,10 +177,16 @@ def _row(evaluation: Evaluation, label: str, against: str, protocol: str, metric
         gain, diff_U = gain_over(evaluation, label, against, protocol, metric)
         interval = bootstrap_interval(diff_U, seed=seed) if evaluation.is_model(label) else None
     return Row(
-        label, protocol, metric, float(of_seed.mean()), float(of_seed.std(ddof=1)) if len(own) > 1 else float("nan"),
+        label, protocol, metric, mean_over_seeds(values_SU),
+        float(of_seed.std(ddof=1)) if len(own) > 1 else float("nan"),
         len(own), evaluation.is_model(label), own[0].reads, gain, None, interval,
         _mean_fact(own, "seconds"), _mean_fact(own, "pretrain_seconds"),
     )  # fmt: skip
+
+
+def in_order(seeds: Sequence[int | None]) -> list[int | None]:
+    """Ascending, so that means over seeds are the same to the last bit whatever the order models are given in."""
+    return sorted(seeds, key=lambda seed: (seed is not None, seed))
 
 
 def _mean_fact(contenders: Sequence[Contender], name: str) -> float:
@@ -170,7 +201,7 @@ def gain_over(
     Seeds that both have are paired; of seeds that only one has, nothing is used. A label without seeds (a baseline) is
     compared with each seed of the other. Raises EvaluateError where they share no seed.
     """
-    ours, theirs = evaluation.seeds(label), evaluation.seeds(against)
+    ours, theirs = in_order(evaluation.seeds(label)), in_order(evaluation.seeds(against))
     if None not in ours and None not in theirs:
         ours = theirs = [seed for seed in ours if seed in theirs]
         if not ours:
@@ -203,17 +234,28 @@ def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:
         columns = [(protocol, metrics[0]) for protocol in protocols[1:]]
         blocks.append(f"{metrics[0]} among sampled negatives\n" + block(rows, columns))
     headline = [row for row in rows if (row.protocol, row.metric) == (protocols[0], metrics[0])]
-    tested = sum(row.p_value is not None for row in rows if row.protocol == protocols[0])
     convention = convention_of(metrics[0])[0]
     notes = [f"several held-out items are relevant in one list (convention `{convention}`)"]
     if asked.held_out.repeats:
         notes.append("what a user has had is a candidate too")
-    if tested:
-        notes.append(f"gains over {against}; p over users and seeds, Holm over {tested} tests")
+    notes += notes_on_tests([row for row in rows if row.protocol == protocols[0]], f"gains over {against}")
     notes += [_account(row) for row in headline if row.is_model and row.gain is not None]
     notes += [f"{row.label} reads {row.reads}" for row in headline if not row.is_model or row.reads != asked.domain]
     notes += _beside_baselines(headline)
     return "\n\n".join(blocks) + "\n\n" + "\n".join(notes)
+
+
+def notes_on_tests(rows: Sequence[Row], what: str) -> list[str]:
+    """One line on the tests of a table's first protocol: which one was planned, and over how many Holm's method is.
+    Another that marks the candidate, where it has no test."""
+    planned = next((row for row in rows if row.planned), None)
+    others = sum(row.p_value is not None and not row.planned for row in rows)
+    if planned is not None:
+        text = f"{what}; * candidate, chosen on the validation part: its {planned.metric} is the one planned test, not "
+        rest = f"; the other p: Holm over {others} tests" if others else ""
+        return [f"{text}adjusted{rest}; p over users and seeds"]
+    notes = [f"{what}; p over users and seeds, Holm over {others} tests"] if others else []
+    return notes + (["* candidate, chosen on the validation part"] if any(row.is_candidate for row in rows) else [])
 
 
 def block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
@@ -221,7 +263,8 @@ def block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
     labels = list(dict.fromkeys(row.label for row in rows))
     cells = {(row.label, row.protocol, row.metric): row for row in rows}
     models = [label for label in labels if cells[label, *columns[0]].is_model]
-    width = max(len(label) for label in [*labels, "model"])
+    marks = {row.label: CANDIDATE_MARK for row in rows if row.is_candidate}
+    width = max(len(label) for label in [*(label + marks.get(label, "") for label in labels), "model"])
     compared = any(row.gain for row in rows)
     several = len({protocol for protocol, _ in columns}) > 1 or columns[0][0] != rows[0].protocol
     names = [protocol if several else metric for protocol, metric in columns]
@@ -235,7 +278,8 @@ def block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
         if models and label not in models and len(lines) == 2 + len(models):
             lines.append("")
         seeds = own[0].num_seeds if own[0].is_model else "–"
-        lines.append(f"{label:<{width}} {seeds:>5}{''.join(_cell(row, wide, compared) for row in own)}".rstrip())
+        name = label + marks.get(label, "")
+        lines.append(f"{name:<{width}} {seeds:>5}{''.join(_cell(row, wide, compared) for row in own)}".rstrip())
     return "\n".join(lines)
 
 
@@ -245,12 +289,6 @@ def _cell(row: Row, wide: int, compared: bool) -> str:
         gain = f"{100 * row.gain.relative_gain:+.1f} %" if row.gain is not None else ""
         text += f"{gain:>9}{p_text(row.p_value):>8}"
     return text
-
-
-def p_text(p_value: float | None) -> str:
-    if p_value is None:
-        return ""
-    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def _account(row: Row) -> str:

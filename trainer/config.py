@@ -450,9 +450,14 @@ class EvaluationConfig(Section):
         "popular-100",
     )
     # Of next baskets: whether what a user has had is a candidate too; not in a log where nothing is taken twice.
-    repeats: bool = True
+    # None: yes in training; in `evaluate` and `promote` as the models were trained.
+    repeats: bool | None = None
     batch_size: int = Field(256, ge=1)
     max_users: int | None = Field(None, ge=2)  # about so many, the same for every model; None: all
+
+    @property
+    def ranks_repeats(self) -> bool:
+        return self.repeats is not False
 
 
 class PretrainConfig(Section):
@@ -748,8 +753,9 @@ class BaselinesConfig(Section):
 class EvaluateConfig(Section):
     """Score model folders on one pinned release, beside the simple baselines."""
 
-    name: str = "evaluate"
-    output: str = "runs"  # results go to <output>/<name>/evaluation
+    # Results go to <output>/<name>/evaluation. None: named after the models, and never where another evaluation lies.
+    name: str | None = None
+    output: str = "runs"
     model: str | None = None  # one model folder…
     models: tuple[EvaluatedModel, ...] = ()  # … or several
     lake: str | None = None  # None, here and below: the first model's own
@@ -758,6 +764,9 @@ class EvaluateConfig(Section):
     domain: str | None = None
     part: Literal["validation", "test"] = "test"
     against: str = "none"  # the label that gains are over
+    # The label that was chosen before `part` was read: its gain in the first metric under the first protocol is the one
+    # planned test, which is not adjusted for the others, and is what the gate tests.
+    candidate: str | None = None
     metrics: tuple[str, ...] = ()  # of the comparison table; (): NDCG@10, Recall@10, MRR, or those of baskets
     evaluation: EvaluationConfig = EvaluationConfig()
     baselines: BaselinesConfig = BaselinesConfig()
@@ -770,16 +779,30 @@ class GateConfig(Section):
 
     protocol: Literal["full", "uniform-100", "popular-100", "top-100"] = "full"
     metric: str = "NDCG@10"
-    level: float = Field(0.05, gt=0, lt=1)  # a difference with a larger p-value is taken for chance
-    min_gain: float = Field(0.0, ge=0)  # over from-scratch, beyond being significant
-    min_seeds: int = Field(2, ge=1)  # of from-scratch: one can be bad luck
+    # A difference with a larger p-value is taken for chance.
+    level: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
+    min_gain: float = Field(0.0, ge=0, allow_inf_nan=False)  # over from-scratch, beyond being significant
+    min_seeds: int = Field(3, ge=1)  # of from-scratch: with two a test finds next to nothing
     min_users: int = Field(100, ge=2)  # fewer say nothing
-    champion_margin: float = Field(0.0, ge=0)  # how far below the champion is let pass
-    slice_margin: float = Field(0.1, ge=0)  # how far below the champion (without one: from-scratch) in a slice
+    champion_margin: float = Field(0.0, ge=0, allow_inf_nan=False)  # how far below the champion is let pass
+    # How far below the champion (without one: from-scratch) in a slice.
+    slice_margin: float = Field(0.1, ge=0, allow_inf_nan=False)
     min_slice_users: int = Field(100, ge=2)  # a slice of fewer is not judged
     cold_user_items: int = Field(10, ge=0)  # cold users: at most so many items of the domain in the training part
     cold_item_interactions: int = Field(20, ge=0)  # cold items: at most so many training interactions
-    above: tuple[str, ...] = ("popularity",)  # simple baselines that it must beat
+    must_beat: tuple[str, ...] = ("best",)  # simple baselines, by name; best: the one with the highest mean
+
+    @model_validator(mode="before")
+    @classmethod
+    def _above_has_a_new_name(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "above" in given:
+            raise ValueError("above is now must_beat; rename it (`best` is the simple baseline with the highest mean)")
+        return given
+
+    @field_validator("must_beat")
+    @classmethod
+    def _baselines_differ(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return _each_once(names, "simple baseline")
 
 
 class PromoteConfig(Section):

@@ -166,9 +166,24 @@ def read_evaluation_set(
     catalogue = read_catalogue(release, domain)
     held_out = read_held_out(
         release, split, domain, catalogue, part, config.protocols, times=True, max_users=config.max_users,
-        baskets=baskets, repeats=config.repeats, event_types=event_types,
+        baskets=baskets, repeats=config.ranks_repeats, event_types=event_types,
     )  # fmt: skip
     return EvaluationSet(release, split, domain, part, catalogue, held_out, tuple(event_types))
+
+
+def repeats_of(config: EvaluationConfig, models: Sequence[Artifact]) -> bool:
+    """Whether what a user has had is a candidate: as configured, else as the models of next baskets were trained.
+
+    Raises EvaluateError where these differ.
+    """
+    own = {model.config.evaluation.ranks_repeats for model in models if reads_baskets(model.config.task)}
+    if config.repeats is None and len(own) > 1:
+        apart = [next(m for m in models if m.config.evaluation.ranks_repeats is flag) for flag in (True, False)]
+        raise EvaluateError(
+            f"evaluation.repeats: expected models that were trained with the same, found true in {apart[0].folder} and "
+            f"false in {apart[1].folder}; set --evaluation.repeats for all of them"
+        )
+    return own.pop() if config.repeats is None and own else config.ranks_repeats
 
 
 def aligned(histories: Histories, users: IntArray) -> Histories:

@@ -3,10 +3,12 @@
     python -m trainer evaluate --config evaluate/default --model runs/finetune/model
 
 Writes to <output>/<name>/evaluation: users.parquet (every user's metrics under every protocol and convention),
-summary.json (means, comparisons, snapshots, models), table.txt and gains.png. An unchanged rerun is skipped.
+summary.json (means, comparisons, snapshots, models), table.txt and gains.png. An unchanged rerun is skipped. Without a
+name the folder is named after the models, and an evaluation of others that lies there is left alone.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +23,10 @@ from matplotlib.figure import Figure
 from etl.config import code_version
 from etl.tables import FIRST_INDEX
 from trainer import basket_baselines, click_table, next_event_table, profile_table, tracking
-from trainer.artifact import Artifact, artifact_hash, load_artifact
+from trainer.artifact import Artifact, artifact_hash, config_of, load_artifact
 from trainer.click_table import ToldClicks
-from trainer.comparison import Evaluation, Row, compare_table, evaluate_contenders, p_text, render
-from trainer.config import ConfigError, EvaluateConfig, EvaluatedModel, ranks_items, reads_baskets
+from trainer.comparison import Evaluation, Row, compare_table, evaluate_contenders, render
+from trainer.config import ConfigError, EvaluateConfig, EvaluatedModel, PretrainConfig, ranks_items, reads_baskets
 from trainer.contenders import (
     Contender,
     EvaluationSet,
@@ -32,12 +34,14 @@ from trainer.contenders import (
     model_contender,
     raw_users,
     read_evaluation_set,
+    repeats_of,
 )
 from trainer.data.dataset import Release, pin
 from trainer.distributed import join
 from trainer.metrics import FloatArray, means
 from trainer.pictures import Gain, confusions, reliability_curves, transfer_gains
 from trainer.ranking import BASKET, FULL, SINGLE, convention_of
+from trainer.stats import p_text
 from trainer.told import Told, ToldClasses
 
 USERS, SUMMARY, TABLE, GAINS = "users.parquet", "summary.json", "table.txt", "gains.png"
@@ -61,6 +65,10 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     chosen = _chosen(config)
     first = load_artifact(chosen[0].model)
     release = pin(config.lake or first.lake, config.release if config.release or config.lake else first.release)
+    config = _checked(config, chosen, models=[config_of(Path(model.model))[0] for model in chosen])
+    identity = _identity(config, chosen, release)
+    config = config.model_copy(update={"name": config.name or _name(config, chosen, identity)})
+    assert config.name is not None
     folder = Path(config.output) / config.name / "evaluation"
     key = _key(config, [artifact_hash(model.model) for model in chosen], release.versions)
     if (done := _done(folder, key)) is not None:
@@ -71,12 +79,11 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         device = str(join(config.runtime).device)
         models = [load_artifact(model.model, device=device) for model in chosen]
         if not ranks_items(first.config.task):
-            return _evaluate_told(config, chosen, models, release, run, folder, key)
+            return _evaluate_told(config, chosen, models, release, run, folder, {"key": key, "of": identity})
         baskets = reads_baskets(first.config.task)
         if baskets:  # no others are drawn for them
-            config = config.model_copy(
-                update={"evaluation": config.evaluation.model_copy(update={"protocols": (FULL,)})}
-            )
+            update = {"protocols": (FULL,), "repeats": repeats_of(config.evaluation, models)}
+            config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=update)})
         events: list[Row] = []  # of what is told beside items
         metrics = config.metrics or (BASKET_METRICS if baskets else ITEM_METRICS)
         asked = read_evaluation_set(
@@ -88,7 +95,10 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             _contenders(config, chosen, models, asked), asked, batch_size=config.evaluation.batch_size,
             progress=config.runtime.progress,
         )  # fmt: skip
-        rows = compare_table(evaluation, against=config.against, protocols=config.evaluation.protocols, metrics=metrics)
+        rows = compare_table(
+            evaluation, against=config.against, protocols=config.evaluation.protocols, metrics=metrics,
+            candidate=config.candidate,
+        )  # fmt: skip
         text = render(rows, asked, against=config.against)
         if first.config.task.kind == "multi":
             for _, own, table in _next_events(config, chosen, models, release):
@@ -103,17 +113,18 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             gains.savefig(folder / GAINS, dpi=130)
             run.log_figure(gains, f"evaluation/{GAINS}")
         data = [asdict(row) for row in (*rows, *events)]
-        summary = {"key": key, "rows": data} | _summary(evaluation, config)
+        summary = {"key": key, "of": identity, "rows": data} | _summary(evaluation, config)
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
         for name in (USERS, SUMMARY, TABLE):
             run.log_artifact(folder / name, "evaluation")
         run.log_metrics({f"{config.part}/{r.label}/{r.protocol}/{r.metric}": r.mean for r in (*rows, *events)})
+        run.log_metrics(_tests(rows, config.part))
     return EvaluationReport(folder, data, text, skipped=False)
 
 
 def _evaluate_told(
     config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], release: Release,
-    run: tracking.Run, folder: Path, key: str,
+    run: tracking.Run, folder: Path, about: dict[str, str],
 ) -> EvaluationReport:  # fmt: skip
     """Models that rank no items: they tell what users are, or what they take."""
     told: Told
@@ -125,13 +136,13 @@ def _evaluate_told(
         users = pa.concat_tables(_events_told(one, release) for one, *_ in tables)
     elif models[0].config.task.kind == "click":
         told = click_table.tell(config, chosen, models, release)
-        rows = told.rows(against=config.against)
+        rows = told.rows(against=config.against, candidate=config.candidate)
         text = click_table.render(told, rows, against=config.against)
         picture, drawn = _reliability(told), RELIABILITY
         users = _pairs_told(told, release)
     else:
         told = profile_table.tell(config, chosen, models, release)
-        rows = told.rows(against=config.against)
+        rows = told.rows(against=config.against, candidate=config.candidate)
         text = profile_table.render(told, rows, against=config.against)
         picture, drawn = _confusions(told), CONFUSIONS
         users = _users_told(told, release)
@@ -143,7 +154,7 @@ def _evaluate_told(
     run.log_figure(picture, f"evaluation/{drawn}")
     data = [asdict(row) for row in rows]
     summary = {
-        "key": key, "rows": data, "lake": release.lake, "release": release.number, "versions": release.versions,
+        **about, "rows": data, "lake": release.lake, "release": release.number, "versions": release.versions,
         "split": told.split, "domain": told.domain, "part": told.part, "against": config.against,
         "task": models[0].config.task.model_dump(mode="json"),
     }  # fmt: skip
@@ -151,7 +162,19 @@ def _evaluate_told(
     for name in (USERS, SUMMARY, TABLE):
         run.log_artifact(folder / name, "evaluation")
     run.log_metrics({f"{config.part}/{row.label}/{_named(row)}": row.mean for row in rows})
+    run.log_metrics(_tests(rows, config.part))
     return EvaluationReport(folder, data, text, skipped=False)
+
+
+def _tests(rows: Sequence[Row], part: str) -> dict[str, float]:
+    """Gain and p-value, as in the table, of each model in the first metric under the first protocol."""
+    first = [row for row in rows if (row.protocol, row.metric) == (rows[0].protocol, rows[0].metric)]
+    found: dict[str, float] = {}
+    for row in first:
+        if row.is_model and row.gain is not None and row.p_value is not None:
+            name = f"{part}/{row.label}/{_named(row)}"
+            found |= {f"{name}/gain": row.gain.gain, f"{name}/p": row.p_value}
+    return found
 
 
 def _named(row: Row) -> str:
@@ -164,8 +187,9 @@ def _next_events(
 ) -> list[tuple[ToldClasses, list[Row], str]]:
     """Of each thing that is told beside the item: what was told, its rows, its table."""
     found = []
+    candidate = None if ranks_items(models[0].config.task) else config.candidate  # items' test is the planned one
     for told in next_event_table.tell(config, chosen, models, release):
-        rows = told.rows(against=config.against)
+        rows, candidate = told.rows(against=config.against, candidate=candidate), None
         table = next_event_table.render(told, rows, against=config.against)
         found.append((told, [replace(row, protocol=told.name) for row in rows], table))
     return found
@@ -306,7 +330,8 @@ def _picture(rows: Sequence[Row], asked: EvaluationSet, against: str) -> Figure 
     gains = [
         Gain(
             row.label, row.gain.gain, row.gain.low, row.gain.high,
-            f"{100 * row.gain.relative_gain:+.0f} %" + (f", p {p_text(row.p_value)}" if row.is_model else ""),
+            f"{100 * row.gain.relative_gain:+.1f} %" + (f", p {p_text(row.p_value)}" if row.is_model else ""),
+            marked=row.is_candidate,
         )
         for row in shown if row.gain
     ]  # fmt: skip
@@ -320,6 +345,52 @@ def _picture(rows: Sequence[Row], asked: EvaluationSet, against: str) -> Figure 
 # --- reuse ---------------------------------------------
 
 
+def _checked(
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], *, models: Sequence[PretrainConfig]
+) -> EvaluateConfig:
+    """Raises ConfigError for a candidate that is no label of the models."""
+    labels = [_label(named, settings) for named, settings in zip(chosen, models, strict=True)]
+    if config.candidate is not None and config.candidate not in labels:
+        raise ConfigError(
+            f"candidate: expected a label of the models ({', '.join(dict.fromkeys(labels))}), found "
+            f"{config.candidate!r}; mend the name"
+        )
+    return config
+
+
+def _label(named: EvaluatedModel, settings: PretrainConfig) -> str:
+    return named.label or str(getattr(settings, "transfer", settings.name))
+
+
+def _identity(config: EvaluateConfig, chosen: Sequence[EvaluatedModel], release: Release) -> str:
+    """Of which models on which data an evaluation is: what it may be replaced by is of the same."""
+    models = [[str(Path(model.model).resolve()), model.label, model.seed] for model in chosen]
+    told = json.dumps([models, release.lake, config.split, config.domain, config.part, config.against])
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def _name(config: EvaluateConfig, chosen: Sequence[EvaluatedModel], identity: str) -> str:
+    """After the run of the only model, or the labels of several; numbered where another evaluation has that name."""
+    settings = [config_of(Path(model.model))[0] for model in chosen]
+    labels = list(dict.fromkeys(_label(named, own) for named, own in zip(chosen, settings, strict=True)))
+    about = settings[0].name.replace("/", "-") if len(chosen) == 1 else "-".join(labels)[:60]
+    base = f"evaluate-{about}"
+    for number in itertools.count(1):
+        name = base if number == 1 else f"{base}-{number}"
+        summary = Path(config.output) / name / "evaluation" / SUMMARY
+        if not summary.is_file() or _found(summary).get("of") == identity:
+            return name
+    raise AssertionError("numbers don't end")
+
+
+def _found(summary: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
 def _key(config: EvaluateConfig, hashes: Sequence[str], versions: dict[str, int]) -> str:
     """Of everything that the results depend on."""
     settings = config.model_dump(mode="json", exclude={"tracking", "runtime", "output", "name"})
@@ -329,8 +400,8 @@ def _key(config: EvaluateConfig, hashes: Sequence[str], versions: dict[str, int]
 
 
 def _done(folder: Path, key: str) -> EvaluationReport | None:
+    summary = _found(folder / SUMMARY)
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         text = (folder / TABLE).read_text(encoding="utf-8").rstrip("\n")
     except (OSError, ValueError):
         return None

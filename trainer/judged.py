@@ -14,8 +14,8 @@ import numpy as np
 
 from trainer import basket_baselines, click_table, next_event_table, profile_table
 from trainer.artifact import Artifact
-from trainer.click_table import ToldClicks
-from trainer.comparison import Evaluation, evaluate_contenders
+from trainer.classification import LOG_LOSS
+from trainer.comparison import Evaluation, evaluate_contenders, in_order
 from trainer.config import (
     ClickConfig,
     EvaluateConfig,
@@ -23,21 +23,22 @@ from trainer.config import (
     EvaluationConfig,
     GateConfig,
     MultiConfig,
+    PretrainConfig,
     PromoteConfig,
     ranks_items,
     reads_baskets,
 )
-from trainer.contenders import EvaluateError, baseline_contenders, model_contender, read_evaluation_set
+from trainer.contenders import baseline_contenders, model_contender, read_evaluation_set, repeats_of
 from trainer.data.dataset import Release
 from trainer.distributed import join
-from trainer.gate import Evidence, Slice
+from trainer.gate import FROM_SCRATCH, Evidence, Slice, check_must_beat
 from trainer.metrics import FloatArray, means
 from trainer.ranking import SINGLE, convention_of
 from trainer.registry import CHAMPION
-from trainer.told import Told, ToldClasses
+from trainer.told import Told
 
-VERSION, SCRATCH = "candidate", "from-scratch"  # labels, beside the registry's champion
-LOSS = "log loss"  # the smaller the better
+VERSION, SCRATCH = "candidate", FROM_SCRATCH  # labels, beside the registry's champion
+SCRATCH_TRANSFER = "none"
 Named = Sequence[tuple[str, Artifact]]  # labels and models; the version itself first
 Scored = TypeVar("Scored")  # what the champion said, asked the same
 
@@ -51,6 +52,7 @@ class Judged(ABC, Generic[Scored]):
     part: str
     num_users: int
     faults: list[str]  # why numbers can't be trusted
+    transferred: bool  # whether the version started from a parent
 
     @abstractmethod
     def champion(self, artifact: Artifact) -> Scored:
@@ -79,18 +81,21 @@ class Ranked(Judged[Evaluation]):
     def __init__(self, models: Named, kinds: Sequence[str], config: PromoteConfig, release: Release) -> None:
         self.config, self.release, self.part = config, release, config.part
         first = models[0][1]
+        self.transferred = was_transferred(first.config, first.parent)
         own, baskets = first.config.data, reads_baskets(first.config.task)
         self.split, self.domain = config.split or own.split, config.domain or own.answered
         self.asked = read_evaluation_set(
-            release, self.split, self.domain, config.part, _with_gate_protocol(config, baskets), baskets=baskets,
+            release, self.split, self.domain, config.part, _evaluation(config, models), baskets=baskets,
             event_types=list(dict.fromkeys([*first.event_types, *kinds])),
         )  # fmt: skip
         self.num_users = len(self.asked.users)
         device = str(join(config.runtime).device)
         contenders = [model_contender(model, self.asked, label=label, device=device) for label, model in models]
-        if config.gate.above:
+        if config.gate.must_beat:
             simple = basket_baselines.baseline_contenders if self.asked.baskets else baseline_contenders
-            contenders += simple(self.asked, config.baselines)
+            found = simple(self.asked, config.baselines)
+            check_must_beat(config.gate, [contender.label for contender in found])
+            contenders += found
         self.evaluation = evaluate_contenders(
             contenders, self.asked, batch_size=config.evaluation.batch_size, progress=config.runtime.progress
         )
@@ -106,44 +111,53 @@ class Ranked(Judged[Evaluation]):
         return evaluate_contenders([contender], self.asked, batch_size=self.config.evaluation.batch_size)
 
     def evidence(self, champion: Evaluation | None, gate: GateConfig) -> Evidence:
-        return evidence_of(self.evaluation, champion, gate)
+        return evidence_of(self.evaluation, champion, gate, transferred=self.transferred)
 
     def means(self) -> dict[str, dict[str, float]]:
         key = next(key for key in self.evaluation.contenders if key[0] == VERSION)
         return {protocol: means(self.evaluation.metrics(key, protocol)) for protocol in self.asked.held_out.protocols}
 
 
-def _with_gate_protocol(config: PromoteConfig, baskets: bool) -> EvaluationConfig:
-    """Next baskets are ranked in full only."""
+def was_transferred(config: PretrainConfig, parent: str | None) -> bool:
+    """Whether a model started from another. Where it did not, there may be nothing that from-scratch would show."""
+    return parent is not None or getattr(config, "transfer", SCRATCH_TRANSFER) != SCRATCH_TRANSFER
+
+
+def _evaluation(config: PromoteConfig, models: Named) -> EvaluationConfig:
+    """With the gate's protocol (next baskets are ranked in full only), and candidates as the models were trained."""
+    baskets = reads_baskets(models[0][1].config.task)
     asked = [config.gate.protocol] if baskets else [*config.evaluation.protocols, config.gate.protocol]
-    protocols = tuple(dict.fromkeys(asked))
-    return config.evaluation.model_copy(update={"protocols": protocols})
+    update = {
+        "protocols": tuple(dict.fromkeys(asked)),
+        "repeats": repeats_of(config.evaluation, [model for _, model in models]),
+    }
+    return config.evaluation.model_copy(update=update)
 
 
-def evidence_of(evaluation: Evaluation, champion: Evaluation | None, gate: GateConfig) -> Evidence:
+def evidence_of(
+    evaluation: Evaluation, champion: Evaluation | None, gate: GateConfig, *, transferred: bool = True
+) -> Evidence:
     """Of rankings."""
-    seeds, scratch_seeds = evaluation.seeds(VERSION), evaluation.seeds(SCRATCH)
+    first = evaluation.seeds(VERSION)[0]
+    seeds, scratch_seeds = in_order(evaluation.seeds(VERSION)), in_order(evaluation.seeds(SCRATCH))
 
-    def own(seeds_asked: Sequence[int | None]) -> FloatArray:
-        return evaluation.matrix(VERSION, gate.protocol, gate.metric, seeds=seeds_asked)
+    def matrix(label: str, seeds: Sequence[int | None]) -> FloatArray:
+        return evaluation.matrix(label, gate.protocol, gate.metric, seeds=seeds)
 
     return Evidence(
-        version_U=own(seeds[:1])[0],
-        scratch_SU=evaluation.matrix(SCRATCH, gate.protocol, gate.metric) if scratch_seeds else None,
-        recipe_SU=own(scratch_seeds) if _paired(seeds, scratch_seeds) else None,
+        version_U=matrix(VERSION, [first])[0],
+        version_seed=first,
+        recipe_SU=matrix(VERSION, seeds),
+        recipe_seeds=seeds,
+        scratch_SU=matrix(SCRATCH, scratch_seeds) if scratch_seeds else None,
+        scratch_seeds=scratch_seeds,
         champion_U=champion.matrix(CHAMPION, gate.protocol, gate.metric)[0] if champion else None,
         baselines={
-            label: evaluation.matrix(label, gate.protocol, gate.metric)[0]
-            for label in evaluation.labels
-            if not evaluation.is_model(label)
+            label: matrix(label, [None])[0] for label in evaluation.labels if not evaluation.is_model(label)
         },
         slices=_slices(evaluation, champion, gate) if champion or scratch_seeds else (),
-    )
-
-
-def _paired(seeds: Sequence[int | None], scratch_seeds: Sequence[int | None]) -> bool:
-    """Whether recipe can be compared with recipe, seed by seed."""
-    return len(scratch_seeds) > 1 and set(scratch_seeds) <= set(seeds)
+        transferred=transferred,
+    )  # fmt: skip
 
 
 def _slices(evaluation: Evaluation, champion: Evaluation | None, gate: GateConfig) -> list[Slice]:
@@ -172,8 +186,8 @@ class ToldOf(Judged[Told]):
 
     def __init__(self, models: Named, config: PromoteConfig, release: Release) -> None:
         self.config, self.release, self.part, self._models = config, release, config.part, models
-        _check_metric(models[0][1], config.gate.metric)
-        self._told = self._ask(models, baselines=bool(config.gate.above))
+        self.transferred = was_transferred(models[0][1].config, models[0][1].parent)
+        self._told = self._ask(models, baselines=bool(config.gate.must_beat))
         self.split, self.domain = self._told.split, self._told.domain
         self.num_users = len(self._told.histories)
         self.faults = [
@@ -190,10 +204,11 @@ class ToldOf(Judged[Told]):
 
         def of_label(told: Told, label: str, seeds: Sequence[int | None]) -> FloatArray:
             found = np.stack([told.of_users((label, seed), metric) for seed in seeds])
-            return -found if metric == LOSS else found
+            return -found if metric == LOG_LOSS else found
 
-        seeds, scratch_seeds = told.seeds(VERSION), told.seeds(SCRATCH)
-        version_U = of_label(told, VERSION, seeds[:1])[0]
+        first = told.seeds(VERSION)[0]
+        seeds, scratch_seeds = in_order(told.seeds(VERSION)), in_order(told.seeds(SCRATCH))
+        version_U = of_label(told, VERSION, [first])[0]
         scratch_SU = of_label(told, SCRATCH, scratch_seeds) if scratch_seeds else None
         champion_U = of_label(champion, CHAMPION, champion.seeds(CHAMPION))[0] if champion else None
         known = ~np.isnan(version_U)  # what can't be said of a user, it can't of any model's answer
@@ -203,13 +218,17 @@ class ToldOf(Judged[Told]):
             beside_U = scratch_SU.mean(0)
         return Evidence(
             version_U=version_U[known],
+            version_seed=first,
+            recipe_SU=of_label(told, VERSION, seeds)[:, known],
+            recipe_seeds=seeds,
             scratch_SU=None if scratch_SU is None else scratch_SU[:, known],
-            recipe_SU=of_label(told, VERSION, scratch_seeds)[:, known] if _paired(seeds, scratch_seeds) else None,
+            scratch_seeds=scratch_seeds,
             champion_U=None if champion_U is None else champion_U[known],
             baselines={
                 label: of_label(told, label, [None])[0][known] for label in told.labels if told.seeds(label) == [None]
             },
             slices=[] if beside_U is None else [Slice("cold users", version_U[cold_U], beside_U[cold_U], name)],
+            transferred=self.transferred,
         )
 
     def means(self) -> dict[str, dict[str, float]]:
@@ -230,16 +249,3 @@ class ToldOf(Judged[Told]):
         if isinstance(task, ClickConfig):
             return click_table.tell(asked, chosen, artifacts, self.release)
         return profile_table.tell(asked, chosen, artifacts, self.release)
-
-
-def _check_metric(version: Artifact, metric: str) -> None:
-    """Raises EvaluateError where it is none that a model of that task has of each user."""
-    task, told = version.config.task, ToldClasses.TESTED
-    known = list(ToldClicks.TESTED if isinstance(task, ClickConfig) else told)
-    if isinstance(task, MultiConfig):
-        known = [f"{name}/{one}" for name in version.classes for one in told]
-    if metric not in known:
-        raise EvaluateError(
-            f"gate.metric: expected one that task {task.kind} has of each user ({', '.join(known)}), found {metric}; "
-            "set it, and gate.above to simple baselines of `python -m trainer evaluate`"
-        )

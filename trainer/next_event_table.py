@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.artifact import Artifact
+from trainer.baseline_names import OWN_PAST, SHARES
 from trainer.comparison import Row
 from trainer.config import EvaluateConfig, EvaluatedModel, MultiConfig
 from trainer.contenders import EvaluateError, raw_users
@@ -70,8 +71,8 @@ def tell(
             own_UC, shares_C = _counts(past, classes, catalogue, name, config.part)
             rows = np.searchsorted(past.users, asked.histories.users)
             own_NC = own_UC[rows]
-            told["shares of all", None] = np.tile(shares_C, (len(asked), 1))
-            told["the user's own past", None] = (own_NC + PRIOR * shares_C) / (own_NC.sum(1, keepdims=True) + PRIOR)
+            told[SHARES, None] = np.tile(shares_C, (len(asked), 1))
+            told[OWN_PAST, None] = (own_NC + PRIOR * shares_C) / (own_NC.sum(1, keepdims=True) + PRIOR)
         found.append(ToldClasses(told, config.part, domain, split, costs, name, names, asked))
     return found
 

@@ -55,6 +55,7 @@ class Gain:
     low: float
     high: float
     note: str = ""  # printed at the row's end, e.g. "+33 %, p = 0.001"
+    marked: bool = False  # the candidate
 
 
 def learning_curves(curves: Sequence[Curve], *, title: str = "", score: str = "NDCG@10") -> Figure:
@@ -135,8 +136,11 @@ def transfer_gains(
         axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=11, color=INK)
     axes.axvline(0, color=INK, linewidth=1)
     _plain(axes, "", grid="x")
-    axes.set_yticks(range(len(gains)), [gain.name for gain in gains], fontsize=11)
+    names = [f"{gain.name} (candidate)" if gain.marked else gain.name for gain in gains]
+    axes.set_yticks(range(len(gains)), names, fontsize=11)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
+    for gain, label in zip(gains, axes.get_yticklabels(), strict=True):
+        label.set_fontweight("bold" if gain.marked else "normal")
     axes.spines["left"].set_visible(False)
     axes.set_ylim(len(gains) - 0.4, -0.6)
     axes.set_xlabel(f"gain in {metric} over {over}, with its interval (hollow: it holds zero)")

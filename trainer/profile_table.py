@@ -12,6 +12,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from trainer.artifact import Artifact
+from trainer.baseline_names import MOST_FREQUENT, REGRESSION
 from trainer.baselines import Histories
 from trainer.classification import metrics_of, scikit_learn
 from trainer.comparison import Row
@@ -54,8 +55,8 @@ def tell(
             read_asked(release, split, domain, catalogue, classes, part) for part in ("train", "validation")
         )
         shares = np.bincount(trained.class_N, minlength=len(classes.names)) / len(trained)
-        found["most frequent value", None] = np.tile(shares, (len(asked), 1))
-        found["items, logistic regression", None] = _regression(trained, checked, asked, len(catalogue))
+        found[MOST_FREQUENT, None] = np.tile(shares, (len(asked), 1))
+        found[REGRESSION, None] = _regression(trained, checked, asked, len(catalogue))
     return ToldClasses(found, config.part, domain, split, costs, task.attribute, classes.names, asked)
 
 

@@ -18,11 +18,11 @@ import numpy as np
 
 from etl.config import GraftrecError
 from trainer import survey
-from trainer.comparison import p_text
 from trainer.document import Block, Cell, Fold, Heading, Picture, Points, Table, Text, Tone
 from trainer.document import write as write_document
 from trainer.hypotheses import LEVEL
 from trainer.pictures import Curve, Gain, curve_panels, gain_panels, slice_panels
+from trainer.stats import p_text
 
 Row = Mapping[str, Any]
 KEYS = (

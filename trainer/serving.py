@@ -72,7 +72,7 @@ class Shortlist:
     def __init__(self, artifact: Artifact) -> None:
         baskets = reads_baskets(artifact.config.task)
         self._scorer = artifact.scorer(baskets=baskets, clicks=True)
-        self._repeats = baskets and artifact.config.evaluation.repeats
+        self._repeats = baskets and artifact.config.evaluation.ranks_repeats
         popularity = torch.from_numpy(artifact.popularity.astype(np.float32))
         if artifact.model.predicted_V is not None:
             popularity.masked_fill_(~artifact.model.predicted_V, -torch.inf)

@@ -10,6 +10,7 @@ Users and seeds are *crossed* random factors: every seed is scored on the same u
 findings at 5 %). `users_and_seeds_test` adds the parts.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,13 @@ from scipy import optimize, special
 from etl.config import GraftrecError
 
 FloatArray = npt.NDArray[np.float64]
+
+# Spreads of the differences of two models' NDCG@10, as shares of the lower model's mean, for saying beforehand what an
+# experiment can show. Measured on the kept results `tests/reproduction/results`: USER_SPREAD is the middle of the
+# comparisons of models-demo (1,865 users: 0.69), models-small (5,306 users of MovieLens-1M: 0.63) and table2-small
+# (0.92), towards the larger; SEED_SPREAD is the root mean square over the 12 comparisons of models-demo, 2 seeds each.
+USER_SPREAD, SEED_SPREAD = 0.9, 0.043
+MOST_SEEDS = 1_000  # more are no plan
 
 
 class StatsError(GraftrecError):
@@ -38,10 +46,16 @@ class Comparison:
     num_users: int
     num_seeds: int  # 1: seeds were not varied, and the p-value and interval speak of users only
     confidence: float = 0.95
+    user_spread: float = 0.0  # standard deviation of users' differences (of one seed: with what varies besides)
+    seed_spread: float = 0.0  # standard deviation of the seeds' mean differences; 0 where seeds were not varied
 
     @property
     def seeds_varied(self) -> bool:
         return self.num_seeds > 1
+
+    def least_shown(self, level: float) -> float:
+        """The smallest gain that has p ≤ level with these seeds, users and spreads."""
+        return _half_width(level, _parts(self.num_seeds, self.num_users, self.user_spread, self.seed_spread))
 
 
 def paired_t(ours_U: FloatArray, theirs_U: FloatArray, *, confidence: float = 0.95) -> Comparison:
@@ -60,7 +74,8 @@ def compare(ours_SU: FloatArray, theirs_SU: FloatArray, *, confidence: float = 0
             f"expected metrics of the same seeds and users, found {list(ours.shape)} and {list(theirs.shape)} "
             "(seeds, users); score both models on one release, with the same seeds"
         )
-    return users_and_seeds_test(ours - theirs, baseline=float(theirs.mean()), confidence=confidence)
+    baseline = float(np.ascontiguousarray(theirs).mean())
+    return users_and_seeds_test(ours - theirs, baseline=baseline, confidence=confidence)
 
 
 def users_and_seeds_test(
@@ -83,10 +98,11 @@ def users_and_seeds_test(
     paired t-test over users, and `Comparison.seeds_varied` is False. `baseline`: the other model's mean, for
     `relative_gain`. Raises StatsError for fewer than two users, or a difference that is not a number.
     """
-    diff = np.atleast_2d(np.asarray(diff_SU, dtype=np.float64))
+    diff = np.atleast_2d(np.ascontiguousarray(diff_SU, dtype=np.float64))  # the same sums, whatever the layout
     num_seeds, num_users = _checked(diff)
     gain = float(diff.mean())
-    parts = _variance_parts(diff)
+    user_spread, seed_spread = _spreads(diff)
+    parts = _parts(num_seeds, num_users, user_spread, seed_spread)
 
     half = _half_width(1 - confidence, parts)
     return Comparison(
@@ -98,7 +114,14 @@ def users_and_seeds_test(
         num_users,
         num_seeds,
         confidence,
+        user_spread,
+        seed_spread,
     )
+
+
+def mean_over_seeds(values_SU: FloatArray) -> float:
+    """The mean over users and then seeds; NaN of a user is left out. The same number wherever it is printed."""
+    return float(np.nanmean(np.ascontiguousarray(values_SU), axis=1).mean())
 
 
 def _checked(diff: FloatArray) -> tuple[int, int]:
@@ -114,17 +137,21 @@ def _checked(diff: FloatArray) -> tuple[int, int]:
     return diff.shape[0], diff.shape[1]
 
 
-def _variance_parts(diff: FloatArray) -> list[tuple[float, int]]:
-    """(variance of the mean, degrees of freedom) of each part."""
+def _spreads(diff: FloatArray) -> tuple[float, float]:
+    """Standard deviations of users' differences (less what is not the user's own, where seeds say), and of seeds'."""
     num_seeds, num_users = diff.shape
     of_seed, of_user, mean = diff.mean(1), diff.mean(0), diff.mean()
     if num_seeds == 1:
-        return [(float(diff.var(ddof=1)) / num_users, num_users - 1)]
-    seeds = num_users * float(of_seed.var(ddof=1))
-    users = num_seeds * float(of_user.var(ddof=1))
+        return float(diff.std(ddof=1)), 0.0
     rest = float(((diff - of_seed[:, None] - of_user + mean) ** 2).sum()) / ((num_seeds - 1) * (num_users - 1))
-    size = num_seeds * num_users
-    return [(seeds / size, num_seeds - 1), (max(users - rest, 0.0) / size, num_users - 1)]
+    user_variance = max(float(of_user.var(ddof=1)) - rest / num_seeds, 0.0)
+    return math.sqrt(user_variance), float(of_seed.std(ddof=1))
+
+
+def _parts(num_seeds: int, num_users: int, user_spread: float, seed_spread: float) -> list[tuple[float, int]]:
+    """(variance of the mean, degrees of freedom) of each part."""
+    users = (user_spread**2 / num_users, num_users - 1)
+    return [users] if num_seeds == 1 else [(seed_spread**2 / num_seeds, num_seeds - 1), users]
 
 
 def _half_width(tail: float, parts: list[tuple[float, int]]) -> float:
@@ -147,6 +174,91 @@ def _p_value(distance: float, parts: list[tuple[float, int]]) -> float:
         lambda log_tail: _half_width(np.exp(log_tail), varied) - distance, np.log(least) - 1e-6, 0.0, xtol=1e-10
     )
     return float(np.exp(log_p))
+
+
+# --- what an experiment can show ------------------------------------------------------------------------------------
+
+
+def detectable_gain(
+    num_seeds: int,
+    num_users: int,
+    *,
+    user_spread: float = USER_SPREAD,
+    seed_spread: float = SEED_SPREAD,
+    level: float = 0.05,
+) -> float:
+    """The smallest observed gain, as a share of the other model's mean, that has p ≤ level in `users_and_seeds_test`.
+
+    Spreads are standard deviations, as shares of that mean: of users' differences, and of the seeds' mean differences.
+    It is the half-width of the interval: where the true gain is just this, half of all experiments show it, and nearly
+    all show one twice as large. One seed says nothing of seeds: then it is that of users alone. Raises StatsError for
+    no seed, or fewer than two users.
+    """
+    if num_seeds < 1 or num_users < 2:
+        raise StatsError(
+            f"expected at least one seed and two users, found {num_seeds} and {num_users}; add seeds or users"
+        )
+    return _half_width(level, _parts(num_seeds, num_users, user_spread, seed_spread))
+
+
+def detectable_text(
+    num_seeds: int,
+    num_users: int,
+    *,
+    user_spread: float = USER_SPREAD,
+    seed_spread: float = SEED_SPREAD,
+    level: float = 0.05,
+) -> str:
+    """`detectable_gain` as a sentence: "5 seeds of 1,865 users show gains above about 7 %"."""
+    gain = detectable_gain(num_seeds, num_users, user_spread=user_spread, seed_spread=seed_spread, level=level)
+    seeds = f"{num_seeds} seeds" if num_seeds > 1 else "1 seed"
+    return f"{seeds} of {num_users:,} users show gains above about {_percent(gain)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share < 0.0195 else f"{100 * share:.0f} %"
+
+
+def seeds_to_show(gain: Comparison, *, level: float = 0.05) -> int | None:
+    """The fewest seeds, no fewer than there are, with which the gain would have p ≤ level if gain and spreads stay as
+    observed. None: no number of seeds would (it is not above zero, users alone vary too much, or more than 1,000 would
+    be needed), or seeds were not varied, so that nothing is known of them."""
+    if gain.gain <= 0 or not gain.seeds_varied:
+        return None
+    for num_seeds in range(gain.num_seeds, MOST_SEEDS + 1):
+        if _half_width(level, _parts(num_seeds, gain.num_users, gain.user_spread, gain.seed_spread)) <= gain.gain:
+            return num_seeds
+    return None
+
+
+def users_to_show(gain: Comparison, *, num_seeds: int, level: float = 0.05) -> int | None:
+    """About how many users would do so, with `num_seeds` seeds. None: no number would, seeds vary too much."""
+    if gain.gain <= 0:
+        return None
+    of_seeds = 0.0
+    if num_seeds > 1:
+        of_seeds = _half_width(level, [(gain.seed_spread**2 / num_seeds, num_seeds - 1)]) ** 2
+    left = gain.gain**2 - of_seeds
+    if left <= 0:
+        return None
+    num_users = 2
+    for _ in range(100):  # t falls with users, so that this rises to the fewest from below, or swings about it
+        t_squared = float(special.stdtrit(max(num_users - 1, 2), level / 2)) ** 2
+        wanted = max(2, math.ceil(t_squared * gain.user_spread**2 / left))
+        if wanted == num_users:
+            break
+        num_users = wanted
+    return num_users
+
+
+def p_text(p_value: float | None) -> str:
+    """A p-value as tables, pictures and the gate print it."""
+    if p_value is None:
+        return ""
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+# --- other intervals, and many tests --------------------------------------------------------------------------------
 
 
 def bootstrap_interval(

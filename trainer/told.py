@@ -5,7 +5,7 @@ Shape letters: ``S`` seeds, ``U`` users, ``N`` examples, ``C`` classes, ``V`` ro
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -15,13 +15,13 @@ from etl.tables import UNK
 from trainer.artifact import Artifact
 from trainer.baselines import Histories
 from trainer.classification import AUC, example_metrics, metrics_of
-from trainer.comparison import Row, block
+from trainer.comparison import Row, adjust, block, in_order, mark_candidate, notes_on_tests
 from trainer.config import EvaluatedModel
 from trainer.contenders import EvaluateError, user_rows
 from trainer.data.dataset import Catalogue, rows_by_raw_id
 from trainer.metrics import FloatArray
 from trainer.profiles import Asked, probabilities
-from trainer.stats import compare, holm
+from trainer.stats import compare
 
 IntArray = npt.NDArray[np.int64]
 Key = tuple[str, int | None]  # label, seed
@@ -61,17 +61,14 @@ class Told(ABC):
     def seeds(self, label: str) -> list[int | None]:
         return [seed for name, seed in self.probabilities if name == label]
 
-    def rows(self, *, against: str) -> list[Row]:
-        """Every label under every metric; gains of TESTED over `against`, Holm over the models' tests."""
+    def rows(self, *, against: str, candidate: str | None = None) -> list[Row]:
+        """Every label under every metric; gains of TESTED over `against`, Holm over the models' tests. The gain of
+        `candidate` in the first of TESTED is the one planned test."""
         tested = self.TESTED
         rows = [
             _row(self, label, against, metric, metric in tested) for metric in self.METRICS for label in self.labels
         ]
-        gains = [(number, row.gain) for number, row in enumerate(rows) if row.is_model and row.gain]
-        adjusted = holm([gain.p_value for _, gain in gains]) if gains else []
-        for (number, _), p_value in zip(gains, adjusted, strict=True):
-            rows[number] = replace(rows[number], p_value=p_value)
-        return rows
+        return adjust(mark_candidate(rows, candidate, metric=tested[0]))
 
     def table(self, what: str, rows: Sequence[Row], users: str, notes: Sequence[str], *, against: str) -> str:
         """For people: what was told of whom, the rows, and what to know of them."""
@@ -152,7 +149,7 @@ def keys_of(chosen: Sequence[EvaluatedModel], models: Sequence[Artifact]) -> tup
 
 
 def _row(told: Told, label: str, against: str, metric: str, tested: bool) -> Row:
-    seeds, others = told.seeds(label), told.seeds(against)
+    seeds, others = in_order(told.seeds(label)), in_order(told.seeds(against))
     values = [told.metrics((label, seed))[metric] for seed in seeds]
     gain = None
     if tested and label != against and others:
@@ -179,10 +176,8 @@ def _of_users(told: Told, label: str, seeds: Sequence[int | None], metric: str) 
 
 def _notes(rows: Sequence[Row], *, against: str) -> list[str]:
     """What a reader of the table must know: what was tested, what models cost."""
-    notes = []
-    if tests := sum(row.p_value is not None for row in rows):
-        tested = ", ".join(dict.fromkeys(row.metric for row in rows if row.p_value is not None))
-        notes.append(f"gains over {against}, of {tested}; p over users and seeds, Holm over {tests} tests")
+    tested = ", ".join(dict.fromkeys(row.metric for row in rows if row.p_value is not None))
+    notes = notes_on_tests(rows, f"gains over {against}, of {tested}")
     costs = {row.label: row for row in rows if row.is_model}
     return notes + [
         f"{label}: pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"

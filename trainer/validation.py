@@ -213,7 +213,7 @@ def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tu
     held_out = read_held_out(
         release, config.data.split, config.data.domain, catalogue, "validation", times=reads_more,
         max_users=config.train.validation_users, baskets=reads_baskets(config.task),
-        repeats=config.evaluation.repeats, event_types=config.data.event_types,
+        repeats=config.evaluation.ranks_repeats, event_types=config.data.event_types,
     )  # fmt: skip
     if not reads_more:
         return held_out, None

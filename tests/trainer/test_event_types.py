@@ -383,9 +383,12 @@ def test_a_champion_that_reads_kinds_is_no_wall(trained, lake, tmp_path, monkeyp
     plain = {"data": {"domain": "target", "event_types": ()}, "model": MODEL | {"event_types": False}}
     without = finetune(settings(FinetuneConfig, tmp_path, lake, name="plain", transfer="none", **plain)).model
     Registry().register(trained[2], alias=CHAMPION)
-    given = {"candidate": str(without), "from_scratch": [str(without)], "tracking": {"enabled": False}}
-    gate = {"min_seeds": 1, "min_users": 20, "above": []}
-    with pytest.raises(promote.GateRefused, match="no better than from-scratch"):
+    other = finetune(
+        settings(FinetuneConfig, tmp_path, lake, name="other", transfer="none", train=TRAINED | {"seed": 1}, **plain)
+    ).model
+    given = {"candidate": str(without), "from_scratch": [str(other)], "tracking": {"enabled": False}}
+    gate = {"min_seeds": 1, "min_users": 20, "must_beat": []}
+    with pytest.raises(promote.GateRefused, match="than from-scratch"):
         promote.run(PromoteConfig.model_validate(given | {"gate": gate}))
     told = json.loads((tmp_path / "store" / "runs" / "promote" / "decision.json").read_text())
     assert {check["name"] for check in told["checks"]} >= {"from-scratch", "champion"}

@@ -17,9 +17,9 @@ from trainer import promote, recommend
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.baselines import Histories
 from trainer.config import EvaluateConfig, EvaluatedModel, FinetuneConfig, PromoteConfig, RecommendConfig
-from trainer.contenders import EvaluateError
 from trainer.evaluate import run as evaluate
 from trainer.finetune import run as finetune
+from trainer.gate import GateError
 from trainer.registry import CHAMPION, Registry
 from trainer.serving import Recommender, Request, RequestError, parse
 
@@ -194,17 +194,19 @@ def test_the_gate_judges_next_baskets(models, tmp_path, monkeypatch, capsys):
         return PromoteConfig.model_validate({
             "candidate": models["baskets"], "from_scratch": [models["other"]], "runtime": {"progress": False},
             "tracking": {"enabled": False},
-            "gate": {"min_seeds": 1, "min_users": 20, "metric": "basket/F1@5", "above": []} | gate,
+            "gate": {"min_seeds": 1, "min_users": 20, "metric": "basket/F1@5", "must_beat": []} | gate,
         })  # fmt: skip
 
-    with pytest.raises(promote.GateRefused, match=r"no better than from-scratch: basket/F1@5 0\."):
+    with pytest.raises(promote.GateRefused, match=r"than from-scratch: basket/F1@5 0\."):
         promote.run(judged())
-    with pytest.raises(promote.GateRefused, match="no simple baseline 'item-to-item' was scored"):
-        promote.run(judged(above=["item-to-item"]))
+    with pytest.raises(GateError, match="popularity; personal frequency; Markov chain, found item-to-item"):
+        promote.run(judged(must_beat=["item-to-item"]))
+    with pytest.raises(GateError, match="expected full for next baskets"):
+        promote.run(judged(protocol="uniform-100"))
     told = capsys.readouterr().out
     assert "cold items" in told
-    with pytest.raises(promote.GateRefused, match=r"simple baseline Markov chain|better than from-scratch"):
-        promote.run(judged(above=["Markov chain", "personal frequency"]))
+    with pytest.raises(promote.GateRefused, match=r"simple baseline, Markov chain|better than from-scratch"):
+        promote.run(judged(must_beat=["Markov chain", "personal frequency"]))
     version = Registry().version("1")
     assert "basket/F1@5" in version.tags["graftrec.test.full"]
     assert CHAMPION not in version.aliases
@@ -244,7 +246,7 @@ def test_the_gate_judges_what_is_told(name, told, tmp_path, monkeypatch):
         return PromoteConfig.model_validate({
             "candidate": told[name][candidate], "from_scratch": [told[name][scratch]],
             "runtime": {"progress": False}, "tracking": {"enabled": False},
-            "gate": {"min_seeds": 1, "min_users": 10, "level": 0.2, "metric": metric, "above": [simple]} | gate,
+            "gate": {"min_seeds": 1, "min_users": 10, "level": 0.2, "metric": metric, "must_beat": [simple]} | gate,
         })  # fmt: skip
 
     learns = name != "several"  # of 150 users too little is learned to pass
@@ -267,23 +269,23 @@ def test_the_gate_judges_what_is_told(name, told, tmp_path, monkeypatch):
     tag = json.loads(version.tags[f"graftrec.test.{TOLD[name][0]['kind']}"])
     assert tag[wanted] == pytest.approx(means["good"])
 
-    with pytest.raises(EvaluateError, match=r"gate.metric: expected one that task .* found NDCG@10; set it"):
+    with pytest.raises(GateError, match=r"gate.metric: expected a metric that task .* found 'NDCG@10'"):
         promote.run(judged("poor", "good", metric="NDCG@10"))
     if learns:
-        with pytest.raises(promote.GateRefused, match="no better than from-scratch") as refused:
-            promote.run(judged("poor", "good", above=[]))
-        assert "worse than the champion" in str(refused.value)
+        with pytest.raises(promote.GateRefused, match="than from-scratch") as refused:
+            promote.run(judged("poor", "good", must_beat=[]))
+        assert "than the champion" in str(refused.value) or "as good as the champion" in str(refused.value)
 
 
 def test_the_smaller_loss_is_the_better(told, tmp_path, monkeypatch):
     enter_store(tmp_path / "store", monkeypatch)
     given = {"runtime": {"progress": False}, "tracking": {"enabled": False}}
-    gate = {"min_seeds": 1, "min_users": 10, "metric": "log loss", "above": ["popularity"]}
+    gate = {"min_seeds": 1, "min_users": 10, "metric": "log loss", "must_beat": ["popularity"]}
     models = told["clicks"]
     asked = given | {"candidate": models["good"], "from_scratch": [models["poor"]], "gate": gate}
     decision = promote.run(PromoteConfig.model_validate(asked)).decision
     numbers = {check.name: check.numbers for check in decision.checks}["from-scratch"]
     assert numbers["scratch"] < numbers["version"] < 0
-    strict = gate | {"min_gain": 0.9, "above": []}
+    strict = gate | {"min_gain": 0.9, "must_beat": []}
     with pytest.raises(promote.GateRefused, match="needs more than"):
         promote.run(PromoteConfig.model_validate(asked | {"gate": strict, "registered_model": "other"}))
