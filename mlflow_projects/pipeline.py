@@ -115,7 +115,7 @@ class Outcome:
     target: str
     table: str
     refusal: str  # "": promoted
-    lines: list[str]  # champion, recommendations, what to do next
+    lines: list[str]  # what to do after a refusal; champion, recommendations
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -181,6 +181,34 @@ def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
     return splits[-1].name
 
 
+def check_plan(config: PipelineConfig, planned: Plan) -> None:
+    """Refuse before anything is trained what the gate would refuse afterwards. Raises GraftrecError."""
+    from trainer.gate import check_gate
+
+    has_scratch = SCRATCH in planned.transfers and len(planned.transfers) + len(planned.joint_splits) > 1
+    check_gate(
+        config.promote.gate,
+        task=config.finetune.task,
+        seeds=config.seeds,
+        transferred=planned.source is not None,
+        has_scratch=has_scratch,
+        baselines=config.promote.baselines,
+    )
+
+
+def what_can_be_shown(config: PipelineConfig, planned: Plan, release: int) -> list[str]:
+    """What gain the seeds and the users of each target can show, said before anything is trained."""
+    from trainer.data.dataset import SequenceDataset, pin
+    from trainer.stats import detectable_text
+
+    lines = []
+    for target in planned.targets:
+        users = SequenceDataset(pin(config.etl.lake, release), config.finetune.data.split, target).num_rows
+        said = detectable_text(len(config.seeds), max(users, 2), level=config.promote.gate.level)
+        lines.append(f"{target}: {said} (typical spreads; p ≤ {config.promote.gate.level:g})")
+    return lines
+
+
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
@@ -190,12 +218,15 @@ def run(config: PipelineConfig) -> int:
 
     begun = time.monotonic()
     config, planned = plan(config)
+    check_plan(config, planned)
     if planned.source is None:
         print("nothing is transferred: models are compared with the simple baselines and the champion", flush=True)
     tags = {"graftrec.recipe": "pipeline"}
     with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
         release = build_tables(config)
         tracked.set_tags({"graftrec.release": release, "graftrec.lake": config.etl.lake})
+        for line in what_can_be_shown(config, planned, release):
+            print(line, flush=True)
         trained = train_all(config, planned, release, tracking.child_environment(tracked))
         outcomes = [conclude(config, planned, target, release, trained[target]) for target in planned.targets]
         for outcome in outcomes:
@@ -287,33 +318,29 @@ def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, t
     """Evaluate the models of one target domain, ask the gate, write recommendations."""
     heading = f" {target}" if len(planned.targets) > 1 else ""
     with step(f"evaluate{heading}"):
-        table = gain_table(evaluate(config, planned, target, release, trained))
+        table = gain_table(evaluate(config, target, release, trained))
     with step(f"promote{heading}"):
-        refusal = promote(config, planned, target, release, trained)
-    return Outcome(target, table, refusal, recommend(config, target, release))
+        refusal, steps = promote(config, target, release, trained)
+    lines = [f"{'what now' if not place else '':<17}{step}" for place, step in enumerate(steps)]
+    return Outcome(target, table, refusal, [*lines, *recommend(config, target, release)])
 
 
-def evaluate(
-    config: PipelineConfig, planned: Plan, target: str, release: int, trained: Sequence[Trained]
-) -> list[dict[str, Any]]:
+def evaluate(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> list[dict[str, Any]]:
     """Score all models beside the baselines; gives the rows of the comparison."""
     from trainer import evaluate
 
     return evaluate.run(evaluate_config(config, target, release, trained)).rows
 
 
-def promote(config: PipelineConfig, planned: Plan, target: str, release: int, trained: Sequence[Trained]) -> str:
-    """Register the candidate and ask the gate; gives its reason to refuse, "" where it agrees."""
+def promote(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> tuple[str, Sequence[str]]:
+    """Register the candidate and ask the gate; gives its reason to refuse, "" where it agrees, and what to do then."""
     from trainer import promote
 
     try:
         promote.run(promote_config(config, target, release, trained))
-    except GraftrecError as refusal:
-        if refusal.exit_code != REFUSED:
-            raise
-        print(refusal)
-        return str(refusal)
-    return ""
+    except promote.GateRefused as refusal:
+        return str(refusal), refusal.steps
+    return "", ()
 
 
 def recommend(config: PipelineConfig, target: str, release: int) -> list[str]:
@@ -352,22 +379,32 @@ def choose(trained: Sequence[Trained]) -> list[Trained]:
 
 
 def gain_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Transfer × metric under the first protocol: mean, gain over from-scratch, p-value; and the best baseline."""
+    """Models, best baseline and popularity under the first protocol: the gate's metric with its gain over from-scratch
+    and p-value, then the means of the other metrics."""
     shown = [row for row in rows if row["protocol"] == rows[0]["protocol"]]
-    metrics = list(dict.fromkeys(row["metric"] for row in shown))
-    baselines = [row for row in shown if not row["is_model"] and row["metric"] == metrics[0]]
-    best = {max(baselines, key=lambda row: row["mean"])["label"]} if baselines else set()
-    labels = dict.fromkeys(row["label"] for row in shown if row["is_model"] or row["label"] in best)
-    width = max(len(label) for label in labels) + 2
-    lines = [f"{'transfer':<{width}}" + "".join(f"{metric:>10}{'gain':>10}{'p':>9}" for metric in metrics)]
+    first, *others = dict.fromkeys(row["metric"] for row in shown)
+    cells = {(row["label"], row["metric"]): row for row in shown}
+    labels = [row["label"] for row in shown if row["is_model"] and row["metric"] == first]
+    baselines = [row for row in shown if not row["is_model"] and row["metric"] == first]
+    labels += [row["label"] for row in sorted(baselines, key=lambda row: -row["mean"])[:1]]
+    labels += [row["label"] for row in baselines if row["label"] == "popularity" not in labels]
+    width = max(len(label) for label in labels) + 4
+    lines = [f"{'model':<{width}}{first:>10}{'gain':>10}{'p':>9}" + "".join(f"{name:>12}" for name in others)]
     for label in labels:
-        line = f"{label:<{width}}"
-        for row in (row for row in shown if row["label"] == label):
-            gain, p_value = row["gain"], row["p_value"]
-            line += f"{row['mean']:>10.4f}" + (f"{100 * gain['relative_gain']:>+8.1f} %" if gain else " " * 10)
-            line += " " * 9 if p_value is None else f"{'<0.001' if p_value < 0.001 else f'{p_value:.3f}':>9}"
+        row = cells[label, first]
+        gain = f"{100 * row['gain']['relative_gain']:+.1f} %" if row["gain"] else ""
+        line = f"{label + (' *' if row['is_candidate'] else ''):<{width}}{row['mean']:>10.4f}{gain:>10}"
+        line += f"{p_text(row['p_value']):>9}" + "".join(f"{cells[label, name]['mean']:>12.4f}" for name in others)
         lines.append(line.rstrip())
+    if any(row["is_candidate"] for row in shown):
+        lines.append("* candidate: best on the validation part; its p is the gate's, the others' are adjusted (Holm)")
     return "\n".join(lines)
+
+
+def p_text(p_value: float | None) -> str:
+    from trainer import stats
+
+    return stats.p_text(p_value)
 
 
 def page_command() -> str:
@@ -420,13 +457,21 @@ def _quiet(runtime: RuntimeConfig) -> RuntimeConfig:
 
 
 def evaluate_config(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> EvaluateConfig:
+    """The candidate's gain in the gate's metric is the one planned test."""
+    from trainer.evaluate import ITEM_METRICS
+
     models = tuple(EvaluatedModel(model=str(one.model), label=one.label, seed=one.seed) for one in trained)
+    candidate, gate = choose(trained)[0].label, config.promote.gate
+    protocols = tuple(dict.fromkeys([gate.protocol, *config.evaluate.evaluation.protocols]))
     return config.evaluate.model_copy(
         update={
             "name": f"{target}/evaluate",
             "output": config.runs,
             "model": None,
             "models": models,
+            "candidate": candidate if candidate != SCRATCH else None,
+            "metrics": tuple(dict.fromkeys([gate.metric, *(config.evaluate.metrics or ITEM_METRICS)])),
+            "evaluation": config.evaluate.evaluation.model_copy(update={"protocols": protocols}),
             "lake": config.etl.lake,
             "release": release,
             "split": config.finetune.data.split,

@@ -50,9 +50,13 @@ ATTEMPTS = 10  # at a champion that others keep changing
 
 
 class GateRefused(GraftrecError):
-    """The gate refused the candidate; no alias has moved."""
+    """The gate refused the candidate; no alias has moved. `steps`: what can be done with what there is, a line each."""
 
     exit_code = 3
+
+    def __init__(self, message: str, steps: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.steps = tuple(steps)
 
 
 class PromoteError(GraftrecError):
@@ -96,9 +100,10 @@ def run(config: PromoteConfig) -> Promoted:
     if shown := detectable(decision, config.gate.level):
         print(f"  {shown}")
     if promoted is None:
-        for step in next_steps(decision, model=str(compared.candidate.folder)):
+        steps = next_steps(decision, model=str(compared.candidate.folder))
+        for step in steps:
             print(f"  → {step}")
-        raise GateRefused(f"{version.label} is not promoted: {'; '.join(decision.reasons)}")
+        raise GateRefused(f"{version.label} is not promoted: {'; '.join(decision.reasons)}", steps)
     print(f"{promoted.version.label} is champion" + (f", after {promoted.replaced}" if promoted.replaced else ""))
     return promoted
 
