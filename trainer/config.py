@@ -426,7 +426,7 @@ class RuntimeConfig(Section):
     """Where training runs: one process, or as many as `torchrun` started."""
 
     device: str = "auto"
-    precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     threads: int | None = None  # per process; None: torch's own choice
     progress: bool = True
 

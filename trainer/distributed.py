@@ -124,10 +124,6 @@ def _device(wanted: str, local_rank: int) -> torch.device:
 
 
 def _bf16_pays(device: torch.device) -> bool:
-    """GPUs from Ampere on, and CPUs with AMX tiles, multiply bf16 faster than fp32.
-
-    CPUs with AVX512's bf16 products alone do so at some widths only (`runtime.precision: bf16`: trainer/README.md)."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)  # absent in some builds
-    return device.type == "cpu" and has_tiles is not None and bool(has_tiles())
+    """GPUs from Ampere on multiply bf16 faster than fp32. CPUs do so at some widths only, with AMX tiles or without:
+    a step of width 64 takes four times as long (trainer/README.md), so there it is a choice (`runtime.precision`)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -91,8 +91,9 @@ def test_movielens_1m_gives_the_surveys_table_1(tmp_path: Path, spark: SparkSess
     assert (report.duplicates, len(report.rejected)) == (0, 0)
     negatives = pl.read_delta(str(tmp_path / "lake" / "negatives"))
     assert (negatives["items"].list.n_unique() == 100).all()
-    seen = pl.read_delta(str(tmp_path / "lake" / "sequences")).select("domain", "user", pl.col("items").alias("seen"))
-    both = negatives.join(seen, on=["domain", "user"]).select(pl.col("items").list.set_intersection("seen").list.len())
+    seen = pl.read_delta(str(tmp_path / "lake" / "sequences")).select("split", "domain", "user", seen="items")
+    both = negatives.join(seen, on=["split", "domain", "user"])
+    both = both.select(pl.col("items").list.set_intersection("seen").list.len())
     assert len(both) == len(negatives)
     assert both["items"].sum() == 0
 

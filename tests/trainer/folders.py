@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from etl import tables
 from etl.tables import FIRST_INDEX
-from trainer.artifact import save_artifact
+from trainer.artifact import load_artifact, save_artifact
 from trainer.config import FinetuneConfig
 from trainer.data.dataset import SequenceDataset, pin, read_catalogue, read_knowledge, vocabulary_size
 from trainer.models import build_model
@@ -60,3 +61,10 @@ def write_model(
         parent=None, users=release.read(tables.USERS, ["user", "index"]),
     )  # fmt: skip
     return str(folder)
+
+
+def alike(scores, folder):
+    """Equal to `scores` of a model of `write_model`, but for rounding of what they are sums of, where the bias is the
+    largest: a sum itself may be near zero."""
+    largest = load_artifact(Path(folder)).model.state_dict()["output_bias"].abs().max()
+    return pytest.approx(scores, rel=0, abs=1e-5 * float(largest))

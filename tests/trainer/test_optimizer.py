@@ -193,7 +193,7 @@ def trained(folder, lake, name, *, loss, **train):
         "model": {"width": 16, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4},
         "task": {"kind": "masked_item", "loss": loss},
         "train": {"batch_size": 16, "warmup_steps": 0, "checkpoint_seconds": 600, **train},
-        "runtime": {"progress": False, "threads": 1},
+        "runtime": {"progress": False, "device": "cpu", "precision": "fp32", "threads": 1},
         "tracking": {"enabled": False},
     }
     path = folder / f"{name}.yaml"

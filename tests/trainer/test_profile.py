@@ -45,6 +45,8 @@ NETWORKS = {
 }
 TASTE = {"kind": "profile", "attribute": "taste", "validation": 0.2, "test": 0.3}
 SMALL = {"kind": "peterrec", "width": 16, "dilations": [1, 2], "max_length": 24}
+PATCH = {"bottleneck": 12}
+NUM_USERS = 480
 TRAINED = {
     "batch_size": 16,
     "epochs": 12,
@@ -58,7 +60,7 @@ TRAINED = {
 @pytest.fixture(scope="module")
 def lake(tmp_path_factory):
     """More users than the tiny one: parts of them are held out."""
-    return build_tiny_lake(tmp_path_factory.mktemp("profiles") / "lake", num_users=240)
+    return build_tiny_lake(tmp_path_factory.mktemp("profiles") / "lake", num_users=NUM_USERS)
 
 
 def settings(kind, folder, lake, **more):
@@ -100,19 +102,19 @@ def test_classes_are_the_tables_and_parts_are_disjoint(lake):
     users = pl.from_arrow(release.read(tables.USERS, ["index", "attributes"]))
     values = users.explode("attributes").unnest("attributes").filter(pl.col("name") == "taste")
     expected = dict(zip(values["index"], values["value"], strict=True))
-    assert len(expected) == 240
+    assert len(expected) == NUM_USERS
     parts = {part: np.flatnonzero(found.of(part) >= 0) for part in tables.PARTS}
     assert sorted(np.concatenate(list(parts.values()))) == sorted(expected)
     for part, held in parts.items():
         assert all(found.names[found.of(part)[user]] == expected[user] for user in held)
-    assert len(parts["test"]) / 240 == pytest.approx(0.3, abs=0.1)
-    assert len(parts["validation"]) / 240 == pytest.approx(0.2, abs=0.1)
+    assert len(parts["test"]) / NUM_USERS == pytest.approx(0.3, abs=0.1)
+    assert len(parts["validation"]) / NUM_USERS == pytest.approx(0.2, abs=0.1)
 
 
 def test_who_is_held_out_stays_so_when_users_come(lake, tmp_path):
     task = ProfileConfig.model_validate(TASTE)
     before = profiles.read_classes(pin(lake, None), task)
-    more = build_tiny_lake(tmp_path / "grown", num_users=300)
+    more = build_tiny_lake(tmp_path / "grown", num_users=NUM_USERS + 60)
     after = profiles.read_classes(pin(more, None), task)
     assert len(after.part_U) > len(before.part_U)
     assert (after.part_U[: len(before.part_U)] == before.part_U).all()
@@ -206,17 +208,18 @@ def trained(lake, tmp_path_factory):
     parent = pretrain(settings(PretrainConfig, folder, lake, name="parent", task={"kind": "next_item"})).model
     models = {"none": finetune(settings(FinetuneConfig, folder, lake, name="none", transfer="none")).model}
     for transfer in ("deep", "patch"):
-        more = {"name": transfer, "transfer": transfer, "parent": str(parent), "shared_items": True}
+        more = {"name": transfer, "transfer": transfer, "parent": str(parent), "shared_items": True, "patch": PATCH}
         models[transfer] = finetune(settings(FinetuneConfig, folder, lake, **more)).model
     return folder, parent, models
 
 
-@pytest.mark.parametrize("transfer", ["none", "deep", "patch"])
-def test_a_model_tells_and_says_what(transfer, trained):
+# Seen over 5 seeds, in fp32 and bf16: 0.75 to 0.81, 0.77 to 0.82, and 0.60 to 0.71; chance is a half.
+@pytest.mark.parametrize(("transfer", "least"), [("none", 0.68), ("deep", 0.68), ("patch", 0.55)])
+def test_a_model_tells_and_says_what(transfer, least, trained):
     folder, _, models = trained
     artifact = load_artifact(models[transfer])
     assert artifact.classes == {HEAD: ("t0", "t1", "t2", "t3")}
-    assert artifact.metrics["validation/AUC"] > 0.6
+    assert artifact.metrics["validation/AUC"] > least
     history = json.loads((folder / "runs" / transfer / "history.json").read_text())
     assert max(line["metrics"]["AUC"] for line in history) == artifact.metrics["validation/AUC"]
     with pytest.raises(ArtifactError, match=r"expected a model that ranks items, found .* tells a user's taste"):

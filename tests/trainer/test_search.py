@@ -23,7 +23,7 @@ from trainer.trials import SearchError
 RECIPE = {
     "model": {"width": 8, "blocks": 1, "max_length": 16, "user_width": 4, "knowledge_width": 4},
     "train": {"batch_size": 16, "epochs": 4, "warmup_steps": 0, "checkpoint_seconds": 600, "min_epochs": 4},
-    "runtime": {"progress": False, "threads": 1},
+    "runtime": {"progress": False, "device": "cpu", "precision": "fp32", "threads": 1},
 }
 SPACE = {
     "train.learning_rate": {"low": 1e-5, "high": 1e-1, "log": True},
@@ -280,8 +280,9 @@ def test_seconds_end_where_there_is_nothing_new_to_try(tiny_lake, tmp_path, monk
 
 @pytest.mark.slow
 def test_hyperband_gives_trials_up_at_its_rungs(tiny_lake, tmp_path):
+    """Of 16 trials 3 to 6 were given up, at 5 seeds in fp32 and bf16; of the first 8 at times none."""
     pruner = {"kind": "hyperband", "warmup_epochs": 1, "reduction": 2}
-    search.run(tiny(tmp_path, tiny_lake, pruner=pruner, trials=8))
+    search.run(tiny(tmp_path, tiny_lake, pruner=pruner, trials=16))
     lengths = [len(row["scores"]) for row in rows_of(tmp_path) if row["outcome"] == "pruned"]
     assert lengths
     assert all(length < 4 for length in lengths)

@@ -28,7 +28,7 @@ from trainer.transfer import TransferError
 TINY = {
     "model": {"width": 16, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4},
     "train": {"batch_size": 8, "epochs": 3, "warmup_steps": 0, "checkpoint_seconds": 0, "min_epochs": 3},
-    "runtime": {"progress": False, "threads": 1},
+    "runtime": {"progress": False, "device": "cpu", "precision": "fp32", "threads": 1},
     "tracking": {"enabled": False},
 }
 
