@@ -172,7 +172,7 @@ def _tests(rows: Sequence[Row], part: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in first:
         if row.is_model and row.gain is not None and row.p_value is not None:
-            name = f"{part}/{row.label}/{_named(row)}"
+            name = "/".join([part, *([row.protocol] * (row.protocol != "users")), row.metric, row.label])
             found |= {f"{name}/gain": row.gain.gain, f"{name}/p": row.p_value}
     return found
 

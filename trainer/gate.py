@@ -349,7 +349,7 @@ def _remedy(gain: Comparison, evidence: Evidence, config: GateConfig) -> tuple[s
 
 def _rounded(users: int) -> int:
     """To two digits, upwards."""
-    unit: int = 10 ** max(len(str(users)) - 2, 0)
+    unit = int(10 ** max(len(str(users)) - 2, 0))
     return -(-users // unit) * unit
 
 

@@ -1,22 +1,26 @@
 """Next baskets: what is read and asked, pre-training on pairs, metrics and baselines by hand and by plain loops."""
 
 import itertools
+import json
 import math
+import shutil
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from processes import trained_by
+from stores import enter_store
 from test_training import TINY
 
 from etl import tables
 from etl.config import ConfigError
 from etl.tables import CLS, FIRST_INDEX, MASK, PAD, SEP
 from tests.trainer.networks import NUM_ITEMS, descend, model_of
-from trainer import basket_baselines
-from trainer.artifact import ArtifactError, load_artifact
+from trainer import basket_baselines, promote
+from trainer.artifact import ArtifactError, digest_of, load_artifact
 from trainer.baselines import Histories
 from trainer.config import (
     BasketPairConfig,
@@ -28,7 +32,9 @@ from trainer.config import (
     NextBasketConfig,
     PeterRecConfig,
     PretrainConfig,
+    PromoteConfig,
 )
+from trainer.contenders import EvaluateError
 from trainer.data.baskets import BasketDataset
 from trainer.data.batch import Batch
 from trainer.data.dataset import DataError, pin, read_catalogue
@@ -492,6 +498,40 @@ def test_what_was_had_can_be_left_out(tiny_lake):
     num_items = len(catalogue) - FIRST_INDEX
     assert (found[True][:, 0] > had).all()  # behind all that was had
     assert (found[False].max(1) == num_items - had).all()  # all others are tied: the last of them
+
+
+def test_evaluate_and_promote_obey_the_models_own_repeats(trained, tmp_path, monkeypatch):
+    """As the models were trained, without a setting; models that differ are refused, unless it is set for all."""
+    _, _, models = trained
+
+    def without_repeats(label):
+        folder = Path(shutil.copytree(models[label], tmp_path / label))
+        described = json.loads((folder / "config.json").read_text())
+        described["config"]["evaluation"]["repeats"] = False
+        (folder / "config.json").write_text(json.dumps(described))
+        digests = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(digests | {"config.json": digest_of(folder / "config.json")}))
+        return str(folder)
+
+    def asked(*folders, **more):
+        given = {"output": str(tmp_path / "runs"), "tracking": {"enabled": False}, "runtime": {"progress": False}}
+        named = [{"model": str(folder), "label": f"m{place}"} for place, folder in enumerate(folders)]
+        return evaluate(EvaluateConfig.model_validate(given | {"models": named} | more))
+
+    other = without_repeats("deep")
+    assert "what a user has had is a candidate too" in asked(models["deep"]).text
+    assert "what a user has had" not in asked(other).text
+    assert "what a user has had" in asked(other, evaluation={"repeats": True}).text
+    with pytest.raises(EvaluateError, match=r"trained with the same, found true in .* set --evaluation.repeats"):
+        asked(models["deep"], other)
+    assert "what a user has had" not in asked(models["deep"], other, evaluation={"repeats": False}).text
+    enter_store(tmp_path / "store", monkeypatch)
+    gate = {"metric": "basket/NDCG@10", "min_seeds": 1, "min_users": 2, "must_beat": []}
+    scratch = {"candidate": other, "from_scratch": [str(models["none"])], "gate": gate}
+    with pytest.raises(EvaluateError, match="trained with the same"):
+        promote.run(PromoteConfig.model_validate(
+            scratch | {"tracking": {"enabled": False}, "runtime": {"progress": False}}
+        ))  # fmt: skip
 
 
 def test_baskets_are_no_sequences(trained, tiny_lake, tmp_path):

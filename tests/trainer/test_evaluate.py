@@ -14,9 +14,10 @@ from test_ranking import literal, rows_of
 from etl.tables import FIRST_INDEX, UNK
 from trainer import evaluate
 from trainer.artifact import load_artifact
+from trainer.baseline_names import baseline_names
 from trainer.baselines import Histories
 from trainer.comparison import compare_table, evaluate_contenders, gain_over, render
-from trainer.config import BaselinesConfig, ConfigError, EvaluateConfig, EvaluationConfig
+from trainer.config import BaselinesConfig, ConfigError, EvaluateConfig, EvaluationConfig, MaskedItemConfig
 from trainer.contenders import (
     Contender,
     EvaluateError,
@@ -29,7 +30,7 @@ from trainer.contenders import (
 from trainer.data.dataset import Catalogue, pin
 from trainer.metrics import means
 from trainer.scoring import Scores
-from trainer.stats import compare
+from trainer.stats import compare, holm
 
 FAST = EvaluationConfig(protocols=("full", "uniform-100"))
 
@@ -321,6 +322,38 @@ def test_table_adjusts_p_values_over_models_and_metrics(asked):
     assert all(len(line) < 160 for line in text.splitlines())
 
 
+def test_the_candidates_gain_is_the_one_planned_test(asked):
+    contenders = [
+        fixed(label, seed, noise(asked, 2 * place + seed))
+        for place, label in enumerate(("none", "shallow", "deep"))
+        for seed in (0, 1)
+    ] + [fixed("popularity", None, noise(asked, 9), is_model=False)]
+    evaluation = evaluate_contenders(contenders, asked)
+    protocols, metrics = ("full", "uniform-100"), ("NDCG@10", "MRR")
+    plain = compare_table(evaluation, against="none", protocols=protocols, metrics=metrics)
+    rows = compare_table(evaluation, against="none", protocols=protocols, metrics=metrics, candidate="deep")
+    planned = [row for row in rows if row.planned]
+    assert [(r.label, r.protocol, r.metric) for r in planned] == [("deep", "full", "NDCG@10")]
+    assert planned[0].p_value == planned[0].gain.p_value
+    for protocol in protocols:  # the others among themselves: three under the first protocol, four under the other
+        others = [r for r in rows if r.protocol == protocol and r.p_value is not None and not r.planned]
+        assert [r.p_value for r in others] == holm([r.gain.p_value for r in others])
+        assert len(others) == (3 if protocol == "full" else 4)
+    assert [r.p_value for r in rows if r.protocol == "uniform-100"] == [
+        r.p_value for r in plain if r.protocol == "uniform-100"
+    ]
+    assert [r.gain for r in rows] == [r.gain for r in plain]
+    assert not any(r.planned or r.is_candidate for r in plain)
+    text = render(rows, asked, against="none")
+    (note,) = [line for line in text.splitlines() if "planned test" in line]
+    assert "* candidate, chosen on the validation part: its NDCG@10 is the one planned test, not adjusted" in note
+    assert "Holm over 3 tests" in note
+    assert next(line.split()[:2] for line in text.splitlines() if line.startswith("deep ")) == ["deep", "*"]
+    alone = compare_table(evaluation, against="none", protocols=protocols, metrics=metrics, candidate="none")
+    assert "* candidate, chosen on the validation part" in render(alone, asked, against="none")
+    assert not any(row.planned for row in alone), "it is not compared with itself"
+
+
 def test_models_that_share_no_seed_are_not_compared(asked):
     evaluation = evaluate_contenders([fixed("none", 0, noise(asked, 0)), fixed("deep", 1, noise(asked, 1))], asked)
     with pytest.raises(EvaluateError, match="share a seed"):
@@ -364,7 +397,7 @@ def test_run_writes_what_it_prints(tmp_path, models, capsys):
     printed = capsys.readouterr().out
     assert report.text in printed
     assert not report.skipped
-    folder = tmp_path / "evaluate" / "evaluation"
+    folder = tmp_path / "evaluate-none-deep" / "evaluation"
     assert report.folder == folder
     assert (folder / "gains.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((folder / "summary.json").read_text())
@@ -391,6 +424,29 @@ def test_run_again_is_skipped_until_something_changes(tmp_path, models, capsys):
     assert again.rows == json.loads(json.dumps(first.rows))
     assert "nothing has changed" in capsys.readouterr().out
     assert not evaluate.run(config(tmp_path, models, part="validation")).skipped
+
+
+def test_run_without_a_name_leaves_other_evaluations_alone(tmp_path, models):
+    first = evaluate.run(config(tmp_path, {}, model=models["deep-1"]))
+    assert first.folder == tmp_path / "evaluate-deep-1" / "evaluation"
+    several = evaluate.run(config(tmp_path, models))
+    assert several.folder.parent.name == "evaluate-none-deep"
+    part = evaluate.run(config(tmp_path, {}, model=models["deep-1"], part="validation"))
+    assert part.folder.parent.name == "evaluate-deep-1-2", "another question about the same model"
+    assert evaluate.run(config(tmp_path, {}, model=models["deep-1"])).skipped, "its own is found again"
+    again = evaluate.run(config(tmp_path, {}, model=models["deep-1"], metrics=["MRR"]))
+    assert (again.folder, again.skipped) == (first.folder, False), "the same, asked for another metric"
+
+
+def test_run_refuses_a_candidate_that_is_no_label(tmp_path, models):
+    with pytest.raises(ConfigError, match=r"candidate: expected a label of the models \(none, deep\), found 'patch'"):
+        evaluate.run(config(tmp_path, models, candidate="patch"))
+
+
+def test_baselines_have_the_names_that_are_listed(tiny_lake, asked):
+    """What the gate accepts before training is what is scored later."""
+    listed = baseline_names(MaskedItemConfig())
+    assert sorted(c.label for c in baseline_contenders(asked, BaselinesConfig())) == sorted(listed)
 
 
 def test_run_of_one_model_stands_beside_the_baselines(tmp_path, models):

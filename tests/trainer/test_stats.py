@@ -6,12 +6,18 @@ from scipy import stats
 
 from etl.config import GraftrecError
 from trainer.stats import (
+    Comparison,
     StatsError,
     bootstrap_interval,
     compare,
+    detectable_gain,
+    detectable_text,
     holm,
+    mean_over_seeds,
     paired_t,
+    seeds_to_show,
     users_and_seeds_test,
+    users_to_show,
 )
 
 
@@ -227,3 +233,99 @@ def test_holm_bounds_the_family_wise_error():
 def test_holm_refuses_what_is_no_p_value(bad):
     with pytest.raises(StatsError, match="between 0 and 1"):
         holm(bad)
+
+
+# --- what an experiment can show -----------------------------------------------------------------------------------
+
+
+def test_detectable_gain_by_hand():
+    """3 seeds of 1,865 users, the documented spreads: t(2) 4.303·0.043/√3, and t(1864) 1.961·0.9/√1865."""
+    expected = np.hypot(stats.t.ppf(0.975, 2) * 0.043 / np.sqrt(3), stats.t.ppf(0.975, 1_864) * 0.9 / np.sqrt(1_865))
+    assert expected == pytest.approx(0.114, abs=0.001)
+    assert detectable_gain(3, 1_865) == pytest.approx(expected)
+    assert detectable_text(3, 1_865) == "3 seeds of 1,865 users show gains above about 11 %"
+    assert detectable_text(5, 1_865) == "5 seeds of 1,865 users show gains above about 7 %"
+    assert detectable_text(5, 10**6, seed_spread=0.01) == "5 seeds of 1,000,000 users show gains above about 1.3 %"
+    alone = stats.t.ppf(0.975, 99) * 0.9 / 10
+    assert detectable_gain(1, 100) == pytest.approx(alone), "one seed says nothing of seeds"
+    assert detectable_gain(3, 1_865, level=0.01) > detectable_gain(3, 1_865) > detectable_gain(4, 1_865)
+
+
+@pytest.mark.parametrize(("num_seeds", "num_users"), [(0, 100), (3, 1)])
+def test_detectable_gain_of_nothing_is_refused(num_seeds, num_users):
+    with pytest.raises(StatsError, match="at least one seed and two users"):
+        detectable_gain(num_seeds, num_users)
+
+
+def test_least_shown_is_where_the_p_value_is_the_level():
+    diff = crossed(np.random.default_rng(5), 4, 100, seed_sd=0.2)
+    for level in (0.01, 0.05, 0.2):
+        least = users_and_seeds_test(diff).least_shown(level)
+        assert users_and_seeds_test(diff - diff.mean() + least).p_value == pytest.approx(level, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_seeds", [3, 5])
+def test_detectable_gain_is_shown_by_half_of_all_experiments_and_twice_as_much_by_most(num_seeds):
+    rng, num_users = np.random.default_rng(num_seeds), 400
+    spreads = {"user_spread": 1.0, "seed_spread": float(np.hypot(0.05, 0.3 / np.sqrt(num_users)))}  # the rest, too
+    gain = detectable_gain(num_seeds, num_users, **spreads)
+    shown = {
+        factor: np.mean(
+            [
+                users_and_seeds_test(
+                    crossed(rng, num_seeds, num_users, gain=factor * gain, seed_sd=0.05, user_sd=1.0, rest_sd=0.3)
+                ).p_value
+                <= 0.05
+                for _ in range(400)
+            ]
+        )
+        for factor in (0, 1, 2)
+    }
+    assert shown[0] <= 0.07
+    assert 0.4 <= shown[1] <= 0.75
+    assert shown[2] >= 0.9
+
+
+def shown_with(gain, user_spread, seed_spread, *, num_seeds=3, num_users=1_000):
+    return Comparison(gain, float("nan"), 0.5, 0.0, 0.0, num_users, num_seeds, 0.95, user_spread, seed_spread)
+
+
+def test_seeds_to_show_by_hand():
+    # t(3) 3.182·0.02/2 = 0.0318, t(4) 2.776·0.02/√5 = 0.0248; users 1.962·0.05/√1000 = 0.0031
+    assert seeds_to_show(shown_with(0.03, 0.05, 0.02)) == 5
+    assert seeds_to_show(shown_with(0.032, 0.05, 0.02)) == 4
+    assert seeds_to_show(shown_with(0.1, 0.05, 0.02)) == 3, "as many as there are"
+    assert seeds_to_show(shown_with(0.003, 0.05, 0.0)) is None, "users alone vary too much"
+    assert seeds_to_show(shown_with(-0.03, 0.05, 0.02)) is None, "no gain"
+    assert seeds_to_show(shown_with(0.03, 0.05, 0.0, num_seeds=1)) is None, "nothing is known of seeds"
+    assert seeds_to_show(shown_with(0.0001, 0.0, 1.0)) is None, "more than anyone trains"
+
+
+def test_users_to_show_by_hand():
+    # (1.962·0.05/0.003)² = 1,069
+    assert users_to_show(shown_with(0.003, 0.05, 0.0), num_seeds=3) == pytest.approx(1_069, abs=5)
+    assert users_to_show(shown_with(0.003, 0.05, 0.02), num_seeds=3) is None, "seeds alone vary too much"
+    assert users_to_show(shown_with(-0.1, 0.05, 0.0), num_seeds=3) is None
+
+
+def test_seeds_to_show_are_enough_about_as_often_as_not():
+    """A pilot of 4 seeds that did not show a gain names a number; with so many, new seeds and the same gain and
+    spreads, half of the experiments show it (the median pilot's number; one pilot knows little of seeds' spread)."""
+    rng, gain, num_users = np.random.default_rng(11), 0.12, 400
+
+    def experiment(num_seeds):
+        return users_and_seeds_test(crossed(rng, num_seeds, num_users, gain=gain, seed_sd=0.12, user_sd=0.5))
+
+    true = Comparison(gain, float("nan"), 0.5, 0, 0, num_users, 4, 0.95, 0.5, float(np.hypot(0.12, 0.05)))
+    enough = seeds_to_show(true)
+    assert enough > 4
+    assert 0.4 <= np.mean([experiment(enough).p_value <= 0.05 for _ in range(300)]) <= 0.75
+    named = [seeds_to_show(found) for found in (experiment(4) for _ in range(300)) if found.p_value > 0.05]
+    assert enough / 2 <= np.median([number or 1_000 for number in named]) <= 2 * enough
+
+
+def test_mean_over_seeds_is_the_same_whatever_the_layout():
+    values = np.random.default_rng(0).random((5, 1_001))
+    assert mean_over_seeds(values) == mean_over_seeds(np.asfortranarray(values)) == values.mean(1).mean()
+    turned = np.asfortranarray(values - 0.5)
+    assert users_and_seeds_test(turned, baseline=1.0) == users_and_seeds_test(values - 0.5, baseline=1.0)
