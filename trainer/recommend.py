@@ -39,6 +39,7 @@ from trainer import tracking
 from trainer.artifact import MANIFEST, USER_IDS, Artifact, load_artifact
 from trainer.baselines import Histories
 from trainer.config import GraftrecError, RecommendConfig, reads_baskets
+from trainer.cores import use_threads
 from trainer.data.baskets import BasketDataset, separated
 from trainer.data.dataset import Catalogue, Release, SequenceDataset, event_type_codes, pin
 from trainer.registry import Registry
@@ -215,7 +216,7 @@ def _score_batches(
     release: int,
 ) -> Iterator[pa.RecordBatch]:  # fmt: skip
     """Top-k rows of the users in `batches` (raw, index, bucket, items)."""
-    torch.set_num_threads(1)  # there are as many tasks at once as cores
+    use_threads(1)  # there are as many tasks at once as cores
     with _loading:
         loaded = _loaded(model)
     for batch in batches:
