@@ -2,9 +2,9 @@
 
 Steps (forward, backward, clipping, AdamW) of the demo's model and of a larger one, in fp32. The numbers of threads take
 turns within a process, every other round backwards, and are compared round by round, so that other work on the machine
-slows all of them alike. The neighbour is a process that counts, tied to each core that training may use. The bars:
-beside neighbours the default does at least 0.8 of what one thread does; on quiet cores, at least 0.95 of what the best
-number of threads does; on all cores, and on one.
+slows all of them alike; the default is one of these numbers. The neighbour is a process that counts, tied to each core
+that training may use. The bars: beside neighbours the default does at least 0.8 of what one thread does; on quiet cores,
+at least 0.95 of what the best number of threads does; on all cores, and on one.
 """
 
 import os
@@ -46,55 +46,44 @@ def measure(report: Report, options: Options) -> None:
             for busy in (False, True):
                 arguments = {"model": model, "cores": number, "busy": busy}
                 found = run(Case(model, "tests.benchmarks.threads:speeds", arguments), timeout=300)
-                speed = {name: statistics.median(each) for name, each in found["items_per_second"].items()}
-                fixed = {name: value for name, value in speed.items() if name != "default"}
-                other = "1" if busy else max(fixed, key=lambda name: fixed[name])
-                ratio = _ratio(found["items_per_second"], other)
+                by_round, default = found["items_per_second"], str(found["default"])
+                speed = {threads: statistics.median(each) for threads, each in by_round.items()}
+                other = "1" if busy else max(speed, key=lambda name: speed[name])
+                ratio = statistics.median(a / b for a, b in zip(by_round[default], by_round[other], strict=True))
                 where = f"{number} core{'s' * (number > 1)}, {'a busy neighbour on each' if busy else 'quiet'}"
-                rows.append(
-                    [model, where, found["default"], speed["default"], *(fixed.get(str(n), "") for n in (1, cores)),
-                     ratio]
-                )  # fmt: skip
+                rows.append([model, where, int(default), *(speed.get(str(n), "") for n in (1, cores)), ratio])
                 beside = "one thread" if busy else "the best number"
                 what = f"threads: items/s by default over {beside}, {model}, {where}"
                 bars.append((what, ratio, 0.8 if busy else 0.95))
     report.table(
-        "Training, fp32: items/s by default, and with one thread and as many as cores",
-        ["model", "cores", "default threads", "default", "1 thread", f"{cores} threads", "ratio by rounds"], rows,
+        "Training, fp32, items/s; the ratio is the median over rounds of the default's over the other's",
+        ["model", "cores", "threads by default", "1 thread", f"{cores} threads", "ratio"], rows,
     )  # fmt: skip
     for what, ratio, least in bars:
         report.bar(what, ratio, at_least=least)
 
 
-def _ratio(speeds: dict[str, Sequence[float]], other: str) -> float:
-    """Median over rounds of the default's speed over the other's."""
-    return statistics.median(ours / theirs for ours, theirs in zip(speeds["default"], speeds[other], strict=True))
-
-
 def speeds(*, model: str, cores: int, busy: bool) -> Numbers:
-    """items/s of each round, of each number of threads 1 … cores and of the default."""
+    """items/s of each round, by number of threads (1, 2, 4 … and all), and which of them is the default."""
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     allowed = sorted(os.sched_getaffinity(0))[:cores] if hasattr(os, "sched_getaffinity") else []
     if allowed:
         os.sched_setaffinity(0, set(allowed))
     one_pass = _training(model)
-    choices: dict[str, Callable[[], object]] = {
-        str(number): lambda number=number: use_threads(number)
-        for number in range(1, cores + 1)  # type: ignore[misc]
-    }
-    choices["default"] = lambda: join(RuntimeConfig(device="cpu"))
-    choices["default"]()
-    default, found = num_threads(), {name: list[float]() for name in choices}
-    with _neighbours(allowed if busy else []):
+    join(RuntimeConfig(device="cpu"))
+    default = num_threads()
+    numbers = sorted({*(2**power for power in range(cores.bit_length())), default, cores})
+    found: dict[int, list[float]] = {number: [] for number in numbers}
+    with _neighbours((allowed or range(cores)) if busy else ()):
         for round_number in range(ROUNDS):
-            for name in choices if round_number % 2 == 0 else reversed(choices):
-                choices[name]()
+            for number in numbers if round_number % 2 == 0 else reversed(numbers):
+                use_threads(number)
                 one_pass()  # not counted
                 items, begun = 0, time.perf_counter()
                 while time.perf_counter() - begun < SECONDS:
                     items += one_pass()
-                found[name].append(items / (time.perf_counter() - begun))
+                found[number].append(items / (time.perf_counter() - begun))
     return {"items_per_second": found, "default": default}
 
 
@@ -121,8 +110,9 @@ def _training(model: str) -> Callable[[], int]:
 
 @contextmanager
 def _neighbours(cores: Sequence[int]) -> Iterator[None]:
-    """A process that counts, tied to each of these cores."""
-    script = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+    """A process that counts for each of these cores, tied to it where processes can be."""
+    tied = "os.sched_setaffinity(0, {int(sys.argv[1])})" if hasattr(os, "sched_setaffinity") else ""
+    script = f"import os, sys; {tied}\nwhile True: pass"
     processes = [subprocess.Popen([sys.executable, "-c", script, str(core)]) for core in cores]
     try:
         yield
