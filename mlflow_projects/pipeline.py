@@ -62,6 +62,7 @@ class PipelineConfig(Section):
     promote: PromoteConfig  # no default: the gate's thresholds are data in conf/
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
+    source: str | None = None  # domain that is pre-trained on; None: pretrain.data.domain
     targets: tuple[str, ...] = ()  # domains that are transferred to; (): finetune.data.domain, or the only one there is
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     reads_all: bool = True  # beside them a model that reads all domains and predicts the target's items
@@ -125,7 +126,7 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     """Source and targets, checked against the domains of the log; and the configuration with the splits that they
     need. Raises ConfigError."""
     names = [domain.name for domain in config.etl.domains]
-    wanted = config.pretrain.data.domain
+    wanted = config.source or config.pretrain.data.domain
     source = wanted if len(names) > 1 or wanted in names else None
     if not names:
         targets = config.targets or (DOMAIN_ALL,)
@@ -138,7 +139,7 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     known = [*names, DOMAIN_ALL]
     if source is not None and source not in known:
         raise ConfigError(
-            f"pretrain.data.domain: expected one of the log's domains ({', '.join(known)}), found {source!r}; mend the "
+            f"source: expected one of the log's domains ({', '.join(known)}), found {source!r}; mend the "
             "name, or set transfers to [none]"
         )
     if unknown := [name for name in targets if name not in known]:
@@ -155,7 +156,7 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     if source in targets:
         raise ConfigError(
             f"targets: expected domains other than {source!r}, which is pre-trained on, found {', '.join(targets)}; "
-            "leave it out, or set pretrain.data.domain to another"
+            "leave it out, or set source to another"
         )
     transfers = config.transfers if source is not None else (SCRATCH,)
     if set(transfers) == {SCRATCH}:

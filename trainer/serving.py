@@ -1,6 +1,6 @@
 """What a served model answers: raw item ids in, the k best raw item ids, their scores and the version out.
 
-    mlflow models serve -m models:/graftrec@champion --env-manager local --port 5001
+    mlflow models serve -m models:/graftrec-target@champion --env-manager local --port 5001
     curl -d '{"dataframe_records": [{"user": "42", "items": ["318", "858"]}], "params": {"k": 5}}' \
          -H 'Content-Type: application/json' localhost:5001/invocations
 

@@ -92,7 +92,7 @@ def shop(*targets_of_log: str, targets: str = "[]", source: str = "books") -> Pi
     """A log with these domains beside `books`; none at all where none are named."""
     names = ["books", *targets_of_log] if targets_of_log else []
     domains = str([{"name": name, "any_of": [name]} for name in names])
-    return demo("--etl.domains", domains, "--targets", targets, "--pretrain.data.domain", source)
+    return demo("--etl.domains", domains, "--targets", targets, "--source", source)
 
 
 def test_without_domains_one_model_of_the_whole_log_is_trained() -> None:
@@ -115,7 +115,7 @@ def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scra
         (lambda: shop("music", targets="[musik]"), r"targets: .*books, music, all.* found musik"),
         (
             lambda: shop("music", targets="[music]", source="book"),
-            r"pretrain\.data\.domain: .*books, music.* found 'book'",
+            r"source: .*books, music.* found 'book'",
         ),
         (lambda: shop("music", targets="[music, books]"), r"targets: expected domains other than 'books'"),
         (lambda: shop("music"), r"targets: .*found target"),
@@ -271,11 +271,10 @@ def write_shop(folder: Path, *, users: int = 300) -> None:
     domains = [{"name": name, "any_of": [name]} for name in DEPARTMENTS]
     etl = {"lake": "lake", "source": source, "domains": domains, "spark": {"engine": "sail"}}
     (folder / "etl.yaml").write_text(json.dumps(etl))
-    data = {"domain": "books"}
-    pretrain = {"data": data, "model": "demo", "task": "masked_item", "train": {"epochs": 3, "learning_rate": 0.003}}
+    pretrain = {"model": "demo", "task": "masked_item", "train": {"epochs": 3, "learning_rate": 0.003}}
     settings = {
         "name": "shop", "registered_model": "shop", "runs": "runs", "etl": str(folder / "etl.yaml"),
-        "pretrain": pretrain, "finetune": pretrain | {"data": {"domain": "music"}}, "promote": "default",
+        "pretrain": pretrain, "finetune": pretrain, "promote": "default", "source": "books",
         "transfers": ["none", "patch"], "seeds": [0, 1], "targets": ["music", "films"],
     }  # fmt: skip
     (folder / "shop.yaml").write_text(json.dumps(settings))
