@@ -747,6 +747,8 @@ class BaselinesConfig(Section):
     enabled: bool = True
     last: int = Field(5, ge=1)  # items of a history that item-to-item reads
     decay: float = Field(0.6, gt=0, le=1)  # of the variant that reads all: the n-th last item weighs decay**n
+    transition_steps: int = Field(8, ge=1)  # how far apart two items are still counted as following each other
+    transition_decay: float = Field(0.8, gt=0, le=1)  # of a transition over d steps: it weighs decay**(d - 1)
     max_users: int = Field(1_000_000, ge=2)  # whose training parts are counted, about
 
 

@@ -24,7 +24,7 @@ from etl import tables
 from etl.config import GraftrecError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.artifact import Artifact
-from trainer.baselines import Histories, item_to_item, merge, popularity
+from trainer.baselines import Histories, item_to_item, merge, popularity, transitions
 from trainer.config import BaselinesConfig, EvaluationConfig, reads_baskets
 from trainer.data.baskets import BasketDataset
 from trainer.data.dataset import (
@@ -346,19 +346,24 @@ def _refuse_leak(artifact: Artifact, asked: EvaluationSet) -> None:
 
 
 def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[Contender]:
-    """Popularity, item-to-item over the evaluated domain's last items, and over the last items of all domains."""
+    """Popularity; item-to-item and transitions of the evaluated domain's last items; item-to-item of all domains'."""
     own_rows = asked.own_rows
     num_items = len(asked.everything)
     own = asked.training(asked.domain, max_users=config.max_users)
     popular = popularity(own, num_items)
     within = item_to_item(own, num_items, last=config.last, towards=own_rows)
     decayed = dataclasses.replace(within, last=None, decay=config.decay)
+    steps, fading = config.transition_steps, config.transition_decay
+    following = transitions(own, num_items, steps=steps, decay=fading, towards=own_rows)
     here = asked.input_anywhere
     last = f"last {config.last}"
     contenders = [
         Contender("popularity", None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing"),
         _over("item-to-item", within, here, f"{last} of {asked.domain}", asked),
         _over("item-to-item, decayed", decayed, here, f"{asked.domain}, the n-th last weighs {config.decay}^n", asked),
+        _over(
+            "transitions", following, here, f"last {steps} of {asked.domain}, the n-th last weighs {fading}^n", asked
+        ),
     ]
     if asked.other_domains:
         rest = [asked.training(domain, max_users=config.max_users) for domain in asked.other_domains]
