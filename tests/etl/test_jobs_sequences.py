@@ -208,9 +208,8 @@ def test_a_user_without_earlier_events_elsewhere_is_not_held_out(tmp_path: Path,
 def test_cold_draws_are_fixed_uniform_and_independent_of_domain_and_bucket() -> None:
     names = [f"u{number}" for number in range(20_000)]
     draws = np.array([[cold_draw(name, domain) for domain in ("target", "books")] for name in names])
-    assert cold_draw("u0", "target") == pytest.approx(
-        0.36426415549212643, abs=1e-15
-    )  # a lake's held-out users may never change
+    # The held-out users of a lake may never change.
+    assert cold_draw("u0", "target") == pytest.approx(0.36426415549212643, abs=1e-15)
     assert np.abs(np.histogram(draws[:, 0], 20, (0, 1))[0] / 1_000 - 1).max() < 0.15
     cold = draws < 0.1
     assert abs(cold.all(1).mean() - 0.01) < 0.003
@@ -408,12 +407,7 @@ SPLITS = (
     SplitConfig(name="cold-source", cold_users=0.4, joint_target="source", min_train=2, validation=1, test=1),
 )
 EAGER = SplitConfig(name="cold", cold_users=0.3, joint_target="target", causal_target="target")
-DAYS_SPLITS = (
-    SplitConfig(name="a-joint", joint_target="target"),
-    EAGER,
-    LAST,
-    CAUSAL,
-)  # a joint row comes first in a lake
+DAYS_SPLITS = (SplitConfig(name="a-joint", joint_target="target"), EAGER, LAST, CAUSAL)  # a joint row comes first
 
 
 @pytest.mark.parametrize("most", [1_000, 9])
