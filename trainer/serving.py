@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -35,7 +34,7 @@ from trainer.artifact import Artifact
 from trainer.baselines import Histories
 from trainer.config import GraftrecError, reads_baskets
 from trainer.data.dataset import Int8Array, IntArray
-from trainer.scoring import Scores, top_k
+from trainer.scoring import Scores, has_items, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
 BATCH_SIZE = 256  # histories scored at once
@@ -94,12 +93,6 @@ class Shortlist:
     def _popular_rows(self, k: int) -> tuple[IntArray, Tensor]:
         none = np.empty(0, dtype=np.int64)
         return top_k(self._popularity, Histories(np.array([UNK]), np.zeros(2, np.int64), none, none), k)
-
-
-def has_items(histories: Histories) -> npt.NDArray[np.bool_]:
-    """[B] whether there is anything in a history but the ends of baskets."""
-    flags: npt.NDArray[np.bool_] = histories.keep(histories.items != SEP).lengths > 0
-    return flags
 
 
 class Recommender:
