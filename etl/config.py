@@ -218,7 +218,7 @@ class KnowledgeConfig(Section):
 
 
 class SplitConfig(Section):
-    """Hold-out by position: the last `validation` + `test` items of a user and domain."""
+    """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them."""
 
     name: str = "last-5"
     validation: int = Field(2, ge=0)
@@ -228,6 +228,9 @@ class SplitConfig(Section):
     # In the domain `all` the hold-out is that of this domain, moved to the end: a model of all domains has then seen
     # nothing that this one holds out.
     joint_target: str | None = None
+    # Share of the users of `joint_target` whose whole history there is the test part, and as many again the validation
+    # part. By a hash of the raw user id; only users with `min_train` events elsewhere before.
+    cold_users: float | None = Field(None, gt=0, lt=0.5)
 
 
 class SequencesConfig(Section):

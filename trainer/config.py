@@ -831,7 +831,7 @@ class PromoteConfig(Section):
 
 
 class RecommendConfig(Section):
-    """Write the top-k of every user of a domain to the Delta table `recommendations`."""
+    """Write the top-k of every user to the Delta table `recommendations`, of one domain's items."""
 
     name: str = "recommend"
     registered_model: str = "graftrec"
@@ -840,6 +840,9 @@ class RecommendConfig(Section):
     release: int | None = None  # None: the newest complete one, pinned when the run starts
     split: str | None = None  # None, here and below: the model's own
     domain: str | None = None
+    # For users of whom the model knows no item: a version or folder, as `model`. None: the alias `companion`, if any.
+    companion: str | None = None
+    replace: bool = False  # whether a model folder may replace the rows of a registered version
     k: int = Field(10, ge=1)  # items a user
     batch_size: int = Field(256, ge=1)  # users scored at once
     spark: SparkConfig = SparkConfig()

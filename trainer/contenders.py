@@ -39,7 +39,7 @@ from trainer.data.dataset import (
     training_interactions,
 )
 from trainer.ranking import HeldOut, Part, Score, read_held_out, read_users, sampled
-from trainer.scoring import Scores
+from trainer.scoring import Scores, has_items
 
 IntArray = npt.NDArray[np.int64]
 
@@ -227,8 +227,11 @@ def model_contender(
     """A model, scored on the evaluated domain's items whatever it was trained on.
 
     A model of the evaluated domain reads that domain's items; a model of the domain `all` also reads what the user did
-    elsewhere before the first held-out item. Raises EvaluateError: it was trained on what is held out here, or
-    (`must_know`) knows none of the items; without `must_know` such a model finds nothing.
+    elsewhere before the first held-out item. A user of whom the model reads nothing gets the popular items, as when
+    served: by interactions in the training parts of the evaluated split.
+
+    Raises EvaluateError: it was trained on what is held out here, or (`must_know`) knows none of the items; without
+    `must_know` such a model finds nothing.
     """
     reads_all = artifact.config.data.domain == DOMAIN_ALL != asked.domain and bool(asked.other_domains)
     if asked.baskets and artifact.config.data.domain != asked.domain:
@@ -268,11 +271,14 @@ def model_contender(
         is_read = own.items != UNK
         if asked.baskets and not reads_pauses:  # the same items, without what stands between baskets
             is_read &= own.items != SEP
-        scores = scorer.scores(own.keep(is_read), candidates)
+        read = own.keep(is_read)
+        scores, has_nothing_B = scorer.scores(read, candidates), torch.from_numpy(~has_items(read))
+        popular_C = torch.from_numpy(asked.training_interactions[known].astype(np.float32))
 
         def columns(start: int, stop: int) -> Tensor:
             first, last = np.searchsorted(known, [start, stop])
             own_BC = scores.columns(first, last)
+            own_BC = torch.where(has_nothing_B[:, None].to(own_BC.device), popular_C[first:last].to(own_BC), own_BC)
             block = own_BC.new_full((len(histories), stop - start), -torch.inf)
             block[:, torch.from_numpy(known[first:last] - start).to(block.device)] = own_BC
             return block

@@ -1,7 +1,8 @@
 """Registered model versions: register, aliases, the model folder of a version, and the lock that promoters take.
 
 A version holds an MLflow model made of code and JSON (`serving.py`) around a model folder (`artifact.py`). Aliases, not
-stages: `candidate` (registered last), `champion` (served), `previous` (champion before). Tags say what a version is.
+stages: `candidate` (registered last), `champion` (served), `previous` (champion before), `companion` (reads all
+domains, and answers where the champion knows nothing of a user). Tags say what a version is.
 """
 
 import atexit
@@ -27,6 +28,7 @@ from trainer.provenance import redact
 from trainer.tracking import TrackingError, translated
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+COMPANION = "companion"  # for users of whom the champion, which reads its own domain, knows no item
 TAG_HASH = "graftrec.hash"  # of the model folder
 TAG_PARENT = "graftrec.parent"  # hash of the model it was grafted on
 TAG_KIND = "graftrec.kind"  # full | patch: what it has beside its parent, a version too
@@ -180,6 +182,14 @@ class Registry:
         if parent.tags.get(TAG_DOMAIN) == domain:
             return parent
         return self.patches(parent).get(domain, version)
+
+    def companion(self, version: Version) -> Version | None:
+        """The version beside `version` for users of whom that one knows no item: at the alias `companion`, where it
+        predicts the same domain. None where there is none."""
+        found = self.holder(version).find(COMPANION)
+        if found is None or found.number == version.number:
+            return None
+        return found if found.tags.get(TAG_DOMAIN) == version.tags.get(TAG_DOMAIN) else None
 
     def _experiment(self, run_id: str) -> str:
         if run_id:
