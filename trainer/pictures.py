@@ -27,7 +27,7 @@ MUTED = "#767676"  # simple baselines: readable on white and on black
 NAME_CHARACTERS = 26  # of a name in a narrow picture, before it goes on below
 LEGEND_CHARACTERS = 66  # of names beside each other
 NARROW, SMALL = 5.4, 9  # inches and points of the pictures of a report
-OVERVIEW_CHARACTERS = 40  # of a name in the overview
+OVERVIEW_CHARACTERS = 36  # of a line of a name in the overview
 LABEL_GAP = 0.062  # least distance of two labels, in heights of the axes
 
 
@@ -260,8 +260,9 @@ def popularity_long_tail(counts: Mapping[str, npt.NDArray[Any]], *, title: str =
 def score_overview(scores: Sequence[Score], *, metric: str = "NDCG@10") -> Figure:
     """Means in percent, a row each in the order given, simple baselines below; small dots are single seeds."""
     rows = sorted(scores, key=lambda score: score.is_baseline)
-    names = [textwrap.shorten(score.name, OVERVIEW_CHARACTERS, placeholder=" …") for score in rows]
-    figure = Figure(figsize=(NARROW, 0.75 + 0.23 * max(len(rows), 1)), layout="constrained")
+    names = [textwrap.fill(score.name, OVERVIEW_CHARACTERS) for score in rows]
+    height = 0.3 if any("\n" in name for name in names) else 0.23
+    figure = Figure(figsize=(NARROW, 0.75 + height * max(len(rows), 1)), layout="constrained")
     axes = figure.subplots()
     for place, score in enumerate(rows):
         colour, marker = (MUTED, "D") if score.is_baseline else (COLOURS[0], "o")
