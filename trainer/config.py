@@ -428,7 +428,7 @@ class RuntimeConfig(Section):
     device: str = "auto"
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     threads: int | None = None  # per process; None: torch's own choice
-    progress: bool = True
+    progress: bool = True  # bars, on terminals only
 
 
 class TrackingConfig(Section):

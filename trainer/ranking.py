@@ -191,7 +191,7 @@ def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: b
     found = {protocol: np.empty_like(held_out.targets) for protocol in held_out.protocols}
     drawn = [protocol for protocol in held_out.protocols if protocol != FULL]
     num_targets = held_out.targets.shape[1]
-    bar = tqdm(total=len(held_out), unit=" users", desc="ranking", disable=not progress, leave=False)
+    bar = tqdm(total=len(held_out), unit=" users", desc="ranking", disable=None if progress else True, leave=False)
     for start in range(0, len(order), batch_size):
         users = order[start : start + batch_size]
         histories = held_out.histories.take(users)
