@@ -1,4 +1,4 @@
-"""Configuration: frozen pydantic models, and the loader that composes YAML into them (DESIGN section 8).
+"""Configuration: frozen pydantic models, and the loader that composes YAML into them.
 
 Three rules. A string where a section is expected names ``conf/<section>/<string>.yaml``, or any YAML file by its path.
 ``base: name`` (a file beside this one) is inherited, key by key. ``--section.key value`` overrides. Unknown keys are

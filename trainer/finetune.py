@@ -28,8 +28,8 @@ def seen_by_parent(config: FinetuneConfig, parent: Artifact) -> str:
     if own.lake != parent.lake or own.domain != seen.domain:
         return ""
     note = (
-        f"note: {config.name} fine-tunes on domain {own.domain}, on which its parent {parent.folder} was trained already "
-        f"(release {parent.release}, split {seen.split})"
+        f"note: {config.name} fine-tunes on domain {own.domain}, on which its parent {parent.folder} was trained "
+        f"already (release {parent.release}, split {seen.split})"
     )
     if own.split != seen.split:
         note += f"; what split {own.split} holds out may have been in its training, so scores may be too good"

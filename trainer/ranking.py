@@ -1,4 +1,4 @@
-"""Held-out users of a pinned release, and how a scorer ranks what they held out (DESIGN section 5).
+"""Held-out users of a pinned release, and how a scorer ranks what they held out.
 
 Early stopping, `evaluate` and `promote` all go through `read_held_out` and `rank`, so that a number means the same
 wherever it is printed. Everything is in *rows* of one catalogue: rows below FIRST_INDEX are reserved and never
