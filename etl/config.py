@@ -351,10 +351,11 @@ def _yaml(text: str) -> Any:
 
 
 def _resolve(path: str | Path) -> Path:
+    # os.path.isfile, unlike Path.is_file, also says no to a name that is too long.
     for candidate in (Path(path), conf_root() / f"{path}.yaml", conf_root() / path):
-        if _is_file(candidate):
+        if os.path.isfile(candidate):
             return candidate
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"no configuration {path}: expected a YAML file, found a folder; name a file in it")
     folder = (conf_root() / path).parent
     known = sorted(file.stem for file in folder.glob("*.yaml")) if folder != conf_root() else []
@@ -370,16 +371,9 @@ def _resolve(path: str | Path) -> Path:
     raise ConfigError(f"no configuration {path}: expected a YAML file, or one of {folder}/: {', '.join(known)}")
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long, or a folder that may not be read
-        return False
-
-
 def _named(section: str, name: str) -> Path:
     """The file that a string in the place of a section means: one of conf/<section>/, or a YAML file's path."""
-    return Path(name) if name.endswith(".yaml") and _is_file(Path(name)) else _resolve(Path(section) / name)
+    return Path(name) if name.endswith(".yaml") and os.path.isfile(name) else _resolve(Path(section) / name)
 
 
 def _read(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -5,7 +5,6 @@ intervals, the survey's observations with a verdict, learning curves, gains by h
 is all in the results: nothing is scored or tested here. Metrics are told in percent, gains in points of percent.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from etl.command import FILE_ERRORS, CommandParser, file_error
 from etl.config import GraftrecError
 from trainer import survey
 from trainer.document import Block, Cell, Columns, Fold, Heading, Picture, Points, Table, Text, Tone
@@ -738,9 +738,7 @@ def _fold(summary: str, blocks: Sequence[Block]) -> list[Block]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.report", description="Draws an experiment's report from its results."
-    )
+    parser = CommandParser("python -m trainer.report", description="Draws an experiment's report again.")
     parser.add_argument("results", type=Path, help="results.json of an experiment")
     parser.add_argument("--folder", type=Path, required=True, help="where report.html and report.md are written")
     given = parser.parse_args(arguments)
@@ -749,6 +747,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GraftrecError as error:
         print(f"report: {error}", file=sys.stderr)
         return error.exit_code
+    except FILE_ERRORS as error:
+        print(f"report: {file_error(error)}", file=sys.stderr)
+        return GraftrecError.exit_code
     return 0
 
 
