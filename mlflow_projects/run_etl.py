@@ -3,7 +3,6 @@
 python mlflow_projects/run_etl.py all --config etl/demo [--section.key value …]
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 import numpy as np
 
 from etl import tables
+from etl.command import CommandParser, configurations
 from etl.config import EtlConfig, GraftrecError, load
 from trainer import tracking
 from trainer.config import TrackingConfig
@@ -54,7 +54,9 @@ def _picture(release: Release, split: str, tracked: tracking.Run) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("run_etl.py", description="Raw logs to tables.", allow_abbrev=False)
+    parser = CommandParser(
+        "run_etl.py", description=f"Raw logs to tables.\n\n{configurations('etl')}", settings=EtlConfig
+    )
     parser.add_argument("job", help="all, or a job's name, which is its table's")
     parser.add_argument("--config", required=True, help="a name under conf/ or a YAML file")
     known, overrides = parser.parse_known_args(arguments)

@@ -18,7 +18,7 @@ import trainer.config
 from etl.config import Section, load
 
 ROOT = Path(__file__).parent.parent
-TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config"}
+TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config", "etl.command"}
 RECOMMEND_MAY_IMPORT = TRAINER_MAY_IMPORT | {"etl.delta", "etl.session"}
 MLFLOW_USERS = {"trainer/tracking.py", "trainer/serving.py"}  # serving: MLflow loads it as the code of a model
 
@@ -76,6 +76,7 @@ def test_mlflow_is_imported_in_one_place() -> None:
     [
         ("etl.tables", ("pyspark", "torch", "deltalake")),
         ("etl.config", ("pyspark", "torch")),
+        ("etl.command", ("pyspark", "torch")),
         ("trainer.config", ("pyspark", "torch", "mlflow")),
         ("trainer.data.dataset", ("pyspark", "mlflow")),
     ],

@@ -428,7 +428,7 @@ class RuntimeConfig(Section):
     device: str = "auto"
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     threads: int | None = None  # per process; None: torch's own choice
-    progress: bool = True
+    progress: bool = True  # bars, on terminals only
 
 
 class TrackingConfig(Section):
@@ -592,7 +592,7 @@ class PatchConfig(Section):
 
 
 class FinetuneConfig(PretrainConfig):
-    """One training run on a target domain, started from a pre-trained model by `transfer` (DESIGN section 6)."""
+    """One training run on a target domain, started from a pre-trained model by `transfer`."""
 
     name: str = "finetune"
     data: TargetDataConfig = TargetDataConfig()
@@ -777,7 +777,7 @@ class EvaluateConfig(Section):
 
 
 class GateConfig(Section):
-    """What a model version must show before the alias moves to it (DESIGN section 7). Margins are shares of a mean."""
+    """What a model version must show before the alias moves to it. Margins are shares of a mean."""
 
     protocol: Literal["full", "uniform-100", "popular-100", "top-100"] = "full"
     metric: str = "NDCG@10"

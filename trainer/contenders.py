@@ -1,4 +1,4 @@
-"""Who is ranked: models and the simple baselines, each as a score over the rows of one catalogue (DESIGN section 5).
+"""Who is ranked: models and the simple baselines, each as a score over the rows of one catalogue.
 
 Models may come from other releases, lakes or domains than the one they are scored on. Items and users meet by raw id,
 never by index. What a model does not know it can't find: such an item scores -inf, and is passed over in a history.

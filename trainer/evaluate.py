@@ -331,7 +331,7 @@ def _picture(rows: Sequence[Row], asked: EvaluationSet, against: str) -> Figure 
         Gain(
             row.label, row.gain.gain, row.gain.low, row.gain.high,
             f"{100 * row.gain.relative_gain:+.1f} %" + (f", p {p_text(row.p_value)}" if row.is_model else ""),
-            marked=row.is_candidate,
+            is_baseline=not row.is_model, marked=row.is_candidate,
         )
         for row in shown if row.gain
     ]  # fmt: skip
