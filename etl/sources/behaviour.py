@@ -1,7 +1,7 @@
 """What the users of the generated world take, and in which order.
 
-A user has a taste that drifts from an early to a late one, and comes in sessions. A session has a topic: topics lie on a
-ring, and a user goes round it in steps of the user's own length and direction, now and then leaping to a favourite. An
+A user has a taste that drifts from an early to a late one, and comes in sessions. A session has a topic: topics lie on
+a ring, and a user goes round it in steps of a length and direction of its own, now and then leaping to a favourite. An
 event is the next part of a series begun some time before, or an item on the session's topic, or any; by popularity and
 taste, nothing twice. So what comes next hangs on the user and on what lies sessions back, which counts of neighbouring
 items don't see. Taste and step are the same in both domains, unless `share_tastes` is off.
