@@ -44,6 +44,8 @@ from trainer.config import (
 SCORE = "validation/NDCG@10"  # chooses the candidate; test numbers choose nothing
 SCRATCH: TransferName = "none"
 READS_ALL = "all-domains"  # label of the model that reads every domain and predicts the target's items
+COLD = "cold-users"  # the same, trained without a tenth of the target's users: on these it is measured
+COLD_SHARE = 0.1
 REFUSED = 3
 
 
@@ -66,6 +68,7 @@ class PipelineConfig(Section):
     targets: tuple[str, ...] = ()  # domains that are transferred to; (): finetune.data.domain, or the only one there is
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     reads_all: bool = True  # beside them a model that reads all domains and predicts the target's items
+    cold_users: bool = True  # and measure it on users who are new in the target, whom it then answers for
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all of them
     jobs: int | None = Field(None, ge=1)  # trainings side by side; None: one a core, on a GPU one
@@ -94,14 +97,14 @@ class Plan:
     source: str | None  # None: nothing is transferred
     targets: tuple[str, ...]
     transfers: tuple[TransferName, ...]
-    joint_splits: dict[
-        str, str
-    ]  # of each domain but the source: the split whose domain `all` holds out the target's items
+    # Of each domain but the source: the split whose domain `all` holds out its items, and the one that holds out users.
+    joint_splits: dict[str, str]
+    cold_splits: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One fine-tuned model. `label`: its transfer, or READS_ALL."""
+    """One fine-tuned model. `label`: its transfer, READS_ALL or COLD."""
 
     label: str
     seed: int
@@ -161,11 +164,15 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     transfers = config.transfers if source is not None else (SCRATCH,)
     if set(transfers) == {SCRATCH}:
         source = None
-    splits, joint = list(config.etl.splits), {}
+    splits: list[SplitConfig] = list(config.etl.splits)
+    joint: dict[str, str] = {}
+    cold: dict[str, str] = {}
     if config.reads_all and len(names) > 1:  # of all domains: tables stay as they are where targets change
         joint = {name: _joint_split(splits, config.finetune.data.split, name) for name in names if name != source}
+        if config.cold_users:
+            cold = {name: _cold_split(splits, name) for name in joint}
     etl = config.etl.model_copy(update={"splits": tuple(splits)})
-    return config.model_copy(update={"etl": etl}), Plan(source, targets, transfers, joint)
+    return config.model_copy(update={"etl": etl}), Plan(source, targets, transfers, joint, cold)
 
 
 def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
@@ -180,6 +187,16 @@ def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
             return split.name
     splits.append(wanted.model_copy(update={"name": f"{name}-joint-{target}"}))
     return splits[-1].name
+
+
+def _cold_split(splits: list[SplitConfig], target: str) -> str:
+    """The causal split that holds out whole users of the target; added where there is none."""
+    for split in splits:
+        if split.cold_users is not None and split.joint_target == split.causal_target == target:
+            return split.name
+    name = f"{COLD}-{target}"
+    splits.append(SplitConfig(name=name, cold_users=COLD_SHARE, joint_target=target, causal_target=target))
+    return name
 
 
 def check_plan(config: PipelineConfig, planned: Plan) -> None:
@@ -289,11 +306,12 @@ def cells_of(
     of_target: dict[str, dict[tuple[str, int], Cell]] = {}
     for target in planned.targets:
         labels = [*planned.transfers, *([READS_ALL] if target in planned.joint_splits else [])]
+        labels += [COLD] if target in planned.cold_splits else []
         found = of_target.setdefault(target, {})
         for label in labels:
-            for seed in config.seeds:
+            for seed in config.seeds if label != COLD else config.seeds[:1]:
                 parent = None
-                if label not in (SCRATCH, READS_ALL):
+                if label not in (SCRATCH, READS_ALL, COLD):
                     parent = parents.get(seed, parents[config.seeds[0]])
                 made = finetune_config(config, planned, target, release, label, seed, parent.model if parent else None)
                 found[label, seed] = Cell(made.name, "finetune", made, parent)
@@ -315,15 +333,57 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, trained: Sequence[Trained]) -> Outcome:
+def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, every: Sequence[Trained]) -> Outcome:
     """Evaluate the models of one target domain, ask the gate, write recommendations."""
     heading = f" {target}" if len(planned.targets) > 1 else ""
+    trained = [model for model in every if model.label != COLD]
     with step(f"evaluate{heading}"):
         table = gain_table(evaluate(config, target, release, trained))
     with step(f"promote{heading}"):
         refusal, steps = promote(config, target, release, trained)
-    lines = [f"{'what now' if not place else '':<17}{step}" for place, step in enumerate(steps)]
+    lines = [f"{'what now' if not place else '':<17}{line}" for place, line in enumerate(steps)]
+    if cold := [model for model in every if model.label == COLD]:
+        with step(f"users new in {target}"):
+            lines.append(companion(config, planned, target, release, cold[0], trained))
     return Outcome(target, table, refusal, [*lines, *recommend(config, target, release)])
+
+
+def companion(
+    config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained, trained: Sequence[Trained]
+) -> str:
+    """Measure a model that reads all domains on users whose whole target history was held out. Where it is better than
+    the best simple baseline, the version trained on all users answers for users who are new in the target. Gives a
+    line on what came of it."""
+    import pyarrow.parquet as pq
+
+    from trainer import evaluate, stats
+    from trainer.ranking import convention_of
+    from trainer.registry import COMPANION, Registry
+
+    report = evaluate.run(cold_config(config, planned, target, release, cold))
+    gate = config.promote.gate
+    found = pq.read_table(report.folder / evaluate.USERS).to_pandas()
+    convention, metric = convention_of(gate.metric)
+    found = found[(found["protocol"] == gate.protocol) & (found["convention"] == convention)]
+    by_label = {label: part.set_index("user")[metric] for label, part in found.groupby("label")}
+    own = by_label.pop(READS_ALL)
+    best = max(by_label, key=lambda label: float(by_label[label].mean()))
+    gain = stats.compare(own.to_numpy(), by_label[best].loc[own.index].to_numpy())
+    is_better = gain.gain > 0 and gain.p_value <= gate.level
+    text = (
+        f"new in {target:<9}{len(own):,} users, {gate.metric} {own.mean():.4f} against {by_label[best].mean():.4f} "
+        f"of {best} ({100 * gain.relative_gain:+.1f} %, p {stats.p_text(gain.p_value)})"
+    )
+    if not config.tracking.enabled:
+        return text
+    registry = Registry(registered_model(config, target), family=config.registered_model)
+    if not is_better:
+        if registry.find(COMPANION) is not None:
+            registry.drop_alias(COMPANION)
+        return f"{text}: popular items"
+    model = max((one for one in trained if one.label == READS_ALL), key=lambda one: one.score)
+    version = registry.register(model.model, alias=COMPANION)
+    return f"{text}: {version.label}, @{COMPANION}"
 
 
 def evaluate(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> list[dict[str, Any]]:
@@ -426,11 +486,12 @@ def pretrain_config(config: PipelineConfig, planned: Plan, release: int, seed: i
 def finetune_config(
     config: PipelineConfig, planned: Plan, target: str, release: int, label: str, seed: int, parent: Path | None
 ) -> FinetuneConfig:
-    """Of a transfer; READS_ALL is trained from scratch."""
+    """Of a transfer; READS_ALL and COLD are trained from scratch."""
     data: dict[str, Any] = {"domain": target}
     transfer = label
-    if label == READS_ALL:
-        data = {"domain": DOMAIN_ALL, "predicted": target, "split": planned.joint_splits[target]}
+    if label in (READS_ALL, COLD):
+        split = (planned.joint_splits if label == READS_ALL else planned.cold_splits)[target]
+        data = {"domain": DOMAIN_ALL, "predicted": target, "split": split}
         transfer = SCRATCH
     made = _training(config.finetune, config, release, f"{target}/{label}-{seed}", seed, data)
     return made.model_copy(update={"transfer": transfer, "parent": str(parent) if parent else None})
@@ -476,6 +537,26 @@ def evaluate_config(config: PipelineConfig, target: str, release: int, trained: 
             "lake": config.etl.lake,
             "release": release,
             "split": config.finetune.data.split,
+            "domain": target,
+            "runtime": _quiet(config.evaluate.runtime),
+            "tracking": config.tracking,
+        }
+    )
+
+
+def cold_config(config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained) -> EvaluateConfig:
+    model = EvaluatedModel(model=str(cold.model), label=READS_ALL, seed=cold.seed)
+    protocols = (config.promote.gate.protocol,)
+    return config.evaluate.model_copy(
+        update={
+            "name": f"{target}/{COLD}",
+            "output": config.runs,
+            "model": None,
+            "models": (model,),
+            "evaluation": config.evaluate.evaluation.model_copy(update={"protocols": protocols}),
+            "lake": config.etl.lake,
+            "release": release,
+            "split": planned.cold_splits[target],
             "domain": target,
             "runtime": _quiet(config.evaluate.runtime),
             "tracking": config.tracking,

@@ -62,7 +62,11 @@ def test_gate_takes_its_thresholds_from_its_yaml(name: str) -> None:
 def test_each_training_has_a_folder_of_its_own() -> None:
     config, planned = pipeline.plan(shop("music", "films", targets="[music, films]"))
     cells, of_target = pipeline.cells_of(config, planned, 1)
-    assert len({cell.folder for cell in cells}) == len(cells) == 1 + 2 * len(config.seeds) * (len(config.transfers) + 1)
+    assert (
+        len({cell.folder for cell in cells})
+        == len(cells)
+        == 1 + 2 * (len(config.seeds) * (len(config.transfers) + 1) + 1)
+    )
     deep = of_target["films"]["deep", 2]
     assert (deep.config.train.seed, deep.config.transfer, deep.config.data.domain) == (2, "deep", "films")
     assert deep.parent is of_target["music"]["shallow", 0].parent is cells[0]
@@ -295,7 +299,7 @@ def test_two_targets_one_domain_and_none_each_keep_their_own(tmp_path: Path) -> 
     assert done.returncode in (0, 3), done.stdout + done.stderr  # three epochs show nothing to speak of
     assert "Traceback" not in done.stderr
     first = models_in(tmp_path / "runs")
-    assert len(first) == 1 + 2 * 2 * 3
+    assert len(first) == 1 + 2 * (2 * 3 + 1)
     registered = names_of_versions(tmp_path)
     assert {name for name in registered if name.endswith(("music", "films"))} == {"shop-music", "shop-films"}
     for domain in ("music", "films"):
