@@ -1,14 +1,14 @@
 """``python -m etl all|<job>|report --config NAME [--section.key value …]``.
 
-Exit codes: 0 done, or unchanged; 2 a mistake to mend (one line says which); 143 stopped by a signal: the same command
-continues.
+Exit codes: 0 done, or unchanged; 2 a mistake to mend (one line says which); 5 another process wrote the same table:
+run again.
 """
 
 import sys
 from collections.abc import Sequence
 
 from etl import tables
-from etl.command import FILE_ERRORS, CommandParser, configurations, file_error
+from etl.command import FILE_ERRORS, STOPPED, CommandParser, configurations, file_error
 from etl.config import ConfigError, EtlConfig, GraftrecError, load, parse_overrides
 
 JOBS = (
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FILE_ERRORS as error:
         print(f"etl: {file_error(error)}", file=sys.stderr)
         return GraftrecError.exit_code
+    except KeyboardInterrupt:
+        print("etl: stopped; run the same command to continue", file=sys.stderr)
+        return STOPPED
     return 0
 
 

@@ -48,6 +48,7 @@ class CommandParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+STOPPED = 143  # exit code of what a signal ended, SIGINT too
 FILE_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 

@@ -31,6 +31,12 @@ class GraftrecError(Exception):
     exit_code = 2
 
 
+class RunAgain(GraftrecError):
+    """Another process was faster or is at work: nothing is wrong, and the same command can succeed later."""
+
+    exit_code = 5
+
+
 class ConfigError(GraftrecError):
     """A configuration that can't be composed or validated."""
 

@@ -24,7 +24,7 @@ from cells import Cell
 from pydantic import Field, model_validator
 
 from etl.command import CommandParser, configurations
-from etl.config import ConfigError, EtlConfig, GraftrecError, MovielensSource, Section, config_hash, load
+from etl.config import ConfigError, EtlConfig, GraftrecError, MovielensSource, RunAgain, Section, config_hash, load
 from etl.tables import DOMAIN_ALL
 from trainer.config import (
     RANKING_TASKS,
@@ -371,7 +371,7 @@ def run(config: ExperimentConfig) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.file_lock(folder / "lock", wait=False) as held:
         if not held:
-            raise GraftrecError(f"another process is running the experiment in {folder}; wait for it, or set --name")
+            raise RunAgain(f"another process is running the experiment in {folder}; wait for it, or set --name")
         started = _started(config)
         tags = {"graftrec.recipe": "experiment"}
         with tracking.start_run(

@@ -1,15 +1,15 @@
 """``python -m trainer <recipe> --config NAME [--section.key value …]``: one recipe, one configuration, one exit code.
 
 ``python -m trainer --help`` names the recipes, ``python -m trainer <recipe> --help`` lists a recipe's settings. Exit
-codes: 0 done; 2 a mistake to mend (one line says which); 3 the gate refused; 4 the loss was not a number; 143 stopped
-by a signal: the same command continues.
+codes: 0 done; 2 a mistake to mend (one line says which); 3 the gate refused; 4 the loss was not a number; 5 another
+process was at work: run again; 143 stopped by a signal: the same command continues.
 """
 
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from etl.command import FILE_ERRORS, CommandParser, configurations, file_error
+from etl.command import FILE_ERRORS, STOPPED, CommandParser, configurations, file_error
 from etl.config import GraftrecError, Section, load
 from trainer import config as configs
 
@@ -63,6 +63,9 @@ def run_recipe(recipe: str, config: Section) -> int:
     except FILE_ERRORS as error:
         print(f"{recipe}: {file_error(error)}", file=sys.stderr)
         return GraftrecError.exit_code
+    except KeyboardInterrupt:
+        print(f"{recipe}: stopped; run the same command to continue", file=sys.stderr)
+        return STOPPED
     finally:
         distributed.leave()
     return 0

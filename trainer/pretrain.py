@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from etl import tables
-from etl.config import code_version, config_hash
+from etl.config import RunAgain, code_version, config_hash
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
@@ -56,6 +56,10 @@ DONE = "done.json"
 
 class RunError(GraftrecError):
     """A run that can't go on where it should."""
+
+
+class RunBusy(RunAgain, RunError):
+    """Another process holds the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -344,7 +348,7 @@ def _alone(folder: Path, world: World) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.file_lock(folder / "lock", wait=False) as held:
         if not held:
-            raise RunError(f"another process is training in {folder}; wait for it, or give this run another name")
+            raise RunBusy(f"another process is training in {folder}; wait for it, or give this run another name")
         yield folder
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from etl.config import GraftrecError
+from etl.config import GraftrecError, RunAgain
 from trainer import tracking
 from trainer.artifact import ArtifactError, artifact_hash, config_of, lake_of, load_artifact
 from trainer.config import PretrainConfig, PromoteConfig, event_types_read
@@ -271,9 +271,7 @@ def _judge_and_move(
                 )
                 return decision, None
             return decision, _crown(registry, promotion, version, champion, decision, entry)
-    raise PromoteError(
-        f"other promoters changed the champion {ATTEMPTS} times while {version.label} was judged; try again"
-    )
+    raise RunAgain(f"other promoters changed the champion {ATTEMPTS} times while {version.label} was judged; try again")
 
 
 def _crown(

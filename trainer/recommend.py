@@ -36,7 +36,7 @@ from pyspark.sql import functions as F
 from tqdm import tqdm
 
 from etl import delta, tables
-from etl.config import code_version
+from etl.config import RunAgain, code_version
 from etl.lake import snapshot_files, table_filesystem
 from etl.session import engine_of, spark_session
 from etl.tables import DOMAIN_ALL, UNK, Table
@@ -243,7 +243,7 @@ def _write(
         not written.committed
         and delta.transactions(release.lake, tables.RECOMMENDATIONS, [identity]).get(identity) != number
     ):
-        raise GraftrecError(
+        raise RunAgain(
             f"another run has written recommendations of {domain} meanwhile: these are dropped; run it again"
         )
     seconds = time.monotonic() - start

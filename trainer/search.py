@@ -30,7 +30,7 @@ from trainer.config import FinetuneConfig, RangeConfig, SearchConfig
 from trainer.loop import NonFiniteLoss, Progress, Pruned
 from trainer.outbox import one_line
 from trainer.transfer import TransferError
-from trainer.trials import Arm, Outcome, SearchError, as_yaml, open_arms, recipes, score, write
+from trainer.trials import Arm, Outcome, SearchBusy, SearchError, as_yaml, open_arms, recipes, score, write
 from trainer.validation import score_of
 
 BEST = "best.yaml"
@@ -58,7 +58,7 @@ def run(config: SearchConfig) -> list[Winner]:
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.file_lock(folder / "lock", wait=False) as held:
         if not held:
-            raise SearchError(f"another process is searching in {folder}; wait for it, or give this one another name")
+            raise SearchBusy(f"another process is searching in {folder}; wait for it, or give this one another name")
         return _search(config, open_arms(config, folder))
 
 

@@ -156,3 +156,26 @@ def test_a_mistake_is_one_line_and_code_2(
     assert "Traceback" not in told.out
     assert sorted(given.rglob("*")) == before
     assert not [path for path in cwd.rglob("*.safetensors")]
+
+
+def test_an_interrupted_command_says_how_to_continue(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import trainer.__main__ as module
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_recipe", lambda _: interrupt)
+    assert trainer(["evaluate", "--config", "evaluate/default"]) == 143
+    assert capsys.readouterr().err == "evaluate: stopped; run the same command to continue\n"
+
+
+def test_what_another_process_holds_ends_with_5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trainer import tracking
+
+    folder = tmp_path / "demo-pretrain"
+    folder.mkdir()
+    with tracking.file_lock(folder / "lock"):
+        assert trainer([*PRETRAIN[1:], "--output", str(tmp_path)]) == 5
+    assert re.fullmatch(r"pretrain: another process is training in .*\n", capsys.readouterr().err)

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from etl.config import load
+from tests.trainer.folders import write_model
 from trainer import checkpoint
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.baselines import Histories
 from trainer.checkpoint import Checkpoint
 from trainer.config import FinetuneConfig, PretrainConfig, TrainConfig
 from trainer.finetune import run as finetune
+from trainer.finetune import seen_by_parent
 from trainer.loop import NonFiniteLoss, learning_rate
 from trainer.pretrain import RunError
 from trainer.pretrain import run as pretrain
@@ -225,6 +227,33 @@ def test_frozen_groups_do_not_move_and_the_others_do(tiny_lake, tmp_path, uninte
     assert all(name.startswith(("entity_embedding", "position_embedding", "head")) for name in moved)
     assert after.parent == before.hash
     assert after.metrics["pretrain_seconds"] == before.metrics["seconds"]
+
+
+def test_fine_tuning_on_the_parents_own_domain_is_noted_at_the_start(tiny_lake, tmp_path, uninterrupted, capsys):
+    settings = {"transfer": "deep", "parent": str(uninterrupted / "model"), "train": {"epochs": 1, "min_epochs": 0}}
+    own = load_artifact(uninterrupted / "model").config.data
+    finetune(tiny(FinetuneConfig, tmp_path, tiny_lake, **settings, data={"domain": own.domain}))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("note: ")
+    assert f"fine-tunes on domain {own.domain}, on which its parent {uninterrupted / 'model'} was trained" in first
+    assert first.endswith(f"(release 1, split {own.split})")
+    finetune(tiny(FinetuneConfig, tmp_path, tiny_lake, name="target", **settings, data={"domain": "target"}))
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_a_parent_trained_on_another_split_may_have_seen_what_is_held_out(tiny_lake, tmp_path):
+    parent = load_artifact(write_model(tmp_path / "parent", tiny_lake, domain="target"))
+    config = FinetuneConfig.model_validate({"data": {"lake": tiny_lake, "domain": "target", "split": "causal"}})
+    assert "what split causal holds out may have been in its training" in seen_by_parent(config, parent)
+    elsewhere = config.model_copy(update={"data": config.data.model_copy(update={"lake": "another"})})
+    assert seen_by_parent(elsewhere, parent) == ""
+
+
+def test_bars_are_for_terminals_only(tiny_lake, tmp_path, capfd):
+    """A log file gets lines: stderr is none here."""
+    config = tiny(PretrainConfig, tmp_path, tiny_lake, runtime={"progress": True}, train={"epochs": 1, "min_epochs": 0})
+    pretrain(config)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
