@@ -10,7 +10,6 @@ report.html. Exit codes: 0; 1 where runs are missing that were asked for; 2 for 
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,6 +35,7 @@ from trainer.config import (
     TrackingConfig,
     TransferName,
 )
+from trainer.cores import usable_cores
 from trainer.survey import NAMES, row_id
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -422,8 +422,7 @@ def build_tables(config: ExperimentConfig) -> tuple[str, int | None]:
 
 
 def jobs_of(config: ExperimentConfig) -> int:
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return config.jobs or max(1, cores // config.threads)
+    return config.jobs or max(1, usable_cores() // config.threads)
 
 
 def _started(config: ExperimentConfig) -> dict[str, str]:

@@ -427,7 +427,8 @@ class RuntimeConfig(Section):
 
     device: str = "auto"
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
-    threads: int | None = None  # per process; None: torch's own choice
+    # Per process; None: the cores that it may use, shared among those that `torchrun` started here (trainer/cores.py)
+    threads: int | None = Field(None, ge=1)
     progress: bool = True  # bars, on terminals only
 
 

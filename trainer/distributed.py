@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from etl.config import GraftrecError
 from trainer.config import RuntimeConfig
+from trainer.cores import default_threads, use_threads
 
 _Object = TypeVar("_Object")
 IntArray = npt.NDArray[np.int64]
@@ -93,8 +94,7 @@ ALONE = World(0, 1, torch.device("cpu"), torch.float32, autocast=False)
 
 def join(config: RuntimeConfig) -> World:
     """This process's World; joins the process group that `torchrun` made, once. Raises GraftrecError."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    use_threads(default_threads() if config.threads is None else config.threads)
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     if size > 1 and not dist.is_initialized():

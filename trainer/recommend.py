@@ -44,6 +44,7 @@ from trainer import tracking
 from trainer.artifact import MANIFEST, USER_IDS, Artifact, load_artifact
 from trainer.baselines import Histories
 from trainer.config import GraftrecError, RecommendConfig, reads_baskets
+from trainer.cores import use_threads
 from trainer.data.baskets import BasketDataset, separated
 from trainer.data.dataset import (
     IntArray,
@@ -307,7 +308,7 @@ def _score_batches(
 ) -> Iterator[pa.RecordBatch]:  # fmt: skip
     """Top-k rows of the users in `batches` (raw, index, bucket, items). `models`: where each is, and its label; the
     second one answers for users of whom the first knows no item, and it does."""
-    torch.set_num_threads(1)  # there are as many tasks at once as cores
+    use_threads(1)  # there are as many tasks at once as cores
     with _loading:
         loaded = [(_loaded(place), label) for place, label in models]
     for batch in batches:

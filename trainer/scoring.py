@@ -16,6 +16,7 @@ from torch import Tensor
 
 from etl.tables import FIRST_INDEX, PAD, SEP
 from trainer.baselines import Histories, IntArray
+from trainer.cores import torchs_threads
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
 from trainer.tasks import Click, Task
@@ -88,7 +89,8 @@ def top_k(scores: Scores, seen: Histories, k: int) -> tuple[IntArray, Tensor]:
     for start, block in scores.blocks(FIRST_INDEX):
         here = (items >= start) & (items < start + block.shape[1])
         block[owner[here].to(block.device), items[here].to(block.device) - start] = -torch.inf
-        best, rows = _best_columns(block, wanted)
+        with torchs_threads(block.numel()):
+            best, rows = _best_columns(block, wanted)
         # Those of earlier blocks stand first, and the sort is stable.
         best, order = torch.cat([best_BK, best.cpu()], 1).sort(dim=1, descending=True, stable=True)
         rows_BK = torch.cat([rows_BK, rows.cpu() + start], 1).gather(1, order[:, :wanted])
@@ -138,6 +140,10 @@ class Scorer:
 
         @torch.inference_mode()
         def columns(start: int, stop: int) -> Tensor:
+            with torchs_threads(len(hidden_BD) * (stop - start)):
+                return block(start, stop)
+
+        def block(start: int, stop: int) -> Tensor:
             rows: slice | Tensor = slice(start, stop) if rows_C is None else rows_C[start:stop]
             if rows_C is None and (self._table_VD is None or isinstance(self.task, Click)):
                 rows = torch.arange(start, stop, device=self.device)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.benchmarks.harness import Report, machine
 
 SUITES = {
-    "bench": ("stream", "train_small", "train_survey", "catalogue", "score", "patches"),
+    "bench": ("stream", "train_small", "train_survey", "threads", "catalogue", "score", "patches"),
     "gpu": ("train_gpu",),
     "peers": ("peers_stream", "peers_train", "peers_score", "peers_etl"),
     "growth": ("growth", "new_day", "heavy_user"),

@@ -23,6 +23,9 @@ from typing import Any
 
 import psutil
 
+CLASSES = {"AMX": "amx_bf16", "AVX512-bf16": "avx512_bf16", "AVX512": "avx512f", "AVX2": "avx2"}  # flag of each
+_EMULATED = {"AMX": "AVX512_CORE_AMX", "AVX512-bf16": "AVX512_CORE_BF16", "AVX512": "AVX512", "AVX2": "AVX2"}
+SEEN_ON = "AVX512-bf16"  # where a bar was seen to hold, if it doesn't say otherwise: AMD EPYC (Zen 4), two cores
 ROOT = Path(__file__).resolve().parents[2]
 Numbers = dict[str, Any]
 
@@ -40,12 +43,14 @@ class Case:
 
 @dataclass
 class Bar:
-    """One bar: `found` against `wanted`; `at_least` says on which side."""
+    """One bar: `found` against `wanted`; `at_least` says on which side. `seen`: its machine class is one on which the
+    bar is known to hold."""
 
     what: str
     found: float
     wanted: float
     at_least: bool = True
+    seen: bool = True
 
     @property
     def holds(self) -> bool:
@@ -60,6 +65,7 @@ class Report:
     lines: list[str] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    machine_class: "MachineClass" = field(default_factory=lambda: machine_class())
 
     def say(self, line: str = "") -> None:
         print(line, flush=True)
@@ -74,15 +80,20 @@ class Report:
             self.say("| " + " | ".join(row) + " |")
         self.say()
 
-    def bar(self, what: str, found: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
-        """Exactly one of `at_least` and `at_most`."""
+    def bar(
+        self, what: str, found: float, *, at_least: float | None = None, at_most: float | None = None,
+        seen_on: Sequence[str] = (SEEN_ON,),
+    ) -> None:  # fmt: skip
+        """Exactly one of `at_least` and `at_most`. `seen_on`: machine classes on which the bar is known to hold."""
         wanted = at_least if at_least is not None else at_most
         assert wanted is not None
         assert (at_least is None) != (at_most is None)
-        bar = Bar(what, found, wanted, at_least is not None)
+        bar = Bar(what, found, wanted, at_least is not None, str(self.machine_class) in seen_on)
         self.bars.append(bar)
         sign = "≥" if bar.at_least else "≤"
-        self.say(f"- {'holds' if bar.holds else 'FAILS'}: {what}: {_text(found)} ({sign} {_text(wanted)})")
+        said = f"seen on {', '.join(seen_on)}" if bar.seen else f"not seen on this class, on {', '.join(seen_on)}"
+        verdict = "holds" if bar.holds else "FAILS" if bar.seen else "does not hold"
+        self.say(f"- {verdict}: {what}: {_text(found)} ({sign} {_text(wanted)}; {said})")
 
     def skip(self, what: str, why: str) -> None:
         """A bar that can't be measured here. It isn't counted as holding, and is named at the end."""
@@ -90,26 +101,60 @@ class Report:
         self.say(f"- not measured: {what}: {why}")
 
     def end(self, folder: Path) -> int:
-        """Write <folder>/<name>.md and print the last line. The exit code: 0 where all bars hold."""
+        """Write <folder>/<name>.md and print the last lines. The exit code: 0 where all bars hold, but those which were
+        never seen to hold on machines of this class."""
         hold = sum(bar.holds for bar in self.bars)
+        unseen = [bar.what for bar in self.bars if not bar.seen and not bar.holds]
+        if unseen:
+            self.say(f"not seen on {self.machine_class}, and not held: {'; '.join(unseen)}")
         if self.skipped:
             self.say(f"not measured here: {'; '.join(self.skipped)}")
         self.say(f"bars: {hold} of {len(self.bars) + len(self.skipped)} hold")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{self.name}.md").write_text("\n".join(self.lines) + "\n", encoding="utf-8")
-        return 0 if hold == len(self.bars) + len(self.skipped) else 1
+        return 0 if hold + len(unseen) == len(self.bars) + len(self.skipped) else 1
+
+
+@dataclass(frozen=True)
+class MachineClass:
+    """The processor's widest instructions, and the lower class that the environment makes libraries keep to."""
+
+    processor: str
+    emulated: str | None = None
+
+    def __str__(self) -> str:
+        return self.processor if self.emulated is None else f"{self.emulated}, emulated on {self.processor}"
+
+
+def machine_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> MachineClass:
+    """A class of CLASSES, or the architecture's name (arm64). ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY keep libraries
+    to a lower one: the lower of the two is emulated."""
+    flags: set[str] = set()
+    if cpuinfo.exists():
+        flags = set(next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split())
+    processor = next((name for name, flag in CLASSES.items() if flag in flags), platform.machine() or "unknown")
+    onednn, aten = (os.environ.get(name, "").upper() for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"))
+    kept = ["below AVX2"] if aten == "DEFAULT" or onednn in ("SSE41", "AVX") else []
+    for isa in (onednn, aten):
+        kept += next(([name] for name, start in _EMULATED.items() if isa.startswith(start)), [])
+    order = [*CLASSES, "below AVX2"]
+    lowest = max(kept, key=order.index, default=processor)
+    if processor not in order or order.index(lowest) <= order.index(processor):
+        return MachineClass(processor)
+    return MachineClass(processor, lowest)
 
 
 def machine(packages: Sequence[str]) -> str:
-    """One line: processor, cores, memory, and versions."""
+    """One line: class, processor, cores, memory, and versions."""
+    from trainer.cores import usable_cores  # with torch, which a case's process may not want
+
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
-        kinds = [kind for kind in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if kind in flags]
-        model = f"{names[0] if names else model} ({', '.join(kinds)})"
-    told = [f"{model}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"]
+        model = names[0] if names else model
+    told = [f"class {machine_class()}: {model}, {os.cpu_count()} cores ({usable_cores()} usable), "
+            f"{psutil.virtual_memory().total / 2**30:.0f} GB"]  # fmt: skip
     told.append(f"Python {platform.python_version()}")
     for package in packages:
         try:

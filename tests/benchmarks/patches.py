@@ -17,6 +17,7 @@ from tests.benchmarks.harness import Case, Numbers, Report, alternate, median
 from tests.benchmarks.movielens import SPLIT, movielens
 from trainer.artifact import load_artifact, save_artifact
 from trainer.config import Bert4RecConfig, DataConfig, FinetuneConfig, NextItemConfig, PretrainConfig, TargetDataConfig
+from trainer.cores import use_threads
 from trainer.data.dataset import pin, read_catalogue
 from trainer.models import build_model
 from trainer.patches import bytes_of, load_patch, write_patch
@@ -92,7 +93,7 @@ def _make(folder: Path, lake: str) -> None:
 
 def serve(*, folder: str, how: str) -> Numbers:
     """Load all, then answer requests of the domains in turns."""
-    torch.set_num_threads(1)
+    use_threads(1)
     place, begun = Path(folder), time.perf_counter()
     if how == "patches":
         backbone = load_artifact(place / "parent")

@@ -25,6 +25,7 @@ from tests.benchmarks.harness import Case, Numbers, Report, alternate, median, r
 from tests.benchmarks.movielens import movielens
 from tests.benchmarks.peers_train import ARCHITECTURE
 from trainer.config import Bert4RecConfig, MaskedItemConfig, TrainConfig
+from trainer.cores import use_threads
 from trainer.data.batch import Batch
 from trainer.data.loader import Loader
 from trainer.data.order import shuffled
@@ -165,7 +166,7 @@ def generated() -> Lists:
 
 def learn(*, plainly: bool) -> Numbers:
     """Train on all items but each user's last, and rank that among all items: NDCG@10 of each user."""
-    torch.set_num_threads(THREADS)
+    (torch.set_num_threads if plainly else use_threads)(THREADS)
     torch.manual_seed(0)
     lists = generated()
     histories = [one[:-1] for one in lists]

@@ -4,16 +4,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "trainer"))
 
 from lakes import build_tiny_lake
 
+from trainer.cores import use_threads
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    torch.set_num_threads(1)
+    use_threads(1)
 
 
 @pytest.fixture(scope="session")

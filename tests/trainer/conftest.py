@@ -1,14 +1,15 @@
 """Shared by the trainers' tests: a tiny lake, made once."""
 
 import pytest
-import torch
 from lakes import build_tiny_lake
+
+from trainer.cores import use_threads
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Tiny tensors: a second thread only waits, and on a shared machine it waits long."""
-    torch.set_num_threads(1)
+    use_threads(1)
 
 
 @pytest.fixture(scope="session")

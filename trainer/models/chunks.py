@@ -2,18 +2,16 @@
 
 torch's own way, all cores at each operation, makes them wait for each other a few hundred times in a step; here twice.
 What a chunk gives depends on nothing but the chunk, and gradients are summed in the order of chunks: the same bits come
-out whichever thread was first.
+out whichever thread was first, and however many there are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_Result = TypeVar("_Result")
+from trainer.cores import on_threads
 
 
 def mapped(
@@ -64,32 +62,6 @@ def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
     if total is None or more is None:
         return total if more is None else more
     return total.add_(more)
-
-
-def on_threads(work: Callable[[int], _Result], num: int) -> Iterator[_Result]:
-    """``work(0), work(1), …`` in order, done by as many threads as torch may use, under this thread's settings."""
-    threads = torch.get_num_threads()
-    if threads == 1 or num == 1:
-        yield from map(work, range(num))
-        return
-    cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-
-    def alike(number: int) -> _Result:
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, enabled=cast):
-            return work(number)
-
-    with _one_thread_each(threads), ThreadPoolExecutor(min(threads, num)) as pool:
-        yield from pool.map(alike, range(num))
-
-
-@contextmanager
-def _one_thread_each(threads: int) -> Iterator[None]:
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def sizes_by_length(lengths_B: Tensor, most: int) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.models.chunks import on_threads
+from trainer.cores import on_threads
 
 BLOCK_SCORES = 1 << 19  # numbers that a thread computes at once, about
 DEVICE_BLOCK_SCORES = 1 << 25  # and a GPU: 128 MB, enough to keep it busy
@@ -31,29 +31,36 @@ def summed_cross_entropy(
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """The gradients are taken along with the loss, and only scaled afterwards. On a CPU each thread has its part of the
-    positions, from start to end."""
+    """The gradients are taken along with the loss, and only scaled afterwards. On a CPU threads take a block each; what
+    blocks give is summed in their order, so that the same bits come out however many threads there are."""
 
     @staticmethod
     def forward(
         ctx: Any, query_ND: Tensor, table_VD: Tensor, bias_V: Tensor, targets_N: Tensor, smoothing: float
     ) -> Tensor:
-        device = query_ND.device.type
+        device, trained = query_ND.device.type, any(ctx.needs_input_grad)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table_VD.dtype
-        trained = any(ctx.needs_input_grad)
+        wide = torch.promote_types(dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=query_ND.device)
+        totals = [torch.zeros_like(x, dtype=wide) for x in (query_ND, table_VD, bias_V)] if trained else []
         with torch.autocast(device, enabled=False):
-            table_VD, bias_V = table_VD.to(dtype), bias_V.to(dtype)
-            num_parts = torch.get_num_threads() if device == "cpu" else 1
-            parts = list(zip(query_ND.chunk(num_parts), targets_N.chunk(num_parts), strict=True))
+            table, bias = table_VD.to(dtype), bias_V.to(dtype)
+            rows = max(BLOCK_ROWS, (BLOCK_SCORES if device == "cpu" else DEVICE_BLOCK_SCORES) // len(table))
+            blocks = list(zip(torch.split(query_ND, rows), torch.split(targets_N, rows), strict=True))
 
-            def part(number: int) -> tuple[Tensor, list[Tensor]]:
-                return _loss_and_slopes(*parts[number], table_VD, bias_V, smoothing, trained=trained)
+            def block(number: int) -> tuple[Tensor, ...]:
+                query, targets = blocks[number]
+                return _loss_and_slopes(query.to(dtype), targets[:, None], table, bias, smoothing, trained=trained)
 
-            losses, slopes = zip(*on_threads(part, len(parts)), strict=True)
-        if trained:
-            of_query, of_table, of_bias = zip(*slopes, strict=True)
-            ctx.save_for_backward(torch.cat(of_query), torch.stack(of_table).sum(0), torch.stack(of_bias).sum(0))
-        return torch.stack(losses).sum()
+            done = on_threads(block, len(blocks)) if device == "cpu" else map(block, range(len(blocks)))
+            for number, (more, *slopes) in enumerate(done):
+                loss += more
+                if trained:
+                    totals[0][number * rows : (number + 1) * rows] = slopes[0]
+                    totals[1] += slopes[1]
+                    totals[2] += slopes[2]
+        ctx.save_for_backward(*totals)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,30 +68,23 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_slopes(
-    query_ND: Tensor, targets_N: Tensor, table_VD: Tensor, bias_V: Tensor, smoothing: float, *, trained: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """The summed loss, and its gradients by query, table and bias where they are asked for."""
-    wide = torch.promote_types(table_VD.dtype, torch.float32)
-    total, num_classes = torch.zeros((), dtype=wide, device=query_ND.device), len(table_VD)
-    slopes = [torch.zeros_like(x, dtype=wide) for x in (query_ND, table_VD, bias_V)] if trained else []
-    scores_at_once = BLOCK_SCORES if query_ND.device.type == "cpu" else DEVICE_BLOCK_SCORES
-    rows = max(BLOCK_ROWS, scores_at_once // num_classes)
-    for first in range(0, len(query_ND), rows):
-        query, targets = query_ND[first : first + rows].to(table_VD.dtype), targets_N[first : first + rows, None]
-        scores = torch.addmm(bias_V, query, table_VD.T).to(wide)
-        scores -= scores.amax(1, keepdim=True)
-        total -= (1 - smoothing) * scores.gather(1, targets).sum()
-        if smoothing:
-            total -= smoothing * scores.mean(1).sum()
-        sums = scores.exp_().sum(1, keepdim=True)
-        total += sums.log().sum()
-        if trained:
-            excess = scores.mul_(1 / sums)  # what each class is given beyond what it is due
-            if smoothing:
-                excess -= smoothing / num_classes
-            excess.scatter_add_(1, targets, excess.new_full(targets.shape, smoothing - 1))
-            slopes[2] += excess.sum(0)
-            excess = excess.to(table_VD.dtype)
-            slopes[0][first : first + rows] = excess @ table_VD
-            slopes[1] += excess.T @ query
-    return total, slopes
+    query_ND: Tensor, targets_N1: Tensor, table_VD: Tensor, bias_V: Tensor, smoothing: float, *, trained: bool
+) -> tuple[Tensor, ...]:
+    """A block's summed loss; where they are asked for, its gradients by query, table and bias too."""
+    wide, num_classes = torch.promote_types(table_VD.dtype, torch.float32), len(table_VD)
+    scores = torch.addmm(bias_V, query_ND, table_VD.T).to(wide)
+    scores -= scores.amax(1, keepdim=True)
+    loss = -(1 - smoothing) * scores.gather(1, targets_N1).sum()
+    if smoothing:
+        loss -= smoothing * scores.mean(1).sum()
+    sums = scores.exp_().sum(1, keepdim=True)
+    loss += sums.log().sum()
+    if not trained:
+        return (loss,)
+    excess = scores.mul_(1 / sums)  # what each class is given beyond what it is due
+    if smoothing:
+        excess -= smoothing / num_classes
+    excess.scatter_add_(1, targets_N1, excess.new_full(targets_N1.shape, smoothing - 1))
+    of_bias_V = excess.sum(0)
+    excess = excess.to(table_VD.dtype)
+    return loss, excess @ table_VD, excess.T @ query_ND, of_bias_V

@@ -1,0 +1,140 @@
+"""Training by default threads beside each fixed number of them: on quiet cores, and with a busy neighbour on each.
+
+Steps (forward, backward, clipping, AdamW) of the demo's model and of a larger one, in fp32. The numbers of threads take
+turns within a process, every other round backwards, and are compared round by round, so that other work on the machine
+slows all of them alike. The neighbour is a process that counts, tied to each core that training may use. The bars:
+beside neighbours the default does at least 0.8 of what one thread does; on quiet cores, at least 0.95 of what the best
+number of threads does; on all cores, and on one.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from etl.tables import FIRST_INDEX
+from tests.benchmarks.__main__ import Options
+from tests.benchmarks.harness import Case, Numbers, Report, run
+from tests.benchmarks.train_small import padded, training_of
+from trainer.config import Bert4RecConfig, MaskedItemConfig, RuntimeConfig
+from trainer.cores import num_threads, usable_cores, use_threads
+from trainer.data.batch import Batch
+from trainer.distributed import join
+from trainer.loop import train_step
+from trainer.tasks import MaskedItem
+
+MODELS = {  # positions, batch, items, median history
+    "2 × 64": (Bert4RecConfig(blocks=2, width=64, heads=2, max_length=100, user_width=0, knowledge={}), 64, 600, 30),
+    "6 × 128": (
+        Bert4RecConfig(blocks=6, width=128, heads=4, max_length=200, user_width=0, knowledge={}),
+        64,
+        3_416,
+        90,
+    ),
+}
+ROUNDS, SECONDS = 7, 1.0  # of each number of threads and round
+STEPS = 4  # different batches, so that lengths vary
+SEEN = {"AVX512-bf16": 2}  # machine class -> cores
+
+
+def measure(report: Report, options: Options) -> None:
+    del options
+    cores = usable_cores()
+    rows: list[list[object]] = []
+    bars: list[tuple[str, float, float]] = []
+    for model in MODELS:
+        for number in sorted({cores, 1}, reverse=True):
+            for busy in (False, True):
+                arguments = {"model": model, "cores": number, "busy": busy}
+                found = run(Case(model, "tests.benchmarks.threads:speeds", arguments), timeout=300)
+                speed = {name: statistics.median(each) for name, each in found["items_per_second"].items()}
+                fixed = {name: value for name, value in speed.items() if name != "default"}
+                other = "1" if busy else max(fixed, key=lambda name: fixed[name])
+                ratio = _ratio(found["items_per_second"], other)
+                where = f"{number} core{'s' * (number > 1)}, {'a busy neighbour on each' if busy else 'quiet'}"
+                rows.append(
+                    [model, where, found["default"], speed["default"], *(fixed.get(str(n), "") for n in (1, cores)),
+                     ratio]
+                )  # fmt: skip
+                beside = "one thread's" if busy else "the best number of threads'"
+                bars.append(
+                    (f"threads: items/s by default over {beside}, {model}, {where}", ratio, 0.8 if busy else 0.95)
+                )
+    report.table(
+        "Training, fp32: items/s by default, and with one thread and as many as cores",
+        ["model", "cores", "default threads", "default", "1 thread", f"{cores} threads", "ratio by rounds"], rows,
+    )  # fmt: skip
+    for what, ratio, least in bars:
+        report.bar(what, ratio, at_least=least, seen_on=tuple(SEEN))
+
+
+def _ratio(speeds: dict[str, Sequence[float]], other: str) -> float:
+    """Median over rounds of the default's speed over the other's."""
+    return statistics.median(ours / theirs for ours, theirs in zip(speeds["default"], speeds[other], strict=True))
+
+
+def speeds(*, model: str, cores: int, busy: bool) -> Numbers:
+    """items/s of each round, of each number of threads 1 … cores and of the default."""
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+    allowed = sorted(os.sched_getaffinity(0))[:cores] if hasattr(os, "sched_getaffinity") else []
+    if allowed:
+        os.sched_setaffinity(0, set(allowed))
+    one_pass = _training(model)
+    choices: dict[str, Callable[[], object]] = {
+        str(number): lambda number=number: use_threads(number)
+        for number in range(1, cores + 1)  # type: ignore[misc]
+    }
+    choices["default"] = lambda: join(RuntimeConfig(device="cpu"))
+    choices["default"]()
+    default, found = num_threads(), {name: list[float]() for name in choices}
+    with _neighbours(allowed if busy else []):
+        for round_number in range(ROUNDS):
+            for name in choices if round_number % 2 == 0 else reversed(choices):
+                choices[name]()
+                one_pass()  # not counted
+                items, begun = 0, time.perf_counter()
+                while time.perf_counter() - begun < SECONDS:
+                    items += one_pass()
+                found[name].append(items / (time.perf_counter() - begun))
+    return {"items_per_second": found, "default": default}
+
+
+def _training(model: str) -> Callable[[], int]:
+    """A pass over some batches; gives the number of items."""
+    config, size, num_items, median = MODELS[model]
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    task = MaskedItem(MaskedItemConfig())
+    training = training_of(config, task, num_items=FIRST_INDEX + num_items, autocast=False)
+    batches: list[Batch] = []
+    for step in range(STEPS):
+        lengths = np.clip(random.lognormal(np.log(median), 0.7, size), 5, config.max_length).astype(np.int64)
+        lists = [FIRST_INDEX + random.integers(0, num_items, length) for length in lengths]
+        batches.append(padded(lists, step=step))
+
+    def one_pass() -> int:
+        for batch in batches:
+            train_step(training, batch, stop=False)
+        return sum(batch.global_items for batch in batches)
+
+    return one_pass
+
+
+@contextmanager
+def _neighbours(cores: Sequence[int]) -> Iterator[None]:
+    """A process that counts, tied to each of these cores."""
+    script = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", script, str(core)]) for core in cores]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
