@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-wide both-wide-causal \
 	ml1m-loo loo-deep models page test test-slow test-gpu bench bench-gpu bench-peers \
-	bench-growth check format clean clean-all
+	bench-growth bench-demo check format clean clean-all
 
 help:  ## this list
 	@echo "graftrec: recommenders whose knowledge transfers between domains. Needs Python 3.11+ and Java 17+."
@@ -81,6 +81,9 @@ bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; t
 
 bench-growth: $(BIN)/.dev  ## tables of 1, 10 and 100 million interactions, a new day, a heavy user: hours on two cores
 	@$(BIN)/python -m tests.benchmarks growth $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+bench-demo: $(BIN)/.dev  ## the demo's verdict: 5 logs, 1 and 2 threads, both precisions, and logs that teach nothing: 1-2 hours
+	@$(BIN)/python -m tests.benchmarks demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 check: $(BIN)/.dev  ## lint, format and types
 	@$(BIN)/ruff check .

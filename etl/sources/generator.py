@@ -24,6 +24,7 @@ from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, 
 from etl.sources.world import ACTORS, Ints, Shelf, categories, generator, person_name, title, world
 
 BLOCK = 256  # users
+_SPREAD = 0.7  # of the logarithm of users' activity
 _OUTSIDE = 0.15  # share of friends that are anybody
 _START = 1_577_836_800  # 2020-01-01, seconds
 _DAY = 86_400
@@ -92,13 +93,13 @@ def events(config: GeneratorSource, users: Ints) -> pa.Table:
     place = world(config)
     tastes = read_users(config, place, users)
     draws = [generator(config.seed, _USERS, int(user) | 1 << 55) for user in users]
-    activity = np.exp(0.5 * np.stack([draw.standard_normal(3) for draw in draws]))
+    activity = np.exp(_SPREAD * np.stack([draw.standard_normal(3) for draw in draws]))
     joined = np.array([draw.integers(0, 2 * 365 * _DAY) for draw in draws])
     parts = []
     for domain, share in enumerate((1 - config.target_event_share, config.target_event_share)):
         shelf = place.shelves[domain]
         mean = config.mean_events * share
-        scale = mean * activity[:, 0] * np.sqrt(activity[:, 1 + domain]) / np.exp(0.125 + 0.03125)
+        scale = mean * activity[:, 0] * np.sqrt(activity[:, 1 + domain]) / np.exp(0.625 * _SPREAD**2)
         counts = np.clip(np.round(scale), 1, most_picks(shelf)).astype(np.int64)
         picks = pick(config, shelf, tastes, domain, counts, draws)
         parts.append(_timed(config, picks, shelf, joined, draws, domain))
