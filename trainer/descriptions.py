@@ -40,7 +40,11 @@ def training(config: PretrainConfig, *, parent: str | None, counts: Mapping[str,
         f"{_verb(config)} {config.model.kind} by the task {config.task.kind}; it {reads}.",
         items(
             [
-                *([f"transfer `{_transfer(config)}` of {model_link('the pre-trained model', parent)}"] if parent else []),
+                *(
+                    [f"transfer `{_transfer(config)}` of {model_link('the pre-trained model', parent)}"]
+                    if parent
+                    else []
+                ),
                 f"data: {data}",
                 f"{counts['total']:,} parameters, {counts['trained']:,} of them trained"
                 + (f", {counts['added']:,} added" if counts["added"] else ""),
@@ -88,7 +92,10 @@ def results(rows: Sequence[Mapping[str, Any]], *, heading: str = "", notes: str 
 def _headline(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     """The best model beside the best baseline."""
     mine = [row for row in rows if row["metric"] == metric]
-    best = {flag: max((r for r in mine if r["is_model"] is flag), key=lambda r: r["mean"], default=None) for flag in (True, False)}
+    best = {
+        flag: max((r for r in mine if r["is_model"] is flag), key=lambda r: r["mean"], default=None)
+        for flag in (True, False)
+    }
     if (model := best[True]) is None:
         return ""
     text = f"Best model: {model['label']}, {metric} {model['mean']:.4f}"
@@ -151,3 +158,9 @@ def gate(decision: Decision, asked: str) -> str:
     verdict = "Passed" if decision.passed else "**Refused**"
     checks = items(f"{check.name}: {_MARKS[check.verdict]}. {check.text}" for check in decision.checks)
     return paragraphs(f"{verdict}{f' on {asked}' if asked else ''}.", checks)
+
+
+def promotion(label: str, digest: str, decision: Decision, asked: str) -> str:
+    """A run that asked the gate about a version."""
+    verdict = "Promoted" if decision.passed else "Refused"
+    return paragraphs(f"{verdict} {model_link(label, digest)}.", gate(decision, asked))

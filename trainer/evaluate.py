@@ -195,6 +195,7 @@ def _evaluate_told(
     picture.savefig(folder / drawn, dpi=130)
     run.log_figure(picture, f"evaluation/{drawn}")
     data = [asdict(row) for row in rows]
+    run_id = run.id
     summary = {
         **about, "run": run_id, "rows": data, "lake": release.lake, "release": release.number,
         "versions": release.versions,
@@ -204,11 +205,11 @@ def _evaluate_told(
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     for name in (USERS, SUMMARY, TABLE):
         run.log_artifact(folder / name, "evaluation")
-    report = EvaluationReport(folder, data, text, skipped=False, run_id=summary["run"])
+    report = EvaluationReport(folder, data, text, skipped=False, run_id=run_id)
     where = f"domain {told.domain}, split {told.split}, release {release.number}"
     _describe(run, report, config.part, where=where, drawn=drawn)
-    for artifact, key in zip(models, told.probabilities, strict=False):
-        numbers = {f"{config.part}/{name}": value for name, value in told.metrics(key).items()}
+    for artifact, one in zip(models, told.probabilities, strict=False):
+        numbers = {f"{config.part}/{name}": value for name, value in told.metrics(one).items()}
         run.log_model_metrics(artifact.hash, numbers, release, SEQUENCES.name)
     return report
 

@@ -52,6 +52,7 @@ UNSENT = Path("mlflow-unsent")  # what a dead server did not take, until it does
 PARAM_CHARACTERS, TAG_CHARACTERS = 500, 5_000  # the shortest limits of the servers in use
 DESCRIPTION = "mlflow.note.content"  # the tag that MLflow's page shows as a description, in Markdown
 MODEL_HASH = "graftrec.hash"  # tag of a logged model: the hash of its model folder
+REUSED_SHOWN = 30  # earlier runs that a description links
 VERSIONS = "mlflow.modelVersions"  # tag of a logged model: the registered versions made of it, as JSON
 PARAMS_PER_BATCH = 100
 TERMINATED_EXIT = 128 + signal.SIGTERM
@@ -362,13 +363,13 @@ class _TrackedRun(Run):
         return self._sender.run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        texts = [[_name(key), cut(redact(str(value)), PARAM_CHARACTERS)] for key, value in params.items()]
+        texts = [[metric_name(key), cut(redact(str(value)), PARAM_CHARACTERS)] for key, value in params.items()]
         for start in range(0, len(texts), PARAMS_PER_BATCH):
             self._outbox.add({"kind": "params", "values": dict(texts[start : start + PARAMS_PER_BATCH])})
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
         now = _now()
-        named = {_name(key): float(value) for key, value in metrics.items()}
+        named = {metric_name(key): float(value) for key, value in metrics.items()}
         if step is not None:
             self._curves |= named.keys()
         elif shared := sorted(self._curves & named.keys()):
@@ -379,7 +380,7 @@ class _TrackedRun(Run):
             self._outbox.add({"kind": "metrics", "values": values})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        texts = {_name(key): cut(redact(str(value)), TAG_CHARACTERS) for key, value in tags.items()}
+        texts = {metric_name(key): cut(redact(str(value)), TAG_CHARACTERS) for key, value in tags.items()}
         self._outbox.add({"kind": "tags", "values": texts})
 
     def log_figure(self, figure: "Figure", path: str) -> None:
@@ -401,7 +402,7 @@ class _TrackedRun(Run):
         self.log_params({"pinned.release": release.number} | {f"pinned.{k}": v for k, v in release.versions.items()})
         self.set_tags({"graftrec.release": release.number, "graftrec.lake": redact(release.lake)})
         read = [table for table in tables or release.versions if table in release.versions]
-        values = [_snapshot(release, table) for table in read]
+        values = [snapshot(release, table) for table in read]
         self._outbox.add({"kind": "datasets", "values": values, "context": context})
 
     def describe(self, markdown: str) -> None:
@@ -414,12 +415,14 @@ class _TrackedRun(Run):
         self._send_description()
 
     def _send_description(self) -> None:
-        links = ", ".join(run_link(name, run_id) for name, run_id in self._reused.items())
+        links = ", ".join(run_link(name, run_id) for name, run_id in list(self._reused.items())[:REUSED_SHOWN])
+        if len(self._reused) > REUSED_SHOWN:
+            links += f" and {len(self._reused) - REUSED_SHOWN} others (tag `graftrec.reused`)"
         parts = [self._description, f"Reused, since nothing they depend on has changed: {links}." if links else ""]
         self._outbox.add({"kind": "description", "text": redact("\n\n".join(filter(None, parts)))})
 
     def log_model(self, name: str, digest: str, *, kind: str = "", params: Mapping[str, Any] | None = None) -> None:
-        texts = {_name(key): cut(redact(str(value)), PARAM_CHARACTERS) for key, value in (params or {}).items()}
+        texts = {metric_name(key): cut(redact(str(value)), PARAM_CHARACTERS) for key, value in (params or {}).items()}
         self._outbox.add({"kind": "model", "name": name, "hash": digest, "type": kind, "params": texts})
         self._send_description()  # of the model too
 
@@ -427,9 +430,9 @@ class _TrackedRun(Run):
         self, digest: str, metrics: Mapping[str, float], release: "Release", table: str
     ) -> None:  # fmt: skip
         now = _now()
-        values = [[_name(k), float(v), now, 0] for k, v in metrics.items() if math.isfinite(v)]
-        snapshot = _snapshot(release, table)
-        self._outbox.add({"kind": "model_metrics", "hash": digest, "values": values, "dataset": snapshot})
+        values = [[metric_name(k), float(v), now, 0] for k, v in metrics.items() if math.isfinite(v)]
+        dataset = snapshot(release, table)
+        self._outbox.add({"kind": "model_metrics", "hash": digest, "values": values, "dataset": dataset})
 
     def close(self, status: str) -> None:
         self._ended.set()
@@ -483,7 +486,8 @@ def _harmless(what: str) -> Iterator[None]:
         warn(f"{what}: {redact(one_line(error))}")
 
 
-def _snapshot(release: "Release", table: str) -> dict[str, Any]:
+def snapshot(release: "Release", table: str) -> dict[str, Any]:
+    """One table of a release: {table, version, lake}."""
     return {"table": table, "version": release.versions.get(table, 0), "lake": redact(release.lake)}
 
 
@@ -496,7 +500,8 @@ def _now() -> int:
     return int(time.time() * 1000)
 
 
-def _name(text: str) -> str:
+def metric_name(text: str) -> str:
+    """A name that MLflow takes: what it forbids becomes "_"."""
     return re.sub(r"[^\w\-. :/]", "_", text, flags=re.ASCII)
 
 
@@ -622,7 +627,7 @@ class _Sender:
                 self._client.set_terminated(self.run_id, entry["status"], entry["time"])
 
     def _log_model(self, entry: Entry) -> str:
-        """Make the logged model of this run, or find it where it was made although the answer got lost; gives its id."""
+        """Make the logged model of this run, or find it where the answer got lost; gives its id."""
         from mlflow.entities import LoggedModelOutput
 
         made = next((m for m in models_of(self._client, entry["hash"]) if m.source_run_id == self.run_id), None)
@@ -678,11 +683,22 @@ def _dataset(value: Mapping[str, Any]) -> Any:
     source = {"path": path, "delta_table_version": value["version"], "is_databricks_uc_table": False}
     digest = hashlib.sha256(f"{path}@{value['version']}".encode()).hexdigest()[:8]
     return Dataset(
-        f"{value['table']}@{value['version']}", digest, "delta_table", json.dumps(source), schema=_schema(value["table"])
+        f"{value['table']}@{value['version']}",
+        digest,
+        "delta_table",
+        json.dumps(source),
+        schema=_schema(value["table"]),
     )
 
 
-_TYPES = {"string": "string", "int32": "integer", "int64": "long", "float": "float", "double": "double", "bool": "boolean"}
+_TYPES = {
+    "string": "string",
+    "int32": "integer",
+    "int64": "long",
+    "float": "float",
+    "double": "double",
+    "bool": "boolean",
+}
 
 
 def _schema(name: str) -> str | None:
@@ -750,8 +766,8 @@ def log_model_metrics(
 
 
 def resolved(client: Any, markdown: str, run_id: str = "") -> str:
-    """Markdown with addresses that a browser knows: `model:<hash>` of a logged model (the link is dropped where there is
-    none), `artifact:<path>` of the run."""
+    """Markdown with addresses that a browser knows: `model:<hash>` of a logged model (plain text where there is none),
+    `artifact:<path>` of the run."""
     from mlflow.exceptions import MlflowException
 
     def link(match: re.Match[str]) -> str:
@@ -778,12 +794,16 @@ _REQUIREMENTS = (  # of scoring: what trainer.serving imports
 )  # fmt: skip
 
 
-def pack(folder: Path, target: Path, *, artifact: str, model_id: str, run_id: str | None) -> None:
-    """Write an MLflow model around a model folder: a copy of the folder, of our sources, and no pickle.
+def pack(
+    folder: Path, target: Path, *, artifact: str, model_id: str, run_id: str | None, example: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Write an MLflow model around a model folder: a copy of the folder, of our sources, and no pickle. `example`: one
+    request, by column.
 
     The sources travel with it (`code_paths`), so that a served version runs the code that it was made by, on a machine
     that has only the packages of its requirements.txt.
     """
+    import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
     from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -814,7 +834,7 @@ def pack(folder: Path, target: Path, *, artifact: str, model_id: str, run_id: st
     save_model(
         str(target), python_model=str(root / "served.py"), artifacts={artifact: str(folder)}, signature=signature,
         code_paths=[str(root.parent / "etl"), str(root)], pip_requirements=requirements,
-        mlflow_model=Model(model_id=model_id, run_id=run_id),
+        mlflow_model=Model(model_id=model_id, run_id=run_id), input_example=pd.DataFrame([dict(example)]),
     )  # fmt: skip
 
 
