@@ -110,8 +110,8 @@ def _p(p_value: float | None) -> str:
 
 
 def result_metrics(rows: Sequence[Mapping[str, Any]], part: str) -> dict[str, float]:
-    """The rows of a comparison as metrics of a run, "<part>/<protocol>/<metric>/<label>"; and of each model in the first
-    of them ".../gain/<label>" and ".../p/<label>", as in the table."""
+    """The rows of a comparison as metrics of a run, "<part>/<protocol>/<metric>/<label>"; and of each model, in the
+    first metric, ".../gain/<label>" and ".../p/<label>", as in the table."""
     found: dict[str, float] = {}
     for row in rows:
         name = "/".join([part, *([row["protocol"]] * (row["protocol"] != "users")), row["metric"]])

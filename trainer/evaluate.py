@@ -10,7 +10,7 @@ name the folder is named after the models, and an evaluation of others that lies
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,20 +148,30 @@ def _describe(run: tracking.Run, report: EvaluationReport, part: str, *, where: 
     run.describe(descriptions.results(report.rows, notes=heading, picture=f"evaluation/{drawn}" if drawn else ""))
 
 
-def show(run: tracking.Run, report: EvaluationReport, *, introduction: str = "") -> None:
-    """An evaluation on the page of another run, of a pipeline say: metrics, table (also as table.md), gains.png.
+def show(run: tracking.Run, reports: Mapping[str, EvaluationReport], *, notes: Mapping[str, str] | None = None) -> None:
+    """Evaluations on the page of another run, of a pipeline say: metrics, tables (also as table.md), pictures.
 
-    `introduction`: Markdown below the table.
+    `reports` by target domain. Where there are several, the name of a domain begins its metrics, is the folder of its
+    files, and heads its table. `notes`: Markdown below each table.
     """
-    summary = json.loads((report.folder / SUMMARY).read_text(encoding="utf-8"))
-    first = [row for row in report.rows if row["protocol"] == report.rows[0]["protocol"]]
-    run.log_metrics(descriptions.result_metrics(first, summary["part"]))
-    picture = ""
-    if (report.folder / GAINS).is_file():
-        run.log_artifact(report.folder / GAINS, "evaluation")
-        picture = f"evaluation/{GAINS}"
-    run.log_text(descriptions.results(report.rows), "table.md")
-    run.describe(descriptions.results(report.rows, notes=introduction, picture=picture))
+    parts = []
+    for domain, report in reports.items():
+        inside = f"{domain}/" if len(reports) > 1 else ""
+        summary = json.loads((report.folder / SUMMARY).read_text(encoding="utf-8"))
+        first = [row for row in report.rows if row["protocol"] == report.rows[0]["protocol"]]
+        numbers = descriptions.result_metrics(first, summary["part"])
+        run.log_metrics({f"{inside}{name}": value for name, value in numbers.items()})
+        drawn = next((name for name in (GAINS, CONFUSIONS, RELIABILITY) if (report.folder / name).is_file()), "")
+        if drawn:
+            run.log_artifact(report.folder / drawn, inside.rstrip("/"))
+        run.log_text(descriptions.results(report.rows), f"{inside}table.md")
+        parts.append(
+            descriptions.results(
+                report.rows, heading=f"### {domain}" if inside else "", notes=(notes or {}).get(domain, ""),
+                picture=f"{inside}{drawn}" if drawn else "",
+            )
+        )  # fmt: skip
+    run.describe(descriptions.paragraphs(*parts))
 
 
 def _evaluate_told(

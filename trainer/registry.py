@@ -2,8 +2,8 @@
 
 A version holds an MLflow model made of code and JSON (`serving.py`) around a model folder (`artifact.py`). Aliases, not
 stages: `candidate` (registered last), `champion` (served), `previous` (champion before), `companion` (reads all
-domains, and answers where the champion knows nothing of a user). A few tags hold what code looks up; what people read is
-the version's description, and the metrics of its logged model.
+domains, and answers where the champion knows nothing of a user). A few tags hold what code looks up; what people read
+is the version's description, and the metrics of its logged model.
 """
 
 import atexit
