@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
@@ -40,6 +40,9 @@ from trainer.config import (
     TrackingConfig,
     TransferName,
 )
+
+if TYPE_CHECKING:
+    from trainer.evaluate import EvaluationReport
 
 SCORE = "validation/NDCG@10"  # chooses the candidate; test numbers choose nothing
 SCRATCH: TransferName = "none"
@@ -117,6 +120,7 @@ class Outcome:
     """What came of one target domain."""
 
     target: str
+    report: "EvaluationReport"
     table: str
     refusal: str  # "": promoted
     lines: list[str]  # what to do after a refusal; champion, recommendations
@@ -232,7 +236,9 @@ def what_can_be_shown(config: PipelineConfig, planned: Plan, release: int) -> li
 
 def run(config: PipelineConfig) -> int:
     """All steps, then what came of them. Gives the exit code: 0, or 3 where the gate refuses."""
+    from trainer import evaluate as evaluation
     from trainer import tracking
+    from trainer.data.dataset import pin
 
     begun = time.monotonic()
     config, planned = plan(config)
@@ -242,14 +248,17 @@ def run(config: PipelineConfig) -> int:
     tags = {"graftrec.recipe": "pipeline"}
     with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
         release = build_tables(config)
-        tracked.set_tags({"graftrec.release": release, "graftrec.lake": config.etl.lake})
+        tracked.log_release(pin(config.etl.lake, release), context="evaluation", tables=("sequences", "negatives"))
         for line in what_can_be_shown(config, planned, release):
             print(line, flush=True)
         trained = train_all(config, planned, release, tracking.child_environment(tracked))
         outcomes = [conclude(config, planned, target, release, trained[target]) for target in planned.targets]
         for outcome in outcomes:
-            tracked.log_text(outcome.table, f"{outcome.target}/table.txt")
             tracked.set_tags({f"graftrec.gate.{outcome.target}": outcome.refusal or "promoted"})
+        evaluation.show(
+            tracked, {outcome.target: outcome.report for outcome in outcomes},
+            notes={outcome.target: f"Gate: {outcome.refusal or 'passed'}." for outcome in outcomes},
+        )  # fmt: skip
     print(f"\n== {config.name}, in {time.monotonic() - begun:.0f} s")
     for outcome in outcomes:
         print(f"\n{outcome.target}\n{outcome.table}\n")
@@ -338,14 +347,15 @@ def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, e
     heading = f" {target}" if len(planned.targets) > 1 else ""
     trained = [model for model in every if model.label != COLD]
     with step(f"evaluate{heading}"):
-        table = gain_table(evaluate(config, target, release, trained))
+        report = evaluate(config, target, release, trained)
     with step(f"promote{heading}"):
         refusal, steps = promote(config, target, release, trained)
     lines = [f"{'what now' if not place else '':<17}{line}" for place, line in enumerate(steps)]
     if cold := [model for model in every if model.label == COLD]:
         with step(f"users new in {target}"):
             lines.append(companion(config, planned, target, release, cold[0], trained))
-    return Outcome(target, table, refusal, [*lines, *recommend(config, target, release)])
+    lines += recommend(config, target, release)
+    return Outcome(target, report, gain_table(report.rows), refusal, lines)
 
 
 def companion(
@@ -386,11 +396,11 @@ def companion(
     return f"{text}: {version.label}, @{COMPANION}"
 
 
-def evaluate(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> list[dict[str, Any]]:
-    """Score all models beside the baselines; gives the rows of the comparison."""
+def evaluate(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> "EvaluationReport":
+    """Score all models beside the baselines."""
     from trainer import evaluate
 
-    return evaluate.run(evaluate_config(config, target, release, trained)).rows
+    return evaluate.run(evaluate_config(config, target, release, trained))
 
 
 def promote(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> tuple[str, Sequence[str]]:

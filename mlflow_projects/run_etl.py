@@ -17,6 +17,7 @@ from etl.config import EtlConfig, GraftrecError, load
 from trainer import tracking
 from trainer.config import TrackingConfig
 from trainer.data.dataset import Release, SequenceDataset, domains_with_sequences, pin
+from trainer.provenance import redact
 
 PICTURED_USERS = 200_000  # about, of each domain; whole row groups are read
 
@@ -31,7 +32,9 @@ def run(config: EtlConfig, track: TrackingConfig, *, job: str = "all") -> int:
             run_one(Engine(config), job)
             return pin(config.lake, None).number
         release = pin(config.lake, run_all(Engine(config)))
-        tracked.log_release(release)
+        tracked.log_release(release, context="output")
+        written = ", ".join(f"{table}@{number}" for table, number in sorted(release.versions.items()))
+        tracked.describe(f"Release {release.number} of `{redact(release.lake)}`, from the log.\n\nTables: {written}.")
         if track.enabled:
             _picture(release, config.splits[0].name, tracked)
     return release.number

@@ -54,6 +54,7 @@ from trainer.data.dataset import (
     event_type_codes,
     pin,
 )
+from trainer.provenance import redact
 from trainer.registry import COMPANION, Registry, Version
 from trainer.scoring import has_items
 from trainer.serving import Shortlist
@@ -119,7 +120,17 @@ def run(config: RecommendConfig) -> Result:
         )
         return Result(num_users, 0, version or 0, False, 0.0, _users_by_model(release.lake, domain))
     _refuse_replacement(config, label, release, domain)
-    with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
+    by = tracking.model_link(label, artifact.hash)
+    if companion:
+        by += f", and by {tracking.model_link(companion, models[1][0].hash)} where it knows nothing of a user"
+    description = (
+        f"Top {config.k} items of domain {domain} for {num_users:,} users, by {by}; release {release.number} of "
+        f"`{redact(release.lake)}`."
+    )
+    with tracking.start_run(
+        config.tracking, name=config.name, resolved=config, release=release, description=description,
+        tables=[(tables.BASKETS if baskets else tables.SEQUENCES).name, tables.ITEMS.name, tables.USERS.name],
+    ) as tracked:  # fmt: skip
         tracked.set_tags(
             {"graftrec.recipe": "recommend", "graftrec.model_version": label, "graftrec.hash": artifact.hash}
             | ({"graftrec.companion": companion} if companion else {})

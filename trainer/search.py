@@ -236,6 +236,8 @@ def _log(tracked: tracking.Run, config: SearchConfig, arms: Sequence[Arm]) -> No
             if file.is_file():
                 tracked.log_text(file.read_text(), f"{arm.name}/{file.name}")
     tried = [pictures.Tried(row["arm"], row["score"], row["scores"]) for row in rows]
+    found = "\n\n".join(_table(config, arm) for arm in arms)
+    tracked.describe(f"Hyper-parameter search {config.name}.\n\n```\n{found}\n```")
     tracked.log_figure(pictures.search_progress(tried, title=config.name), "pictures/search.png")
 
 

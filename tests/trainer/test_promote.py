@@ -24,7 +24,7 @@ from trainer.data.dataset import pin
 from trainer.gate import GateError
 from trainer.judged import evidence_of
 from trainer.promote import GateRefused, PromoteError
-from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry
+from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, audit_trail
 from trainer.stats import p_text
 
 ROOT = Path(__file__).parents[2]
@@ -75,8 +75,7 @@ def aliases(name="graftrec"):
 
 def trail(number):
     """Actions of a version's audit entries, oldest first."""
-    tags = Registry().version(str(number)).tags
-    return [json.loads(tags[key])["action"] for key in sorted(tags) if key.startswith(promote.TAG_AUDIT)]
+    return [entry["action"] for entry in audit_trail(Registry().version(str(number)))]
 
 
 def test_promote_refuse_replace_and_roll_back(store, models, capsys):

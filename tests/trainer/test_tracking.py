@@ -84,7 +84,7 @@ def test_run_holds_settings_snapshots_curves_and_pictures(store):
     assert params["task.loss.kind"] == "full"
     assert params["model.knowledge.actor"] == "3"
     assert (params["pinned.release"], params["pinned.sequences"]) == ("7", "0")
-    assert (tags["graftrec.release"], tags["graftrec.snapshot.items"], tags["kind"]) == ("7", "3", "test")
+    assert (tags["graftrec.release"], params["pinned.items"], tags["kind"]) == ("7", "3", "test")
     assert len(tags["graftrec.code.sources"]) == 16
     losses = client.get_metric_history(run_id, "loss")
     assert [(m.step, m.value) for m in sorted(losses, key=lambda m: m.step)] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
