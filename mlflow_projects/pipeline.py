@@ -9,7 +9,6 @@ models are compared with baselines and champion. Exit codes: 0; 2 for a mistake 
 refuses a candidate; 4 where a loss is not a number; 143 stopped by a signal.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 from cells import Cell
 from pydantic import Field, model_validator
 
+from etl.command import FILE_ERRORS, STOPPED, CommandParser, configurations, file_error
 from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, SplitConfig, load
 from etl.tables import DOMAIN_ALL, RECOMMENDATIONS
 from trainer.config import (
@@ -332,14 +332,12 @@ def jobs_of(config: PipelineConfig, trainings: int) -> int:
     """How many trainings run side by side."""
     import torch
 
+    from trainer.cores import usable_cores
+
     device = config.finetune.runtime.device
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return config.jobs or 1
-    return config.jobs or max(1, min(trainings, _cores() // (config.finetune.runtime.threads or 1)))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return config.jobs or max(1, min(trainings, usable_cores() // (config.finetune.runtime.threads or 1)))
 
 
 def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, every: Sequence[Trained]) -> Outcome:
@@ -651,8 +649,10 @@ def movielens_etl(etl: EtlConfig, folder: Path) -> EtlConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "pipeline.py", description="From a raw log to recommendations.", allow_abbrev=False
+    parser = CommandParser(
+        "pipeline.py",
+        description=f"From a raw log to recommendations.\n\n{configurations('pipeline')}",
+        settings=PipelineConfig,
     )
     parser.add_argument("--config", required=True, help="a name under conf/ or a YAML file, e.g. pipeline/demo")
     parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
@@ -663,6 +663,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GraftrecError as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return error.exit_code
+    except FILE_ERRORS as error:
+        print(f"pipeline: {file_error(error)}", file=sys.stderr)
+        return GraftrecError.exit_code
+    except KeyboardInterrupt:
+        print("pipeline: stopped; run the same command to continue", file=sys.stderr)
+        return STOPPED
 
 
 if __name__ == "__main__":
