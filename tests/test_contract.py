@@ -19,7 +19,7 @@ from etl.config import Section, load
 
 ROOT = Path(__file__).parent.parent
 TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config", "etl.command"}
-RECOMMEND_MAY_IMPORT = TRAINER_MAY_IMPORT | {"etl.delta", "etl.session"}
+RECOMMEND_MAY_IMPORT = TRAINER_MAY_IMPORT | {"etl.delta", "etl.lake", "etl.session"}
 MLFLOW_USERS = {"trainer/tracking.py", "trainer/serving.py"}  # serving: MLflow loads it as the code of a model
 
 

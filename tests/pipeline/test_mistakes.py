@@ -44,6 +44,8 @@ MISTAKES = [
     (["etl", "report"], "expected --lake FOLDER, or --config, found neither"),
     (["report", "results.json"], "required: --folder"),
     (["experiment"], "required: --experiment"),
+    (["pipeline"], "required: --config"),
+    (["pipeline", "--config", "pipeline/demo", "--trian.epochs", "3"], "unknown setting trian"),
     # no configuration, or one that can't be read
     (["trainer", "pretrain", "--config", "nope"], "no configuration nope: .*the folders are etl, "),
     (["trainer", "pretrain", "--config", "demo"], "did you mean .*pretrain/demo"),
@@ -107,9 +109,11 @@ MISTAKES = [
 
 
 def experiment(arguments: Sequence[str]) -> int:
-    module = sys.modules.get("experiment") or _script("experiment")
-    code: int = module.main(arguments)
-    return code
+    return int((sys.modules.get("experiment") or _script("experiment")).main(arguments))
+
+
+def pipeline(arguments: Sequence[str]) -> int:
+    return int((sys.modules.get("pipeline") or _script("pipeline")).main(arguments))
 
 
 def _script(name: str) -> ModuleType:
@@ -123,7 +127,7 @@ def _script(name: str) -> ModuleType:
     return module
 
 
-COMMANDS = {"trainer": trainer, "etl": etl, "report": report, "experiment": experiment}
+COMMANDS = {"trainer": trainer, "etl": etl, "report": report, "experiment": experiment, "pipeline": pipeline}
 
 
 @pytest.mark.parametrize(
