@@ -108,6 +108,8 @@ def test_no_file_is_a_drawer_of_odds_and_ends() -> None:
 
 def script(name: str) -> ModuleType:
     """A file of mlflow_projects/, which is no package, as a module."""
+    if str(ROOT / "mlflow_projects") not in sys.path:  # its files import each other by name
+        sys.path.insert(0, str(ROOT / "mlflow_projects"))
     spec = importlib.util.spec_from_file_location(f"mlflow_projects_{name}", ROOT / "mlflow_projects" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
