@@ -24,6 +24,15 @@ from etl import tables
 from etl.config import GraftrecError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.artifact import Artifact
+from trainer.baseline_names import (
+    ITEM_TO_ITEM,
+    ITEM_TO_ITEM_ALL,
+    ITEM_TO_ITEM_ALL_DECAYED,
+    ITEM_TO_ITEM_ALL_TRAINING,
+    ITEM_TO_ITEM_DECAYED,
+    POPULARITY,
+    TRANSITIONS,
+)
 from trainer.baselines import Histories, item_to_item, merge, popularity, transitions
 from trainer.config import BaselinesConfig, EvaluationConfig, reads_baskets
 from trainer.data.baskets import BasketDataset
@@ -364,12 +373,10 @@ def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[C
     here = asked.input_anywhere
     last = f"last {config.last}"
     contenders = [
-        Contender("popularity", None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing"),
-        _over("item-to-item", within, here, f"{last} of {asked.domain}", asked),
-        _over("item-to-item, decayed", decayed, here, f"{asked.domain}, the n-th last weighs {config.decay}^n", asked),
-        _over(
-            "transitions", following, here, f"last {steps} of {asked.domain}, the n-th last weighs {fading}^n", asked
-        ),
+        Contender(POPULARITY, None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing"),
+        _over(ITEM_TO_ITEM, within, here, f"{last} of {asked.domain}", asked),
+        _over(ITEM_TO_ITEM_DECAYED, decayed, here, f"{asked.domain}, the n-th last weighs {config.decay}^n", asked),
+        _over(TRANSITIONS, following, here, f"last {steps} of {asked.domain}, the n-th last weighs {fading}^n", asked),
     ]
     if asked.other_domains:
         rest = [asked.training(domain, max_users=config.max_users) for domain in asked.other_domains]
@@ -380,10 +387,10 @@ def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[C
         training, prior = merge(here, asked.training_elsewhere), merge(here, asked.elsewhere)
         before = "others: until the first held-out item"
         contenders += [
-            _over("item-to-item, all domains, training rows", across, training,
+            _over(ITEM_TO_ITEM_ALL_TRAINING, across, training,
                   f"{last} of all domains (others: training part)", asked),
-            _over("item-to-item, all domains", across, prior, f"{last} of all domains ({before})", asked),
-            _over("item-to-item, all domains, decayed", decayed, prior,
+            _over(ITEM_TO_ITEM_ALL, across, prior, f"{last} of all domains ({before})", asked),
+            _over(ITEM_TO_ITEM_ALL_DECAYED, decayed, prior,
                   f"all domains ({before}), the n-th last weighs {config.decay}^n", asked),
         ]  # fmt: skip
     return contenders
