@@ -347,7 +347,7 @@ def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, e
     with step(f"evaluate{heading}"):
         report = evaluate(config, target, release, trained)
     with step(f"promote{heading}"):
-        refusal, steps = promote(config, target, release, trained)
+        refusal, steps = promote(config, target, release, trained, results=report.folder)
     lines = [f"{'what now' if not place else '':<17}{line}" for place, line in enumerate(steps)]
     if cold := [model for model in every if model.label == COLD]:
         with step(f"users new in {target}"):
@@ -401,14 +401,17 @@ def evaluate(config: PipelineConfig, target: str, release: int, trained: Sequenc
     return evaluate.run(evaluate_config(config, target, release, trained))
 
 
-def promote(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> tuple[str, Sequence[str]]:
+def promote(
+    config: PipelineConfig, target: str, release: int, trained: Sequence[Trained], *, results: Path
+) -> tuple[str, Sequence[str]]:
     """Register the candidate and ask the gate; gives its reason to refuse, "" where it agrees, and what to do then."""
     from trainer import promote
+    from trainer.gate import next_steps
 
     try:
         promote.run(promote_config(config, target, release, trained))
     except promote.GateRefused as refusal:
-        return str(refusal), refusal.steps
+        return str(refusal), next_steps(refusal.decision, model=refusal.model, results=str(results))
     return "", ()
 
 

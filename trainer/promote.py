@@ -49,13 +49,13 @@ ATTEMPTS = 10  # at a champion that others keep changing
 
 
 class GateRefused(GraftrecError):
-    """The gate refused the candidate; no alias has moved. `steps`: what can be done with what there is, a line each."""
+    """The gate refused the candidate; no alias has moved. `model`: the candidate's folder."""
 
     exit_code = 3
 
-    def __init__(self, message: str, steps: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, decision: Decision, model: str) -> None:
         super().__init__(message)
-        self.steps = tuple(steps)
+        self.decision, self.model = decision, model
 
 
 class PromoteError(GraftrecError):
@@ -103,10 +103,10 @@ def run(config: PromoteConfig) -> Promoted:
     if shown := detectable(decision, config.gate.level):
         print(f"  {shown}")
     if promoted is None:
-        steps = next_steps(decision, model=str(compared.candidate.folder))
-        for step in steps:
+        model = str(compared.candidate.folder)
+        for step in next_steps(decision, model=model):
             print(f"  → {step}")
-        raise GateRefused(f"{version.label} is not promoted: {'; '.join(decision.reasons)}", steps)
+        raise GateRefused(f"{version.label} is not promoted: {'; '.join(decision.reasons)}", decision, model)
     print(f"{promoted.version.label} is champion" + (f", after {promoted.replaced}" if promoted.replaced else ""))
     return promoted
 
