@@ -159,21 +159,19 @@ class GeneratorSource(Section):
     target_share: float = Field(0.3, gt=0, lt=1)  # of items, in the domain `target`
     mean_events: float = Field(60, gt=1)  # per user, both domains together
     target_event_share: float = Field(0.25, gt=0, lt=1)
-    tastes: int = Field(8, ge=1)  # latent dimensions
-    taste_strength: float = Field(2.0, ge=0)  # how far taste outweighs popularity
+    tastes: int = Field(12, ge=1)  # latent dimensions
+    taste_strength: float = Field(3.0, ge=0)  # how far taste outweighs popularity
     drift: float = Field(0.5, ge=0, le=1)  # share of a user's taste that changes between the first and the last event
-    popularity_exponent: float = Field(0.8, ge=0)  # Zipf
+    popularity_exponent: float = Field(0.7, ge=0)  # Zipf
     people: int = Field(120, ge=4)  # directors and actors
     share_tastes: bool = True  # False: a user's tastes in the two domains are independent (no transfer is possible)
     friends: float = Field(4, ge=0)  # mean number per user
-    topics: int = Field(8, ge=1)  # genres
+    topics: int = Field(12, ge=1)  # genres
     session_events: float = Field(3, ge=1)  # mean, in one domain
-    topical: float = Field(0.7, ge=0, le=1)  # share of events on the topic of their session
-    rhythm: float = Field(
-        0.8, ge=0, le=1
-    )  # share of sessions whose topic follows from the one before by the user's step
+    topical: float = Field(0.85, ge=0, le=1)  # share of events on the topic of their session
+    rhythm: float = Field(0.95, ge=0, le=1)  # share of sessions whose topic is the user's step from the last one's
     series_share: float = Field(0.2, ge=0, le=1)  # of items, parts of series: each is taken after the one before
-    sequels: float = Field(0.15, ge=0, le=1)  # share of events that are the next part of a series begun, if any
+    sequels: float = Field(0.1, ge=0, le=1)  # share of events that are the next part of a series begun, if any
     source_teaches: bool = True  # False: the source domain is drawn by popularity alone, in random order
     seed: int = 0
 

@@ -166,7 +166,7 @@ def source_code() -> str:
 def read_run(runs: Path) -> Numbers:
     """Champion, from-scratch and baselines from the files of a finished run: models' validation metrics, and the
     evaluation's metrics of every user."""
-    (evaluation,) = runs.glob("**/evaluation/summary.json")
+    (evaluation,) = runs.glob("**/evaluate/evaluation/summary.json")
     protocol = str(json.loads(evaluation.read_text())["rows"][0]["protocol"])
     table = pq.read_table(evaluation.with_name("users.parquet")).to_pandas()
     table = table[(table["protocol"] == protocol) & (table["convention"] == "list")].sort_values(["seed", "user"])
