@@ -39,6 +39,7 @@ pipeline: $(BIN)/.installed  ## the same on your own log: make pipeline CONFIG=p
 	@$(BIN)/python mlflow_projects/pipeline.py --config "$(CONFIG)" $(ARGS)
 
 PRESET ?= small
+PAGE_MODE := choose \"Model training\" at the top left once, the browser remembers it
 
 table2:  ## the survey's experiment: make table2 DATA=folder/of/ratings.dat [PRESET=survey]; hours
 both:  ## what reading both domains gains: make both DATA=…
@@ -56,8 +57,9 @@ table2 both both-causal both-wide both-wide-causal ml1m-loo loo-deep: $(BIN)/.in
 models: $(BIN)/.installed  ## each model by each transfer, on a generated log, or with DATA=… on MovieLens-1M; hours
 	@$(BIN)/python mlflow_projects/experiment.py --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)
 
-page: $(BIN)/.installed  ## open the MLflow page on http://127.0.0.1:5000 (PORT=…)
-	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+page: $(BIN)/.installed  ## the MLflow page on http://127.0.0.1:5000 (PORT=…)
+	@echo "Open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning ($(PAGE_MODE))"
+	@exec env MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 		$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 

@@ -28,7 +28,8 @@ def items(lines: Iterable[str]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    spaced = [[line[0], *(f"\u2003{cell}" for cell in line[1:])] for line in (header, *rows)]
+    lines = [spaced[0], ["---", *["---:"] * (len(header) - 1)], *spaced[1:]]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
@@ -70,21 +71,21 @@ def outcome(metrics: Mapping[str, float], score: str) -> str:
 
 
 def results(rows: Sequence[Mapping[str, Any]], *, heading: str = "", notes: str = "", picture: str = "") -> str:
-    """The rows of a comparison (`EvaluationReport.rows`), their first protocol as a table, models before baselines.
-    `picture`: its path among the run's artifacts."""
+    """The rows of a comparison (`EvaluationReport.rows`), their first protocol as a table, models before baselines;
+    gain and p-value in the first metric. `picture`: its path among the run's artifacts."""
     shown = [row for row in rows if row["protocol"] == rows[0]["protocol"]]
     metrics = list(dict.fromkeys(row["metric"] for row in shown))
     compared = any(row["gain"] for row in shown)
-    header = ["model", *(name for metric in metrics for name in ([metric, "gain", "p"] if compared else [metric]))]
+    header = ["model", metrics[0], *(["gain", "p"] if compared else []), *metrics[1:]]
     labels = dict.fromkeys(row["label"] for row in sorted(shown, key=lambda row: not row["is_model"]))
     cells = {(row["label"], row["metric"]): row for row in shown}
     lines = []
     for label in labels:
-        line = [label if cells[label, metrics[0]]["is_model"] else f"*{label}*"]
-        for row in (cells[label, metric] for metric in metrics):
-            gain = f"{100 * row['gain']['relative_gain']:+.1f} %" if row["gain"] else ""
-            line += [f"{row['mean']:.4f}", *([gain, _p(row["p_value"])] if compared else [])]
-        lines.append(line)
+        own = [cells[label, metric] for metric in metrics]
+        first, others = own[0], [f"{row['mean']:.4f}" for row in own[1:]]
+        gain = f"{100 * first['gain']['relative_gain']:+.1f} %" if first["gain"] else ""
+        tested = [gain, _p(first["p_value"])] if compared else []
+        lines.append([_label(first), f"{first['mean']:.4f}", *tested, *others])
     image = f"![gains over from-scratch](artifact:{picture})" if picture else ""
     return paragraphs(heading, _headline(shown, metrics[0]), table(header, lines), notes, image)
 
@@ -98,11 +99,18 @@ def _headline(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     }
     if (model := best[True]) is None:
         return ""
-    text = f"Best model: {model['label']}, {metric} {model['mean']:.4f}"
+    text = f"Best model: {_label(model)}, {metric} {model['mean']:.4f}"
     if model["gain"]:
         text += f", {100 * model['gain']['relative_gain']:+.1f} % over from scratch"
     baseline = best[False]
     return text + (f"; best simple baseline: {baseline['label']}, {baseline['mean']:.4f}." if baseline else ".")
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """Baselines look unlike models; from-scratch is called so."""
+    if not row["is_model"]:
+        return f"*{row['label']}*"
+    return "none (from scratch)" if row["label"] == "none" else str(row["label"])
 
 
 def _p(p_value: float | None) -> str:
@@ -151,6 +159,14 @@ def version(artifact: Artifact) -> str:
     if scores:
         facts.append("validation: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     return paragraphs(f"{first}.", items(facts))
+
+
+def scores(part: str, means: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics by protocol or task, a line each."""
+    return items(
+        f"{part}, {name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in numbers.items())
+        for name, numbers in means.items()
+    )
 
 
 def gate(decision: Decision, asked: str) -> str:

@@ -126,7 +126,8 @@ def _fit(
     say(account.text())
 
     data = f"release {release.number} of `{redact(release.lake)}`, {_size(config, catalogue, dataset, validation)}"
-    description = descriptions.training(config, parent=account.parent, counts=account.counts(), data=data)
+    copied = parent.hash if parent is not None and account.transfer != "none" else None
+    description = descriptions.training(config, parent=copied, counts=account.counts(), data=data)
     with tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, description=description,
         tables=[table.name for table in _read_tables(config)],
@@ -334,7 +335,7 @@ def _sequence_table(config: PretrainConfig) -> tables.Table:
 
 
 def _read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:
-    return (*_READ_TABLES, _sequence_table(config))
+    return (_sequence_table(config), *_READ_TABLES)
 
 
 def _recipe(config: PretrainConfig) -> str:

@@ -39,6 +39,7 @@ from trainer.gate import (
     next_steps,
 )
 from trainer.judged import SCRATCH, VERSION, Judged, Ranked, judged, was_transferred
+from trainer.ranking import SINGLE
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Promotion, Registry, Version
 from trainer.tracking import Run
 
@@ -265,8 +266,12 @@ def _judge_and_move(
             if _number(registry.find(CHAMPION)) != _number(champion):
                 continue
             if found and not faults:
-                registry.log_metrics(version, _test_metrics(found), found.release, _table(found))
-            registry.describe(version.number, descriptions.GATE, _gate_section(decision, found, run))
+                numbers = {
+                    f"{found.part}/{name}/{k}": v for name, means in _means(found).items() for k, v in means.items()
+                }
+                registry.log_metrics(version, numbers, found.release, _table(found))
+            said = _gate_section(decision, None if faults else found, run)
+            registry.describe(version.number, descriptions.GATE, said)
             entry = _entry(decision, found, champion, run)
             if not decision.passed:
                 registry.set_tags(version.number, {TAG_GATE: _verdict(decision)})
@@ -319,12 +324,12 @@ def _verdict(decision: Decision) -> str:
     return ("passed" if decision.passed else f"refused: {'; '.join(decision.reasons)}")[:TAG_CHARACTERS]
 
 
-def _test_metrics(found: Judged[Any]) -> dict[str, float]:
-    """The version's metrics, by protocol or task: "test/full/NDCG@10"."""
+def _means(found: Judged[Any]) -> dict[str, dict[str, float]]:
+    """The version's metrics by protocol or task, each held-out item counted once in one list."""
     return {
-        f"{found.part}/{name}/{metric}": value
-        for name, numbers in found.means().items() for metric, value in numbers.items()
-    }  # fmt: skip
+        name: {metric: value for metric, value in numbers.items() if not metric.startswith(SINGLE)}
+        for name, numbers in found.means().items()
+    }
 
 
 def _table(found: Judged[Any]) -> str:
@@ -335,7 +340,8 @@ def _table(found: Judged[Any]) -> str:
 def _gate_section(decision: Decision, found: Judged[Any] | None, run: Run) -> str:
     """The decision in a version's description."""
     link = tracking.run_link("The run that asked the gate", run.id) + " holds decision.json." if run.id else ""
-    return descriptions.paragraphs(descriptions.gate(decision, _examples(found)), link)
+    scores = descriptions.scores(found.part, _means(found)) if found is not None else ""
+    return descriptions.paragraphs(descriptions.gate(decision, _examples(found)), scores, link)
 
 
 def _examples(found: Judged[Any] | None) -> str:

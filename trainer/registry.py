@@ -54,7 +54,8 @@ class Version:
     number: int
     aliases: tuple[str, ...]
     tags: dict[str, str]
-    run_id: str
+    run_id: str  # of the run that trained it; "" where that is unknown
+    description: str = ""
 
     @property
     def label(self) -> str:
@@ -389,7 +390,9 @@ class Registry:
 
     def _version(self, entry: Any, aliases: Mapping[str, str] | None = None) -> Version:
         at = tuple(sorted(alias for alias, number in (aliases or {}).items() if str(number) == str(entry.version)))
-        return Version(str(entry.name), int(entry.version), at, dict(entry.tags), entry.run_id or "")
+        return Version(
+            str(entry.name), int(entry.version), at, dict(entry.tags), entry.run_id or "", entry.description or ""
+        )
 
 
 def audit_trail(version: Version) -> list[dict[str, Any]]:

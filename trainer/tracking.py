@@ -166,10 +166,7 @@ def experiment_id(client: Any, config: TrackingConfig) -> str:
 # MLflow's page has two modes, for language models and for training. Versions that do not leave the choice to the
 # browser (3.17 does) read it from this tag.
 _EXPERIMENT_KIND, _MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
-_EXPERIMENT_DESCRIPTION = (
-    "Recommenders whose knowledge transfers between domains (graftrec). Sort runs by `best/NDCG_10` (validation) or "
-    "`test/full/NDCG_10` (test, logged by an evaluation). A pipeline's run holds the table of results."
-)
+_EXPERIMENT_DESCRIPTION = "Sort runs by `best/NDCG_10` (validation) or `test/full/NDCG_10`; a pipeline holds the table."
 
 
 # --- runs ---------------------------------------------
@@ -752,17 +749,22 @@ def log_model_metrics(
     client: Any, digest: str, values: Sequence[Sequence[Any]], dataset: Mapping[str, Any]
 ) -> None:  # fmt: skip
     """Metrics [name, value, time, step] of the newest logged model of a hash, on a snapshot {table, version, lake}; of
-    the run that trained it too. Nothing where there is no such model, or its run is unknown."""
+    the run that trained it too. What it has already is not logged again. Nothing where there is no such model, or its
+    run is unknown."""
     from mlflow.entities import Metric
 
     model = next((model for model in models_of(client, digest) if model.source_run_id), None)
-    if model is None or not values:
+    if model is None:
         return
     on = _dataset(dataset)
+    known = {(metric.key, metric.dataset_digest, metric.value) for metric in model.metrics or ()}
     metrics = [
-        Metric(*value, model_id=model.model_id, dataset_name=on.name, dataset_digest=on.digest) for value in values
+        Metric(*value, model_id=model.model_id, dataset_name=on.name, dataset_digest=on.digest)
+        for value in values
+        if (value[0], on.digest, value[1]) not in known
     ]
-    client.log_batch(model.source_run_id, metrics=metrics)
+    if metrics:
+        client.log_batch(model.source_run_id, metrics=metrics)
 
 
 def resolved(client: Any, markdown: str, run_id: str = "") -> str:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stores import enter_store, runs_of
 
 from etl.config import load
 from tests.trainer.folders import write_model
-from trainer import checkpoint
+from trainer import checkpoint, tracking
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.baselines import Histories
 from trainer.checkpoint import Checkpoint
@@ -152,6 +153,25 @@ def test_unchanged_run_is_not_done_again_and_a_changed_one_is(tiny_lake, tmp_pat
     assert not other.reused
     (other.folder / "model" / "weights.safetensors").write_bytes(b"broken")
     assert not pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, train={"epochs": 1, "seed": 1})).reused
+
+
+def test_no_curve_of_a_tracked_run_begins_with_its_best(tiny_lake, tmp_path, monkeypatch):
+    enter_store(tmp_path / "store", monkeypatch)
+    on = {"enabled": True, "system_metrics": False}
+    result = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="tracked", tracking=on))
+    run = runs_of(tmp_path / "store")["tracked"]
+    client = tracking.connect()
+    curves = [name for name in run.data.metrics if name.startswith(("validation/", "train/"))]
+    assert len(curves) > 5
+    for name in curves:
+        assert sorted(point.step for point in client.get_metric_history(result.run_id, name)) == [1, 2, 3], name
+    assert run.data.metrics["best/NDCG_10"] == result.metrics["validation/NDCG@10"]
+    assert not [name for name in run.data.metrics if name.startswith("parameters")]
+    assert int(run.data.params["parameters.total"]) > 0
+    assert run.data.tags[tracking.DESCRIPTION].startswith(f"Validation NDCG@10 {run.data.metrics['best/NDCG_10']:.4f} ")
+    (model,) = tracking.models_of(client, run.data.tags["graftrec.model_hash"])
+    assert {metric.dataset_name for metric in model.metrics} == {"sequences@0"}
+    assert pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="tracked", tracking=on)).run_id == result.run_id
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(tiny_lake, tmp_path):
