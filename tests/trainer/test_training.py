@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import write_model
 from safetensors.torch import load_file
 from stores import enter_store, runs_of
 
 from etl.config import load
-from tests.trainer.folders import write_model
 from trainer import checkpoint, tracking
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.baselines import Histories
