@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-wide both-wide-causal \
 	ml1m-loo loo-deep models page test test-slow test-gpu bench bench-gpu bench-peers \
-	bench-growth check format clean clean-all
+	bench-growth bench-demo check format clean clean-all
 
 help:  ## this list
 	@echo "graftrec: recommenders whose knowledge transfers between domains. Needs Python 3.11+ and Java 17+."
@@ -39,6 +39,7 @@ pipeline: $(BIN)/.installed  ## the same on your own log: make pipeline CONFIG=p
 	@$(BIN)/python mlflow_projects/pipeline.py --config "$(CONFIG)" $(ARGS)
 
 PRESET ?= small
+PAGE_MODE := choose \"Model training\" at the top left once, the browser remembers it
 
 table2:  ## the survey's experiment: make table2 DATA=folder/of/ratings.dat [PRESET=survey]; hours
 both:  ## what reading both domains gains: make both DATA=…
@@ -56,8 +57,9 @@ table2 both both-causal both-wide both-wide-causal ml1m-loo loo-deep: $(BIN)/.in
 models: $(BIN)/.installed  ## each model by each transfer, on a generated log, or with DATA=… on MovieLens-1M; hours
 	@$(BIN)/python mlflow_projects/experiment.py --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)
 
-page: $(BIN)/.installed  ## open the MLflow page on http://127.0.0.1:5000 (PORT=…)
-	@MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+page: $(BIN)/.installed  ## the MLflow page on http://127.0.0.1:5000 (PORT=…)
+	@echo "Open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning ($(PAGE_MODE))"
+	@exec env MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 		$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
 		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
 
@@ -81,6 +83,9 @@ bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; t
 
 bench-growth: $(BIN)/.dev  ## tables of 1, 10 and 100 million interactions, a new day, a heavy user: hours on two cores
 	@$(BIN)/python -m tests.benchmarks growth $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+bench-demo: $(BIN)/.dev  ## the demo's verdict: 5 logs, 1 and 2 threads, both precisions, and logs that teach nothing: 1-2 hours
+	@$(BIN)/python -m tests.benchmarks demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 check: $(BIN)/.dev  ## lint, format and types
 	@$(BIN)/ruff check .

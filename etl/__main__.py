@@ -1,34 +1,74 @@
-"""``python -m etl all|<job>|report --config etl/demo [--section.key value …]``."""
+"""``python -m etl all|<job>|report --config NAME [--section.key value …]``.
 
-import argparse
+Exit codes: 0 done, or unchanged; 2 a mistake to mend (one line says which); 5 another process wrote the same table:
+run again.
+"""
+
 import sys
 from collections.abc import Sequence
 
-from etl.config import EtlConfig, GraftrecError, load
+from etl import tables
+from etl.command import FILE_ERRORS, STOPPED, CommandParser, configurations, file_error
+from etl.config import ConfigError, EtlConfig, GraftrecError, load, parse_overrides
 
-DEFAULT_CONFIG = "etl/demo"
+JOBS = (
+    tables.INTERACTIONS, tables.ITEMS, tables.USERS, tables.DOMAINS, tables.ENTITIES, tables.KNOWLEDGE, tables.SOCIAL,
+    tables.SEQUENCES, tables.BASKETS, tables.NEGATIVES,
+)  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; gives the exit code: 0, or 2 for a mistake that the user can mend."""
-    parser = argparse.ArgumentParser("python -m etl", description="Raw logs to Delta tables.")
-    parser.add_argument("command", help="all, report, or a job's name, which is its table's")
-    parser.add_argument("--config", default=DEFAULT_CONFIG, help="a name under conf/ or a YAML file")
+    jobs = ", ".join(table.name for table in JOBS)
+    parser = CommandParser(
+        "python -m etl",
+        description=(
+            "Raw logs to Delta tables. Commands:\n"
+            "  all     every table that is out of date, then a release of them\n"
+            "  report  what the newest release holds; --lake FOLDER is enough\n"
+            f"  a job   one table: {jobs}\n\n{configurations('etl')}"
+        ),
+        settings=EtlConfig,
+    )
+    parser.add_argument("command", help="all, report, or a job's name")
+    parser.add_argument("--config", help="a name under conf/, e.g. etl/demo, or a YAML file")
     known, overrides = parser.parse_known_args(arguments)
     try:
-        config = load(EtlConfig, known.config, overrides)
-        _run(known.command, config)
+        if known.command == "report" and known.config is None:
+            _report(_lake(overrides))
+            return 0
+        if known.config is None:
+            parser.error("expected --config, which says where the log is and what its tables hold, found none")
+        _run(known.command, load(EtlConfig, known.config, overrides))
     except GraftrecError as error:
         print(f"etl: {error}", file=sys.stderr)
         return error.exit_code
+    except FILE_ERRORS as error:
+        print(f"etl: {file_error(error)}", file=sys.stderr)
+        return GraftrecError.exit_code
+    except KeyboardInterrupt:
+        print("etl: stopped; run the same command to continue", file=sys.stderr)
+        return STOPPED
     return 0
 
 
-def _run(command: str, config: EtlConfig) -> None:
+def _lake(overrides: Sequence[str]) -> str:
+    """Raises ConfigError where another setting than the lake is given, or none."""
+    given = dict(parse_overrides(overrides))
+    if list(given) != ["lake"]:
+        raise ConfigError(f"report: expected --lake FOLDER, or --config, found {', '.join(given) or 'neither'}")
+    return str(given["lake"])
+
+
+def _report(lake: str) -> None:
     from etl.jobs.report import print_report
 
+    print_report(lake)
+
+
+def _run(command: str, config: EtlConfig) -> None:
     if command == "report":
-        print_report(config.lake)
+        _report(config.lake)
         return
     from etl.jobs.job import Engine
     from etl.jobs.pipeline import run_all, run_one
@@ -38,7 +78,7 @@ def _run(command: str, config: EtlConfig) -> None:
         run_one(engine, command)
         return
     run_all(engine)
-    print_report(config.lake)
+    _report(config.lake)
 
 
 if __name__ == "__main__":

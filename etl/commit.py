@@ -22,7 +22,7 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction
 
-from etl.config import GraftrecError
+from etl.config import RunAgain
 from etl.datafile import DataFile, InvalidFile, check_file
 from etl.lake import (
     LakeError,
@@ -44,7 +44,7 @@ PATIENCE_SECONDS = 120.0  # how long a loser of races tries again
 CHECKERS = 8  # threads that read footers
 
 
-class CommitConflict(GraftrecError):
+class CommitConflict(RunAgain):
     """A commit that kept losing to others."""
 
 

@@ -1,10 +1,11 @@
-"""Configuration: frozen pydantic models, and the loader that composes YAML into them (DESIGN section 8).
+"""Configuration: frozen pydantic models, and the loader that composes YAML into them.
 
 Three rules. A string where a section is expected names ``conf/<section>/<string>.yaml``, or any YAML file by its path.
 ``base: name`` (a file beside this one) is inherited, key by key. ``--section.key value`` overrides. Unknown keys are
 refused by name. This module is shared: trainers import it too, so it imports neither pyspark nor torch.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -28,6 +29,12 @@ class GraftrecError(Exception):
     """
 
     exit_code = 2
+
+
+class RunAgain(GraftrecError):
+    """Another process was faster or is at work: nothing is wrong, and the same command can succeed later."""
+
+    exit_code = 5
 
 
 class ConfigError(GraftrecError):
@@ -152,13 +159,20 @@ class GeneratorSource(Section):
     target_share: float = Field(0.3, gt=0, lt=1)  # of items, in the domain `target`
     mean_events: float = Field(60, gt=1)  # per user, both domains together
     target_event_share: float = Field(0.25, gt=0, lt=1)
-    tastes: int = Field(8, ge=1)  # latent dimensions
+    tastes: int = Field(12, ge=1)  # latent dimensions
     taste_strength: float = Field(3.0, ge=0)  # how far taste outweighs popularity
-    popularity_exponent: float = Field(0.8, ge=0)  # Zipf
+    drift: float = Field(0.5, ge=0, le=1)  # share of a user's taste that changes between the first and the last event
+    popularity_exponent: float = Field(0.7, ge=0)  # Zipf
     people: int = Field(120, ge=4)  # directors and actors
     share_tastes: bool = True  # False: a user's tastes in the two domains are independent (no transfer is possible)
     friends: float = Field(4, ge=0)  # mean number per user
-    sequential: float = Field(0.3, ge=0, le=1)  # share of events that follow from the one before
+    topics: int = Field(12, ge=1)  # genres
+    session_events: float = Field(3, ge=1)  # mean, in one domain
+    topical: float = Field(0.85, ge=0, le=1)  # share of events on the topic of their session
+    rhythm: float = Field(0.95, ge=0, le=1)  # share of sessions whose topic is the user's step from the last one's
+    series_share: float = Field(0.2, ge=0, le=1)  # of items, parts of series: each is taken after the one before
+    sequels: float = Field(0.1, ge=0, le=1)  # share of events that are the next part of a series begun, if any
+    source_teaches: bool = True  # False: the source domain is drawn by popularity alone, in random order
     seed: int = 0
 
 
@@ -209,7 +223,7 @@ class KnowledgeConfig(Section):
 
 
 class SplitConfig(Section):
-    """Hold-out by position: the last `validation` + `test` items of a user and domain."""
+    """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them."""
 
     name: str = "last-5"
     validation: int = Field(2, ge=0)
@@ -219,6 +233,9 @@ class SplitConfig(Section):
     # In the domain `all` the hold-out is that of this domain, moved to the end: a model of all domains has then seen
     # nothing that this one holds out.
     joint_target: str | None = None
+    # Share of the users of `joint_target` whose whole history there is the test part, and as many again the validation
+    # part. By a hash of the raw user id; only users with `min_train` events elsewhere before.
+    cold_users: float | None = Field(None, gt=0, lt=0.5)
 
 
 class SequencesConfig(Section):
@@ -278,6 +295,7 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
     `overrides` is a command line's rest: ``["--section.key", "value", …]`` (also ``--section.key=value`` and, as MLflow
     Projects append them, ``section.key=value``). Raises ConfigError.
     """
+    _in_use[kind] = str(path)
     raw = _read(_resolve(path))
     for dotted, value in parse_overrides(overrides):
         _set(raw, dotted, value)
@@ -285,7 +303,16 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
     try:
         return kind.model_validate(raw)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{path}: {_explain(kind, error)}") from None
+
+
+_in_use: dict[type[Section], str] = {}  # of each kind, the configuration that was loaded last
+
+
+def etl_command(lake: str, job: str = "all") -> str:
+    """The command that writes a lake's tables, for hints. It names the configuration in use: another one would write
+    another log into the lake."""
+    return f"`python -m etl {job} --config {_in_use.get(EtlConfig, 'etl/YOURS')} --lake {lake}`"
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
@@ -299,6 +326,10 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not word.startswith("--") or not rest:
                 raise ConfigError(f"expected --section.key value, found {word!r}; give every key a value")
             value = rest.pop(0)
+            if value.startswith("--"):
+                raise ConfigError(f"expected a value for {word}, found the setting {value}; give every key a value")
+        if not all(key.split(".")):
+            raise ConfigError(f"expected --section.key value, found {word!r}; mend the name")
         try:
             pairs.append((key, _yaml(value)))
         except yaml.YAMLError:
@@ -336,21 +367,35 @@ def _yaml(text: str) -> Any:
 
 
 def _resolve(path: str | Path) -> Path:
+    # os.path.isfile, unlike Path.is_file, also says no to a name that is too long.
     for candidate in (Path(path), conf_root() / f"{path}.yaml", conf_root() / path):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
+    if os.path.isdir(path):
+        raise ConfigError(f"no configuration {path}: expected a YAML file, found a folder; name a file in it")
     folder = (conf_root() / path).parent
-    known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
-    raise ConfigError(f"no configuration {path}: expected a YAML file, or one of {folder}/: {known}")
+    known = sorted(file.stem for file in folder.glob("*.yaml")) if folder != conf_root() else []
+    if not known:
+        known = sorted(
+            file.relative_to(conf_root()).with_suffix("").as_posix() for file in conf_root().glob("*/*.yaml")
+        )
+        name = Path(path).name
+        near = [one for one in known if Path(one).name == name] or difflib.get_close_matches(str(path), known, 5)
+        folders = ", ".join(dict.fromkeys(Path(one).parent.name for one in known))
+        mean = f"did you mean {', '.join(near)}?" if near else f"the folders are {folders or 'none'}"
+        raise ConfigError(f"no configuration {path}: expected a YAML file, or a name under {conf_root()}/; {mean}")
+    raise ConfigError(f"no configuration {path}: expected a YAML file, or one of {folder}/: {', '.join(known)}")
 
 
 def _named(section: str, name: str) -> Path:
     """The file that a string in the place of a section means: one of conf/<section>/, or a YAML file's path."""
-    return Path(name) if name.endswith(".yaml") and Path(name).is_file() else _resolve(Path(section) / name)
+    return Path(name) if name.endswith(".yaml") and os.path.isfile(name) else _resolve(Path(section) / name)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     """One YAML file with its `base` merged beneath it."""
+    if path.resolve() in inherited_by:
+        raise ConfigError(f"{path}: expected another file as base, found one that inherits this one; mend `base`")
     try:
         raw = _yaml(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -358,7 +403,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
     if base := raw.pop("base", None):
-        raw = _merge(_read(_resolve(path.parent / f"{base}.yaml")), raw)
+        raw = _merge(_read(_resolve(path.parent / f"{base}.yaml"), (*inherited_by, path.resolve())), raw)
     return raw
 
 
@@ -377,7 +422,9 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
         if below is None:
             below = {}
         if not isinstance(below, dict):
-            raise ConfigError(f"--{dotted}: {'.'.join(parents[: depth + 1])} is not a section")
+            raise ConfigError(
+                f"--{dotted}: expected a section {'.'.join(parents[: depth + 1])}, found {below!r}; mend the name"
+            )
         raw[parent] = raw = dict(below)
     raw[last] = value
 
@@ -388,9 +435,10 @@ def _compose(raw: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
     for name, field in kind.model_fields.items():
         if name not in composed:
             continue
-        sections = _sections(field.annotation)
+        sections = sections_of(field.annotation)
         value = composed[name]
         if sections and isinstance(value, str):
+            _in_use[sections[0]] = f"{name}/{value}"
             value = _read(_named(name, value))
         if sections and isinstance(value, dict):
             section = sections[0]
@@ -404,12 +452,12 @@ def _compose(raw: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
     return composed
 
 
-def _sections(annotation: Any) -> list[type[Section]]:
+def sections_of(annotation: Any) -> list[type[Section]]:
     """The Section classes an annotation admits directly (not inside a list or dict)."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     if get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
-        return [section for part in get_args(annotation) for section in _sections(part)]
+        return [section for part in get_args(annotation) for section in sections_of(part)]
     return []
 
 
@@ -422,13 +470,58 @@ def _entries(annotation: Any) -> type[Section] | None:
     return None
 
 
-def _explain(error: pydantic.ValidationError) -> str:
+_EXPECTED = {
+    "int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false", "tuple": "a list",
+    "dict": "a mapping", "model": "a section: settings, or the name of its file",
+}  # fmt: skip
+
+
+def _explain(kind: type[Section], error: pydantic.ValidationError) -> str:
+    """Each mistake of a configuration: where it is, what was expected, what was found, what to do."""
     parts = []
     for problem in error.errors():
-        where = ".".join(str(step) for step in problem["loc"]) or "(top)"
-        if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown setting {where}; remove it or mend its name")
-        else:
-            found = "" if isinstance(problem.get("input"), Mapping) else f" (found {problem.get('input')!r})"
-            parts.append(f"{where}: {problem['msg']}{found}")
-    return "; ".join(parts)
+        section, steps = _placed(kind, problem["loc"])
+        where, context = ".".join(steps) or "(top)", problem.get("ctx", {})
+        found = "" if isinstance(problem.get("input"), Mapping) else f", found {problem.get('input')!r}"
+        match problem["type"]:
+            case "extra_forbidden":
+                near = difflib.get_close_matches(steps[-1], section.model_fields if section else (), 1)
+                mend = f"did you mean {'.'.join([*steps[:-1], near[0]])}?" if near else "remove it or mend its name"
+                parts.append(f"unknown setting {where}; {mend}")
+            case "missing":
+                parts.append(f"{where}: expected a value, found none; set it in the file, or by --{where}")
+            case "value_error":
+                told = str(context["error"])
+                parts.append(f"{where}: {told}{'' if 'found' in told else found}" if steps else told)
+            case "literal_error":
+                parts.append(f"{where}: expected {context['expected']}{found}")
+            case "union_tag_invalid":
+                parts.append(f"{where}.kind: expected one of {context['expected_tags']}, found {context['tag']!r}")
+            case "union_tag_not_found":
+                parts.append(f"{where}: expected a section with a kind{found or ', found none'}")
+            case other if (name := other.partition("_")[0]) in _EXPECTED and not other.startswith("string_pattern"):
+                parts.append(f"{where}: expected {_EXPECTED[name]}{found}")
+            case _:
+                parts.append(f"{where}: {problem['msg'].replace('Input should be', 'expected')}{found}")
+    return "; ".join(dict.fromkeys(parts))
+
+
+def _placed(kind: type[Section], location: Sequence[str | int]) -> tuple[type[Section] | None, list[str]]:
+    """The innermost section on the way to a mistake, and the way as users write it, without the kinds of unions that
+    pydantic adds."""
+    section: type[Section] | None = kind
+    holder = section
+    chosen: list[type[Section]] = []
+    steps: list[str] = []
+    for step in location:
+        if "[" in str(step):  # pydantic's name of a type in a union, e.g. tuple[int, ...]
+            continue
+        if tagged := [one for one in chosen if "kind" in one.model_fields and one.model_fields["kind"].default == step]:
+            section, chosen = tagged[0], []
+            continue
+        steps.append(str(step))
+        holder = section
+        field = section.model_fields.get(str(step)) if section else None
+        kinds = sections_of(field.annotation) if field else []
+        section, chosen = (kinds[0], []) if len(kinds) == 1 else (None, kinds)
+    return holder, steps

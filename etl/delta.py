@@ -1,4 +1,4 @@
-"""The one module that writes or reads Delta from Spark (DESIGN section 3).
+"""The one module that writes or reads Delta from Spark.
 
 Writing: executors write Parquet (zstd, sorted by the table's order), with Spark's own writer on local disks, which is
 3 to 5 times faster than anything through Python, and with pyarrow inside `mapInArrow` on object stores, which needs no

@@ -51,6 +51,7 @@ class Histories:
     bits: Ints  # [N] bit k: the item belongs to domain k
     time: Ints  # [N]
     more: Mapping[str, pa.Array]  # [N] each: the columns asked for
+    raw: pa.Array  # [U] raw user ids
 
 
 Key = tuple[str, str]  # split and domain
@@ -123,18 +124,18 @@ def histories(users: pa.Table, bucket: int, catalogue: Catalogue, read: Inputs) 
 
     `degree` decides where parts are cut, so that they are of about the same size, and nothing else.
     """
-    index = users["index"].to_numpy()
+    index, raw = users["index"].to_numpy(), whole(users["user"])
     parts = _parts(np.clip(users["degree"].to_numpy(), 1, read.max_events))
-    events = events_of(whole(users["user"]), bucket, catalogue, read)
+    events = events_of(raw, bucket, catalogue, read)
     if len(parts) == 1:
-        yield _histories(events, index, catalogue, read)
+        yield _histories(events, index, raw, catalogue, read)
         return
     with tempfile.TemporaryDirectory(prefix="graftrec-") as scratch:
         paths = [Path(scratch) / str(number) for number in range(len(parts))]
         _scatter(events, parts, paths, read)
         for path, (start, stop) in zip(paths, parts, strict=True):
             with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as stream:
-                yield _histories(stream, index[start:stop], catalogue, read, first=start)
+                yield _histories(stream, index[start:stop], raw[start:stop], catalogue, read, first=start)
             path.unlink()
 
 
@@ -236,7 +237,7 @@ def _scatter(
 
 
 def _histories(
-    events: Iterable[pa.RecordBatch], users: Ints, catalogue: Catalogue, read: Inputs, *, first: int = 0
+    events: Iterable[pa.RecordBatch], users: Ints, raw: pa.Array, catalogue: Catalogue, read: Inputs, *, first: int = 0
 ) -> Histories:
     """The newest `max_events` of each user, sorted. `first`: the place that events call the first of `users`."""
     held: list[pa.RecordBatch] = []
@@ -259,6 +260,7 @@ def _histories(
         bits=catalogue.bits[item],
         time=kept["time"].to_numpy()[order],
         more={name: kept[name].take(pa.array(order)) for name in read.columns},
+        raw=raw,
     )
 
 

@@ -91,7 +91,7 @@ def renewed(
     affected = (gained > 0) | from_log
     if np.clip(degree[affected], 1, read.max_events).sum() > PART_EVENTS:
         return None
-    made = [_histories(index, old, events, (gained > 0) & ~from_log, catalogue, read)]
+    made = [_histories(users, old, events, (gained > 0) & ~from_log, catalogue, read)]
     if from_log.any():
         made += histories(users.filter(pa.array(from_log)), bucket, catalogue, read)
     new: dict[Key, list[pa.RecordBatch]] = {}
@@ -121,10 +121,10 @@ def _old_rows(groups: Iterable[pa.Table], index: Ints, wanted: npt.NDArray[np.bo
 
 
 def _histories(
-    index: Ints, old: list[pa.Table], events: pa.RecordBatch, mine: npt.NDArray[np.bool_], catalogue: Catalogue,
+    users: pa.Table, old: list[pa.Table], events: pa.RecordBatch, mine: npt.NDArray[np.bool_], catalogue: Catalogue,
     read: Inputs,
 ) -> Histories:  # fmt: skip
-    """Of the users at the places `mine` of `index`: the events of their `old` rows, and the appended `events`."""
+    """Of the users at the places `mine` of `users`: the events of their `old` rows, and the appended `events`."""
     old = [table.filter(pa.array(mine[table["place"].to_numpy()])) for table in old]
     events = events.filter(pa.array(mine[events["user"].to_numpy()]))
     size = [pc.list_value_length(table["items"]).to_numpy() for table in old]
@@ -145,7 +145,9 @@ def _histories(
         values = pa.concat_arrays([*(values.cast(kind) for values in lists), events[name]])
         more[name] = values.take(pa.array(order))
     item = item[order]
-    return Histories(index[mine], user[order], item, bits_of_index[item], time[order], more)
+    chosen = users.filter(pa.array(mine))
+    index, raw = chosen["index"].to_numpy(), whole(chosen["user"])
+    return Histories(index, user[order], item, bits_of_index[item], time[order], more, raw)
 
 
 def _with_nulls(lists: pa.ChunkedArray, size: Ints) -> pa.Array:

@@ -5,6 +5,7 @@ dense global int32 a vocabulary table (`items`, `users`, `entities`) gives a raw
 imports pyarrow and nothing heavier, so that trainers can read the contract without Spark.
 """
 
+import hashlib
 import zlib
 from dataclasses import dataclass
 
@@ -38,6 +39,16 @@ class Table:
 def bucket_of(raw_user_id: str, num_buckets: int) -> int:
     """Bucket of a user: CRC-32 of the UTF-8 raw id, modulo; the same in Spark (`crc32`), zlib and any other reader."""
     return zlib.crc32(raw_user_id.encode()) % num_buckets
+
+
+def cold_draw(raw_user_id: str, domain: str) -> float:
+    """A number in [0, 1) for a user and domain, the same on every engine and day: BLAKE2b of "<domain>/<raw id>".
+
+    A split with `cold_users: 0.1` holds out, in its target domain, users below 0.1 for test and those below 0.2 for
+    validation. Each domain draws anew, so that no user is new everywhere.
+    """
+    digest = hashlib.blake2b(f"{domain}/{raw_user_id}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2.0**53
 
 
 def _field(name: str, kind: pa.DataType, *, null: bool = False) -> pa.Field:
@@ -177,7 +188,8 @@ SOCIAL = Table(
 # items[:valid_start] is the training part, items[valid_start:test_start] validation, items[test_start:end] test; what
 # lies past `end` belongs to no part (the `causal` split cuts there). Rows of the domain `all` under a joint split are
 # three runs, each in time order: trained on, held out, past the end. A user too short for a hold-out has all three
-# equal.
+# equal. A split with cold users holds out their whole row of its target domain (valid_start = 0): for test where
+# test_start = 0 too, else for validation.
 SEQUENCES = Table(
     "sequences",
     pa.schema(

@@ -41,6 +41,7 @@ class Cell:
     exit_code: int = 0  # of its process
     is_done: bool = False
     metrics: dict[str, float] | None = None  # of the finished run
+    run_id: str = ""  # of the finished run in MLflow
 
     @property
     def folder(self) -> Path:
@@ -54,6 +55,8 @@ class Cell:
 def run(cells: Sequence[Cell], *, folder: Path, jobs: int, environment: Mapping[str, str]) -> None:
     """Train all cells, at most `jobs` at a time; sets `is_done` and `metrics`, or `failure`, of each. The output of a
     cell is in <folder>/logs. What has failed is tried again by the next call."""
+    from trainer import tracking
+
     for name in ("logs", "settings"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     context = _context()
@@ -74,6 +77,7 @@ def run(cells: Sequence[Cell], *, folder: Path, jobs: int, environment: Mapping[
                     cell.failure = f"its pre-training, {cell.parent.name}, failed: {cell.parent.failure}"
                     end(cell, "")
                 elif (done := _finished(cell)) is not None:
+                    tracking.note_reused(cell.name, cell.run_id)
                     end(cell, f"unchanged, {done}")
                 else:
                     running[id(cell)] = (cell, _start(context, cell, folder, environment), time.monotonic())
@@ -110,7 +114,7 @@ def _finished(cell: Cell) -> str | None:
         return None  # its own process will say what is wrong
     if done is None:
         return None
-    cell.is_done, cell.metrics = True, done.metrics
+    cell.is_done, cell.metrics, cell.run_id = True, done.metrics, done.run_id
     epochs = f"best epoch {done.metrics['best_epoch']:.0f} of {done.metrics['epochs']:.0f}"
     return f"validation {_SCORE} {done.metrics[f'validation/{_SCORE}']:.4f}, {epochs}"
 

@@ -4,12 +4,11 @@
 
 Every number of the table comes from *cells*: training runs, each a process and a child of one MLflow run. What is done
 is not done again, and a killed run goes on from its checkpoints, so the same command goes on with an experiment that
-was stopped anywhere. A cell that fails is a hole in the table, with its reason; the others go on. Then all models and
+was stopped anywhere. A cell that fails leaves its run missing, with the reason; the others go on. Then all models and
 the simple baselines are scored on one pinned release, under every protocol, into <runs>/<name>/results.json and
-report.html. Exit codes: 0; 1 where there are holes that were not asked for; 2 for a mistake in settings or data.
+report.html. Exit codes: 0; 1 where runs are missing that were asked for; 2 for a mistake in settings or data.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -23,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 from cells import Cell
 from pydantic import Field, model_validator
 
-from etl.config import ConfigError, EtlConfig, GraftrecError, MovielensSource, Section, config_hash, load
+from etl.command import CommandParser, configurations
+from etl.config import ConfigError, EtlConfig, GraftrecError, MovielensSource, RunAgain, Section, config_hash, load
 from etl.tables import DOMAIN_ALL
 from trainer.config import (
     RANKING_TASKS,
@@ -41,7 +41,7 @@ from trainer.survey import NAMES, row_id
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests" / "reproduction" / "results"
 ConfigT = TypeVar("ConfigT", bound=PretrainConfig)
-HOLES = 1
+RUNS_MISSING = 1
 
 
 class TunedConfig(Section):
@@ -141,7 +141,7 @@ class ExperimentConfig(Section):
     joint: bool = True  # one model trained on both domains
     extras: bool = True  # from scratch under the tasks of pre-training that are not the one of fine-tuning
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
-    rows: tuple[str, ...] = ()  # ids of the only rows to train; (): all. The others are holes
+    rows: tuple[str, ...] = ()  # ids of the only rows to train; (): all. The runs of the others are missing
     evaluation: EvaluationConfig = EvaluationConfig()
     baselines: BaselinesConfig = BaselinesConfig()
     metric: str = "NDCG@10"  # what differences are judged by
@@ -360,7 +360,7 @@ def cells_of(rows: Sequence[Row]) -> list[Cell]:
 
 
 def run(config: ExperimentConfig) -> int:
-    """The whole experiment. Gives the exit code: 0, or 1 where there are holes that were not asked for."""
+    """The whole experiment. Gives the exit code: 0, or 1 where runs are missing that were asked for."""
     import cells as runner
     import results
 
@@ -371,7 +371,7 @@ def run(config: ExperimentConfig) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.file_lock(folder / "lock", wait=False) as held:
         if not held:
-            raise GraftrecError(f"another process is running the experiment in {folder}; wait for it, or set --name")
+            raise RunAgain(f"another process is running the experiment in {folder}; wait for it, or set --name")
         started = _started(config)
         tags = {"graftrec.recipe": "experiment"}
         with tracking.start_run(
@@ -395,13 +395,13 @@ def run(config: ExperimentConfig) -> int:
             tracked.log_artifact(page.parent, "report")
             tracked.log_metrics(dict(results.flat_metrics(found)))
     print(f"\n{results.text_table(found, config.metric)}\n\nresults  {kept}\nreport   {page}", flush=True)
-    holes = list(_holes(rows))
-    for line in holes:
-        print(f"hole     {line}", file=sys.stderr)
-    return HOLES if holes else 0
+    missing = list(_missing(rows))
+    for line in missing:
+        print(f"missing  {line}", file=sys.stderr)
+    return RUNS_MISSING if missing else 0
 
 
-def _holes(rows: Sequence[Row]) -> Iterator[str]:
+def _missing(rows: Sequence[Row]) -> Iterator[str]:
     """What was asked for and is not there."""
     for row in rows:
         if row.reason and not row.reason.startswith("not asked for"):
@@ -450,7 +450,7 @@ def load_experiment(name: str, preset: str | None, overrides: Sequence[str] = ()
 
 
 def movielens_in(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
-    """Take MovieLens-1M from `folder`; without its knowledge files the rows with metadata are holes."""
+    """Take MovieLens-1M from `folder`; without its knowledge files the runs with metadata are missing."""
     from pipeline import movielens_etl
 
     if config.etl is None or not isinstance(config.etl.source, MovielensSource):
@@ -467,7 +467,11 @@ def keep(config: ExperimentConfig) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("experiment.py", description="The survey's experiment.", allow_abbrev=False)
+    parser = CommandParser(
+        "experiment.py",
+        description=f"The survey's experiment, and others of the same kind.\n\n{configurations('experiment')}",
+        settings=ExperimentConfig,
+    )
     parser.add_argument("--experiment", required=True, help="a name under conf/experiment/, or a YAML file")
     parser.add_argument("--preset", help="small, survey…: conf/experiment/<experiment>_<preset>.yaml")
     parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")

@@ -9,7 +9,6 @@ models are compared with baselines and champion. Exit codes: 0; 2 for a mistake 
 refuses a candidate; 4 where a loss is not a number; 143 stopped by a signal.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -18,13 +17,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 from cells import Cell
 from pydantic import Field, model_validator
 
+from etl.command import FILE_ERRORS, STOPPED, CommandParser, configurations, file_error
 from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, SplitConfig, load
 from etl.tables import DOMAIN_ALL, RECOMMENDATIONS
 from trainer.config import (
@@ -41,9 +41,14 @@ from trainer.config import (
     TransferName,
 )
 
+if TYPE_CHECKING:
+    from trainer.evaluate import EvaluationReport
+
 SCORE = "validation/NDCG@10"  # chooses the candidate; test numbers choose nothing
 SCRATCH: TransferName = "none"
 READS_ALL = "all-domains"  # label of the model that reads every domain and predicts the target's items
+COLD = "cold-users"  # the same, trained without a tenth of the target's users: on these it is measured
+COLD_SHARE = 0.1
 REFUSED = 3
 
 
@@ -62,9 +67,11 @@ class PipelineConfig(Section):
     promote: PromoteConfig  # no default: the gate's thresholds are data in conf/
     evaluate: EvaluateConfig = EvaluateConfig()
     recommend: RecommendConfig = RecommendConfig()
+    source: str | None = None  # domain that is pre-trained on; None: pretrain.data.domain
     targets: tuple[str, ...] = ()  # domains that are transferred to; (): finetune.data.domain, or the only one there is
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     reads_all: bool = True  # beside them a model that reads all domains and predicts the target's items
+    cold_users: bool = True  # and measure it on users who are new in the target, whom it then answers for
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all of them
     jobs: int | None = Field(None, ge=1)  # trainings side by side; None: one a core, on a GPU one
@@ -93,14 +100,14 @@ class Plan:
     source: str | None  # None: nothing is transferred
     targets: tuple[str, ...]
     transfers: tuple[TransferName, ...]
-    joint_splits: dict[
-        str, str
-    ]  # of each domain but the source: the split whose domain `all` holds out the target's items
+    # Of each domain but the source: the split whose domain `all` holds out its items, and the one that holds out users.
+    joint_splits: dict[str, str]
+    cold_splits: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """One fine-tuned model. `label`: its transfer, or READS_ALL."""
+    """One fine-tuned model. `label`: its transfer, READS_ALL or COLD."""
 
     label: str
     seed: int
@@ -113,6 +120,7 @@ class Outcome:
     """What came of one target domain."""
 
     target: str
+    report: "EvaluationReport"
     table: str
     refusal: str  # "": promoted
     lines: list[str]  # what to do after a refusal; champion, recommendations
@@ -125,7 +133,7 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     """Source and targets, checked against the domains of the log; and the configuration with the splits that they
     need. Raises ConfigError."""
     names = [domain.name for domain in config.etl.domains]
-    wanted = config.pretrain.data.domain
+    wanted = config.source or config.pretrain.data.domain
     source = wanted if len(names) > 1 or wanted in names else None
     if not names:
         targets = config.targets or (DOMAIN_ALL,)
@@ -138,7 +146,7 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     known = [*names, DOMAIN_ALL]
     if source is not None and source not in known:
         raise ConfigError(
-            f"pretrain.data.domain: expected one of the log's domains ({', '.join(known)}), found {source!r}; mend the "
+            f"source: expected one of the log's domains ({', '.join(known)}), found {source!r}; mend the "
             "name, or set transfers to [none]"
         )
     if unknown := [name for name in targets if name not in known]:
@@ -155,16 +163,20 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     if source in targets:
         raise ConfigError(
             f"targets: expected domains other than {source!r}, which is pre-trained on, found {', '.join(targets)}; "
-            "leave it out, or set pretrain.data.domain to another"
+            "leave it out, or set source to another"
         )
     transfers = config.transfers if source is not None else (SCRATCH,)
     if set(transfers) == {SCRATCH}:
         source = None
-    splits, joint = list(config.etl.splits), {}
+    splits: list[SplitConfig] = list(config.etl.splits)
+    joint: dict[str, str] = {}
+    cold: dict[str, str] = {}
     if config.reads_all and len(names) > 1:  # of all domains: tables stay as they are where targets change
         joint = {name: _joint_split(splits, config.finetune.data.split, name) for name in names if name != source}
+        if config.cold_users:
+            cold = {name: _cold_split(splits, name) for name in joint}
     etl = config.etl.model_copy(update={"splits": tuple(splits)})
-    return config.model_copy(update={"etl": etl}), Plan(source, targets, transfers, joint)
+    return config.model_copy(update={"etl": etl}), Plan(source, targets, transfers, joint, cold)
 
 
 def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
@@ -179,6 +191,16 @@ def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
             return split.name
     splits.append(wanted.model_copy(update={"name": f"{name}-joint-{target}"}))
     return splits[-1].name
+
+
+def _cold_split(splits: list[SplitConfig], target: str) -> str:
+    """The causal split that holds out whole users of the target; added where there is none."""
+    for split in splits:
+        if split.cold_users is not None and split.joint_target == split.causal_target == target:
+            return split.name
+    name = f"{COLD}-{target}"
+    splits.append(SplitConfig(name=name, cold_users=COLD_SHARE, joint_target=target, causal_target=target))
+    return name
 
 
 def check_plan(config: PipelineConfig, planned: Plan) -> None:
@@ -214,7 +236,9 @@ def what_can_be_shown(config: PipelineConfig, planned: Plan, release: int) -> li
 
 def run(config: PipelineConfig) -> int:
     """All steps, then what came of them. Gives the exit code: 0, or 3 where the gate refuses."""
+    from trainer import evaluate as evaluation
     from trainer import tracking
+    from trainer.data.dataset import pin
 
     begun = time.monotonic()
     config, planned = plan(config)
@@ -224,14 +248,17 @@ def run(config: PipelineConfig) -> int:
     tags = {"graftrec.recipe": "pipeline"}
     with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
         release = build_tables(config)
-        tracked.set_tags({"graftrec.release": release, "graftrec.lake": config.etl.lake})
+        tracked.log_release(pin(config.etl.lake, release), context="evaluation", tables=("sequences", "negatives"))
         for line in what_can_be_shown(config, planned, release):
             print(line, flush=True)
         trained = train_all(config, planned, release, tracking.child_environment(tracked))
         outcomes = [conclude(config, planned, target, release, trained[target]) for target in planned.targets]
         for outcome in outcomes:
-            tracked.log_text(outcome.table, f"{outcome.target}/table.txt")
             tracked.set_tags({f"graftrec.gate.{outcome.target}": outcome.refusal or "promoted"})
+        evaluation.show(
+            tracked, {outcome.target: outcome.report for outcome in outcomes},
+            notes={outcome.target: f"Gate: {outcome.refusal or 'passed'}." for outcome in outcomes},
+        )  # fmt: skip
     print(f"\n== {config.name}, in {time.monotonic() - begun:.0f} s")
     for outcome in outcomes:
         print(f"\n{outcome.target}\n{outcome.table}\n")
@@ -288,11 +315,12 @@ def cells_of(
     of_target: dict[str, dict[tuple[str, int], Cell]] = {}
     for target in planned.targets:
         labels = [*planned.transfers, *([READS_ALL] if target in planned.joint_splits else [])]
+        labels += [COLD] if target in planned.cold_splits else []
         found = of_target.setdefault(target, {})
         for label in labels:
-            for seed in config.seeds:
+            for seed in config.seeds if label != COLD else config.seeds[:1]:
                 parent = None
-                if label not in (SCRATCH, READS_ALL):
+                if label not in (SCRATCH, READS_ALL, COLD):
                     parent = parents.get(seed, parents[config.seeds[0]])
                 made = finetune_config(config, planned, target, release, label, seed, parent.model if parent else None)
                 found[label, seed] = Cell(made.name, "finetune", made, parent)
@@ -304,42 +332,86 @@ def jobs_of(config: PipelineConfig, trainings: int) -> int:
     """How many trainings run side by side."""
     import torch
 
+    from trainer.cores import usable_cores
+
     device = config.finetune.runtime.device
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         return config.jobs or 1
-    return config.jobs or max(1, min(trainings, _cores() // (config.finetune.runtime.threads or 1)))
+    return config.jobs or max(1, min(trainings, usable_cores() // (config.finetune.runtime.threads or 1)))
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, trained: Sequence[Trained]) -> Outcome:
+def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, every: Sequence[Trained]) -> Outcome:
     """Evaluate the models of one target domain, ask the gate, write recommendations."""
     heading = f" {target}" if len(planned.targets) > 1 else ""
+    trained = [model for model in every if model.label != COLD]
     with step(f"evaluate{heading}"):
-        table = gain_table(evaluate(config, target, release, trained))
+        report = evaluate(config, target, release, trained)
     with step(f"promote{heading}"):
-        refusal, steps = promote(config, target, release, trained)
-    lines = [f"{'what now' if not place else '':<17}{step}" for place, step in enumerate(steps)]
-    return Outcome(target, table, refusal, [*lines, *recommend(config, target, release)])
+        refusal, steps = promote(config, target, release, trained, results=report.folder)
+    lines = [f"{'what now' if not place else '':<17}{line}" for place, line in enumerate(steps)]
+    if cold := [model for model in every if model.label == COLD]:
+        with step(f"users new in {target}"):
+            lines.append(companion(config, planned, target, release, cold[0], trained))
+    lines += recommend(config, target, release)
+    return Outcome(target, report, gain_table(report.rows), refusal, lines)
 
 
-def evaluate(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> list[dict[str, Any]]:
-    """Score all models beside the baselines; gives the rows of the comparison."""
+def companion(
+    config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained, trained: Sequence[Trained]
+) -> str:
+    """Measure a model that reads all domains on users whose whole target history was held out. Where it is better than
+    the best simple baseline, the version trained on all users answers for users who are new in the target. Gives a
+    line on what came of it."""
+    import pyarrow.parquet as pq
+
+    from trainer import evaluate, stats
+    from trainer.ranking import convention_of
+    from trainer.registry import COMPANION, Registry
+
+    report = evaluate.run(cold_config(config, planned, target, release, cold))
+    gate = config.promote.gate
+    found = pq.read_table(report.folder / evaluate.USERS).to_pandas()
+    convention, metric = convention_of(gate.metric)
+    found = found[(found["protocol"] == gate.protocol) & (found["convention"] == convention)]
+    by_label = {label: part.set_index("user")[metric] for label, part in found.groupby("label")}
+    own = by_label.pop(READS_ALL)
+    best = max(by_label, key=lambda label: float(by_label[label].mean()))
+    gain = stats.compare(own.to_numpy(), by_label[best].loc[own.index].to_numpy())
+    is_better = gain.gain > 0 and gain.p_value <= gate.level
+    text = (
+        f"new in {target:<9}{len(own):,} users, {gate.metric} {own.mean():.4f} against {by_label[best].mean():.4f} "
+        f"of {best} ({100 * gain.relative_gain:+.1f} %, p {stats.p_text(gain.p_value)})"
+    )
+    if not config.tracking.enabled:
+        return text
+    registry = Registry(registered_model(config, target), family=config.registered_model)
+    if not is_better:
+        if registry.find(COMPANION) is not None:
+            registry.drop_alias(COMPANION)
+        return f"{text}: popular items"
+    model = max((one for one in trained if one.label == READS_ALL), key=lambda one: one.score)
+    version = registry.register(model.model, alias=COMPANION)
+    return f"{text}: {version.label}, @{COMPANION}"
+
+
+def evaluate(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> "EvaluationReport":
+    """Score all models beside the baselines."""
     from trainer import evaluate
 
-    return evaluate.run(evaluate_config(config, target, release, trained)).rows
+    return evaluate.run(evaluate_config(config, target, release, trained))
 
 
-def promote(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> tuple[str, Sequence[str]]:
+def promote(
+    config: PipelineConfig, target: str, release: int, trained: Sequence[Trained], *, results: Path
+) -> tuple[str, Sequence[str]]:
     """Register the candidate and ask the gate; gives its reason to refuse, "" where it agrees, and what to do then."""
     from trainer import promote
+    from trainer.gate import next_steps
 
     try:
         promote.run(promote_config(config, target, release, trained))
     except promote.GateRefused as refusal:
-        return str(refusal), refusal.steps
+        return str(refusal), next_steps(refusal.decision, model=refusal.model, results=str(results))
     return "", ()
 
 
@@ -425,11 +497,12 @@ def pretrain_config(config: PipelineConfig, planned: Plan, release: int, seed: i
 def finetune_config(
     config: PipelineConfig, planned: Plan, target: str, release: int, label: str, seed: int, parent: Path | None
 ) -> FinetuneConfig:
-    """Of a transfer; READS_ALL is trained from scratch."""
+    """Of a transfer; READS_ALL and COLD are trained from scratch."""
     data: dict[str, Any] = {"domain": target}
     transfer = label
-    if label == READS_ALL:
-        data = {"domain": DOMAIN_ALL, "predicted": target, "split": planned.joint_splits[target]}
+    if label in (READS_ALL, COLD):
+        split = (planned.joint_splits if label == READS_ALL else planned.cold_splits)[target]
+        data = {"domain": DOMAIN_ALL, "predicted": target, "split": split}
         transfer = SCRATCH
     made = _training(config.finetune, config, release, f"{target}/{label}-{seed}", seed, data)
     return made.model_copy(update={"transfer": transfer, "parent": str(parent) if parent else None})
@@ -475,6 +548,26 @@ def evaluate_config(config: PipelineConfig, target: str, release: int, trained: 
             "lake": config.etl.lake,
             "release": release,
             "split": config.finetune.data.split,
+            "domain": target,
+            "runtime": _quiet(config.evaluate.runtime),
+            "tracking": config.tracking,
+        }
+    )
+
+
+def cold_config(config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained) -> EvaluateConfig:
+    model = EvaluatedModel(model=str(cold.model), label=READS_ALL, seed=cold.seed)
+    protocols = (config.promote.gate.protocol,)
+    return config.evaluate.model_copy(
+        update={
+            "name": f"{target}/{COLD}",
+            "output": config.runs,
+            "model": None,
+            "models": (model,),
+            "evaluation": config.evaluate.evaluation.model_copy(update={"protocols": protocols}),
+            "lake": config.etl.lake,
+            "release": release,
+            "split": planned.cold_splits[target],
             "domain": target,
             "runtime": _quiet(config.evaluate.runtime),
             "tracking": config.tracking,
@@ -559,8 +652,10 @@ def movielens_etl(etl: EtlConfig, folder: Path) -> EtlConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "pipeline.py", description="From a raw log to recommendations.", allow_abbrev=False
+    parser = CommandParser(
+        "pipeline.py",
+        description=f"From a raw log to recommendations.\n\n{configurations('pipeline')}",
+        settings=PipelineConfig,
     )
     parser.add_argument("--config", required=True, help="a name under conf/ or a YAML file, e.g. pipeline/demo")
     parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
@@ -571,6 +666,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GraftrecError as error:
         print(f"pipeline: {error}", file=sys.stderr)
         return error.exit_code
+    except FILE_ERRORS as error:
+        print(f"pipeline: {file_error(error)}", file=sys.stderr)
+        return GraftrecError.exit_code
+    except KeyboardInterrupt:
+        print("pipeline: stopped; run the same command to continue", file=sys.stderr)
+        return STOPPED
 
 
 if __name__ == "__main__":

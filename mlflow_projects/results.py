@@ -17,7 +17,7 @@ import patched
 import psutil
 import torch
 
-from etl.config import GraftrecError, code_version
+from etl.config import GeneratorSource, GraftrecError, LogSource, MovielensSource, code_version
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, UNK
 from trainer import hypotheses, provenance
 from trainer.artifact import artifact_hash, load_artifact
@@ -167,7 +167,7 @@ def collect(
     config: "ExperimentConfig", release: Release, rows: Sequence["Row"], facts: DataFacts, *, started: str
 ) -> dict[str, Any]:
     """Scores all models and the simple baselines, judges them, and gives results.json. A model that can't be scored
-    makes its cell a hole. Raises GraftrecError where nothing can be asked at all."""
+    makes its run a missing one. Raises GraftrecError where nothing can be asked at all."""
     asked = read_evaluation_set(release, config.split, config.target, config.part, config.evaluation)
     scored = Scored(asked, config)
     written = [_row(row, scored) for row in rows]
@@ -190,6 +190,7 @@ def collect(
         "started": started,
         "finished": time.strftime("%Y-%m-%d %H:%M"),
         "data": {
+            "dataset": dataset_name(config), "held_out": int(asked.held_out.targets.shape[1]),
             "lake": provenance.redact(release.lake), "release": release.number, "versions": release.versions,
             "split": config.split, "part": config.part, "source_domain": config.source, "target_domain": config.target,
             "evaluated_users": len(asked.users), "domains": facts.domains,
@@ -255,6 +256,18 @@ def _seed(seed: int, cell: "Cell") -> dict[str, Any]:
     }  # fmt: skip
 
 
+def dataset_name(config: "ExperimentConfig") -> str:
+    """What people call the log."""
+    match config.etl.source if config.etl else None:
+        case MovielensSource():
+            return "MovieLens-1M"
+        case GeneratorSource() as source:
+            return f"A generated log of {source.users:,} users"
+        case LogSource() as source:
+            return f"The log in {provenance.redact(source.root)}"
+    return f"The lake {provenance.redact(config.lake or '')}"
+
+
 def machine() -> str:
     """What the numbers of cost were seen on; no name of it."""
     told = f"{os.cpu_count()} {platform.machine()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
@@ -286,7 +299,9 @@ def text_table(found: dict[str, Any], metric: str) -> str:
     places = [(p, c) for p in found["protocols"] for c in found["conventions"]]
     width = max(len(row["id"]) for row in found["rows"]) + 2
     lines = [f"{metric:<{width}}" + "".join(f"{f'{p}, {c}':>22}" for p, c in places)]
-    for row in found["rows"]:
-        cells = [f"{row['metrics'][p][c][metric]['mean']:>22.4f}" for p, c in places] if row["metrics"] else ["  hole"]
+    for row in sorted(found["rows"], key=lambda row: row["status"] != "done"):
+        cells = (
+            [f"{row['metrics'][p][c][metric]['mean']:>22.4f}" for p, c in places] if row["metrics"] else ["  missing"]
+        )
         lines.append(f"{row['id']:<{width}}" + "".join(cells))
     return "\n".join(lines)

@@ -3,7 +3,6 @@
 python mlflow_projects/run_etl.py all --config etl/demo [--section.key value …]
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 import numpy as np
 
 from etl import tables
+from etl.command import CommandParser, configurations
 from etl.config import EtlConfig, GraftrecError, load
 from trainer import tracking
 from trainer.config import TrackingConfig
 from trainer.data.dataset import Release, SequenceDataset, domains_with_sequences, pin
+from trainer.provenance import redact
 
 PICTURED_USERS = 200_000  # about, of each domain; whole row groups are read
 
@@ -31,7 +32,9 @@ def run(config: EtlConfig, track: TrackingConfig, *, job: str = "all") -> int:
             run_one(Engine(config), job)
             return pin(config.lake, None).number
         release = pin(config.lake, run_all(Engine(config)))
-        tracked.log_release(release)
+        tracked.log_release(release, context="output")
+        written = ", ".join(f"{table}@{number}" for table, number in sorted(release.versions.items()))
+        tracked.describe(f"Release {release.number} of `{redact(release.lake)}`, from the log.\n\nTables: {written}.")
         if track.enabled:
             _picture(release, config.splits[0].name, tracked)
     return release.number
@@ -54,7 +57,9 @@ def _picture(release: Release, split: str, tracked: tracking.Run) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("run_etl.py", description="Raw logs to tables.", allow_abbrev=False)
+    parser = CommandParser(
+        "run_etl.py", description=f"Raw logs to tables.\n\n{configurations('etl')}", settings=EtlConfig
+    )
     parser.add_argument("job", help="all, or a job's name, which is its table's")
     parser.add_argument("--config", required=True, help="a name under conf/ or a YAML file")
     known, overrides = parser.parse_known_args(arguments)

@@ -18,8 +18,8 @@ import trainer.config
 from etl.config import Section, load
 
 ROOT = Path(__file__).parent.parent
-TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config"}
-RECOMMEND_MAY_IMPORT = TRAINER_MAY_IMPORT | {"etl.delta", "etl.session"}
+TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config", "etl.command"}
+RECOMMEND_MAY_IMPORT = TRAINER_MAY_IMPORT | {"etl.delta", "etl.lake", "etl.session"}
 MLFLOW_USERS = {"trainer/tracking.py", "trainer/serving.py"}  # serving: MLflow loads it as the code of a model
 
 
@@ -76,6 +76,7 @@ def test_mlflow_is_imported_in_one_place() -> None:
     [
         ("etl.tables", ("pyspark", "torch", "deltalake")),
         ("etl.config", ("pyspark", "torch")),
+        ("etl.command", ("pyspark", "torch")),
         ("trainer.config", ("pyspark", "torch", "mlflow")),
         ("trainer.data.dataset", ("pyspark", "mlflow")),
     ],
@@ -107,6 +108,8 @@ def test_no_file_is_a_drawer_of_odds_and_ends() -> None:
 
 def script(name: str) -> ModuleType:
     """A file of mlflow_projects/, which is no package, as a module."""
+    if str(ROOT / "mlflow_projects") not in sys.path:  # its files import each other by name
+        sys.path.insert(0, str(ROOT / "mlflow_projects"))
     spec = importlib.util.spec_from_file_location(f"mlflow_projects_{name}", ROOT / "mlflow_projects" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,14 +1,15 @@
 """``python -m trainer <recipe> --config NAME [--section.key value …]``: one recipe, one configuration, one exit code.
 
-Exit codes: 0 done; 2 a mistake to mend (one line says which); 3 the gate refused; 4 the loss was not a number; 143
-stopped by a signal, to be gone on with by the same command.
+``python -m trainer --help`` names the recipes, ``python -m trainer <recipe> --help`` lists a recipe's settings. Exit
+codes: 0 done; 2 a mistake to mend (one line says which); 3 the gate refused; 4 the loss was not a number; 5 another
+process was at work: run again; 143 stopped by a signal: the same command continues.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from etl.command import FILE_ERRORS, STOPPED, CommandParser, configurations, file_error
 from etl.config import GraftrecError, Section, load
 from trainer import config as configs
 
@@ -23,20 +24,30 @@ RECIPES: dict[str, tuple[type[Section], str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    described = "\n".join(f"  {name:<10} {what}" for name, (_, what) in RECIPES.items())
-    parser = argparse.ArgumentParser(
-        "python -m trainer", description=f"recipes:\n{described}", formatter_class=argparse.RawDescriptionHelpFormatter
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] not in RECIPES:
+        named = "\n".join(f"  {name:<10} {what}" for name, (_, what) in RECIPES.items())
+        parser = CommandParser(
+            "python -m trainer",
+            description=f"recipes:\n{named}\n\n`python -m trainer <recipe> --help` lists a recipe's settings.",
+        )
+        parser.add_argument("recipe", choices=RECIPES)
+        parser.add_argument("--config", help="a YAML file, or a name under conf/, e.g. pretrain/ml1m")
+        parser.parse_known_args(given)
+        parser.error("expected a recipe before its settings")
+    recipe, *rest = given
+    kind, what = RECIPES[recipe]
+    parser = CommandParser(
+        f"python -m trainer {recipe}", description=f"{what}\n\n{configurations(recipe)}", settings=kind
     )
-    parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("--config", required=True, help="a YAML file, or a name under conf/, e.g. pretrain/ml1m")
-    known, overrides = parser.parse_known_args(arguments)
-    kind, _ = RECIPES[known.recipe]
+    parser.add_argument("--config", required=True, help="a YAML file, or a name under conf/")
+    known, overrides = parser.parse_known_args(rest)
     try:
         config = load(kind, known.config, overrides)
     except GraftrecError as error:
-        print(f"{known.recipe}: {error}", file=sys.stderr)
+        print(f"{recipe}: {error}", file=sys.stderr)
         return error.exit_code
-    return run_recipe(known.recipe, config)
+    return run_recipe(recipe, config)
 
 
 def run_recipe(recipe: str, config: Section) -> int:
@@ -49,6 +60,12 @@ def run_recipe(recipe: str, config: Section) -> int:
     except GraftrecError as error:
         print(f"{recipe}: {error}", file=sys.stderr)
         return error.exit_code
+    except FILE_ERRORS as error:
+        print(f"{recipe}: {file_error(error)}", file=sys.stderr)
+        return GraftrecError.exit_code
+    except KeyboardInterrupt:
+        print(f"{recipe}: stopped; run the same command to continue", file=sys.stderr)
+        return STOPPED
     finally:
         distributed.leave()
     return 0

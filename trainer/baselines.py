@@ -1,10 +1,12 @@
-"""The simple baselines that stand beside every model: popularity, and item-to-item over a user's last items.
+"""The simple baselines that stand beside every model: popularity, item-to-item and transitions of the last items.
 
 All work on flat arrays in one index space (global item indices, say): a candidate, an item read and an item trained on
 are the same kind of number, so that item-to-item may read one domain, or all of them, and score another's items.
 Similarities come from training parts only; what a user has held out is never counted.
 
 Item-to-item cosine: Sarwar, Karypis, Konstan, Riedl 2001; the top of the last items alone: Linden, Smith, York 2003.
+Transitions: a Markov chain's counts (Shani, Heckerman, Brafman 2005), which know what follows what; steps that skip
+items count less, as in the sequential rules of Ludewig and Jannach 2018.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from torch import Tensor
 IntArray = npt.NDArray[np.int64]
 
 SIMILARITIES_PER_BLOCK = 1 << 23  # made at once, 4 bytes each
+PAIRS_PER_BLOCK = 1 << 22  # of transitions, counted at once, about 40 bytes each
 TIE_BREAK = 1e-6  # share of popularity in an item-to-item score
 
 
@@ -121,9 +124,9 @@ def popularity(train: Histories, num_items: int) -> Popularity:
 
 @dataclass(frozen=True)
 class ItemToItem:
-    """A candidate's score: summed cosine to the user's `last` items, the n-th last of them weighed by decay**n."""
+    """A candidate's score: summed similarity of the user's `last` items to it, the n-th last weighed by decay**n."""
 
-    similarity: sp.csr_array  # float32 [num_items, num_items]
+    similarity: sp.csr_array  # float32 [num_items, num_items], from an item of the history (row) to a candidate
     popularity: Popularity  # breaks ties, and serves users without a history
     last: int | None  # None: the whole history
     decay: float
@@ -187,3 +190,69 @@ def _nearest(similarity: npt.NDArray[np.float32], start: int, neighbours: int) -
     kept = (values > 0).numpy()
     offsets = np.concatenate([[0], np.cumsum(kept.sum(1))])
     return sp.csr_array((values.numpy()[kept], columns.numpy()[kept].astype(np.int32), offsets), shape=similarity.shape)
+
+
+def transitions(
+    train: Histories,
+    num_items: int,
+    *,
+    steps: int = 8,
+    decay: float = 0.8,
+    towards: IntArray | None = None,
+    neighbours: int = 2_000,
+    max_history: int = 2_000,
+) -> ItemToItem:
+    """Directed counts: how often j follows i, over the square root of j's popularity.
+
+    ``C[i, j]`` sums ``decay**(d - 1)`` over all training sequences and their pairs of i at a position and j at the d-th
+    position after it, d = 1 … `steps`. A candidate j scores ``C[i, j] * decay**n`` summed over the user's last `steps`
+    items (i the n-th last, from 0), divided by ``sqrt(popularity of j)``: with no division the most popular items would
+    follow everything. `train`, `towards`, `neighbours` and `max_history` as of `item_to_item`; pairs are counted in
+    blocks, so that memory is bounded by them and by the neighbours kept.
+    """
+    recent = train.newest(max_history)
+    owner = np.repeat(np.arange(len(recent)), recent.lengths)
+    popular = popularity(train, num_items)
+    scale = (1 / np.sqrt(np.maximum(popular.counts, 1))).astype(np.float32)
+    wanted = np.zeros(num_items, dtype=bool)
+    wanted[slice(None) if towards is None else towards] = True
+    positions = np.argsort(recent.items, kind="stable")  # item by item: a block holds all pairs of its rows
+    starts = np.searchsorted(recent.items[positions], np.arange(num_items + 1))
+    blocks, first = [], 0
+    while first < num_items:
+        stop = int(np.searchsorted(starts, starts[first] + PAIRS_PER_BLOCK // steps, side="right")) - 1
+        stop = min(max(stop, first + 1), num_items)
+        counts = _followers(recent.items, owner, positions[starts[first] : starts[stop]], first, steps, decay, wanted)
+        counted = sp.csr_array(counts, shape=(stop - first, num_items))  # sums pairs that are the same
+        counted.data *= scale[counted.indices]
+        blocks.append(_largest(counted, neighbours))
+        first = stop
+    similarity = sp.vstack(blocks, format="csr") if blocks else sp.csr_array((0, num_items), dtype=np.float32)
+    return ItemToItem(similarity, popular, steps, decay)
+
+
+def _followers(
+    items: IntArray, owner: IntArray, positions: IntArray, first: int, steps: int, decay: float,
+    wanted: npt.NDArray[np.bool_],
+) -> tuple[npt.NDArray[np.float32], tuple[IntArray, IntArray]]:  # fmt: skip
+    """Weights and (row, column) of pairs: items at `positions`, as rows from `first` on, and up to `steps` behind."""
+    rows, columns, weights = [], [], []
+    for step in range(1, steps + 1):
+        here = positions[positions + step < len(items)]
+        here = here[(owner[here + step] == owner[here]) & wanted[items[here + step]]]
+        rows.append(items[here] - first)
+        columns.append(items[here + step])
+        weights.append(np.full(len(here), decay ** (step - 1), np.float32))
+    return np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))
+
+
+def _largest(rows: sp.csr_array, count: int) -> sp.csr_array:
+    """Each row with only its `count` largest entries."""
+    lengths = np.diff(rows.indptr)
+    if int(lengths.max(initial=0)) <= count:
+        return rows
+    owner = np.repeat(np.arange(rows.shape[0]), lengths)
+    order = np.lexsort((-rows.data, owner))
+    order = np.sort(order[np.arange(len(order)) - rows.indptr[owner] < count])
+    offsets = np.concatenate([[0], np.cumsum(np.minimum(lengths, count))])
+    return sp.csr_array((rows.data[order], rows.indices[order], offsets), shape=rows.shape)

@@ -1,4 +1,4 @@
-"""What contenders scored on one evaluation set, and the table that compares them (DESIGN section 5).
+"""What contenders scored on one evaluation set, and the table that compares them.
 
 Shape letters: ``S`` seeds, ``U`` users, ``R`` held-out items of a user.
 

@@ -429,7 +429,7 @@ class RuntimeConfig(Section):
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     # Per process; None: the cores that it may use, shared among those that `torchrun` started here (trainer/cores.py)
     threads: int | None = Field(None, ge=1)
-    progress: bool = True
+    progress: bool = True  # bars, on terminals only
 
 
 class TrackingConfig(Section):
@@ -593,7 +593,7 @@ class PatchConfig(Section):
 
 
 class FinetuneConfig(PretrainConfig):
-    """One training run on a target domain, started from a pre-trained model by `transfer` (DESIGN section 6)."""
+    """One training run on a target domain, started from a pre-trained model by `transfer`."""
 
     name: str = "finetune"
     data: TargetDataConfig = TargetDataConfig()
@@ -748,6 +748,8 @@ class BaselinesConfig(Section):
     enabled: bool = True
     last: int = Field(5, ge=1)  # items of a history that item-to-item reads
     decay: float = Field(0.6, gt=0, le=1)  # of the variant that reads all: the n-th last item weighs decay**n
+    transition_steps: int = Field(8, ge=1)  # how far apart two items are still counted as following each other
+    transition_decay: float = Field(0.8, gt=0, le=1)  # of a transition over d steps: it weighs decay**(d - 1)
     max_users: int = Field(1_000_000, ge=2)  # whose training parts are counted, about
 
 
@@ -776,7 +778,7 @@ class EvaluateConfig(Section):
 
 
 class GateConfig(Section):
-    """What a model version must show before the alias moves to it (DESIGN section 7). Margins are shares of a mean."""
+    """What a model version must show before the alias moves to it. Margins are shares of a mean."""
 
     protocol: Literal["full", "uniform-100", "popular-100", "top-100"] = "full"
     metric: str = "NDCG@10"
@@ -830,7 +832,7 @@ class PromoteConfig(Section):
 
 
 class RecommendConfig(Section):
-    """Write the top-k of every user of a domain to the Delta table `recommendations`."""
+    """Write the top-k of every user to the Delta table `recommendations`, of one domain's items."""
 
     name: str = "recommend"
     registered_model: str = "graftrec"
@@ -839,6 +841,9 @@ class RecommendConfig(Section):
     release: int | None = None  # None: the newest complete one, pinned when the run starts
     split: str | None = None  # None, here and below: the model's own
     domain: str | None = None
+    # For users of whom the model knows no item: a version or folder, as `model`. None: the alias `companion`, if any.
+    companion: str | None = None
+    replace: bool = False  # whether a model folder may replace the rows of a registered version
     k: int = Field(10, ge=1)  # items a user
     batch_size: int = Field(256, ge=1)  # users scored at once
     spark: SparkConfig = SparkConfig()

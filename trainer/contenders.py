@@ -1,4 +1,4 @@
-"""Who is ranked: models and the simple baselines, each as a score over the rows of one catalogue (DESIGN section 5).
+"""Who is ranked: models and the simple baselines, each as a score over the rows of one catalogue.
 
 Models may come from other releases, lakes or domains than the one they are scored on. Items and users meet by raw id,
 never by index. What a model does not know it can't find: such an item scores -inf, and is passed over in a history.
@@ -24,7 +24,16 @@ from etl import tables
 from etl.config import GraftrecError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.artifact import Artifact
-from trainer.baselines import Histories, item_to_item, merge, popularity
+from trainer.baseline_names import (
+    ITEM_TO_ITEM,
+    ITEM_TO_ITEM_ALL,
+    ITEM_TO_ITEM_ALL_DECAYED,
+    ITEM_TO_ITEM_ALL_TRAINING,
+    ITEM_TO_ITEM_DECAYED,
+    POPULARITY,
+    TRANSITIONS,
+)
+from trainer.baselines import Histories, item_to_item, merge, popularity, transitions
 from trainer.config import BaselinesConfig, EvaluationConfig, reads_baskets
 from trainer.data.baskets import BasketDataset
 from trainer.data.dataset import (
@@ -39,7 +48,7 @@ from trainer.data.dataset import (
     training_interactions,
 )
 from trainer.ranking import HeldOut, Part, Score, read_held_out, read_users, sampled
-from trainer.scoring import Scores
+from trainer.scoring import Scores, has_items
 
 IntArray = npt.NDArray[np.int64]
 
@@ -227,8 +236,11 @@ def model_contender(
     """A model, scored on the evaluated domain's items whatever it was trained on.
 
     A model of the evaluated domain reads that domain's items; a model of the domain `all` also reads what the user did
-    elsewhere before the first held-out item. Raises EvaluateError: it was trained on what is held out here, or
-    (`must_know`) knows none of the items; without `must_know` such a model finds nothing.
+    elsewhere before the first held-out item. A user of whom the model reads nothing gets the popular items, as when
+    served: by interactions in the training parts of the evaluated split.
+
+    Raises EvaluateError: it was trained on what is held out here, or (`must_know`) knows none of the items; without
+    `must_know` such a model finds nothing.
     """
     reads_all = artifact.config.data.domain == DOMAIN_ALL != asked.domain and bool(asked.other_domains)
     if asked.baskets and artifact.config.data.domain != asked.domain:
@@ -268,11 +280,14 @@ def model_contender(
         is_read = own.items != UNK
         if asked.baskets and not reads_pauses:  # the same items, without what stands between baskets
             is_read &= own.items != SEP
-        scores = scorer.scores(own.keep(is_read), candidates)
+        read = own.keep(is_read)
+        scores, has_nothing_B = scorer.scores(read, candidates), torch.from_numpy(~has_items(read))
+        popular_C = torch.from_numpy(asked.training_interactions[known].astype(np.float32))
 
         def columns(start: int, stop: int) -> Tensor:
             first, last = np.searchsorted(known, [start, stop])
             own_BC = scores.columns(first, last)
+            own_BC = torch.where(has_nothing_B[:, None].to(own_BC.device), popular_C[first:last].to(own_BC), own_BC)
             block = own_BC.new_full((len(histories), stop - start), -torch.inf)
             block[:, torch.from_numpy(known[first:last] - start).to(block.device)] = own_BC
             return block
@@ -346,19 +361,22 @@ def _refuse_leak(artifact: Artifact, asked: EvaluationSet) -> None:
 
 
 def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[Contender]:
-    """Popularity, item-to-item over the evaluated domain's last items, and over the last items of all domains."""
+    """Popularity; item-to-item and transitions of the evaluated domain's last items; item-to-item of all domains'."""
     own_rows = asked.own_rows
     num_items = len(asked.everything)
     own = asked.training(asked.domain, max_users=config.max_users)
     popular = popularity(own, num_items)
     within = item_to_item(own, num_items, last=config.last, towards=own_rows)
     decayed = dataclasses.replace(within, last=None, decay=config.decay)
+    steps, fading = config.transition_steps, config.transition_decay
+    following = transitions(own, num_items, steps=steps, decay=fading, towards=own_rows)
     here = asked.input_anywhere
     last = f"last {config.last}"
     contenders = [
-        Contender("popularity", None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing"),
-        _over("item-to-item", within, here, f"{last} of {asked.domain}", asked),
-        _over("item-to-item, decayed", decayed, here, f"{asked.domain}, the n-th last weighs {config.decay}^n", asked),
+        Contender(POPULARITY, None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing"),
+        _over(ITEM_TO_ITEM, within, here, f"{last} of {asked.domain}", asked),
+        _over(ITEM_TO_ITEM_DECAYED, decayed, here, f"{asked.domain}, the n-th last weighs {config.decay}^n", asked),
+        _over(TRANSITIONS, following, here, f"last {steps} of {asked.domain}, the n-th last weighs {fading}^n", asked),
     ]
     if asked.other_domains:
         rest = [asked.training(domain, max_users=config.max_users) for domain in asked.other_domains]
@@ -369,10 +387,10 @@ def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[C
         training, prior = merge(here, asked.training_elsewhere), merge(here, asked.elsewhere)
         before = "others: until the first held-out item"
         contenders += [
-            _over("item-to-item, all domains, training rows", across, training,
+            _over(ITEM_TO_ITEM_ALL_TRAINING, across, training,
                   f"{last} of all domains (others: training part)", asked),
-            _over("item-to-item, all domains", across, prior, f"{last} of all domains ({before})", asked),
-            _over("item-to-item, all domains, decayed", decayed, prior,
+            _over(ITEM_TO_ITEM_ALL, across, prior, f"{last} of all domains ({before})", asked),
+            _over(ITEM_TO_ITEM_ALL_DECAYED, decayed, prior,
                   f"all domains ({before}), the n-th last weighs {config.decay}^n", asked),
         ]  # fmt: skip
     return contenders

@@ -118,9 +118,11 @@ def _device(wanted: str, local_rank: int) -> torch.device:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     try:
-        return torch.device(name)
-    except RuntimeError:
-        raise GraftrecError(f"runtime.device: expected auto, cpu or cuda, found {wanted!r}") from None
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # an unknown name; a device that is not here
+        raise GraftrecError(f"runtime.device: expected auto, cpu or cuda, found {wanted!r}, not here") from None
+    return device
 
 
 def _bf16_pays(device: torch.device) -> bool:

@@ -1,7 +1,8 @@
 """A page of headings, text, tables and pictures, written as HTML and as Markdown from the same blocks.
 
 The HTML is one file that needs nothing else: its style is in it, its pictures are inline SVG, whose ink follows the
-page's (light or dark). Tables scroll sideways on a narrow screen, their first column stays.
+page's (light or dark). A table wider than the page scrolls sideways under a scroll bar and a shadow at its cut edge;
+its first column stays.
 """
 
 import io
@@ -17,7 +18,7 @@ from matplotlib.figure import Figure
 
 from trainer import pictures
 
-Tone = Literal["", "up", "down", "faint"]
+Tone = Literal["", "up", "down", "faint", "lead"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,15 @@ class Fold:
     blocks: "Sequence[Block]"
 
 
-Block = Heading | Text | Points | Table | Picture | Fold
+@dataclass(frozen=True)
+class Columns:
+    """Two groups of blocks side by side; one below the other on a narrow screen and in Markdown."""
+
+    left: "Sequence[Block]"
+    right: "Sequence[Block]"
+
+
+Block = Heading | Text | Points | Table | Picture | Fold | Columns
 
 
 def write(title: str, blocks: Sequence[Block], folder: Path, name: str) -> Path:
@@ -96,15 +105,17 @@ def _pictures(blocks: Iterable[Block]) -> Iterable[Picture]:
             yield block
         elif isinstance(block, Fold):
             yield from _pictures(block.blocks)
+        elif isinstance(block, Columns):
+            yield from _pictures([*block.left, *block.right])
 
 
 # --- HTML ------------------------------------------------------------------------------------------------------------
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --faint: #6a737d; --line: #dfe3e8; --band: #f5f7f9;
-  --up: #00634a; --down: #a84300; --grid: #e5e5e5; }
+  --up: #00634a; --down: #a84300; --grid: #e5e5e5; --shade: #0003; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16191d; --ink: #e4e7ea; --faint: #9aa3ac; --line: #353b42;
-  --band: #20252a; --up: #4cc79d; --down: #f2935a; --grid: #343a40; } }
+  --band: #20252a; --up: #4cc79d; --down: #f2935a; --grid: #343a40; --shade: #000b; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }
@@ -112,21 +123,30 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .6rem; }
 h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; }
 h3 { font-size: 1.02rem; margin: 1.5rem 0 .4rem; }
 p, ul { max-width: 46rem; margin: .5rem 0; } ul { padding-left: 1.2rem; } li { margin: .25rem 0; }
-.table { overflow-x: auto; margin: .8rem 0; }
+.lead { font-size: 1.08rem; max-width: 62rem; }
+.columns > div > :first-child { margin-top: .6rem; }
+@media (min-width: 60rem) { .columns { display: grid; gap: 2.5rem;
+  grid-template-columns: minmax(0, 9fr) minmax(0, 8fr); } }
+.table { overflow-x: auto; margin: .8rem 0; background:
+  linear-gradient(to left, var(--paper) 40%, transparent) right / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--shade), transparent) right / .9rem 100% no-repeat scroll; }
+.table::-webkit-scrollbar { height: .6rem; } .table::-webkit-scrollbar-track { background: var(--band); }
+.table::-webkit-scrollbar-thumb { background: var(--faint); border-radius: .3rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; min-width: 24rem; }
 th, td { padding: .28rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
+th { color: var(--faint); font-weight: 600; vertical-align: bottom; white-space: normal; }
 .t { text-align: left; } td.t { white-space: normal; min-width: 9rem; overflow-wrap: anywhere; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
 tr.title td { background: var(--band); font-weight: 600; text-align: left; white-space: nowrap; }
 small { color: var(--faint); font-size: .82em; margin-left: .35em; font-weight: 400; }
 .stacked small { display: block; margin: 0; white-space: pre; } .stacked td { vertical-align: top; }
+.stacked th, .stacked td { padding: .28rem .35rem; } .stacked table { font-size: .85rem; }
 .up { color: var(--up); font-weight: 600; } .down { color: var(--down); font-weight: 600; }
 .faint { color: var(--faint); }
 figure { margin: 1rem 0; max-width: 44rem; } svg { display: block; width: 100%; height: auto; }
 details { margin: .6rem 0; } summary { cursor: pointer; padding: .2rem 0; }
 @media (max-width: 40rem) { td.t { min-width: 7.5rem; } th, td { padding: .28rem .4rem; } table { font-size: .82rem; } }
-@media print { .table { overflow: visible; } }
+@media print { .table { overflow: visible; background: none; } }
 """
 
 
@@ -153,6 +173,9 @@ def _html(block: Block) -> str:
         case Fold(summary, blocks):
             inside = "\n".join(_html(one) for one in blocks)
             return f"<details><summary>{escape(summary)}</summary>\n{inside}\n</details>"
+        case Columns(left, right):
+            sides = ("\n".join(_html(one) for one in side) for side in (left, right))
+            return f'<div class="columns"><div>{next(sides)}</div>\n<div>{next(sides)}</div></div>'
         case Table():
             return _html_table(block)
 
@@ -168,7 +191,9 @@ def _html_table(table: Table) -> str:
             continue
         cells = [f"<td{kind}>{_html_cell(_cell(cell))}</td>" for kind, cell in zip(kinds, row, strict=True)]
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="table{" stacked" * table.stacked}"><table>\n' + "\n".join(lines) + "\n</table></div>"
+    return (
+        f'<div class="table{" stacked" * table.stacked}" tabindex="0"><table>\n' + "\n".join(lines) + "\n</table></div>"
+    )
 
 
 def _html_cell(cell: Cell) -> str:
@@ -217,6 +242,8 @@ def _markdown(block: Block, prefix: str) -> str:
             return f"![{_plain(shows)}]({prefix}{name}.svg)"
         case Fold(summary, blocks):
             return "\n\n".join([f"**{_plain(summary)}**", *(_markdown(one, prefix) for one in blocks)])
+        case Columns(left, right):
+            return "\n\n".join(_markdown(one, prefix) for one in [*left, *right])
         case Table():
             return _markdown_table(block)
 

@@ -10,7 +10,7 @@ name the folder is named after the models, and an evaluation of others that lies
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from etl.config import code_version
-from etl.tables import FIRST_INDEX
-from trainer import basket_baselines, click_table, next_event_table, profile_table, tracking
+from etl.tables import BASKETS, FIRST_INDEX, SEQUENCES
+from trainer import basket_baselines, click_table, descriptions, next_event_table, profile_table, tracking
 from trainer.artifact import Artifact, artifact_hash, config_of, load_artifact
 from trainer.click_table import ToldClicks
 from trainer.comparison import Evaluation, Row, compare_table, evaluate_contenders, render
@@ -58,6 +58,7 @@ class EvaluationReport:
     rows: list[dict[str, Any]]  # of the comparison, as in summary.json
     text: str
     skipped: bool  # nothing had changed since the last run
+    run_id: str = ""  # of the MLflow run that made them; "" where that is unknown
 
 
 def run(config: EvaluateConfig) -> EvaluationReport:
@@ -74,13 +75,17 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     if (done := _done(folder, key)) is not None:
         print(f"evaluate: nothing has changed since the last run, skipped ({folder})")
         print(done.text)
+        tracking.note_reused(config.name, done.run_id)
         return done
-    with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as run:
+    baskets = reads_baskets(first.config.task)
+    with tracking.start_run(
+        config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "evaluate"},
+        tables=_read_tables(baskets),
+    ) as run:  # fmt: skip
         device = str(join(config.runtime).device)
         models = [load_artifact(model.model, device=device) for model in chosen]
         if not ranks_items(first.config.task):
             return _evaluate_told(config, chosen, models, release, run, folder, {"key": key, "of": identity})
-        baskets = reads_baskets(first.config.task)
         if baskets:  # no others are drawn for them
             update = {"protocols": (FULL,), "repeats": repeats_of(config.evaluation, models)}
             config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=update)})
@@ -113,13 +118,60 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             gains.savefig(folder / GAINS, dpi=130)
             run.log_figure(gains, f"evaluation/{GAINS}")
         data = [asdict(row) for row in (*rows, *events)]
-        summary = {"key": key, "of": identity, "rows": data} | _summary(evaluation, config)
+        summary = {"key": key, "of": identity, "run": run.id, "rows": data} | _summary(evaluation, config)
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
         for name in (USERS, SUMMARY, TABLE):
             run.log_artifact(folder / name, "evaluation")
-        run.log_metrics({f"{config.part}/{r.label}/{r.protocol}/{r.metric}": r.mean for r in (*rows, *events)})
-        run.log_metrics(_tests(rows, config.part))
-    return EvaluationReport(folder, data, text, skipped=False)
+        report = EvaluationReport(folder, data, text, skipped=False, run_id=summary["run"])
+        _describe(run, report, config.part, drawn=GAINS if gains is not None else "", where=(
+            f"{len(asked.users):,} users of domain {asked.domain}, split {asked.split}, release {release.number}"
+        ))  # fmt: skip
+        for artifact, ((label, seed), contender) in zip(models, evaluation.contenders.items(), strict=False):
+            if artifact.config.data.answered == asked.domain:
+                numbers = {
+                    f"{config.part}/{protocol}/{name}": value for protocol in asked.held_out.protocols
+                    for name, value in means(evaluation.metrics((label, seed), protocol)).items() if name in metrics
+                }  # fmt: skip
+                run.log_model_metrics(contender.facts["hash"], numbers, release, _read_tables(baskets)[0])
+    return report
+
+
+def _read_tables(baskets: bool) -> list[str]:
+    """What an evaluation reads, histories first."""
+    return [(BASKETS if baskets else SEQUENCES).name, "items", "users", "domains", "negatives"]
+
+
+def _describe(run: tracking.Run, report: EvaluationReport, part: str, *, where: str, drawn: str = "") -> None:
+    """The comparison on a run's page: as metrics, and as a table with its picture."""
+    run.log_metrics(descriptions.result_metrics(report.rows, part))
+    heading = f"{part.capitalize()} results of {where}."
+    run.describe(descriptions.results(report.rows, notes=heading, picture=f"evaluation/{drawn}" if drawn else ""))
+
+
+def show(run: tracking.Run, reports: Mapping[str, EvaluationReport], *, notes: Mapping[str, str] | None = None) -> None:
+    """Evaluations on the page of another run, of a pipeline say: metrics, tables (also as table.md), pictures.
+
+    `reports` by target domain. Where there are several, the name of a domain begins its metrics, is the folder of its
+    files, and heads its table. `notes`: Markdown below each table.
+    """
+    parts = []
+    for domain, report in reports.items():
+        inside = f"{domain}/" if len(reports) > 1 else ""
+        summary = json.loads((report.folder / SUMMARY).read_text(encoding="utf-8"))
+        first = [row for row in report.rows if row["protocol"] == report.rows[0]["protocol"]]
+        numbers = descriptions.result_metrics(first, summary["part"])
+        run.log_metrics({f"{inside}{name}": value for name, value in numbers.items()})
+        drawn = next((name for name in (GAINS, CONFUSIONS, RELIABILITY) if (report.folder / name).is_file()), "")
+        if drawn:
+            run.log_artifact(report.folder / drawn, inside.rstrip("/"))
+        run.log_text(descriptions.results(report.rows), f"{inside}table.md")
+        parts.append(
+            descriptions.results(
+                report.rows, heading=f"### {domain}" if inside else "", notes=(notes or {}).get(domain, ""),
+                picture=f"{inside}{drawn}" if drawn else "",
+            )
+        )  # fmt: skip
+    run.describe(descriptions.paragraphs(*parts))
 
 
 def _evaluate_told(
@@ -153,33 +205,23 @@ def _evaluate_told(
     picture.savefig(folder / drawn, dpi=130)
     run.log_figure(picture, f"evaluation/{drawn}")
     data = [asdict(row) for row in rows]
+    run_id = run.id
     summary = {
-        **about, "rows": data, "lake": release.lake, "release": release.number, "versions": release.versions,
+        **about, "run": run_id, "rows": data, "lake": release.lake, "release": release.number,
+        "versions": release.versions,
         "split": told.split, "domain": told.domain, "part": told.part, "against": config.against,
         "task": models[0].config.task.model_dump(mode="json"),
     }  # fmt: skip
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
     for name in (USERS, SUMMARY, TABLE):
         run.log_artifact(folder / name, "evaluation")
-    run.log_metrics({f"{config.part}/{row.label}/{_named(row)}": row.mean for row in rows})
-    run.log_metrics(_tests(rows, config.part))
-    return EvaluationReport(folder, data, text, skipped=False)
-
-
-def _tests(rows: Sequence[Row], part: str) -> dict[str, float]:
-    """Gain and p-value, as in the table, of each model in the first metric under the first protocol."""
-    first = [row for row in rows if (row.protocol, row.metric) == (rows[0].protocol, rows[0].metric)]
-    found: dict[str, float] = {}
-    for row in first:
-        if row.is_model and row.gain is not None and row.p_value is not None:
-            name = "/".join([part, *([row.protocol] * (row.protocol != "users")), row.metric, row.label])
-            found |= {f"{name}/gain": row.gain.gain, f"{name}/p": row.p_value}
-    return found
-
-
-def _named(row: Row) -> str:
-    """Its metric, after what is told, where that is one of several."""
-    return row.metric if row.protocol == "users" else f"{row.protocol}/{row.metric}"
+    report = EvaluationReport(folder, data, text, skipped=False, run_id=run_id)
+    where = f"domain {told.domain}, split {told.split}, release {release.number}"
+    _describe(run, report, config.part, where=where, drawn=drawn)
+    for artifact, one in zip(models, told.probabilities, strict=False):
+        numbers = {f"{config.part}/{name}": value for name, value in told.metrics(one).items()}
+        run.log_model_metrics(artifact.hash, numbers, release, SEQUENCES.name)
+    return report
 
 
 def _next_events(
@@ -331,7 +373,7 @@ def _picture(rows: Sequence[Row], asked: EvaluationSet, against: str) -> Figure 
         Gain(
             row.label, row.gain.gain, row.gain.low, row.gain.high,
             f"{100 * row.gain.relative_gain:+.1f} %" + (f", p {p_text(row.p_value)}" if row.is_model else ""),
-            marked=row.is_candidate,
+            is_baseline=not row.is_model, marked=row.is_candidate,
         )
         for row in shown if row.gain
     ]  # fmt: skip
@@ -407,4 +449,4 @@ def _done(folder: Path, key: str) -> EvaluationReport | None:
         return None
     if summary.get("key") != key or not (folder / USERS).is_file():
         return None
-    return EvaluationReport(folder, summary["rows"], text, skipped=True)
+    return EvaluationReport(folder, summary["rows"], text, skipped=True, run_id=summary.get("run", ""))

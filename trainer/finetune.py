@@ -1,8 +1,9 @@
 """Train on a target domain, grafted on a pre-trained model by `transfer` (survey 4.3)."""
 
+import os
 from collections.abc import Callable
 
-from trainer.artifact import load_artifact
+from trainer.artifact import Artifact, load_artifact
 from trainer.config import FinetuneConfig
 from trainer.loop import Progress
 from trainer.pretrain import Result, fit, unjudged
@@ -15,4 +16,21 @@ def run(config: FinetuneConfig, *, judge: Callable[[Progress], None] = unjudged)
         return fit(config, parent=None, judge=judge)
     if config.parent is None:
         raise TransferError(f"transfer {config.transfer} needs a pre-trained model; set parent to its `model` folder")
-    return fit(config, parent=load_artifact(config.parent), judge=judge)
+    parent = load_artifact(config.parent)
+    if os.environ.get("RANK", "0") == "0" and (note := seen_by_parent(config, parent)):
+        print(note, flush=True)
+    return fit(config, parent=parent, judge=judge)
+
+
+def seen_by_parent(config: FinetuneConfig, parent: Artifact) -> str:
+    """A note where the parent was trained on the domain that is fine-tuned on; "" where that is new to it."""
+    own, seen = config.data, parent.config.data
+    if own.lake != parent.lake or own.domain != seen.domain:
+        return ""
+    note = (
+        f"note: {config.name} fine-tunes on domain {own.domain}, on which its parent {parent.folder} was trained "
+        f"already (release {parent.release}, split {seen.split})"
+    )
+    if own.split != seen.split:
+        note += f"; what split {own.split} holds out may have been in its training, so scores may be too good"
+    return note

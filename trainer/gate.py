@@ -1,6 +1,6 @@
 """The gate: does the evidence allow a model version to become champion? A pure function of numbers and thresholds.
 
-DESIGN section 7: better overall than from-scratch, not worse than the champion, non-inferior by a set margin on the
+Better overall than from-scratch, not worse than the champion, non-inferior by a set margin on the
 slices of cold users and cold items that have enough users to say. Every check is made and shown, whether or not another
 refuses.
 

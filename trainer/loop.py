@@ -254,8 +254,8 @@ def _shown(training: Training, show: bool) -> Iterator[Batch]:
     size = training.config.batch_size
     total, done = loader.num_steps * size, loader.step * size
     with tqdm(
-        total=total, initial=done, desc=label, unit=" seq", disable=not (show and training.world.first), leave=False,
-        mininterval=0.5,
+        total=total, initial=done, desc=label, unit=" seq", leave=False, mininterval=0.5,
+        disable=None if show and training.world.first else True,
     ) as bar:  # fmt: skip
         for batch in loader:
             yield batch

@@ -31,6 +31,7 @@ Convention = Literal["list", "single", "basket"]
 
 KS = (1, 5, 10)
 PADDED = -1  # no held-out item in this place, or one that an earlier place already has
+PAIRS_AT_ONCE = 1 << 24  # of a user's held-out items with each other: there may be hundreds of a user
 MISSED = 0  # a held-out item that is no candidate: it can't be found at any rank
 
 
@@ -42,6 +43,11 @@ def place_targets(above_BR: Tensor, scores_BR: Tensor, targets_BR: Tensor, is_ca
     the user's own targets.
     """
     num_targets = targets_BR.shape[1]
+    users = max(1, PAIRS_AT_ONCE // max(1, num_targets**2))
+    if len(targets_BR) > users:
+        given = (above_BR, scores_BR, targets_BR, is_candidate_BR)
+        parts = zip(*(torch.split(part, users) for part in given), strict=True)
+        return torch.cat([place_targets(*part) for part in parts])
     same_BRR = targets_BR[:, :, None] == targets_BR[:, None, :]
     earlier_RR = torch.ones(num_targets, num_targets, dtype=torch.bool, device=targets_BR.device).tril(-1)
     repeated_BR = (same_BRR & earlier_RR).any(2)
@@ -66,11 +72,14 @@ def metrics_from_ranks(
 
     `only_BR`: the held-out items that are asked about (cold ones, say); the others keep their places in the list.
     """
-    ranks = ranks_BR.cpu().numpy()
+    ranks = ranks_BR.cpu().numpy().copy()
     found = ranks > 0
     is_target = ranks != PADDED
     if convention == "single":  # alone: without the user's other targets that are placed above
-        ranks = ranks - (found[:, None, :] & (ranks[:, None, :] < ranks[:, :, None])).sum(2)
+        users = max(1, PAIRS_AT_ONCE // max(1, ranks.shape[1] ** 2))
+        for start in range(0, len(ranks), users):
+            own, own_found = ranks[start : start + users], found[start : start + users]
+            ranks[start : start + users] -= (own_found[:, None, :] & (own[:, None, :] < own[:, :, None])).sum(2)
     if only_BR is not None:
         found, is_target = found & only_BR, is_target & only_BR
     num_targets = is_target.sum(1)

@@ -1,4 +1,4 @@
-"""A patched model as a small folder: what it has beside its parent (survey 3.3; DESIGN section 7).
+"""A patched model as a small folder: what it has beside its parent (survey 3.3).
 
 A run's model folder is whole (`artifact.py`). Of one that was fine-tuned by patches most is its parent's, byte for
 byte: `write_patch` leaves that out, `assemble` puts it back, and checks that the folder is the one it was; `load_patch`

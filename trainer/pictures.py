@@ -14,17 +14,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 FloatArray = npt.NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, FAINT, GRID = "#333333", "#999999", "#E5E5E5"
+MUTED = "#767676"  # simple baselines: readable on white and on black
 NAME_CHARACTERS = 26  # of a name in a narrow picture, before it goes on below
 LEGEND_CHARACTERS = 66  # of names beside each other
 NARROW, SMALL = 5.4, 9  # inches and points of the pictures of a report
+OVERVIEW_CHARACTERS = 36  # of a line of a name in the overview
 LABEL_GAP = 0.062  # least distance of two labels, in heights of the axes
 
 
@@ -56,6 +59,17 @@ class Gain:
     high: float
     note: str = ""  # printed at the row's end, e.g. "+33 %, p = 0.001"
     marked: bool = False  # the candidate
+    is_baseline: bool = False  # of a simple baseline: grey, thin, a diamond
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of an overview: the mean over seeds, and each seed."""
+
+    name: str
+    mean: float
+    seeds: Sequence[float] = ()
+    is_baseline: bool = False
 
 
 def learning_curves(curves: Sequence[Curve], *, title: str = "", score: str = "NDCG@10") -> Figure:
@@ -127,22 +141,21 @@ def search_progress(tried: Sequence[Tried], *, title: str = "") -> Figure:
 def transfer_gains(
     gains: Sequence[Gain], *, metric: str = "NDCG@10", over: str = "from scratch", title: str = ""
 ) -> Figure:
-    """Gains with their intervals, one row each, in the order given; an interval that holds zero is drawn hollow."""
-    figure = Figure(figsize=(9.5, 1.4 + 0.55 * len(gains)), layout="constrained")
+    """Gains with their intervals, one row each; hollow where the interval holds zero. Rows keep their order, simple
+    baselines below the models."""
+    rows = sorted(gains, key=lambda gain: gain.is_baseline)
+    figure = Figure(figsize=(9.5, 1.4 + 0.55 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for row, gain in enumerate(gains):
-        _interval(axes, gain, row, colour=COLOURS[0] if gain.gain >= 0 else COLOURS[1], size=9)
-        text = f"{gain.gain:+.3f}".replace("-", "−") + (f"  ({gain.note})" if gain.note else "")
+    for row, gain in enumerate(rows):
+        _interval(axes, gain, row, colour=_gain_colour(gain), size=9)
+        text = f"{gain.gain:+.3f}" + (f"  ({gain.note})" if gain.note else "")
         axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=11, color=INK)
     axes.axvline(0, color=INK, linewidth=1)
     _plain(axes, "", grid="x")
-    names = [f"{gain.name} (candidate)" if gain.marked else gain.name for gain in gains]
-    axes.set_yticks(range(len(gains)), names, fontsize=11)
-    axes.tick_params(axis="y", length=0, labelcolor=INK)
-    for gain, label in zip(gains, axes.get_yticklabels(), strict=True):
+    _name_rows(axes, rows, [f"{gain.name} (candidate)" if gain.marked else gain.name for gain in rows], size=11)
+    for gain, label in zip(rows, axes.get_yticklabels(), strict=True):
         label.set_fontweight("bold" if gain.marked else "normal")
-    axes.spines["left"].set_visible(False)
-    axes.set_ylim(len(gains) - 0.4, -0.6)
+    _signed(axes.xaxis, ticks=5)
     axes.set_xlabel(f"gain in {metric} over {over}, with its interval (hollow: it holds zero)")
     _title(figure, title)
     return figure
@@ -237,10 +250,34 @@ def popularity_long_tail(counts: Mapping[str, npt.NDArray[Any]], *, title: str =
     axes.set_yscale("log")
     _plain(axes, "interactions of an item", grid="both")
     axes.set_xlabel("rank of the item by popularity")
-    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
-    axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+    for axis in (axes.xaxis, axes.yaxis):
+        _powers(axis)
     _label_ends(axes, ends, colours, texts=texts, lines=3)
     _title(figure, title)
+    return figure
+
+
+def score_overview(scores: Sequence[Score], *, metric: str = "NDCG@10") -> Figure:
+    """Means in percent, a row each in the order given, simple baselines below; small dots are single seeds."""
+    rows = sorted(scores, key=lambda score: score.is_baseline)
+    names = [textwrap.fill(score.name, OVERVIEW_CHARACTERS) for score in rows]
+    height = 0.3 if any("\n" in name for name in names) else 0.23
+    figure = Figure(figsize=(NARROW, 0.75 + height * max(len(rows), 1)), layout="constrained")
+    axes = figure.subplots()
+    for place, score in enumerate(rows):
+        colour, marker = (MUTED, "D") if score.is_baseline else (COLOURS[0], "o")
+        if len(score.seeds) > 1:
+            axes.plot(score.seeds, [place] * len(score.seeds), "o", markersize=3, color=colour, alpha=0.45)
+        axes.plot([score.mean], [place], marker, markersize=5 if score.is_baseline else 6.5, color=colour)
+        axes.annotate(
+            f"{score.mean:.2f}", (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL,
+            color=INK,
+        )  # fmt: skip
+    _plain(axes, "", grid="both")
+    _name_rows(axes, rows, names, size=SMALL)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.set_xlabel(f"{metric}, %" + (" (diamonds: untrained baselines)" if any(s.is_baseline for s in rows) else ""))
+    _narrow(axes)
     return figure
 
 
@@ -254,17 +291,15 @@ def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10"
     rows = figure.subplots(max(len(panels), 1), 1, sharex=True, squeeze=False, height_ratios=[*sizes] or [1])[:, 0]
     for axes, (name, gains), own in zip(rows, panels.items(), labels, strict=False):
         for place, gain in enumerate(gains):
-            _interval(axes, gain, place, colour=COLOURS[0] if gain.gain >= 0 else COLOURS[1], size=6)
-            text = gain.note or f"{gain.gain:+.2f}".replace("-", "−")
+            _interval(axes, gain, place, colour=_gain_colour(gain), size=6)
+            text = gain.note or f"{gain.gain:+.2f}"
             axes.annotate(
                 text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL, color=INK
             )
         axes.axvline(0, color=INK, linewidth=1)
         _plain(axes, name, grid="x")
-        axes.set_yticks(range(len(gains)), own)
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        axes.set_ylim(sizes[0] if not gains else len(gains) - 0.4, -0.6)
+        _name_rows(axes, gains, own, size=SMALL)
+        _signed(axes.xaxis, ticks=6)
         _narrow(axes)
     told = f"gain in {metric} over from scratch" + (f", {unit}" if unit else "")
     figure.supxlabel(f"{told} (hollow: interval holds zero)", fontsize=SMALL, color=INK)
@@ -316,6 +351,7 @@ def slice_panels(
         _plain(axes, name)
         axes.set_xticks(range(len(slices)), slices)
         axes.set_xlim(-0.6, len(slices) - 0.4)
+        _signed(axes.yaxis, ticks=5)
         _narrow(axes)
     rows[-1].set_xlabel(f"items in the user's history; height: gain in {metric}", fontsize=SMALL)
     _legend(figure, colours)
@@ -325,13 +361,58 @@ def slice_panels(
 # --- style ---------------------------------------------------------------------------------------------------------
 
 
+class _AsciiMinus(ScalarFormatter):
+    """Numbers with the minus sign that tables and messages have."""
+
+    @staticmethod
+    def fix_minus(s: str) -> str:
+        return s
+
+
+def _signed(axis: Axis, *, ticks: int) -> None:
+    """At most so many labelled intervals, so that long numbers do not run together."""
+    axis.set_major_locator(MaxNLocator(ticks))
+    axis.set_major_formatter(_AsciiMinus())
+
+
+def _powers(axis: Axis) -> None:
+    """A logarithmic axis labelled at powers of ten; also at 2, 3 and 5 of each where it spans less than two."""
+    low, high = sorted(axis.get_view_interval())
+    if high < 100 * max(low, 1e-9):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(_thousands))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _gain_colour(gain: Gain) -> str:
+    if gain.is_baseline:
+        return MUTED
+    return COLOURS[0] if gain.gain >= 0 else COLOURS[1]
+
+
+def _name_rows(axes: Axes, rows: Sequence[Gain | Score], names: Sequence[str], *, size: float) -> None:
+    """Rows from the top down, named at the left; simple baselines in grey italics, under a line."""
+    axes.set_yticks(range(len(rows)), names, fontsize=size)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)
+    baselines = [row.is_baseline for row in rows]
+    for label, is_baseline in zip(axes.get_yticklabels(), baselines, strict=True):
+        if is_baseline:
+            label.set(color=MUTED, fontstyle="italic")
+    if True in baselines[1:] and not baselines[0]:
+        axes.axhline(baselines.index(True) - 0.5, color=FAINT, linewidth=0.8, linestyle=(0, (2, 3)))
+
+
 def _interval(axes: Axes, gain: Gain, place: float, *, colour: str, size: float, upright: bool = False) -> None:
-    """A gain as a dot on its interval; hollow where that holds zero."""
+    """A gain as a dot on its interval (a simple baseline's: a diamond, thin); hollow where that holds zero."""
     ends, places = [gain.low, gain.high], [place, place]
-    axes.plot(*((places, ends) if upright else (ends, places)), color=colour, linewidth=2.5, solid_capstyle="butt")
+    width, marker = (1.2, "D") if gain.is_baseline else (2.5, "o")
+    axes.plot(*((places, ends) if upright else (ends, places)), color=colour, linewidth=width, solid_capstyle="butt")
     face = colour if gain.low > 0 or gain.high < 0 else "white"
     point = ([place], [gain.gain]) if upright else ([gain.gain], [place])
-    axes.plot(*point, "o", markersize=size, color=colour, markerfacecolor=face, markeredgewidth=1.5)
+    size = 0.75 * size if gain.is_baseline else size
+    axes.plot(*point, marker, markersize=size, color=colour, markerfacecolor=face, markeredgewidth=1.5)
 
 
 def _narrow(axes: Axes) -> None:

@@ -6,18 +6,19 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from etl import tables
-from etl.config import code_version, config_hash
+from etl.config import RunAgain, code_version, config_hash
 from etl.tables import FIRST_INDEX
-from trainer import checkpoint, pictures, tracking
+from trainer import checkpoint, descriptions, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
 from trainer.config import (
     ClickConfig,
@@ -47,6 +48,7 @@ from trainer.data.loader import Loader
 from trainer.distributed import World, join
 from trainer.loop import Epoch, Progress, Training, train
 from trainer.models import RowTables, SequenceModel, build_model
+from trainer.provenance import redact
 from trainer.tracking import Run
 from trainer.transfer import Account, graft
 from trainer.validation import Validation, read_validation, score_of
@@ -58,6 +60,10 @@ class RunError(GraftrecError):
     """A run that can't go on where it should."""
 
 
+class RunBusy(RunAgain, RunError):
+    """Another process holds the run's folder."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a training run leaves. `metrics`: best validation metrics, epochs, seconds."""
@@ -65,6 +71,7 @@ class Result:
     folder: Path  # of the run; the model is in <folder>/model
     metrics: dict[str, float]
     reused: bool  # nothing had changed: the earlier result stands
+    run_id: str = ""  # of the MLflow run that trained it; "" where that is unknown
 
     @property
     def model(self) -> Path:
@@ -99,6 +106,7 @@ def _fit(
     identity = ":".join(run_identity(config, release, parent).values())
     if (finished := _finished(folder, identity)) is not None:
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
+        tracking.note_reused(config.name, finished.run_id)
         return finished
 
     catalogue = read_catalogue(release, config.data.domain)
@@ -117,9 +125,15 @@ def _fit(
     say(_introduction(config, release, catalogue, dataset, validation, account))
     say(account.text())
 
-    with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
+    data = f"release {release.number} of `{redact(release.lake)}`, {_size(config, catalogue, dataset, validation)}"
+    copied = parent.hash if parent is not None and account.transfer != "none" else None
+    description = descriptions.training(config, parent=copied, counts=account.counts(), data=data)
+    with tracking.start_run(
+        config.tracking, name=config.name, resolved=config, release=release, description=description,
+        tables=[table.name for table in _read_tables(config)],
+    ) as tracked:  # fmt: skip
         told = json.dumps(account.as_dict(), indent=1)
-        tracked.log_metrics({f"parameters/{name}": float(count) for name, count in account.counts().items()})
+        tracked.log_params({f"parameters.{name}": count for name, count in account.counts().items()})
         tracked.log_text(told, "transfer.json")
         if world.first:
             (folder / "transfer.json").write_text(told)
@@ -135,19 +149,22 @@ def _fit(
             say=say,
         )
         metrics = _summary(training, parent)
+        done: dict[str, Any] = {}
         if world.first:
-            _finish(
+            done = _finish(
                 folder, config, release, catalogue, knowledge, training, metrics, parent, identity, tracked,
                 validation,
             )  # fmt: skip
+            tracked.describe(descriptions.paragraphs(descriptions.outcome(metrics, score), description))
             if judge is unjudged:
                 tracked.log_artifact(folder / "model")
+                _log_model(tracked, done["hash"], config, release, account, metrics)
         world.wait()
     say(
         f"{config.name}: best epoch {training.progress.best_epoch} of {len(training.progress.history)}, validation "
         f"{score} {training.progress.best_score:.4f}, {metrics['seconds']:.0f} s; model in {folder / 'model'}"
     )
-    return Result(folder, metrics, reused=False)
+    return Result(folder, metrics, reused=False, run_id=done.get("mlflow_run", ""))
 
 
 def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
@@ -225,8 +242,8 @@ def _finish(
     folder: Path, config: PretrainConfig, release: Release, catalogue: Catalogue, knowledge: Int32Array,
     training: Training, metrics: dict[str, float], parent: Artifact | None, identity: str, tracked: Run,
     validation: Validation,
-) -> None:  # fmt: skip
-    """Model folder, curves, and the note that all is done."""
+) -> dict[str, Any]:  # fmt: skip
+    """Model folder, curves, and the note that all is done, which is returned."""
     others = isinstance(config.task, ClickConfig)  # what was shown only has not been taken
     popularity = training_interactions(training.loader.dataset, catalogue, others=others)
     digest = save_artifact(
@@ -243,13 +260,37 @@ def _finish(
         config.name, [epoch["loss"] for epoch in history], [epoch["metrics"][score] for epoch in history]
     )
     tracked.log_figure(pictures.learning_curves([curve], title=config.name, score=score), "pictures/learning_curve.png")
-    tracked.log_metrics(metrics)
+    tracked.log_metrics(_final(metrics))
     tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
     done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
     unfinished = folder / (DONE + ".new")
     unfinished.write_text(json.dumps(done, indent=1))
     unfinished.rename(folder / DONE)
     checkpoint.clear(folder / "checkpoints")
+    return done
+
+
+def _final(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A run's result under names that no curve has: the best epoch's metrics (`best/NDCG@10`) and what it cost."""
+    costs = {"seconds", "epochs", "peak_gb", "pretrain_seconds"}
+    return {
+        f"cost/{name}" if name in costs else f"best/{name.removeprefix('validation/').removeprefix('best_')}": value
+        for name, value in metrics.items()
+    }
+
+
+def _log_model(
+    tracked: Run, digest: str, config: PretrainConfig, release: Release, account: Account, metrics: Mapping[str, float]
+) -> None:
+    """The run's logged model: what it is, and its validation metrics on the snapshot that it was trained on."""
+    facts = {
+        "recipe": _recipe(config), "model": config.model.kind, "task": config.task.kind, "transfer": account.transfer,
+        "domain": config.data.domain, "predicts": config.data.answered, "split": config.data.split,
+        "seed": config.train.seed, "release": release.number, "parameters": account.counts()["total"],
+    }  # fmt: skip
+    tracked.log_model(config.name, digest, kind=config.model.kind, params=facts)
+    best = {name: value for name, value in _final(metrics).items() if name.startswith("best/") and name != "best/epoch"}
+    tracked.log_model_metrics(digest, best, release, _sequence_table(config).name)
 
 
 def _tell(epoch: Epoch, score: str, tracked: Run, say: Callable[[str], None]) -> None:
@@ -273,6 +314,12 @@ def _introduction(
     size = sum(math.prod(line.shape) for line in account.lines)
     return (
         f"{config.name}: {config.model.kind}, {size:,} parameters; release {release.number} of {release.lake}, "
+        + _size(config, catalogue, dataset, validation)
+    )
+
+
+def _size(config: PretrainConfig, catalogue: Catalogue, dataset: SequenceDataset, validation: Validation) -> str:
+    return (
         f"domain {config.data.domain}: {len(catalogue) - FIRST_INDEX:,} items, {dataset.num_rows:,} users, "
         f"{len(validation):,} of them validated"
     )
@@ -281,6 +328,14 @@ def _introduction(
 # --- identity: a run whose inputs are unchanged is not done again ---------------------------------------------
 
 _READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS)
+
+
+def _sequence_table(config: PretrainConfig) -> tables.Table:
+    return tables.BASKETS if reads_baskets(config.task) else tables.SEQUENCES
+
+
+def _read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:
+    return (_sequence_table(config), *_READ_TABLES)
 
 
 def _recipe(config: PretrainConfig) -> str:
@@ -305,8 +360,7 @@ def run_identity(config: PretrainConfig, release: Release, parent: Artifact | No
     )  # fmt: skip
     modules = [here / f"{name}.py" for name in names]
     code = code_version(*modules, here / "data", here / "models", here / "tasks")
-    read = (*_READ_TABLES, tables.BASKETS if reads_baskets(config.task) else tables.SEQUENCES)
-    versions = {table.name: release.versions.get(table.name) for table in read}
+    versions = {table.name: release.versions.get(table.name) for table in _read_tables(config)}
     return {
         "settings": config_hash(settings),
         "code": code,
@@ -329,7 +383,7 @@ def _finished(folder: Path, identity: str) -> Result | None:
     try:
         done = json.loads((folder / DONE).read_text())
         if done["identity"] == identity and artifact_hash(folder / "model") == done["hash"]:
-            return Result(folder, done["metrics"], reused=True)
+            return Result(folder, done["metrics"], reused=True, run_id=done.get("mlflow_run", ""))
     except (OSError, ValueError, KeyError, GraftrecError):
         pass
     return None
@@ -344,7 +398,7 @@ def _alone(folder: Path, world: World) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.file_lock(folder / "lock", wait=False) as held:
         if not held:
-            raise RunError(f"another process is training in {folder}; wait for it, or give this run another name")
+            raise RunBusy(f"another process is training in {folder}; wait for it, or give this run another name")
         yield folder
 
 

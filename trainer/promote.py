@@ -13,7 +13,6 @@ lock the champion is looked at again: where another promoter has changed it mean
 import contextlib
 import datetime
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from etl.config import GraftrecError
-from trainer import tracking
+from etl.config import GraftrecError, RunAgain
+from etl.tables import BASKETS, SEQUENCES
+from trainer import descriptions, tracking
 from trainer.artifact import ArtifactError, artifact_hash, config_of, lake_of, load_artifact
 from trainer.config import PretrainConfig, PromoteConfig, event_types_read
 from trainer.data.dataset import Release, pin
@@ -38,25 +38,25 @@ from trainer.gate import (
     decide,
     next_steps,
 )
-from trainer.judged import SCRATCH, VERSION, Judged, judged, was_transferred
+from trainer.judged import SCRATCH, VERSION, Judged, Ranked, judged, was_transferred
+from trainer.ranking import SINGLE
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Promotion, Registry, Version
 from trainer.tracking import Run
 
 TAG_GATE = "graftrec.gate"  # what the gate said last: passed, or why not
 TAG_BEFORE = "graftrec.champion_before"  # number of the champion that a promotion replaced
-TAG_AUDIT = "graftrec.audit."  # + time: one entry for each promotion, refusal, replacement and rollback
-TAG_CHARACTERS = 4_500
+TAG_CHARACTERS = 500  # of the verdict; the description of the version holds all of it
 ATTEMPTS = 10  # at a champion that others keep changing
 
 
 class GateRefused(GraftrecError):
-    """The gate refused the candidate; no alias has moved. `steps`: what can be done with what there is, a line each."""
+    """The gate refused the candidate; no alias has moved. `model`: the candidate's folder."""
 
     exit_code = 3
 
-    def __init__(self, message: str, steps: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, decision: Decision, model: str) -> None:
         super().__init__(message)
-        self.steps = tuple(steps)
+        self.decision, self.model = decision, model
 
 
 class PromoteError(GraftrecError):
@@ -83,7 +83,10 @@ def run(config: PromoteConfig) -> Promoted:
         print(f"{version.label} is the champion already")
         return Promoted(version, None, None)
     release = pin(config.lake or lake_of(compared.candidate.folder), config.release)
-    with tracking.start_run(config.tracking, name=config.name, resolved=config, release=release) as tracked:
+    with tracking.start_run(
+        config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "promote"},
+        tables=("sequences", "baskets", "items", "domains", "negatives"),
+    ) as tracked:  # fmt: skip
         found, faults = _ask(registry, version, compared, config, release)
         decision, promoted = _judge_and_move(registry, version, found, faults, config, tracked)
         told = {"version": version.label, "release": release.number, "lake": release.lake} | decision.as_dict()
@@ -92,6 +95,7 @@ def run(config: PromoteConfig) -> Promoted:
         place.write_text(json.dumps(told, indent=1), encoding="utf-8")
         tracked.log_artifact(place)
         tracked.set_tags({TAG_GATE: _verdict(decision), "graftrec.version": version.label})
+        tracked.describe(descriptions.promotion(version.label, version.hash, decision, _examples(found)))
         for check in decision.checks:
             tracked.log_metrics({f"gate/{check.name}/{name}": value for name, value in check.numbers.items()})
     if found is not None:
@@ -100,10 +104,10 @@ def run(config: PromoteConfig) -> Promoted:
     if shown := detectable(decision, config.gate.level):
         print(f"  {shown}")
     if promoted is None:
-        steps = next_steps(decision, model=str(compared.candidate.folder))
-        for step in steps:
+        model = str(compared.candidate.folder)
+        for step in next_steps(decision, model=model):
             print(f"  → {step}")
-        raise GateRefused(f"{version.label} is not promoted: {'; '.join(decision.reasons)}", steps)
+        raise GateRefused(f"{version.label} is not promoted: {'; '.join(decision.reasons)}", decision, model)
     print(f"{promoted.version.label} is champion" + (f", after {promoted.replaced}" if promoted.replaced else ""))
     return promoted
 
@@ -184,10 +188,8 @@ def _candidate(registry: Registry, config: PromoteConfig) -> Version:
     artifact = load_artifact(named)
     tags = {
         "graftrec.release": str(artifact.release),
-        "graftrec.lake": artifact.lake,
         "graftrec.transfer": str(getattr(artifact.config, "transfer", "none")),
-        "graftrec.parent": artifact.parent or "",
-    } | {f"graftrec.metric.{name.replace('@', '_')}": f"{value:.6g}" for name, value in artifact.metrics.items()}
+    } | ({"graftrec.parent": artifact.parent} if artifact.parent else {})
     version = registry.register(named, tags=tags, alias=None)
     if CHAMPION not in version.aliases:
         registry.set_alias(CANDIDATE, version.number)
@@ -263,17 +265,20 @@ def _judge_and_move(
         with registry.promoting() as promotion:
             if _number(registry.find(CHAMPION)) != _number(champion):
                 continue
-            registry.set_tags(version.number, _test_metrics(found) if found and not faults else {})
+            if found and not faults:
+                numbers = {
+                    f"{found.part}/{name}/{k}": v for name, means in _means(found).items() for k, v in means.items()
+                }
+                registry.log_metrics(version, numbers, found.release, _table(found))
+            said = _gate_section(decision, None if faults else found, run)
+            registry.describe(version.number, descriptions.GATE, said)
             entry = _entry(decision, found, champion, run)
             if not decision.passed:
-                registry.set_tags(
-                    version.number, {TAG_GATE: _verdict(decision)} | _audit({"action": "refused"} | entry)
-                )
+                registry.set_tags(version.number, {TAG_GATE: _verdict(decision)})
+                registry.audit(version.number, _audit("refused", entry))
                 return decision, None
             return decision, _crown(registry, promotion, version, champion, decision, entry)
-    raise PromoteError(
-        f"other promoters changed the champion {ATTEMPTS} times while {version.label} was judged; try again"
-    )
+    raise RunAgain(f"other promoters changed the champion {ATTEMPTS} times while {version.label} was judged; try again")
 
 
 def _crown(
@@ -282,13 +287,13 @@ def _crown(
 ) -> Promoted:  # fmt: skip
     """Tags first: a champion without its papers is worse than papers of a promotion that did not happen."""
     before = str(champion.number) if champion else ""
-    tags = {TAG_GATE: _verdict(decision), TAG_BEFORE: before} | _audit({"action": "promoted"} | entry)
-    registry.set_tags(version.number, tags)
+    registry.set_tags(version.number, {TAG_GATE: _verdict(decision), TAG_BEFORE: before})
+    registry.audit(version.number, _audit("promoted", entry))
     replaced = promotion.crown(version.number)
     if (candidate := registry.find(CANDIDATE)) is not None and candidate.number == version.number:
         promotion.move(CANDIDATE, None)
     if champion is not None:
-        registry.set_tags(champion.number, _audit({"action": "replaced", "by_version": version.label}))
+        registry.audit(champion.number, _audit("replaced", {"by_version": version.label}))
     return Promoted(registry.version(str(version.number)), decision, replaced)
 
 
@@ -301,12 +306,12 @@ def _roll_back(registry: Registry) -> Promoted:
                 f"expected a champion and a previous version of {registry.name} to roll back to, found "
                 f"champion {_number(champion)} and previous {_number(previous)}; promote a version instead"
             )
-        registry.set_tags(previous.number, _audit({"action": "restored", "instead_of": champion.label}))
+        registry.audit(previous.number, _audit("restored", {"instead_of": champion.label}))
         promotion.move(CHAMPION, previous.number)
         before = previous.tags.get(TAG_BEFORE, "")
         known = {version.number for version in registry.versions()}
         promotion.move(PREVIOUS, int(before) if before.isdigit() and int(before) in known else None)
-        registry.set_tags(champion.number, _audit({"action": "rolled back", "to_version": previous.label}))
+        registry.audit(champion.number, _audit("rolled back", {"to_version": previous.label}))
     print(f"{previous.label} is champion again, instead of {champion.label}")
     return Promoted(registry.version(str(previous.number)), None, champion.number)
 
@@ -319,12 +324,31 @@ def _verdict(decision: Decision) -> str:
     return ("passed" if decision.passed else f"refused: {'; '.join(decision.reasons)}")[:TAG_CHARACTERS]
 
 
-def _test_metrics(found: Judged[Any]) -> dict[str, str]:
-    """The version's metrics by protocol, or by what it tells, as tags."""
+def _means(found: Judged[Any]) -> dict[str, dict[str, float]]:
+    """The version's metrics by protocol or task, each held-out item counted once in one list."""
     return {
-        f"graftrec.{found.part}.{name}": json.dumps({"release": found.release.number} | numbers)
+        name: {metric: value for metric, value in numbers.items() if not metric.startswith(SINGLE)}
         for name, numbers in found.means().items()
     }
+
+
+def _table(found: Judged[Any]) -> str:
+    """The table that holds the evaluated histories."""
+    return (BASKETS if isinstance(found, Ranked) and found.asked.baskets else SEQUENCES).name
+
+
+def _gate_section(decision: Decision, found: Judged[Any] | None, run: Run) -> str:
+    """The decision in a version's description."""
+    link = tracking.run_link("The run that asked the gate", run.id) + " holds decision.json." if run.id else ""
+    scores = descriptions.scores(found.part, _means(found)) if found is not None else ""
+    return descriptions.paragraphs(descriptions.gate(decision, _examples(found)), scores, link)
+
+
+def _examples(found: Judged[Any] | None) -> str:
+    """What the gate's numbers were measured on, in words."""
+    if found is None:
+        return ""
+    return f"release {found.release.number}, {found.num_users:,} users of domain {found.domain}, {found.part}"
 
 
 def _entry(decision: Decision, found: Judged[Any] | None, champion: Version | None, run: Run) -> dict[str, Any]:
@@ -336,12 +360,11 @@ def _entry(decision: Decision, found: Judged[Any] | None, champion: Version | No
         }  # fmt: skip
     return asked | {
         "champion": champion.label if champion else None, "run": run.id,
-        "checks": [{"name": c.name, "verdict": c.verdict, "text": c.text} for c in decision.checks],
+        "checks": {check.name: check.verdict for check in decision.checks},  # numbers: the run's decision.json
     }  # fmt: skip
 
 
-def _audit(entry: Mapping[str, Any]) -> dict[str, str]:
-    """One entry of the trail, under a tag of its own: entries are added, never changed."""
+def _audit(action: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry of the trail: entries are added, never changed."""
     now = datetime.datetime.now(datetime.UTC)
-    told = json.dumps({"time": now.isoformat(timespec="seconds"), **entry}, ensure_ascii=False)
-    return {f"{TAG_AUDIT}{now:%Y%m%dT%H%M%S.%f}-{os.getpid()}": told[:TAG_CHARACTERS]}
+    return {"time": now.isoformat(timespec="seconds"), "action": action, **entry}

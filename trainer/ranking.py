@@ -1,4 +1,4 @@
-"""Held-out users of a pinned release, and how a scorer ranks what they held out (DESIGN section 5).
+"""Held-out users of a pinned release, and how a scorer ranks what they held out.
 
 Early stopping, `evaluate` and `promote` all go through `read_held_out` and `rank`, so that a number means the same
 wherever it is printed. Everything is in *rows* of one catalogue: rows below FIRST_INDEX are reserved and never
@@ -191,7 +191,7 @@ def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: b
     found = {protocol: np.empty_like(held_out.targets) for protocol in held_out.protocols}
     drawn = [protocol for protocol in held_out.protocols if protocol != FULL]
     num_targets = held_out.targets.shape[1]
-    bar = tqdm(total=len(held_out), unit=" users", desc="ranking", disable=not progress, leave=False)
+    bar = tqdm(total=len(held_out), unit=" users", desc="ranking", disable=None if progress else True, leave=False)
     for start in range(0, len(order), batch_size):
         users = order[start : start + batch_size]
         histories = held_out.histories.take(users)

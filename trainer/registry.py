@@ -1,12 +1,16 @@
 """Registered model versions: register, aliases, the model folder of a version, and the lock that promoters take.
 
 A version holds an MLflow model made of code and JSON (`serving.py`) around a model folder (`artifact.py`). Aliases, not
-stages: `candidate` (registered last), `champion` (served), `previous` (champion before). Tags say what a version is.
+stages: `candidate` (registered last), `champion` (served), `previous` (champion before), `companion` (reads all
+domains, and answers where the champion knows nothing of a user). A few tags hold what code looks up; what people read
+is the version's description, and the metrics of its logged model.
 """
 
 import atexit
 import contextlib
+import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -18,21 +22,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from trainer import tracking
-from trainer.artifact import MANIFEST, artifact_hash, config_of
-from trainer.config import TrackingConfig, patch_of
+import pyarrow.parquet as pq
+
+from etl.tables import FIRST_INDEX
+from trainer import descriptions, tracking
+from trainer.artifact import CATALOGUE, MANIFEST, artifact_hash, config_of, load_artifact
+from trainer.config import PretrainConfig, TrackingConfig, patch_of, reads_baskets
+from trainer.data.dataset import Release
 from trainer.outbox import warn
 from trainer.patches import PATCH, assemble, write_patch
 from trainer.provenance import redact
 from trainer.tracking import TrackingError, translated
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
-TAG_HASH = "graftrec.hash"  # of the model folder
+COMPANION = "companion"  # for users of whom the champion, which reads its own domain, knows no item
+TAG_HASH = tracking.MODEL_HASH  # of the model folder
 TAG_PARENT = "graftrec.parent"  # hash of the model it was grafted on
 TAG_KIND = "graftrec.kind"  # full | patch: what it has beside its parent, a version too
 TAG_DOMAIN = "graftrec.domain"  # whose items it predicts
 TAG_FAMILY = "graftrec.family"  # its registered model is one of <family>-<domain>, one for each domain
 MODEL_FOLDER = "model"  # of the model folder among the artifacts of the MLflow model
+AUDIT_CHARACTERS = 4_500  # of one tag; what is longer goes on in the next
 LEASE_SECONDS = 900.0  # after which another promoter may take over, where the store is a server
 
 
@@ -44,7 +54,8 @@ class Version:
     number: int
     aliases: tuple[str, ...]
     tags: dict[str, str]
-    run_id: str
+    run_id: str  # of the run that trained it; "" where that is unknown
+    description: str = ""
 
     @property
     def label(self) -> str:
@@ -107,23 +118,44 @@ class Registry:
             parent_folder = self._parent_folder(folder, parent, str(getattr(config, "parent", "")))
         every = own | {key: redact(value) for key, value in tags.items()}
         with self._asking(f"can't register {folder} as {self.name}"), tempfile.TemporaryDirectory() as scratch:
-            experiment = self._experiment(run_id)
-            with contextlib.suppress(Exception):  # there is one already, or another process has just made it
-                self._client.create_registered_model(self.name)
-            logged = self._client.create_logged_model(
-                experiment, name=self.name, source_run_id=run_id or None, tags=every
-            )
+            example = _example(folder, config)
+            description = descriptions.version(load_artifact(folder, users=False))
+            self._create_registered_model(config)
+            logged = self._logged_model(digest, run_id)
+            run_id = logged.source_run_id or ""
             packed = Path(scratch) / "packed"
             if kind == "patch":
                 write_patch(folder, parent_folder, Path(scratch) / "patch")
                 folder = Path(scratch) / "patch"
-            tracking.pack(folder, packed, artifact=MODEL_FOLDER, model_id=logged.model_id, run_id=run_id or None)
+            tracking.pack(
+                folder, packed, artifact=MODEL_FOLDER, model_id=logged.model_id, run_id=run_id or None, example=example
+            )
             self._client.log_model_artifacts(logged.model_id, str(packed))
             self._client.finalize_logged_model(logged.model_id, "READY")
             made = self._client.create_model_version(
-                self.name, f"models:/{logged.model_id}", run_id=run_id or None, tags=every, model_id=logged.model_id
-            )
+                self.name, f"models:/{logged.model_id}", run_id=run_id or None, tags=every, model_id=logged.model_id,
+                description=tracking.resolved(self._client, description),
+            )  # fmt: skip
+            registered = json.dumps([{"name": self.name, "version": str(made.version)}])
+            self._client.set_logged_model_tags(logged.model_id, {tracking.VERSIONS: registered})
         return self._version(made)
+
+    def _create_registered_model(self, config: PretrainConfig) -> None:
+        description = descriptions.registered_model(self.name, config.data.answered)
+        with contextlib.suppress(Exception):  # there is one already, or another process has just made it
+            self._client.create_registered_model(self.name, description=description)
+
+    def _logged_model(self, digest: str, run_id: str) -> Any:
+        """That of the run which trained the model; a new one where there is none, or where it holds a version already,
+        whose files stay as they are."""
+        found = tracking.models_of(self._client, digest)
+        for model in found:
+            if tracking.VERSIONS not in model.tags and (not run_id or model.source_run_id == run_id):
+                return model
+        run_id = run_id or next((model.source_run_id for model in found if model.source_run_id), "")
+        return self._client.create_logged_model(
+            self._experiment(run_id), name=self.name, source_run_id=run_id or None, tags={TAG_HASH: digest}
+        )
 
     def _parent_folder(self, folder: Path, parent: str, trained_on: str) -> Path:
         """That of a patch's parent, registered now if it wasn't."""
@@ -180,6 +212,14 @@ class Registry:
         if parent.tags.get(TAG_DOMAIN) == domain:
             return parent
         return self.patches(parent).get(domain, version)
+
+    def companion(self, version: Version) -> Version | None:
+        """The version beside `version` for users of whom that one knows no item: at the alias `companion`, where it
+        predicts the same domain. None where there is none."""
+        found = self.holder(version).find(COMPANION)
+        if found is None or found.number == version.number:
+            return None
+        return found if found.tags.get(TAG_DOMAIN) == version.tags.get(TAG_DOMAIN) else None
 
     def _experiment(self, run_id: str) -> str:
         if run_id:
@@ -277,6 +317,32 @@ class Registry:
             for key, value in tags.items():
                 self._client.set_model_version_tag(self.name, str(number), key, redact(value))
 
+    def describe(self, number: int, heading: str, text: str) -> None:
+        """Write a part of a version's description under a heading of its own, instead of what stood under it."""
+        with self._asking(f"can't describe {self.name}/{number}"):
+            before = (self._client.get_model_version(self.name, str(number)).description or "").partition(heading)[0]
+            text = tracking.resolved(self._client, redact(text))
+            self._client.update_model_version(
+                self.name, str(number), descriptions.paragraphs(before.rstrip(), heading, text)
+            )
+
+    def log_metrics(self, version: Version, metrics: Mapping[str, float], release: Release, table: str) -> None:
+        """Metrics of a version's model on a snapshot, shown on the pages of its logged model and of its run."""
+        now = int(time.time() * 1000)
+        values = [[tracking.metric_name(name), value, now, 0] for name, value in metrics.items()]
+        with self._asking(f"can't log metrics of {version.label}"):
+            tracking.log_model_metrics(self._client, version.hash, values, tracking.snapshot(release, table))
+
+    def audit(self, number: int, entry: Mapping[str, Any]) -> None:
+        """Add an entry to a version's audit trail: JSON lists in the tags graftrec.audit, graftrec.audit.2… Under the
+        promotion lock only."""
+        trail = {key: value for key, value in self.version(str(number)).tags.items() if _AUDIT.fullmatch(key)}
+        part = max(len(trail), 1)
+        entries = [*json.loads(trail.get(_audit_tag(part), "[]")), dict(entry)]
+        if len(json.dumps(entries, ensure_ascii=False)) > AUDIT_CHARACTERS and len(entries) > 1:
+            part, entries = part + 1, entries[-1:]
+        self.set_tags(number, {_audit_tag(part): json.dumps(entries, ensure_ascii=False)})
+
     # --- one promoter at a time ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -324,7 +390,29 @@ class Registry:
 
     def _version(self, entry: Any, aliases: Mapping[str, str] | None = None) -> Version:
         at = tuple(sorted(alias for alias, number in (aliases or {}).items() if str(number) == str(entry.version)))
-        return Version(str(entry.name), int(entry.version), at, dict(entry.tags), entry.run_id or "")
+        return Version(
+            str(entry.name), int(entry.version), at, dict(entry.tags), entry.run_id or "", entry.description or ""
+        )
+
+
+def audit_trail(version: Version) -> list[dict[str, Any]]:
+    """What happened to a version (promoted, refused, replaced, rolled back, restored), oldest first."""
+    parts = sum(_AUDIT.fullmatch(key) is not None for key in version.tags)
+    return [entry for part in range(1, parts + 1) for entry in json.loads(version.tags[_audit_tag(part)])]
+
+
+_AUDIT = re.compile(r"graftrec\.audit(\.\d+)?")
+
+
+def _audit_tag(part: int) -> str:
+    return "graftrec.audit" if part == 1 else f"graftrec.audit.{part}"
+
+
+def _example(folder: Path, config: PretrainConfig) -> dict[str, Any]:
+    """A request that the model knows: its three most popular items, as a history."""
+    rows = pq.read_table(folder / CATALOGUE, columns=["item", "popularity"]).slice(FIRST_INDEX)
+    popular = rows.sort_by([("popularity", "descending")])["item"].slice(0, 3).to_pylist()
+    return {"baskets": [popular[:2], popular[2:]]} if reads_baskets(config.task) else {"items": popular}
 
 
 def _scratch() -> str:

@@ -5,7 +5,6 @@ intervals, the survey's observations with a verdict, learning curves, gains by h
 is all in the results: nothing is scored or tested here. Metrics are told in percent, gains in points of percent.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from etl.command import FILE_ERRORS, CommandParser, file_error
 from etl.config import GraftrecError
 from trainer import survey
-from trainer.document import Block, Cell, Fold, Heading, Picture, Points, Table, Text, Tone
+from trainer.document import Block, Cell, Columns, Fold, Heading, Picture, Points, Table, Text, Tone
 from trainer.document import write as write_document
 from trainer.hypotheses import LEVEL
-from trainer.pictures import Curve, Gain, curve_panels, gain_panels, slice_panels
+from trainer.pictures import Curve, Gain, Score, curve_panels, gain_panels, score_overview, slice_panels
 from trainer.stats import p_text
 
 Row = Mapping[str, Any]
@@ -33,6 +33,15 @@ TONES: Mapping[str, Tone] = {"supported": "up", "reversed": "down"}
 FROM_SCRATCH = "from scratch"
 OWN = "Configurations of one's own"
 MANY_ROWS = 7  # of one's own, that a picture can tell apart
+OVERVIEW_ROWS = 11  # of the first picture, beside two baselines
+NOT_ASKED = "not asked for"  # how the reason of a row begins that was left out on purpose
+AMONG = {
+    "full": "all items that the user has not had",
+    "uniform-100": "100 items drawn at random",
+    "popular-100": "100 items drawn by popularity",
+    "top-100": "the 100 most popular items",
+}
+COUNTED = {"list": "all of a user's held-out items in one list", "single": "each held-out item by itself"}
 FEW_USERS = 30  # of a slice: their intervals would hide all others
 NAN = float("nan")
 
@@ -92,8 +101,9 @@ class _Report:
 
     def blocks(self) -> list[Block]:
         return [
-            *self.what_ran(),
-            *self.in_short(),
+            Text(self.about(), "lead"),
+            *self.at_a_glance(),
+            Text(self.what_ran(), "faint"),
             *self.hypotheses(),
             *self.gains_pictured(),
             *self.table_2(),
@@ -104,28 +114,49 @@ class _Report:
             *self.patches(),
             *self.table_1(),
             *self.cells(),
+            *self.missing(),
         ]
 
     # --- what it was ---
 
-    def what_ran(self) -> list[Block]:
-        results, data = self.results, self.results["data"]
-        commit = results["code"]["commit"] + (" with changes not committed" if results["code"]["dirty"] else "")
-        text = (
-            f"From {data['source_domain']} to {data['target_domain']}: {data['evaluated_users']:,} users, split "
-            f"{data['split']}, {data['part']} part. {_count(len(self.done), 'row')} of {len(self.rows)} done, "
-            f"{_count(len(results['seeds']), 'seed')}. {results['started']} to {results['finished']} on "
-            f"{results['machine']}; commit {commit}."
+    def about(self) -> str:
+        """Dataset, what was transferred, the protocol in words, and how much of it was done."""
+        data = self.results["data"]
+        transfers = any(row["transfer"] not in (None, "none") for row in self.rows)
+        where = f"From domain {data['source_domain']} to" if transfers else "On domain"
+        held_out = _count(data["held_out"], "held-out item") if data.get("held_out") else "held-out items"
+        return (
+            f"{_dataset(data)}. {where} {data['target_domain']}: the {held_out} of {data['evaluated_users']:,} users "
+            f"(split {data['split']}, {data['part']} part) ranked among {AMONG.get(self.head.protocol, self.head)}. "
+            f"{self.runs_done()}"
         )
-        return [Text(text, "faint"), *self._holes()]
 
-    def _holes(self) -> list[Block]:
-        """What is missing, rows that lack it for the same reason together."""
+    def runs_done(self) -> str:
+        """E.g. "30 of 90 runs done (seed 0 of 0, 1, 2)"; rows that were left out on purpose are not counted."""
+        rows = [row for row in self.rows if row["kind"] != "baseline" and not _left_out(row)]
+        seeds, met = self.results["seeds"], {run["seed"] for row in rows for run in row["seeds"]}
+        done, planned = sum(len(row["seeds"]) for row in rows), len(rows) * len(seeds)
+        if done == planned:
+            return f"All {_count(done, 'run')} done: {_count(len(rows), 'row')}, {_count(len(seeds), 'seed')}."
+        never = [str(seed) for seed in seeds if seed not in met]
+        what = f", none of {'seed' if len(never) == 1 else 'seeds'} {', '.join(never)}" if never and met else ""
+        return f"{done} of {planned} runs done{what}; the end of this page lists what is missing."
+
+    def what_ran(self) -> str:
+        code = self.results["code"]
+        commit = code["commit"][:12] + (" with changes not committed" if code["dirty"] else "")
+        return (
+            f"Run from {self.results['started']} to {self.results['finished']} on {self.results['machine']}; "
+            f"commit {commit}."
+        )
+
+    def missing(self) -> list[Block]:
+        """Runs without a result, rows that lack one for the same reason together."""
         rows_of: dict[str, list[str]] = {}
         for row in self.rows:
             lost = [seed for seed in self.results["seeds"] if seed not in [run["seed"] for run in row["seeds"]]]
             if row["status"] != "done":
-                reason = row.get("reason") or "missing, no reason given"
+                reason = row.get("reason") or "no reason given"
             elif row["kind"] != "baseline" and lost:
                 reason = row.get("reason") or f"no seed {', '.join(map(str, lost))}"
             else:
@@ -134,10 +165,37 @@ class _Report:
         if not rows_of:
             return []
         told = [
-            f"{'; '.join(rows)}: {why}" if len(rows) <= 3 else f"{why}, of {len(rows)} rows: {'; '.join(rows)}"
+            f"{why[0].upper()}{why[1:]} ({_count(len(rows), 'row')}): {'; '.join(rows)}"
             for why, rows in rows_of.items()
         ]
-        return [Heading("Holes"), Text("These did not run to their end; no number stands for them."), Points(told)]
+        return [Heading("Missing runs"), Text("No number in this report stands for them."), Points(told)]
+
+    def at_a_glance(self) -> list[Block]:
+        """The best rows as a picture, beside the findings."""
+        figure = score_overview(self._overview(), metric=self.metric)
+        shows = f"{self.metric} of the best rows and of simple baselines, {self.head}"
+        return [Columns([Picture("overview", figure, shows)], self.in_short())]
+
+    def _overview(self) -> list[Score]:
+        """All rows, or of many the best by model, task and transfer; the best baselines, two of them."""
+        ranked = sorted(
+            (row for row in self.done if np.isfinite(self._mean(row, self.head, self.metric))),
+            key=lambda row: -self._mean(row, self.head, self.metric),
+        )
+        models = [row for row in ranked if row["kind"] != "baseline"]
+        if len(models) > OVERVIEW_ROWS:
+            best: dict[tuple[Any, ...], Row] = {}
+            for row in models:
+                best.setdefault(tuple(row[key] for key in ("kind", "model", "task", "transfer")), row)
+            models = list(best.values())[:OVERVIEW_ROWS]
+        baselines = [row for row in ranked if row["kind"] == "baseline"][:2]
+        found = []
+        for row in [*models, *baselines]:
+            scores = self._scores(row, self.head, self.metric)
+            assert scores is not None
+            seeds = [100 * seed for seed in scores["seeds"] if seed is not None]
+            found.append(Score(_name_of(row), 100 * scores["mean"], seeds, is_baseline=row["kind"] == "baseline"))
+        return found
 
     def in_short(self) -> list[Block]:
         points = []
@@ -152,9 +210,10 @@ class _Report:
             points.append(text + ".")
         blocks: list[Block] = [Heading("In short"), Points([*points, *self._beside_simple()])]
         notes = (
-            f"{self.metric} under {self.head}, in points of percent, with 95 % intervals; p after Holm's correction."
+            f"{self.metric} under {self.head} ({COUNTED.get(self.head.convention, self.head.convention)}), in points "
+            "of percent, with 95 % intervals; p after Holm's correction."
         )
-        if len(self.results["seeds"]) < 2:
+        if all(len(row["seeds"]) < 2 for row in self.rows):
             notes += (
                 " With one seed they and the verdicts speak of users only: another initialisation may say otherwise."
             )
@@ -219,7 +278,7 @@ class _Report:
         for one in told["rows"]:
             pair = [self._name(one["row"]), self._name(one["against"])]
             if one["gain"] is None:
-                rows.append([pair[0], Cell(pair[1], one["reason"]), Cell("hole", tone="faint"), "", ""])
+                rows.append([pair[0], Cell(pair[1], one["reason"]), Cell("missing", tone="faint"), "", ""])
             else:
                 rows.append([*pair, _points(one["gain"]), _interval(one), p_text(one["p_value"])])
         table = Table(["row", "against", "gain", "95 % interval", "p of it alone"], rows, texts=2)
@@ -257,7 +316,8 @@ class _Report:
             place = Place(survey.PROTOCOL, survey.CONVENTIONS.get(model, self.head.convention))
             place = place if place in self.places else self.head
             rows.append(f"{_model(model)} ({place})")
-            for row in [row for row in self.rows if row["kind"] == "model" and row["model"] == model]:
+            own = [row for row in self.rows if row["kind"] == "model" and row["model"] == model]
+            for row in sorted(own, key=lambda row: row["status"] != "done"):
                 rows.append([_label(row), *self._cells_of_table_2(row, place, metrics)])
         beside = (
             "Ours in percent, the survey's smaller beside it. Compare within a block only: the survey's BERT4Rec rows "
@@ -276,7 +336,7 @@ class _Report:
         tone = self._tone(place, row)
         return [
             Cell(
-                "hole" if row["status"] != "done" else _percent(self._mean(row, place, metric)),
+                "missing" if row["status"] != "done" else _percent(self._mean(row, place, metric)),
                 f"{theirs[metric]:.2f}" if metric in theirs else "",
                 "faint" if row["status"] != "done" else tone if metric == self.metric else "",
             )
@@ -296,7 +356,7 @@ class _Report:
                         for metric in self.results["metrics"]
                     ]
                     rows.append([_label(row), *cells, *self._gain_cells(place, row)])
-            blocks.append(Fold(str(place), [Table(head, rows)]))
+            blocks.append(Fold(str(place), [Table(head, rows, stacked=True)]))
         text = (
             "Every row, baselines too, under every way of scoring; ± is the standard deviation over seeds. A number is "
             "comparable within its table only. No claim is made for baselines, so they have no p-value."
@@ -321,7 +381,7 @@ class _Report:
         gain = self.gains.get((place, row["id"]))
         if gain is None:
             return [Cell("")] * 4
-        relative = "" if gain["relative_gain"] is None else f"{100 * gain['relative_gain']:+.1f} %".replace("-", "−")
+        relative = "" if gain["relative_gain"] is None else f"{100 * gain['relative_gain']:+.1f} %"
         bootstrap = {"low": gain["bootstrap"][0], "high": gain["bootstrap"][1]}
         return [
             Cell(_points(gain["gain"]), _interval(gain), self._tone(place, row)),
@@ -514,10 +574,12 @@ class _Report:
             for run in row["seeds"]
             if row["kind"] != "baseline"
         ]  # fmt: skip
+        code = Text(f"Code: commit {self.results['code']['commit']}.", "faint")
         read = [f"{row['label']} reads {row['reads']}" for row in self.rows if row.get("reads")]
         blocks: list[Block] = [Table(head, rows, texts=3)] if rows else []
         return [
             Heading("What each cell was"),
+            code,
             *_fold("Runs, seeds and hashes of models", blocks),
             *_fold("What each row reads", [Points(read)] if read else []),
         ]
@@ -581,6 +643,17 @@ def _name_of(row: Row) -> str:
     return f"{_model(row['model'])}, {_label(row)}" if row["kind"] == "model" else _label(row)
 
 
+def _dataset(data: Mapping[str, Any]) -> str:
+    """What the log is called; results of before it was kept name their lake."""
+    if data.get("dataset"):
+        return str(data["dataset"])
+    return "MovieLens-1M" if survey.is_of(data["domains"]) else f"The lake {data['lake']}"
+
+
+def _left_out(row: Row) -> bool:
+    return str(row.get("reason") or "").startswith(NOT_ASKED)
+
+
 def _count(number: int, word: str) -> str:
     return f"{number} {word}" + ("" if number == 1 else "s")
 
@@ -591,7 +664,8 @@ def _percent(value: float | None) -> str:
 
 def _points(value: float) -> str:
     """A difference in points of percent."""
-    return f"{100 * value:+.2f}".replace("-", "−")
+    text = f"{100 * value:+.2f}"
+    return text[1:] if text in ("+0.00", "-0.00") else text
 
 
 def _interval(entry: Row) -> str:
@@ -664,15 +738,18 @@ def _fold(summary: str, blocks: Sequence[Block]) -> list[Block]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainer.report", description="draws an experiment's report")
+    parser = CommandParser("python -m trainer.report", description="Draws an experiment's report again.")
     parser.add_argument("results", type=Path, help="results.json of an experiment")
     parser.add_argument("--folder", type=Path, required=True, help="where report.html and report.md are written")
     given = parser.parse_args(arguments)
     try:
         print(write(_read(given.results), given.folder))
     except GraftrecError as error:
-        print(f"graftrec: {error}", file=sys.stderr)
-        return 1
+        print(f"report: {error}", file=sys.stderr)
+        return error.exit_code
+    except FILE_ERRORS as error:
+        print(f"report: {file_error(error)}", file=sys.stderr)
+        return GraftrecError.exit_code
     return 0
 
 

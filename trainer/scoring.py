@@ -10,10 +10,11 @@ import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from etl.tables import FIRST_INDEX, PAD
+from etl.tables import FIRST_INDEX, PAD, SEP
 from trainer.baselines import Histories, IntArray
 from trainer.cores import torchs_threads
 from trainer.data.batch import Batch
@@ -66,6 +67,12 @@ class Scores:
             found = torch.zeros_like(here) if found is None else found
             found = torch.where((rows >= 0) & (rows < block.shape[1]), here, found)
         return torch.zeros(rows_BN.shape) if found is None else found
+
+
+def has_items(histories: Histories) -> npt.NDArray[np.bool_]:
+    """[B] whether there is anything in a history but the ends of baskets."""
+    flags: npt.NDArray[np.bool_] = histories.keep(histories.items != SEP).lengths > 0
+    return flags
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ from trainer.config import FinetuneConfig, RangeConfig, SearchConfig
 from trainer.loop import NonFiniteLoss, Progress, Pruned
 from trainer.outbox import one_line
 from trainer.transfer import TransferError
-from trainer.trials import Arm, Outcome, SearchError, as_yaml, open_arms, recipes, score, write
+from trainer.trials import Arm, Outcome, SearchBusy, SearchError, as_yaml, open_arms, recipes, score, write
 from trainer.validation import score_of
 
 BEST = "best.yaml"
@@ -58,7 +58,7 @@ def run(config: SearchConfig) -> list[Winner]:
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.file_lock(folder / "lock", wait=False) as held:
         if not held:
-            raise SearchError(f"another process is searching in {folder}; wait for it, or give this one another name")
+            raise SearchBusy(f"another process is searching in {folder}; wait for it, or give this one another name")
         return _search(config, open_arms(config, folder))
 
 
@@ -236,6 +236,8 @@ def _log(tracked: tracking.Run, config: SearchConfig, arms: Sequence[Arm]) -> No
             if file.is_file():
                 tracked.log_text(file.read_text(), f"{arm.name}/{file.name}")
     tried = [pictures.Tried(row["arm"], row["score"], row["scores"]) for row in rows]
+    found = "\n\n".join(_table(config, arm) for arm in arms)
+    tracked.describe(f"Hyper-parameter search {config.name}.\n\n```\n{found}\n```")
     tracked.log_figure(pictures.search_progress(tried, title=config.name), "pictures/search.png")
 
 

@@ -4,10 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from etl.config import GraftrecError
 from trainer import tracking
 from trainer.artifact import ArtifactError, load_artifact
+from trainer.outbox import warn
 from trainer.patches import is_patch, load_patch, parent_of
-from trainer.registry import Registry
+from trainer.registry import Registry, Version
 from trainer.serving import DEFAULT_K, Recommender, parse
 
 
@@ -37,12 +39,28 @@ def load(folder: Path, label: str) -> Recommender:
             return None
         stored = registry.stored(other)
         if not is_patch(stored):
-            return Recommender(backbone if other.hash == backbone.hash else load_artifact(stored), other.label)
-        if parent_of(stored) == backbone.hash:
-            return Recommender(load_patch(stored, backbone), other.label)
-        return Recommender(load_artifact(registry.folder(other)), other.label)
+            artifact = backbone if other.hash == backbone.hash else load_artifact(stored)
+        elif parent_of(stored) == backbone.hash:
+            artifact = load_patch(stored, backbone)
+        else:
+            artifact = load_artifact(registry.folder(other))
+        return Recommender(artifact, other.label, companion=lambda: _companion(registry, other))
 
-    return Recommender(own, label, beside)
+    def companion() -> Recommender | None:
+        return None if registry is None else _companion(registry, registry.version(number))
+
+    return Recommender(own, label, beside, companion)
+
+
+def _companion(registry: Registry, version: Version) -> Recommender | None:
+    """The version that answers where `version` knows no item of a history. None, with a warning, where the registry or
+    the version can't be read: popular items are then answered, as without one."""
+    try:
+        found = registry.companion(version)
+        return None if found is None else Recommender(load_artifact(registry.folder(found)), found.label)
+    except GraftrecError as error:
+        warn(f"no companion of {version.label}, whose known users are answered as ever: {error}")
+        return None
 
 
 def answer(recommender: Recommender, records: list[dict[str, Any]], params: dict[str, Any]) -> list[dict[str, Any]]:

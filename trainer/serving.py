@@ -1,6 +1,6 @@
 """What a served model answers: raw item ids in, the k best raw item ids, their scores and the version out.
 
-    mlflow models serve -m models:/graftrec@champion --env-manager local --port 5001
+    mlflow models serve -m models:/graftrec-target@champion --env-manager local --port 5001
     curl -d '{"dataframe_records": [{"user": "42", "items": ["318", "858"]}], "params": {"k": 5}}' \
          -H 'Content-Type: application/json' localhost:5001/invocations
 
@@ -15,6 +15,9 @@ was, for a model that reads kinds (others pass it over). A model of next baskets
     unknown   ids of the history that the model does not know, which were ignored
     version   registered version, e.g. graftrec/3
 
+`items` may be ids of any domain. Where the model knows none of them, as those of a user who is new in its domain, the
+version at the alias `companion` answers if it knows one, and `version` says so.
+
 `params: {"domain": "books"}` asks for another domain's items: of that domain's champion in the same family of
 registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. This module
 knows nothing of MLflow; `served.py` is what MLflow runs.
@@ -26,7 +29,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -35,10 +37,11 @@ from trainer.artifact import Artifact
 from trainer.baselines import Histories
 from trainer.config import GraftrecError, reads_baskets
 from trainer.data.dataset import Int8Array, IntArray
-from trainer.scoring import Scores, top_k
+from trainer.scoring import Scores, has_items, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
 BATCH_SIZE = 256  # histories scored at once
+MODEL, POPULAR = "model", "popular"  # what an answer is based on
 
 
 class RequestError(GraftrecError):
@@ -96,19 +99,19 @@ class Shortlist:
         return top_k(self._popularity, Histories(np.array([UNK]), np.zeros(2, np.int64), none, none), k)
 
 
-def has_items(histories: Histories) -> npt.NDArray[np.bool_]:
-    """[B] whether there is anything in a history but the ends of baskets."""
-    flags: npt.NDArray[np.bool_] = histories.keep(histories.items != SEP).lengths > 0
-    return flags
-
-
 class Recommender:
-    """A model, ready to answer. `beside`: gives the one for another domain; None where there is none."""
+    """A model, ready to answer. `beside`: gives the one for another domain; `companion`: the one for histories of which
+    this one knows no item. Either gives None where there is none, and is asked once."""
 
     def __init__(
-        self, artifact: Artifact, version: str, beside: "Callable[[str], Recommender | None]" = lambda domain: None
+        self,
+        artifact: Artifact,
+        version: str,
+        beside: "Callable[[str], Recommender | None]" = lambda domain: None,
+        companion: "Callable[[], Recommender | None]" = lambda: None,
     ) -> None:
         self.artifact, self.version, self._beside = artifact, version, functools.cache(beside)
+        self._companion = functools.cache(companion)
         self._shortlist, self._baskets = Shortlist(artifact), reads_baskets(artifact.config.task)
         self._place_of = {name: place for place, name in enumerate(artifact.event_types, 1)}
         self._row_of = {raw: row for row, raw in enumerate(artifact.catalogue.raw_ids) if row >= FIRST_INDEX}
@@ -137,6 +140,12 @@ class Recommender:
         answers: list[Answer] = []
         for start in range(0, len(requests), BATCH_SIZE):
             answers += self._answer(requests[start : start + BATCH_SIZE], k)
+        unread = [place for place, answer in enumerate(answers) if answer.basis == POPULAR and answer.unknown]
+        if unread and not self._baskets and (companion := self._companion()) is not None:
+            others = companion.answer([requests[place] for place in unread], k)
+            for place, other in zip(unread, others, strict=True):
+                if other.basis == MODEL:
+                    answers[place] = other
         return answers
 
     def _answer(self, requests: Sequence[Request], k: int) -> list[Answer]:
@@ -155,7 +164,7 @@ class Recommender:
         has_history = has_items(histories)
         best_rows, best = self._shortlist.best(histories, k)
         return [
-            self._one(items, history, best_rows[place], best[place], "model" if has_history[place] else "popular")
+            self._one(items, history, best_rows[place], best[place], MODEL if has_history[place] else POPULAR)
             for place, (items, history) in enumerate(zip(read, rows, strict=True))
         ]
 

@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -21,16 +22,19 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote
 
 import psutil
+import pyarrow as pa
 import yaml
 
 from etl.config import GraftrecError, Section
+from etl.tables import TABLES
 from trainer.config import TrackingConfig
 from trainer.outbox import Entry, Outbox, Refused, keep, kept, one_line, warn
 from trainer.provenance import code_version, cut, flatten, redact, without_secrets
@@ -46,6 +50,10 @@ PARENT_VARIABLE = "GRAFTREC_PARENT_RUN"  # set for the processes a run starts
 UNSENT = Path("mlflow-unsent")  # what a dead server did not take, until it does
 
 PARAM_CHARACTERS, TAG_CHARACTERS = 500, 5_000  # the shortest limits of the servers in use
+DESCRIPTION = "mlflow.note.content"  # the tag that MLflow's page shows as a description, in Markdown
+MODEL_HASH = "graftrec.hash"  # tag of a logged model: the hash of its model folder
+REUSED_SHOWN = 30  # earlier runs that a description links
+VERSIONS = "mlflow.modelVersions"  # tag of a logged model: the registered versions made of it, as JSON
 PARAMS_PER_BATCH = 100
 TERMINATED_EXIT = 128 + signal.SIGTERM
 
@@ -140,15 +148,25 @@ def experiment_id(client: Any, config: TrackingConfig) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         location = None if os.environ.get(URI_VARIABLE) else (Path.cwd() / "mlartifacts").as_uri()
+        tags = {_EXPERIMENT_KIND: _MODEL_TRAINING, DESCRIPTION: _EXPERIMENT_DESCRIPTION}
         try:
-            return str(client.create_experiment(name, artifact_location=location))
+            return str(client.create_experiment(name, artifact_location=location, tags=tags))
         except Exception:  # made by another process meanwhile?
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
+    if _EXPERIMENT_KIND not in found.tags:
+        with contextlib.suppress(Exception):  # an experiment that others may only read
+            client.set_experiment_tag(found.experiment_id, _EXPERIMENT_KIND, _MODEL_TRAINING)
     return str(found.experiment_id)
+
+
+# MLflow's page has two modes, for language models and for training. Versions that do not leave the choice to the
+# browser (3.17 does) read it from this tag.
+_EXPERIMENT_KIND, _MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
+_EXPERIMENT_DESCRIPTION = "Sort runs by `best/NDCG_10` (validation) or `test/full/NDCG_10`; a pipeline holds the table."
 
 
 # --- runs ---------------------------------------------
@@ -166,7 +184,11 @@ class Run:
         """Settings; a value is kept as text, cut at 500 characters."""
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
-        """Numbers by name, e.g. {"validation/full/NDCG@10": 0.18}. MLflow forbids "@": it becomes "_"."""
+        """Numbers by name, e.g. {"validation/full/NDCG@10": 0.18}. MLflow forbids "@": it becomes "_".
+
+        Without a step a number stands for the whole run. Its name must not be that of a curve, which would begin with
+        it, since MLflow puts it at step 0: such a number is dropped with a warning.
+        """
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Short texts by name."""
@@ -180,11 +202,51 @@ class Run:
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """A file or folder, put in `folder` among the run's artifacts. It must stay unchanged until the run ends."""
 
-    def log_release(self, release: "Release", *, context: str = "training") -> None:
-        """Each snapshot of a release as a dataset input, a tag and a parameter."""
+    def log_release(self, release: "Release", *, context: str = "training", tables: Sequence[str] = ()) -> None:
+        """Snapshots of a release as parameters, and as dataset inputs those of `tables` (of all, where none is named).
+
+        The dataset of a table is called <table>@<version>.
+        """
+
+    def describe(self, markdown: str) -> None:
+        """The run's description, instead of an earlier one. Two kinds of addresses are resolved when it is sent:
+        `model:<hash of a model folder>` (`model_link`) and `artifact:<path>`, a picture among the run's artifacts."""
+
+    def note_reused(self, name: str, run_id: str) -> None:
+        """List an earlier run in the description: this run uses its result instead of doing the work again."""
+
+    def log_model(self, name: str, digest: str, *, kind: str = "", params: Mapping[str, Any] | None = None) -> None:
+        """A logged model that this run trained, found by the hash of its model folder; its description is the run's.
+
+        It holds no files until it is registered.
+        """
+
+    def log_model_metrics(
+        self, digest: str, metrics: Mapping[str, float], release: "Release", table: str
+    ) -> None:  # fmt: skip
+        """Metrics of a logged model on a snapshot, shown on its page and on the page of the run that trained it.
+
+        Nothing happens where the store has no logged model of that hash.
+        """
 
 
 _active: list[Run] = []
+
+
+def note_reused(name: str, run_id: str) -> None:
+    """Tell the run under way, if any, that a step took the result of an earlier run ("" where that is unknown)."""
+    if _active and run_id:
+        _active[-1].note_reused(name, run_id)
+
+
+def run_link(name: str, run_id: str) -> str:
+    """A Markdown link to a run, for descriptions."""
+    return f"[{name}](#/runs/{run_id})"
+
+
+def model_link(name: str, digest: str) -> str:
+    """A Markdown link to the logged model of a model folder, for descriptions; plain text where there is none."""
+    return f"[{name}](model:{digest})"
 
 
 @contextlib.contextmanager
@@ -197,12 +259,15 @@ def start_run(
     parent_run_id: str | None = None,
     resumed: str = "",
     tags: Mapping[str, str] | None = None,
+    description: str = "",
+    tables: Sequence[str] = (),
 ) -> Iterator[Run]:
     """Track what happens inside: configuration, snapshots, code version, system metrics, and how it ended.
 
     Under `mlflow run` (MLFLOW_RUN_ID) the run that it made is joined, and otherwise `resumed`, the id of an earlier run
     of the same work, where the store still has it. A run started inside another, or in a process
-    given `child_environment()`, is its child. An exception ends the run as FAILED with the error's line as the tag
+    given `child_environment()`, is its child. `description` as in `Run.describe`, `tables` (that the run reads) as in
+    `Run.log_release`. An exception ends the run as FAILED with the error's line as the tag
     `graftrec.error`; SIGTERM and Ctrl-C end it as KILLED.
     """
     if not config.enabled or int(os.environ.get("RANK", "0")) != 0:
@@ -216,7 +281,9 @@ def start_run(
     run.log_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "config.yaml")
     run.set_tags({f"graftrec.code.{key}": value for key, value in code_version().items()} | dict(tags or {}))
     if release is not None:
-        run.log_release(release)
+        run.log_release(release, tables=tables)
+    if description:
+        run.describe(description)
     status = "FINISHED"
     _active.append(run)
     try:
@@ -280,6 +347,8 @@ class _TrackedRun(Run):
         self._sender = _Sender(self._uri, config, self._header)
         self._outbox = Outbox(self._sender.send)
         self._ended = threading.Event()
+        self._curves: set[str] = set()
+        self._description, self._reused = "", dict[str, str]()
         self._outbox.add({"kind": "tags", "values": {}})  # makes the run
         if config.system_metrics:
             threading.Thread(target=self._watch, name="system metrics", daemon=True).start()
@@ -291,18 +360,24 @@ class _TrackedRun(Run):
         return self._sender.run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        texts = [[_name(key), cut(redact(str(value)), PARAM_CHARACTERS)] for key, value in params.items()]
+        texts = [[metric_name(key), cut(redact(str(value)), PARAM_CHARACTERS)] for key, value in params.items()]
         for start in range(0, len(texts), PARAMS_PER_BATCH):
             self._outbox.add({"kind": "params", "values": dict(texts[start : start + PARAMS_PER_BATCH])})
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int | None = None) -> None:
         now = _now()
-        values = [[_name(key), float(value), now, step or 0] for key, value in metrics.items()]
-        if values:
+        named = {metric_name(key): float(value) for key, value in metrics.items()}
+        if step is not None:
+            self._curves |= named.keys()
+        elif shared := sorted(self._curves & named.keys()):
+            warn(f"dropped {', '.join(shared)}: a value without a step has the name of a curve; give it another one")
+            named = {key: value for key, value in named.items() if key not in self._curves}
+        if named:
+            values = [[key, value, now, step or 0] for key, value in named.items()]
             self._outbox.add({"kind": "metrics", "values": values})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
-        texts = {_name(key): cut(redact(str(value)), TAG_CHARACTERS) for key, value in tags.items()}
+        texts = {metric_name(key): cut(redact(str(value)), TAG_CHARACTERS) for key, value in tags.items()}
         self._outbox.add({"kind": "tags", "values": texts})
 
     def log_figure(self, figure: "Figure", path: str) -> None:
@@ -320,13 +395,41 @@ class _TrackedRun(Run):
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         self._outbox.add({"kind": "artifact", "path": str(Path(path).absolute()), "folder": folder})
 
-    def log_release(self, release: "Release", *, context: str = "training") -> None:
-        lake = redact(release.lake)
+    def log_release(self, release: "Release", *, context: str = "training", tables: Sequence[str] = ()) -> None:
         self.log_params({"pinned.release": release.number} | {f"pinned.{k}": v for k, v in release.versions.items()})
-        tags = {"graftrec.release": release.number, "graftrec.lake": lake}
-        self.set_tags(tags | {f"graftrec.snapshot.{table}": v for table, v in release.versions.items()})
-        values = [{"table": t, "version": v, "lake": lake} for t, v in release.versions.items()]
+        self.set_tags({"graftrec.release": release.number, "graftrec.lake": redact(release.lake)})
+        read = [table for table in tables or release.versions if table in release.versions]
+        values = [snapshot(release, table) for table in read]
         self._outbox.add({"kind": "datasets", "values": values, "context": context})
+
+    def describe(self, markdown: str) -> None:
+        self._description = markdown
+        self._send_description()
+
+    def note_reused(self, name: str, run_id: str) -> None:
+        self._reused[name] = run_id
+        self.set_tags({"graftrec.reused": json.dumps(self._reused)})
+        self._send_description()
+
+    def _send_description(self) -> None:
+        links = ", ".join(run_link(name, run_id) for name, run_id in list(self._reused.items())[:REUSED_SHOWN])
+        if len(self._reused) > REUSED_SHOWN:
+            links += f" and {len(self._reused) - REUSED_SHOWN} others (tag `graftrec.reused`)"
+        parts = [self._description, f"Reused, since nothing they depend on has changed: {links}." if links else ""]
+        self._outbox.add({"kind": "description", "text": redact("\n\n".join(filter(None, parts)))})
+
+    def log_model(self, name: str, digest: str, *, kind: str = "", params: Mapping[str, Any] | None = None) -> None:
+        texts = {metric_name(key): cut(redact(str(value)), PARAM_CHARACTERS) for key, value in (params or {}).items()}
+        self._outbox.add({"kind": "model", "name": name, "hash": digest, "type": kind, "params": texts})
+        self._send_description()  # of the model too
+
+    def log_model_metrics(
+        self, digest: str, metrics: Mapping[str, float], release: "Release", table: str
+    ) -> None:  # fmt: skip
+        now = _now()
+        values = [[metric_name(k), float(v), now, 0] for k, v in metrics.items() if math.isfinite(v)]
+        dataset = snapshot(release, table)
+        self._outbox.add({"kind": "model_metrics", "hash": digest, "values": values, "dataset": dataset})
 
     def close(self, status: str) -> None:
         self._ended.set()
@@ -380,6 +483,11 @@ def _harmless(what: str) -> Iterator[None]:
         warn(f"{what}: {redact(one_line(error))}")
 
 
+def snapshot(release: "Release", table: str) -> dict[str, Any]:
+    """One table of a release: {table, version, lake}."""
+    return {"table": table, "version": release.versions.get(table, 0), "lake": redact(release.lake)}
+
+
 def _network() -> tuple[int, int]:
     counters = psutil.net_io_counters()
     return (counters.bytes_sent, counters.bytes_recv) if counters else (0, 0)
@@ -389,7 +497,8 @@ def _now() -> int:
     return int(time.time() * 1000)
 
 
-def _name(text: str) -> str:
+def metric_name(text: str) -> str:
+    """A name that MLflow takes: what it forbids becomes "_"."""
     return re.sub(r"[^\w\-. :/]", "_", text, flags=re.ASCII)
 
 
@@ -429,6 +538,7 @@ class _Sender:
         self.run_id = run_id
         self.made = threading.Event()
         self._known_params: set[str] = set()
+        self._models: list[str] = []  # ids of logged models that this run made
 
     def send(self, entry: Entry) -> None:
         """Send one entry. Raises Refused where the server says that it never will be taken."""
@@ -500,9 +610,33 @@ class _Sender:
             case "artifact":
                 self._client.log_artifact(self.run_id, entry["path"], entry["folder"] or None)
             case "datasets":
-                self._client.log_inputs(self.run_id, datasets=[_dataset(v, entry["context"]) for v in values])
+                self._client.log_inputs(self.run_id, datasets=[_dataset_input(v, entry["context"]) for v in values])
+            case "description":
+                text = cut(resolved(self._client, entry["text"], self.run_id), TAG_CHARACTERS)
+                self._client.set_tag(self.run_id, DESCRIPTION, text)
+                for model in self._models:
+                    self._client.set_logged_model_tags(model, {DESCRIPTION: text})
+            case "model":
+                self._models.append(self._log_model(entry))
+            case "model_metrics":
+                log_model_metrics(self._client, entry["hash"], values, entry["dataset"])
             case "end":
                 self._client.set_terminated(self.run_id, entry["status"], entry["time"])
+
+    def _log_model(self, entry: Entry) -> str:
+        """Make the logged model of this run, or find it where the answer got lost; gives its id."""
+        from mlflow.entities import LoggedModelOutput
+
+        made = next((m for m in models_of(self._client, entry["hash"]) if m.source_run_id == self.run_id), None)
+        if made is None:
+            made = self._client.create_logged_model(
+                self._client.get_run(self.run_id).info.experiment_id, name=_model_name(entry["name"]),
+                source_run_id=self.run_id, tags={MODEL_HASH: entry["hash"]}, params=entry["params"],
+                model_type=entry["type"] or None,
+            )  # fmt: skip
+        self._client.log_outputs(self.run_id, [LoggedModelOutput(made.model_id, 0)])
+        self._client.finalize_logged_model(made.model_id, "READY")
+        return str(made.model_id)
 
     def _send_kept(self) -> None:
         """Send what earlier processes could not. Nothing here may stop this run's own entries."""
@@ -529,18 +663,56 @@ _FINAL = {
 }  # fmt: skip
 
 
-def _dataset(value: Mapping[str, Any], context: str) -> Any:
-    """A dataset input that points to one version of one Delta table.
+def _dataset_input(value: Mapping[str, Any], context: str) -> Any:
+    from mlflow.entities import DatasetInput, InputTag
+
+    return DatasetInput(_dataset(value), [InputTag("mlflow.data.context", context)])
+
+
+def _dataset(value: Mapping[str, Any]) -> Any:
+    """A dataset that is one version of one Delta table.
 
     Made by hand: MLflow's own DeltaDatasetSource drops version 0.
     """
-    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.entities import Dataset
 
     path = f"{value['lake'].rstrip('/')}/{value['table']}"
     source = {"path": path, "delta_table_version": value["version"], "is_databricks_uc_table": False}
     digest = hashlib.sha256(f"{path}@{value['version']}".encode()).hexdigest()[:8]
-    dataset = Dataset(f"{value['table']}@{value['version']}", digest, "delta_table", json.dumps(source))
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+    return Dataset(
+        f"{value['table']}@{value['version']}",
+        digest,
+        "delta_table",
+        json.dumps(source),
+        schema=_schema(value["table"]),
+    )
+
+
+_TYPES = {
+    "string": "string",
+    "int32": "integer",
+    "int64": "long",
+    "float": "float",
+    "double": "double",
+    "bool": "boolean",
+}
+
+
+def _schema(name: str) -> str | None:
+    """The columns of a table as MLflow's page shows them; None for a table that is not of the contract."""
+    table = TABLES.get(name)
+    if table is None:
+        return None
+
+    def described(kind: pa.DataType) -> dict[str, Any]:
+        if pa.types.is_list(kind):
+            return {"type": "array", "items": described(kind.value_type)}
+        if pa.types.is_struct(kind):
+            return {"type": "object", "properties": {f.name: described(f.type) | {"required": True} for f in kind}}
+        return {"type": _TYPES.get(str(kind), "string")}
+
+    columns = [described(f.type) | {"name": f.name, "required": not f.nullable} for f in table.schema]
+    return json.dumps({"mlflow_colspec": columns})
 
 
 def end_abandoned(client: Any, experiment: str) -> int:
@@ -565,18 +737,75 @@ def end_abandoned(client: Any, experiment: str) -> int:
 
 # --- models ---------------------------------------------
 
+
+def models_of(client: Any, digest: str) -> list[Any]:
+    """Logged models of a model folder by its hash, newest first."""
+    experiments = [found.experiment_id for found in client.search_experiments(max_results=1_000)]
+    found = client.search_logged_models(experiments, filter_string=f"tags.`{MODEL_HASH}` = '{digest}'", max_results=50)
+    return sorted(found, key=lambda model: -model.creation_timestamp)
+
+
+def log_model_metrics(
+    client: Any, digest: str, values: Sequence[Sequence[Any]], dataset: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Metrics [name, value, time, step] of the newest logged model of a hash, on a snapshot {table, version, lake}; of
+    the run that trained it too. What it has already is not logged again. Nothing where there is no such model, or its
+    run is unknown."""
+    from mlflow.entities import Metric
+
+    model = next((model for model in models_of(client, digest) if model.source_run_id), None)
+    if model is None:
+        return
+    on = _dataset(dataset)
+    known = {(metric.key, metric.dataset_digest, metric.value) for metric in model.metrics or ()}
+    metrics = [
+        Metric(*value, model_id=model.model_id, dataset_name=on.name, dataset_digest=on.digest)
+        for value in values
+        if (value[0], on.digest, value[1]) not in known
+    ]
+    if metrics:
+        client.log_batch(model.source_run_id, metrics=metrics)
+
+
+def resolved(client: Any, markdown: str, run_id: str = "") -> str:
+    """Markdown with addresses that a browser knows: `model:<hash>` of a logged model (plain text where there is none),
+    `artifact:<path>` of the run."""
+    from mlflow.exceptions import MlflowException
+
+    def link(match: re.Match[str]) -> str:
+        name, digest = match.groups()
+        found = []
+        try:
+            found = models_of(client, digest)
+        except MlflowException as error:
+            if error.error_code not in _FINAL:  # else a server that knows no logged models
+                raise
+        return f"[{name}](#/experiments/{found[0].experiment_id}/models/{found[0].model_id})" if found else name
+
+    text = re.sub(r"\[([^\]]*)\]\(model:(\w+)\)", link, markdown)
+    return re.sub(r"\]\(artifact:([^)]+)\)", lambda m: f"](get-artifact?path={quote(m[1])}&run_uuid={run_id})", text)
+
+
+def _model_name(text: str) -> str:
+    return re.sub(r"[/:.%\"']", "_", text) or "model"
+
+
 _REQUIREMENTS = (  # of scoring: what trainer.serving imports
     "mlflow", "torch", "numpy", "pandas", "pyarrow", "deltalake", "scipy", "safetensors", "pydantic", "pyyaml",
     "psutil",
 )  # fmt: skip
 
 
-def pack(folder: Path, target: Path, *, artifact: str, model_id: str, run_id: str | None) -> None:
-    """Write an MLflow model around a model folder: a copy of the folder, of our sources, and no pickle.
+def pack(
+    folder: Path, target: Path, *, artifact: str, model_id: str, run_id: str | None, example: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Write an MLflow model around a model folder: a copy of the folder, of our sources, and no pickle. `example`: one
+    request, by column.
 
     The sources travel with it (`code_paths`), so that a served version runs the code that it was made by, on a machine
     that has only the packages of its requirements.txt.
     """
+    import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
     from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -607,7 +836,7 @@ def pack(folder: Path, target: Path, *, artifact: str, model_id: str, run_id: st
     save_model(
         str(target), python_model=str(root / "served.py"), artifacts={artifact: str(folder)}, signature=signature,
         code_paths=[str(root.parent / "etl"), str(root)], pip_requirements=requirements,
-        mlflow_model=Model(model_id=model_id, run_id=run_id),
+        mlflow_model=Model(model_id=model_id, run_id=run_id), input_example=pd.DataFrame([dict(example)]),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Transfer: what a model for a new domain takes from a pre-trained one (survey 4.3; DESIGN section 6).
+"""Transfer: what a model for a new domain takes from a pre-trained one (survey 4.3).
 
 =========  ====================================================================================================
 none       nothing: from scratch

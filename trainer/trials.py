@@ -17,7 +17,7 @@ import optuna
 import yaml
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from etl.config import GraftrecError
+from etl.config import GraftrecError, RunAgain
 from trainer.artifact import load_artifact
 from trainer.config import FinetuneConfig, PretrainConfig, PrunerConfig, RangeConfig, SearchConfig, load
 from trainer.data.dataset import pin
@@ -31,6 +31,10 @@ Outcome = Literal["done", "pruned", "failed"]
 
 class SearchError(GraftrecError):
     """A search that can't go on where it should, or that found nothing."""
+
+
+class SearchBusy(RunAgain, SearchError):
+    """Another process holds the search's folder."""
 
 
 @dataclass(frozen=True)

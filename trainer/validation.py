@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from etl.tables import DOMAIN_ALL
 from trainer import clicks, next_events, profiles
 from trainer.classification import AUC
 from trainer.config import (
@@ -32,7 +33,7 @@ from trainer.distributed import World
 from trainer.metrics import means
 from trainer.models import SequenceModel
 from trainer.ranking import FULL, SINGLE, HeldOut, rank, read_held_out
-from trainer.scoring import Scorer
+from trainer.scoring import Scorer, has_items
 from trainer.tasks import Click, Multi, Profile, Task, build_task
 from trainer.tasks.baskets import HEAD as NEXT_BASKET
 from trainer.tasks.click import HEAD as CLICK
@@ -209,12 +210,19 @@ def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tu
     joint split has such events in the training part. Raises ConfigError where it would ask for items that are not
     ranked.
     """
-    reads_more = config.data.answered != config.data.domain
+    data = config.data
+    reads_more = data.answered != data.domain
     held_out = read_held_out(
         release, config.data.split, config.data.domain, catalogue, "validation", times=reads_more,
         max_users=config.train.validation_users, baskets=reads_baskets(config.task),
         repeats=config.evaluation.ranks_repeats, event_types=config.data.event_types,
     )  # fmt: skip
+    if not has_items(held_out.histories).any():
+        raise ConfigError(
+            f"expected users with something to read before what split {data.split!r} holds out, found none in domain "
+            f"{data.domain!r}: its users are new there; read all domains (data.domain: {DOMAIN_ALL}, data.predicted: "
+            f"{data.answered}), or take another split"
+        )
     if not reads_more:
         return held_out, None
     among = rows_of_domain(release, catalogue, config.data.answered)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 from pyspark.sql import DataFrame, SparkSession
 
 from etl import delta
-from etl.config import EtlConfig, GraftrecError, code_version
+from etl.config import EtlConfig, GraftrecError, code_version, etl_command
 from etl.session import spark_session
 from etl.sources import Source, open_source
 from etl.tables import Table
@@ -237,7 +237,7 @@ def due(job: Job, engine: Engine) -> Run | Outcome:
         version = delta.current_version(lake, table)
         if version is None:
             raise MissingInput(
-                f"{job.name} reads the table {table.name}, which the lake {lake} lacks; run `python -m etl all` first"
+                f"{job.name} reads the table {table.name}, which the lake {lake} lacks; run {etl_command(lake)} first"
             )
         inputs[table.name] = version
     provenance = {

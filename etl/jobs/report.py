@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from etl import delta
-from etl.config import GraftrecError
+from etl.config import GraftrecError, etl_command
 from etl.datafile import DataFile
 from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, KNOWLEDGE, QUARANTINE, RELEASES, SEQUENCES, Table
 
@@ -106,7 +106,7 @@ def _rejected(lake: str, versions: dict[str, int]) -> Counter[Pair]:
 
 def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int]:
     if delta.current_version(lake, RELEASES) is None:
-        raise GraftrecError(f"the lake {lake} holds no release; run `python -m etl all --lake {lake}` first")
+        raise GraftrecError(f"the lake {lake} holds no release; run {etl_command(lake)} first")
     found: dict[int, list[dict[str, Any]]] = {}
     for batch in _batches(lake, RELEASES, delta.snapshot_files(lake, RELEASES), ["release", "tables"]):
         found |= {row["release"]: row["tables"] for row in batch.to_pylist()}

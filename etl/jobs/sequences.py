@@ -18,14 +18,31 @@ from etl.histories import Histories, Ints, Key
 from etl.jobs import touched
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
-from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, PROPERTY_BUCKETS, PROPERTY_TIME, SEQUENCES, USERS
+from etl.tables import (
+    DOMAIN_ALL,
+    DOMAINS,
+    INTERACTIONS,
+    ITEMS,
+    PROPERTY_BUCKETS,
+    PROPERTY_TIME,
+    SEQUENCES,
+    USERS,
+    cold_draw,
+)
+
+VALIDATION, TEST = 1, 2
 
 
 def rows(
     histories: Histories, *, names: Sequence[str], splits: Sequence[SplitConfig]
 ) -> Iterator[tuple[Key, pa.RecordBatch]]:
     """SEQUENCES, less its partition columns, of each split and domain. `names`: the domains, in the order of bits."""
-    cuts = {split.name: cut(histories, split, split.causal_target, names) for split in splits}
+    cold = {split.name: cold_part(histories, split, names) for split in splits if split.cold_users is not None}
+    cuts = {
+        split.name: cut(histories, split, split.causal_target, names, cold.get(split.name))
+        for split in splits
+        if split.causal_target is not None
+    }
     for number, name in enumerate(names):
         at = of_domain(histories, number)
         if not len(at):
@@ -40,9 +57,13 @@ def rows(
             if split.causal_target not in (None, name):
                 end = np.add.reduceat(at < cuts[split.name][user], np.cumsum(size) - size, dtype=np.int64)
             valid_start, test_start = _parts(end, split)
+            part = cold.get(split.name)
+            if part is not None and split.joint_target == name:
+                valid_start = np.where(part[present] > 0, 0, size)
+                test_start = np.where(part[present] == TEST, 0, size)
             own = lists
             if split.joint_target is not None and name == DOMAIN_ALL:
-                moved, valid_start, test_start, end = _joint(histories, at, size, split, names)
+                moved, valid_start, test_start, end = _joint(histories, at, size, split, names, part)
                 own = _lists(histories, moved, size)
             columns = {
                 "user": pa.array(histories.users[present], pa.int32()),
@@ -59,27 +80,60 @@ def of_domain(histories: Histories, number: int) -> npt.NDArray[np.int64]:
     return np.flatnonzero(histories.bits & np.int64(1 << number))
 
 
-def cut(histories: Histories, split: SplitConfig, target: str | None, names: Sequence[str]) -> npt.NDArray[np.int64]:
-    """The row of each user's first event that the domain `target` holds out; for users without: past the last."""
+def cut(
+    histories: Histories, split: SplitConfig, target: str | None, names: Sequence[str], cold: Ints | None = None
+) -> npt.NDArray[np.int64]:
+    """The row of each user's first event that the domain `target` holds out; for users without: past the last. `cold`:
+    see `cold_part`."""
     found = np.full(len(histories.users), len(histories.user))
     if target is None:
         return found
     at = of_domain(histories, list(names).index(target))
     size = np.bincount(histories.user[at], minlength=len(found))
+    if cold is not None:
+        held_users = np.flatnonzero(cold)
+        found[held_users] = at[(np.cumsum(size) - size)[held_users]]
+        return found
     held = split.validation + split.test
     cut_users = np.flatnonzero(size >= split.min_train + held) if held else np.zeros(0, np.int64)
     found[cut_users] = at[np.cumsum(size)[cut_users] - held]
     return found
 
 
+def cold_part(histories: Histories, split: SplitConfig, names: Sequence[str]) -> Ints:
+    """[U] which part holds a user's whole history in the joint target: 0 (trained on), VALIDATION or TEST.
+
+    Users are chosen by `tables.cold_draw` among those with `min_train` events elsewhere strictly before their first
+    event there. All others are trained on: without earlier events a user could only be shown popular items.
+    """
+    assert split.joint_target is not None
+    assert split.cold_users is not None
+    part = np.zeros(len(histories.users), np.int64)
+    at = of_domain(histories, list(names).index(split.joint_target))
+    present, first = np.unique(histories.user[at], return_index=True)
+    start = np.full(len(part), np.iinfo(np.int64).min)  # nothing is before
+    start[present] = histories.time[at[first]]
+    is_before = histories.time < start[histories.user]
+    known = np.bincount(histories.user[is_before], minlength=len(part)) >= split.min_train
+    for user in np.flatnonzero(known).tolist():
+        draw = cold_draw(histories.raw[user].as_py(), split.joint_target)
+        part[user] = TEST if draw < split.cold_users else VALIDATION if draw < 2 * split.cold_users else 0
+    return part
+
+
 def _joint(
-    histories: Histories, at: npt.NDArray[np.int64], size: Ints, split: SplitConfig, names: Sequence[str]
+    histories: Histories,
+    at: npt.NDArray[np.int64],
+    size: Ints,
+    split: SplitConfig,
+    names: Sequence[str],
+    cold: Ints | None,
 ) -> tuple[npt.NDArray[np.int64], Ints, Ints, Ints]:
     """The rows `at` of users with `size` events each: first what is trained on, then what the joint target holds out,
     then what a causal split cuts off, each in time order. And valid_start, test_start and end."""
     assert split.joint_target is not None
     user = histories.user[at]
-    is_late = at >= cut(histories, split, split.joint_target, names)[user]
+    is_late = at >= cut(histories, split, split.joint_target, names, cold)[user]
     in_target = histories.bits[at] & np.int64(1 << list(names).index(split.joint_target)) != 0
     is_held = is_late & in_target
     is_past = is_late & ~in_target & (split.causal_target is not None)
@@ -87,7 +141,10 @@ def _joint(
     held = np.add.reduceat(is_held, starts, dtype=np.int64)
     end = size - np.add.reduceat(is_past, starts, dtype=np.int64)
     order = np.lexsort((is_held + 2 * is_past, user))  # stable
-    return at[order], end - held, np.where(held > 0, end - split.test, end), end
+    test = np.minimum(held, split.test)
+    if cold is not None:
+        test = held * (cold[user[starts]] == TEST)
+    return at[order], end - held, end - test, end
 
 
 def _parts(end: Ints, split: SplitConfig) -> tuple[Ints, Ints]:
@@ -147,6 +204,11 @@ def check(config: EtlConfig) -> None:
             raise ConfigError(
                 f"splits.{split.name}: expected joint_target and causal_target to be the same domain, found {joint!r} "
                 f"and {split.causal_target!r}; make two splits"
+            )
+        if split.cold_users is not None and joint is None:
+            raise ConfigError(
+                f"splits.{split.name}.cold_users: expected a joint_target, the domain that the users are new in, found "
+                "none; name it"
             )
 
 

@@ -1,8 +1,10 @@
-"""The catalogue of the generated world: items, people, tastes, popularity, titles; O(items), the same on every worker.
+"""The catalogue of the generated world: items, people, topics, series, titles; O(items), the same on every worker.
 
-A person (director, actor) has a taste, a direction in `tastes` dimensions; an item's taste is that of its people and
-some of its own. Popularity within a domain follows Zipf's law. With `share_tastes` off, a person has another,
-independent taste in each domain, so that nothing learned about people in one domain holds in the other.
+A topic is a direction in `tastes` dimensions. A person (director, actor) works in one topic and has a taste near it; an
+item has the topic of its director, its actors work in the same one, and its taste is that of its people and some of its
+own. The parts of a series share their people. Popularity within a domain follows Zipf's law. People work in both
+domains: what is learned about them in one holds in the other, unless `share_tastes` is off, when a person has another
+topic and taste in each.
 """
 
 import functools
@@ -17,8 +19,8 @@ from etl.config import GeneratorSource
 DOMAINS = ("source", "target")
 ACTORS = 3
 _OWN_SHARE = 0.15  # of an item's taste that its people don't explain
-_CELLS = 1_024  # at most, of items near each other in taste
-_CELL_ITEMS = 12
+_PERSON_SHARE = 0.5  # of a person's taste that the topic doesn't explain
+_SERIES = (2, 4)  # parts, least and most
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -30,23 +32,27 @@ class Shelf:
 
     items: Ints  # [V] index in the catalogue
     taste_VK: Floats  # unit vectors
+    topic_V: Ints
     log_popularity_V: Floats
     cumulative_V: npt.NDArray[np.float64]  # popularity, up to 1
-    cell_V: Ints  # the cell of items near in taste that an item is in
-    cell_start: Ints  # [cells + 1] into cell_items
-    cell_items: Ints  # [V] positions on this shelf, cell by cell
+    sequel_V: Ints  # the position of the series' next part; -1: none
+    begins_V: npt.NDArray[np.bool_]  # no later part of a series
 
 
 @dataclass(frozen=True)
 class World:
-    """`V` items; people 0 … directors - 1 direct, the others act."""
+    """`V` items, `Z` topics; people 0 … directors - 1 direct, the others act."""
 
     domain_V: Ints  # 0 source, 1 target
     director_V: Ints
     actors_VA: Ints
     taste_VK: Floats
+    topic_V: Ints
+    first_V: Ints  # the first part of the item's series; itself, where it is in none
+    part_V: Ints  # from 0
     year_V: Ints
     word_VW: Ints
+    topic_ZK: Floats  # unit vectors
     shelves: tuple[Shelf, Shelf]
 
 
@@ -55,26 +61,38 @@ def world(config: GeneratorSource) -> World:
     """The catalogue of a configuration; kept by each worker process."""
     draw = generator(config.seed, 0, 0)
     num_items, num_tastes = config.items, config.tastes
-    num_directors = max(1, config.people // 4)
     num_target = min(max(1, round(num_items * config.target_share)), num_items - 1)
     domain = np.zeros(num_items, np.int64)
     domain[draw.permutation(num_items)[:num_target]] = 1
-    director = draw.integers(0, num_directors, num_items)
-    actors = _distinct(draw, num_items, config.people - num_directors) + num_directors
-    person_DPK = unit(draw.standard_normal((2, config.people, num_tastes)))
+    first, part = _series(draw, domain, config.series_share)
+    num_directors = max(1, config.people // 4)
+    director = draw.integers(0, num_directors, num_items)[first]
+    num_topics = config.topics if (config.people - num_directors) // config.topics >= ACTORS else 1
+    actors = _actors(draw, director, config.people - num_directors, num_topics)[first] + num_directors
+    topic_ZK = unit(draw.standard_normal((config.topics, num_tastes)))
+    topic_DP = np.stack([np.r_[np.arange(num_directors), np.arange(config.people - num_directors)]] * 2) % config.topics
+    own_DPK = unit(draw.standard_normal((2, config.people, num_tastes)))
     if config.share_tastes:
-        person_DPK[1] = person_DPK[0]
+        own_DPK[1] = own_DPK[0]
+    else:
+        topic_DP[1] = draw.permutation(config.topics)[topic_DP[1]]
+    person_DPK = np.sqrt(1 - _PERSON_SHARE) * topic_ZK[topic_DP] + np.sqrt(_PERSON_SHARE) * own_DPK
     cast = person_DPK[domain, director] * 1.5 + person_DPK[domain[:, None], actors].sum(axis=1)
     own = unit(draw.standard_normal((num_items, num_tastes)))
     taste = unit(np.sqrt(1 - _OWN_SHARE) * unit(cast) + np.sqrt(_OWN_SHARE) * own).astype(np.float32)
-    shelves = [_shelf(draw, np.flatnonzero(domain == number), taste, config) for number in range(2)]
+    topic = topic_DP[domain, director]
+    shelves = [_shelf(draw, np.flatnonzero(domain == n), taste, topic, first, part, config) for n in range(2)]
     return World(
         domain_V=domain,
         director_V=director,
         actors_VA=actors,
         taste_VK=taste,
-        year_V=draw.integers(1970, 2020, num_items),
+        topic_V=topic,
+        first_V=first,
+        part_V=part,
+        year_V=draw.integers(1970, 2015, num_items)[first] + 2 * part,
         word_VW=draw.integers(0, 1 << 30, (num_items, 2)),
+        topic_ZK=topic_ZK.astype(np.float32),
         shelves=(shelves[0], shelves[1]),
     )
 
@@ -91,50 +109,67 @@ def person_name(number: int) -> str:
 
 
 def title(place: World, item: int) -> str:
-    """A title of its own, whose words tell the item's two strongest tastes: "Silent River 17"."""
-    strongest = np.argsort(-np.abs(place.taste_VK[item]))[:2]
+    """A title of its own, whose words tell the item's two strongest tastes: "Silent River 17"; a series has one title
+    with the number of the part: "Silent River 17, part 2"."""
+    first, part = int(place.first_V[item]), int(place.part_V[item])
+    strongest = np.argsort(-np.abs(place.taste_VK[first]))[:2]
     words = []
     for vocabulary, dimension in zip((_ADJECTIVES, _NOUNS), [*strongest, *strongest][:2], strict=True):
-        side = int(place.taste_VK[item, dimension] > 0)
+        side = int(place.taste_VK[first, dimension] > 0)
         words.append(vocabulary[(2 * int(dimension) + side) % len(vocabulary)])
-    return f"{' '.join(words)} {item}"
+    return f"{' '.join(words)} {first}" + (f", part {part + 1}" if part else "")
 
 
 def categories(place: World, item: int) -> list[str]:
-    """The item's domain, and a genre by its strongest taste."""
-    return [DOMAINS[place.domain_V[item]], f"genre-{int(np.argmax(np.abs(place.taste_VK[item])))}"]
+    """The item's domain, and its topic as a genre."""
+    return [DOMAINS[place.domain_V[item]], f"genre-{place.topic_V[item]}"]
 
 
-def _shelf(draw: np.random.Generator, items: Ints, taste: Floats, config: GeneratorSource) -> Shelf:
+def _series(draw: np.random.Generator, domain: Ints, share: float) -> tuple[Ints, Ints]:
+    """[V] the first part of each item's series, and [V] which part it is; series lie within a domain."""
+    first, part = np.arange(len(domain)), np.zeros(len(domain), np.int64)
+    for number in range(2):
+        items = draw.permutation(np.flatnonzero(domain == number))
+        items = items[: int(share * len(items))]
+        lengths = draw.integers(_SERIES[0], _SERIES[1] + 1, len(items))
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        which = np.searchsorted(starts, np.arange(len(items)), side="right") - 1
+        first[items] = items[starts[which]] if len(items) else items
+        part[items] = np.arange(len(items)) - starts[which]
+    return first, part
+
+
+def _actors(draw: np.random.Generator, director: Ints, num_actors: int, num_topics: int) -> Ints:
+    """[V, ACTORS] of the director's topic (a number modulo `num_topics`)."""
+    topic = director % num_topics
+    size = (num_actors - 1 - topic) // num_topics + 1  # actors of the topic
+    first = (draw.random((len(director), 1)) * size[:, None]).astype(np.int64)
+    most = np.maximum((size - 1) // ACTORS, 1)
+    gaps = 1 + (draw.random((len(director), ACTORS - 1)) * most[:, None]).astype(np.int64)
+    places = np.concatenate([first, first + gaps.cumsum(axis=1)], axis=1) % size[:, None]
+    return places * num_topics + topic[:, None]
+
+
+def _shelf(
+    draw: np.random.Generator, items: Ints, taste: Floats, topic: Ints, first: Ints, part: Ints, config: GeneratorSource
+) -> Shelf:
     items = draw.permutation(items)
     popularity = np.arange(1, len(items) + 1, dtype=np.float64) ** -config.popularity_exponent
     cumulative = np.cumsum(popularity) / popularity.sum()
     cumulative[-1] = 1.0
-    num_cells = min(max(1, len(items) // _CELL_ITEMS), _CELLS)
-    centres = taste[items[draw.permutation(len(items))[:num_cells]]]
-    cell = np.concatenate(
-        [np.argmax(np.einsum("vk,ck->vc", taste[part], centres), axis=1) for part in _parts(items, 1 << 14)]
-    )
+    by_part = np.lexsort((part[items], first[items]))
+    sequel = np.full(len(items), -1)
+    follows = first[items[by_part[1:]]] == first[items[by_part[:-1]]]
+    sequel[by_part[:-1][follows]] = by_part[1:][follows]
     return Shelf(
         items=items,
         taste_VK=taste[items],
+        topic_V=topic[items],
         log_popularity_V=np.log(popularity).astype(np.float32),
         cumulative_V=cumulative,
-        cell_V=cell,
-        cell_start=np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=num_cells))]),
-        cell_items=np.argsort(cell, kind="stable"),
+        sequel_V=sequel,
+        begins_V=part[items] == 0,
     )
-
-
-def _parts(items: Ints, size: int) -> list[Ints]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _distinct(draw: np.random.Generator, rows: int, people: int) -> Ints:
-    """[rows, ACTORS] people, distinct within a row where there are enough."""
-    first = draw.integers(0, people, (rows, 1))
-    steps = 1 + draw.integers(0, max(1, (people - 1) // ACTORS), (rows, ACTORS - 1)).cumsum(axis=1)
-    return np.concatenate([first, (first + steps + np.arange(ACTORS - 1)) % people], axis=1)
 
 
 def unit(vectors: npt.NDArray[Any]) -> npt.NDArray[Any]:

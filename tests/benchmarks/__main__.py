@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks bench|gpu|peers|growth [--only NAME…] [--data FOLDER] [--work FOLDER]``.
+"""``python -m tests.benchmarks bench|gpu|peers|growth|demo [--only NAME…] [--data FOLDER] [--work FOLDER]``.
 
 Each benchmark is a module of this package with ``measure(report, options)``, which prints tables and holds bars.
 """
@@ -16,6 +16,7 @@ SUITES = {
     "bench": ("stream", "train_small", "train_survey", "threads", "catalogue", "score", "patches"),
     "gpu": ("train_gpu",),
     "peers": ("peers_stream", "peers_train", "peers_score", "peers_etl"),
+    "demo": ("demo",),
     "growth": ("growth", "new_day", "heavy_user"),
 }
 _PACKAGES = ("torch", "pyspark", "pysail", "pyarrow", "deltalake", "polars", "duckdb", "numpy")
@@ -24,23 +25,26 @@ _PACKAGES = ("torch", "pyspark", "pysail", "pyarrow", "deltalake", "polars", "du
 @dataclass(frozen=True)
 class Options:
     """`data`: a folder of MovieLens-1M (ratings.dat) or None: a generated log of its shape; `work`: where benchmarks
-    put their lakes and peers' environments, kept between runs."""
+    put their lakes and peers' environments, kept between runs; `only`: of the suite `demo`, beginnings of runs' names
+    (seed-0, null, statistics), all where empty."""
 
     data: Path | None
     work: Path
+    only: tuple[str, ...] = ()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", choices=SUITES)
-    parser.add_argument("--only", nargs="*", help="some of the suite's benchmarks")
+    parser.add_argument("--only", nargs="*", help="some of the suite's benchmarks, or of the demo's runs")
     parser.add_argument("--data", type=Path, default=None, help="a folder of MovieLens-1M")
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="scratch space, kept between runs")
     given = parser.parse_args()
-    chosen = [name for name in SUITES[given.suite] if not given.only or name in given.only]
+    only = tuple(given.only or ())
+    chosen = [name for name in SUITES[given.suite] if not only or name in only or given.suite == "demo"]
     if not chosen:
         parser.error(f"--only: expected some of {', '.join(SUITES[given.suite])}")
-    options = Options(given.data, given.work.absolute())
+    options = Options(given.data, given.work.absolute(), only)
     options.work.mkdir(parents=True, exist_ok=True)
     report = Report(given.suite)
     report.say(f"# {given.suite}\n\n{machine(_PACKAGES)}")

@@ -3,7 +3,7 @@
 Steps (forward, backward, clipping, AdamW) of the demo's model and of a larger one, in fp32. The numbers of threads take
 turns within a process, every other round backwards, and are compared round by round, so that other work on the machine
 slows all of them alike; the default is one of these numbers. The neighbour is a process that counts, tied to each core
-that training may use. The bars: beside neighbours the default does at least 0.8 of what one thread does; on quiet cores,
+that training may use. Bars: beside neighbours the default does at least 0.8 of what one thread does; on quiet cores,
 at least 0.95 of what the best number of threads does; on all cores, and on one.
 """
 

@@ -95,6 +95,7 @@ def _log(folder: Path) -> dict[str, Any]:
         "splits": [
             {"name": "last-2", "validation": 1, "test": 1},
             {"name": "causal", "validation": 1, "test": 1, "causal_target": "comedy"},
+            {"name": "cold", "cold_users": 0.3, "joint_target": "comedy", "causal_target": "comedy"},
         ],
         "negatives": {"protocols": ["uniform-100", "popular-100", "top-100"]},
         "buckets": 3,
@@ -176,6 +177,8 @@ def test_sail_leaves_what_spark_leaves(tmp_path: Path, spark: SparkSession) -> N
     assert len(_rows(tmp_path / "sail", QUARANTINE)) == 6
     _assert_same(tmp_path / "spark", tmp_path / "sail")
     _assert_layout(tmp_path / "sail")
+    cold = pl.read_delta(str(tmp_path / "sail" / "sequences")).filter(split="cold", domain="comedy", valid_start=0)
+    assert set(cold["test_start"] == 0) == {True, False}  # users held out for test, and for validation
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Sequences, hold-outs and baskets against hand-made ones, and against plain loops over a random log."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from etl.delta import data_files
 from etl.jobs import baskets, sequences
 from etl.jobs.job import Engine, Outcome, Run, due
 from etl.lake import snapshot_files
-from etl.tables import BASKETS, FIRST_INDEX, INTERACTIONS, SEQUENCES, USERS, Table, bucket_of
+from etl.tables import BASKETS, FIRST_INDEX, INTERACTIONS, SEQUENCES, USERS, Table, bucket_of, cold_draw
 from etl.tables import DOMAINS as DOMAINS_TABLE
 from etl.tables import ITEMS as ITEMS_TABLE
 
@@ -164,6 +165,58 @@ def test_joint_split_moves_what_the_target_holds_out_to_the_end_of_all(tmp_path:
         assert found["joint", domain, user] == found["last-2", domain, user]
 
 
+COLD_NAMES = ("u4", "u22", "u0")  # of which `cold_draw` gives 0.03, 0.15 and 0.36 in the domain `target`
+COLD = SplitConfig(name="cold", validation=1, test=1, cold_users=0.1, joint_target="target", causal_target="target")
+
+
+def test_cold_users_hold_out_their_whole_target_history(tmp_path: Path) -> None:
+    tested, validated, trained = COLD_NAMES
+    log = [(user, item, time) for user in COLD_NAMES for item, time in
+           [("a", 1), ("b", 2), ("c", 3), ("a", 4), ("d", 5), ("b", 6), ("b", 7)]]  # fmt: skip
+    users = dict.fromkeys(COLD_NAMES, True)
+    whole = COLD.model_copy(update={"name": "cold-whole", "causal_target": None})
+    found = _sequences(tmp_path, log, [COLD, whole], users)
+    index = {name: FIRST_INDEX + place for place, name in enumerate(users)}
+    for split in ("cold", "cold-whole"):
+        assert _offsets(found[split, "target", index[tested]]) == (0, 0, 2)
+        assert _offsets(found[split, "target", index[validated]]) == (0, 2, 2)
+        assert _offsets(found[split, "target", index[trained]]) == (2, 2, 2)
+    row = found["cold", "all", index[tested]]
+    assert (row["items"], row["times"], _offsets(row)) == ([A, B, C, D, A, B, B], [1, 2, 3, 5, 4, 6, 7], (2, 2, 4))
+    row = found["cold", "all", index[validated]]
+    assert (row["items"], _offsets(row)) == ([A, B, C, D, A, B, B], (2, 4, 4))
+    row = found["cold", "all", index[trained]]
+    assert (row["items"], _offsets(row)) == ([A, B, C, A, D, B, B], (7, 7, 7))
+    row = found["cold-whole", "all", index[tested]]
+    assert (row["items"], _offsets(row)) == ([A, B, A, B, B, C, D], (5, 5, 7))
+    # The source holds out its last items, of cold users among those before the first target event.
+    assert _offsets(found["cold", "source", index[tested]]) == (2, 2, 2)
+    assert _offsets(found["cold", "source", index[trained]]) == (3, 4, 5)
+    assert _offsets(found["cold-whole", "source", index[tested]]) == (3, 4, 5)
+
+
+@pytest.mark.parametrize("first", [("c", 1), ("c", 2)])
+def test_a_user_without_earlier_events_elsewhere_is_not_held_out(tmp_path: Path, first: tuple[str, int]) -> None:
+    """Also where the only event elsewhere has the very time of the first target event."""
+    user = COLD_NAMES[0]
+    log = [(user, "a", 2), (user, *first), (user, "d", 5)]
+    found = _sequences(tmp_path, log, [COLD], {user: True})
+    assert _offsets(found["cold", "target", FIRST_INDEX]) == (2, 2, 2)
+    assert _offsets(found["cold", "all", FIRST_INDEX]) == (3, 3, 3)
+
+
+def test_cold_draws_are_fixed_uniform_and_independent_of_domain_and_bucket() -> None:
+    names = [f"u{number}" for number in range(20_000)]
+    draws = np.array([[cold_draw(name, domain) for domain in ("target", "books")] for name in names])
+    # The held-out users of a lake may never change.
+    assert cold_draw("u0", "target") == pytest.approx(0.36426415549212643, abs=1e-15)
+    assert np.abs(np.histogram(draws[:, 0], 20, (0, 1))[0] / 1_000 - 1).max() < 0.15
+    cold = draws < 0.1
+    assert abs(cold.all(1).mean() - 0.01) < 0.003
+    buckets = np.array([bucket_of(name, 4) for name in names])
+    assert np.abs([cold[buckets == bucket, 0].mean() - 0.1 for bucket in range(4)]).max() < 0.02
+
+
 def test_baskets_are_in_order_with_the_last_held_out(tmp_path: Path) -> None:
     log = [
         ("u", "a", 1, None, None, "k"), ("u", "c", 1, None, None, "k"), ("u", "b", 2, None, None, "k"),
@@ -258,15 +311,28 @@ def _histories(log: Sequence[tuple[Any, ...]], users: Mapping[str, bool], most: 
     return {index: sorted(events, key=lambda event: event[:2])[-most:] for index, events in found.items()}
 
 
-def _first_held_out(events: Sequence[Any], split: SplitConfig) -> Any:
+def _is_cold(events: Sequence[Any], split: SplitConfig, user: str) -> str:
+    """The part that holds out the whole history of a user in the joint target; "" for none."""
+    own = [event for event in events if event[2] in DOMAINS[split.joint_target or ""]]
+    if split.cold_users is None or not own or sum(event[0] < own[0][0] for event in events) < split.min_train:
+        return ""
+    digest = hashlib.blake2b(f"{split.joint_target}/{user}".encode(), digest_size=8).hexdigest()
+    share = int(digest, 16) / 16**16
+    return "test" if share < split.cold_users else "validation" if share < 2 * split.cold_users else ""
+
+
+def _first_held_out(events: Sequence[Any], split: SplitConfig, cold: str) -> Any:
+    if split.cold_users is not None:
+        own = [event for event in events if event[2] in DOMAINS[split.joint_target or ""]]
+        return own[0] if cold else None
     own = [event for event in events if event[2] in DOMAINS[split.causal_target or split.joint_target or "all"]]
     held = split.validation + split.test
     return own[-held] if held and len(own) >= split.min_train + held else None
 
 
-def _joint(history: list[Any], split: SplitConfig) -> tuple[list[Any], int, int]:
+def _joint(history: list[Any], split: SplitConfig, cold: str) -> tuple[list[Any], int, int]:
     """A user's events as a joint split has them in the domain `all`, its end, and how many are held out."""
-    first = _first_held_out(history, split)
+    first = _first_held_out(history, split, cold)
     late = [event for event in history if first is not None and event[:2] >= first[:2]]
     held = [event for event in late if event[2] in DOMAINS[split.joint_target or ""]]
     past = [event for event in late if event not in held] if split.causal_target else []
@@ -278,13 +344,18 @@ def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], mos
     expected = {}
     for index, history in _histories(log, users, most).items():
         for split, (domain, inside) in itertools.product(splits, DOMAINS.items()):
+            cold = _is_cold(history, split, list(users)[index - FIRST_INDEX]) if split.cold_users else ""
             own = [event for event in history if event[2] in inside]
             end = len(own)
-            if split.causal_target not in (None, domain) and (first := _first_held_out(history, split)):
+            if split.causal_target not in (None, domain) and (first := _first_held_out(history, split, cold)):
                 end = sum(event[:2] < first[:2] for event in own)
             num_held = split.validation + split.test if end >= split.min_train + split.validation + split.test else 0
             if split.joint_target and domain == "all":
-                own, end, num_held = _joint(history, split)
+                own, end, num_held = _joint(history, split, cold)
+            num_test = split.test if num_held else 0
+            if split.cold_users and domain in ("all", split.joint_target):
+                num_held = sum(event[2] in DOMAINS[split.joint_target or ""] for event in own) if cold else 0
+                num_test = num_held if cold == "test" else 0
             if own:
                 expected[split.name, domain, index] = {
                     "user": index,
@@ -293,7 +364,7 @@ def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], mos
                     "event_types": [event[3] for event in own] if any(event[3] is not None for event in own) else None,
                     "values": [event[4] for event in own] if any(event[4] is not None for event in own) else None,
                     "valid_start": end - num_held,
-                    "test_start": end - split.test if num_held else end,
+                    "test_start": end - num_test,
                     "end": end,
                 }
     return expected
@@ -303,10 +374,10 @@ def _expected_baskets(log: Any, users: Any, splits: Sequence[SplitConfig], most:
     expected: dict[Any, Any] = {}
     for index, history in _histories(log, users, most).items():
         for split, (domain, inside) in itertools.product(splits, DOMAINS.items()):
-            if split.joint_target and domain == "all":
+            if split.cold_users or (split.joint_target and domain == "all"):
                 continue
             own = [event for event in history if event[2] in inside and event[5] is not None]
-            if split.causal_target not in (None, domain) and (first := _first_held_out(history, split)):
+            if split.causal_target not in (None, domain) and (first := _first_held_out(history, split, "")):
                 own = [event for event in own if event[0] < first[0]]
             lists: dict[str, list[Any]] = {}
             for event in own:
@@ -332,8 +403,11 @@ SPLITS = (
     SplitConfig(name="joint", validation=2, test=1, joint_target="target"),
     SplitConfig(name="joint-causal", validation=1, test=2, joint_target="source", causal_target="source"),
     SplitConfig(name="joint-none", validation=0, test=0, joint_target="target"),
+    SplitConfig(name="cold-users", cold_users=0.3, joint_target="target", causal_target="target"),
+    SplitConfig(name="cold-source", cold_users=0.4, joint_target="source", min_train=2, validation=1, test=1),
 )
-DAYS_SPLITS = (SplitConfig(name="a-joint", joint_target="target"), LAST, CAUSAL)  # a joint row comes first in a lake
+EAGER = SplitConfig(name="cold", cold_users=0.3, joint_target="target", causal_target="target")
+DAYS_SPLITS = (SplitConfig(name="a-joint", joint_target="target"), EAGER, LAST, CAUSAL)  # a joint row comes first
 
 
 @pytest.mark.parametrize("most", [1_000, 9])
@@ -482,6 +556,7 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
         ((SplitConfig(joint_target="all"),), "joint_target.*'all'"),
         ((SplitConfig(joint_target="all", causal_target="target"),), "joint_target"),
         ((SplitConfig(joint_target="target", causal_target="all"),), "same domain"),
+        ((SplitConfig(cold_users=0.1),), "cold_users: expected a joint_target"),
     ]:
         with pytest.raises(ConfigError, match=message):
             sequences.check(config(*splits))

@@ -164,7 +164,7 @@ MISTAKES: dict[str, tuple[dict[str, bytes], list[str], str]] = {
     "not text": ({"days/a.csv": "user,item,ts\n".encode("utf-16")}, [], "UTF-16"),
     "no such setting": ({}, ["--kcore.minimum", "3"], "kcore.minimum"),
     "no such job": ({}, ["--job", "itemz"], "expected all, report or a job"),
-    "no input": ({}, ["--job", "items"], "run `python -m etl all` first"),
+    "no input": ({}, ["--job", "items"], "run `python -m etl all --config "),
     "no release": ({}, ["--job", "report"], "holds no release"),
     "domain twice": ({}, ["--domains", "[{name: a}, {name: a}]"], "different names"),
     "lake is a file": ({"lake": b"x"}, [], "found a file"),

@@ -68,7 +68,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_tables(tmp_path: Path
 
 
 def _report(lake: Path, *options: str) -> Report:
-    assert main(["all", "--lake", str(lake), "--spark.master", "local[2]", *options]) == 0
+    assert main(["all", "--config", "etl/demo", "--lake", str(lake), "--spark.master", "local[2]", *options]) == 0
     return make_report(str(lake))
 
 

@@ -119,7 +119,7 @@ def test_only_the_rows_asked_for_are_trained() -> None:
         "bert4rec-deep-next_item-plain-4",
     ]
     assert {row.id for row in rows if not row.reason} == {wanted}
-    assert list(experiment._holes(rows)) == []  # not asked for is no failure
+    assert list(experiment._missing(rows)) == []  # not asked for is no failure
 
 
 def test_a_searchs_winners_are_for_the_rows_of_their_transfer(tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_a_cell_that_fails_is_a_hole_and_the_others_go_on(lake: str, tmp_path: P
     assert process.wait() == 1
     told = (tmp_path / "log").read_text()
     assert "Traceback" not in told
-    assert re.search(r"hole     bert4rec/deep/next_item/plain, seed 0: .*\n", told)
+    assert re.search(r"missing  bert4rec/deep/next_item/plain, seed 0: .*\n", told)
     rows = {row["id"]: row for row in results_in(tmp_path)["rows"]}
     assert (rows["bert4rec/none/-/plain"]["status"], rows["joint/bert4rec/plain"]["status"]) == ("missing", "done")
     reason = rows["bert4rec/none/-/plain"]["reason"]

@@ -62,7 +62,11 @@ def test_gate_takes_its_thresholds_from_its_yaml(name: str) -> None:
 def test_each_training_has_a_folder_of_its_own() -> None:
     config, planned = pipeline.plan(shop("music", "films", targets="[music, films]"))
     cells, of_target = pipeline.cells_of(config, planned, 1)
-    assert len({cell.folder for cell in cells}) == len(cells) == 1 + 2 * len(config.seeds) * (len(config.transfers) + 1)
+    assert (
+        len({cell.folder for cell in cells})
+        == len(cells)
+        == 1 + 2 * (len(config.seeds) * (len(config.transfers) + 1) + 1)
+    )
     deep = of_target["films"]["deep", 2]
     assert (deep.config.train.seed, deep.config.transfer, deep.config.data.domain) == (2, "deep", "films")
     assert deep.parent is of_target["music"]["shallow", 0].parent is cells[0]
@@ -92,7 +96,7 @@ def shop(*targets_of_log: str, targets: str = "[]", source: str = "books") -> Pi
     """A log with these domains beside `books`; none at all where none are named."""
     names = ["books", *targets_of_log] if targets_of_log else []
     domains = str([{"name": name, "any_of": [name]} for name in names])
-    return demo("--etl.domains", domains, "--targets", targets, "--pretrain.data.domain", source)
+    return demo("--etl.domains", domains, "--targets", targets, "--source", source)
 
 
 def test_without_domains_one_model_of_the_whole_log_is_trained() -> None:
@@ -115,7 +119,7 @@ def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scra
         (lambda: shop("music", targets="[musik]"), r"targets: .*books, music, all.* found musik"),
         (
             lambda: shop("music", targets="[music]", source="book"),
-            r"pretrain\.data\.domain: .*books, music.* found 'book'",
+            r"source: .*books, music.* found 'book'",
         ),
         (lambda: shop("music", targets="[music, books]"), r"targets: expected domains other than 'books'"),
         (lambda: shop("music"), r"targets: .*found target"),
@@ -271,11 +275,10 @@ def write_shop(folder: Path, *, users: int = 300) -> None:
     domains = [{"name": name, "any_of": [name]} for name in DEPARTMENTS]
     etl = {"lake": "lake", "source": source, "domains": domains, "spark": {"engine": "sail"}}
     (folder / "etl.yaml").write_text(json.dumps(etl))
-    data = {"domain": "books"}
-    pretrain = {"data": data, "model": "demo", "task": "masked_item", "train": {"epochs": 3, "learning_rate": 0.003}}
+    pretrain = {"model": "demo", "task": "masked_item", "train": {"epochs": 3, "learning_rate": 0.003}}
     settings = {
         "name": "shop", "registered_model": "shop", "runs": "runs", "etl": str(folder / "etl.yaml"),
-        "pretrain": pretrain, "finetune": pretrain | {"data": {"domain": "music"}}, "promote": "default",
+        "pretrain": pretrain, "finetune": pretrain, "promote": "default", "source": "books",
         "transfers": ["none", "patch"], "seeds": [0, 1], "targets": ["music", "films"],
     }  # fmt: skip
     (folder / "shop.yaml").write_text(json.dumps(settings))
@@ -296,7 +299,7 @@ def test_two_targets_one_domain_and_none_each_keep_their_own(tmp_path: Path) -> 
     assert done.returncode in (0, 3), done.stdout + done.stderr  # three epochs show nothing to speak of
     assert "Traceback" not in done.stderr
     first = models_in(tmp_path / "runs")
-    assert len(first) == 1 + 2 * 2 * 3
+    assert len(first) == 1 + 2 * (2 * 3 + 1)
     registered = names_of_versions(tmp_path)
     assert {name for name in registered if name.endswith(("music", "films"))} == {"shop-music", "shop-films"}
     for domain in ("music", "films"):

@@ -29,8 +29,9 @@ def popularity_of(lake, domain="target", split="last-5"):
 
 
 def write_model(
-    folder, lake, *, skill=0.0, domain="target", split="last-5", seed=0, transfer="none", poison=False, noise=1.0
-):
+    folder, lake, *, skill=0.0, domain="target", predicted=None, split="last-5", seed=0, transfer="none", poison=False,
+    noise=1.0,
+):  # fmt: skip
     """A model whose scores are `noise` plus `skill` times the popularity's logarithm. Returns its folder."""
     release = pin(lake, None)
     catalogue = read_catalogue(release, domain)
@@ -38,7 +39,7 @@ def write_model(
         {
             "name": Path(folder).name,
             "model": MODEL,
-            "data": {"lake": lake, "domain": domain, "split": split},
+            "data": {"lake": lake, "domain": domain, "predicted": predicted, "split": split},
             "train": {"seed": seed},
             "transfer": transfer,
         }

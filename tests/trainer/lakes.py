@@ -5,7 +5,7 @@ import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
 
 from etl import tables
-from etl.tables import FIRST_INDEX, TABLES, bucket_of
+from etl.tables import FIRST_INDEX, TABLES, bucket_of, cold_draw
 
 NUM_USERS, NUM_SOURCE, NUM_TARGET, NUM_TASTES = 60, 24, 16, 4
 NUM_DROPPED = 2  # items that k-core drops: in the vocabulary and in their domain, never in a sequence
@@ -20,7 +20,8 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS, d
     Every user has a source sequence, and the attributes `taste` (of four, that of the sequences where it is shared) and
     `born` (1991 for two of 60); user 0 has no target item and users 1 to 5 too few for a hold-out. Items are
     distinct within a user; times are distinct, the two domains meet in time. Splits `last-5`, `causal`, and `joint-5`,
-    in which the domain `all` holds out what the target does. Release 1. `described`: an item's first category is its
+    in which the domain `all` holds out what the target does; `cold-users` holds out the whole target history of two
+    fifths of the users, half of them for test. Release 1. `described`: an item's first category is its
     taste, and events have values: 5 where that is the user's, else 2, none for each seventh item; and kinds: "buy" for
     two in three of the items of the user's taste, "look" for others, none for each eleventh, or for user 9.
     """
@@ -74,7 +75,7 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS, d
         if i["index"] % 7  # some items without metadata
     ])  # fmt: skip
     sequences, negatives = [], []
-    for split in ("last-5", "causal", "joint-5"):
+    for split in ("last-5", "causal", "joint-5", "cold-users"):
         for user, log in zip(users, logs, strict=True):
             rows = _sequences(split, user, log, items)
             if described:
@@ -136,6 +137,8 @@ def _sequences(split, user, log, items):
     rows = []
     target = [(i, t) for i, t in zip(*log, strict=True) if domain_of[i] == "target"]
     first_held_out = target[-5][1] if len(target) > 5 else None
+    if split == "cold-users":
+        return _cold_sequences(user, list(zip(*log, strict=True)), target, domain_of)
     for domain in DOMAINS:
         own = [(i, t) for i, t in zip(*log, strict=True) if domain in (domain_of[i], "all")]
         if split == "causal" and domain != "target" and first_held_out is not None:
@@ -151,6 +154,27 @@ def _sequences(split, user, log, items):
             "split": split, "domain": domain, "bucket": bucket_of(user["raw"], BUCKETS), "user": user["index"],
             "items": [i for i, _ in own], "times": [t for _, t in own], "event_types": None, "values": None,
             "valid_start": end - 5 if held_out else end, "test_start": end - 3 if held_out else end, "end": end,
+        })  # fmt: skip
+    return rows
+
+
+def _cold_sequences(user, log, target, domain_of):
+    draw = cold_draw(user["raw"], "target")
+    cold = draw < 0.4 and len(target) > 0 and target[0] != log[0]
+    before = [event for event in log if not cold or event[1] < target[0][1]]
+    rows = []
+    for domain in DOMAINS:
+        own = [event for event in before if domain in (domain_of[event[0]], "all")]
+        held = target if cold and domain != "source" else []
+        end = len(own) + len(held)
+        if not end:
+            continue
+        valid_start = end - 5 if domain == "source" and end > 5 else len(own)
+        test_start = end - 3 if domain == "source" and end > 5 else len(own) if draw < 0.2 else end
+        rows.append({
+            "split": "cold-users", "domain": domain, "bucket": bucket_of(user["raw"], BUCKETS), "user": user["index"],
+            "items": [i for i, _ in own + held], "times": [t for _, t in own + held], "event_types": None,
+            "values": None, "valid_start": valid_start, "test_start": test_start, "end": end,
         })  # fmt: skip
     return rows
 

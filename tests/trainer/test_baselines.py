@@ -1,12 +1,13 @@
 """The simple baselines on logs small enough to check by hand, and against a brute-force cosine."""
 
 import math
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 import torch
 
-from trainer.baselines import Histories, item_to_item, merge, popularity
+from trainer.baselines import Histories, item_to_item, merge, popularity, transitions
 
 
 def histories(sequences, *, users=None, times=None):
@@ -165,6 +166,72 @@ def test_item_to_item_over_all_domains_carries_taste_to_a_new_user_of_the_target
     both = item_to_item(merge(target, source), 14, towards=candidates)
     newcomer = histories([[10], [13]], times=[[1], [1]])
     assert both.score(newcomer, candidates).topk(2).indices.sort().values.tolist() == [[0, 1], [2, 3]]
+
+
+# --- transitions ---------------------------------------------------------------------------------------------------
+
+
+def followers(sequences, steps, decay):
+    """Pairs counted one by one: (i, j) -> how often j follows i."""
+    counts = defaultdict(float)
+    for items in sequences:
+        for place, before in enumerate(items):
+            for distance, after in enumerate(items[place + 1 : place + 1 + steps]):
+                counts[before, after] += decay**distance
+    return counts
+
+
+def test_transitions_by_hand():
+    # 0 → 1 twice; 0 → 2 once over one step and once over two; 1 → 2 once. Popularity 2, 2, 3: of 3 nobody knows.
+    train = histories([[0, 1, 2], [0, 2], [2, 0, 1]])
+    scores = transitions(train, 4, steps=2, decay=0.5).score(histories([[0], [0, 1], [3], []]), np.array([0, 1, 2, 3]))
+    expected = [
+        [0, 2 / math.sqrt(2), (1 + 1 / 2) / math.sqrt(3), 0],
+        [0, 1 / 2 * 2 / math.sqrt(2), (1 + 1 / 2 * (1 + 1 / 2)) / math.sqrt(3), 0],
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
+    np.testing.assert_allclose(scores.numpy(), expected, atol=2e-6)
+
+
+def test_transitions_know_the_direction():
+    train = histories([[0, 1]] * 5)
+    scores = transitions(train, 2).score(histories([[0], [1]]), np.array([0, 1]))
+    np.testing.assert_allclose(scores.numpy(), [[0, math.sqrt(5)], [0, 0]], atol=2e-6)
+
+
+@pytest.mark.parametrize("per_block", [1, 40, 1 << 22])
+@pytest.mark.parametrize(("steps", "decay"), [(1, 1.0), (3, 0.5), (8, 0.8), (8, 1.0)])
+def test_transitions_equal_pairs_counted_one_by_one(steps, decay, per_block, monkeypatch):
+    monkeypatch.setattr("trainer.baselines.PAIRS_PER_BLOCK", per_block)
+    rng = np.random.default_rng(1)
+    log, asked = random_log(rng, 40, 12, 20), random_log(rng, 15, 12, 20)
+    counts, popular = followers(log, steps, decay), Counter(item for items in log for item in items)
+    candidates = np.array([11, 3, 0, 7])
+    for towards in (None, candidates):
+        model = transitions(histories(log), 12, steps=steps, decay=decay, towards=towards)
+        scores = model.score(histories(asked), candidates)
+        for user, items in enumerate(asked):
+            newest_first = items[::-1][:steps]
+            for column, candidate in enumerate(candidates.tolist()):
+                total = sum(decay**age * counts[item, candidate] for age, item in enumerate(newest_first))
+                expected = total / math.sqrt(popular[candidate])
+                assert scores[user, column] == pytest.approx(expected, rel=1e-5, abs=2e-6)
+
+
+def test_transitions_keep_the_largest_neighbours():
+    rng = np.random.default_rng(3)
+    log = random_log(rng, 80, 15, 20)
+    every = transitions(histories(log), 15).similarity.toarray()
+    kept = transitions(histories(log), 15, neighbours=4).similarity.toarray()
+    for item in range(15):
+        np.testing.assert_allclose(np.sort(kept[item])[-4:], np.sort(every[item])[-4:])
+        assert np.count_nonzero(kept[item]) == 4
+
+
+def test_transitions_of_nothing_score_nothing():
+    scores = transitions(histories([]), 3).score(histories([[0], []]), np.arange(3))
+    assert scores.tolist() == [[0, 0, 0]] * 2
 
 
 def test_scoring_in_batches_changes_nothing():

@@ -155,6 +155,7 @@ def test_baselines_of_a_lone_domain_have_no_other_to_read(tiny_lake):
         "popularity",
         "item-to-item",
         "item-to-item, decayed",
+        "transitions",
     ]
 
 

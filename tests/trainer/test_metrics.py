@@ -9,6 +9,7 @@ import pytest
 import torch
 from dense import rank_targets, rank_targets_among
 
+from trainer import metrics as metrics_module
 from trainer.metrics import KS, MISSED, PADDED, means, metrics_from_ranks
 
 
@@ -181,6 +182,22 @@ def test_metrics_with_more_held_out_items_than_k_can_reach_one():
     metrics = metrics_from_ranks(torch.arange(1, 13)[None])
     for name, values in metrics.items():
         np.testing.assert_allclose(values, 1, rtol=1e-12, err_msg=name)
+
+
+def test_many_held_out_items_are_compared_some_users_at_a_time(monkeypatch):
+    rng = np.random.default_rng(3)
+    targets, scores = ragged(rng, 40, 60, 12), torch.from_numpy(rng.integers(0, 30, (40, 60)) / 30)
+
+    def measured():
+        ranks = rank_targets(scores, targets)
+        return ranks, metrics_from_ranks(ranks, convention="single")
+
+    whole, expected = measured()
+    monkeypatch.setattr(metrics_module, "PAIRS_AT_ONCE", 1_000)  # six users
+    ranks, found = measured()
+    assert torch.equal(ranks, whole)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
 
 
 def test_metrics_of_a_user_without_held_out_items_are_left_out_of_the_mean():

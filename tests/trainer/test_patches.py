@@ -138,7 +138,7 @@ def test_small_versions_name_their_parent_and_are_picked_by_domain(made, store):
         store.delete(backbone.number)
 
     asked = RecommendConfig(registered_model="patched", model=str(backbone.number), domain="target")
-    folder, label = recommend._model(asked)
+    folder, label, _ = recommend._model(asked, asked.model)
     assert (artifact_hash(folder), label) == (versions["target"].hash, versions["target"].label)
 
     from trainer import served  # as MLflow runs it
@@ -172,7 +172,7 @@ def test_targets_of_a_family_share_their_parent_and_answer_for_each_other(made, 
         of["source"].delete(backbone.number)
 
     asked = RecommendConfig(registered_model="shop-target", model="champion", domain="all")
-    folder, label = recommend._model(asked)
+    folder, label, _ = recommend._model(asked, asked.model)
     assert (artifact_hash(folder), label) == (versions["all"].hash, "shop-all/1")
 
     from trainer import served  # as MLflow runs it

@@ -11,13 +11,16 @@ from matplotlib.figure import Figure
 from trainer.pictures import (
     COLOURS,
     FAINT,
+    MUTED,
     Curve,
     Gain,
+    Score,
     Tried,
     curve_panels,
     gain_panels,
     learning_curves,
     popularity_long_tail,
+    score_overview,
     search_progress,
     sequence_lengths,
     slice_panels,
@@ -118,11 +121,62 @@ def test_transfer_gains_shows_intervals_and_what_holds_zero():
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["deep", "shallow", "popularity"]
     assert axes.yaxis_inverted(), "the first row is on top"
-    assert texts(axes) == ["+0.045  (+34 %)", "+0.002", "−0.050"]
+    assert texts(axes) == ["+0.045  (+34 %)", "+0.002", "-0.050"]
     intervals = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linewidth() > 2]
     assert [list(ends) for ends in intervals] == [[0.038, 0.052], [-0.003, 0.007], [-0.06, -0.04]]
     faces = [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"]
     assert [face == "white" for face in faces] == [False, True, False]
+
+
+def test_baselines_look_unlike_models_and_stand_below_them():
+    rows = [Gain("popularity", 0.1, 0.05, 0.15, is_baseline=True), Gain("deep", -0.02, -0.03, -0.01)]
+    figure = transfer_gains(rows)
+    render(figure)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["deep", "popularity"]
+    assert texts(axes) == ["-0.020", "+0.100"]
+    points = [line for line in axes.lines if line.get_marker() in "oD"]
+    assert [(point.get_marker(), point.get_color()) for point in points] == [("o", COLOURS[1]), ("D", MUTED)]
+    assert [label.get_fontstyle() for label in axes.get_yticklabels()] == ["normal", "italic"]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-3, 0.05, 0.2])
+@pytest.mark.parametrize("name", ["deep", "item-to-item over the last items of all domains, decayed"])
+def test_tick_labels_of_gains_do_not_run_together(scale, name):
+    rows = [Gain(name, scale, 0.3 * scale, 1.7 * scale, "+18 %, p 0.032"), Gain("none", -scale, -2 * scale, 0)]
+    check_ticks(transfer_gains(rows))
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (20, 60), (1, 90), (1, 3_000), (3, 4_000_000), (7, 8)])
+@pytest.mark.parametrize("items", [1, 2, 30, 4_000])
+def test_tick_labels_of_popularity_do_not_run_together(low, high, items):
+    rng = np.random.default_rng(0)
+    check_ticks(popularity_long_tail({"all": rng.integers(low, high, items), "target": np.full(items, high)}))
+
+
+def check_ticks(figure):
+    """Labels of an axis are apart, without an exponent, and with the minus sign of the tables."""
+    renderer = render(figure)
+    for axes in figure.axes:
+        for axis, ends in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            ticks = [*zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)]
+            ticks += zip(axis.get_minorticklocs(), axis.get_minorticklabels(), strict=True)
+            shown = [label for place, label in ticks if min(ends) <= place <= max(ends) and label.get_text()]
+            assert not [label.get_text() for label in shown if set("−$×") & set(label.get_text())]
+            boxes = [label.get_window_extent(renderer).padded(2) for label in shown]
+            assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_score_overview_shows_means_seeds_and_baselines():
+    rows = [Score("popularity", 7.7, is_baseline=True), Score("deep", 20.5, (20.0, 21.0)), Score("one seed", 19, (19,))]
+    figure = score_overview(rows)
+    render(figure)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["deep", "one seed", "popularity"]
+    assert texts(axes) == ["20.50", "19.00", "7.70"]
+    seeds = [list(line.get_xdata()) for line in axes.lines if line.get_markersize() == 3]
+    assert seeds == [[20.0, 21.0]]
+    assert [line.get_color() for line in axes.lines if line.get_marker() == "D"] == [MUTED]
 
 
 def test_sequence_lengths_counts_every_user_once():
@@ -186,7 +240,7 @@ def test_gain_panels_share_an_axis_and_keep_a_groups_rows_together():
     one, two = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "two"]
     assert one.get_xlim() == two.get_xlim()
-    assert texts(one) == ["+1.50", "−1.00"]
+    assert texts(one) == ["+1.50", "-1.00"]
     assert texts(two) == ["its note"]
     assert [dot.get_markerfacecolor() == "white" for dot in dots(one)] == [False, True]
     heights = [one.transData.transform((0, place))[1] for place in range(2)] + [two.transData.transform((0, 0))[1]]
@@ -225,7 +279,14 @@ def test_slice_panels_put_the_series_of_a_slice_beside_each_other():
 
 
 @pytest.mark.parametrize(
-    "figure", [gain_panels({}), gain_panels({"a": []}), curve_panels({}, names=[]), slice_panels({}, names=[])]
+    "figure",
+    [
+        score_overview([]),
+        gain_panels({}),
+        gain_panels({"a": []}),
+        curve_panels({}, names=[]),
+        slice_panels({}, names=[]),
+    ],
 )
 def test_panels_of_nothing(figure):
     render(figure)

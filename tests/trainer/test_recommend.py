@@ -71,7 +71,11 @@ def histories_of(lake, domain="target"):
 
 
 def test_every_user_gets_what_the_served_model_answers(done):
+    """Users who are new in the domain get what a request without a history gets."""
     found, histories = rows_of(done.lake), histories_of(done.lake)
+    strangers = histories_of(done.lake, "all").keys() - histories.keys()
+    assert strangers == {"u000"}
+    histories |= {user: [] for user in strangers}
     assert found.keys() == histories.keys()
     server = Recommender(load_artifact(done.folder), "graftrec/1")
     answers = server.answer([Request(items, user) for user, items in histories.items()], k=4)
@@ -95,7 +99,7 @@ def test_rows_say_where_they_come_from(done):
 def test_the_run_is_tracked_with_its_speed(done):
     found = runs_of(done.store)["recommend"]
     assert found.data.tags["graftrec.model_version"] == "graftrec/1"
-    assert found.data.metrics["users"] == len(histories_of(done.lake))
+    assert found.data.metrics["users"] == len(histories_of(done.lake, "all"))
     assert found.data.metrics["users_per_second"] > 0
     assert done.result.rows == found.data.metrics["rows"] == sum(map(len, rows_of(done.lake).values()))
 
@@ -163,18 +167,18 @@ def test_unknown_and_missing_items_are_no_obstacle(done):
     beyond = int(index.max()) + 1_000
     batch = pa.RecordBatch.from_arrays(
         [
-            pa.array(["a", "b", "c"]),
-            pa.array([7, 10_000, UNK], pa.int32()),
-            pa.array([0, 1, 0], pa.int32()),
-            pa.array([[beyond], [int(index[6]), beyond, int(index[9])], []], pa.list_(pa.int32())),
+            pa.array(["a", "b", "c", "d"]),
+            pa.array([7, 10_000, UNK, 8], pa.int32()),
+            pa.array([0, 1, 0, 1], pa.int32()),
+            pa.array([[beyond], [int(index[6]), beyond, int(index[9])], [], None], pa.list_(pa.int32())),
         ],
         names=["raw", "index", "bucket", "items"],
     )
-    settings = {"count": None, "k": 3, "batch_size": 2, "domain": "d", "label": "l", "release": 9}
-    settings["model"] = str(done.folder)
+    settings = {"count": None, "k": 3, "batch_size": 2, "domain": "d", "release": 9}
+    settings["models"] = [(str(done.folder), "l")]
     rows = pa.Table.from_batches(recommend._score_batches(iter([batch]), **settings)).to_pylist()
     popular = sorted(range(5, len(catalogue)), key=lambda row: (-artifact.popularity[row], row))[:3]
-    for user in "ac":
+    for user in "acd":
         assert [row["item"] for row in rows if row["user"] == user] == [catalogue.raw_ids[row] for row in popular]
     own = [row["item"] for row in rows if row["user"] == "b"]
     assert len(own) == 3
@@ -194,7 +198,7 @@ def test_scoring_is_the_same_whatever_the_batches(done):
         ],
         names=["raw", "index", "bucket", "items"],
     )
-    settings = {"model": str(done.folder), "count": None, "k": 4, "domain": "d", "label": "l", "release": 1}
+    settings = {"models": [(str(done.folder), "l")], "count": None, "k": 4, "domain": "d", "release": 1}
 
     def scored(batches, batch_size):
         tables = pa.Table.from_batches(recommend._score_batches(iter(batches), batch_size=batch_size, **settings))
@@ -205,6 +209,23 @@ def test_scoring_is_the_same_whatever_the_batches(done):
     assert {key: item for key, (item, _) in one.items()} == {key: item for key, (item, _) in other.items()}
     scores = [[by_rank[key][1] for key in one] for by_rank in (one, other)]
     assert scores[0] == alike(scores[1], done.folder)
+
+
+def test_a_model_folder_replaces_no_registered_versions_rows_unless_told_to(done):
+    lake = str(done.root / "replaced")
+    shutil.copytree(done.lake, lake)
+    folders = [write_model(done.root / f"other-{seed}", lake, seed=seed) for seed in (8, 9)]
+    with pytest.raises(GraftrecError, match=r"found those of graftrec/1 at .*--replace true") as raised:
+        recommend.run(config(lake, model=folders[0]))
+    assert raised.value.exit_code == 2
+    assert "\n" not in str(raised.value)
+    assert rows_of(lake) == rows_of(done.lake)
+    labels = [f"unregistered/{load_artifact(folder).hash[:12]}" for folder in folders]
+    assert recommend.run(config(lake, model=folders[0], replace=True)).by_model == {labels[0]: 60}
+    assert recommend.run(config(lake, model=folders[1])).by_model == {labels[1]: 60}  # over rows of a folder
+    assert recommend.run(config(lake)).by_model == {"graftrec/1": 60}
+    with pytest.raises(GraftrecError, match="graftrec/1"):  # also what the table has held before
+        recommend.run(config(lake, model=folders[1]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The registry: versions, aliases, what may be deleted, and one promoter at a time."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import yaml
 from folders import write_model
 from stores import enter_store
 
+from trainer import tracking
 from trainer.artifact import artifact_hash, load_artifact
-from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, TAG_KIND, TAG_PARENT, Registry, _ServerLock
+from trainer.config import PretrainConfig, TrackingConfig
+from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, TAG_KIND, TAG_PARENT, Registry, _ServerLock, audit_trail
 from trainer.tracking import TrackingError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,6 +67,51 @@ def test_a_version_is_code_and_json_with_a_signature_over_raw_ids(store, models)
     assert described["flavors"]["python_function"]["loader_module"] == "mlflow.pyfunc.loaders.code_model"
     assert '"name": "items"' in described["signature"]["inputs"]
     assert '"string"' in described["signature"]["inputs"]
+
+
+def test_a_version_is_of_the_logged_model_of_its_run_and_says_what_it_is(store, models):
+    quiet = TrackingConfig(system_metrics=False, close_seconds=60)
+    with tracking.start_run(quiet, name="trains", resolved=PretrainConfig()) as run:
+        run.log_model("trains", artifact_hash(models[0]))
+        trained = run.id
+    shop, other = Registry("shop"), Registry("other")
+    version, again = shop.register(models[0]), other.register(models[0])
+    client = tracking.connect()
+    first, second = (
+        client.get_model_version(one.name, "1").source.removeprefix("models:/") for one in (version, again)
+    )
+    assert (version.run_id, again.run_id) == (trained, trained)
+    assert client.get_logged_model(first).name == "trains"
+    assert first != second  # files of a version stay as they are
+    assert json.loads(client.get_logged_model(first).tags[tracking.VERSIONS]) == [{"name": "shop", "version": "1"}]
+    assert version.description.startswith("bert4rec, transfer none, predicts target, NDCG@10 0.1000.\n")
+    assert f"/models/{first})" in version.description
+    assert "domain target" in client.get_registered_model("shop").description
+    packed = shop.folder(version).parent.parent
+    example = json.loads((packed / "input_example.json").read_text())
+    assert len(example["data"][0][example["columns"].index("items")]) == 3
+    assert not [tag for tag in version.tags if "metric" in tag]
+
+
+def test_a_part_of_a_description_is_replaced_and_the_rest_stays(store, models):
+    registry = Registry()
+    number = registry.register(models[0]).number
+    before = registry.version("1").description
+    for text in ("Refused.", "Passed."):
+        registry.describe(number, "### Gate", text)
+    assert registry.version("1").description == f"{before}\n\n### Gate\n\nPassed."
+
+
+def test_the_audit_trail_keeps_all_entries_whatever_a_tag_holds(store, models, monkeypatch):
+    monkeypatch.setattr("trainer.registry.AUDIT_CHARACTERS", 100)
+    registry = Registry()
+    number = registry.register(models[0]).number
+    entries = [{"action": "refused", "n": n, "text": "é" * n} for n in range(0, 120, 10)]
+    for entry in entries:
+        registry.audit(number, entry)
+    version = registry.version("1")
+    assert audit_trail(version) == entries
+    assert len([tag for tag in version.tags if tag.startswith("graftrec.audit")]) > 2
 
 
 def test_crowning_moves_the_old_champion_to_previous(store, models):

@@ -160,7 +160,7 @@ def test_the_page_is_whole_and_needs_nothing_else(written):
 def test_pictures_take_the_ink_of_the_page(written):
     page, _, _ = written
     inline = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(inline) == 4 + 1 + 2, "gains by protocol and convention, by length, curves by model"
+    assert len(inline) == 1 + 4 + 1 + 2, "overview, gains by protocol and convention, by length, curves by model"
     assert all("var(--ink)" in svg and "#333333" not in svg for svg in inline)
 
 
@@ -169,9 +169,9 @@ def test_markdown_says_the_same_and_its_pictures_are_there(written):
     for heading in re.findall(r"<h[23]>(.*?)</h[23]>", page):
         assert f"## {html.unescape(heading)}" in text.replace("\\", "")
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert len(pictures) == 7
+    assert len(pictures) == 8
     assert all((folder / name).read_text().startswith("<svg") for name in pictures)
-    numbers = re.compile(r"[+−]?\d+\.\d\d")
+    numbers = re.compile(r"[+-]?\d+\.\d\d")
     bare = re.sub(r"<svg.*?</svg>|<style>.*?</style>", "", page, flags=re.DOTALL)
     assert sorted(numbers.findall(re.sub("<[^>]*>", " ", bare))) == sorted(numbers.findall(text))
 
@@ -266,7 +266,65 @@ def curve(*scores):
     return [{"epoch": n, "loss": 1.0, "validation": score} for n, score in enumerate(scores, 1)]
 
 
-def test_holes_are_named_and_not_filled(tmp_path):
+def test_the_first_line_says_what_the_report_is_about(small_results, tmp_path):
+    results = copy.deepcopy(small_results)
+    results["data"] |= {"dataset": "The log in shop/logs", "held_out": 3}
+    page = write(results, tmp_path).read_text(encoding="utf-8")
+    assert re.findall("<p.*?</p>", page)[0] == (
+        f'<p class="lead">The log in shop/logs. From domain src to tgt: the 3 held-out items of {len(LENGTHS)} users '
+        "(split last-5, test part) ranked among all items that the user has not had. All 12 runs done: 4 rows, 3 "
+        "seeds.</p>"
+    )
+    body = page[page.index("<body>") :]
+    assert body.index("<svg") < body.index("<h2>"), "one picture comes before every section"
+    results["rows"] = [one | {"transfer": "none"} for one in results["rows"]]
+    results["data"] |= {"held_out": 1, "target_domain": "all"}
+    assert '<p class="lead">The log in shop/logs. On domain all: the 1 held-out item of' in (
+        write(results, tmp_path).read_text(encoding="utf-8")
+    )
+
+
+def test_seeds_that_are_missing_are_counted_and_listed_last(small_results, tmp_path):
+    results = copy.deepcopy(small_results)
+    for one in results["rows"]:
+        one["seeds"] = one["seeds"][:1]
+    results["rows"].append(
+        copy.deepcopy(results["rows"][1])
+        | {"id": "x", "status": "missing", "seeds": [], "metrics": {}, "reason": "not asked for (`rows`)"}
+    )
+    text = write(results, tmp_path).with_suffix(".md").read_text(encoding="utf-8")
+    assert "4 of 12 runs done, none of seeds 2, 3; the end of this page lists what is missing" in text
+    assert re.findall("^## (.*)$", text, re.MULTILINE)[-1] == "Missing runs"
+    assert "- No seed 2, 3 (4 rows): BERT4Rec, from scratch; " in text
+    assert "With one seed they and the verdicts speak of users only" in text
+
+
+def test_page_pictures_and_tables_have_one_minus_sign(written):
+    page, text, folder = written
+    everything = [page, text, *(path.read_text(encoding="utf-8") for path in folder.glob("*.svg"))]
+    assert not any("−" in one or "&#8722;" in one for one in everything)
+    assert re.search(r"-\d\.\d\d", text)
+
+
+def test_a_gain_that_rounds_to_zero_has_no_sign():
+    assert [report._points(value) for value in (0.00004, -0.00004, 0.0, 0.01, -0.01)] == [
+        "0.00", "0.00", "0.00", "+1.00", "-1.00",
+    ]  # fmt: skip
+
+
+def test_the_overview_shows_the_best_of_many_rows(written, results):
+    """The best of each model, task and transfer, and two baselines at most."""
+    alt = "![NDCG@10 of the best rows and of simple baselines, full, list](report-overview.svg)"
+    assert alt in written[1]
+    shown = report._Report(results)._overview()
+    assert len(shown) == report.OVERVIEW_ROWS - 3 + 1, "2 models by 3 transfers, a joint model, an extra; a baseline"
+    means = [one.mean for one in shown if not one.is_baseline]
+    assert means == sorted(means, reverse=True)
+    assert sum(one.is_baseline for one in shown) == 1
+    assert all(len(one.seeds) == 3 for one in shown if not one.is_baseline)
+
+
+def test_missing_runs_are_named_and_not_filled(tmp_path):
     rows = whole_grid()
     gone = "bert4rec/deep/next_item/plain"
     rows = [
@@ -276,11 +334,11 @@ def test_holes_are_named_and_not_filled(tmp_path):
     rows[0] = rows[0] | {"seeds": [{"seed": 1}, {"seed": 3}]}
     page = write(results_of(rows, protocols=["full"]), tmp_path).read_text(encoding="utf-8")
     parsed(page)
-    assert "BERT4Rec, deep, next item: loss of seed 2 &lt;became&gt; NaN" in page
-    assert "BERT4Rec, from scratch: no seed 2" in page
+    assert "Loss of seed 2 &lt;became&gt; NaN (1 row): BERT4Rec, deep, next item" in page
+    assert "No seed 2 (1 row): BERT4Rec, from scratch" in page
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     deep = next(row for row in table_under(text, "## Table 2") if row[0] == "deep, next item")
-    assert [cell.split()[0] for cell in deep[1:]] == ["hole"] * 5
+    assert [cell.split()[0] for cell in deep[1:]] == ["missing"] * 5
     assert "7 of 8 pairs" in text
 
 
@@ -344,9 +402,9 @@ def test_other_files_are_refused_in_one_line(content, tmp_path, capsys):
     path = tmp_path / "results.json"
     if content is not None:
         path.write_text(content)
-    assert main([str(path), "--folder", str(tmp_path / "page")]) == 1
+    assert main([str(path), "--folder", str(tmp_path / "page")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("graftrec: expected")
+    assert error.startswith("report: expected")
     assert error.count("\n") == 1
     assert not (tmp_path / "page").exists()
 

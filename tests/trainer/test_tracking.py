@@ -84,7 +84,7 @@ def test_run_holds_settings_snapshots_curves_and_pictures(store):
     assert params["task.loss.kind"] == "full"
     assert params["model.knowledge.actor"] == "3"
     assert (params["pinned.release"], params["pinned.sequences"]) == ("7", "0")
-    assert (tags["graftrec.release"], tags["graftrec.snapshot.items"], tags["kind"]) == ("7", "3", "test")
+    assert (tags["graftrec.release"], params["pinned.items"], tags["kind"]) == ("7", "3", "test")
     assert len(tags["graftrec.code.sources"]) == 16
     losses = client.get_metric_history(run_id, "loss")
     assert [(m.step, m.value) for m in sorted(losses, key=lambda m: m.step)] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
@@ -98,6 +98,74 @@ def test_run_holds_settings_snapshots_curves_and_pictures(store):
     written = Path(found.info.artifact_uri.removeprefix("file://"))
     assert (written / "kept" / "weights.bin").read_bytes() == b"1"
     assert (written / "pictures" / "empty.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_value_without_a_step_never_joins_a_curve(store, capfd):
+    with start_run(QUIET, name="curve", resolved=PretrainConfig()) as run:
+        for epoch in (1, 2):
+            run.log_metrics({"validation/NDCG@10": epoch / 10}, step=epoch)
+        run.log_metrics({"validation/NDCG@10": 0.2, "best/NDCG@10": 0.2})
+        run_id = run.id
+    client = client_of(store)
+    assert sorted(m.step for m in client.get_metric_history(run_id, "validation/NDCG_10")) == [1, 2]
+    assert [(m.step, m.value) for m in client.get_metric_history(run_id, "best/NDCG_10")] == [(0, 0.2)]
+    assert "dropped validation/NDCG_10: a value without a step" in capfd.readouterr().err
+
+
+def test_experiments_are_of_model_training_also_where_others_made_them(store):
+    client = client_of(store)
+    client.create_experiment("graftrec", artifact_location=(store / "mlartifacts").as_uri())
+    for name in ("graftrec", "made"):
+        config = TrackingConfig(experiment=name, system_metrics=False)
+        with start_run(config, name="one", resolved=PretrainConfig()):
+            pass
+        found = client.get_experiment_by_name(name)
+        assert found.tags["mlflow.experimentKind"] == "custom_model_development"
+        assert (tracking.DESCRIPTION in found.tags) == (name == "made")  # what others wrote stays
+
+
+def test_a_description_links_models_pictures_and_the_runs_that_were_reused(store):
+    with start_run(QUIET, name="parent", resolved=PretrainConfig(), description="Pre-trains.") as parent:
+        parent.log_model("some/name.1", "a" * 32, kind="bert4rec", params={"seed": 3})
+    with start_run(QUIET, name="child", resolved=PretrainConfig()) as run:
+        tracking.note_reused("pretrain-0", parent.id)
+        links = f"{tracking.model_link('parent', 'a' * 32)}, {tracking.model_link('nobody', 'b' * 32)}"
+        run.describe(f"Of {links}.\n\n![gains](artifact:pictures/my gains.png)")
+        run_id = run.id
+    found = runs_of(store)
+    (model,) = tracking.models_of(client_of(store), "a" * 32)
+    assert (model.name, model.source_run_id, model.status.name) == ("some_name_1", parent.id, "READY")
+    assert (model.params, model.model_type) == ({"seed": "3"}, "bert4rec")
+    assert model.tags[tracking.DESCRIPTION] == found["parent"].data.tags[tracking.DESCRIPTION] == "Pre-trains."
+    assert [output.model_id for output in found["parent"].outputs.model_outputs] == [model.model_id]
+    assert found["child"].data.tags[tracking.DESCRIPTION] == (
+        f"Of [parent](#/experiments/{model.experiment_id}/models/{model.model_id}), nobody.\n\n"
+        f"![gains](get-artifact?path=pictures/my%20gains.png&run_uuid={run_id})\n\n"
+        f"Reused, since nothing they depend on has changed: [pretrain-0](#/runs/{parent.id})."
+    )
+    assert found["child"].data.tags["graftrec.reused"] == f'{{"pretrain-0": "{parent.id}"}}'
+
+
+def test_metrics_of_a_model_are_of_a_snapshot_and_logged_once(store):
+    release = Release("lake", 4, {"sequences": 0, "items": 2})
+    with start_run(QUIET, name="trained", resolved=PretrainConfig(), release=release, tables=["sequences"]) as run:
+        run.log_model("trained", "c" * 32)
+        run.log_model_metrics("c" * 32, {"best/NDCG@10": 0.25, "best/loss": float("nan")}, release, "sequences")
+        trained = run.id
+    for _ in range(2):
+        with start_run(QUIET, name="evaluated", resolved=PretrainConfig()) as run:
+            run.log_model_metrics("c" * 32, {"test/full/NDCG@10": 0.5}, release, "sequences")
+            run.log_model_metrics("d" * 32, {"test/full/NDCG@10": 0.5}, release, "sequences")
+    (model,) = tracking.models_of(client_of(store), "c" * 32)
+    dataset = runs_of(store)["trained"].inputs.dataset_inputs[0].dataset
+    assert [i.dataset.name for i in runs_of(store)["trained"].inputs.dataset_inputs] == ["sequences@0"]
+    assert '"name": "user"' in dataset.schema
+    assert sorted((m.key, m.value, m.dataset_name, m.dataset_digest, m.run_id) for m in model.metrics) == [
+        ("best/NDCG_10", 0.25, "sequences@0", dataset.digest, trained),
+        ("test/full/NDCG_10", 0.5, "sequences@0", dataset.digest, trained),
+    ]
+    metrics = runs_of(store)["trained"].data.metrics  # so that runs can be sorted by them
+    assert (metrics["best/NDCG_10"], metrics["test/full/NDCG_10"]) == (0.25, 0.5)
 
 
 def test_logged_configuration_composes_again(store):
@@ -256,6 +324,10 @@ def test_other_ranks_and_disabled_tracking_touch_nothing(tmp_path, monkeypatch, 
         run.log_text("a", "a.txt")
         run.log_artifact("missing")
         run.log_release(Release("lake", 1, {}))
+        run.describe("a")
+        run.note_reused("a", "b")
+        run.log_model("a", "b")
+        run.log_model_metrics("b", {"a": 1.0}, Release("lake", 1, {}), "items")
         assert run.id == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -374,12 +446,23 @@ def test_answers_that_get_lost_duplicate_nothing(store, monkeypatch):
             run.log_metrics({"loss": float(step)}, step=step)
         run.set_tags({"a": "b"})
         run.log_text("once", "note.txt")
-    assert lost >= {"metrics", "params", "tags", "artifact", "datasets", "end"}
+        run.describe("Once.")
+        run.log_model("once", "e" * 32)
+        run.log_model_metrics("e" * 32, {"best/NDCG@10": 0.5}, Release("lake", 1, {"items": 2}), "items")
+    assert lost >= {
+        "metrics", "params", "tags", "artifact", "datasets", "description", "model", "model_metrics", "end"
+    }  # fmt: skip
+    (model,) = tracking.models_of(client_of(store), "e" * 32)
+    assert len(model.metrics) == len(found_outputs(store)) == 1
     found = runs_of(store)
     assert list(found) == ["lossy"]
     assert found["lossy"].info.status == "FINISHED"
     assert len(client_of(store).get_metric_history(found["lossy"].info.run_id, "loss")) == 20
     assert len(found["lossy"].inputs.dataset_inputs) == 1
+
+
+def found_outputs(folder):
+    return runs_of(folder)["lossy"].outputs.model_outputs
 
 
 def test_a_full_disk_stops_no_training(store, monkeypatch, capfd):

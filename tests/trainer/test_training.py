@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from folders import write_model
 from safetensors.torch import load_file
+from stores import enter_store, runs_of
 
 from etl.config import load
-from trainer import checkpoint
+from trainer import checkpoint, tracking
 from trainer.artifact import ArtifactError, load_artifact
 from trainer.baselines import Histories
 from trainer.checkpoint import Checkpoint
 from trainer.config import FinetuneConfig, PretrainConfig, TrainConfig
 from trainer.finetune import run as finetune
+from trainer.finetune import seen_by_parent
 from trainer.loop import NonFiniteLoss, learning_rate
 from trainer.pretrain import RunError
 from trainer.pretrain import run as pretrain
@@ -152,6 +155,25 @@ def test_unchanged_run_is_not_done_again_and_a_changed_one_is(tiny_lake, tmp_pat
     assert not pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, train={"epochs": 1, "seed": 1})).reused
 
 
+def test_no_curve_of_a_tracked_run_begins_with_its_best(tiny_lake, tmp_path, monkeypatch):
+    enter_store(tmp_path / "store", monkeypatch)
+    on = {"enabled": True, "system_metrics": False}
+    result = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="tracked", tracking=on))
+    run = runs_of(tmp_path / "store")["tracked"]
+    client = tracking.connect()
+    curves = [name for name in run.data.metrics if name.startswith(("validation/", "train/"))]
+    assert len(curves) > 5
+    for name in curves:
+        assert sorted(point.step for point in client.get_metric_history(result.run_id, name)) == [1, 2, 3], name
+    assert run.data.metrics["best/NDCG_10"] == result.metrics["validation/NDCG@10"]
+    assert not [name for name in run.data.metrics if name.startswith("parameters")]
+    assert int(run.data.params["parameters.total"]) > 0
+    assert run.data.tags[tracking.DESCRIPTION].startswith(f"Validation NDCG@10 {run.data.metrics['best/NDCG_10']:.4f} ")
+    (model,) = tracking.models_of(client, run.data.tags["graftrec.model_hash"])
+    assert {metric.dataset_name for metric in model.metrics} == {"sequences@0"}
+    assert pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="tracked", tracking=on)).run_id == result.run_id
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(tiny_lake, tmp_path):
     config = tiny(PretrainConfig, tmp_path, tiny_lake, train={"learning_rate": 1e30, "epochs": 3})
     with pytest.raises(NonFiniteLoss, match=r"at epoch \d+, step \d+: the batch of \d+ users"):
@@ -225,6 +247,33 @@ def test_frozen_groups_do_not_move_and_the_others_do(tiny_lake, tmp_path, uninte
     assert all(name.startswith(("entity_embedding", "position_embedding", "head")) for name in moved)
     assert after.parent == before.hash
     assert after.metrics["pretrain_seconds"] == before.metrics["seconds"]
+
+
+def test_fine_tuning_on_the_parents_own_domain_is_noted_at_the_start(tiny_lake, tmp_path, uninterrupted, capsys):
+    settings = {"transfer": "deep", "parent": str(uninterrupted / "model"), "train": {"epochs": 1, "min_epochs": 0}}
+    own = load_artifact(uninterrupted / "model").config.data
+    finetune(tiny(FinetuneConfig, tmp_path, tiny_lake, **settings, data={"domain": own.domain}))
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("note: ")
+    assert f"fine-tunes on domain {own.domain}, on which its parent {uninterrupted / 'model'} was trained" in first
+    assert first.endswith(f"(release 1, split {own.split})")
+    finetune(tiny(FinetuneConfig, tmp_path, tiny_lake, name="target", **settings, data={"domain": "target"}))
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_a_parent_trained_on_another_split_may_have_seen_what_is_held_out(tiny_lake, tmp_path):
+    parent = load_artifact(write_model(tmp_path / "parent", tiny_lake, domain="target"))
+    config = FinetuneConfig.model_validate({"data": {"lake": tiny_lake, "domain": "target", "split": "causal"}})
+    assert "what split causal holds out may have been in its training" in seen_by_parent(config, parent)
+    elsewhere = config.model_copy(update={"data": config.data.model_copy(update={"lake": "another"})})
+    assert seen_by_parent(elsewhere, parent) == ""
+
+
+def test_bars_are_for_terminals_only(tiny_lake, tmp_path, capfd):
+    """A log file gets lines: stderr is none here."""
+    config = tiny(PretrainConfig, tmp_path, tiny_lake, runtime={"progress": True}, train={"epochs": 1, "min_epochs": 0})
+    pretrain(config)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl import tables
+from etl.config import etl_command
 from etl.tables import SEP
 from trainer.data.dataset import (
     DataError,
@@ -35,7 +36,8 @@ class BasketDataset(SequenceDataset):
             told = f"it has {', '.join('/'.join(pair) for pair in known)}" if known else "it has none at all"
             raise DataError(
                 f"no baskets of split {split!r} and domain {domain!r} in release {release.number} of {release.lake}; "
-                f"{told}; name the log's basket column, or set baskets.gap_minutes, and run `python -m etl all` again"
+                f"{told}; name the log's basket column, or set baskets.gap_minutes, and run "
+                f"{etl_command(release.lake)} again"
             )
         self.groups = [(file, 0) for file in self.files]
         self.rows_per_group = [self._num_users(file) for file in self.files]

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from deltalake.exceptions import TableNotFoundError
 
 from etl import tables
-from etl.config import GraftrecError
+from etl.config import GraftrecError, etl_command
 from etl.tables import FIRST_INDEX, Table
 
 IntArray = npt.NDArray[np.int64]
@@ -69,7 +69,7 @@ def _open(lake: str, table: Table, version: int | None) -> deltalake.DeltaTable:
         return deltalake.DeltaTable(f"{lake.rstrip('/')}/{table.name}", version=version)
     except TableNotFoundError:
         raise DataError(
-            f"no table {table.name} in the lake {lake}: expected those of a complete run; run `python -m etl all` on it"
+            f"no table {table.name} in the lake {lake}: expected those of a complete run; run {etl_command(lake)}"
         ) from None
     except Exception as error:  # deltalake raises a plain DeltaError for a version that is not there or a torn log
         raise DataError(
@@ -83,7 +83,7 @@ def pin(lake: str, release: int | None) -> Release:
     rows = Release(lake, 0, newest).read(tables.RELEASES, ["release", "tables"]).to_pylist()
     known = {row["release"]: row for row in rows}
     if not known:
-        raise DataError(f"the lake {lake} has no complete release; run `python -m etl all --lake {lake}`")
+        raise DataError(f"the lake {lake} has no complete release; run {etl_command(lake)}")
     number = max(known) if release is None else release
     if number not in known:
         raise DataError(f"no release {number} in the lake {lake}; it has {min(known)} to {max(known)}")
@@ -373,7 +373,7 @@ def blamed(file: str) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, _Damage) as error:
         told = " ".join(str(error).split())
-        raise DataError(f"can't read {file}: {told}; restore it, or run `python -m etl sequences`") from None
+        raise DataError(f"can't read {file}: {told}; restore it, or write its table anew by `python -m etl`") from None
 
 
 class _Damage(Exception):

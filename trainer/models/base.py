@@ -26,7 +26,7 @@ class SequenceModel(nn.Module):
     A subclass gives `forward`, `head`, `item_vectors`, `scores_with_table`, `table_std`, `matched` and `crossed` where
     a score is no product of two vectors, the tensors `output_bias`, `user_embedding` (where `config.user_width`) and
     `entity_embedding` (where items have slots), `ROW_TABLES`, and
-    `GROUPS`: parameter group (DESIGN section 6: item, user, knowledge, position, body, head) to name prefixes, the one
+    `GROUPS`: parameter group (item, user, knowledge, position, body, head) to name prefixes, the one
     place that says which tensor is of which kind. `knowledge_VS`: entity index of each slot of each catalogue row, UNK
     where unknown (survey 4.3: director, actors).
     """

@@ -1,0 +1,245 @@
+"""Command lines: a parser whose --help lists every setting with its type, default and comment.
+
+A setting's description is the comment beside it (or above it) in the class that defines it, so that it is written once.
+Trainers use this module too: it imports neither pyspark nor torch.
+"""
+
+import argparse
+import ast
+import functools
+import inspect
+import json
+import re
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from etl.config import Section, conf_root, sections_of
+
+NAME_WIDTH = 34
+HELP_WIDTH = 100
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser for commands with `--section.key value` overrides (`parse_known_args`).
+
+    `settings`: the configuration that `--help` lists. A mistake is one line on stderr and exit code 2.
+    """
+
+    def __init__(self, prog: str, *, description: str, settings: type[Section] | None = None) -> None:
+        super().__init__(
+            prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.settings = settings
+        self.add_argument("--version", action="version", version=f"graftrec {version()}")
+
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{settings_help(self.settings)}" if self.settings else "")
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; {self.prog} --help lists what there is", file=sys.stderr)
+        sys.exit(2)
+
+
+STOPPED = 143  # exit code of what a signal ended, SIGINT too
+FILE_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+def file_error(error: OSError) -> str:
+    """One line on a path that can't be used, where it is one of FILE_ERRORS."""
+    return (
+        f"expected a path that can be read or written, found {error.filename}: {error.strerror}; mend its rights, or "
+        "set another one"
+    )
+
+
+def version() -> str:
+    """Of the installed package, else of this checkout."""
+    try:
+        return metadata.version("graftrec")
+    except metadata.PackageNotFoundError:
+        text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+        found = re.search(r'^version = "(.*)"$', text, re.MULTILINE)
+        return found[1] if found else "unknown"
+
+
+def configurations(*folders: str) -> str:
+    """The names that --config accepts from folders of conf/, as one paragraph."""
+    names = [f"{folder}/{path.stem}" for folder in folders for path in sorted((conf_root() / folder).glob("*.yaml"))]
+    return f"configurations under {conf_root()}/: {', '.join(names) or 'none'}"
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def settings_help(kind: type[Section]) -> str:
+    """Every setting of a configuration: dotted name, type, default, comment; nested sections under their own titles."""
+    head = (
+        "settings, each as --name value. A section also accepts the name of a file: --model small is "
+        "conf/model/small.yaml."
+    )
+    return "\n".join([*textwrap.wrap(head, HELP_WIDTH), "", *_section_lines(kind, "", None, {})]) + "\n"
+
+
+def _section_lines(
+    kind: type[Section], prefix: str, default: Section | None, shown: dict[tuple[Any, ...], str]
+) -> Iterator[str]:
+    """The plain settings of a section, then its nested sections.
+
+    `shown`: (sections, default) -> where they were listed; a second listing is a reference to the first.
+    """
+    comments = _comments(kind)
+    nested = []
+    for name, field in kind.model_fields.items():
+        value = getattr(default, name) if default is not None else field.get_default(call_default_factory=True)
+        required = default is None and field.is_required()
+        path, sections = f"{prefix}{name}", _nested(field.annotation)
+        if not sections.kinds or sections.suffix:
+            yield from _setting_line(path, field, value, required, comments.get(name, ""))
+        if sections.kinds:
+            about = comments.get(name, "")
+            nested.append((path + sections.suffix, sections.kinds, value, required and not sections.suffix, about))
+    for path, kinds, value, required, comment in nested:
+        given = value if isinstance(value, Section) else None
+        key = (*kinds, repr(given))
+        title = f"{path}, required" if required else path
+        if key in shown:
+            if shown[key] != path:
+                yield from ("", f"{title}: the settings of {shown[key]}")
+            continue
+        shown[key] = path
+        if len(kinds) > 1:
+            names = "|".join(map(_kind, kinds))
+            chosen = "required" if given is None else f"default {_kind(type(given))}"
+            yield from ("", *_line(f"{path}.kind", f"{names}, {chosen}"))
+        for section in kinds:
+            which = f"{path} of kind {_kind(section)}" if len(kinds) > 1 else title
+            about = comment or _summary(section)
+            yield from ("", *textwrap.wrap(f"{which}: {about}" if about else which, HELP_WIDTH))
+            own = given if type(given) is section else None
+            listed = _section_lines(section, f"{path}.", own, shown)
+            yield from (line for line in listed if len(kinds) == 1 or not line.startswith(f"  --{path}.kind "))
+
+
+def _setting_line(name: str, field: FieldInfo, value: Any, required: bool, comment: str) -> list[str]:
+    given = "required" if required else f"default {value_text(value)}"
+    text = f"{type_text(field.annotation)}{_bounds(field)}, {given}"
+    return _line(name, text + (f"  # {comment}" if comment else ""))
+
+
+def _line(name: str, text: str) -> list[str]:
+    first, *rest = textwrap.wrap(text, HELP_WIDTH - NAME_WIDTH)
+    option = f"  --{name}"
+    head = [f"{option:<{NAME_WIDTH}}{first}"] if len(option) < NAME_WIDTH else [option, " " * NAME_WIDTH + first]
+    return [*head, *(" " * NAME_WIDTH + line for line in rest)]
+
+
+class _Nested(NamedTuple):
+    """Sections that a setting is made of. `suffix`: what follows its name where it is a list or a dict of them."""
+
+    kinds: list[type[Section]]
+    suffix: str = ""
+
+
+def _nested(annotation: Any) -> _Nested:
+    if found := sections_of(annotation):
+        return _Nested(found)
+    for part in (annotation, *get_args(annotation)):
+        origin, inner = get_origin(part), get_args(part)
+        if origin is tuple and (found := sections_of(inner[0])):
+            return _Nested(found, "[]")
+        if origin is dict and (found := sections_of(inner[1])):
+            return _Nested(found, ".<name>")
+    return _Nested([])
+
+
+def _kind(section: type[Section]) -> str:
+    field = section.model_fields.get("kind")
+    return str(field.default) if field else section.__name__
+
+
+def type_text(annotation: Any) -> str:
+    """A type as users write its values: integer, number, text, true|false, a|b, [integer, ...], {name: text}."""
+    names = {int: "integer", float: "number", str: "text", bool: "true|false", type(None): "null", Any: "any"}
+    if annotation in names:
+        return names[annotation]
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(inner[0])
+    if origin is Literal:
+        return "|".join(map(str, inner))
+    if origin in (typing.Union, types.UnionType):
+        return "|".join(dict.fromkeys(type_text(part) for part in inner))
+    if origin is tuple:
+        parts = [type_text(part) if part is not Ellipsis else "..." for part in inner]
+        return f"[{', '.join(parts)}]"
+    if origin is dict:
+        return f"{{name: {type_text(inner[1])}}}"
+    return "section" if sections_of(annotation) else getattr(annotation, "__name__", str(annotation))
+
+
+def value_text(value: Any) -> str:
+    """A default as users would write it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Section):
+        return "{...}"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(value_text, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {value_text(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, str) and not re.fullmatch(r"[\w./*\[\]-]+", value):
+        return json.dumps(value)
+    return str(value)
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    found = [
+        f"{sign} {getattr(one, name)}" for one in field.metadata for name, sign in signs.items() if hasattr(one, name)
+    ]
+    return f" {', '.join(found)}" if found else ""
+
+
+def _summary(section: type[Section]) -> str:
+    """The first sentence of a section's docstring."""
+    text = " ".join((section.__doc__ or "").split())
+    return re.split(r"(?<!et al)\. ", text)[0].rstrip(".")
+
+
+@functools.cache
+def _comments(kind: type[Section]) -> dict[str, str]:
+    """Setting -> the comment that ends its line, or that stands in the lines above it. Those of base classes too."""
+    found: dict[str, str] = {}
+    for one in reversed(kind.__mro__):
+        if issubclass(one, Section) and one is not Section:
+            found |= _own_comments(one)
+    return found
+
+
+def _own_comments(kind: type[Section]) -> dict[str, str]:
+    try:
+        lines = textwrap.dedent(inspect.getsource(kind)).splitlines()
+    except (OSError, TypeError):
+        return {}  # installed without sources
+    (body,) = ast.parse("\n".join(lines)).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node in body.body:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.end_lineno):
+            continue
+        _, _, beside = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")
+        first = node.lineno - 1
+        while lines[first - 1].lstrip().startswith("#"):
+            first -= 1
+        above = [line.strip().lstrip("# ") for line in lines[first : node.lineno - 1]]
+        if text := " ".join(filter(None, [*above, beside.strip()])):
+            found[node.target.id] = re.sub(r"\bNone\b", "null", text)
+    return found

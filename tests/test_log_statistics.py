@@ -1,0 +1,38 @@
+"""What benchmarks say of a log, on logs small enough to count by hand."""
+
+import numpy as np
+import pytest
+
+from tests.benchmarks.log_statistics import SESSION_GAP, Log, gini, head_share, repeat_distance, statistics
+
+
+def test_gini_is_0_where_all_are_alike_and_near_1_where_one_has_all():
+    assert gini(np.array([3, 3, 3])) == pytest.approx(0)
+    assert gini(np.array([0, 0, 0, 4])) == pytest.approx(3 / 4)
+    # Mean absolute difference of all ordered pairs, over twice the mean: (4 * 2 * 1 + 2 * 2 * 2) / 9 / (2 * 2)
+    assert gini(np.array([1, 2, 3])) == pytest.approx(((4 * 1 + 2 * 2) / 9) / (2 * 2))
+
+
+def test_head_share_is_of_a_tenth_of_the_items():
+    assert head_share(np.array([5, *[1] * 9])) == pytest.approx(5 / 14)
+    assert head_share(np.array([2, 3])) == pytest.approx(3 / 5), "one item at least"
+
+
+def test_repeat_distance_counts_a_users_own_events():
+    user, category = np.array([0, 0, 0, 0, 1, 1]), np.array([7, 8, 7, 7, 7, 8])
+    assert sorted(repeat_distance(user, category).tolist()) == [1, 2]
+
+
+def test_sessions_end_where_an_hour_passes_or_the_user_changes():
+    hour = SESSION_GAP
+    log = Log(
+        user=np.array([0, 0, 0, 0, 1, 1]),
+        item=np.array([0, 1, 2, 3, 0, 1]),
+        time=np.array([0, hour, 2 * hour + 1, 2 * hour + 2, 2 * hour + 2, 2 * hour + 3]),
+        category=np.zeros(6, np.int64),
+    )
+    found = statistics(log)
+    assert (found["users"], found["items"], found["events"]) == (2, 4, 6)
+    assert found["session: events, mean"] == pytest.approx(6 / 3)
+    assert found["sessions of a user, mean"] == pytest.approx(3 / 2)
+    assert found["history: events, median"] == pytest.approx((4 + 2) / 2)
