@@ -239,8 +239,8 @@ def check_tracked(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1_800)
-def test_demo_without_shared_tastes_is_refused(tmp_path: Path) -> None:
-    done = run(tmp_path, "--etl.source.share_tastes", "false")
+def test_demo_whose_source_teaches_nothing_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, "--etl.source.source_teaches", "false")
     assert done.returncode == 3, done.stdout + done.stderr
     assert "gate             refused" in done.stdout
     assert "no recommendations are written" in done.stdout
