@@ -37,22 +37,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def training(config: PretrainConfig, *, parent: str | None, counts: Mapping[str, int], data: str) -> str:
     """What a training run does, before it has a result. `data`: its snapshot and size, in words."""
     predicted = config.data.answered
-    reads = f"reads domain `{config.data.domain}`" + (f" to predict `{predicted}`" * (predicted != config.data.domain))
-    return paragraphs(
-        f"{_verb(config)} {config.model.kind} by the task {config.task.kind}; it {reads}.",
-        items(
-            [
-                *(
-                    [f"transfer `{_transfer(config)}` of {model_link('the pre-trained model', parent)}"]
-                    if parent
-                    else []
-                ),
-                f"data: {data}",
-                f"{counts['total']:,} parameters, {counts['trained']:,} of them trained"
-                + (f", {counts['added']:,} added" if counts["added"] else ""),
-            ]
-        ),
-    )
+    reads = f"reads domain `{config.data.domain}`"
+    if predicted != config.data.domain:
+        reads += f" to predict `{predicted}`"
+    facts = [f"transfer `{_transfer(config)}` of {model_link('the pre-trained model', parent)}"] if parent else []
+    facts.append(f"data: {data}")
+    added = f", {counts['added']:,} added" if counts["added"] else ""
+    facts.append(f"{counts['total']:,} parameters, {counts['trained']:,} of them trained{added}")
+    return paragraphs(f"{_verb(config)} {config.model.kind} by the task {config.task.kind}; it {reads}.", items(facts))
 
 
 def _verb(config: PretrainConfig) -> str:
