@@ -234,7 +234,7 @@ _active: list[Run] = []
 
 
 def note_reused(name: str, run_id: str) -> None:
-    """Tell the run under way, if any, that a step took the result of an earlier run ("" where that is unknown)."""
+    """Note in the active run, if any, that a step reused the result of an earlier run ("": unknown, not noted)."""
     if _active and run_id:
         _active[-1].note_reused(name, run_id)
 
