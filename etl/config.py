@@ -162,7 +162,7 @@ class GeneratorSource(Section):
     tastes: int = Field(12, ge=1)  # latent dimensions
     taste_strength: float = Field(3.0, ge=0)  # how far taste outweighs popularity
     drift: float = Field(0.5, ge=0, le=1)  # share of a user's taste that changes between the first and the last event
-    popularity_exponent: float = Field(0.7, ge=0)  # Zipf
+    popularity_exponent: float = Field(0.9, ge=0)  # Zipf
     people: int = Field(120, ge=4)  # directors and actors
     share_tastes: bool = True  # False: a user's taste and step, and a person's, differ from domain to domain
     friends: float = Field(4, ge=0)  # mean number per user
