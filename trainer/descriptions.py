@@ -29,7 +29,7 @@ def items(lines: Iterable[str]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
-    spaced = [[line[0], *(f"\u2003{cell}" for cell in line[1:])] for line in (header, *rows)]
+    spaced = [[line[0], *(f"&ensp;{cell}" for cell in line[1:])] for line in (header, *rows)]
     lines = [spaced[0], ["---", *["---:"] * (len(header) - 1)], *spaced[1:]]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 

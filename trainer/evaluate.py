@@ -45,6 +45,7 @@ from trainer.stats import p_text
 from trainer.told import Told, ToldClasses
 
 USERS, SUMMARY, TABLE, GAINS = "users.parquet", "summary.json", "table.txt", "gains.png"
+SMALL = "small-"  # begins the name of a picture's copy in MLflow, for descriptions
 CONFUSIONS, RELIABILITY = "confusions.png", "reliability.png"
 ITEM_METRICS = ("NDCG@10", "Recall@10", "MRR")
 BASKET_METRICS = tuple(f"{BASKET}{name}" for name in ("NDCG@10", "Recall@10", "F1@10", "HR@10"))
@@ -81,7 +82,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     baskets = reads_baskets(first.config.task)
     with tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "evaluate"},
-        tables=_read_tables(baskets),
+        tables=_read_tables(baskets), context="evaluation",
     ) as run:  # fmt: skip
         device = str(join(config.runtime).device)
         models = [load_artifact(model.model, device=device) for model in chosen]
@@ -145,8 +146,11 @@ def _read_tables(baskets: bool) -> list[str]:
 def _describe(run: tracking.Run, report: EvaluationReport, part: str, *, where: str, drawn: str = "") -> None:
     """Log the comparison as metrics, and as a table with its picture in the run's description."""
     run.log_metrics(descriptions.result_metrics(report.rows, part))
+    picture = f"evaluation/{SMALL}{drawn}" if drawn else ""
+    if drawn:
+        run.log_thumbnail(report.folder / drawn, picture)
     heading = f"{part.capitalize()} results of {where}."
-    run.describe(descriptions.results(report.rows, notes=heading, picture=f"evaluation/{drawn}" if drawn else ""))
+    run.describe(descriptions.results(report.rows, notes=heading, picture=picture))
 
 
 def show(run: tracking.Run, reports: Mapping[str, EvaluationReport], *, notes: Mapping[str, str] | None = None) -> None:
@@ -165,11 +169,12 @@ def show(run: tracking.Run, reports: Mapping[str, EvaluationReport], *, notes: M
         drawn = next((name for name in (GAINS, CONFUSIONS, RELIABILITY) if (report.folder / name).is_file()), "")
         if drawn:
             run.log_artifact(report.folder / drawn, inside.rstrip("/"))
+            run.log_thumbnail(report.folder / drawn, f"{inside}{SMALL}{drawn}")
         run.log_text(descriptions.results(report.rows), f"{inside}table.md")
         parts.append(
             descriptions.results(
                 report.rows, heading=f"### {domain}" if inside else "", notes=(notes or {}).get(domain, ""),
-                picture=f"{inside}{drawn}" if drawn else "",
+                picture=f"{inside}{SMALL}{drawn}" if drawn else "",
             )
         )  # fmt: skip
     run.describe(descriptions.paragraphs(*parts))

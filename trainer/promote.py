@@ -85,7 +85,7 @@ def run(config: PromoteConfig) -> Promoted:
     release = pin(config.lake or lake_of(compared.candidate.folder), config.release)
     with tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "promote"},
-        tables=("sequences", "baskets", "items", "domains", "negatives"),
+        tables=("sequences", "baskets", "items", "domains", "negatives"), context="evaluation",
     ) as tracked:  # fmt: skip
         found, faults = _ask(registry, version, compared, config, release)
         decision, promoted = _judge_and_move(registry, version, found, faults, config, tracked)
@@ -340,7 +340,7 @@ def _table(found: Judged[Any]) -> str:
 def _gate_section(decision: Decision, found: Judged[Any] | None, run: Run) -> str:
     """The decision in a version's description."""
     link = tracking.run_link("The run that asked the gate", run.id) + " holds decision.json." if run.id else ""
-    scores = descriptions.scores(found.part, _means(found)) if found is not None else ""
+    scores = f"This version:\n\n{descriptions.scores(found.part, _means(found))}" if found is not None else ""
     return descriptions.paragraphs(descriptions.gate(decision, _examples(found)), scores, link)
 
 
