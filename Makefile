@@ -84,7 +84,7 @@ bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; t
 bench-growth: $(BIN)/.dev  ## tables of 1, 10 and 100 million interactions, a new day, a heavy user: hours on two cores
 	@$(BIN)/python -m tests.benchmarks growth $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-bench-demo: $(BIN)/.dev  ## the demo's verdict: 5 logs, 1 and 2 threads, both precisions, and logs that teach nothing: 1-2 hours
+bench-demo: $(BIN)/.dev  ## the demo's verdict: 5 logs, 1 and 2 threads, both precisions, and logs with a random source: 1-2 hours
 	@$(BIN)/python -m tests.benchmarks demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 check: $(BIN)/.dev  ## lint, format and types

@@ -1,7 +1,7 @@
 """``python -m etl all|<job>|report --config NAME [--section.key value …]``.
 
 Exit codes: 0 done, or unchanged; 2 a mistake to mend (one line says which); 5 another process wrote the same table:
-run again.
+run again; 143 stopped by a signal: the same command continues.
 """
 
 import sys
@@ -18,7 +18,7 @@ JOBS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; gives the exit code: 0, or 2 for a mistake that the user can mend."""
+    """Run the command; returns its exit code."""
     jobs = ", ".join(table.name for table in JOBS)
     parser = CommandParser(
         "python -m etl",
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _lake(overrides: Sequence[str]) -> str:
-    """Raises ConfigError where another setting than the lake is given, or none."""
+    """The lake of a report without a configuration. Raises ConfigError unless it is the only setting given."""
     given = dict(parse_overrides(overrides))
     if list(given) != ["lake"]:
         raise ConfigError(f"report: expected --lake FOLDER, or --config, found {', '.join(given) or 'neither'}")

@@ -44,24 +44,24 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help() + (f"\n{settings_help(self.settings)}" if self.settings else "")
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; {self.prog} --help lists what there is", file=sys.stderr)
+        print(f"{self.prog}: {message}; {self.prog} --help lists commands and settings", file=sys.stderr)
         sys.exit(2)
 
 
-STOPPED = 143  # exit code of what a signal ended, SIGINT too
+STOPPED = 143  # exit code of a command that SIGTERM or SIGINT stopped
 FILE_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def file_error(error: OSError) -> str:
-    """One line on a path that can't be used, where it is one of FILE_ERRORS."""
+    """The message for one of FILE_ERRORS."""
     return (
-        f"expected a path that can be read or written, found {error.filename}: {error.strerror}; mend its rights, or "
-        "set another one"
+        f"expected a path that can be read or written, found {error.filename}: {error.strerror}; mend its permissions, "
+        "or set another path"
     )
 
 
 def version() -> str:
-    """Of the installed package, else of this checkout."""
+    """The version of the installed package, else of this checkout."""
     try:
         return metadata.version("graftrec")
     except metadata.PackageNotFoundError:

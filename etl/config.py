@@ -32,7 +32,7 @@ class GraftrecError(Exception):
 
 
 class RunAgain(GraftrecError):
-    """Another process was faster or is at work: nothing is wrong, and the same command can succeed later."""
+    """Another process committed first, or holds the lock: nothing is wrong, the same command can succeed later."""
 
     exit_code = 5
 
@@ -162,9 +162,9 @@ class GeneratorSource(Section):
     tastes: int = Field(12, ge=1)  # latent dimensions
     taste_strength: float = Field(3.0, ge=0)  # how far taste outweighs popularity
     drift: float = Field(0.5, ge=0, le=1)  # share of a user's taste that changes between the first and the last event
-    popularity_exponent: float = Field(0.7, ge=0)  # Zipf
+    popularity_exponent: float = Field(0.9, ge=0)  # Zipf
     people: int = Field(120, ge=4)  # directors and actors
-    share_tastes: bool = True  # False: a user's tastes in the two domains are independent (no transfer is possible)
+    share_tastes: bool = True  # False: a user's taste and step, and a person's, differ from domain to domain
     friends: float = Field(4, ge=0)  # mean number per user
     topics: int = Field(12, ge=1)  # genres
     session_events: float = Field(3, ge=1)  # mean, in one domain
@@ -306,12 +306,12 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
         raise ConfigError(f"{path}: {_explain(kind, error)}") from None
 
 
-_in_use: dict[type[Section], str] = {}  # of each kind, the configuration that was loaded last
+_in_use: dict[type[Section], str] = {}  # kind -> name or path of the configuration that was loaded last
 
 
 def etl_command(lake: str, job: str = "all") -> str:
-    """The command that writes a lake's tables, for hints. It names the configuration in use: another one would write
-    another log into the lake."""
+    """The command that writes a lake's tables, for hints in messages. It names the configuration in use, since another
+    one would write another log into the lake."""
     return f"`python -m etl {job} --config {_in_use.get(EtlConfig, 'etl/YOURS')} --lake {lake}`"
 
 
@@ -438,8 +438,9 @@ def _compose(raw: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
         sections = sections_of(field.annotation)
         value = composed[name]
         if sections and isinstance(value, str):
-            _in_use[sections[0]] = f"{name}/{value}"
-            value = _read(_named(name, value))
+            path = _named(name, value)
+            _in_use[sections[0]] = value if path == Path(value) else f"{name}/{value}"
+            value = _read(path)
         if sections and isinstance(value, dict):
             section = sections[0]
             if len(sections) > 1:
@@ -480,7 +481,7 @@ def _explain(kind: type[Section], error: pydantic.ValidationError) -> str:
     """Each mistake of a configuration: where it is, what was expected, what was found, what to do."""
     parts = []
     for problem in error.errors():
-        section, steps = _placed(kind, problem["loc"])
+        section, steps = _locate(kind, problem["loc"])
         where, context = ".".join(steps) or "(top)", problem.get("ctx", {})
         found = "" if isinstance(problem.get("input"), Mapping) else f", found {problem.get('input')!r}"
         match problem["type"]:
@@ -491,8 +492,8 @@ def _explain(kind: type[Section], error: pydantic.ValidationError) -> str:
             case "missing":
                 parts.append(f"{where}: expected a value, found none; set it in the file, or by --{where}")
             case "value_error":
-                told = str(context["error"])
-                parts.append(f"{where}: {told}{'' if 'found' in told else found}" if steps else told)
+                text = str(context["error"])
+                parts.append(f"{where}: {text}{'' if 'found' in text else found}" if steps else text)
             case "literal_error":
                 parts.append(f"{where}: expected {context['expected']}{found}")
             case "union_tag_invalid":
@@ -506,9 +507,9 @@ def _explain(kind: type[Section], error: pydantic.ValidationError) -> str:
     return "; ".join(dict.fromkeys(parts))
 
 
-def _placed(kind: type[Section], location: Sequence[str | int]) -> tuple[type[Section] | None, list[str]]:
-    """The innermost section on the way to a mistake, and the way as users write it, without the kinds of unions that
-    pydantic adds."""
+def _locate(kind: type[Section], location: Sequence[str | int]) -> tuple[type[Section] | None, list[str]]:
+    """The innermost section that holds a mistake, and its path as users write it: pydantic adds names of types to it
+    where an annotation is a union."""
     section: type[Section] | None = kind
     holder = section
     chosen: list[type[Section]] = []

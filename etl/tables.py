@@ -41,11 +41,11 @@ def bucket_of(raw_user_id: str, num_buckets: int) -> int:
     return zlib.crc32(raw_user_id.encode()) % num_buckets
 
 
-def cold_draw(raw_user_id: str, domain: str) -> float:
-    """A number in [0, 1) for a user and domain, the same on every engine and day: BLAKE2b of "<domain>/<raw id>".
+def cold_user_hash(raw_user_id: str, domain: str) -> float:
+    """BLAKE2b of "<domain>/<raw id>" as a number in [0, 1), the same on every engine and day.
 
-    A split with `cold_users: 0.1` holds out, in its target domain, users below 0.1 for test and those below 0.2 for
-    validation. Each domain draws anew, so that no user is new everywhere.
+    A split with `cold_users: 0.1` holds out the users below 0.1 in its target domain for test, and those below 0.2 for
+    validation. The domain is part of the hash, so that different targets hold out different users.
     """
     digest = hashlib.blake2b(f"{domain}/{raw_user_id}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2.0**53

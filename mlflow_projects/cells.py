@@ -1,7 +1,7 @@
-"""Training runs side by side, each in a process of its own: done once, whatever is killed when.
+"""Training runs in parallel, each in its own process. Finished runs are not repeated, also after a kill.
 
-A process is forked from a server that has imported torch once (about three seconds saved for each training on Linux);
-elsewhere it is spawned.
+On Linux processes are forked from a server that has imported torch, which saves about three seconds each; elsewhere
+they are spawned.
 """
 
 import ctypes
@@ -151,9 +151,9 @@ def _start(context: Any, cell: Cell, folder: Path, environment: Mapping[str, str
 
 
 def _train(recipe: str, config: PretrainConfig, log: str, environment: dict[str, str], starter: int) -> None:
-    """In the process: train, and end with the recipe's exit code. Output goes to `log`."""
+    """The child process: train, write output to `log`, and end with the recipe's exit code."""
     if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # the fork server ends with whoever started it
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # the parent is the fork server, which ends with the starter
     if not _is_alive(starter):
         os._exit(1)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -176,7 +176,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _exit_code(code: int) -> int:
-    """143 for a process that a signal ended in order, 5 ("run again") for one that was killed."""
+    """143 for a process that SIGTERM ended, 5 ("run again") for one that another signal killed."""
     return {-signal.SIGTERM: 143}.get(code, 5) if code < 0 else code
 
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 SCORE = "validation/NDCG@10"  # chooses the candidate; test numbers choose nothing
 SCRATCH: TransferName = "none"
 READS_ALL = "all-domains"  # label of the model that reads every domain and predicts the target's items
-COLD = "cold-users"  # the same, trained without a tenth of the target's users: on these it is measured
+COLD = "cold-users"  # the same, trained without the target history of some users, on whom it is evaluated
 COLD_SHARE = 0.1
 REFUSED = 3
 
@@ -71,7 +71,8 @@ class PipelineConfig(Section):
     targets: tuple[str, ...] = ()  # domains that are transferred to; (): finetune.data.domain, or the only one there is
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     reads_all: bool = True  # beside them a model that reads all domains and predicts the target's items
-    cold_users: bool = True  # and measure it on users who are new in the target, whom it then answers for
+    # Evaluate that on users who are new in the target; if it beats the baselines there, it answers for them.
+    cold_users: bool = True
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all of them
     jobs: int | None = Field(None, ge=1)  # trainings side by side; None: one a core, on a GPU one
@@ -117,7 +118,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one target domain."""
+    """Results of one target domain."""
 
     target: str
     report: "EvaluationReport"
@@ -130,8 +131,8 @@ class Outcome:
 
 
 def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
-    """Source and targets, checked against the domains of the log; and the configuration with the splits that they
-    need. Raises ConfigError."""
+    """Check source and targets against the log's domains; add the splits that they need to the configuration. Raises
+    ConfigError."""
     names = [domain.name for domain in config.etl.domains]
     wanted = config.source or config.pretrain.data.domain
     source = wanted if len(names) > 1 or wanted in names else None
@@ -204,7 +205,7 @@ def _cold_split(splits: list[SplitConfig], target: str) -> str:
 
 
 def check_plan(config: PipelineConfig, planned: Plan) -> None:
-    """Refuse before anything is trained what the gate would refuse afterwards. Raises GraftrecError."""
+    """Check the gate's settings before anything is trained. Raises GraftrecError if the gate could never pass."""
     from trainer.gate import check_gate
 
     has_scratch = SCRATCH in planned.transfers and len(planned.transfers) + len(planned.joint_splits) > 1
@@ -218,16 +219,16 @@ def check_plan(config: PipelineConfig, planned: Plan) -> None:
     )
 
 
-def what_can_be_shown(config: PipelineConfig, planned: Plan, release: int) -> list[str]:
-    """What gain the seeds and the users of each target can show, said before anything is trained."""
+def detectable_gains(config: PipelineConfig, planned: Plan, release: int) -> list[str]:
+    """A line for each target: the smallest gain that its seeds and users can show."""
     from trainer.data.dataset import SequenceDataset, pin
     from trainer.stats import detectable_text
 
     lines = []
     for target in planned.targets:
         users = SequenceDataset(pin(config.etl.lake, release), config.finetune.data.split, target).num_rows
-        said = detectable_text(len(config.seeds), max(users, 2), level=config.promote.gate.level)
-        lines.append(f"{target}: {said} (typical spreads; p ≤ {config.promote.gate.level:g})")
+        text = detectable_text(len(config.seeds), max(users, 2), level=config.promote.gate.level)
+        lines.append(f"{target}: {text} (typical spreads; p ≤ {config.promote.gate.level:g})")
     return lines
 
 
@@ -235,7 +236,7 @@ def what_can_be_shown(config: PipelineConfig, planned: Plan, release: int) -> li
 
 
 def run(config: PipelineConfig) -> int:
-    """All steps, then what came of them. Gives the exit code: 0, or 3 where the gate refuses."""
+    """Run all steps and print the results. Returns the exit code: 0, or 3 if the gate refuses a candidate."""
     from trainer import evaluate as evaluation
     from trainer import tracking
     from trainer.data.dataset import pin
@@ -249,7 +250,7 @@ def run(config: PipelineConfig) -> int:
     with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
         release = build_tables(config)
         tracked.log_release(pin(config.etl.lake, release), context="evaluation", tables=("sequences", "negatives"))
-        for line in what_can_be_shown(config, planned, release):
+        for line in detectable_gains(config, planned, release):
             print(line, flush=True)
         trained = train_all(config, planned, release, tracking.child_environment(tracked))
         outcomes = [conclude(config, planned, target, release, trained[target]) for target in planned.targets]
@@ -307,7 +308,7 @@ class TrainingFailed(GraftrecError):
 def cells_of(
     config: PipelineConfig, planned: Plan, release: int
 ) -> tuple[list[Cell], dict[str, dict[tuple[str, int], Cell]]]:
-    """All trainings, those that others wait for first; and of each target the fine-tuned ones by label and seed."""
+    """All trainings, parents first; and those of each target by label and seed."""
     parents: dict[int, Cell] = {}
     if planned.source is not None:
         for seed in config.seeds if config.pretrain_each_seed else config.seeds[:1]:
@@ -359,9 +360,9 @@ def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, e
 def companion(
     config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained, trained: Sequence[Trained]
 ) -> str:
-    """Measure a model that reads all domains on users whose whole target history was held out. Where it is better than
-    the best simple baseline, the version trained on all users answers for users who are new in the target. Gives a
-    line on what came of it."""
+    """Evaluate a model that reads all domains on users whose whole target history was held out. If it is significantly
+    better than the best simple baseline, register the model trained on all users at the alias `companion`. Returns a
+    line on the result."""
     import pyarrow.parquet as pq
 
     from trainer import evaluate, stats
@@ -453,13 +454,17 @@ def choose(trained: Sequence[Trained]) -> list[Trained]:
 def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     """Models, best baseline and popularity under the first protocol: the gate's metric with its gain over from-scratch
     and p-value, then the means of the other metrics."""
+    from trainer.baseline_names import POPULARITY
+    from trainer.stats import p_text
+
     shown = [row for row in rows if row["protocol"] == rows[0]["protocol"]]
     first, *others = dict.fromkeys(row["metric"] for row in shown)
     cells = {(row["label"], row["metric"]): row for row in shown}
     labels = [row["label"] for row in shown if row["is_model"] and row["metric"] == first]
     baselines = [row for row in shown if not row["is_model"] and row["metric"] == first]
-    labels += [row["label"] for row in sorted(baselines, key=lambda row: -row["mean"])[:1]]
-    labels += [row["label"] for row in baselines if row["label"] == "popularity" not in labels]
+    best = max(baselines, key=lambda row: row["mean"], default=None)
+    labels += [best["label"]] if best is not None else []
+    labels += [row["label"] for row in baselines if row["label"] == POPULARITY and row is not best]
     width = max(len(label) for label in labels) + 4
     lines = [f"{'model':<{width}}{first:>10}{'gain':>10}{'p':>9}" + "".join(f"{name:>12}" for name in others)]
     for label in labels:
@@ -471,12 +476,6 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     if any(row["is_candidate"] for row in shown):
         lines.append("* candidate: best on the validation part; its p is the gate's, the others' are adjusted (Holm)")
     return "\n".join(lines)
-
-
-def p_text(p_value: float | None) -> str:
-    from trainer import stats
-
-    return stats.p_text(p_value)
 
 
 def page_command() -> str:
@@ -497,7 +496,7 @@ def pretrain_config(config: PipelineConfig, planned: Plan, release: int, seed: i
 def finetune_config(
     config: PipelineConfig, planned: Plan, target: str, release: int, label: str, seed: int, parent: Path | None
 ) -> FinetuneConfig:
-    """Of a transfer; READS_ALL and COLD are trained from scratch."""
+    """`label`: a transfer, or READS_ALL or COLD, which are trained from scratch."""
     data: dict[str, Any] = {"domain": target}
     transfer = label
     if label in (READS_ALL, COLD):
@@ -577,7 +576,7 @@ def cold_config(config: PipelineConfig, planned: Plan, target: str, release: int
 
 def promote_config(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> PromoteConfig:
     candidate, *replicas = choose(trained)
-    scratch = [one for one in trained if one.label == SCRATCH != candidate.label]
+    scratch = [one for one in trained if one.label == SCRATCH] if candidate.label != SCRATCH else []
     return config.promote.model_copy(
         update={
             "name": f"{target}/promote",

@@ -167,7 +167,7 @@ def collect(
     config: "ExperimentConfig", release: Release, rows: Sequence["Row"], facts: DataFacts, *, started: str
 ) -> dict[str, Any]:
     """Scores all models and the simple baselines, judges them, and gives results.json. A model that can't be scored
-    makes its run a missing one. Raises GraftrecError where nothing can be asked at all."""
+    leaves its run missing. Raises GraftrecError where nothing can be asked at all."""
     asked = read_evaluation_set(release, config.split, config.target, config.part, config.evaluation)
     scored = Scored(asked, config)
     written = [_row(row, scored) for row in rows]

@@ -3,5 +3,5 @@ map."""
 
 import os
 
-# Threads of OpenMP that have nothing to do sleep, and don't spin. It is read once, when torch is loaded.
+# Idle OpenMP threads sleep instead of spinning. OpenMP reads it once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -24,7 +24,7 @@ from trainer.ranking import BASKET, SINGLE, Score, convention_of, metrics_of, ra
 from trainer.scoring import Scores
 from trainer.stats import Comparison, bootstrap_interval, compare, holm, mean_over_seeds, p_text
 
-CANDIDATE_MARK = " *"  # behind the candidate's label in a table
+CANDIDATE_MARK = " *"  # after the candidate's label in a table
 RankArray = npt.NDArray[np.int32]
 Key = tuple[str, int | None]  # label, seed
 
@@ -160,7 +160,7 @@ def mark_candidate(rows: Sequence[Row], candidate: str | None, *, metric: str) -
 
 
 def adjust(rows: Sequence[Row]) -> list[Row]:
-    """p-values of the models' gains: a planned one as it is, all others by Holm's method among themselves."""
+    """Set the p-values of models' gains: the planned test's is not adjusted, the others' are, by Holm's method."""
     found = [replace(row, p_value=row.gain.p_value) if row.planned and row.gain else row for row in rows]
     tested = [(n, row.gain) for n, row in enumerate(found) if row.is_model and row.gain and not row.planned]
     for (n, _), p_value in zip(tested, holm([gain.p_value for _, gain in tested]), strict=True):
@@ -246,14 +246,14 @@ def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:
 
 
 def notes_on_tests(rows: Sequence[Row], what: str) -> list[str]:
-    """One line on the tests of a table's first protocol: which one was planned, and over how many Holm's method is.
-    Another that marks the candidate, where it has no test."""
+    """A line on the tests of a table's first protocol: which one was planned, and how many Holm's method adjusts; and
+    one on the candidate, if that has no test. `what`: what is tested, in words."""
     planned = next((row for row in rows if row.planned), None)
     others = sum(row.p_value is not None and not row.planned for row in rows)
     if planned is not None:
-        text = f"{what}; * candidate, chosen on the validation part: its {planned.metric} is the one planned test, not "
-        rest = f"; the other p: Holm over {others} tests" if others else ""
-        return [f"{text}adjusted{rest}; p over users and seeds"]
+        text = f"{what}; * candidate, chosen on the validation part: its {planned.metric} is the one planned test, "
+        adjusted = f"; the other p: Holm over {others} tests" if others else ""
+        return [f"{text}not adjusted{adjusted}; p over users and seeds"]
     notes = [f"{what}; p over users and seeds, Holm over {others} tests"] if others else []
     return notes + (["* candidate, chosen on the validation part"] if any(row.is_candidate for row in rows) else [])
 

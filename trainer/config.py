@@ -427,7 +427,7 @@ class RuntimeConfig(Section):
 
     device: str = "auto"
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
-    # Per process; None: the cores that it may use, shared among those that `torchrun` started here (trainer/cores.py)
+    # Per process; None: the usable cores, divided by the processes that `torchrun` started here (trainer/cores.py)
     threads: int | None = Field(None, ge=1)
     progress: bool = True  # bars, on terminals only
 
@@ -451,7 +451,7 @@ class EvaluationConfig(Section):
         "popular-100",
     )
     # Of next baskets: whether what a user has had is a candidate too; not in a log where nothing is taken twice.
-    # None: yes in training; in `evaluate` and `promote` as the models were trained.
+    # None: true in training; in `evaluate` and `promote` the models' own setting.
     repeats: bool | None = None
     batch_size: int = Field(256, ge=1)
     max_users: int | None = Field(None, ge=2)  # about so many, the same for every model; None: all
@@ -756,7 +756,7 @@ class BaselinesConfig(Section):
 class EvaluateConfig(Section):
     """Score model folders on one pinned release, beside the simple baselines."""
 
-    # Results go to <output>/<name>/evaluation. None: named after the models, and never where another evaluation lies.
+    # Results go to <output>/<name>/evaluation. None: named after the models, without replacing other evaluations.
     name: str | None = None
     output: str = "runs"
     model: str | None = None  # one model folder…
@@ -767,8 +767,8 @@ class EvaluateConfig(Section):
     domain: str | None = None
     part: Literal["validation", "test"] = "test"
     against: str = "none"  # the label that gains are over
-    # The label that was chosen before `part` was read: its gain in the first metric under the first protocol is the one
-    # planned test, which is not adjusted for the others, and is what the gate tests.
+    # The label that was chosen before `part` was read. Its gain in the first metric under the first protocol is the one
+    # planned test: its p-value is not adjusted, and the gate makes the same test.
     candidate: str | None = None
     metrics: tuple[str, ...] = ()  # of the comparison table; (): NDCG@10, Recall@10, MRR, or those of baskets
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -785,7 +785,7 @@ class GateConfig(Section):
     # A difference with a larger p-value is taken for chance.
     level: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
     min_gain: float = Field(0.0, ge=0, allow_inf_nan=False)  # over from-scratch, beyond being significant
-    min_seeds: int = Field(3, ge=1)  # of from-scratch: with two a test finds next to nothing
+    min_seeds: int = Field(3, ge=1)  # of from-scratch: with two, the test has almost no power
     min_users: int = Field(100, ge=2)  # fewer say nothing
     champion_margin: float = Field(0.0, ge=0, allow_inf_nan=False)  # how far below the champion is let pass
     # How far below the champion (without one: from-scratch) in a slice.

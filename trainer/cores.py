@@ -1,8 +1,8 @@
-"""Threads of this process: as many by default as cores that it may use, and none of them spins while it waits.
+"""The thread pool of this process: by default one thread for each usable core; waiting threads sleep.
 
-torch's own threads (OpenMP) share out each single operation and wait for each other at its end, by spinning: beside
-other work they are slower than one thread alone. So torch has one thread here, and what is worth it is shared out in
-pieces of many operations (`on_threads`): the calling thread takes pieces too, and only waits for those begun.
+torch's own threads (OpenMP) split every single operation and spin until the slowest is done: on cores that are busy
+with other work they are slower than one thread. So torch gets one thread, and work is split into tasks of many
+operations each (`on_threads`). The calling thread takes tasks too, and waits only for those that have begun.
 """
 
 import os
@@ -17,27 +17,27 @@ import torch
 
 _Result = TypeVar("_Result")
 _CGROUPS, _MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-MANY_NUMBERS = 1 << 22  # milliseconds of work for an operation: time enough to wait for its slowest thread
+LARGE_OPERATION = 1 << 22  # elements: milliseconds of work, so that waiting for the slowest thread costs little
 _number = 0  # of threads; 0: not yet chosen
 _choosing = threading.Lock()
-_pool: ThreadPoolExecutor | None = None  # of all threads but the calling one
+_pool: ThreadPoolExecutor | None = None  # all threads but the calling one
 
 
 # --- how many ---------------------------------------------------------------------------------------------------------
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: those it may run on, and no more than its control groups' quota, rounded up."""
+    """Cores in this process's CPU affinity, at most the CPU quota of its control groups, rounded up."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = cgroup_quota(_CGROUPS, _MOUNT)
     return cores if quota is None else max(1, min(cores, -int(-quota // 1)))
 
 
 def cgroup_quota(cgroups: Path, mount: Path) -> float | None:
-    """Cores' worth of time that the least of the control groups above this process allows; None: no limit.
+    """The smallest CPU quota of the control groups that hold this process, in cores; None: no limit.
 
     `cgroups` is /proc/self/cgroup, `mount` where the control groups are mounted (versions 1 and 2). In a container a
-    group's path may be the host's: a folder that isn't there is passed over."""
+    group's path may be the host's: missing folders are skipped."""
     try:
         lines = cgroups.read_text().splitlines()
     except OSError:
@@ -74,8 +74,8 @@ def _text(path: Path) -> str:
 
 
 def default_threads() -> int:
-    """Usable cores, shared among the processes that `torchrun` started on this machine; at most OMP_NUM_THREADS, unless
-    it is the 1 that `torchrun` sets by itself."""
+    """Usable cores divided by the processes that `torchrun` started on this machine; at most OMP_NUM_THREADS, unless
+    that is the 1 which `torchrun` sets by itself."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = max(1, usable_cores() // processes)
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
@@ -84,11 +84,11 @@ def default_threads() -> int:
     return min(threads, int(wanted))
 
 
-# --- work shared out --------------------------------------------------------------------------------------------------
+# --- parallel work ----------------------------------------------------------------------------------------------------
 
 
 def use_threads(number: int) -> None:
-    """`number` threads for `on_threads`, and one for each of torch's own operations."""
+    """Give `on_threads` that number of threads, and torch one for each of its own operations."""
     global _number, _pool
     with _choosing:
         torch.set_num_threads(1)
@@ -99,47 +99,47 @@ def use_threads(number: int) -> None:
 
 
 def num_threads() -> int:
-    """Of `use_threads`; by default where that wasn't called."""
+    """The number that `use_threads` set; if it wasn't called, `default_threads`."""
     if _number == 0:
         use_threads(default_threads())
     return _number
 
 
 def on_threads(work: Callable[[int], _Result], num: int) -> Iterator[_Result]:
-    """``work(0), work(1), …`` in order, each done by whichever thread is free, under this thread's settings of torch.
+    """Yield ``work(0), work(1), …`` in order, each computed by any free thread, with this thread's torch settings.
 
-    An error of a piece is raised in its place; pieces that nobody has begun by then are never done. Where `use_threads`
-    was not called, it is now, with `default_threads`."""
+    An exception is raised at its place in the order; tasks that have not begun by then are dropped. Sets the default
+    number of threads if `use_threads` was not called."""
     threads = num_threads()
     if _pool is None or num <= 1:
         yield from map(work, range(num))
         return
-    pieces = _Pieces(_as_here(work), num)
-    helpers = [_pool.submit(pieces.take_all) for _ in range(min(threads, num) - 1)]
+    tasks = _Tasks(_with_torch_settings(work), num)
+    helpers = [_pool.submit(tasks.run_all) for _ in range(min(threads, num) - 1)]
     try:
         for number in range(num):
-            while not pieces.results[number].done() and pieces.take():
+            while not tasks.results[number].done() and tasks.run_next():
                 pass
-            result = pieces.results[number].result()
-            pieces.results[number] = Future()  # the memory is the caller's alone
+            result = tasks.results[number].result()
+            tasks.results[number] = Future()  # only the caller keeps the result alive
             yield result
             del result
     finally:
-        pieces.end()
+        tasks.drop_rest()
         for helper in helpers:
-            if not helper.cancel():  # one that no core was free for isn't waited for
+            if not helper.cancel():  # a helper that never got a thread needs no waiting for
                 helper.result()
 
 
-class _Pieces(Generic[_Result]):
-    """Pieces of work, taken in order by any thread, each once."""
+class _Tasks(Generic[_Result]):
+    """Numbered tasks, started in order by any thread, each once."""
 
     def __init__(self, work: Callable[[int], _Result], num: int) -> None:
         self.work, self.results = work, [Future[_Result]() for _ in range(num)]
         self._next, self._lock = 0, threading.Lock()
 
-    def take(self) -> bool:
-        """Do one piece; False: there is none left."""
+    def run_next(self) -> bool:
+        """Run the next task; False: none is left."""
         with self._lock:
             number = self._next
             if number >= len(self.results):
@@ -152,32 +152,33 @@ class _Pieces(Generic[_Result]):
             result.set_exception(error)
         return True
 
-    def take_all(self) -> None:
-        while self.take():
+    def run_all(self) -> None:
+        while self.run_next():
             pass
 
-    def end(self) -> None:
+    def drop_rest(self) -> None:
         with self._lock:
             self._next = len(self.results)
 
 
-def _as_here(work: Callable[[int], _Result]) -> Callable[[int], _Result]:
-    """`work` under this thread's settings, whichever thread does it: torch has them by thread."""
+def _with_torch_settings(work: Callable[[int], _Result]) -> Callable[[int], _Result]:
+    """`work` with the calling thread's autocast and gradient modes, which torch keeps per thread."""
     cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
-    def alike(number: int) -> _Result:
+    def run(number: int) -> _Result:
         with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, enabled=cast):
             return work(number)
 
-    return alike
+    return run
 
 
 @contextmanager
-def torchs_threads(numbers: int) -> Iterator[None]:
-    """For a few operations on so many `numbers`: where these are many, torch shares each operation out itself. On the
-    main thread only, as the setting is the process's."""
-    if _number <= 1 or numbers < MANY_NUMBERS or threading.current_thread() is not threading.main_thread():
+def torch_threads_for(num_elements: int) -> Iterator[None]:
+    """Let torch split each operation inside over all threads if the tensors have LARGE_OPERATION elements or more.
+
+    On the main thread only: the setting is the process's."""
+    if _number <= 1 or num_elements < LARGE_OPERATION or threading.current_thread() is not threading.main_thread():
         yield
         return
     torch.set_num_threads(_number)

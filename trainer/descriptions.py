@@ -11,6 +11,7 @@ from trainer.artifact import Artifact
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.gate import Decision
 from trainer.provenance import redact
+from trainer.stats import p_text
 from trainer.tracking import model_link
 
 SHOWN_METRICS = ("NDCG@10", "Recall@10", "MRR")  # of a model, where it has them
@@ -28,7 +29,7 @@ def items(lines: Iterable[str]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
-    spaced = [[line[0], *(f"\u2003{cell}" for cell in line[1:])] for line in (header, *rows)]
+    spaced = [[line[0], *(f"&ensp;{cell}" for cell in line[1:])] for line in (header, *rows)]
     lines = [spaced[0], ["---", *["---:"] * (len(header) - 1)], *spaced[1:]]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
@@ -36,22 +37,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def training(config: PretrainConfig, *, parent: str | None, counts: Mapping[str, int], data: str) -> str:
     """What a training run does, before it has a result. `data`: its snapshot and size, in words."""
     predicted = config.data.answered
-    reads = f"reads domain `{config.data.domain}`" + (f" to predict `{predicted}`" * (predicted != config.data.domain))
-    return paragraphs(
-        f"{_verb(config)} {config.model.kind} by the task {config.task.kind}; it {reads}.",
-        items(
-            [
-                *(
-                    [f"transfer `{_transfer(config)}` of {model_link('the pre-trained model', parent)}"]
-                    if parent
-                    else []
-                ),
-                f"data: {data}",
-                f"{counts['total']:,} parameters, {counts['trained']:,} of them trained"
-                + (f", {counts['added']:,} added" if counts["added"] else ""),
-            ]
-        ),
-    )
+    reads = f"reads domain `{config.data.domain}`"
+    if predicted != config.data.domain:
+        reads += f" to predict `{predicted}`"
+    facts = [f"transfer `{_transfer(config)}` of {model_link('the pre-trained model', parent)}"] if parent else []
+    facts.append(f"data: {data}")
+    added = f", {counts['added']:,} added" if counts["added"] else ""
+    facts.append(f"{counts['total']:,} parameters, {counts['trained']:,} of them trained{added}")
+    return paragraphs(f"{_verb(config)} {config.model.kind} by the task {config.task.kind}; it {reads}.", items(facts))
 
 
 def _verb(config: PretrainConfig) -> str:
@@ -84,7 +77,7 @@ def results(rows: Sequence[Mapping[str, Any]], *, heading: str = "", notes: str 
         own = [cells[label, metric] for metric in metrics]
         first, others = own[0], [f"{row['mean']:.4f}" for row in own[1:]]
         gain = f"{100 * first['gain']['relative_gain']:+.1f} %" if first["gain"] else ""
-        tested = [gain, _p(first["p_value"])] if compared else []
+        tested = [gain, p_text(first["p_value"])] if compared else []
         lines.append([_label(first), f"{first['mean']:.4f}", *tested, *others])
     image = f"![gains over from-scratch](artifact:{picture})" if picture else ""
     return paragraphs(heading, _headline(shown, metrics[0]), table(header, lines), notes, image)
@@ -111,10 +104,6 @@ def _label(row: Mapping[str, Any]) -> str:
     if not row["is_model"]:
         return f"*{row['label']}*"
     return "none (from scratch)" if row["label"] == "none" else str(row["label"])
-
-
-def _p(p_value: float | None) -> str:
-    return "" if p_value is None else "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def result_metrics(rows: Sequence[Mapping[str, Any]], part: str) -> dict[str, float]:

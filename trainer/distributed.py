@@ -120,8 +120,10 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # an unknown name; a device that is not here
-        raise GraftrecError(f"runtime.device: expected auto, cpu or cuda, found {wanted!r}, not here") from None
+    except (RuntimeError, AssertionError):  # an unknown name; a device that this machine lacks
+        raise GraftrecError(
+            f"runtime.device: expected auto, cpu or cuda, found {wanted!r}, which this machine lacks; set another one"
+        ) from None
     return device
 
 

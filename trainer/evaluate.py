@@ -45,6 +45,7 @@ from trainer.stats import p_text
 from trainer.told import Told, ToldClasses
 
 USERS, SUMMARY, TABLE, GAINS = "users.parquet", "summary.json", "table.txt", "gains.png"
+SMALL = "small-"  # begins the name of a picture's copy in MLflow, for descriptions
 CONFUSIONS, RELIABILITY = "confusions.png", "reliability.png"
 ITEM_METRICS = ("NDCG@10", "Recall@10", "MRR")
 BASKET_METRICS = tuple(f"{BASKET}{name}" for name in ("NDCG@10", "Recall@10", "F1@10", "HR@10"))
@@ -66,9 +67,10 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     chosen = _chosen(config)
     first = load_artifact(chosen[0].model)
     release = pin(config.lake or first.lake, config.release if config.release or config.lake else first.release)
-    config = _checked(config, chosen, models=[config_of(Path(model.model))[0] for model in chosen])
+    settings = [config_of(Path(model.model))[0] for model in chosen]
+    _check_candidate(config, chosen, settings)
     identity = _identity(config, chosen, release)
-    config = config.model_copy(update={"name": config.name or _name(config, chosen, identity)})
+    config = config.model_copy(update={"name": config.name or _name(config, chosen, settings, identity)})
     assert config.name is not None
     folder = Path(config.output) / config.name / "evaluation"
     key = _key(config, [artifact_hash(model.model) for model in chosen], release.versions)
@@ -80,7 +82,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     baskets = reads_baskets(first.config.task)
     with tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "evaluate"},
-        tables=_read_tables(baskets),
+        tables=_read_tables(baskets), context="evaluation",
     ) as run:  # fmt: skip
         device = str(join(config.runtime).device)
         models = [load_artifact(model.model, device=device) for model in chosen]
@@ -137,19 +139,22 @@ def run(config: EvaluateConfig) -> EvaluationReport:
 
 
 def _read_tables(baskets: bool) -> list[str]:
-    """What an evaluation reads, histories first."""
+    """Names of the tables that an evaluation reads, the one with the histories first."""
     return [(BASKETS if baskets else SEQUENCES).name, "items", "users", "domains", "negatives"]
 
 
 def _describe(run: tracking.Run, report: EvaluationReport, part: str, *, where: str, drawn: str = "") -> None:
-    """The comparison on a run's page: as metrics, and as a table with its picture."""
+    """Log the comparison as metrics, and as a table with its picture in the run's description."""
     run.log_metrics(descriptions.result_metrics(report.rows, part))
+    picture = f"evaluation/{SMALL}{drawn}" if drawn else ""
+    if drawn:
+        run.log_thumbnail(report.folder / drawn, picture)
     heading = f"{part.capitalize()} results of {where}."
-    run.describe(descriptions.results(report.rows, notes=heading, picture=f"evaluation/{drawn}" if drawn else ""))
+    run.describe(descriptions.results(report.rows, notes=heading, picture=picture))
 
 
 def show(run: tracking.Run, reports: Mapping[str, EvaluationReport], *, notes: Mapping[str, str] | None = None) -> None:
-    """Evaluations on the page of another run, of a pipeline say: metrics, tables (also as table.md), pictures.
+    """Log evaluations to another run, e.g. a pipeline's: metrics, pictures, and tables in description and table.md.
 
     `reports` by target domain. Where there are several, the name of a domain begins its metrics, is the folder of its
     files, and heads its table. `notes`: Markdown below each table.
@@ -164,11 +169,12 @@ def show(run: tracking.Run, reports: Mapping[str, EvaluationReport], *, notes: M
         drawn = next((name for name in (GAINS, CONFUSIONS, RELIABILITY) if (report.folder / name).is_file()), "")
         if drawn:
             run.log_artifact(report.folder / drawn, inside.rstrip("/"))
+            run.log_thumbnail(report.folder / drawn, f"{inside}{SMALL}{drawn}")
         run.log_text(descriptions.results(report.rows), f"{inside}table.md")
         parts.append(
             descriptions.results(
                 report.rows, heading=f"### {domain}" if inside else "", notes=(notes or {}).get(domain, ""),
-                picture=f"{inside}{drawn}" if drawn else "",
+                picture=f"{inside}{SMALL}{drawn}" if drawn else "",
             )
         )  # fmt: skip
     run.describe(descriptions.paragraphs(*parts))
@@ -387,17 +393,16 @@ def _picture(rows: Sequence[Row], asked: EvaluationSet, against: str) -> Figure 
 # --- reuse ---------------------------------------------
 
 
-def _checked(
-    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], *, models: Sequence[PretrainConfig]
-) -> EvaluateConfig:
+def _check_candidate(
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], settings: Sequence[PretrainConfig]
+) -> None:
     """Raises ConfigError for a candidate that is no label of the models."""
-    labels = [_label(named, settings) for named, settings in zip(chosen, models, strict=True)]
+    labels = [_label(named, own) for named, own in zip(chosen, settings, strict=True)]
     if config.candidate is not None and config.candidate not in labels:
         raise ConfigError(
             f"candidate: expected a label of the models ({', '.join(dict.fromkeys(labels))}), found "
             f"{config.candidate!r}; mend the name"
         )
-    return config
 
 
 def _label(named: EvaluatedModel, settings: PretrainConfig) -> str:
@@ -405,27 +410,29 @@ def _label(named: EvaluatedModel, settings: PretrainConfig) -> str:
 
 
 def _identity(config: EvaluateConfig, chosen: Sequence[EvaluatedModel], release: Release) -> str:
-    """Of which models on which data an evaluation is: what it may be replaced by is of the same."""
+    """Hash of models, data and `against`: only an evaluation of the same may replace this one."""
     models = [[str(Path(model.model).resolve()), model.label, model.seed] for model in chosen]
-    told = json.dumps([models, release.lake, config.split, config.domain, config.part, config.against])
-    return hashlib.sha256(told.encode()).hexdigest()[:32]
+    text = json.dumps([models, release.lake, config.split, config.domain, config.part, config.against])
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _name(config: EvaluateConfig, chosen: Sequence[EvaluatedModel], identity: str) -> str:
+def _name(
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], settings: Sequence[PretrainConfig], identity: str
+) -> str:
     """After the run of the only model, or the labels of several; numbered where another evaluation has that name."""
-    settings = [config_of(Path(model.model))[0] for model in chosen]
     labels = list(dict.fromkeys(_label(named, own) for named, own in zip(chosen, settings, strict=True)))
     about = settings[0].name.replace("/", "-") if len(chosen) == 1 else "-".join(labels)[:60]
     base = f"evaluate-{about}"
-    for number in itertools.count(1):
-        name = base if number == 1 else f"{base}-{number}"
+
+    def is_free(name: str) -> bool:
         summary = Path(config.output) / name / "evaluation" / SUMMARY
-        if not summary.is_file() or _found(summary).get("of") == identity:
-            return name
-    raise AssertionError("numbers don't end")
+        return not summary.is_file() or _read_summary(summary).get("of") == identity
+
+    return next(name for name in itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2))) if is_free(name))
 
 
-def _found(summary: Path) -> dict[str, Any]:
+def _read_summary(summary: Path) -> dict[str, Any]:
+    """Empty where it is missing or damaged."""
     try:
         found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -442,7 +449,7 @@ def _key(config: EvaluateConfig, hashes: Sequence[str], versions: dict[str, int]
 
 
 def _done(folder: Path, key: str) -> EvaluationReport | None:
-    summary = _found(folder / SUMMARY)
+    summary = _read_summary(folder / SUMMARY)
     try:
         text = (folder / TABLE).read_text(encoding="utf-8").rstrip("\n")
     except (OSError, ValueError):

@@ -1,13 +1,13 @@
 """The gate: does the evidence allow a model version to become champion? A pure function of numbers and thresholds.
 
-Better overall than from-scratch, not worse than the champion, non-inferior by a set margin on the
-slices of cold users and cold items that have enough users to say. Every check is made and shown, whether or not another
-refuses.
+A version passes if its recipe is better than from-scratch and the best simple baseline, and if the version itself is
+not worse than the champion and not inferior, by a set margin, on the slices of cold users and cold items. Slices with
+too few users are not judged. Every check is made and shown, whether or not another refuses.
 
-What is compared is the *recipe*: the mean over all seeds it was trained with, against from-scratch trained with the
-same seeds, by the one test of `trainer.stats.compare`. It is the contrast that `evaluate` shows for its `candidate`, to
-the last bit. The value of the registered version itself, one seed's, is shown beside it. A refusal is `worse` (the
-interval excludes the gain asked for) or `not shown`, and then says what would show it.
+A *recipe* is a configuration trained with several seeds. Its mean over seeds is compared with from-scratch trained with
+the same seeds, by `trainer.stats.compare`: the same contrast, to the last bit, that `evaluate` shows for its
+`candidate`. The mean of the registered version, which is one seed, is shown beside it. A refusal is `worse` (the
+interval excludes the required gain) or `not shown`; then it says how many seeds or users would show the gain.
 
 Shape letters: ``S`` seeds, ``U`` users of the evaluation release, ``C`` users of a slice.
 """
@@ -63,7 +63,7 @@ class Evidence:
     baselines: Mapping[str, FloatArray] = field(default_factory=dict)  # name -> [U]
     slices: Sequence[Slice] = ()
     faults: Sequence[str] = ()  # why numbers can't be trusted, e.g. weights that are not numbers
-    transferred: bool = True  # False: from scratch itself, and compared with from-scratch only where there is one
+    transferred: bool = True  # False: trained from scratch itself, so from-scratch models beside it are optional
 
     @property
     def recipe(self) -> FloatArray:
@@ -123,8 +123,8 @@ def check_gate(
     has_scratch: bool,
     baselines: BaselinesConfig,
 ) -> None:
-    """Refuse what no training can mend. `task`: of the candidate. `seeds`: those that candidate and from-scratch will
-    both have. `transferred`: whether the candidate starts from a parent; then from-scratch is needed beside it.
+    """Refuse settings with which the gate could never pass. `task`: of the candidate. `seeds`: those that candidate and
+    from-scratch will share. `transferred`: whether the candidate starts from a parent; then from-scratch is required.
 
     Raises GateError: a metric or protocol that models of this task don't have, a baseline that isn't there, no
     from-scratch, or too few seeds of it.
@@ -177,14 +177,14 @@ def gate_metrics(task: TaskConfig) -> tuple[str, ...]:
 
 
 def more_seeds(seeds: Sequence[int | None], number: int) -> tuple[int, ...]:
-    """The seeds there are, and the smallest others, up to a number."""
+    """`number` seeds: those given, and the smallest others."""
     found = [seed for seed in dict.fromkeys(seeds) if seed is not None]
     others = (seed for seed in range(number + len(found)) if seed not in found)
     return tuple(sorted([*found, *(next(others) for _ in range(number - len(found)))]))
 
 
 def seed_list(seeds: Sequence[int]) -> str:
-    """As it is given on a command line; of many the middle is left out."""
+    """Seeds as a command-line value; a long list is shortened in the middle."""
     shown = [str(seed) for seed in seeds]
     if len(shown) > 20:
         shown = [*shown[:3], "…", shown[-1]]
@@ -195,8 +195,7 @@ SeedT = TypeVar("SeedT", int, int | None)
 
 
 def contrast_seeds(recipe: Sequence[SeedT], scratch: Sequence[SeedT]) -> list[SeedT]:
-    """The seeds of the from-scratch models that are compared: those that both have, two at least, so that seeds vary;
-    else all of from-scratch's, beside the one version."""
+    """The seeds to compare: those that both have; if these are fewer than two, all of from-scratch's."""
     both = [seed for seed in scratch if seed in recipe]
     return both if len(both) > 1 else list(scratch)
 
@@ -236,10 +235,10 @@ def _not_finite(evidence: Evidence) -> list[str]:
 
 
 def _against_scratch(evidence: Evidence, config: GateConfig) -> list[Check]:
-    """Is the recipe better, by more than the luck of users and seeds, and by the margin? And the version itself?
+    """Is the recipe significantly better, and by the margin? And is the version itself above from-scratch's mean?
 
-    Recipe is compared with recipe over the seeds that both have. Without two of those, this one version is compared
-    with all seeds of from-scratch: its own luck is then in the result.
+    Recipes are compared over the seeds that both have. With fewer than two of those, this one version is compared with
+    all seeds of from-scratch, and the luck of its seed is part of the result.
     """
     scratch_SU = evidence.scratch_SU
     if scratch_SU is None and not evidence.transferred:
@@ -260,19 +259,25 @@ def _against_scratch(evidence: Evidence, config: GateConfig) -> list[Check]:
         gain = compare(evidence.version_U, theirs[0] if len(theirs) == 1 else theirs)
     recipe = evidence.recipe if both else evidence.version_U[None]
     bar = mean_over_seeds(scratch_SU)
-    found = [_is_better(FROM_SCRATCH, "from-scratch", "scratch", gain, recipe, bar, evidence, config, config.min_gain)]
+    checks = [
+        _is_better(
+            FROM_SCRATCH, gain, over="from-scratch", key="scratch", recipe=recipe, bar=bar, margin=config.min_gain,
+            evidence=evidence, config=config,
+        )
+    ]  # fmt: skip
     own = float(evidence.version_U.mean())
     if both and own <= bar + ROUNDING:
         text = (
             f"{_this(evidence)}: {config.metric} {own:.4f} is not above from-scratch's mean {bar:.4f}; "
             "register another seed"
         )
-        found.append(Check(VERSION, "refused", text, {"version": own, "scratch": bar}, "worse"))
-    return found
+        checks.append(Check(VERSION, "refused", text, {"version": own, "scratch": bar}, "worse"))
+    return checks
 
 
 def _against_baseline(evidence: Evidence, name: str, config: GateConfig) -> Check:
-    """By the recipe, with every seed it has. The best baseline is chosen by its mean, which can only raise the bar."""
+    """Is the recipe, over all its seeds, better than a baseline? BEST is the one with the highest mean on these users;
+    that choice can only raise the bar."""
     check, label = (BEST_BASELINE, None) if name == BEST else (name, name)
     if label is None and evidence.baselines:
         label = max(evidence.baselines, key=lambda one: float(evidence.baselines[one].mean()))
@@ -283,27 +288,32 @@ def _against_baseline(evidence: Evidence, name: str, config: GateConfig) -> Chec
     base_U, recipe = evidence.baselines[label], evidence.recipe
     over = f"the {'best ' if name == BEST else ''}simple baseline, {label}"
     gain = compare(recipe[0] if len(recipe) == 1 else recipe, base_U)
-    return _is_better(check, over, "baseline", gain, recipe, float(base_U.mean()), evidence, config, 0.0)
+    return _is_better(
+        check, gain, over=over, key="baseline", recipe=recipe, bar=float(base_U.mean()), margin=0.0,
+        evidence=evidence, config=config,
+    )  # fmt: skip
 
 
 def _is_better(
     name: str,
-    over: str,
-    what: str,
     gain: Comparison,
+    *,
+    over: str,
+    key: str,
     recipe: FloatArray,
     bar: float,
+    margin: float,
     evidence: Evidence,
     config: GateConfig,
-    margin: float,
 ) -> Check:
-    """The one test: a gain above the margin, with p ≤ level. `what`: the name of `bar` among the numbers."""
+    """Passes with a gain above the margin and p ≤ level. `over`: the opponent, in words; `key`: the name of its mean
+    `bar` among the check's numbers."""
     own, version = mean_over_seeds(recipe), float(evidence.version_U.mean())
     certain = gain.gain > 0 and gain.p_value <= config.level
     enough = gain.gain > margin * abs(bar) + ROUNDING
-    relative = gain.relative_gain if bar >= 0 else -gain.relative_gain
+    relative = _relative(gain, bar)
     numbers = _numbers(gain) | {
-        "version": version, "recipe": own, what: bar, "relative_gain": relative,
+        "version": version, "recipe": own, key: bar, "relative_gain": relative,
         "detectable": gain.least_shown(config.level) / abs(bar) if bar else float("nan"),
     }  # fmt: skip
     of = f" (mean of {len(recipe)} seeds; {_this(evidence)}: {version:.4f})" if len(recipe) > 1 else ""
@@ -331,7 +341,7 @@ def _is_better(
 
 
 def _remedy(gain: Comparison, evidence: Evidence, config: GateConfig) -> tuple[str, tuple[int, ...]]:
-    """What would show a gain as the observed one, and the seeds that would."""
+    """How many seeds or users would show the observed gain, in words; and those seeds, if seeds would."""
     if gain.gain <= 0:
         return "there is no gain to show: more seeds or users would only make that surer", ()
     if (number := seeds_to_show(gain, level=config.level)) is not None:
@@ -357,7 +367,7 @@ def _against_champion(version_U: FloatArray, champion_U: FloatArray, config: Gat
     """By the mean, less the margin: a margin of 0 lets no chain of slightly worse versions through."""
     gain = compare(version_U, champion_U)
     own, bar = float(version_U.mean()), float(champion_U.mean())
-    relative = gain.relative_gain if bar >= 0 else -gain.relative_gain
+    relative = _relative(gain, bar)
     text = (
         f"{config.metric} {own:.4f} against {bar:.4f} ({_share(gain.gain, relative)}, {_p(gain)} over users; "
         f"may be {100 * config.champion_margin:.1f} % below)"
@@ -382,7 +392,7 @@ def _in_slice(part: Slice, config: GateConfig) -> Check:
     gain = compare(version_C, reference_C)
     own, bar = float(version_C.mean()), float(reference_C.mean())
     margin = config.slice_margin * abs(bar)
-    relative = gain.relative_gain if bar >= 0 else -gain.relative_gain
+    relative = _relative(gain, bar)
     text = (
         f"{own:.4f} against {bar:.4f} of {part.reference} ({_share(gain.gain, relative)}, interval "
         f"[{gain.low:+.4f}, {gain.high:+.4f}], {len(version_C):,} users; may be {100 * config.slice_margin:g} % below)"
@@ -404,6 +414,11 @@ def _p(gain: Comparison) -> str:
     return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
+def _relative(gain: Comparison, bar: float) -> float:
+    """Above zero for a gain, also where means are negative (log loss has its sign turned)."""
+    return gain.relative_gain if bar >= 0 else -gain.relative_gain
+
+
 def _share(gain: float, relative: float) -> str:
     return f"{100 * relative:+.1f} %" if math.isfinite(relative) else f"{gain:+.4f}"
 
@@ -421,10 +436,10 @@ def _numbers(gain: Comparison) -> dict[str, float]:
 def next_steps(
     decision: Decision, *, model: str, config: str = "recommend/default", results: str | None = None
 ) -> list[str]:
-    """What can be done with what there is, after a refusal: a line each; none after a pass.
+    """What a user can do after a refusal, a line each; empty after a pass.
 
-    `model`: folder of the model that is best nevertheless. `config`: the configuration of `recommend` to name.
-    `results`: where table and picture of the comparison lie.
+    `model`: folder of the refused candidate. `config`: the configuration of `recommend` to suggest. `results`: the
+    folder of the comparison's table and picture.
     """
     if decision.passed:
         return []

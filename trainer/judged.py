@@ -119,7 +119,7 @@ class Ranked(Judged[Evaluation]):
 
 
 def was_transferred(config: PretrainConfig, parent: str | None) -> bool:
-    """Whether a model started from another. Where it did not, there may be nothing that from-scratch would show."""
+    """Whether a model started from a parent. If not, the gate doesn't require from-scratch models beside it."""
     return parent is not None or getattr(config, "transfer", SCRATCH_TRANSFER) != SCRATCH_TRANSFER
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config import TrainConfig
-from trainer.cores import torchs_threads
+from trainer.cores import torch_threads_for
 from trainer.distributed import World
 from trainer.models import SequenceModel
 
@@ -30,7 +30,7 @@ class Optimizer:
         self.tables = {name: table for name, table in tables.items() if name in trained}
         self.dense = {name: parameter for name, parameter in trained.items() if name not in tables}
         self.adamw = _adamw(self.dense, config)
-        self._numbers = sum(parameter.numel() for parameter in self.dense.values())
+        self._num_dense = sum(parameter.numel() for parameter in self.dense.values())
         self.sums = {
             name: torch.zeros(len(table), device=table.device, dtype=table.dtype) for name, table in self.tables.items()
         }
@@ -58,7 +58,7 @@ class Optimizer:
         """Change the weights by the gradients that `clip` left, and drop these."""
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        with torchs_threads(self._numbers):
+        with torch_threads_for(self._num_dense):
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         rate = self.config.table_learning_rate * learning_rate / self.config.learning_rate

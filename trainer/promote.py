@@ -4,7 +4,7 @@
         --from_scratch "[FOLDER, FOLDER, FOLDER]"
     python -m trainer promote --config promote/default --rollback true
 
-What is known without scoring (too few seeds, a baseline or metric misspelt, no from-scratch) is refused first.
+Mistakes that need no scoring (too few seeds, a misspelt baseline or metric, no from-scratch) are refused first.
 
 Candidate, from-scratch and champion are scored outside the promotion lock, which takes as long as it takes. Under the
 lock the champion is looked at again: where another promoter has changed it meanwhile, the new one is scored first.
@@ -85,7 +85,7 @@ def run(config: PromoteConfig) -> Promoted:
     release = pin(config.lake or lake_of(compared.candidate.folder), config.release)
     with tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "promote"},
-        tables=("sequences", "baskets", "items", "domains", "negatives"),
+        tables=("sequences", "baskets", "items", "domains", "negatives"), context="evaluation",
     ) as tracked:  # fmt: skip
         found, faults = _ask(registry, version, compared, config, release)
         decision, promoted = _judge_and_move(registry, version, found, faults, config, tracked)
@@ -113,8 +113,8 @@ def run(config: PromoteConfig) -> Promoted:
 
 
 def detectable(decision: Decision, level: float) -> str:
-    """What seeds and users could show, as measured: "5 seeds of 1,865 users show gains above 6.1 % over from-scratch";
-    empty where nothing was tested."""
+    """The smallest gain that these seeds and users can show: "5 seeds of 1,865 users show gains above 6.1 % over
+    from-scratch"; empty if nothing was tested."""
     for check in decision.checks:
         if check.name in (FROM_SCRATCH, BEST_BASELINE) and "detectable" in check.numbers:
             found = check.numbers
@@ -127,8 +127,8 @@ def detectable(decision: Decision, level: float) -> str:
 
 
 @dataclass(frozen=True)
-class Known:
-    """A model's folder, settings, parent's hash and own hash, without its weights."""
+class ModelInfo:
+    """What is read of a model without loading its weights. `parent`: its parent's hash."""
 
     folder: Path
     config: PretrainConfig
@@ -140,17 +140,17 @@ class Known:
 class Compared:
     """The models that the gate compares."""
 
-    candidate: Known
-    replicas: tuple[Known, ...]
-    scratch: tuple[Known, ...]
+    candidate: ModelInfo
+    replicas: tuple[ModelInfo, ...]
+    scratch: tuple[ModelInfo, ...]
 
 
 def _compared(registry: Registry, config: PromoteConfig) -> Compared:
-    """Find all models; and refuse what is known before anything is registered or scored. From-scratch models that are
-    the candidate and its replicas themselves are left out: nothing was transferred then. Raises GraftrecError."""
-    candidate = _known(registry, config.candidate or f"@{CANDIDATE}")
-    replicas = tuple(_known(registry, name) for name in config.replicas)
-    scratch = tuple(_known(registry, name) for name in config.from_scratch)
+    """Find all models, and check them before anything is registered or scored. If nothing was transferred, from-scratch
+    models that are the candidate and its replicas themselves are left out. Raises GraftrecError."""
+    candidate = _model_info(registry, config.candidate or f"@{CANDIDATE}")
+    replicas = tuple(_model_info(registry, name) for name in config.replicas)
+    scratch = tuple(_model_info(registry, name) for name in config.from_scratch)
     transferred = was_transferred(candidate.config, candidate.parent)
     for one in scratch:
         if was_transferred(one.config, one.parent):
@@ -172,10 +172,10 @@ def _compared(registry: Registry, config: PromoteConfig) -> Compared:
     return Compared(candidate, replicas, scratch)
 
 
-def _known(registry: Registry, name: str) -> Known:
+def _model_info(registry: Registry, name: str) -> ModelInfo:
     folder = registry.folder(registry.version(name)) if _is_version(name) else Path(name)
     digest = artifact_hash(folder)
-    return Known(folder, *config_of(folder), digest)
+    return ModelInfo(folder, *config_of(folder), digest)
 
 
 def _candidate(registry: Registry, config: PromoteConfig) -> Version:
@@ -340,7 +340,7 @@ def _table(found: Judged[Any]) -> str:
 def _gate_section(decision: Decision, found: Judged[Any] | None, run: Run) -> str:
     """The decision in a version's description."""
     link = tracking.run_link("The run that asked the gate", run.id) + " holds decision.json." if run.id else ""
-    scores = descriptions.scores(found.part, _means(found)) if found is not None else ""
+    scores = f"This version:\n\n{descriptions.scores(found.part, _means(found))}" if found is not None else ""
     return descriptions.paragraphs(descriptions.gate(decision, _examples(found)), scores, link)
 
 

@@ -2,10 +2,10 @@
 
 Executors score in parallel, on one thread each: a Python worker loads the model folder, which Spark ships to it, once.
 Its memory is that of the model, a batch of users and a block of their scores. A user's whole known sequence is the
-input, and what is in it is left out of the answer. Users with no item that the model knows, as those who are new in the
-domain, are answered by the registered model's `companion`, which reads all domains; without one, or where that knows
-none either, they get the popular items. `model_version` says which model answered. The rows are those that the served
-model would answer, up to the last bits.
+input, and its items are not recommended. Users without an item that the model knows, e.g. those who are new in the
+domain, get the recommendations of the registered model's `companion`, which reads all domains; if there is none, or it
+knows none of their items either, they get the popular items. `model_version` says which model a row is from. The rows
+are those that the served model would answer, up to the last bits.
 
 One commit replaces the domain's partitions, all or nothing. It records what it was made of: a rerun of what the table
 holds already does nothing.
@@ -81,12 +81,12 @@ class Result:
 
 @dataclass(frozen=True)
 class _Source:
-    """What users are read from: their history in the domain `reads`, or in all domains (`wide`)."""
+    """Which histories are read: those in the domain `reads`, or in all domains (`reads_all`)."""
 
     release: Release
     split: str
     reads: str
-    wide: bool
+    reads_all: bool
     baskets: bool
     event_types: bool
     num_users: int  # with any event, in whichever domain
@@ -109,8 +109,8 @@ def run(config: RecommendConfig) -> Result:
     if DOMAIN_ALL in domains_with_sequences(release, split):
         num_users = SequenceDataset(release, split, DOMAIN_ALL).num_rows
     kinds = any(one.event_types for one, _ in models)
-    wide = not baskets and (companion != "" or reads == DOMAIN_ALL)
-    source = _Source(release, split, reads, wide, baskets, kinds, num_users)
+    reads_all = not baskets and (companion != "" or reads == DOMAIN_ALL)
+    source = _Source(release, split, reads, reads_all, baskets, kinds, num_users)
     app, identity = f"recommend/{domain}", _identity(config, models, source, domain)
     recorded = delta.transactions(release.lake, tables.RECOMMENDATIONS, [app, identity])
     if app in recorded and recorded.get(identity) == recorded[app]:
@@ -152,7 +152,7 @@ def run(config: RecommendConfig) -> Result:
 
 
 def _models(config: RecommendConfig) -> list[tuple[Artifact, str]]:
-    """The model, and the companion where it has one; each with what rows say of it: "graftrec/3", or
+    """The model, and its companion if it has one, each with its label in `model_version`: "graftrec/3", or
     "unregistered/<hash>" for a folder."""
     folder, label, version = _model(config, config.model)
     artifact = load_artifact(folder, users=False)
@@ -277,12 +277,12 @@ def _histories(spark: SparkSession, source: _Source, parallel: int) -> DataFrame
         in_order = F.sort_array(F.collect_list(F.struct("basket", "items")))
         together = read(tables.BASKETS, source.reads).groupBy("user", "bucket").agg(in_order.alias("baskets"))
         own = together.select("user", "bucket", F.col("baskets.items").alias("items"))
-    elif source.wide:
+    elif source.reads_all:
         more.append("times")
         own = read(tables.SEQUENCES, DOMAIN_ALL)
     else:
         own = read(tables.SEQUENCES, source.reads)
-    if not source.wide and DOMAIN_ALL in domains_with_sequences(release, source.split):
+    if not source.reads_all and DOMAIN_ALL in domains_with_sequences(release, source.split):
         everyone = read(tables.SEQUENCES, DOMAIN_ALL).select("user", "bucket")
         own = everyone.join(own.drop("bucket"), "user", "left")
     vocabulary = delta.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
@@ -317,8 +317,8 @@ def _score_batches(
     batches: Iterator[pa.RecordBatch], *, models: Sequence[tuple[str, str]], count: Any, k: int, batch_size: int,
     domain: str, release: int,
 ) -> Iterator[pa.RecordBatch]:  # fmt: skip
-    """Top-k rows of the users in `batches` (raw, index, bucket, items). `models`: where each is, and its label; the
-    second one answers for users of whom the first knows no item, and it does."""
+    """Top-k rows of the users in `batches` (raw, index, bucket, items). `models`: place and label of the model, and of
+    its companion, which scores users of whom only it knows an item."""
     use_threads(1)  # there are as many tasks at once as cores
     with _loading:
         loaded = [(_loaded(place), label) for place, label in models]
@@ -327,22 +327,20 @@ def _score_batches(
         order = np.argsort(_lengths(batch.column("items")), kind="stable")
         for start in range(0, len(order), batch_size):
             chosen = batch.take(pa.array(order[start : start + batch_size]))
-            left = np.arange(len(chosen))
-            parts = []
-            for model, label in reversed(loaded[1:]):
-                first = _as_histories(chosen, loaded[0][0])
-                is_theirs = ~has_items(first) & has_items(_as_histories(chosen, model))
-                parts.append((model, label, np.flatnonzero(is_theirs)))
-                left = np.flatnonzero(~is_theirs)
-            for model, label, users in [(*loaded[0], left), *parts]:
-                if len(users):
-                    yield _best(model, label, chosen.take(pa.array(users)), k, domain, release)
+            by_model = [np.ones(len(chosen), bool)]
+            if len(loaded) > 1:
+                knows, companion_knows = (has_items(_as_histories(chosen, model)) for model, _ in loaded)
+                by_companion = ~knows & companion_knows
+                by_model = [~by_companion, by_companion]
+            for (model, label), users in zip(loaded, by_model, strict=True):
+                if users.any():
+                    yield _best(model, label, chosen.filter(pa.array(users)), k, domain, release)
         if count is not None:
             count.add(batch.num_rows)
 
 
 def _best(model: _Model, label: str, chosen: pa.RecordBatch, k: int, domain: str, release: int) -> pa.RecordBatch:
-    """RECOMMENDATIONS of the users `chosen`."""
+    """Rows of the table RECOMMENDATIONS for the users `chosen`."""
     rows, best = model.shortlist.best(_as_histories(chosen, model), k)
     owner, place = torch.isfinite(best).numpy().nonzero()
     users = pa.array(owner)

@@ -146,8 +146,8 @@ class Registry:
             self._client.create_registered_model(self.name, description=description)
 
     def _logged_model(self, digest: str, run_id: str) -> Any:
-        """That of the run which trained the model; a new one where there is none, or where it holds a version already,
-        whose files stay as they are."""
+        """The logged model of the run that trained it; a new one if there is none, or if it holds a registered version,
+        whose files must not change."""
         found = tracking.models_of(self._client, digest)
         for model in found:
             if tracking.VERSIONS not in model.tags and (not run_id or model.source_run_id == run_id):
@@ -185,7 +185,7 @@ class Registry:
         return sorted((self._version(entry) for entry in found), key=lambda version: (version.name, -version.number))
 
     def holder(self, version: Version) -> "Registry":
-        """The registry of the registered model that a version is of."""
+        """The registry of the registered model that a version belongs to."""
         if version.name == self.name:
             return self
         return Registry(version.name, family=version.tags.get(TAG_FAMILY, ""))
@@ -199,8 +199,8 @@ class Registry:
         return found
 
     def for_domain(self, version: Version, domain: str) -> Version:
-        """The version to ask about a domain: itself where it predicts that, else the champion of its family for that
-        domain, else the patch beside it that does; itself where there is none."""
+        """The version that predicts a domain: `version` itself if it does; in a family, that domain's champion; else a
+        patch of the same parent. `version` if there is none."""
         if version.tags.get(TAG_DOMAIN, domain) == domain:
             return version
         if family := version.tags.get(TAG_FAMILY, ""):
@@ -318,7 +318,7 @@ class Registry:
                 self._client.set_model_version_tag(self.name, str(number), key, redact(value))
 
     def describe(self, number: int, heading: str, text: str) -> None:
-        """Write a part of a version's description under a heading of its own, instead of what stood under it."""
+        """Set the last section of a version's description, under a heading; replaces an earlier one."""
         with self._asking(f"can't describe {self.name}/{number}"):
             before = (self._client.get_model_version(self.name, str(number)).description or "").partition(heading)[0]
             text = tracking.resolved(self._client, redact(text))

@@ -35,13 +35,14 @@ OWN = "Configurations of one's own"
 MANY_ROWS = 7  # of one's own, that a picture can tell apart
 OVERVIEW_ROWS = 11  # of the first picture, beside two baselines
 NOT_ASKED = "not asked for"  # how the reason of a row begins that was left out on purpose
-AMONG = {
+# In words: which items a protocol ranks, and how a convention treats several held-out items.
+AMONG_TEXT = {
     "full": "all items that the user has not had",
     "uniform-100": "100 items drawn at random",
     "popular-100": "100 items drawn by popularity",
     "top-100": "the 100 most popular items",
 }
-COUNTED = {"list": "all of a user's held-out items in one list", "single": "each held-out item by itself"}
+CONVENTION_TEXT = {"list": "all of a user's held-out items in one list", "single": "each held-out item by itself"}
 FEW_USERS = 30  # of a slice: their intervals would hide all others
 NAN = float("nan")
 
@@ -125,9 +126,10 @@ class _Report:
         transfers = any(row["transfer"] not in (None, "none") for row in self.rows)
         where = f"From domain {data['source_domain']} to" if transfers else "On domain"
         held_out = _count(data["held_out"], "held-out item") if data.get("held_out") else "held-out items"
+        candidates = AMONG_TEXT.get(self.head.protocol, self.head)
         return (
             f"{_dataset(data)}. {where} {data['target_domain']}: the {held_out} of {data['evaluated_users']:,} users "
-            f"(split {data['split']}, {data['part']} part) ranked among {AMONG.get(self.head.protocol, self.head)}. "
+            f"(split {data['split']}, {data['part']} part) ranked among {candidates}. "
             f"{self.runs_done()}"
         )
 
@@ -209,8 +211,9 @@ class _Report:
                 text += f"; the same under {agree} of {len(own)} ways of scoring"
             points.append(text + ".")
         blocks: list[Block] = [Heading("In short"), Points([*points, *self._beside_simple()])]
+        convention = CONVENTION_TEXT.get(self.head.convention, self.head.convention)
         notes = (
-            f"{self.metric} under {self.head} ({COUNTED.get(self.head.convention, self.head.convention)}), in points "
+            f"{self.metric} under {self.head} ({convention}), in points "
             "of percent, with 95 % intervals; p after Holm's correction."
         )
         if all(len(row["seeds"]) < 2 for row in self.rows):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from etl.tables import FIRST_INDEX, PAD, SEP
 from trainer.baselines import Histories, IntArray
-from trainer.cores import torchs_threads
+from trainer.cores import torch_threads_for
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
 from trainer.tasks import Click, Task
@@ -89,7 +89,7 @@ def top_k(scores: Scores, seen: Histories, k: int) -> tuple[IntArray, Tensor]:
     for start, block in scores.blocks(FIRST_INDEX):
         here = (items >= start) & (items < start + block.shape[1])
         block[owner[here].to(block.device), items[here].to(block.device) - start] = -torch.inf
-        with torchs_threads(block.numel()):
+        with torch_threads_for(block.numel()):
             best, rows = _best_columns(block, wanted)
         # Those of earlier blocks stand first, and the sort is stable.
         best, order = torch.cat([best_BK, best.cpu()], 1).sort(dim=1, descending=True, stable=True)
@@ -140,7 +140,7 @@ class Scorer:
 
         @torch.inference_mode()
         def columns(start: int, stop: int) -> Tensor:
-            with torchs_threads(len(hidden_BD) * (stop - start)):
+            with torch_threads_for(len(hidden_BD) * (stop - start)):
                 return block(start, stop)
 
         def block(start: int, stop: int) -> Tensor:

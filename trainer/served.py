@@ -53,13 +53,12 @@ def load(folder: Path, label: str) -> Recommender:
 
 
 def _companion(registry: Registry, version: Version) -> Recommender | None:
-    """The version that answers where `version` knows no item of a history. None, with a warning, where the registry or
-    the version can't be read: popular items are then answered, as without one."""
+    """The companion of a version, ready to answer. None if there is none, and, with a warning, if it can't be read."""
     try:
         found = registry.companion(version)
         return None if found is None else Recommender(load_artifact(registry.folder(found)), found.label)
     except GraftrecError as error:
-        warn(f"no companion of {version.label}, whose known users are answered as ever: {error}")
+        warn(f"no companion of {version.label}, so users new in its domain get popular items: {error}")
         return None
 
 

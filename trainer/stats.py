@@ -22,12 +22,12 @@ from etl.config import GraftrecError
 
 FloatArray = npt.NDArray[np.float64]
 
-# Spreads of the differences of two models' NDCG@10, as shares of the lower model's mean, for saying beforehand what an
-# experiment can show. Measured on the kept results `tests/reproduction/results`: USER_SPREAD is the middle of the
-# comparisons of models-demo (1,865 users: 0.69), models-small (5,306 users of MovieLens-1M: 0.63) and table2-small
-# (0.92), towards the larger; SEED_SPREAD is the root mean square over the 12 comparisons of models-demo, 2 seeds each.
+# Typical standard deviations of the difference in NDCG@10 of two models, as shares of the lower model's mean, to say
+# before an experiment what it can show. Measured on the results in `tests/reproduction/results`. USER_SPREAD is near
+# the largest value found: models-demo 0.69 (1,865 users), models-small 0.63 (5,306 users of MovieLens-1M), table2-small
+# 0.92. SEED_SPREAD is the root mean square over the 12 comparisons of models-demo, 2 seeds each.
 USER_SPREAD, SEED_SPREAD = 0.9, 0.043
-MOST_SEEDS = 1_000  # more are no plan
+MOST_SEEDS = 1_000  # nobody trains more
 
 
 class StatsError(GraftrecError):
@@ -232,7 +232,7 @@ def seeds_to_show(gain: Comparison, *, level: float = 0.05) -> int | None:
 
 
 def users_to_show(gain: Comparison, *, num_seeds: int, level: float = 0.05) -> int | None:
-    """About how many users would do so, with `num_seeds` seeds. None: no number would, seeds vary too much."""
+    """About how many users would show the gain with `num_seeds` seeds. None: no number would, seeds vary too much."""
     if gain.gain <= 0:
         return None
     of_seeds = 0.0

@@ -52,6 +52,7 @@ UNSENT = Path("mlflow-unsent")  # what a dead server did not take, until it does
 PARAM_CHARACTERS, TAG_CHARACTERS = 500, 5_000  # the shortest limits of the servers in use
 DESCRIPTION = "mlflow.note.content"  # the tag that MLflow's page shows as a description, in Markdown
 MODEL_HASH = "graftrec.hash"  # tag of a logged model: the hash of its model folder
+THUMBNAIL_PIXELS = 640  # width of a picture in a description, beside which a run's facts have room
 REUSED_SHOWN = 30  # earlier runs that a description links
 VERSIONS = "mlflow.modelVersions"  # tag of a logged model: the registered versions made of it, as JSON
 PARAMS_PER_BATCH = 100
@@ -196,6 +197,9 @@ class Run:
     def log_figure(self, figure: "Figure", path: str) -> None:
         """A picture as PNG at `path` ("curves/learning.png") among the run's artifacts."""
 
+    def log_thumbnail(self, picture: Path, path: str) -> None:
+        """A PNG file, scaled down to THUMBNAIL_PIXELS, at `path`. For descriptions, where pictures keep their size."""
+
     def log_text(self, text: str, path: str) -> None:
         """A text file at `path` among the run's artifacts."""
 
@@ -234,7 +238,7 @@ _active: list[Run] = []
 
 
 def note_reused(name: str, run_id: str) -> None:
-    """Tell the run under way, if any, that a step took the result of an earlier run ("" where that is unknown)."""
+    """Note in the active run, if any, that a step reused the result of an earlier run ("": unknown, not noted)."""
     if _active and run_id:
         _active[-1].note_reused(name, run_id)
 
@@ -261,13 +265,14 @@ def start_run(
     tags: Mapping[str, str] | None = None,
     description: str = "",
     tables: Sequence[str] = (),
+    context: str = "training",
 ) -> Iterator[Run]:
     """Track what happens inside: configuration, snapshots, code version, system metrics, and how it ended.
 
     Under `mlflow run` (MLFLOW_RUN_ID) the run that it made is joined, and otherwise `resumed`, the id of an earlier run
     of the same work, where the store still has it. A run started inside another, or in a process
-    given `child_environment()`, is its child. `description` as in `Run.describe`, `tables` (that the run reads) as in
-    `Run.log_release`. An exception ends the run as FAILED with the error's line as the tag
+    given `child_environment()`, is its child. `description` as in `Run.describe`, `tables` (that the run reads) and
+    `context` as in `Run.log_release`. An exception ends the run as FAILED with the error's line as the tag
     `graftrec.error`; SIGTERM and Ctrl-C end it as KILLED.
     """
     if not config.enabled or int(os.environ.get("RANK", "0")) != 0:
@@ -281,7 +286,7 @@ def start_run(
     run.log_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "config.yaml")
     run.set_tags({f"graftrec.code.{key}": value for key, value in code_version().items()} | dict(tags or {}))
     if release is not None:
-        run.log_release(release, tables=tables)
+        run.log_release(release, context=context, tables=tables)
     if description:
         run.describe(description)
     status = "FINISHED"
@@ -386,6 +391,16 @@ class _TrackedRun(Run):
             figure.savefig(file, dpi=130)
             self._artifact(file, path)
 
+    def log_thumbnail(self, picture: Path, path: str) -> None:
+        from PIL import Image
+
+        with _harmless(f"can't log {path}"):
+            file = self._staged(path)
+            with Image.open(picture) as image:
+                image.thumbnail((THUMBNAIL_PIXELS, 10 * THUMBNAIL_PIXELS))
+                image.save(file)
+            self._artifact(file, path)
+
     def log_text(self, text: str, path: str) -> None:
         with _harmless(f"can't log {path}"):
             file = self._staged(path)
@@ -415,7 +430,8 @@ class _TrackedRun(Run):
         links = ", ".join(run_link(name, run_id) for name, run_id in list(self._reused.items())[:REUSED_SHOWN])
         if len(self._reused) > REUSED_SHOWN:
             links += f" and {len(self._reused) - REUSED_SHOWN} others (tag `graftrec.reused`)"
-        parts = [self._description, f"Reused, since nothing they depend on has changed: {links}." if links else ""]
+        first, _, rest = self._description.partition("\n\n")
+        parts = [first, f"Reused, since nothing they depend on has changed: {links}." if links else "", rest]
         self._outbox.add({"kind": "description", "text": redact("\n\n".join(filter(None, parts)))})
 
     def log_model(self, name: str, digest: str, *, kind: str = "", params: Mapping[str, Any] | None = None) -> None:

@@ -27,7 +27,7 @@ from etl.tables import (
     PROPERTY_TIME,
     SEQUENCES,
     USERS,
-    cold_draw,
+    cold_user_hash,
 )
 
 VALIDATION, TEST = 1, 2
@@ -101,10 +101,10 @@ def cut(
 
 
 def cold_part(histories: Histories, split: SplitConfig, names: Sequence[str]) -> Ints:
-    """[U] which part holds a user's whole history in the joint target: 0 (trained on), VALIDATION or TEST.
+    """[U] the part that holds out a user's whole history in the joint target: VALIDATION, TEST, or 0 (trained on).
 
-    Users are chosen by `tables.cold_draw` among those with `min_train` events elsewhere strictly before their first
-    event there. All others are trained on: without earlier events a user could only be shown popular items.
+    Users are chosen by `tables.cold_user_hash` among those with `min_train` events elsewhere strictly before their
+    first event there. All others are trained on: without earlier events there is nothing to personalise from.
     """
     assert split.joint_target is not None
     assert split.cold_users is not None
@@ -116,8 +116,8 @@ def cold_part(histories: Histories, split: SplitConfig, names: Sequence[str]) ->
     is_before = histories.time < start[histories.user]
     known = np.bincount(histories.user[is_before], minlength=len(part)) >= split.min_train
     for user in np.flatnonzero(known).tolist():
-        draw = cold_draw(histories.raw[user].as_py(), split.joint_target)
-        part[user] = TEST if draw < split.cold_users else VALIDATION if draw < 2 * split.cold_users else 0
+        share = cold_user_hash(histories.raw[user].as_py(), split.joint_target)
+        part[user] = TEST if share < split.cold_users else VALIDATION if share < 2 * split.cold_users else 0
     return part
 
 

@@ -1,10 +1,11 @@
-"""What the users of the generated world take, and in which order.
+"""Simulated users: which items they take in the generated log, and in which order.
 
-A user has a taste that drifts from an early to a late one, and comes in sessions. A session has a topic: topics lie on
-a ring, and a user goes round it in steps of a length and direction of its own, now and then leaping to a favourite. An
-event is the next part of a series begun some time before, or an item on the session's topic, or any; by popularity and
-taste, nothing twice. So what comes next hangs on the user and on what lies sessions back, which counts of neighbouring
-items don't see. Taste and step are the same in both domains, unless `share_tastes` is off.
+A user has a taste that drifts from an early to a late vector, and takes items in sessions. A session has a topic.
+Topics lie on a ring: the next session's topic is a fixed step away, whose length and direction are the user's own, or,
+less often, a random topic by taste. An event is the next part of a series that the user began earlier, an item of the
+session's topic, or any item; items are drawn by popularity and taste, and none is taken twice. So the next item depends
+on the user and on earlier sessions, which counts of neighbouring items can't capture. Taste and step are the same in
+both domains, unless `share_tastes` is off.
 
 Shape letters: ``B`` users of a block, ``T`` picks, ``C`` candidates, ``K`` tastes, ``Z`` topics, ``D`` domains.
 """
@@ -19,9 +20,9 @@ from etl.sources.world import Floats, Ints, Shelf, World, generator, unit
 
 COMMUNITY = 32  # users
 _ALIKE = 0.5  # share of a user's taste that is the community's
-_FAVOUR = 1.0  # how far taste decides which topics are leapt to
+_FAVOUR = 1.0  # how strongly taste decides the random topics
 _MOST_STEP = 3  # topics
-_WAIT = 4  # picks before a series goes on, at least
+_WAIT = 4  # least number of picks between two parts of a series
 _CANDIDATES = 2_048  # a larger shelf is first sampled by popularity
 _USERS, _COMMUNITIES = 1, 2  # random streams
 _NEVER = np.float32(-np.inf)
@@ -30,13 +31,13 @@ Uniforms = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Users:
-    """A block of users: what they like in the source and in the target domain."""
+class UserTastes:
+    """What a block of users likes in the source and in the target domain."""
 
     early_DBK: Floats  # unit vectors
     late_DBK: Floats
     step_DB: Ints  # from a session's topic to the next one's
-    favour_DBZ: npt.NDArray[np.float64]  # how likely each topic is leapt to, cumulative
+    favour_DBZ: npt.NDArray[np.float64]  # cumulative probabilities of the random topics
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Picks:
     match_BT: Floats  # taste match, about standard normal over items
 
 
-def read_users(config: GeneratorSource, place: World, users: Ints) -> Users:
-    """The tastes of users by their numbers."""
+def draw_tastes(config: GeneratorSource, place: World, users: Ints) -> UserTastes:
+    """The tastes of the users with these numbers; they depend on nothing else but the configuration."""
     draws = [generator(config.seed, _USERS, int(user)) for user in users]
     own = np.stack([draw.standard_normal((2, 2, config.tastes)) for draw in draws], axis=2)
     communities, which = np.unique(users // COMMUNITY, return_inverse=True)
@@ -65,18 +66,23 @@ def read_users(config: GeneratorSource, place: World, users: Ints) -> Users:
         for both in (early, late, step):
             both[1] = both[0]
     favour_DBZ = np.exp(_FAVOUR * np.sqrt(config.tastes) * early @ place.topic_ZK.T).cumsum(axis=-1)
-    return Users(early.astype(np.float32), late.astype(np.float32), step, favour_DBZ / favour_DBZ[..., -1:])
+    return UserTastes(early.astype(np.float32), late.astype(np.float32), step, favour_DBZ / favour_DBZ[..., -1:])
 
 
 def most_picks(shelf: Shelf) -> int:
-    """How much of a domain a user takes at most: half, or of a large one half of what the user chooses from."""
+    """The most items that a user takes in a domain: half of it, or half of the candidates in a large one."""
     return max(1, min(len(shelf.items), _CANDIDATES) // 2)
 
 
 def pick(
-    config: GeneratorSource, shelf: Shelf, users: Users, domain: int, counts: Ints, draws: list[np.random.Generator]
+    config: GeneratorSource,
+    shelf: Shelf,
+    tastes: UserTastes,
+    domain: int,
+    counts: Ints,
+    draws: list[np.random.Generator],
 ) -> Picks:
-    """`counts` items of each user, in order, fewer where nothing fits any more."""
+    """`counts` items of each user, in order; fewer if a user runs out of candidates."""
     num_users, num_picks = len(counts), int(counts.max())
     uniform_5BT = np.ones((5, num_users, num_picks))
     for row, (draw, count) in enumerate(zip(draws, counts, strict=True)):
@@ -84,25 +90,25 @@ def pick(
     begins_BT = _sessions(config, uniform_5BT[0])
     candidates = _candidates(shelf, num_users, draws)
     ages_BT = np.minimum(np.arange(num_picks) / np.maximum(counts - 1, 1)[:, None], 1).astype(np.float32)
-    topic_BT = _topics(config, users, domain, begins_BT, uniform_5BT[1:3])
-    taste_2BK = np.stack([users.early_DBK[domain], users.late_DBK[domain]])
-    taught = domain == 1 or config.source_teaches
-    if taught:
-        item_BT, kept_BT = _taught(config, shelf, candidates, taste_2BK, topic_BT, ages_BT, uniform_5BT[3:])
+    topic_BT = _topics(config, tastes, domain, begins_BT, uniform_5BT[1:3])
+    taste_2BK = np.stack([tastes.early_DBK[domain], tastes.late_DBK[domain]])
+    by_taste = domain == 1 or config.source_teaches
+    if by_taste:
+        item_BT, kept_BT = _pick_by_taste(config, shelf, candidates, taste_2BK, topic_BT, ages_BT, uniform_5BT[3:])
     else:
-        item_BT, kept_BT = _untaught(candidates, uniform_5BT[3])
+        item_BT, kept_BT = _pick_by_popularity(candidates, uniform_5BT[3])
     kept_BT &= np.arange(num_picks) < counts[:, None]
     taste_BTK = taste_2BK[0][:, None] * (1 - ages_BT[..., None]) + taste_2BK[1][:, None] * ages_BT[..., None]
     match_BT = np.einsum("btk,btk->bt", taste_BTK, shelf.taste_VK[item_BT]) * np.float32(np.sqrt(config.tastes))
-    if not taught:
+    if not by_taste:
         match_BT = uniform_5BT[4].astype(np.float32) * 2 - 1
     return Picks(item_BT, kept_BT, begins_BT, match_BT)
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """What each user may choose from, with a fixed liking of the user's own: choosing the best that is left, again and
-    again, is to draw without replacement (Gumbel top-k, Kool et al. 2019)."""
+    """What each user may choose from, with a random utility for each: taking the best that is left, again and again,
+    draws without replacement (Gumbel top-k, Kool et al. 2019)."""
 
     item_BC: Ints
     liking_BC: Floats  # popularity and chance
@@ -121,16 +127,16 @@ def _candidates(shelf: Shelf, num_users: int, draws: list[np.random.Generator]) 
 
 
 def _topics(
-    config: GeneratorSource, users: Users, domain: int, begins_BT: npt.NDArray[np.bool_], uniform_2BT: Uniforms
+    config: GeneratorSource, tastes: UserTastes, domain: int, begins_BT: npt.NDArray[np.bool_], uniform_2BT: Uniforms
 ) -> Ints:
-    """The topic of the session that each pick is in."""
-    favour_BZ = users.favour_DBZ[domain]
-    leap_BT = (uniform_2BT[1][..., None] >= favour_BZ[:, None]).sum(axis=-1) % config.topics
+    """[B, T] the topic of each pick's session."""
+    favour_BZ = tastes.favour_DBZ[domain]
+    random_BT = (uniform_2BT[1][..., None] >= favour_BZ[:, None]).sum(axis=-1) % config.topics
     topic_BT = np.empty(begins_BT.shape, np.int64)
-    topic_B = leap_BT[:, 0]
+    topic_B = random_BT[:, 0]
     for at in range(begins_BT.shape[1]):
-        steps_B = (topic_B + users.step_DB[domain]) % config.topics
-        new_B = np.where(uniform_2BT[0, :, at] < config.rhythm, steps_B, leap_BT[:, at])
+        steps_B = (topic_B + tastes.step_DB[domain]) % config.topics
+        new_B = np.where(uniform_2BT[0, :, at] < config.rhythm, steps_B, random_BT[:, at])
         topic_BT[:, at] = topic_B = np.where(begins_BT[:, at], new_B, topic_B)
     return topic_BT
 
@@ -147,11 +153,11 @@ def _sessions(config: GeneratorSource, uniform_BT: Uniforms) -> npt.NDArray[np.b
     return begins_BT
 
 
-def _taught(
+def _pick_by_taste(
     config: GeneratorSource, shelf: Shelf, candidates: _Candidates, taste_2BK: Floats, topic_BT: Ints, ages_BT: Floats,
     uniform_2BT: Uniforms,
 ) -> tuple[Ints, npt.NDArray[np.bool_]]:  # fmt: skip
-    """Items by series, topic, taste and popularity; and which picks found one."""
+    """[B, T] items by series, topic, taste and popularity; and which picks found an item."""
     item_BC = candidates.item_BC
     strength = np.float32(config.taste_strength * np.sqrt(config.tastes))
     taste_BCK = shelf.taste_VK[item_BC]
@@ -182,7 +188,7 @@ def _taught(
 
 
 def _sequel(pending_BT: Ints, uniform_B: Uniforms) -> tuple[Ints, Ints]:
-    """One of the parts that are next in a user's series, and its place; -1 where there is none."""
+    """The next part of a random series that each user has begun, and its place in `pending_BT`; -1: none."""
     open_BT = pending_BT >= 0
     number_B = open_BT.sum(axis=1)
     wanted_B = (uniform_B * number_B).astype(np.int64) + 1
@@ -190,8 +196,8 @@ def _sequel(pending_BT: Ints, uniform_B: Uniforms) -> tuple[Ints, Ints]:
     return pending_BT[np.arange(len(place_B)), place_B], place_B
 
 
-def _untaught(candidates: _Candidates, uniform_BT: Uniforms) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Items by popularity alone, in random order; `uniform_BT` is 1 behind a user's last pick."""
+def _pick_by_popularity(candidates: _Candidates, uniform_BT: Uniforms) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """[B, T] items by popularity alone, in random order; `uniform_BT` is 1 after a user's last pick."""
     best_BT = np.argsort(-candidates.liking_BC, axis=1)[:, : uniform_BT.shape[1]]
     shuffled_BT = np.argsort(uniform_BT, axis=1, kind="stable")
     item_BT = np.take_along_axis(candidates.item_BC, np.take_along_axis(best_BT, shuffled_BT, axis=1), axis=1)

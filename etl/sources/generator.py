@@ -1,7 +1,7 @@
 """A synthetic two-domain log of any size, written in parallel, the same bytes from a seed whatever the partitions.
 
-What users take is drawn by `behaviour.py` from the catalogue of `world.py`. Here it gets times: each domain's events
-come in sessions of the user's life, a session is a basket, and an event has a value by how well the item fits.
+`world.py` makes the catalogue and `behaviour.py` draws what users take from it. This module adds times, baskets and
+values: a session is a basket, and an event's value grows with the match of item and taste.
 
 Users are made in blocks of BLOCK, each user from a random stream of its own, and partitions hold whole blocks: so a
 user's events depend on the configuration and the user's number alone. Cost per user doesn't grow with the catalogue.
@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import GeneratorSource, code_version, config_hash
-from etl.sources.behaviour import COMMUNITY, Picks, most_picks, pick, read_users
+from etl.sources.behaviour import COMMUNITY, Picks, draw_tastes, most_picks, pick
 from etl.sources.names import person_key
 from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS, spark_schema
 from etl.sources.world import ACTORS, Ints, Shelf, categories, generator, person_name, title, world
@@ -91,7 +91,7 @@ class Generator:
 def events(config: GeneratorSource, users: Ints) -> pa.Table:
     """RAW_EVENTS of whole users (one aligned block at most), each user's in time order."""
     place = world(config)
-    tastes = read_users(config, place, users)
+    tastes = draw_tastes(config, place, users)
     draws = [generator(config.seed, _USERS, int(user) | 1 << 55) for user in users]
     activity = np.exp(_SPREAD * np.stack([draw.standard_normal(3) for draw in draws]))
     joined = np.array([draw.integers(0, 2 * 365 * _DAY) for draw in draws])

@@ -3,7 +3,7 @@
 A topic is a direction in `tastes` dimensions. A person (director, actor) works in one topic and has a taste near it; an
 item has the topic of its director, its actors work in the same one, and its taste is that of its people and some of its
 own. The parts of a series share their people. Popularity within a domain follows Zipf's law. People work in both
-domains: what is learned about them in one holds in the other, unless `share_tastes` is off, when a person has another
+domains, so what a model learns about them in one holds in the other; with `share_tastes` off, a person has another
 topic and taste in each.
 """
 
@@ -109,8 +109,8 @@ def person_name(number: int) -> str:
 
 
 def title(place: World, item: int) -> str:
-    """A title of its own, whose words tell the item's two strongest tastes: "Silent River 17"; a series has one title
-    with the number of the part: "Silent River 17, part 2"."""
+    """A unique title whose words name the item's two strongest tastes, "Silent River 17"; parts of a series share it:
+    "Silent River 17, part 2"."""
     first, part = int(place.first_V[item]), int(place.part_V[item])
     strongest = np.argsort(-np.abs(place.taste_VK[first]))[:2]
     words = []

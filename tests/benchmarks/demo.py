@@ -1,8 +1,8 @@
-"""The demo's verdict on logs of several generator seeds, threads and precisions, and on logs that can teach nothing.
+"""The demo's verdict over generator seeds, thread counts and precisions, and on logs whose source domain is random.
 
-A run is `make demo` as a user starts it, in a folder and an MLflow store of its own; runs of one generator seed share
-its tables. What a run gave is kept in <work>/demo/results.json by name: the same command goes on after an interruption,
-and makes again what another code or setting made.
+A run is `make demo` as a user starts it, with a folder and an MLflow store of its own; runs of one generator seed share
+its tables. Results are kept in <work>/demo/results.json by name: the same command continues after an interruption, and
+repeats only the runs whose code or settings have changed.
 """
 
 import fnmatch

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from etl.config import GeneratorSource
-from etl.sources.behaviour import read_users
+from etl.sources.behaviour import draw_tastes
 from etl.sources.generator import BLOCK, events
 from etl.sources.world import ACTORS, world
 
@@ -100,7 +100,7 @@ def test_the_people_of_an_item_work_in_its_topic():
 def test_sessions_have_topics_that_follow_the_users_step_in_both_domains():
     config, table = made(topical=1.0, rhythm=1.0, sequels=0.0)
     place = world(config)
-    steps = read_users(config, place, np.arange(config.users)).step_DB
+    steps = draw_tastes(config, place, np.arange(config.users)).step_DB
     assert (steps[0] == steps[1]).all()
     _, sessions = histories(config, table)
     for domain, shelf in enumerate(place.shelves):
@@ -118,7 +118,7 @@ def test_sessions_have_topics_that_follow_the_users_step_in_both_domains():
 def test_counts_of_neighbours_do_not_see_the_step():
     """Over all users every step is as frequent as its opposite."""
     config = GeneratorSource(users=4_000)
-    steps = read_users(config, world(config), np.arange(config.users)).step_DB[0]
+    steps = draw_tastes(config, world(config), np.arange(config.users)).step_DB[0]
     shares = np.bincount(steps + 3, minlength=7) / config.users
     assert shares[[0, 1, 2, 4, 5, 6]] == pytest.approx(1 / 6, abs=0.03)
     assert shares[3] == 0
@@ -128,7 +128,7 @@ def test_tastes_drift_unless_told_not_to():
     users = np.arange(300)
     place = world(GeneratorSource())
     for drift, least, most in ((0.0, 1 - 1e-6, 1 + 1e-6), (0.5, 0.5, 0.9), (1.0, -0.2, 0.2)):
-        tastes = read_users(GeneratorSource(drift=drift), place, users)
+        tastes = draw_tastes(GeneratorSource(drift=drift), place, users)
         assert least <= float((tastes.early_DBK * tastes.late_DBK).sum(-1).mean()) <= most
 
 
@@ -136,7 +136,7 @@ def test_tastes_are_shared_unless_told_not_to():
     users = np.arange(2_000)
     for share in (True, False):
         config = GeneratorSource(share_tastes=share)
-        tastes = read_users(config, world(config), users)
+        tastes = draw_tastes(config, world(config), users)
         alike = float((tastes.early_DBK[0] * tastes.early_DBK[1]).sum(-1).mean())
         assert (alike == pytest.approx(1, abs=1e-5)) if share else abs(alike) < 0.15
 

@@ -25,7 +25,7 @@ from etl.delta import data_files
 from etl.jobs import baskets, sequences
 from etl.jobs.job import Engine, Outcome, Run, due
 from etl.lake import snapshot_files
-from etl.tables import BASKETS, FIRST_INDEX, INTERACTIONS, SEQUENCES, USERS, Table, bucket_of, cold_draw
+from etl.tables import BASKETS, FIRST_INDEX, INTERACTIONS, SEQUENCES, USERS, Table, bucket_of, cold_user_hash
 from etl.tables import DOMAINS as DOMAINS_TABLE
 from etl.tables import ITEMS as ITEMS_TABLE
 
@@ -165,7 +165,7 @@ def test_joint_split_moves_what_the_target_holds_out_to_the_end_of_all(tmp_path:
         assert found["joint", domain, user] == found["last-2", domain, user]
 
 
-COLD_NAMES = ("u4", "u22", "u0")  # of which `cold_draw` gives 0.03, 0.15 and 0.36 in the domain `target`
+COLD_NAMES = ("u4", "u22", "u0")  # of which `cold_user_hash` gives 0.03, 0.15 and 0.36 in the domain `target`
 COLD = SplitConfig(name="cold", validation=1, test=1, cold_users=0.1, joint_target="target", causal_target="target")
 
 
@@ -205,11 +205,11 @@ def test_a_user_without_earlier_events_elsewhere_is_not_held_out(tmp_path: Path,
     assert _offsets(found["cold", "all", FIRST_INDEX]) == (3, 3, 3)
 
 
-def test_cold_draws_are_fixed_uniform_and_independent_of_domain_and_bucket() -> None:
+def test_cold_user_hashs_are_fixed_uniform_and_independent_of_domain_and_bucket() -> None:
     names = [f"u{number}" for number in range(20_000)]
-    draws = np.array([[cold_draw(name, domain) for domain in ("target", "books")] for name in names])
+    draws = np.array([[cold_user_hash(name, domain) for domain in ("target", "books")] for name in names])
     # The held-out users of a lake may never change.
-    assert cold_draw("u0", "target") == pytest.approx(0.36426415549212643, abs=1e-15)
+    assert cold_user_hash("u0", "target") == pytest.approx(0.36426415549212643, abs=1e-15)
     assert np.abs(np.histogram(draws[:, 0], 20, (0, 1))[0] / 1_000 - 1).max() < 0.15
     cold = draws < 0.1
     assert abs(cold.all(1).mean() - 0.01) < 0.003

@@ -5,7 +5,7 @@ import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
 
 from etl import tables
-from etl.tables import FIRST_INDEX, TABLES, bucket_of, cold_draw
+from etl.tables import FIRST_INDEX, TABLES, bucket_of, cold_user_hash
 
 NUM_USERS, NUM_SOURCE, NUM_TARGET, NUM_TASTES = 60, 24, 16, 4
 NUM_DROPPED = 2  # items that k-core drops: in the vocabulary and in their domain, never in a sequence
@@ -159,7 +159,7 @@ def _sequences(split, user, log, items):
 
 
 def _cold_sequences(user, log, target, domain_of):
-    draw = cold_draw(user["raw"], "target")
+    draw = cold_user_hash(user["raw"], "target")
     cold = draw < 0.4 and len(target) > 0 and target[0] != log[0]
     before = [event for event in log if not cold or event[1] < target[0][1]]
     rows = []

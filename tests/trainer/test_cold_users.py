@@ -5,7 +5,7 @@ import pytest
 from folders import write_model
 
 from etl.config import ConfigError
-from etl.tables import FIRST_INDEX, cold_draw
+from etl.tables import FIRST_INDEX, cold_user_hash
 from tests.trainer.test_training import tiny
 from trainer.artifact import load_artifact
 from trainer.comparison import evaluate_contenders
@@ -40,7 +40,7 @@ def test_held_out_is_the_whole_target_history_and_read_is_what_came_before(tiny_
     histories = whole_histories(tiny_lake)
     target = set(read_catalogue(asked.release, "target").global_index[FIRST_INDEX:].tolist())
     assert 5 <= len(asked.users) <= 20
-    assert all(cold_draw(raw, "target") < 0.2 for raw in asked.raw_users)
+    assert all(cold_user_hash(raw, "target") < 0.2 for raw in asked.raw_users)
     assert not asked.held_out.histories.lengths.any()
     for place, user in enumerate(asked.users):
         own = [item for item, _ in histories[int(user)] if item in target]
@@ -82,7 +82,7 @@ def test_a_model_is_asked_about_those_it_knows_something_of_and_no_others(tiny_l
 
 def test_validation_is_what_evaluation_of_that_part_finds(trained, tiny_lake):
     asked = read_evaluation_set(pin(tiny_lake, None), "cold-users", "target", "validation", FULL)
-    assert all(0.2 <= cold_draw(raw, "target") < 0.4 for raw in asked.raw_users)
+    assert all(0.2 <= cold_user_hash(raw, "target") < 0.4 for raw in asked.raw_users)
     contender = model_contender(load_artifact(trained.model), asked, label="both")
     found = means(evaluate_contenders([contender], asked).metrics(("both", 0), "full"))
     for metric in ("NDCG@10", "Recall@5", "MRR"):

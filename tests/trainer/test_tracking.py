@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 from stores import enter_store, runs_of
 
 from trainer import outbox, tracking
@@ -70,6 +71,8 @@ def test_run_holds_settings_snapshots_curves_and_pictures(store):
         for epoch in range(1, 4):
             run.log_metrics({"loss": 1 / epoch, "validation/NDCG@10": epoch / 10}, step=epoch)
         run.log_figure(Figure(), "pictures/empty.png")
+        Figure(figsize=(20, 2)).savefig(store / "wide.png", dpi=100)
+        run.log_thumbnail(store / "wide.png", "pictures/small.png")
         run.log_text("hello", "note.txt")
         (store / "folder").mkdir()
         (store / "folder" / "weights.bin").write_bytes(b"1")
@@ -97,6 +100,8 @@ def test_run_holds_settings_snapshots_curves_and_pictures(store):
     assert names == {"config.yaml", "pictures", "note.txt", "kept"}
     written = Path(found.info.artifact_uri.removeprefix("file://"))
     assert (written / "kept" / "weights.bin").read_bytes() == b"1"
+    with Image.open(written / "pictures" / "small.png") as small:
+        assert small.size == (tracking.THUMBNAIL_PIXELS, tracking.THUMBNAIL_PIXELS // 10)
     assert (written / "pictures" / "empty.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -140,8 +145,8 @@ def test_a_description_links_models_pictures_and_the_runs_that_were_reused(store
     assert [output.model_id for output in found["parent"].outputs.model_outputs] == [model.model_id]
     assert found["child"].data.tags[tracking.DESCRIPTION] == (
         f"Of [parent](#/experiments/{model.experiment_id}/models/{model.model_id}), nobody.\n\n"
-        f"![gains](get-artifact?path=pictures/my%20gains.png&run_uuid={run_id})\n\n"
-        f"Reused, since nothing they depend on has changed: [pretrain-0](#/runs/{parent.id})."
+        f"Reused, since nothing they depend on has changed: [pretrain-0](#/runs/{parent.id}).\n\n"
+        f"![gains](get-artifact?path=pictures/my%20gains.png&run_uuid={run_id})"
     )
     assert found["child"].data.tags["graftrec.reused"] == f'{{"pretrain-0": "{parent.id}"}}'
 

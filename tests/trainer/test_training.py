@@ -21,6 +21,7 @@ from trainer.artifact import ArtifactError, load_artifact
 from trainer.baselines import Histories
 from trainer.checkpoint import Checkpoint
 from trainer.config import FinetuneConfig, PretrainConfig, TrainConfig
+from trainer.data.dataset import pin
 from trainer.finetune import run as finetune
 from trainer.finetune import seen_by_parent
 from trainer.loop import NonFiniteLoss, learning_rate
@@ -170,7 +171,8 @@ def test_no_curve_of_a_tracked_run_begins_with_its_best(tiny_lake, tmp_path, mon
     assert int(run.data.params["parameters.total"]) > 0
     assert run.data.tags[tracking.DESCRIPTION].startswith(f"Validation NDCG@10 {run.data.metrics['best/NDCG_10']:.4f} ")
     (model,) = tracking.models_of(client, run.data.tags["graftrec.model_hash"])
-    assert {metric.dataset_name for metric in model.metrics} == {"sequences@0"}
+    version = pin(tiny_lake, None).versions["sequences"]
+    assert {metric.dataset_name for metric in model.metrics} == {f"sequences@{version}"}
     assert pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="tracked", tracking=on)).run_id == result.run_id
 
 
