@@ -481,7 +481,9 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
 def page_command() -> str:
     """What opens the MLflow page of the store in use."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return f"it is served at {uri}" if uri.startswith("http") else "make page, then http://127.0.0.1:5000"
+    if uri.startswith("http"):
+        return f"it is served at {uri}"
+    return "make page, then http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 
 
 # --- what each step is given ------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Kinds of event (views, purchases) beside items: read from the tables and by a model, told, served, refused."""
 
 import json
-from contextlib import suppress
 
 import numpy as np
 import polars as pl
@@ -392,7 +391,7 @@ def test_a_champion_that_reads_kinds_is_no_wall(trained, lake, tmp_path, monkeyp
     ).model
     given = {"candidate": str(without), "from_scratch": [str(other)], "tracking": {"enabled": False}}
     gate = {"min_seeds": 1, "min_users": 20, "must_beat": []}
-    with suppress(promote.GateRefused):  # whether another seed of the same is better is chance
+    with pytest.raises(promote.GateRefused, match="than from-scratch"):
         promote.run(PromoteConfig.model_validate(given | {"gate": gate}))
     told = json.loads((tmp_path / "store" / "runs" / "promote" / "decision.json").read_text())
     assert {check["name"] for check in told["checks"]} >= {"from-scratch", "champion"}
