@@ -26,7 +26,7 @@ help:  ## this list
 setup: $(BIN)/.dev  ## make .venv with everything, the development tools too
 	@echo "Ready: . $(BIN)/activate"
 
-demo: $(BIN)/.installed  ## the whole path on a generated log, about 4 minutes
+demo: $(BIN)/.installed  ## the whole path on a generated log, some minutes
 	@$(BIN)/python mlflow_projects/pipeline.py --config pipeline/demo $(ARGS)
 
 ml1m: $(BIN)/.installed  ## the same on MovieLens-1M: make ml1m DATA=folder/of/ratings.dat
