@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from etl import tables
-from etl.command import FILE_ERRORS, STOPPED, CommandParser, configurations, file_error
-from etl.config import ConfigError, EtlConfig, GraftrecError, load, parse_overrides
+from etl.command import CommandParser, configurations, run_command
+from etl.config import ConfigError, EtlConfig, load, parse_overrides
 
 JOBS = (
     tables.INTERACTIONS, tables.ITEMS, tables.USERS, tables.DOMAINS, tables.ENTITIES, tables.KNOWLEDGE, tables.SOCIAL,
@@ -33,23 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", help="all, report, or a job's name")
     parser.add_argument("--config", help="a name under conf/, e.g. etl/demo, or a YAML file")
     known, overrides = parser.parse_known_args(arguments)
-    try:
+
+    def work() -> int:
         if known.command == "report" and known.config is None:
             _report(_lake(overrides))
-            return 0
-        if known.config is None:
+        elif known.config is None:
             parser.error("expected --config, which says where the log is and what its tables hold, found none")
-        _run(known.command, load(EtlConfig, known.config, overrides))
-    except GraftrecError as error:
-        print(f"etl: {error}", file=sys.stderr)
-        return error.exit_code
-    except FILE_ERRORS as error:
-        print(f"etl: {file_error(error)}", file=sys.stderr)
-        return GraftrecError.exit_code
-    except KeyboardInterrupt:
-        print("etl: stopped; run the same command to continue", file=sys.stderr)
-        return STOPPED
-    return 0
+        else:
+            _run(known.command, load(EtlConfig, known.config, overrides))
+        return 0
+
+    return run_command("etl", work)
 
 
 def _lake(overrides: Sequence[str]) -> str:

@@ -14,14 +14,14 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from etl.config import Section, conf_root, sections_of
+from etl.config import GraftrecError, Section, conf_root, sections_of
 
 NAME_WIDTH = 34
 HELP_WIDTH = 100
@@ -48,16 +48,26 @@ class CommandParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-STOPPED = 143  # exit code of a command that SIGTERM or SIGINT stopped
-FILE_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+STOPPED = 143  # exit code of what a signal ended, SIGINT too
+_FILE_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
-def file_error(error: OSError) -> str:
-    """The message for one of FILE_ERRORS."""
-    return (
-        f"expected a path that can be read or written, found {error.filename}: {error.strerror}; mend its permissions, "
-        "or set another path"
-    )
+def run_command(name: str, work: Callable[[], int]) -> int:
+    """The exit code of a command: that of `work`, or of the mistake that ended it, printed as one line on stderr."""
+    try:
+        return work()
+    except GraftrecError as error:
+        message, code = str(error), error.exit_code
+    except _FILE_ERRORS as error:
+        message = (
+            f"expected a path that can be read or written, found {error.filename}: {error.strerror}; mend its rights, "
+            "or set another one"
+        )
+        code = GraftrecError.exit_code
+    except KeyboardInterrupt:
+        message, code = "stopped; run the same command to continue", STOPPED
+    print(f"{name}: {message}", file=sys.stderr)
+    return code
 
 
 def version() -> str:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 from cells import Cell
 from pydantic import Field, model_validator
 
-from etl.command import CommandParser, configurations
+from etl.command import CommandParser, configurations, run_command
 from etl.config import ConfigError, EtlConfig, GraftrecError, MovielensSource, RunAgain, Section, config_hash, load
 from etl.tables import DOMAIN_ALL
 from trainer.config import (
@@ -477,15 +477,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
     parser.add_argument("--keep", action="store_true", help="copy the results to tests/reproduction/results/")
     known, overrides = parser.parse_known_args(arguments)
-    try:
+
+    def work() -> int:
         config = load_experiment(known.experiment, known.preset, overrides)
         code = run(movielens_in(config, known.data) if known.data else config)
         if known.keep:
             print(f"kept     {keep(config)}")
         return code
-    except GraftrecError as error:
-        print(f"experiment: {error}", file=sys.stderr)
-        return error.exit_code
+
+    return run_command("experiment", work)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 from cells import Cell
 from pydantic import Field, model_validator
 
-from etl.command import FILE_ERRORS, STOPPED, CommandParser, configurations, file_error
+from etl.command import CommandParser, configurations, run_command
 from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, SplitConfig, load
 from etl.tables import DOMAIN_ALL, RECOMMENDATIONS
 from trainer.config import (
@@ -661,18 +661,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a name under conf/ or a YAML file, e.g. pipeline/demo")
     parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
     known, overrides = parser.parse_known_args(arguments)
-    try:
+
+    def work() -> int:
         config = load(PipelineConfig, known.config, overrides)
         return run(movielens_in(config, known.data) if known.data else config)
-    except GraftrecError as error:
-        print(f"pipeline: {error}", file=sys.stderr)
-        return error.exit_code
-    except FILE_ERRORS as error:
-        print(f"pipeline: {file_error(error)}", file=sys.stderr)
-        return GraftrecError.exit_code
-    except KeyboardInterrupt:
-        print("pipeline: stopped; run the same command to continue", file=sys.stderr)
-        return STOPPED
+
+    return run_command("pipeline", work)
 
 
 if __name__ == "__main__":

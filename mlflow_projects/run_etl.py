@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout wo
 import numpy as np
 
 from etl import tables
-from etl.command import CommandParser, configurations
-from etl.config import EtlConfig, GraftrecError, load
+from etl.command import CommandParser, configurations, run_command
+from etl.config import EtlConfig, load
 from trainer import tracking
 from trainer.config import TrackingConfig
 from trainer.data.dataset import Release, SequenceDataset, domains_with_sequences, pin
@@ -63,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("job", help="all, or a job's name, which is its table's")
     parser.add_argument("--config", required=True, help="a name under conf/ or a YAML file")
     known, overrides = parser.parse_known_args(arguments)
-    try:
+
+    def work() -> int:
         run(load(EtlConfig, known.config, overrides), TrackingConfig(), job=known.job)
-    except GraftrecError as error:
-        print(f"etl: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return 0
+
+    return run_command("etl", work)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from etl.command import FILE_ERRORS, STOPPED, CommandParser, configurations, file_error
-from etl.config import GraftrecError, Section, load
+from etl.command import CommandParser, configurations, run_command
+from etl.config import Section, load
 from trainer import config as configs
 
 RECIPES: dict[str, tuple[type[Section], str]] = {
@@ -42,30 +42,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="a YAML file, or a name under conf/")
     known, overrides = parser.parse_known_args(rest)
-    try:
-        config = load(kind, known.config, overrides)
-    except GraftrecError as error:
-        print(f"{recipe}: {error}", file=sys.stderr)
-        return error.exit_code
-    return run_recipe(recipe, config)
+    return run_command(recipe, lambda: _run(recipe, load(kind, known.config, overrides)))
 
 
 def run_recipe(recipe: str, config: Section) -> int:
-    """Run one recipe; gives its exit code. A mistake to mend is one line on stderr."""
+    """Run one recipe; returns its exit code. A mistake to mend is one line on stderr."""
+    return run_command(recipe, lambda: _run(recipe, config))
+
+
+def _run(recipe: str, config: Section) -> int:
     function = _recipe(recipe)
     from trainer import distributed
 
     try:
         function(config)
-    except GraftrecError as error:
-        print(f"{recipe}: {error}", file=sys.stderr)
-        return error.exit_code
-    except FILE_ERRORS as error:
-        print(f"{recipe}: {file_error(error)}", file=sys.stderr)
-        return GraftrecError.exit_code
-    except KeyboardInterrupt:
-        print(f"{recipe}: stopped; run the same command to continue", file=sys.stderr)
-        return STOPPED
     finally:
         distributed.leave()
     return 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from etl.command import FILE_ERRORS, CommandParser, file_error
+from etl.command import CommandParser, run_command
 from etl.config import GraftrecError
 from trainer import survey
 from trainer.document import Block, Cell, Columns, Fold, Heading, Picture, Points, Table, Text, Tone
@@ -745,15 +745,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="results.json of an experiment")
     parser.add_argument("--folder", type=Path, required=True, help="where report.html and report.md are written")
     given = parser.parse_args(arguments)
-    try:
+
+    def work() -> int:
         print(write(_read(given.results), given.folder))
-    except GraftrecError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return error.exit_code
-    except FILE_ERRORS as error:
-        print(f"report: {file_error(error)}", file=sys.stderr)
-        return GraftrecError.exit_code
-    return 0
+        return 0
+
+    return run_command("report", work)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
