@@ -281,13 +281,16 @@ def model_contender(
         if asked.baskets and not reads_pauses:  # the same items, without what stands between baskets
             is_read &= own.items != SEP
         read = own.keep(is_read)
-        scores, has_nothing_B = scorer.scores(read, candidates), torch.from_numpy(~has_items(read))
-        popular_C = torch.from_numpy(asked.training_interactions[known].astype(np.float32))
+        scores, nothing_B = scorer.scores(read, candidates), torch.from_numpy(~has_items(read))
+        popular_C = None
+        if nothing_B.any():
+            popular_C = torch.from_numpy(asked.training_interactions[known].astype(np.float32))
 
         def columns(start: int, stop: int) -> Tensor:
             first, last = np.searchsorted(known, [start, stop])
             own_BC = scores.columns(first, last)
-            own_BC = torch.where(has_nothing_B[:, None].to(own_BC.device), popular_C[first:last].to(own_BC), own_BC)
+            if popular_C is not None:
+                own_BC = torch.where(nothing_B[:, None].to(own_BC.device), popular_C[first:last].to(own_BC), own_BC)
             block = own_BC.new_full((len(histories), stop - start), -torch.inf)
             block[:, torch.from_numpy(known[first:last] - start).to(block.device)] = own_BC
             return block

@@ -153,15 +153,15 @@ def machine(packages: Sequence[str]) -> str:
     if cpuinfo.exists():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    told = [f"class {machine_class()}: {model}, {os.cpu_count()} cores ({usable_cores()} usable), "
+    facts = [f"class {machine_class()}: {model}, {os.cpu_count()} cores ({usable_cores()} usable), "
             f"{psutil.virtual_memory().total / 2**30:.0f} GB"]  # fmt: skip
-    told.append(f"Python {platform.python_version()}")
+    facts.append(f"Python {platform.python_version()}")
     for package in packages:
         try:
-            told.append(f"{package} {version(package)}")
+            facts.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            told.append(f"{package} (none)")
-    return "; ".join(told)
+            facts.append(f"{package} (none)")
+    return "; ".join(facts)
 
 
 def run(case: Case, *, timeout: float = 3_600) -> Numbers:

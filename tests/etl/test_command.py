@@ -97,20 +97,20 @@ def test_help_of_every_recipe_lists_all_its_settings(recipe: str, capsys: pytest
     with pytest.raises(SystemExit) as ended:
         trainer([recipe, "--help"])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for name, field in RECIPES[recipe][0].model_fields.items():
-        assert re.search(rf"^ +--{name}[ .\n]|^{name}(:|, required|\[\]| of kind|\.<name>)", told, re.MULTILINE), name
+        assert re.search(rf"^ +--{name}[ .\n]|^{name}(:|, required|\[\]| of kind|\.<name>)", output, re.MULTILINE), name
         assert field.annotation is not None
-    assert f"configurations under conf/: {recipe}/" in told
-    assert max(map(len, told[told.index("\nsettings, ") :].splitlines())) <= 100
+    assert f"configurations under conf/: {recipe}/" in output
+    assert max(map(len, output[output.index("\nsettings, ") :].splitlines())) <= 100
 
 
 def test_help_of_pretrain_has_comments_of_the_code(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         trainer(["pretrain", "--help"])
-    told = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "--train.patience integer >= 1, default 8 # epochs without a better validation NDCG@10" in told
-    assert "--model.kind bert4rec|caser|peterrec|dupn|mlp, default bert4rec" in told
+    output = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "--train.patience integer >= 1, default 8 # epochs without a better validation NDCG@10" in output
+    assert "--model.kind bert4rec|caser|peterrec|dupn|mlp, default bert4rec" in output
 
 
 def test_help_of_etl_names_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,10 +120,10 @@ def test_help_of_etl_names_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         etl(["--help"])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert "interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives" in told
-    assert "etl/demo" in told
-    assert "--kcore.min_user" in told
+    output = capsys.readouterr().out
+    assert "interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives" in output
+    assert "etl/demo" in output
+    assert "--kcore.min_user" in output
 
 
 def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,10 +154,10 @@ def test_a_mistake_is_one_line_and_code_2(
         code = COMMANDS[command](rest)
     except SystemExit as ended:
         code = int(str(ended.code))
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert code == 2
-    assert re.fullmatch(rf"[^\n]*{message}[^\n]*\n", told.err), told.err
-    assert "Traceback" not in told.out
+    assert re.fullmatch(rf"[^\n]*{message}[^\n]*\n", printed.err), printed.err
+    assert "Traceback" not in printed.out
     assert sorted(given.rglob("*")) == before
     assert not [path for path in cwd.rglob("*.safetensors")]
 

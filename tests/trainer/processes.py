@@ -1,4 +1,4 @@
-"""A run by one process or several, as torchrun starts them."""
+"""Recipes in processes of their own."""
 
 import subprocess
 import sys
@@ -7,7 +7,8 @@ from trainer.artifact import load_artifact
 
 
 def trained_by(processes, config, folder):
-    """Pre-train as configured in a process group of its own; gives the model. `config.output` lies in `folder`."""
+    """Pre-train as configured, as torchrun starts so many processes; gives the model. `config.output` lies in
+    `folder`."""
     path = folder / f"{config.name}.json"
     path.write_text(config.model_dump_json())
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -15,3 +16,15 @@ def trained_by(processes, config, folder):
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return load_artifact(folder / "runs" / config.name / "model")
+
+
+def recommended_on_sail(config):
+    """Run the recipe `recommend` on Sail: in a process of its own, since this one has a Spark session."""
+    settings = config.model_copy(update={"spark": config.spark.model_copy(update={"engine": "sail"})})
+    script = (
+        "import sys; from trainer import recommend; from trainer.config import RecommendConfig;"
+        "recommend.run(RecommendConfig.model_validate_json(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", script, settings.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

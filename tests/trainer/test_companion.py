@@ -1,12 +1,11 @@
 """The companion: a version that reads all domains, for users of whom the champion knows no item. Batch and served."""
 
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 from folders import write_model
+from processes import recommended_on_sail
 from stores import enter_store
 from test_recommend import config, histories_of, rows_of
 
@@ -82,13 +81,7 @@ def test_rows_are_the_same_on_sail(done):
     lake = str(done.root / "sailed")
     shutil.copytree(done.lake, lake)
     shutil.rmtree(f"{lake}/recommendations")
-    settings = config(lake, spark={"engine": "sail"}).model_dump_json()
-    script = (
-        "import sys; from trainer import recommend; from trainer.config import RecommendConfig;"
-        "recommend.run(RecommendConfig.model_validate_json(sys.argv[1]))"
-    )
-    ran = subprocess.run([sys.executable, "-c", script, settings], capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
+    recommended_on_sail(config(lake))
 
     def without_scores(rows):
         return {user: [row | {"score": None} for row in own] for user, own in rows.items()}

@@ -1,8 +1,6 @@
 """Batch recommendations: what the served model would say, for every user, committed once."""
 
 import shutil
-import subprocess
-import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -11,6 +9,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from folders import alike, write_model
+from processes import recommended_on_sail
 from stores import enter_store, runs_of
 
 from etl.config import GraftrecError
@@ -132,13 +131,7 @@ def test_rows_are_the_same_on_sail(done):
     lake = str(done.root / "sailed")
     shutil.copytree(done.lake, lake)
     shutil.rmtree(f"{lake}/recommendations")
-    settings = config(lake, spark={"engine": "sail"}).model_dump_json()
-    script = (
-        "import sys; from trainer import recommend; from trainer.config import RecommendConfig;"
-        "recommend.run(RecommendConfig.model_validate_json(sys.argv[1]))"
-    )
-    ran = subprocess.run([sys.executable, "-c", script, settings], capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
+    recommended_on_sail(config(lake))
     found, expected = rows_of(lake), rows_of(done.lake)
     assert found.keys() == expected.keys()
     for user, rows in expected.items():
