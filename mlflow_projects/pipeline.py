@@ -42,6 +42,7 @@ from trainer.config import (
 )
 
 if TYPE_CHECKING:
+    from trainer.data.dataset import Release
     from trainer.evaluate import EvaluationReport
 
 SCORE = "validation/NDCG@10"  # chooses the candidate; test numbers choose nothing
@@ -219,14 +220,14 @@ def check_plan(config: PipelineConfig, planned: Plan) -> None:
     )
 
 
-def detectable_gains(config: PipelineConfig, planned: Plan, release: int) -> list[str]:
+def detectable_gains(config: PipelineConfig, planned: Plan, release: "Release") -> list[str]:
     """A line for each target: the smallest gain that its seeds and users can show."""
-    from trainer.data.dataset import SequenceDataset, pin
+    from trainer.data.dataset import SequenceDataset
     from trainer.stats import detectable_text
 
     lines = []
     for target in planned.targets:
-        users = SequenceDataset(pin(config.etl.lake, release), config.finetune.data.split, target).num_rows
+        users = SequenceDataset(release, config.finetune.data.split, target).num_rows
         text = detectable_text(len(config.seeds), max(users, 2), level=config.promote.gate.level)
         lines.append(f"{target}: {text} (typical spreads; p ≤ {config.promote.gate.level:g})")
     return lines
@@ -249,8 +250,9 @@ def run(config: PipelineConfig) -> int:
     tags = {"graftrec.recipe": "pipeline"}
     with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
         release = build_tables(config)
-        tracked.log_release(pin(config.etl.lake, release), context="evaluation", tables=("sequences", "negatives"))
-        for line in detectable_gains(config, planned, release):
+        pinned = pin(config.etl.lake, release)
+        tracked.log_release(pinned, context="evaluation", tables=("sequences", "negatives"))
+        for line in detectable_gains(config, planned, pinned):
             print(line, flush=True)
         trained = train_all(config, planned, release, tracking.child_environment(tracked))
         outcomes = [conclude(config, planned, target, release, trained[target]) for target in planned.targets]
@@ -281,17 +283,29 @@ def build_tables(config: PipelineConfig) -> int:
 def train_all(
     config: PipelineConfig, planned: Plan, release: int, environment: dict[str, str]
 ) -> dict[str, list[Trained]]:
-    """Pre-train, and fine-tune by every transfer and seed, side by side; gives the models of each target."""
+    """Pre-train, and fine-tune by every transfer and seed, side by side; gives the models of each target.
+
+    The model that is measured on users new in the target is left out where the log has too few of them. Raises
+    TrainingFailed for any other training without a model.
+    """
     import cells as runner
 
     cells, of_target = cells_of(config, planned, release)
     with step("train"):
         runner.run(cells, folder=Path(config.runs), jobs=jobs_of(config, len(cells)), environment=environment)
-    if failed := next((cell for cell in cells if cell.failure), None):
+    unmeasured = {
+        id(cell)
+        for of_label in of_target.values()
+        for (label, _), cell in of_label.items()
+        if label == COLD and cell.exit_code == GraftrecError.exit_code  # the log has no such users, or too few
+    }
+    if failed := next((cell for cell in cells if cell.failure and id(cell) not in unmeasured), None):
         raise TrainingFailed(f"{failed.name}: {failed.failure}", failed.exit_code)
     return {
         target: [
-            Trained(label, seed, cell.model, (cell.metrics or {})[SCORE]) for (label, seed), cell in of_label.items()
+            Trained(label, seed, cell.model, cell.metrics[SCORE])
+            for (label, seed), cell in of_label.items()
+            if cell.metrics is not None
         ]
         for target, of_label in of_target.items()
     }
@@ -350,15 +364,16 @@ def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, e
     with step(f"promote{heading}"):
         refusal, steps = promote(config, target, release, trained, results=report.folder)
     lines = [f"{'what now' if not place else '':<17}{line}" for place, line in enumerate(steps)]
-    if cold := [model for model in every if model.label == COLD]:
+    if target in planned.cold_splits:
         with step(f"users new in {target}"):
-            lines.append(companion(config, planned, target, release, cold[0], trained))
+            cold = next((model for model in every if model.label == COLD), None)
+            lines.append(companion(config, planned, target, release, cold, trained))
     lines += recommend(config, target, release)
     return Outcome(target, report, gain_table(report.rows), refusal, lines)
 
 
 def companion(
-    config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained, trained: Sequence[Trained]
+    config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained | None, trained: Sequence[Trained]
 ) -> str:
     """Evaluate a model that reads all domains on users whose whole target history was held out. If it is significantly
     better than the best simple baseline, register the model trained on all users at the alias `companion`. Returns a
@@ -369,6 +384,9 @@ def companion(
     from trainer.ranking import convention_of
     from trainer.registry import COMPANION, Registry
 
+    heading = f"new in {target:<9}"
+    if cold is None:
+        return f"{heading} not measured: the log has too few users whose first events are in other domains"
     report = evaluate.run(cold_config(config, planned, target, release, cold))
     gate = config.promote.gate
     found = pq.read_table(report.folder / evaluate.USERS).to_pandas()
@@ -380,7 +398,7 @@ def companion(
     gain = stats.compare(own.to_numpy(), by_label[best].loc[own.index].to_numpy())
     is_better = gain.gain > 0 and gain.p_value <= gate.level
     text = (
-        f"new in {target:<9}{len(own):,} users, {gate.metric} {own.mean():.4f} against {by_label[best].mean():.4f} "
+        f"{heading} {len(own):,} users, {gate.metric} {own.mean():.4f} against {by_label[best].mean():.4f} "
         f"of {best} ({100 * gain.relative_gain:+.1f} %, p {stats.p_text(gain.p_value)})"
     )
     if not config.tracking.enabled:
@@ -566,6 +584,7 @@ def cold_config(config: PipelineConfig, planned: Plan, target: str, release: int
             "model": None,
             "models": (model,),
             "evaluation": config.evaluate.evaluation.model_copy(update={"protocols": protocols}),
+            "baselines": config.evaluate.baselines.model_copy(update={"enabled": True}),
             "lake": config.etl.lake,
             "release": release,
             "split": planned.cold_splits[target],

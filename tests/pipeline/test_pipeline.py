@@ -257,8 +257,9 @@ def test_demo_whose_source_teaches_nothing_is_refused(tmp_path: Path) -> None:
 DEPARTMENTS = ("books", "music", "films")
 
 
-def write_shop(folder: Path, *, users: int = 300) -> None:
-    """A log of three departments, whose users' tastes hold in all of them, and the settings of its pipeline."""
+def write_shop(folder: Path, *, users: int = 300, apart: bool = False) -> None:
+    """A log of three departments, whose users' tastes hold in all of them, and the settings of its pipeline. `apart`:
+    each user is in one department only."""
     random = np.random.default_rng(0)
     folder.mkdir()
     rows = []
@@ -267,7 +268,8 @@ def write_shop(folder: Path, *, users: int = 300) -> None:
         for _ in range(int(random.integers(25, 45))):
             group = taste if random.random() < 0.8 else random.integers(4)
             time += int(random.integers(60, 9_000))
-            rows.append(f"u{user},{DEPARTMENTS[random.integers(3)]}-{group * 10 + random.integers(10)},{time}\n")
+            department = DEPARTMENTS[user % 3 if apart else random.integers(3)]
+            rows.append(f"u{user},{department}-{group * 10 + random.integers(10)},{time}\n")
     (folder / "events.csv").write_text("customer,sku,at\n" + "".join(rows))
     items = [f"{name}-{item},{name}\n" for name in DEPARTMENTS for item in range(40)]
     (folder / "products.csv").write_text("sku,department\n" + "".join(items))
@@ -326,6 +328,19 @@ def test_two_targets_one_domain_and_none_each_keep_their_own(tmp_path: Path) -> 
         assert {Path(name).name for name in models_in(tmp_path / f"runs-{target}")} == {"none-0", "none-1", "none-2"}
     assert models_in(tmp_path / "runs") == first
     assert {"alone-music", "alone-all"} <= names_of_versions(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+@pytest.mark.timeout(600)
+def test_domains_without_common_users_run_to_the_end(tmp_path: Path) -> None:
+    """Nobody is new in a target there, so that nobody can be held out to measure it."""
+    write_shop(tmp_path / "log", users=150, apart=True)
+    done = run(tmp_path, "--targets", "[music]", config=str(tmp_path / "log" / "shop.yaml"))
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "new in music     not measured" in done.stdout
+    assert (tmp_path / "runs" / "music" / "promote" / "decision.json").is_file()
 
 
 def names_of_versions(folder: Path) -> set[str]:
