@@ -393,8 +393,9 @@ def companion(
     convention, metric = convention_of(gate.metric)
     found = found[(found["protocol"] == gate.protocol) & (found["convention"] == convention)]
     by_label = {label: part.set_index("user")[metric] for label, part in found.groupby("label")}
-    own = by_label.pop(READS_ALL)
-    best = max(by_label, key=lambda label: float(by_label[label].mean()))
+    own = by_label[READS_ALL]
+    baselines = dict.fromkeys(row["label"] for row in report.rows if not row["is_model"])  # of equal ones the first
+    best = max(baselines, key=lambda label: float(by_label[label].mean()))
     gain = stats.compare(own.to_numpy(), by_label[best].loc[own.index].to_numpy())
     is_better = gain.gain > 0 and gain.p_value <= gate.level
     text = (
