@@ -172,6 +172,7 @@ class GeneratorSource(Section):
     rhythm: float = Field(0.95, ge=0, le=1)  # share of sessions whose topic is the user's step from the last one's
     series_share: float = Field(0.2, ge=0, le=1)  # of items, parts of series: each is taken after the one before
     sequels: float = Field(0.1, ge=0, le=1)  # share of events that are the next part of a series begun, if any
+    late_share: float = Field(0.0, ge=0, le=1)  # of users, who come to the target after most of their source events
     source_teaches: bool = True  # False: the source domain is drawn by popularity alone, in random order
     seed: int = 0
 

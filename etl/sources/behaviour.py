@@ -81,15 +81,18 @@ def pick(
     domain: int,
     counts: Ints,
     draws: list[np.random.Generator],
+    age_B: npt.NDArray[np.float64],
 ) -> Picks:
-    """`counts` items of each user, in order; fewer if a user runs out of candidates."""
+    """`counts` items of each user, in order; fewer if a user runs out of candidates. `age_B`: how far the tastes have
+    drifted at the first, 0 to 1."""
     num_users, num_picks = len(counts), int(counts.max())
     uniform_5BT = np.ones((5, num_users, num_picks))
     for row, (draw, count) in enumerate(zip(draws, counts, strict=True)):
         uniform_5BT[:, row, :count] = draw.random((5, count))
     begins_BT = _sessions(config, uniform_5BT[0])
     candidates = _candidates(shelf, num_users, draws)
-    ages_BT = np.minimum(np.arange(num_picks) / np.maximum(counts - 1, 1)[:, None], 1).astype(np.float32)
+    passed_BT = np.minimum(np.arange(num_picks) / np.maximum(counts - 1, 1)[:, None], 1)
+    ages_BT = (age_B[:, None] + (1 - age_B[:, None]) * passed_BT).astype(np.float32)
     topic_BT = _topics(config, tastes, domain, begins_BT, uniform_5BT[1:3])
     taste_2BK = np.stack([tastes.early_DBK[domain], tastes.late_DBK[domain]])
     by_taste = domain == 1 or config.source_teaches

@@ -29,6 +29,7 @@ _OUTSIDE = 0.15  # share of friends that are anybody
 _START = 1_577_836_800  # 2020-01-01, seconds
 _DAY = 86_400
 _LIFE = 200 * _DAY  # about how long a user stays
+_LATE = (0.5, 0.9)  # share of their source events that users have taken who come to the target late
 _USERS, _FRIENDS = 1, 3  # random streams
 
 
@@ -95,18 +96,30 @@ def events(config: GeneratorSource, users: Ints) -> pa.Table:
     draws = [generator(config.seed, _USERS, int(user) | 1 << 55) for user in users]
     activity = np.exp(_SPREAD * np.stack([draw.standard_normal(3) for draw in draws]))
     joined = np.array([draw.integers(0, 2 * 365 * _DAY) for draw in draws])
-    parts = []
+    late_2B = np.stack([draw.random(2) for draw in draws], axis=1)
+    passed = np.where(late_2B[0] < config.late_share, _LATE[0] + (_LATE[1] - _LATE[0]) * late_2B[1], 0)
+    begins = _START + joined
+    parts: list[dict[str, npt.NDArray[Any]]] = []
     for domain, share in enumerate((1 - config.target_event_share, config.target_event_share)):
         shelf = place.shelves[domain]
         mean = config.mean_events * share
         scale = mean * activity[:, 0] * np.sqrt(activity[:, 1 + domain]) / np.exp(0.625 * _SPREAD**2)
         counts = np.clip(np.round(scale), 1, most_picks(shelf)).astype(np.int64)
-        picks = pick(config, shelf, tastes, domain, counts, draws)
-        parts.append(_timed(config, picks, shelf, joined, draws, domain))
+        if domain == 1:
+            begins = _time_after(parts[0], passed, begins)
+        picks = pick(config, shelf, tastes, domain, counts, draws, passed if domain == 1 else np.zeros_like(passed))
+        parts.append(_timed(config, picks, shelf, begins, draws, domain))
     merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((merged["position"], merged["domain"], merged["time"], merged["row"]))
     merged = {name: column[order] for name, column in merged.items()}
     return _table(users, merged)
+
+
+def _time_after(source: dict[str, npt.NDArray[Any]], share: npt.NDArray[np.float64], begins: Ints) -> Ints:
+    """[B] seconds: when each user has taken this share of the source events; `begins` where it is 0."""
+    starts = np.searchsorted(source["row"], np.arange(len(begins) + 1))
+    at = np.minimum(starts[:-1] + (share * np.diff(starts)).astype(np.int64), starts[1:] - 1)
+    return np.where(share > 0, source["time"][at] // 1_000_000, begins)
 
 
 def edges(config: GeneratorSource, users: Ints) -> pa.Table:
@@ -130,7 +143,7 @@ def edges(config: GeneratorSource, users: Ints) -> pa.Table:
 
 
 def _timed(
-    config: GeneratorSource, picks: Picks, shelf: Shelf, joined: Ints, draws: list[np.random.Generator], domain: int
+    config: GeneratorSource, picks: Picks, shelf: Shelf, begins: Ints, draws: list[np.random.Generator], domain: int
 ) -> dict[str, npt.NDArray[Any]]:
     """The kept picks as flat columns, with times, baskets and values."""
     num_picks = picks.kept_BT.sum(axis=1)
@@ -143,7 +156,7 @@ def _timed(
     sessions = num_picks[:, None] / config.session_events
     between = np.minimum(-np.log1p(-uniform[0]) * _LIFE / (sessions + 1), _LIFE)
     gap = np.where(picks.begins_BT, 3_600 + between, (20 + 600 * uniform[0]) * picks.kept_BT)
-    seconds = _START + joined[:, None] + np.cumsum(gap.astype(np.int64), axis=1)
+    seconds = begins[:, None] + np.cumsum(gap.astype(np.int64), axis=1)
     value = np.clip(np.round(2.5 + 0.9 * picks.match_BT + 0.6 * noise), 1, 5)
     columns = {
         "row": np.broadcast_to(np.arange(shape[0])[:, None], shape),
