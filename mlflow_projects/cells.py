@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +133,13 @@ def _finished(cell: Cell) -> str | None:
 
 
 # --- a process --------------------------------------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Begin to import what runs need, in the process that they are forked from, beside other work."""
+    if sys.platform == "linux":
+        _context()
+        forkserver.ensure_running()
 
 
 def _context() -> Any:

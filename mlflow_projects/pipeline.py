@@ -238,6 +238,8 @@ def detectable_gains(config: PipelineConfig, planned: Plan, release: "Release") 
 
 def run(config: PipelineConfig) -> int:
     """Run all steps and print the results. Returns the exit code: 0, or 3 if the gate refuses a candidate."""
+    import cells as runner
+
     from trainer import evaluate as evaluation
     from trainer import tracking
     from trainer.data.dataset import pin
@@ -245,6 +247,7 @@ def run(config: PipelineConfig) -> int:
     begun = time.monotonic()
     config, planned = plan(config)
     check_plan(config, planned)
+    runner.prepare()
     if planned.source is None:
         print("nothing is transferred: models are compared with the simple baselines and the champion", flush=True)
     tags = {"graftrec.recipe": "pipeline"}
