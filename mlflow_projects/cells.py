@@ -26,7 +26,7 @@ from trainer.config import PretrainConfig
 POLL_SECONDS = 0.05
 STOP_SECONDS = 30.0  # a stopped run writes a checkpoint first
 _SCORE = "NDCG@10"
-# The recipes, and what they import only when they need it: torch's optimizers, MLflow's client of a database, a picture.
+# The recipes, and what they import only when needed: for torch's optimizers, MLflow's database, pictures.
 _PRELOADED = (
     "trainer.pretrain",
     "trainer.finetune",
