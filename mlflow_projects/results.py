@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import patched
 import psutil
 import torch
 
-from etl.config import GeneratorSource, GraftrecError, LogSource, MovielensSource, code_version
+from etl.config import GeneratorSource, GraftrecError, LogSource, MovielensSource
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, UNK
 from trainer import hypotheses, provenance
 from trainer.artifact import artifact_hash, load_artifact
@@ -25,6 +24,7 @@ from trainer.config import PretrainConfig
 from trainer.contenders import Contender, EvaluationSet, baseline_contenders, model_contender, read_evaluation_set
 from trainer.data.dataset import Release, SequenceDataset, read_catalogue, read_knowledge
 from trainer.distributed import join
+from trainer.identity import code_hash
 from trainer.metrics import FloatArray
 from trainer.pretrain import DONE
 from trainer.ranking import SINGLE, metrics_of, ranks
@@ -149,10 +149,7 @@ class Scored:
         self.reads[name] = reads
 
     def _key(self, model: str) -> str:
-        asked, here = self.asked, Path(hypotheses.__file__).parent
-        code = code_version(
-            *(here / f"{n}.py" for n in ("contenders", "ranking", "scoring", "metrics")), here / "models"
-        )
+        asked, code = self.asked, code_hash("trainer.contenders")
         told = [
             model, asked.release.lake, asked.release.versions, asked.split, asked.domain, asked.part, code,
             self.config.evaluation.model_dump(mode="json", exclude={"batch_size"}),

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from etl.config import code_version
 from etl.tables import BASKETS, FIRST_INDEX, SEQUENCES
 from trainer import basket_baselines, click_table, descriptions, next_event_table, profile_table, tracking
 from trainer.artifact import Artifact, artifact_hash, config_of, load_artifact
@@ -38,6 +37,7 @@ from trainer.contenders import (
 )
 from trainer.data.dataset import Release, pin
 from trainer.distributed import join
+from trainer.identity import code_hash
 from trainer.metrics import FloatArray, means
 from trainer.pictures import Gain, confusions, reliability_curves, transfer_gains
 from trainer.ranking import BASKET, FULL, SINGLE, convention_of
@@ -443,8 +443,7 @@ def _read_summary(summary: Path) -> dict[str, Any]:
 def _key(config: EvaluateConfig, hashes: Sequence[str], versions: dict[str, int]) -> str:
     """Of everything that the results depend on."""
     settings = config.model_dump(mode="json", exclude={"tracking", "runtime", "output", "name"})
-    code = code_version(Path(__file__).parent)
-    told = json.dumps([settings, list(hashes), versions, code], sort_keys=True)
+    told = json.dumps([settings, list(hashes), versions, code_hash("trainer.evaluate")], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:32]
 
 

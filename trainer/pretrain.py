@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from etl import tables
-from etl.config import RunAgain, code_version, config_hash
+from etl.config import RunAgain, config_hash
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, descriptions, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
@@ -46,6 +46,7 @@ from trainer.data.dataset import (
 )
 from trainer.data.loader import Loader
 from trainer.distributed import World, join
+from trainer.identity import code_hash
 from trainer.loop import Epoch, Progress, Training, train
 from trainer.models import RowTables, SequenceModel, build_model
 from trainer.provenance import redact
@@ -351,19 +352,10 @@ def run_identity(config: PretrainConfig, release: Release, parent: Artifact | No
             "tracking": type(config.tracking)(),
         }
     )
-    here = Path(__file__).parent
-    names = (
-        "pretrain", "loop", "optimizer", "transfer", "adapters", "validation", "profiles", "clicks", "next_events",
-        "content",
-        "classification", "ranking",
-        "metrics", "scoring", "artifact",
-    )  # fmt: skip
-    modules = [here / f"{name}.py" for name in names]
-    code = code_version(*modules, here / "data", here / "models", here / "tasks")
     versions = {table.name: release.versions.get(table.name) for table in _read_tables(config)}
     return {
         "settings": config_hash(settings),
-        "code": code,
+        "code": code_hash(f"trainer.{_recipe(config)}"),
         "data": json.dumps(versions, sort_keys=True),
         "parent": parent.hash if parent else "",
     }

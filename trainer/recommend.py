@@ -36,7 +36,7 @@ from pyspark.sql import functions as F
 from tqdm import tqdm
 
 from etl import delta, tables
-from etl.config import RunAgain, code_version
+from etl.config import RunAgain
 from etl.lake import snapshot_files, table_filesystem
 from etl.session import engine_of, spark_session
 from etl.tables import DOMAIN_ALL, UNK, Table
@@ -54,6 +54,7 @@ from trainer.data.dataset import (
     event_type_codes,
     pin,
 )
+from trainer.identity import code_hash
 from trainer.provenance import redact
 from trainer.registry import COMPANION, Registry, Version
 from trainer.scoring import has_items
@@ -217,13 +218,11 @@ def _users_by_model(lake: str, domain: str) -> dict[str, int]:
 
 def _identity(config: RecommendConfig, models: Models, source: _Source, domain: str) -> str:
     """Names everything that the rows depend on."""
-    here = Path(__file__).parent
-    code = code_version(Path(__file__), here / "serving.py", here / "scoring.py", here / "models", here / "tasks")
     release = source.release
     read = [tables.BASKETS] if source.baskets else []
     versions = [release.versions.get(table.name) for table in (*read, tables.SEQUENCES, tables.USERS)]
     asked = [(artifact.hash, label) for artifact, label in models]
-    told = [asked, release.number, versions, source.split, domain, config.k, code]
+    told = [asked, release.number, versions, source.split, domain, config.k, code_hash("trainer.recommend")]
     return f"recommend/{domain}/{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
 
 

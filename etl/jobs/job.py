@@ -4,26 +4,24 @@ A job writes one table. It runs again when a snapshot it reads, the content of a
 configuration or its own sources differ from what its table's last commit records.
 """
 
-import ast
 import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pyspark.sql import DataFrame, SparkSession
 
 from etl import delta
-from etl.config import EtlConfig, GraftrecError, code_version, etl_command
+from etl.config import EtlConfig, GraftrecError, etl_command
 from etl.session import spark_session
+from etl.source_hash import source_hash
 from etl.sources import Source, open_source
 from etl.tables import Table
 
 Frame = TypeVar("Frame", DataFrame, DataFrame | None)
 
-_ROOT = Path(__file__).parent.parent
 # What runs, reads and writes for every job alike: a change there changes no table's content.
 _MACHINERY = {
     "etl.commit",
@@ -34,6 +32,7 @@ _MACHINERY = {
     "etl.lake",
     "etl.orphans",
     "etl.session",
+    "etl.source_hash",
 }
 
 
@@ -255,31 +254,9 @@ def due(job: Job, engine: Engine) -> Run | Outcome:
 
 
 def job_code_version(job: Job) -> str:
-    """A hash of the job's own module, the modules of ours it is made of, and, where it reads raw files, the sources."""
-    found: dict[str, Path] = {}
-    waiting = [job.run.__module__]
-    while waiting:
-        name = waiting.pop()
-        path = _ROOT.joinpath(*name.split(".")[1:]).with_suffix(".py")
-        if name in found or name in _MACHINERY or not path.is_file():
-            continue
-        found[name] = path
-        waiting += _imported(path.read_text(encoding="utf-8"))
-    parts = [code_version(path) for _, path in sorted(found.items())]
-    if job.needs_source:
-        parts.append(code_version(_ROOT / "sources"))
-    return digest(parts)
-
-
-def _imported(source: str) -> list[str]:
-    """Modules of `etl` that a source imports, also as `from package import module`."""
-    names: list[str] = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return [name for name in names if name.startswith("etl.")]
+    """A hash of the job's own module, the modules of ours it imports, and, where it reads raw files, the sources."""
+    sources = ["etl.sources"] if job.needs_source else []
+    return source_hash(job.run.__module__, *sources, without=_MACHINERY)
 
 
 def digest(value: Any) -> str:

@@ -8,7 +8,6 @@ user's events depend on the configuration and the user's number alone. Cost per 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
-from etl.config import GeneratorSource, code_version, config_hash
+from etl.config import GeneratorSource, config_hash
+from etl.source_hash import source_hash
 from etl.sources.behaviour import COMMUNITY, Picks, draw_tastes, most_picks, pick
 from etl.sources.names import person_key
 from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS, spark_schema
@@ -48,9 +48,7 @@ class Generator:
         return True
 
     def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
-        here = Path(__file__)
-        code = code_version(here, here.with_name("world.py"), here.with_name("behaviour.py"))
-        return f"{config_hash(self.config)}-{code}"
+        return f"{config_hash(self.config)}-{source_hash(__name__, without=('etl.config',))}"
 
     def deliveries(self) -> dict[str, str]:
         return {self.fingerprint(): "generator"}
