@@ -38,6 +38,7 @@ _PRELOADED = (
     "sqlalchemy.dialects.sqlite",
     "matplotlib.backends.backend_agg",
 )
+_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 _PR_SET_PDEATHSIG = 1
 _LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -196,8 +197,10 @@ def _is_alive(process: int) -> bool:
 
 
 def _exit_code(code: int) -> int:
-    """143 for a process that SIGTERM ended, 5 ("run again") for one that another signal killed."""
-    return {-signal.SIGTERM: 143}.get(code, 5) if code < 0 else code
+    """143 for a process that SIGTERM ended, 1 for one that crashed, 5 ("run again") for one that was killed."""
+    if code >= 0:
+        return code
+    return 143 if -code == signal.SIGTERM else 1 if -code in _CRASHES else 5
 
 
 def _reason(log: Path, code: int | None) -> str:

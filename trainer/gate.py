@@ -253,12 +253,12 @@ def _against_scratch(evidence: Evidence, config: GateConfig) -> list[Check]:
     both = len(seeds) > 1 and set(seeds) <= set(evidence.recipe_seeds)
     theirs = scratch_SU[[list(evidence.scratch_seeds).index(seed) for seed in seeds]]
     if both:
-        ours = evidence.recipe[[list(evidence.recipe_seeds).index(seed) for seed in seeds]]
-        gain = compare(ours, theirs)
+        recipe = evidence.recipe[[list(evidence.recipe_seeds).index(seed) for seed in seeds]]
+        gain = compare(recipe, theirs)
     else:
+        recipe = evidence.version_U[None]
         gain = compare(evidence.version_U, theirs[0] if len(theirs) == 1 else theirs)
-    recipe = evidence.recipe if both else evidence.version_U[None]
-    bar = mean_over_seeds(scratch_SU)
+    bar = mean_over_seeds(theirs)
     checks = [
         _is_better(
             FROM_SCRATCH, gain, over="from-scratch", key="scratch", recipe=recipe, bar=bar, margin=config.min_gain,

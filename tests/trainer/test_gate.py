@@ -111,6 +111,8 @@ def test_gate_pairs_the_seeds_that_both_have():
     gain = compare(given.recipe_SU[rows], given.scratch_SU[rows])
     check = check_of(decide(fewer, GATE), "from-scratch")
     assert (check.numbers["gain"], check.numbers["p"]) == (gain.gain, gain.p_value)
+    shown = check.numbers["recipe"] - check.numbers["scratch"]
+    assert shown == pytest.approx(gain.gain), "the means shown are of the seeds compared"
     alone = dataclasses.replace(fewer, recipe_SU=None, recipe_seeds=())
     check = check_of(decide(alone, GATE), "from-scratch")
     assert check.numbers["p"] == compare(given.version_U, given.scratch_SU[rows]).p_value, (
