@@ -169,3 +169,21 @@ def test_popularity_is_skewed_as_the_exponent_says():
     flat, _ = histories(config, table)
     counts = np.bincount([item for (_, domain), items in flat.items() if domain == 1 for item in items])
     assert np.corrcoef(np.log(np.arange(1, len(counts) + 1)), np.log(counts))[0, 1] < -0.9
+
+
+def test_users_who_come_late_have_most_of_their_source_events_before():
+    def late(share):
+        """Share of users with half of their source events before the first in the target."""
+        first, times = {}, defaultdict(list)
+        for row in made(late_share=share)[1].select(["user", "time", "basket"]).to_pylist():
+            if "t" in row["basket"]:
+                first[row["user"]] = min(row["time"], first.get(row["user"], row["time"]))
+            else:
+                times[row["user"]].append(row["time"])
+        long = {user: np.array(own) for user, own in times.items() if len(own) >= 20}
+        return np.mean([np.mean(own < first[user]) > 0.47 for user, own in long.items()])
+
+    assert late(1) == 1
+    by_chance = late(0)
+    assert by_chance < 0.25
+    assert late(0.3) == pytest.approx(0.3 + 0.7 * by_chance, abs=0.08)
