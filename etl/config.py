@@ -85,6 +85,8 @@ class FileConfig(Section):
     quote: str | None = '"'  # None: no quoting, a quote is an ordinary character
     encoding: str = "utf-8"
     skip_rows: int = Field(0, ge=0)  # lines before the header or the first row
+    # A cell with one of these texts, spaces around it aside, holds nothing; NaN also stands for a number that is none.
+    null_values: tuple[str, ...] = ("", "\\N", "NULL", "NA", "NaN", "None")
 
 
 class EventsFileConfig(FileConfig):

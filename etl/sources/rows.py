@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import FileConfig, GraftrecError
-from etl.sources import delimited, files, structured
+from etl.sources import delimited, files, structured, values
 from etl.sources.delimited import Chunk, Layout
 from etl.sources.files import RawFile
 from etl.sources.schema import RAW_CHARACTERS, spark_schema
@@ -69,8 +69,13 @@ class RawRows:
         def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             for batch in batches:
                 for index in batch.column(0).to_pylist():
+                    file = ranges[index].file
                     for chunk in read_range(ranges[index], config):
-                        yield from function(chunk, ranges[index].file).cast(schema).to_batches()
+                        try:
+                            table = function(chunk, file)
+                        except GraftrecError as error:
+                            raise GraftrecError(f"{file.name}: {error}") from None
+                        yield from table.cast(schema).to_batches()
 
         return spark.range(0, len(ranges), 1, len(ranges)).mapInArrow(read, spark_schema(schema))
 
@@ -123,7 +128,13 @@ class RawRows:
 
 
 def read_range(part: Range, config: FileConfig) -> Iterator[Chunk]:
-    """The rows of one range, a block at a time."""
+    """The rows of one range, a block at a time; cells with a null value are null."""
+    for chunk in _read_range(part, config):
+        columns = [values.without_nulls(column, config.null_values) for column in chunk.columns]
+        yield replace(chunk, columns=columns)
+
+
+def _read_range(part: Range, config: FileConfig) -> Iterator[Chunk]:
     if part.layout is None:
         yield from structured.parquet_chunks(part.file, part.start, part.line_ends_before + 1, part.names)
         return

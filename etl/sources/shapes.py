@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.config import EdgesFileConfig, EventsFileConfig, ItemsFileConfig, UsersFileConfig
+from etl.config import EdgesFileConfig, EventsFileConfig, GraftrecError, ItemsFileConfig, UsersFileConfig
 from etl.sources import values
 from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile
@@ -29,18 +29,18 @@ def events(config: EventsFileConfig, wanted: Sequence[str], *, earliest: int | N
         size = len(chunk.line)
         cells = dict(zip(wanted, chunk.columns, strict=True))
         order = pc.add(chunk.line, file.index << FILE_SHIFT)
-        text = {name: values.text(cells[name]) if name in cells else _nulls(size) for name in _TEXT}
+        user, user_checks = _id(cells["user"], "user")
+        item, item_checks = _id(cells["item"], "item")
+        basket, basket_checks = _id(cells["basket"], "basket") if "basket" in cells else (_nulls(size), [])
+        event_type = values.text(cells["event_type"]) if "event_type" in cells else _nulls(size)
         time, time_checks = _time(cells.get("time"), order, config, earliest, latest)
         value, value_checks = _value(cells.get("value"), "value", size)
-        checks = [(pc.is_null(text["user"]), "user is missing"), (pc.is_null(text["item"]), "item is missing")]
-        columns = {"user": text["user"], "item": text["item"], "time": time, "event_type": text["event_type"]}
-        columns |= {"value": value, "basket": text["basket"], "source_order": order}
-        return pa.table(columns | {"reason": first_reason(chunk, [*checks, *time_checks, *value_checks])})
+        checks = [*user_checks, *item_checks, *basket_checks[:-1], *time_checks, *value_checks]
+        columns = {"user": user, "item": item, "time": time, "event_type": event_type}
+        columns |= {"value": value, "basket": basket, "source_order": order}
+        return pa.table(columns | {"reason": first_reason(chunk, checks)})
 
     return shape
-
-
-_TEXT = ("user", "item", "event_type", "basket")
 
 
 def item_columns(config: ItemsFileConfig) -> list[str | int]:
@@ -61,7 +61,7 @@ def items(config: ItemsFileConfig) -> Shape:
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
         size = len(chunk.line)
         cells = iter(chunk.columns)
-        item = values.text(next(cells))
+        item, checks = _id(next(cells), "item")
         title = _nulls(size) if config.title is None else values.text(next(cells))
         categories = None if config.categories is None else values.listed(next(cells), config.categories_separator)
         if _year_in_title(config):
@@ -76,7 +76,7 @@ def items(config: ItemsFileConfig) -> Shape:
             categories = _strings((), [], size)
         columns = {"item": item, "title": title, "year": year, "categories": categories}
         columns["attributes"] = _attributes(config.attributes, [next(cells) for _ in config.attributes], size)
-        return pa.table(columns | {"reason": first_reason(chunk, [(pc.is_null(item), "item is missing")])})
+        return pa.table(columns | {"reason": first_reason(chunk, checks)})
 
     return shape
 
@@ -86,7 +86,7 @@ def people(config: ItemsFileConfig) -> Shape:
     num_people = sum(len(columns) for columns in config.people.values())
 
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
-        item = values.text(chunk.columns[0])
+        item, _ = values.identifier(chunk.columns[0])
         cells = iter(chunk.columns[len(chunk.columns) - num_people :])
         tables = []
         for relation, columns in config.people.items():
@@ -110,9 +110,9 @@ def users(config: UsersFileConfig) -> Shape:
     """RAW_USERS."""
 
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
-        user = values.text(chunk.columns[0])
+        user, checks = _id(chunk.columns[0], "user")
         attributes = _attributes(config.attributes, chunk.columns[1:], len(chunk.line))
-        reason = first_reason(chunk, [(pc.is_null(user), "user is missing")])
+        reason = first_reason(chunk, checks)
         return pa.table({"user": user, "attributes": attributes, "reason": reason})
 
     return shape
@@ -123,17 +123,26 @@ def edges(config: EdgesFileConfig) -> Shape:
 
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
         size = len(chunk.line)
-        user, friend = values.text(chunk.columns[0]), values.text(chunk.columns[1])
+        user, user_checks = _id(chunk.columns[0], "user")
+        friend, friend_checks = _id(chunk.columns[1], "friend")
         weight, checks = _value(None if config.weight is None else chunk.columns[2], "weight", size)
-        missing = [(pc.is_null(user), "user is missing"), (pc.is_null(friend), "friend is missing")]
         alone = (pc.equal(user, friend), "user and friend are the same")
         columns = {"user": user, "friend": friend, "weight": pc.cast(pc.fill_null(weight, 1.0), pa.float32())}
-        return pa.table(columns | {"reason": first_reason(chunk, [*missing, alone, *checks])})
+        return pa.table(columns | {"reason": first_reason(chunk, [*user_checks, *friend_checks, alone, *checks])})
 
     return shape
 
 
 Checks = list[tuple[pa.Array, str]]
+
+
+def _id(cells: pa.Array, name: str) -> tuple[pa.Array, Checks]:
+    """Ids as text; the last check is that there is one."""
+    try:
+        found, refused = values.identifier(cells)
+    except GraftrecError as error:
+        raise GraftrecError(f"{name}: {error}") from None
+    return found, [*((failed, f"{name} {why}") for failed, why in refused), (pc.is_null(found), f"{name} is missing")]
 
 
 def _time(

@@ -21,6 +21,7 @@ from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile, open_raw, reading
 
 _KINDS = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+_EXACT = 2.0**53  # whole numbers below it are told apart by a float64
 _NO_OBJECT = "not a JSON object"
 
 
@@ -118,9 +119,15 @@ def _json_block(rows: Chunk, wanted: Sequence[str]) -> list[pa.Array] | None:
         )
     except pa.ArrowInvalid:
         return None
-    if table.num_rows != len(rows.raw):
+    columns = [table.column(key).combine_chunks() for key in wanted]
+    if table.num_rows != len(rows.raw) or any(map(_may_have_lost_digits, columns)):
         return None
-    return [table.column(key).combine_chunks() for key in wanted]
+    return columns
+
+
+def _may_have_lost_digits(column: pa.Array) -> bool:
+    """Whether a float stands where a whole number of too many digits may have been written."""
+    return pa.types.is_floating(column.type) and bool(pc.any(pc.greater_equal(pc.abs(column), _EXACT)).as_py())
 
 
 def _cell(value: Any) -> Any:
@@ -139,18 +146,26 @@ def _column(cells: list[Any]) -> pa.Array:
         return pa.array(
             [cell if isinstance(cell, list) or cell is None else [str(cell)] for cell in cells], pa.list_(pa.string())
         )
-    if any(isinstance(cell, str) for cell in cells) or not all(_small(cell) for cell in cells):
+    kinds = {type(cell) for cell in cells if cell is not None}
+    is_mixed = kinds == {int, float} and not all(map(_is_exact_float, cells))
+    if str in kinds or is_mixed or not all(map(_is_exact, cells)):
         return pa.array([None if cell is None else _spelled(cell) for cell in cells], pa.string())
-    if any(isinstance(cell, float) for cell in cells):
+    if float in kinds:
         return pa.array([None if cell is None else float(cell) for cell in cells], pa.float64())
     return pa.array(cells, pa.int64())
 
 
-def _small(cell: Any) -> bool:
+def _is_exact(cell: Any) -> bool:
     return not isinstance(cell, int) or abs(cell) < 1 << 62
 
 
+def _is_exact_float(cell: Any) -> bool:
+    return cell is None or abs(cell) < _EXACT or not math.isfinite(cell)
+
+
 def _spelled(cell: Any) -> str:
-    if isinstance(cell, float) and math.isfinite(cell) and cell.is_integer() and abs(cell) < 1e18:
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return "NaN" if math.isnan(cell) else str(cell)
+    if isinstance(cell, float) and cell.is_integer() and abs(cell) < _EXACT:
         return str(int(cell))
     return cell if isinstance(cell, str) else str(cell)

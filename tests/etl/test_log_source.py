@@ -7,10 +7,12 @@ import gzip
 import json
 import random
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
@@ -59,7 +61,7 @@ def test_events_bad_rows_each_with_line_and_reason(read: Callable[..., Rows], tm
         b"a,x,,1",  # 8
         b"a,x,soon,1",  # 9
         b"a,x,100,much",  # 10
-        b"a,x,100,NaN",  # 11
+        b"a,x,100,nan",  # 11
         b"a,x,100,-inf",  # 12
         b"a,x,-1,1",  # 13: before 1970
         b"a,x,99999999999,1",  # 14: after tomorrow
@@ -156,7 +158,7 @@ def test_events_json_lines(read: Callable[..., Rows], tmp_path: Path) -> None:
         6: "not a JSON object",
         7: "user is missing",
         8: "not a JSON object",
-        9: "time can't be read",
+        9: "time is missing",
         10: "value is not a number",
     }
     assert [(r["user"], r["time"]) for r in rows if not r["reason"]] == [
@@ -454,6 +456,99 @@ def test_number_spellings() -> None:
     assert found[6] is None
     assert all(not abs(value) < float("inf") for value in found[7:9])
     assert found[9:] == [None, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("cells", "ids"),
+    [
+        (pa.array([" 5", "5.0", "28.00", "007", "12e45", "9007199254740993.0", "-0.0", ""]),
+         ["5", "5", "28", "007", "12e45", "9007199254740993", "0", None]),
+        (pa.array([5, -(2**63), 2**63 - 1], pa.int64()), ["5", str(-(2**63)), str(2**63 - 1)]),
+        (pa.array([2**64 - 1], pa.uint64()), [str(2**64 - 1)]),
+        (pa.array([5.0, 2.0**53 - 1, 12.5, -0.0, float("nan"), float("inf")]),
+         ["5", str(2**53 - 1), "12.5", "0", None, None]),
+        (pa.array([Decimal("28.00"), Decimal("123456789012345678.00")]), ["28", "123456789012345678"]),
+        (pa.array([Decimal("28.00")]).dictionary_encode(), ["28"]),
+        (pa.array([b"a"], pa.large_binary()), ["a"]),
+        (pa.array(["nan", "-INF", "Infinity"]), [None, None, None]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_identifier_is_one_rule_for_every_type(cells: pa.Array, ids: list[str | None]) -> None:
+    found, refused = values.identifier(cells)
+    assert found.to_pylist() == ids
+    assert not any(pc.any(failed).as_py() for failed, _ in refused)
+
+
+@pytest.mark.parametrize(
+    ("cells", "why"),
+    [
+        (pa.array([2.0**53]), "is a float too large to be exact"),
+        (pa.array([2.0**24], pa.float32()), "is a float too large to be exact"),
+        (pa.array([-(2.0**64)]), "is a float too large to be exact"),
+        (pa.array(["1.8446744073709552e+19"]), "is in scientific notation"),
+        (pa.array(['{"id": 5}']), "is an object"),
+    ],
+    ids=str,
+)
+def test_identifier_refuses_what_has_lost_digits(cells: pa.Array, why: str) -> None:
+    _, refused = values.identifier(cells)
+    assert next(said for failed, said in refused if pc.any(failed).as_py()).startswith(why)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ids_are_the_same_whatever_the_format(read: Callable[..., Rows], tmp_path: Path, seed: int) -> None:
+    """Ids as CSV, JSON lines and Parquet spell them: the same text comes out, or the row is rejected by line."""
+    draw = random.Random(seed)
+    whole = [draw.choice([draw.randrange(100), draw.randrange(2**53), draw.randrange(2**62, 2**63)]) for _ in range(40)]
+    parts = [draw.choice([number, str(number), f" {number} ", f"u{number}", f"{number}.0"]) for number in whole]
+    odd = {7: float("nan"), 11: None, 13: 12.5, 17: 1.5e300, 19: float("inf")}
+    cells = [odd.get(place, cell) for place, cell in enumerate(parts)]
+    expected: list[str | None] = [str(cell).strip().removesuffix(".0") for cell in parts]
+    for place, value in {7: None, 11: None, 13: "12.5", 17: None, 19: None}.items():
+        expected[place] = value
+
+    def text(cell: object) -> str:
+        return "" if cell is None else str(cell)
+
+    spelled = {
+        "delimited": "\n".join(["user,item,time", *(f"{text(cell)},x,5" for cell in cells)]),
+        "json": "\n".join(json.dumps({"user": cell, "item": "x", "time": 5}) for cell in cells),
+    }
+    for form, written in spelled.items():
+        (tmp_path / "log").write_text(written)
+        rows = read(format=form, columns={"user": "user", "item": "item", "time": "time"})
+        assert [None if row["reason"] else row["user"] for row in rows] == expected, form
+    columns = {
+        "int64": pa.array(whole, pa.int64()),
+        "uint64": pa.array(whole, pa.uint64()),
+        "string": pa.array(map(str, whole)),
+        "dictionary": pa.array(map(str, whole)).dictionary_encode(),
+        "decimal": pa.array([Decimal(number) for number in whole], pa.decimal128(25, 2)),
+        "float": pa.array(map(float, whole)),
+    }
+    for kind, column in columns.items():
+        pq.write_table(pa.table({"user": column, "item": ["x"] * 40, "time": [5] * 40}), tmp_path / "log")
+        rows = read(format="parquet", columns={"user": "user", "item": "item", "time": "time"})
+        exact = [str(number) if kind != "float" or number < 2**53 else None for number in whole]
+        assert [None if row["reason"] else row["user"] for row in rows] == exact, kind
+
+
+def test_null_values_are_missing_and_a_setting(read: Callable[..., Rows], tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("user,item,time,value\nNULL,x,5,1\na, \\N ,5,1\na,x,NA,1\na,x,5,NaN\nNone,x,5,1\n")
+    assert _reasons(read()) == {2: "user is missing", 3: "item is missing", 4: "time is missing", 6: "user is missing"}
+    rows = read(null_values=["", "NaN"], columns={"user": "user", "item": "item", "value": "value"})
+    assert [row["user"] for row in rows if not row["reason"]] == ["NULL", "a", "a", "a", "None"]
+    pq.write_table(pa.table({"user": ["a"], "item": ["x"], "time": [5], "value": [float("nan")]}), tmp_path / "log")
+    assert [(row["value"], row["reason"]) for row in read(format="parquet")] == [(None, None)]
+
+
+def test_events_a_list_as_id_is_refused_by_file_column_and_type(read: Callable[..., Rows], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user": [["a"]], "item": ["x"], "time": [5]}), tmp_path / "log")
+    with pytest.raises(
+        GraftrecError, match=r"^log: user: expected text or numbers, found list<.*string>; name a column"
+    ):
+        read(format="parquet", columns={"user": "user", "item": "item", "time": "time"})
 
 
 def test_text_of_whole_floats_has_no_fraction() -> None:
