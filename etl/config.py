@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 CONF_VARIABLE = "GRAFTREC_CONF"  # another folder to take YAML from
 
@@ -83,6 +83,8 @@ class FileConfig(Section):
     separator: str = ","  # any string, also of several characters
     header: bool = True
     quote: str | None = '"'  # None: no quoting, a quote is an ordinary character
+    escape: str | None = Field(None, min_length=1, max_length=1)  # takes a quote or separator behind it as a character
+    decimal: Literal[".", ","] = "."  # of numbers that are text
     encoding: str = "utf-8"
     skip_rows: int = Field(0, ge=0)  # lines before the header or the first row
     # A cell with one of these texts, spaces around it aside, holds nothing; NaN also stands for a number that is none.
@@ -95,6 +97,16 @@ class EventsFileConfig(FileConfig):
     columns: ColumnsConfig
     time_unit: Literal["s", "ms", "us", "ns", "ordinal"] | None = "s"  # of a numeric time; `ordinal`: mere order
     time_format: str | None = None  # strptime format of a textual time (UTC); takes the place of time_unit
+
+    @field_validator("time_format")
+    @classmethod
+    def _names_no_zones(cls, form: str | None) -> str | None:
+        if form is not None and "%Z" in form.replace("%%", ""):
+            raise ValueError(
+                f"expected a format that is the same on every machine, found {form!r}: what zone %Z names depends on "
+                "the machine; write offsets and use %z"
+            )
+        return form
 
 
 class FlagsConfig(Section):

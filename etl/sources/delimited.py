@@ -21,6 +21,7 @@ from etl.sources.schema import RAW_CHARACTERS
 
 csv.field_size_limit(MAX_ROW_BYTES * 2)
 _STAND_INS = "\x1f\x1e\x1d\x1c\x01"  # for a separator of several characters, inside the csv module
+_HEADER_AGAIN = "the header again"
 TOO_LONG = f"longer than {MAX_ROW_BYTES:,} bytes"
 
 
@@ -44,6 +45,7 @@ class Layout:
     positions: tuple[int, ...]
     num_fields: int
     first_row: int = 1  # 1-based line
+    header: str | None = None  # the header's line; met again, it is no row
 
 
 def check_encoding(encoding: str, *, name: str, head: bytes) -> None:
@@ -88,8 +90,9 @@ def split(rows: Chunk, config: FileConfig, layout: Layout) -> Chunk:
     """Cut each row into fields and take the wanted ones."""
     good = pc.is_null(rows.reason)
     plain = good
-    if config.quote:
-        plain = pc.and_(good, pc.invert(pc.match_substring(rows.raw, config.quote)))
+    for mark in (config.quote, config.escape):
+        if mark:
+            plain = pc.and_(plain, pc.invert(pc.match_substring(rows.raw, mark)))
     fields = pc.split_pattern(pc.if_else(plain, rows.raw, None), config.separator)
     right = pc.equal(pc.list_value_length(fields), layout.num_fields)
     reason = rows.reason
@@ -105,6 +108,10 @@ def split(rows: Chunk, config: FileConfig, layout: Layout) -> Chunk:
         safe = pa.array([""] * layout.num_fields, pa.string())
         fields = _replace(fields, right, safe)
     columns = [pc.list_element(fields, position) for position in layout.positions]
+    if layout.header is not None:
+        again = pc.and_(right, pc.equal(rows.raw, layout.header))
+        if pc.any(again).as_py():
+            right, reason = pc.and_(right, pc.invert(again)), pc.if_else(again, _HEADER_AGAIN, reason)
     if pc.all(right).as_py() is False:
         columns = [pc.if_else(right, column, None) for column in columns]
     return Chunk(rows.line, columns, reason, rows.raw)
@@ -113,7 +120,7 @@ def split(rows: Chunk, config: FileConfig, layout: Layout) -> Chunk:
 def parse_line(line: str, config: FileConfig) -> list[str]:
     """The fields of one line. Raises ValueError with the reason where it is malformed."""
     separator = config.separator
-    if not config.quote or config.quote not in line:
+    if not any(mark and mark in line for mark in (config.quote, config.escape)):
         return line.split(separator)
     stand_in = separator
     if len(separator) > 1:
@@ -122,8 +129,14 @@ def parse_line(line: str, config: FileConfig) -> list[str]:
             raise ValueError("malformed quoting")
         stand_in = free[0]
         line = line.replace(separator, stand_in)
+    quoting = csv.QUOTE_MINIMAL if config.quote else csv.QUOTE_NONE
     try:
-        fields = next(csv.reader((line,), delimiter=stand_in, quotechar=config.quote, strict=True))
+        fields = next(
+            csv.reader(
+                (line,), delimiter=stand_in, quotechar=config.quote, quoting=quoting, escapechar=config.escape,
+                strict=True,
+            )
+        )  # fmt: skip
     except (csv.Error, StopIteration):
         raise ValueError("malformed quoting") from None
     return [field.replace(stand_in, separator) for field in fields] if stand_in != separator else fields
@@ -149,7 +162,7 @@ def find_layout(head: bytes, config: FileConfig, wanted: Sequence[str | int], *,
     if config.header:
         names = [field.strip() for field in parsed[0]]
         positions = tuple(_position(column, names, name=name) for column in wanted)
-        return Layout(positions, len(names), rows.line[0].as_py() + 1)
+        return Layout(positions, len(names), rows.line[0].as_py() + 1, rows.raw[0].as_py())
     widths = [len(fields) for fields in parsed if fields]
     width = max(set(widths), key=widths.count) if widths else 0
     for column in wanted:

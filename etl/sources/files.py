@@ -52,8 +52,8 @@ def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
     """
     filesystem, base, prefix = _locate(root, path)
     pattern = re.search(r"[*?\[]", base)
-    if pattern is None:
-        info = filesystem.get_file_info(base)
+    info = filesystem.get_file_info(base)
+    if pattern is None or info.type != fs.FileType.NotFound:  # a name that exists is no pattern
         if info.type == fs.FileType.File:
             found = [info]
         elif info.type == fs.FileType.Directory:
@@ -68,12 +68,25 @@ def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
         raise GraftrecError(f"{what}: expected a file, a folder or a glob, found no file at {base}; {_nearby(root)}")
     home = _locate(root, "")[1].rstrip("/") + "/"
     ordered = sorted(found, key=lambda info: info.path)
+    _refuse_twins([info.path.removeprefix(home) for info in ordered], what)
     return [
         RawFile(
             prefix + info.path, info.path.removeprefix(home), index, info.size, _COMPRESSIONS.get(_suffix(info.path))
         )
         for index, info in enumerate(ordered)
     ]
+
+
+def _refuse_twins(names: Sequence[str], what: str) -> None:
+    """One file, packed and unpacked beside each other, would be read twice."""
+    unpacked: dict[str, str] = {}
+    for name in names:
+        suffix = _suffix(name)
+        plain = name.removesuffix(suffix) if suffix in _COMPRESSIONS else name
+        if (other := unpacked.setdefault(plain, name)) != name:
+            raise GraftrecError(
+                f"{what}: expected each file once, found {other} and {name}; remove one, or name the files by a glob"
+            )
 
 
 def digests(files: Sequence[RawFile]) -> list[str]:
@@ -113,7 +126,22 @@ def head(file: RawFile, size: int = MAX_ROW_BYTES + 1) -> bytes:
     hidden = next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None)
     if hidden:
         raise GraftrecError(f"{file.name}: expected text, found {hidden} data; unpack it, or name its format")
+    if b"\r" in data.rstrip(b"\r") and b"\n" not in data:
+        raise GraftrecError(
+            f"{file.name}: expected lines that end with LF or CR LF, found CR alone; convert it: tr '\\r' '\\n'"
+        )
     return data
+
+
+def mentions(file: RawFile, text: str) -> bool:
+    """Whether `text` stands anywhere in a file's content."""
+    wanted, kept = text.encode(), b""
+    with reading(file), _open(file) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            if wanted in kept + chunk:
+                return True
+            kept = chunk[-len(wanted) :]
+    return False
 
 
 def ranges(file: RawFile, range_bytes: int) -> list[tuple[int, int]]:

@@ -96,6 +96,7 @@ class RawRows:
 
     def _text_plan(self) -> list[Range]:
         plan = []
+        first: tuple[str, str | None] | None = None
         for file in self.files:
             head = files.head(file)
             layout: Layout | None
@@ -103,14 +104,22 @@ class RawRows:
             if self.config.format == "json":
                 delimited.check_encoding(self.config.encoding, name=file.name, head=head)
                 layout = Layout((), 0, self.config.skip_rows + 1)
-                keys = structured.json_keys(head)
                 if not head.strip():
                     continue
+                structured.check_objects(head, name=file.name)
+                keys = structured.json_keys(head)
+                keys += [str(key) for key in self.wanted if key not in keys and files.mentions(file, f'"{key}"')]
                 names = tuple(structured.check_columns(self.wanted, keys, name=file.name))
             else:
                 layout = delimited.find_layout(head, self.config, self.wanted, name=file.name)
                 if layout is None or _ends_before(head, layout.first_row):
                     continue
+                first = first or (file.name, layout.header)
+                if layout.header != first[1] and any(isinstance(column, int) for column in self.wanted):
+                    raise GraftrecError(
+                        f"{file.name}: expected the header of {first[0]}, {first[1]!r}, for columns are given by their "
+                        f"positions; found {layout.header!r}; name the columns, or put the file elsewhere"
+                    )
             plan += [Range(file, start, end, 0, layout, names) for start, end in files.ranges(file, self.range_bytes)]
         return plan
 

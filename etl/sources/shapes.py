@@ -34,7 +34,7 @@ def events(config: EventsFileConfig, wanted: Sequence[str], *, earliest: int | N
         basket, basket_checks = _id(cells["basket"], "basket") if "basket" in cells else (_nulls(size), [])
         event_type = values.text(cells["event_type"]) if "event_type" in cells else _nulls(size)
         time, time_checks = _time(cells.get("time"), order, config, earliest, latest)
-        value, value_checks = _value(cells.get("value"), "value", size)
+        value, value_checks = _value(cells.get("value"), "value", size, config.decimal)
         checks = [*user_checks, *item_checks, *basket_checks[:-1], *time_checks, *value_checks]
         columns = {"user": user, "item": item, "time": time, "event_type": event_type}
         columns |= {"value": value, "basket": basket, "source_order": order}
@@ -125,7 +125,7 @@ def edges(config: EdgesFileConfig) -> Shape:
         size = len(chunk.line)
         user, user_checks = _id(chunk.columns[0], "user")
         friend, friend_checks = _id(chunk.columns[1], "friend")
-        weight, checks = _value(None if config.weight is None else chunk.columns[2], "weight", size)
+        weight, checks = _value(None if config.weight is None else chunk.columns[2], "weight", size, config.decimal)
         alone = (pc.equal(user, friend), "user and friend are the same")
         columns = {"user": user, "friend": friend, "weight": pc.cast(pc.fill_null(weight, 1.0), pa.float32())}
         return pa.table(columns | {"reason": first_reason(chunk, [*user_checks, *friend_checks, alone, *checks])})
@@ -158,10 +158,10 @@ def _time(
     return time, checks
 
 
-def _value(cells: pa.Array | None, name: str, size: int) -> tuple[pa.Array, Checks]:
+def _value(cells: pa.Array | None, name: str, size: int, decimal: str) -> tuple[pa.Array, Checks]:
     if cells is None:
         return pa.nulls(size, pa.float64()), []
-    value = values.number(cells)
+    value = values.number(values.with_point(cells) if decimal == "," else cells)
     unreadable = pc.and_(pc.is_null(value), values.given(cells))
     return value, [(unreadable, f"{name} is not a number"), (pc.invert(pc.is_finite(value)), f"{name} is not finite")]
 

@@ -60,6 +60,24 @@ def json_keys(head: bytes) -> list[str]:
     return list(keys)
 
 
+def check_objects(head: bytes, *, name: str) -> None:
+    """Raises GraftrecError for a file that begins with lines of which none is a JSON object."""
+    first = ""
+    for line in head.decode("utf-8", "replace").removeprefix("\ufeff").split("\n")[:100]:
+        first = first or line.strip()
+        try:
+            if isinstance(json.loads(line), dict):
+                return
+        except (ValueError, RecursionError):
+            continue
+    hint = "write one object a line"
+    if first.startswith("["):
+        hint = "an array: write one object a line, jq -c '.[]'"
+    elif first.startswith("{") and "'" in first:
+        hint = "Python's spelling of a dict: write JSON, json.dumps(ast.literal_eval(line))"
+    raise GraftrecError(f"{name}: expected a JSON object on each line, found {first[:60]!r}; {hint}")
+
+
 def parquet_groups(file: RawFile) -> tuple[list[str], list[int]]:
     """Column names and rows per row group. Raises GraftrecError for a file that is no Parquet file."""
     with reading(file), open_raw(file.path) as stream:
@@ -134,10 +152,12 @@ def _cell(value: Any) -> Any:
     """Numbers and text as they are; lists as lists of text; anything else as JSON text."""
     if isinstance(value, bool):
         return json.dumps(value)
-    if value is None or isinstance(value, str | int | float):
+    if isinstance(value, str):
+        return _whole_characters(value)
+    if value is None or isinstance(value, int | float):
         return value
     if isinstance(value, list):
-        return [str(part) for part in value if part is not None]
+        return [_whole_characters(str(part)) for part in value if part is not None]
     return json.dumps(value)
 
 
@@ -153,6 +173,11 @@ def _column(cells: list[Any]) -> pa.Array:
     if float in kinds:
         return pa.array([None if cell is None else float(cell) for cell in cells], pa.float64())
     return pa.array(cells, pa.int64())
+
+
+def _whole_characters(text: str) -> str:
+    """U+FFFD for half of a surrogate pair, which is no character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _is_exact(cell: Any) -> bool:

@@ -110,6 +110,11 @@ def number(cells: pa.Array) -> pa.Array:
     return pc.cast(_without_plus(pc.if_else(readable, words, None)), pa.float64())
 
 
+def with_point(cells: pa.Array) -> pa.Array:
+    """Text with a decimal comma, as text with a point."""
+    return pc.replace_substring(text(cells), ",", ".") if _is_text(cells.type) else cells
+
+
 def whole_number(cells: pa.Array) -> pa.Array:
     """int64; null where nothing or no whole number is given."""
     if pa.types.is_integer(cells.type):

@@ -284,6 +284,9 @@ def test_users_and_edges_both_directions(read: Callable[..., Rows], tmp_path: Pa
         (b"PK\x03\x04....", {}, "found zip data"),
         (b"no parquet", {"format": "parquet"}, "log: expected a readable file"),
         (b'{"who": 1}\n', {"format": "json"}, "found columns: who"),
+        (b"{'user': 'a', 'item': 'x'}\n" * 300, {"format": "json"}, "Python's spelling of a dict"),
+        (b'[\n{"user": "a"},\n{"user": "b"}]\n', {"format": "json"}, "an array: write one object a line"),
+        (b"user,item,time,value\ra,x,5,1\rb,x,5,1\r", {}, "found CR alone; convert it"),
     ],
 )
 def test_events_mistakes_are_one_clear_line(
@@ -295,6 +298,65 @@ def test_events_mistakes_are_one_clear_line(
         read(**settings)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_events_a_header_met_again_is_rejected_by_line(read: Callable[..., Rows], tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("user,item,time,value\na,x,5,1\nuser,item,time,value\nb,x,5,1\n")
+    assert _reasons(read(columns={"user": "user", "item": "item"})) == {3: "the header again"}
+
+
+def test_events_header_of_another_file_is_compared_where_positions_count(
+    read: Callable[..., Rows], tmp_path: Path
+) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "1.csv").write_text("user,item,time\na,x,5\n")
+    (tmp_path / "log" / "2.csv").write_text("b,y,6\nc,z,7\n")
+    with pytest.raises(GraftrecError, match=r"^log/2\.csv: expected the header of log/1\.csv, 'user,item,time'"):
+        read(columns={"user": 0, "item": 1, "time": 2})
+
+
+def test_events_one_file_packed_and_unpacked_is_refused(read: Callable[..., Rows], tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    lines = b"user,item,time,value\na,x,5,1\n"
+    (tmp_path / "log" / "a.csv").write_bytes(lines)
+    (tmp_path / "log" / "a.csv.gz").write_bytes(gzip.compress(lines))
+    with pytest.raises(GraftrecError, match=r"found log/a\.csv and log/a\.csv\.gz; remove one"):
+        read()
+    assert len(read(path="log/*.csv")) == 1
+
+
+def test_a_name_that_exists_is_no_pattern(read: Callable[..., Rows], tmp_path: Path) -> None:
+    (tmp_path / "log[1].csv").write_text("user,item,time,value\na,x,5,1\n")
+    (tmp_path / "log1.csv").write_text("user,item,time,value\nb,x,5,1\nc,x,5,1\n")
+    assert [row["user"] for row in read(path="log[1].csv")] == ["a"]
+
+
+def test_events_escapes_and_a_decimal_comma(read: Callable[..., Rows], tmp_path: Path) -> None:
+    lines = ["user;item;time;value", '"a";"x \\"new\\"; y";5;"1,5"', "b;x\\;y;6;-2,25", "c;z;7;3"]
+    (tmp_path / "log").write_text("\n".join(lines))
+    rows = read(separator=";", escape="\\", decimal=",")
+    assert [(row["user"], row["item"], row["value"]) for row in rows] == [
+        ("a", 'x "new"; y', 1.5),
+        ("b", "x;y", -2.25),
+        ("c", "z", 3.0),
+    ]
+
+
+def test_events_json_with_a_key_that_comes_late_and_half_a_character(read: Callable[..., Rows], tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"user": f"u{n}", "item": "x", "time": n} | ({"value": 4} if n > 150 else {})) for n in range(200)
+    ]
+    lines.append('{"user": "half \\ud83d", "item": "x", "time": 5}')
+    (tmp_path / "log").write_text("\n".join(lines))
+    rows = read(format="json")
+    assert [row["value"] for row in rows] == [None] * 151 + [4.0] * 49 + [None]
+    assert rows[-1]["user"] == "half \ufffd"
+
+
+def test_a_time_format_that_names_zones_is_refused() -> None:
+    events = {"path": "log", "columns": {"user": "user", "item": "item"}, "time_format": "%Y-%m-%d %Z"}
+    with pytest.raises(ValueError, match="what zone %Z names depends on the machine"):
+        LogSource.model_validate({"events": events})
 
 
 def test_events_truncated_gzip_is_refused_by_name(read: Callable[..., Rows], tmp_path: Path) -> None:
