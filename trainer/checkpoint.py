@@ -48,8 +48,6 @@ def save(
     written again. Raises GraftrecError where `root` is not the same storage for all processes.
     """
     folder = root / f"{_PREFIX}{step:010}"
-    if not (world.first or checkpoint.parts):
-        return folder
     new = folder.with_name(folder.name + ".new")
     if world.first:
         shutil.rmtree(new, ignore_errors=True)

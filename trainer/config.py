@@ -430,6 +430,8 @@ class RuntimeConfig(Section):
     # Per process; None: the usable cores, divided by the processes that `torchrun` started here (trainer/cores.py)
     threads: int | None = Field(None, ge=1)
     progress: bool = True  # bars, on terminals only
+    # How long a process waits for the others of `torchrun` before it ends with the state of each
+    collective_seconds: float = Field(600.0, gt=0)
 
 
 class TrackingConfig(Section):

@@ -3,8 +3,11 @@
 import os
 import resource
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +17,8 @@ import torch.distributed as dist
 from etl.config import GraftrecError
 from trainer.config import RuntimeConfig
 from trainer.cores import default_threads, use_threads
+from trainer.outbox import one_line
+from trainer.rank_states import GRACE_SECONDS, RankLost, RankStates
 
 _Object = TypeVar("_Object")
 IntArray = npt.NDArray[np.int64]
@@ -38,9 +43,19 @@ class World:
         if self.size == 1:
             return [float(value) for value in values]
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        found: list[float] = total.tolist()
+        with self.waiting("a sum"):
+            dist.all_reduce(total)
+            found: list[float] = total.tolist()
         return found
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """Around what needs all processes: raises RankLost, with the state of each, where one doesn't come."""
+        return nullcontext() if _states is None else _states.waiting(what)
+
+    def doing(self, where: Callable[[], str]) -> None:
+        """What this process is at from here on, for the message of one that waits for it."""
+        if _states is not None:
+            _states.where = where
 
     def share(self, count: int) -> IntArray:
         """Places of this process's share of `count` things; ``gather(…)[:count]`` puts the shares together.
@@ -63,10 +78,11 @@ class World:
         """
         sizes = torch.tensor(counts, device=values.device)
         theirs = torch.empty_like(sizes)
-        dist.all_to_all_single(theirs, sizes)
-        received: list[int] = theirs.tolist()
-        found = values.new_empty(sum(received), *values.shape[1:])
-        dist.all_to_all_single(found, values.contiguous(), received, counts)
+        with self.waiting("an exchange of rows"):
+            dist.all_to_all_single(theirs, sizes)
+            received: list[int] = theirs.tolist()
+            found = values.new_empty(sum(received), *values.shape[1:])
+            dist.all_to_all_single(found, values.contiguous(), received, counts)
         return found, received
 
     def objects(self, mine: _Object) -> list[_Object]:
@@ -74,8 +90,13 @@ class World:
         if self.size == 1:
             return [mine]
         found: list[_Object | None] = [None] * self.size
-        dist.all_gather_object(found, mine)
-        return [one for one in found if one is not None]
+        with self.waiting("what all processes gather"):
+            dist.all_gather_object(found, mine)
+        return cast(list[_Object], found)
+
+    def of_first(self, mine: _Object) -> _Object:
+        """What process 0 gave: so that all decide alike, whatever each of them sees."""
+        return self.objects(mine)[0]
 
     def peak_gb(self) -> float:
         """The most memory that this process has held at once, in GB: the GPU's, where it computes on one."""
@@ -86,10 +107,12 @@ class World:
 
     def wait(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            with self.waiting("all processes to come here"):
+                dist.barrier()
 
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32, autocast=False)
+_states: RankStates | None = None  # of the process group, as that of the process itself
 
 
 def join(config: RuntimeConfig) -> World:
@@ -98,14 +121,32 @@ def join(config: RuntimeConfig) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _meet(rank, size, "nccl" if device.type == "cuda" else "gloo", config.collective_seconds)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     autocast = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(device))
     return World(rank, size, device, dtype, autocast)
 
 
+def _meet(rank: int, size: int, backend: str, seconds: float) -> None:
+    global _states
+    # NCCL kills a process by itself: not before its state is told.
+    limit = seconds + 2 * GRACE_SECONDS if backend == "nccl" else seconds
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=limit))
+        _states = RankStates(rank, size, seconds)
+    except (RuntimeError, ValueError) as error:
+        raise RankLost(
+            f"process {rank} of {size} did not meet the others within {seconds:g} s ({one_line(error)}); start all of "
+            "them by torchrun, or raise runtime.collective_seconds"
+        ) from None
+
+
 def leave() -> None:
     """Leave the process group, where there is one: the end of a command, however it ends."""
+    global _states
+    if _states is not None:
+        _states.close(sys.exc_info()[1])
+        _states = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

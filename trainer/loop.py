@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
@@ -50,6 +51,14 @@ class Stopped(GraftrecError):
     """SIGTERM or SIGINT came; the state is saved and the same command goes on from it."""
 
     exit_code = 143
+
+
+class Wish(IntEnum):
+    """What is to follow a step. Summed over the processes: the first alone wishes to save, any may wish to stop."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2  # and save
 
 
 @dataclass
@@ -105,7 +114,8 @@ class Training:
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
             )
             ignore(self.loss, [f"model.{name}" for name in apart])
-            self.loss = DistributedDataParallel(self.loss)
+            with world.waiting("all processes to build the model"):
+                self.loss = DistributedDataParallel(self.loss)
 
     @property
     def best(self) -> dict[str, list[Tensor]]:
@@ -155,47 +165,53 @@ def train(
     Raises Stopped on SIGTERM and SIGINT, NonFiniteLoss, and what `judge` does.
     """
     config, progress = training.config, training.progress
-    saved = checkpoint.newest(checkpoints, warn=say)
+    saved = _newest(training.world, checkpoints, say)
     if saved is not None:
         training.restore(saved)
         progress = training.progress
         say(f"resuming at epoch {training.loader.epoch + 1}, step {training.loader.step} ({progress.step} steps done)")
         if progress.history:
             judge(progress)
+    training.world.doing(lambda: f"epoch {training.loader.epoch + 1}, step {training.loader.step}")
     last_saved = time.monotonic()
     with _stop_signals() as signals:
         while not progress.finished:
             begun = time.monotonic()
             for batch in _shown(training, show_progress):
-                stop = train_step(training, batch, stop=bool(signals))
+                due = training.world.first and time.monotonic() - last_saved >= config.checkpoint_seconds
+                wish = train_step(training, batch, stop=bool(signals), save=due)
                 now = time.monotonic()
                 progress.seconds += now - begun
                 begun = now
-                if stop or now - last_saved >= config.checkpoint_seconds:
+                if wish >= Wish.SAVE:
                     _save(training, checkpoints)
                     last_saved = time.monotonic()
-                if stop:
+                if wish >= Wish.STOP:
                     at = f"epoch {training.loader.epoch + 1}, step {training.loader.step}"
                     raise Stopped(f"stopped by a signal at {at}; the state is saved: run the same command to go on")
-            is_best = _finish_epoch(training, validate(), score, time.monotonic() - begun)
+            metrics = training.world.of_first(validate())  # another host's may differ in the last bits
+            is_best = _finish_epoch(training, metrics, score, time.monotonic() - begun)
             _save(training, checkpoints, is_best=is_best)
             last_saved = time.monotonic()
             on_epoch(progress.history[-1])
             judge(progress)
 
 
-def train_step(training: Training, batch: Batch, *, stop: bool) -> bool:
-    """One optimiser step on a global batch. Returns whether any rank wants to stop (they must do so together)."""
+def train_step(training: Training, batch: Batch, *, stop: bool, save: bool = False) -> Wish:
+    """One optimiser step on a global batch. Returns what follows it, on all processes alike: each asks its own clock
+    and its own signals, so the sum of the losses carries the answer. `save`: of the first process only."""
     world, config, progress = training.world, training.config, training.progress
     batch = batch.to(world.device)
     torch.manual_seed(_seed(*batch.draw, world.rank))  # dropout's
     cast = torch.autocast(world.device.type, torch.bfloat16) if world.autocast else nullcontext()
-    with cast:
+    with cast, world.waiting("the layout of the gradients"):  # which all settle on the way, in the second step
         loss, positions = training.loss(batch)
-    num_positions, total, wants_stop = world.sum(float(positions), loss.item(), float(stop))
+    wish = Wish.STOP if stop else Wish.SAVE if save else Wish.GO_ON
+    num_positions, total, wishes = world.sum(float(positions), loss.item(), float(wish))
     # DistributedDataParallel takes the mean over ranks, hence the world's size.
     # A batch may hold nothing that is predicted.
-    (loss * (world.size / max(num_positions, 1))).backward()
+    with world.waiting("the gradients"):
+        (loss * (world.size / max(num_positions, 1))).backward()
     norm = training.optimizer.clip(config.clip_norm)
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise NonFiniteLoss(_blame(batch, total, norm))
@@ -204,7 +220,7 @@ def train_step(training: Training, batch: Batch, *, stop: bool) -> bool:
     progress.loss_sum += total
     progress.positions += num_positions
     progress.items += int(batch.global_items)
-    return wants_stop > 0
+    return Wish(min(int(wishes), Wish.STOP))
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -219,6 +235,19 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
         case "cosine":
             fall = 0.5 * (1 + math.cos(math.pi * done))
     return config.learning_rate * warm * max(fall, config.final_rate)
+
+
+def _newest(world: World, checkpoints: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to go on from. Raises GraftrecError where the processes do not find the same one."""
+    saved = checkpoint.newest(checkpoints, warn=say)
+    found = world.objects(saved.folder.name if saved is not None and saved.folder is not None else "none")
+    if len(set(found)) > 1:
+        told = ", ".join(f"process {rank}: {name}" for rank, name in enumerate(found))
+        raise GraftrecError(
+            f"{checkpoints}: expected the same newest whole checkpoint for all processes, found {told}; set output to "
+            "storage that all hosts share, or remove the newer ones"
+        )
+    return saved
 
 
 def _finish_epoch(training: Training, metrics: dict[str, float], score: str, validation_seconds: float) -> bool:

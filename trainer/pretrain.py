@@ -103,9 +103,9 @@ def _fit(
     config: PretrainConfig, parent: Artifact | None, judge: Callable[[Progress], None], world: World, folder: Path
 ) -> Result:
     say: Callable[[str], None] = print if world.first else lambda line: None
-    release = pin(config.data.lake, config.data.release)
-    identity = ":".join(run_identity(config, release, parent).values())
-    if (finished := _finished(folder, identity)) is not None:
+    release = _pinned(config, world)
+    identity = ":".join(_agreed(run_identity(config, release, parent), world).values())
+    if (finished := world.of_first(_finished(folder, identity) if world.first else None)) is not None:
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
         tracking.note_reused(config.name, finished.run_id)
         return finished
@@ -149,6 +149,7 @@ def _fit(
             show_progress=config.runtime.progress,
             say=say,
         )
+        world.doing(lambda: "training is over, the model is written")
         metrics = _summary(training, parent)
         done: dict[str, Any] = {}
         if world.first:
@@ -166,6 +167,24 @@ def _fit(
         f"{score} {training.progress.best_score:.4f}, {metrics['seconds']:.0f} s; model in {folder / 'model'}"
     )
     return Result(folder, metrics, reused=False, run_id=done.get("mlflow_run", ""))
+
+
+def _pinned(config: PretrainConfig, world: World) -> Release:
+    """The release of the first process: another may come to the lake a moment later, when there is a newer one."""
+    release = pin(config.data.lake, config.data.release)
+    number = world.of_first(release.number)
+    return release if number == release.number else pin(config.data.lake, number)
+
+
+def _agreed(identity: dict[str, str], world: World) -> dict[str, str]:
+    """The identity, which all processes must have alike. Raises RunError."""
+    for rank, other in enumerate(world.objects(identity)):
+        if differing := [name for name in identity if identity[name] != other[name]]:
+            raise RunError(
+                f"expected the same settings, code, data and parent in all processes, found another {differing[0]} in "
+                f"process {rank} than in process {world.rank}; give all hosts the same configuration and code"
+            )
+    return identity
 
 
 def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
