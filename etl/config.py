@@ -42,9 +42,9 @@ class ConfigError(GraftrecError):
 
 
 class Section(BaseModel):
-    """Base of every configuration section: frozen, unknown keys refused."""
+    """Base of every configuration section: frozen, unknown keys refused, and so are numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 # --- the ETL's sections ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Every setting of training, as frozen types (composed from conf/ by `etl.config.load`)."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -723,15 +724,17 @@ class SearchConfig(Section):
 
 def _numbers(values: RangeConfig | tuple[Choice, ...]) -> RangeConfig | tuple[Choice, ...]:
     """YAML takes 1e-3 for a text: numbers among the values, as numbers."""
-    if isinstance(values, RangeConfig):
-        return values
-    numbers: list[Choice] = []
-    for value in values:
-        try:
-            numbers.append(float(value) if isinstance(value, str) else value)
-        except ValueError:
-            numbers.append(value)
-    return tuple(numbers)
+    return values if isinstance(values, RangeConfig) else tuple(map(_number, values))
+
+
+def _number(value: Choice) -> Choice:
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(f"expected finite numbers, found {value}; remove it")
+    return number
 
 
 class EvaluatedModel(Section):
@@ -783,13 +786,13 @@ class GateConfig(Section):
     protocol: Literal["full", "uniform-100", "popular-100", "top-100"] = "full"
     metric: str = "NDCG@10"
     # A difference with a larger p-value is taken for chance.
-    level: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
-    min_gain: float = Field(0.0, ge=0, allow_inf_nan=False)  # over from-scratch, beyond being significant
+    level: float = Field(0.05, gt=0, lt=1)
+    min_gain: float = Field(0.0, ge=0)  # over from-scratch, beyond being significant
     min_seeds: int = Field(3, ge=1)  # of from-scratch: with two, the test has almost no power
     min_users: int = Field(100, ge=2)  # fewer say nothing
-    champion_margin: float = Field(0.0, ge=0, allow_inf_nan=False)  # how far below the champion is let pass
+    champion_margin: float = Field(0.0, ge=0)  # how far below the champion is let pass
     # How far below the champion (without one: from-scratch) in a slice.
-    slice_margin: float = Field(0.1, ge=0, allow_inf_nan=False)
+    slice_margin: float = Field(0.1, ge=0)
     min_slice_users: int = Field(100, ge=2)  # a slice of fewer is not judged
     cold_user_items: int = Field(10, ge=0)  # cold users: at most so many items of the domain in the training part
     cold_item_interactions: int = Field(20, ge=0)  # cold items: at most so many training interactions
