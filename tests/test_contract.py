@@ -21,7 +21,7 @@ import trainer.config
 from etl.config import Section, load
 
 ROOT = Path(__file__).parent.parent
-TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config", "etl.command"}
+TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config", "etl.command", "etl.redaction"}
 RECOMMEND_MAY_IMPORT = TRAINER_MAY_IMPORT | {"etl.delta", "etl.lake", "etl.session"}
 MLFLOW_USERS = {"trainer/tracking.py", "trainer/serving.py"}  # serving: MLflow loads it as the code of a model
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from etl.config import ConfigError, GraftrecError, Section, SparkConfig, load
+from etl.config import ConfigError, GraftrecError, Place, Section, SparkConfig, load
 
 __all__ = [
     "BaselinesConfig",
@@ -64,7 +64,7 @@ def _each_once(names: tuple[str, ...], what: str) -> tuple[str, ...]:
 class DataConfig(Section):
     """Which snapshot, and how it is read."""
 
-    lake: str = "lake"
+    lake: Place = "lake"
     release: int | None = None  # None: the newest complete one, pinned when the run starts
     split: str = "last-5"
     domain: str = "source"  # whose sequences are read; `all`: those of all domains together
@@ -764,7 +764,7 @@ class EvaluateConfig(Section):
     output: str = "runs"
     model: str | None = None  # one model folder…
     models: tuple[EvaluatedModel, ...] = ()  # … or several
-    lake: str | None = None  # None, here and below: the first model's own
+    lake: Place | None = None  # None, here and below: the first model's own
     release: int | None = None
     split: str | None = None
     domain: str | None = None
@@ -822,7 +822,7 @@ class PromoteConfig(Section):
     replicas: tuple[str, ...] = ()  # the candidate's recipe with other seeds
     from_scratch: tuple[str, ...] = ()  # model folders of transfer `none`, one a seed
     release: int | None = None  # None: the newest
-    lake: str | None = None  # None, here and below: the candidate's own
+    lake: Place | None = None  # None, here and below: the candidate's own
     split: str | None = None
     domain: str | None = None
     part: Literal["validation", "test"] = "test"
@@ -840,7 +840,7 @@ class RecommendConfig(Section):
     name: str = "recommend"
     registered_model: str = "graftrec"
     model: str = "champion"  # an alias or the number of a registered version, or a model folder
-    lake: str | None = None  # None: the model's own
+    lake: Place | None = None  # None: the model's own
     release: int | None = None  # None: the newest complete one, pinned when the run starts
     split: str | None = None  # None, here and below: the model's own
     domain: str | None = None

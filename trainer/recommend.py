@@ -38,6 +38,7 @@ from tqdm import tqdm
 from etl import delta, tables
 from etl.config import RunAgain, code_version
 from etl.lake import snapshot_files, table_filesystem
+from etl.redaction import redact
 from etl.session import engine_of, spark_session
 from etl.tables import DOMAIN_ALL, UNK, Table
 from trainer import tracking
@@ -54,7 +55,6 @@ from trainer.data.dataset import (
     event_type_codes,
     pin,
 )
-from trainer.provenance import redact
 from trainer.registry import COMPANION, Registry, Version
 from trainer.scoring import has_items
 from trainer.serving import Shortlist

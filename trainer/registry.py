@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlparse
 
 import pyarrow.parquet as pq
 
+from etl.redaction import redact
 from etl.tables import FIRST_INDEX
 from trainer import descriptions, tracking
 from trainer.artifact import CATALOGUE, MANIFEST, artifact_hash, config_of, load_artifact
@@ -31,7 +32,6 @@ from trainer.config import PretrainConfig, TrackingConfig, patch_of, reads_baske
 from trainer.data.dataset import Release
 from trainer.outbox import warn
 from trainer.patches import PATCH, assemble, write_patch
-from trainer.provenance import redact
 from trainer.tracking import TrackingError, translated
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
@@ -134,7 +134,7 @@ class Registry:
             self._client.finalize_logged_model(logged.model_id, "READY")
             made = self._client.create_model_version(
                 self.name, f"models:/{logged.model_id}", run_id=run_id or None, tags=every, model_id=logged.model_id,
-                description=tracking.resolved(self._client, description),
+                description=tracking.resolved(self._client, redact(description)),
             )  # fmt: skip
             registered = json.dumps([{"name": self.name, "version": str(made.version)}])
             self._client.set_logged_model_tags(logged.model_id, {tracking.VERSIONS: registered})

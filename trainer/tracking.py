@@ -34,10 +34,11 @@ import pyarrow as pa
 import yaml
 
 from etl.config import GraftrecError, Section
+from etl.redaction import redact, without_secrets
 from etl.tables import TABLES
 from trainer.config import TrackingConfig
 from trainer.outbox import Entry, Outbox, Refused, keep, kept, one_line, warn
-from trainer.provenance import code_version, cut, flatten, redact, without_secrets
+from trainer.provenance import code_version, cut, flatten
 
 if TYPE_CHECKING:  # both are slow to import
     from matplotlib.figure import Figure
@@ -138,7 +139,7 @@ def translated(what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise TrackingError(redact(f"{what}: {one_line(error)} (store: {tracking_uri()})")) from None
+        raise TrackingError(f"{redact(what)}: {one_line(error)} (store: {redact(tracking_uri())})") from None
 
 
 def experiment_id(client: Any, config: TrackingConfig) -> str:
@@ -496,7 +497,7 @@ def _harmless(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warn(f"{what}: {redact(one_line(error))}")
+        warn(f"{what}: {one_line(error)}")
 
 
 def snapshot(release: "Release", table: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ _MACHINERY = {
     "etl.jobs.job",
     "etl.lake",
     "etl.orphans",
+    "etl.redaction",
     "etl.session",
 }
 
