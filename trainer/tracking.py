@@ -647,7 +647,7 @@ class _Sender:
         made = next((m for m in models_of(self._client, entry["hash"]) if m.source_run_id == self.run_id), None)
         if made is None:
             made = self._client.create_logged_model(
-                self._client.get_run(self.run_id).info.experiment_id, name=_model_name(entry["name"]),
+                self._client.get_run(self.run_id).info.experiment_id, name=model_name(entry["name"]),
                 source_run_id=self.run_id, tags={MODEL_HASH: entry["hash"]}, params=entry["params"],
                 model_type=entry["type"] or None,
             )  # fmt: skip
@@ -803,7 +803,8 @@ def resolved(client: Any, markdown: str, run_id: str = "") -> str:
     return re.sub(r"\]\(artifact:([^)]+)\)", lambda m: f"](get-artifact?path={quote(m[1])}&run_uuid={run_id})", text)
 
 
-def _model_name(text: str) -> str:
+def model_name(text: str) -> str:
+    """A name that a logged model may have."""
     return re.sub(r"[/:.%\"']", "_", text) or "model"
 
 
