@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from etl import tables
 from etl.command import CommandParser, configurations, run_command
-from etl.config import ConfigError, EtlConfig, load, parse_overrides
+from etl.config import ConfigError, EtlConfig, load, parse_overrides, without_credentials
 
 JOBS = (
     tables.INTERACTIONS, tables.ITEMS, tables.USERS, tables.DOMAINS, tables.ENTITIES, tables.KNOWLEDGE, tables.SOCIAL,
@@ -51,7 +51,10 @@ def _lake(overrides: Sequence[str]) -> str:
     given = dict(parse_overrides(overrides))
     if list(given) != ["lake"]:
         raise ConfigError(f"report: expected --lake FOLDER, or --config, found {', '.join(given) or 'neither'}")
-    return str(given["lake"])
+    try:
+        return without_credentials(str(given["lake"]))
+    except ValueError as error:
+        raise ConfigError(f"lake: {error}") from None
 
 
 def _report(lake: str) -> None:

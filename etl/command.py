@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import textwrap
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_
 from pydantic.fields import FieldInfo
 
 from etl.config import GraftrecError, Section, conf_root, sections_of
+from etl.redaction import redact, redacted_output
 
 NAME_WIDTH = 34
 HELP_WIDTH = 100
@@ -44,7 +46,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().format_help() + (f"\n{settings_help(self.settings)}" if self.settings else "")
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; {self.prog} --help lists commands and settings", file=sys.stderr)
+        print(f"{self.prog}: {redact(message)}; {self.prog} --help lists commands and settings", file=sys.stderr)
         sys.exit(2)
 
 
@@ -53,7 +55,15 @@ _FILE_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, Permissi
 
 
 def run_command(name: str, work: Callable[[], int]) -> int:
-    """The exit code of a command: that of `work`, or of the mistake that ended it, printed as one line on stderr."""
+    """The exit code of a command: that of `work`, or of the mistake that ended it, printed as one line on stderr.
+
+    What it prints meanwhile is without secrets (`etl.redaction`); so is the traceback of an error of ours, code 1.
+    """
+    with redacted_output():
+        return _run_command(name, work)
+
+
+def _run_command(name: str, work: Callable[[], int]) -> int:
     try:
         return work()
     except GraftrecError as error:
@@ -66,6 +76,9 @@ def run_command(name: str, work: Callable[[], int]) -> int:
         code = GraftrecError.exit_code
     except KeyboardInterrupt:
         message, code = "stopped; run the same command to continue", STOPPED
+    except Exception:
+        traceback.print_exc()
+        return 1
     print(f"{name}: {message}", file=sys.stderr)
     return code
 

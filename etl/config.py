@@ -17,7 +17,9 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from etl.redaction import has_credentials, is_secret, remember
 
 CONF_VARIABLE = "GRAFTREC_CONF"  # another folder to take YAML from
 
@@ -42,9 +44,24 @@ class ConfigError(GraftrecError):
 
 
 class Section(BaseModel):
-    """Base of every configuration section: frozen, unknown keys refused."""
+    """Base of every configuration section: frozen, unknown keys refused, and so are numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+
+def without_credentials(place: str) -> str:
+    """A local path or URI as it is. Raises ValueError where it holds credentials."""
+    if has_credentials(place):
+        raise ValueError(
+            "expected a place without user, password, key or signature, found a URI that holds one; take them out: "
+            "credentials come from the environment (AWS_…, AZURE_…, GOOGLE_…)"
+        )
+    return place
+
+
+Place = Annotated[str, AfterValidator(without_credentials)]  # a local path, or a URI, which is shown and kept in files
 
 
 # --- the ETL's sections ---------------------------------------------------------------------------------------------
@@ -61,7 +78,13 @@ class SparkConfig(Section):
     master: str = "local[*]"
     driver_memory: str = "1g"
     shuffle_partitions: int = Field(4, ge=1)
-    settings: dict[str, str] = {}  # any further spark.* setting; of Sail's own, sail.*
+    # Any further spark.* setting; of Sail's own, sail.*. What is secret by name (password, token…) is shown nowhere.
+    settings: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _secrets_are_not_shown(self) -> "SparkConfig":
+        remember({"master": self.master, "settings": self.settings})
+        return self
 
 
 class ColumnsConfig(Section):
@@ -78,7 +101,7 @@ class ColumnsConfig(Section):
 class FileConfig(Section):
     """Where rows lie and how they are spelled."""
 
-    path: str  # a file, a folder or a glob, relative to the source's `root`
+    path: Place  # a file, a folder or a glob, relative to the source's `root`
     format: Literal["delimited", "json", "parquet"] = "delimited"
     separator: str = ","  # any string, also of several characters
     header: bool = True
@@ -149,7 +172,7 @@ class LogSource(Section):
     """Your own log, described by one YAML: an events file, and optionally items, users and edges beside it."""
 
     kind: Literal["log"] = "log"
-    root: str = "."
+    root: Place = "."
     events: EventsFileConfig
     items: ItemsFileConfig | None = None
     users: UsersFileConfig | None = None
@@ -161,7 +184,7 @@ class MovielensSource(Section):
     """MovieLens-1M: GroupLens' ratings.dat, movies.dat, users.dat (or order.parquet in the place of ratings.dat)."""
 
     kind: Literal["movielens"] = "movielens"
-    root: str
+    root: Place
 
 
 class GeneratorSource(Section):
@@ -233,7 +256,7 @@ class KnowledgeFileConfig(FileConfig):
 class KnowledgeConfig(Section):
     """Files in order of trust: a later one supplies only what the earlier ones lack for an item and relation."""
 
-    root: str = "."
+    root: Place = "."
     files: tuple[KnowledgeFileConfig, ...] = ()
 
 
@@ -276,7 +299,7 @@ class NegativesConfig(Section):
 class EtlConfig(Section):
     """Everything `python -m etl` needs."""
 
-    lake: str = "lake"  # a local folder or an object-store URI
+    lake: Place = "lake"  # a local folder or an object-store URI
     source: SourceConfig
     cleaning: CleaningConfig = CleaningConfig()
     kcore: KCoreConfig = KCoreConfig()
@@ -315,6 +338,7 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
     for dotted, value in parse_overrides(overrides):
         _set(raw, dotted, value)
     raw = _compose(raw, kind)
+    remember(raw)
     try:
         return kind.model_validate(raw)
     except pydantic.ValidationError as error:
@@ -413,6 +437,9 @@ def _read(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected another file as base, found one that inherits this one; mend `base`")
     try:
         raw = _yaml(path.read_text(encoding="utf-8")) or {}
+    except yaml.MarkedYAMLError as error:  # its text quotes lines, and a line may hold a secret
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}: not readable as YAML: {error.problem or error.context}{where}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -499,6 +526,8 @@ def _explain(kind: type[Section], error: pydantic.ValidationError) -> str:
         section, steps = _locate(kind, problem["loc"])
         where, context = ".".join(steps) or "(top)", problem.get("ctx", {})
         found = "" if isinstance(problem.get("input"), Mapping) else f", found {problem.get('input')!r}"
+        if is_secret(where):
+            found = ""
         match problem["type"]:
             case "extra_forbidden":
                 near = difflib.get_close_matches(steps[-1], section.model_fields if section else (), 1)

@@ -23,6 +23,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import ConfigError, GraftrecError, SparkConfig
+from etl.redaction import redact
 
 if TYPE_CHECKING:
     from pyspark import SparkConf, SparkContext
@@ -280,4 +281,4 @@ def _context(conf: "SparkConf") -> "SparkContext":
 def _filter(lines: IO[str]) -> None:
     for line in lines:
         if not _NOISE.search(line):
-            print(line, end="", file=sys.__stderr__, flush=True)
+            print(redact(line), end="", file=sys.__stderr__, flush=True)

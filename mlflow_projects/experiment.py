@@ -23,7 +23,17 @@ from cells import Cell
 from pydantic import Field, model_validator
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import ConfigError, EtlConfig, GraftrecError, MovielensSource, RunAgain, Section, config_hash, load
+from etl.config import (
+    ConfigError,
+    EtlConfig,
+    GraftrecError,
+    MovielensSource,
+    Place,
+    RunAgain,
+    Section,
+    config_hash,
+    load,
+)
 from etl.tables import DOMAIN_ALL
 from trainer.config import (
     RANKING_TASKS,
@@ -126,7 +136,7 @@ class ExperimentConfig(Section):
     preset: str = "small"
     runs: str = "runs"  # the experiment's folder is <runs>/<name>
     etl: EtlConfig | None = None  # makes the tables; or, in its place:
-    lake: str | None = None  # … a lake that is there
+    lake: Place | None = None  # … a lake that is there
     release: int | None = None  # of that lake; None: the newest
     source: str = "source"
     target: str = "target"

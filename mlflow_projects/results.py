@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from etl.config import GeneratorSource, GraftrecError, LogSource, MovielensSource
+from etl.redaction import redact
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, UNK
 from trainer import hypotheses, provenance
 from trainer.artifact import artifact_hash, load_artifact
@@ -188,7 +189,7 @@ def collect(
         "finished": time.strftime("%Y-%m-%d %H:%M"),
         "data": {
             "dataset": dataset_name(config), "held_out": int(asked.held_out.targets.shape[1]),
-            "lake": provenance.redact(release.lake), "release": release.number, "versions": release.versions,
+            "lake": redact(release.lake), "release": release.number, "versions": release.versions,
             "split": config.split, "part": config.part, "source_domain": config.source, "target_domain": config.target,
             "evaluated_users": len(asked.users), "domains": facts.domains,
         },
@@ -261,8 +262,8 @@ def dataset_name(config: "ExperimentConfig") -> str:
         case GeneratorSource() as source:
             return f"A generated log of {source.users:,} users"
         case LogSource() as source:
-            return f"The log in {provenance.redact(source.root)}"
-    return f"The lake {provenance.redact(config.lake or '')}"
+            return f"The log in {redact(source.root)}"
+    return f"The lake {redact(config.lake or '')}"
 
 
 def machine() -> str:

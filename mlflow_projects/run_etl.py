@@ -14,10 +14,10 @@ import numpy as np
 from etl import tables
 from etl.command import CommandParser, configurations, run_command
 from etl.config import EtlConfig, load
+from etl.redaction import redact
 from trainer import tracking
 from trainer.config import TrackingConfig
 from trainer.data.dataset import Release, SequenceDataset, domains_with_sequences, pin
-from trainer.provenance import redact
 
 PICTURED_USERS = 200_000  # about, of each domain; whole row groups are read
 

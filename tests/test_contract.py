@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -9,7 +10,9 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
+import pydantic
 import pytest
 import yaml
 
@@ -18,7 +21,7 @@ import trainer.config
 from etl.config import Section, load
 
 ROOT = Path(__file__).parent.parent
-TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config", "etl.command", "etl.source_hash"}
+TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config", "etl.command", "etl.redaction", "etl.source_hash"}
 RECOMMEND_MAY_IMPORT = TRAINER_MAY_IMPORT | {"etl.delta", "etl.lake", "etl.session"}
 MLFLOW_USERS = {"trainer/tracking.py", "trainer/serving.py"}  # serving: MLflow loads it as the code of a model
 
@@ -153,6 +156,34 @@ def test_every_yaml_builds(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert getattr(load(Holder, tmp_path / "holder.yaml"), section) is not None
     else:
         load(kinds()[section], f"{section}/{path.stem}")
+
+
+def sections(kind: type[Section] = Section) -> Iterator[type[Section]]:
+    for below in kind.__subclasses__():
+        if below.__module__.startswith(("etl.", "trainer.", "mlflow_projects_")):
+            yield below
+            yield from sections(below)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", math.inf, math.nan])
+def test_every_number_is_finite(value: object) -> None:
+    kinds()  # imports them all
+    tried = 0
+    for kind in sections():
+        for name, field in kind.model_fields.items():
+            if float not in (field.annotation, *get_args(field.annotation)):
+                continue
+            tried += 1
+            with pytest.raises(pydantic.ValidationError) as raised:
+                kind.model_validate({name: value})
+            assert name in {error["loc"][0] for error in raised.value.errors()}, f"{kind.__name__}.{name}"
+    assert tried > 40
+
+
+@pytest.mark.parametrize("values", ["[.nan, 0.1]", "[1e-3, inf]", "{low: 0.1, high: .inf}"])
+def test_a_search_space_is_finite(values: str) -> None:
+    with pytest.raises(etl.config.ConfigError, match="finite number"):
+        load(trainer.config.SearchConfig, "search/demo", ["--space", "{train.learning_rate: " + values + "}"])
 
 
 # --- files that must agree --------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Evaluation:
     asked: EvaluationSet
     contenders: Mapping[Key, Contender]
     ranks: Mapping[Key, Mapping[str, RankArray]]  # protocol -> [U, R]
-    broken: Mapping[Key, int]  # scores that were not a number
+    broken: Mapping[Key, int]  # scores that were not a number, or +inf (-inf is what must not be taken)
 
     @property
     def labels(self) -> list[str]:
@@ -88,13 +88,13 @@ def evaluate_contenders(
         broken[key] = 0
 
         given = ranks(
-            _counting_nan(contender.score, broken, key), asked.held_out, batch_size=batch_size, progress=progress
+            _counting_broken(contender.score, broken, key), asked.held_out, batch_size=batch_size, progress=progress
         )
         found[key] = {protocol: ranks_UR.astype(np.int32) for protocol, ranks_UR in given.items()}
     return Evaluation(asked, by_key, found, broken)
 
 
-def _counting_nan(score: Score, broken: dict[Key, int], key: Key) -> Score:
+def _counting_broken(score: Score, broken: dict[Key, int], key: Key) -> Score:
     def counted(histories: Histories) -> Scores:
         scores = score(histories)
         met: set[int] = set()  # a block may be made twice
@@ -103,7 +103,7 @@ def _counting_nan(score: Score, broken: dict[Key, int], key: Key) -> Score:
             block = scores.columns(start, stop)
             if start not in met:
                 met.add(start)
-                broken[key] += int(block.isnan().sum())
+                broken[key] += int((block.isnan() | block.isposinf()).sum())
             return block
 
         return Scores(scores.num_users, scores.num_rows, columns)

@@ -1,10 +1,11 @@
 """Every setting of training, as frozen types (composed from conf/ by `etl.config.load`)."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from etl.config import ConfigError, GraftrecError, Section, SparkConfig, load
+from etl.config import ConfigError, GraftrecError, Place, Section, SparkConfig, load
 
 __all__ = [
     "BaselinesConfig",
@@ -63,7 +64,7 @@ def _each_once(names: tuple[str, ...], what: str) -> tuple[str, ...]:
 class DataConfig(Section):
     """Which snapshot, and how it is read."""
 
-    lake: str = "lake"
+    lake: Place = "lake"
     release: int | None = None  # None: the newest complete one, pinned when the run starts
     split: str = "last-5"
     domain: str = "source"  # whose sequences are read; `all`: those of all domains together
@@ -725,15 +726,17 @@ class SearchConfig(Section):
 
 def _numbers(values: RangeConfig | tuple[Choice, ...]) -> RangeConfig | tuple[Choice, ...]:
     """YAML takes 1e-3 for a text: numbers among the values, as numbers."""
-    if isinstance(values, RangeConfig):
-        return values
-    numbers: list[Choice] = []
-    for value in values:
-        try:
-            numbers.append(float(value) if isinstance(value, str) else value)
-        except ValueError:
-            numbers.append(value)
-    return tuple(numbers)
+    return values if isinstance(values, RangeConfig) else tuple(map(_number, values))
+
+
+def _number(value: Choice) -> Choice:
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    if isinstance(number, float) and not math.isfinite(number):
+        raise ValueError(f"expected finite numbers, found {value}; remove it")
+    return number
 
 
 class EvaluatedModel(Section):
@@ -763,7 +766,7 @@ class EvaluateConfig(Section):
     output: str = "runs"
     model: str | None = None  # one model folder…
     models: tuple[EvaluatedModel, ...] = ()  # … or several
-    lake: str | None = None  # None, here and below: the first model's own
+    lake: Place | None = None  # None, here and below: the first model's own
     release: int | None = None
     split: str | None = None
     domain: str | None = None
@@ -785,13 +788,13 @@ class GateConfig(Section):
     protocol: Literal["full", "uniform-100", "popular-100", "top-100"] = "full"
     metric: str = "NDCG@10"
     # A difference with a larger p-value is taken for chance.
-    level: float = Field(0.05, gt=0, lt=1, allow_inf_nan=False)
-    min_gain: float = Field(0.0, ge=0, allow_inf_nan=False)  # over from-scratch, beyond being significant
+    level: float = Field(0.05, gt=0, lt=1)
+    min_gain: float = Field(0.0, ge=0)  # over from-scratch, beyond being significant
     min_seeds: int = Field(3, ge=1)  # of from-scratch: with two, the test has almost no power
     min_users: int = Field(100, ge=2)  # fewer say nothing
-    champion_margin: float = Field(0.0, ge=0, allow_inf_nan=False)  # how far below the champion is let pass
+    champion_margin: float = Field(0.0, ge=0)  # how far below the champion is let pass
     # How far below the champion (without one: from-scratch) in a slice.
-    slice_margin: float = Field(0.1, ge=0, allow_inf_nan=False)
+    slice_margin: float = Field(0.1, ge=0)
     min_slice_users: int = Field(100, ge=2)  # a slice of fewer is not judged
     cold_user_items: int = Field(10, ge=0)  # cold users: at most so many items of the domain in the training part
     cold_item_interactions: int = Field(20, ge=0)  # cold items: at most so many training interactions
@@ -821,7 +824,7 @@ class PromoteConfig(Section):
     replicas: tuple[str, ...] = ()  # the candidate's recipe with other seeds
     from_scratch: tuple[str, ...] = ()  # model folders of transfer `none`, one a seed
     release: int | None = None  # None: the newest
-    lake: str | None = None  # None, here and below: the candidate's own
+    lake: Place | None = None  # None, here and below: the candidate's own
     split: str | None = None
     domain: str | None = None
     part: Literal["validation", "test"] = "test"
@@ -839,7 +842,7 @@ class RecommendConfig(Section):
     name: str = "recommend"
     registered_model: str = "graftrec"
     model: str = "champion"  # an alias or the number of a registered version, or a model folder
-    lake: str | None = None  # None: the model's own
+    lake: Place | None = None  # None: the model's own
     release: int | None = None  # None: the newest complete one, pinned when the run starts
     split: str | None = None  # None, here and below: the model's own
     domain: str | None = None

@@ -7,10 +7,10 @@ line as plain text: so the result comes first, in plain words.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from etl.redaction import redact
 from trainer.artifact import Artifact
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.gate import Decision
-from trainer.provenance import redact
 from trainer.stats import p_text
 from trainer.tracking import model_link
 

@@ -204,8 +204,9 @@ def contrast_seeds(recipe: Sequence[SeedT], scratch: Sequence[SeedT]) -> list[Se
 
 
 def decide(evidence: Evidence, config: GateConfig) -> Decision:
-    """Judge the evidence. Evidence that is no number, or of too few users, is refused without further questions."""
-    faults = [*evidence.faults, *_not_finite(evidence)]
+    """Judge the evidence. Evidence or thresholds that are no numbers, or too few users, are refused without further
+    questions."""
+    faults = [*evidence.faults, *_not_finite(evidence), *_thresholds_not_finite(config)]
     if faults:
         return Decision((Check("sound", "refused", "; ".join(faults), refusal="unusable"),))
     num_users = len(evidence.version_U)
@@ -227,10 +228,24 @@ def _not_finite(evidence: Evidence) -> list[str]:
         "the version's recipe": evidence.recipe_SU,
         "the champion": evidence.champion_U,
     } | {f"the baseline {name}": values for name, values in evidence.baselines.items()}
-    return [
-        f"metrics of {name} are not numbers for {int((~np.isfinite(values)).sum()):,} users"
+    broken = {
+        name: int((~np.isfinite(values)).sum())
         for name, values in named.items()
         if values is not None and not np.isfinite(values).all()
+    }
+    for part in evidence.slices:  # who has nothing to be scored there is NaN on both sides
+        both = np.isnan(part.version_C) & np.isnan(part.reference_C)
+        if count := int((~(both | np.isfinite(part.version_C - part.reference_C))).sum()):
+            broken[f"the version or {part.reference} in the slice {part.name}"] = count
+    return [f"metrics of {name} are not numbers for {count:,} users" for name, count in broken.items()]
+
+
+def _thresholds_not_finite(config: GateConfig) -> list[str]:
+    """Loaded settings are finite; this is for those that were never validated."""
+    return [
+        f"gate.{name} is {value}, not a finite number"
+        for name, value in vars(config).items()
+        if isinstance(value, float) and not math.isfinite(value)
     ]
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from etl.redaction import redact
+
 Entry = dict[str, Any]  # {"kind": …, …}; `files` name what has to be kept with it
 
 LONGEST_PAUSE_SECONDS = 30.0
@@ -25,7 +27,7 @@ class Refused(Exception):
 
 
 def warn(text: str) -> None:
-    print(f"tracking: {text}", file=sys.stderr, flush=True)
+    print(f"tracking: {redact(text)}", file=sys.stderr, flush=True)
 
 
 class Outbox:
@@ -110,8 +112,8 @@ class Outbox:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error as one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An error as one short line without secrets, which are taken out before it is cut."""
+    text = " ".join(redact(str(error)).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -17,6 +17,7 @@ import torch
 
 from etl import tables
 from etl.config import RunAgain, config_hash
+from etl.redaction import redact
 from etl.tables import FIRST_INDEX
 from trainer import checkpoint, descriptions, pictures, tracking
 from trainer.artifact import MANIFEST, Artifact, artifact_hash, load_artifact, save_artifact
@@ -49,7 +50,6 @@ from trainer.distributed import World, join
 from trainer.identity import code_hash
 from trainer.loop import Epoch, Progress, Training, train
 from trainer.models import RowTables, SequenceModel, build_model
-from trainer.provenance import redact
 from trainer.tracking import Run
 from trainer.transfer import Account, graft
 from trainer.validation import Validation, read_validation, score_of

@@ -1,36 +1,12 @@
-"""Where a run comes from, fit to be shown to others: settings without secrets, code version."""
+"""Where a run comes from: settings as flat texts, code version."""
 
 import functools
 import hashlib
 import json
-import os
-import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-_SECRET_NAME = re.compile(r"passw|secret|token|credential|access.?key|api.?key|private.?key", re.IGNORECASE)
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-
-
-def redact(text: str) -> str:
-    """`text` without user info in URIs and values of environment variables that are secret by their name."""
-    text = _USER_INFO.sub("***", text)
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= 6 and not Path(value).exists():
-            text = text.replace(value, "***")
-    return text
-
-
-def without_secrets(value: Any, name: str = "") -> Any:
-    if isinstance(value, dict):
-        return {key: without_secrets(entry, str(key)) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(entry, name) for entry in value]
-    if isinstance(value, str):
-        return "***" if value and _SECRET_NAME.search(name) else redact(value)
-    return value
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

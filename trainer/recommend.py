@@ -38,6 +38,7 @@ from tqdm import tqdm
 from etl import delta, tables
 from etl.config import RunAgain
 from etl.lake import snapshot_files, table_filesystem
+from etl.redaction import redact
 from etl.session import engine_of, spark_session
 from etl.tables import DOMAIN_ALL, UNK, Table
 from trainer import tracking
@@ -55,7 +56,6 @@ from trainer.data.dataset import (
     pin,
 )
 from trainer.identity import code_hash
-from trainer.provenance import redact
 from trainer.registry import COMPANION, Registry, Version
 from trainer.scoring import has_items
 from trainer.serving import Shortlist

@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlparse
 
 import pyarrow.parquet as pq
 
+from etl.redaction import redact
 from etl.tables import FIRST_INDEX
 from trainer import descriptions, tracking
 from trainer.artifact import CATALOGUE, MANIFEST, artifact_hash, config_of, load_artifact
@@ -31,7 +32,6 @@ from trainer.config import PretrainConfig, TrackingConfig, patch_of, reads_baske
 from trainer.data.dataset import Release
 from trainer.outbox import warn
 from trainer.patches import PATCH, assemble, write_patch
-from trainer.provenance import redact
 from trainer.tracking import TrackingError, translated
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
@@ -91,31 +91,59 @@ class Registry:
         tags: Mapping[str, str] | None = None,
         alias: str | None = CANDIDATE,
     ) -> Version:
-        """A version of a model folder; the one there is, where this very model is registered already.
+        """A version of a model folder; the one there is, where this very model is registered already, or another
+        process registers it meanwhile.
 
         Of one that was fine-tuned by patches, a small version: what it has beside its parent, which is registered
         before it where it isn't yet.
         """
         digest = artifact_hash(folder)
-        known = next((version for version in self.versions() if version.hash == digest), None)
+        known = self._own(digest)
         if known is None:
-            known = self._add(Path(folder), digest, run_id, dict(tags or {}))
-        elif tags:
+            parent = self._parent_of(Path(folder))
+            with self._alone("register"):
+                known = self._own(digest) or self._add(Path(folder), digest, run_id, dict(tags or {}), parent)
+        if tags:
             self.set_tags(known.number, tags)
         if alias is not None:
             self.set_alias(alias, known.number)
         return self.version(str(known.number))
 
-    def _add(self, folder: Path, digest: str, run_id: str, tags: dict[str, str]) -> Version:
+    def _own(self, digest: str) -> Version | None:
+        """The first version that holds the model of that hash."""
+        return next((version for version in reversed(self.versions()) if version.hash == digest), None)
+
+    @contextlib.contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Hold a lock of this model where the store is local."""
+        path = self._lock_file(what)
+        with contextlib.nullcontext() if path is None else tracking.file_lock(path):
+            yield
+
+    def _lock_file(self, what: str) -> Path | None:
+        """Of this model; None where the store is a server."""
+        folder = tracking.local_folder(self.uri)
+        number = uuid.uuid5(uuid.NAMESPACE_URL, self.name).hex[:12]
+        return None if folder is None else folder / f"mlflow.db.{what}-{number}.lock"
+
+    def _parent_of(self, folder: Path) -> Path | None:
+        """The model folder of a patch's parent; None for what is no patch."""
         config, parent = config_of(folder)
-        kind = "full" if patch_of(config) is None else "patch"
+        if patch_of(config) is None:
+            return None
+        assert parent is not None
+        return self._parent_folder(folder, parent, str(getattr(config, "parent", "")))
+
+    def _add(
+        self, folder: Path, digest: str, run_id: str, tags: dict[str, str], parent_folder: Path | None = None
+    ) -> Version:
+        config, parent = config_of(folder)
+        kind = "full" if parent_folder is None else "patch"
         own = {TAG_HASH: digest, TAG_KIND: kind, TAG_DOMAIN: config.data.answered}
         if self.family:
             own[TAG_FAMILY] = self.family
-        if kind == "patch":
-            assert parent is not None
-            own[TAG_PARENT] = parent
-            parent_folder = self._parent_folder(folder, parent, str(getattr(config, "parent", "")))
+        if parent_folder is not None:
+            own[TAG_PARENT] = str(parent)
         every = own | {key: redact(value) for key, value in tags.items()}
         with self._asking(f"can't register {folder} as {self.name}"), tempfile.TemporaryDirectory() as scratch:
             example = _example(folder, config)
@@ -124,7 +152,7 @@ class Registry:
             logged = self._logged_model(digest, run_id)
             run_id = logged.source_run_id or ""
             packed = Path(scratch) / "packed"
-            if kind == "patch":
+            if parent_folder is not None:
                 write_patch(folder, parent_folder, Path(scratch) / "patch")
                 folder = Path(scratch) / "patch"
             tracking.pack(
@@ -134,8 +162,13 @@ class Registry:
             self._client.finalize_logged_model(logged.model_id, "READY")
             made = self._client.create_model_version(
                 self.name, f"models:/{logged.model_id}", run_id=run_id or None, tags=every, model_id=logged.model_id,
-                description=tracking.resolved(self._client, description),
+                description=tracking.resolved(self._client, redact(description)),
             )  # fmt: skip
+            # A server has no lock: of two processes the one whose version came first keeps it.
+            first = self._own(digest)
+            if first is not None and first.number < int(made.version):
+                self._client.delete_model_version(self.name, made.version)
+                return first
             registered = json.dumps([{"name": self.name, "version": str(made.version)}])
             self._client.set_logged_model_tags(logged.model_id, {tracking.VERSIONS: registered})
         return self._version(made)
@@ -154,7 +187,10 @@ class Registry:
                 return model
         run_id = run_id or next((model.source_run_id for model in found if model.source_run_id), "")
         return self._client.create_logged_model(
-            self._experiment(run_id), name=self.name, source_run_id=run_id or None, tags={TAG_HASH: digest}
+            self._experiment(run_id),
+            name=tracking.model_name(self.name),
+            source_run_id=run_id or None,
+            tags={TAG_HASH: digest},
         )
 
     def _parent_folder(self, folder: Path, parent: str, trained_on: str) -> Path:
@@ -175,14 +211,14 @@ class Registry:
 
     def of_hash(self, digest: str) -> Version | None:
         """The version that holds the model of that hash, if any: of this registered model, else of another."""
-        own = next((version for version in self.versions() if version.hash == digest), None)
-        return own or next(iter(self._tagged(TAG_HASH, digest)), None)
+        return self._own(digest) or next(iter(self._tagged(TAG_HASH, digest)), None)
 
     def _tagged(self, tag: str, value: str) -> list[Version]:
         """Versions of any registered model with that tag, newest first."""
         with self._asking("can't search versions"):
-            found = self._client.search_model_versions(f"tags.`{tag}` = '{value.replace(chr(39), '')}'")
-        return sorted((self._version(entry) for entry in found), key=lambda version: (version.name, -version.number))
+            found = _all_pages(self._client.search_model_versions, _is(f"tags.`{tag}`", value))
+        exact = [entry for entry in found if entry.tags.get(tag) == value]
+        return sorted((self._version(entry) for entry in exact), key=lambda version: (version.name, -version.number))
 
     def holder(self, version: Version) -> "Registry":
         """The registry of the registered model that a version belongs to."""
@@ -229,9 +265,10 @@ class Registry:
     def versions(self) -> list[Version]:
         """All, newest first; none where nothing is registered."""
         with self._asking("can't list versions"):
-            found = self._client.search_model_versions(f"name = '{self.name.replace(chr(39), '')}'")
+            found = _all_pages(self._client.search_model_versions, _is("name", self.name))
             aliases = self._aliases()
-        return sorted((self._version(entry, aliases) for entry in found), key=lambda version: -version.number)
+        own = [entry for entry in found if entry.name == self.name]
+        return sorted((self._version(entry, aliases) for entry in own), key=lambda version: -version.number)
 
     def find(self, alias: str) -> Version | None:
         """The version an alias stands at, if any."""
@@ -352,8 +389,8 @@ class Registry:
         A local store has a lock file, which the kernel frees when a promoter dies. A server has none, and no
         compare-and-set: there the lock is a chain of registered models, since making one of a name that exists fails.
         """
-        folder = tracking.local_folder(self.uri)
-        if folder is None:
+        path = self._lock_file("promote")
+        if path is None:
             lock = _ServerLock(self._client, self.name)
             _wait(lock.acquire, self.name, wait_seconds)
             try:
@@ -363,7 +400,6 @@ class Registry:
                     lock.release()
             return
         with contextlib.ExitStack() as stack:
-            path = folder / f"mlflow.db.promote-{uuid.uuid5(uuid.NAMESPACE_URL, self.name).hex[:12]}.lock"
 
             def acquire() -> bool:
                 with contextlib.ExitStack() as attempt:
@@ -420,6 +456,25 @@ def _scratch() -> str:
     scratch = tempfile.mkdtemp(prefix="graftrec-model-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     return scratch
+
+
+def _is(what: str, value: str) -> str:
+    """A filter of MLflow for a value; where that has characters which the filter can't hold, it finds more than that
+    value. LIKE takes "_" for any character, and there is no way to escape it."""
+    if re.fullmatch(r"[\w .-]*", value):
+        return f"{what} = '{value}'"
+    return f"{what} LIKE '{re.sub(r'[^a-zA-Z0-9 .-]', '_', value)}'"
+
+
+def _all_pages(search: Any, wanted: str) -> list[Any]:
+    """All that MLflow finds, page by page."""
+    found, token = [], None
+    while True:
+        page = search(wanted, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
 
 
 class Promotion:
@@ -510,8 +565,10 @@ class _ServerLock:
         self._client.set_registered_model_tag(f"{self._prefix}{self._mine}", "graftrec.until", "0")
 
     def _numbers(self) -> list[int]:
-        found = self._client.search_registered_models(f"name LIKE '{self._prefix}%'", max_results=1000)
-        return [int(model.name.rpartition(".")[2]) for model in found]
+        like = re.sub(r"[^a-zA-Z0-9 .-]", "_", self._prefix)
+        found = _all_pages(self._client.search_registered_models, f"name LIKE '{like}%'")
+        numbers = [model.name.removeprefix(self._prefix) for model in found if model.name.startswith(self._prefix)]
+        return [int(number) for number in numbers if number.isdecimal()]
 
     def _is_free(self, number: int) -> bool:
         try:

@@ -34,10 +34,11 @@ import pyarrow as pa
 import yaml
 
 from etl.config import GraftrecError, Section
+from etl.redaction import redact, without_secrets
 from etl.tables import TABLES
 from trainer.config import TrackingConfig
 from trainer.outbox import Entry, Outbox, Refused, keep, kept, one_line, warn
-from trainer.provenance import code_version, cut, flatten, redact, without_secrets
+from trainer.provenance import code_version, cut, flatten
 
 if TYPE_CHECKING:  # both are slow to import
     from matplotlib.figure import Figure
@@ -138,7 +139,7 @@ def translated(what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise TrackingError(redact(f"{what}: {one_line(error)} (store: {tracking_uri()})")) from None
+        raise TrackingError(f"{redact(what)}: {one_line(error)} (store: {redact(tracking_uri())})") from None
 
 
 def experiment_id(client: Any, config: TrackingConfig) -> str:
@@ -496,7 +497,7 @@ def _harmless(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warn(f"{what}: {redact(one_line(error))}")
+        warn(f"{what}: {one_line(error)}")
 
 
 def snapshot(release: "Release", table: str) -> dict[str, Any]:
@@ -646,7 +647,7 @@ class _Sender:
         made = next((m for m in models_of(self._client, entry["hash"]) if m.source_run_id == self.run_id), None)
         if made is None:
             made = self._client.create_logged_model(
-                self._client.get_run(self.run_id).info.experiment_id, name=_model_name(entry["name"]),
+                self._client.get_run(self.run_id).info.experiment_id, name=model_name(entry["name"]),
                 source_run_id=self.run_id, tags={MODEL_HASH: entry["hash"]}, params=entry["params"],
                 model_type=entry["type"] or None,
             )  # fmt: skip
@@ -802,7 +803,8 @@ def resolved(client: Any, markdown: str, run_id: str = "") -> str:
     return re.sub(r"\]\(artifact:([^)]+)\)", lambda m: f"](get-artifact?path={quote(m[1])}&run_uuid={run_id})", text)
 
 
-def _model_name(text: str) -> str:
+def model_name(text: str) -> str:
+    """A name that a logged model may have."""
     return re.sub(r"[/:.%\"']", "_", text) or "model"
 
 

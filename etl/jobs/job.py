@@ -31,6 +31,7 @@ _MACHINERY = {
     "etl.jobs.job",
     "etl.lake",
     "etl.orphans",
+    "etl.redaction",
     "etl.session",
     "etl.source_hash",
 }

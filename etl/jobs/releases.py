@@ -10,6 +10,7 @@ from etl import delta
 from etl.config import EtlConfig, config_hash
 from etl.delta import spark_schema
 from etl.jobs.job import Engine, Outcome
+from etl.redaction import without_secrets
 from etl.tables import RELEASES
 
 
@@ -18,7 +19,9 @@ def transform(
 ) -> DataFrame:
     """RELEASES: one row."""
     tables = [(name, version) for name, version in sorted(versions.items())]
-    row = (release, created, tables, config.model_dump_json(), config_hash(config), code)
+    settings = without_secrets(config.model_dump(mode="json"))
+    text = json.dumps(settings, separators=(",", ":"), ensure_ascii=False)
+    row = (release, created, tables, text, config_hash(config), code)
     return spark.createDataFrame([row], spark_schema(RELEASES))
 
 

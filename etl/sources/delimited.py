@@ -129,14 +129,16 @@ def parse_line(line: str, config: FileConfig) -> list[str]:
             raise ValueError("malformed quoting")
         stand_in = free[0]
         line = line.replace(separator, stand_in)
-    quoting = csv.QUOTE_MINIMAL if config.quote else csv.QUOTE_NONE
     try:
-        fields = next(
-            csv.reader(
-                (line,), delimiter=stand_in, quotechar=config.quote, quoting=quoting, escapechar=config.escape,
-                strict=True,
-            )
-        )  # fmt: skip
+        reader = csv.reader(
+            (line,),
+            delimiter=stand_in,
+            quotechar=config.quote,
+            quoting=csv.QUOTE_MINIMAL if config.quote else csv.QUOTE_NONE,
+            escapechar=config.escape,
+            strict=True,
+        )
+        fields = next(reader)
     except (csv.Error, StopIteration):
         raise ValueError("malformed quoting") from None
     return [field.replace(stand_in, separator) for field in fields] if stand_in != separator else fields

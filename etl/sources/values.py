@@ -64,11 +64,12 @@ def identifier(cells: pa.Array) -> tuple[pa.Array, list[tuple[pa.Array, str]]]:
 
 
 def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    found: bool = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return found
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    is_string: bool = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     return is_string or _is_binary(kind)
 
 

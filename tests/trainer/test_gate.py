@@ -278,6 +278,24 @@ def test_gate_refuses_what_is_no_number(where, value):
     assert [check.name for check in decision.checks] == ["sound"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", ["version_C", "reference_C"])
+def test_gate_refuses_a_slice_that_one_side_has_no_number_for(side, value):
+    part = slice_of(0.0, 1_000)
+    getattr(part, side)[7] = value
+    decision = decide(evidence(slices=(part,)), GATE)
+    assert decision.reasons == [
+        "metrics of the version or champion in the slice cold users are not numbers for 1 users"
+    ]
+
+
+@pytest.mark.parametrize("name", ["level", "min_gain", "champion_margin", "slice_margin"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_gate_refuses_thresholds_that_were_never_validated(name, value):
+    gate = GateConfig.model_construct(**vars(GATE) | {name: value})
+    assert decide(evidence(champion=0.17), gate).reasons == [f"gate.{name} is {value}, not a finite number"]
+
+
 def test_gate_refuses_faults_whatever_the_numbers():
     decision = decide(evidence(faults=("weights of m are not finite",)), GATE)
     assert decision.reasons == ["weights of m are not finite"]

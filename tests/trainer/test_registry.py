@@ -295,3 +295,81 @@ def test_a_promotion_checks_its_lock_before_it_writes(store, models, monkeypatch
         with pytest.raises(TrackingError, match="another promoter took over"):
             slow.crown(two.number)
     assert registry.version(CHAMPION).number == one.number
+
+
+# --- two at once, and names that look alike ---------------------------------------------
+
+
+def registering(folder, model, gate):
+    """A process that registers a model as soon as the file `gate` is there."""
+    script = (
+        "import pathlib, sys, time; from trainer import tracking; from trainer.registry import Registry\n"
+        "registry = Registry(); import mlflow.pyfunc; print('ready', flush=True)\n"
+        "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.001)\n"
+        "print(registry.register(sys.argv[1]).label)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, model, str(gate)], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_folder_that_two_processes_register_at_once_is_one_version(store, models):
+    gate = store / "gate"
+    both = [registering(store, models[0], gate) for _ in range(2)]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    gate.touch()
+    assert [process.communicate(timeout=120)[0].strip() for process in both] == ["graftrec/1"] * 2
+    assert [version.number for version in Registry().versions()] == [1]
+
+
+def test_of_two_versions_that_a_server_took_at_once_the_first_stays(store, models, monkeypatch):
+    monkeypatch.setattr("trainer.tracking.local_folder", lambda uri: None)  # as if it were a server
+    registry, digest = Registry(), artifact_hash(models[0])
+    first = registry.register(models[0])
+    own, asked = registry._own, []
+
+    def late(wanted):  # the first question is answered as it was before the other process had registered it
+        asked.append(wanted)
+        return None if len(asked) <= 2 else own(wanted)
+
+    monkeypatch.setattr(registry, "_own", late)
+    assert registry.register(models[0], tags={"note": "late"}).number == first.number
+    assert len(asked) == 3
+    (left,) = registry.versions()
+    assert (left.number, left.hash, left.tags["note"]) == (first.number, digest, "late")
+    assert artifact_hash(registry.folder(left)) == digest
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("movie_rec", "movie-rec"), ("movie%", "movies"), ("a'b", "ab"), ("a'b", "a-b")]
+)
+def test_names_that_look_alike_are_not_confused(store, models, name, other):
+    Registry(other).register(models[0])
+    own = Registry(name)
+    assert own.versions() == []
+    assert own.register(models[1]).label == f"{name}/1"
+    assert [version.hash for version in own.versions()] == [artifact_hash(models[1])]
+    assert own.of_hash(artifact_hash(models[1])).name == name
+    client = own._client
+    foreign, lock = _ServerLock(client, other), _ServerLock(client, name)
+    assert foreign.acquire()
+    foreign.release()
+    assert lock.acquire()
+    assert _ServerLock(client, other).acquire()
+    lock.check()
+    assert not _ServerLock(client, name).acquire()
+
+
+def test_a_lock_looks_at_all_pages(store, monkeypatch):
+    client = Registry()._client
+    for number in (1, 2, 3):
+        client.create_registered_model(f"graftrec.promotion-lock.{number}")
+    client.create_registered_model("graftrec.promotion-lock.notes")
+    search = client.search_registered_models
+    monkeypatch.setattr(
+        client, "search_registered_models", lambda wanted, page_token: search(wanted, 1, page_token=page_token)
+    )
+    assert sorted(_ServerLock(client, "graftrec")._numbers()) == [1, 2, 3]
