@@ -113,7 +113,8 @@ def read(
     if not files:
         return spark.createDataFrame([], schema)
     if local_path(lake) is not None and engine_of(spark) == "sail":
-        if whole:
+        root = table_uri(lake, table)
+        if whole and Path(root).as_uri() == f"file://{root}":  # Sail misreads paths that a URI has to escape
             return _read_sail(spark, lake, table, version, partitions or {})
     elif local_path(lake) is not None and all(_hive_partition(file.path, table) == file.partition for file in files):
         root = table_uri(lake, table)

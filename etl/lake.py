@@ -199,6 +199,11 @@ def _unreadable(uri: str, table: Table, version: int | None, error: Exception) -
 def _check_local(lake: str, table: Table) -> int:
     """On a local disk: refuse what isn't a lake, a table or a whole log. The newest version in the log, -1 for none."""
     root = local_path(lake)
+    if root is not None and re.search("%[0-9A-Fa-f]{2}", str(root.absolute())):
+        raise LakeError(
+            f"{root.absolute()}: expected a path without % before two hexadecimal digits, which deltalake would decode;"
+            f" rename the folder"
+        )
     if root is None or not root.exists():
         return -1
     if not root.is_dir():

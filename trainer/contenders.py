@@ -14,9 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import torch
 from torch import Tensor
 
@@ -160,9 +157,7 @@ def training_histories(dataset: SequenceDataset, catalogue: Catalogue, *, max_us
 
 def raw_users(release: Release, users: IntArray) -> list[str]:
     """Raw ids of users, who ascend."""
-    files = release.files(tables.USERS)
-    wanted = pc.field("index").isin(pa.array(users, pa.int32()))
-    found = pads.dataset(files, format="parquet").to_table(columns=["user", "index"], filter=wanted)
+    found = release.read(tables.USERS, ["user", "index"], indices=users)
     raw: list[str] = found.sort_by("index")["user"].to_pylist()
     return raw
 

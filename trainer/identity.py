@@ -7,11 +7,13 @@ WITHOUT_EFFECT = frozenset(
     {
         "etl.command",
         "etl.config",
+        "etl.redaction",
         "etl.source_hash",
         "trainer.descriptions",
         "trainer.outbox",
         "trainer.pictures",
         "trainer.provenance",
+        "trainer.rank_states",
         "trainer.tracking",
     }
 )

@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -31,7 +30,16 @@ from etl.config import ConfigError
 from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.baselines import Histories
 from trainer.data.baskets import BasketDataset
-from trainer.data.dataset import Catalogue, DataError, Release, SequenceDataset, Sequences
+from trainer.data.dataset import (
+    Catalogue,
+    DataError,
+    Release,
+    SequenceDataset,
+    Sequences,
+    TableFile,
+    blamed,
+    open_parquet,
+)
 from trainer.metrics import KS, Convention, FloatArray, metrics_from_ranks, place_targets
 from trainer.scoring import Scores
 
@@ -347,17 +355,19 @@ def _read_negatives(
     return negatives
 
 
-def _negatives_of(files: Sequence[str], protocol: str, part: Part) -> Iterator[pa.Table]:
+def _negatives_of(files: Sequence[TableFile], protocol: str, part: Part) -> Iterator[pa.Table]:
     """Users and items of one protocol and part, row group by row group; those without either are not read.
 
     The filter is not pushed into the scan: files that delta-rs rewrites hold string views, which Arrow can't filter.
     """
     wanted = {"protocol": protocol, "part": part}
-    for fragment in pads.dataset(files, format="parquet").get_fragments() if files else ():
-        for piece in fragment.split_by_row_group():
-            known = piece.row_groups[0].statistics or {}
-            ranges = [(known[name], value) for name, value in wanted.items() if name in known]
-            if all(bounds["min"] <= value <= bounds["max"] for bounds, value in ranges):
-                table = piece.to_table(columns=[*wanted, "user", "items"])
-                flags = [pc.equal(table[name].cast(pa.string()), value) for name, value in wanted.items()]
-                yield table.select(["user", "items"]).filter(pc.and_(*flags))
+    for file in files:
+        with blamed(file), open_parquet(file) as parquet:
+            place = {name: parquet.schema.names.index(name) for name in wanted}
+            for group in range(parquet.num_row_groups):
+                known = {name: parquet.metadata.row_group(group).column(place[name]).statistics for name in wanted}
+                ranges = [(each, wanted[name]) for name, each in known.items() if each is not None and each.has_min_max]
+                if all(each.min <= value <= each.max for each, value in ranges):
+                    table = parquet.read_row_group(group, columns=[*wanted, "user", "items"], use_threads=False)
+                    flags = [pc.equal(table[name].cast(pa.string()), value) for name, value in wanted.items()]
+                    yield table.select(["user", "items"]).filter(pc.and_(*flags))

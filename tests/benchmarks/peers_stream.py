@@ -26,7 +26,7 @@ def measure(report: Report, options: Options) -> None:
         report.skip(what, str(error))
         return
     table = make_lake(options.work / "stream", USERS)
-    files = [file.removeprefix("file://") for file in SequenceDataset(pin(table, None), SPLIT, "all").files]
+    files = [str(file) for file in SequenceDataset(pin(table, None), SPLIT, "all").files]
     told = {
         "files": files, "batch_size": BATCH, "length": LENGTH, "partition_rows": PARTITION_ROWS, "epochs": EPOCHS
     }  # fmt: skip

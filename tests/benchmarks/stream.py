@@ -168,8 +168,7 @@ def _timed(epoch: Callable[[], tuple[int, int]]) -> Numbers:
 def _files(lake: str) -> list[str]:
     from trainer.data.dataset import pin
 
-    files = pin(lake, None).files(SEQUENCES, {"split": SPLIT, "domain": DOMAIN_ALL})
-    return [file.removeprefix("file://") for file in files]
+    return [str(file) for file in pin(lake, None).files(SEQUENCES, {"split": SPLIT, "domain": DOMAIN_ALL})]
 
 
 # --- the lake ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from trainer.data.dataset import (
     Release,
     SequenceDataset,
     Sequences,
+    TableFile,
     blamed,
     known_sequences,
     open_parquet,
@@ -42,7 +43,7 @@ class BasketDataset(SequenceDataset):
         self.groups = [(file, 0) for file in self.files]
         self.rows_per_group = [self._num_users(file) for file in self.files]
 
-    def _num_users(self, file: str) -> int:
+    def _num_users(self, file: TableFile) -> int:
         with blamed(file), open_parquet(file) as parquet:
             users = parquet.read(columns=["user"], use_threads=False)["user"].to_numpy()
         changes = np.diff(users)

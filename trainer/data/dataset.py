@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, overload
 
 import deltalake
@@ -13,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
-from deltalake.exceptions import TableNotFoundError
 
-from etl import tables
+from etl import file_reader, tables
 from etl.config import GraftrecError, etl_command
+from etl.lake import LakeError, active_files, open_table, table_uri, within
 from etl.tables import FIRST_INDEX, Table
 
 IntArray = npt.NDArray[np.int64]
@@ -33,6 +31,19 @@ class DataError(GraftrecError):
 
 
 @dataclass(frozen=True)
+class TableFile:
+    """A data file of a pinned table version, wherever the lake lies; as text, its place."""
+
+    lake: str
+    table: Table = field(compare=False)
+    path: str  # within the table
+    size: int | None = field(compare=False)  # bytes
+
+    def __str__(self) -> str:
+        return f"{table_uri(self.lake, self.table)}/{self.path}"
+
+
+@dataclass(frozen=True)
 class Release:
     """One consistent set of table versions."""
 
@@ -40,41 +51,48 @@ class Release:
     number: int
     versions: dict[str, int]
 
-    def files(self, table: Table, partitions: dict[str, str] | None = None) -> list[str]:
+    def files(self, table: Table, partitions: dict[str, str] | None = None) -> list[TableFile]:
         """Data files of a table's pinned version, sorted by path; only those of the partitions named."""
-        handle = _open(self.lake, table, self.versions.get(table.name))
-        filters: list[Any] = [(column, "=", value) for column, value in (partitions or {}).items()]
-        return sorted(handle.file_uris(partition_filters=filters or None))
+        scope = {column: [value] for column, value in (partitions or {}).items()}
+        found = active_files(_open(self.lake, table, self.versions.get(table.name)), table)
+        return [TableFile(self.lake, table, file.path, file.size) for file in found if within(file, scope)]
 
-    def read(self, table: Table, columns: Sequence[str], partitions: dict[str, str] | None = None) -> pa.Table:
-        """`columns` (no partition columns) of a table, in the order of its files. For vocabulary-sized tables."""
-        files = self.files(table, partitions)
-        schema = pa.schema([table.schema.field(name) for name in columns])
-        if not files:
-            return schema.empty_table()
-        return (
-            pads.dataset(files, format="parquet", schema=_data_schema(table))
-            .to_table(columns=list(columns))
-            .cast(schema)
-        )
+    def read(
+        self, table: Table, columns: Sequence[str], partitions: dict[str, str] | None = None,
+        *, indices: IntArray | None = None,
+    ) -> pa.Table:  # fmt: skip
+        """`columns` (no partition columns) of a table, in the order of its files; `indices`: only the rows whose
+        column `index` is one of these. For vocabulary-sized tables."""
+        schema = pa.schema([table.schema.field(name).with_nullable(True) for name in columns])
+        parts = [schema.empty_table()]
+        for file in self.files(table, partitions):
+            part = _read(file, schema)
+            known = None if indices is None else pc.is_in(part["index"], value_set=pa.array(indices, pa.int32()))
+            parts.append(part if known is None else part.filter(known))
+        return pa.concat_tables(parts).cast(pa.schema([table.schema.field(name) for name in columns]))
 
 
-def _data_schema(table: Table) -> pa.Schema:
-    """The schema of a table's data files: partition columns live in the log. All nullable, as writers make them."""
-    return pa.schema([field.with_nullable(True) for field in table.schema if field.name not in table.partition_by])
+def _read(file: TableFile, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema`; those that the file lacks are null."""
+    with blamed(file), open_parquet(file) as parquet:
+        found = parquet.read(columns=[name for name in schema.names if name in parquet.schema_arrow.names])
+        columns = [
+            found[each.name].cast(each.type) if each.name in found.column_names else pa.nulls(len(found), each.type)
+            for each in schema
+        ]
+        return pa.table(columns, schema=schema)
 
 
 def _open(lake: str, table: Table, version: int | None) -> deltalake.DeltaTable:
     try:
-        return deltalake.DeltaTable(f"{lake.rstrip('/')}/{table.name}", version=version)
-    except TableNotFoundError:
+        handle = open_table(lake, table, version)
+    except LakeError as error:
+        raise DataError(str(error)) from None
+    if handle is None:
         raise DataError(
             f"no table {table.name} in the lake {lake}: expected those of a complete run; run {etl_command(lake)}"
-        ) from None
-    except Exception as error:  # deltalake raises a plain DeltaError for a version that is not there or a torn log
-        raise DataError(
-            f"table {table.name} of the lake {lake}, version {version}: {' '.join(str(error).split())}"
-        ) from None
+        )
+    return handle
 
 
 def pin(lake: str, release: int | None) -> Release:
@@ -317,7 +335,7 @@ class SequenceDataset:
                 f"no sequences of split {split!r} and domain {domain!r} in release {release.number} of {release.lake}; "
                 f"it has {', '.join('/'.join(pair) for pair in known)}"
             )
-        self.groups: list[tuple[str, int]] = []
+        self.groups: list[tuple[TableFile, int]] = []
         self.rows_per_group: list[int] = []
         self._metadata = functools.lru_cache(_FOOTERS)(_metadata)  # of files, which never change
         for file in self.files:
@@ -367,7 +385,7 @@ def training_interactions(dataset: SequenceDataset, catalogue: Catalogue, *, oth
 
 
 @contextmanager
-def blamed(file: str) -> Iterator[None]:
+def blamed(file: TableFile) -> Iterator[None]:
     """What goes wrong while a data file is read, as a DataError that names it."""
     try:
         yield
@@ -380,15 +398,16 @@ class _Damage(Exception):
     """Contents that the contract rules out."""
 
 
-def _metadata(file: str) -> pq.FileMetaData:
+def _metadata(file: TableFile) -> pq.FileMetaData:
     with open_parquet(file) as parquet:
         return parquet.metadata
 
 
-def open_parquet(file: str, metadata: pq.FileMetaData | None = None) -> pq.ParquetFile:
-    path = file.removeprefix("file://")
-    place = path if file.startswith("file://") or Path(path).exists() else file
-    return pq.ParquetFile(place, metadata=metadata, pre_buffer=False, page_checksum_verification=True)
+@contextmanager
+def open_parquet(file: TableFile, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+    """The file, opened for the context. `metadata`: its footer, where it was read before."""
+    with file_reader.open_parquet(file.lake, file.table, file.path, metadata=metadata) as parquet:
+        yield parquet
 
 
 def _check_columns(found: pa.Schema) -> None:
