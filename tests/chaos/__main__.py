@@ -44,7 +44,10 @@ def main() -> int:
     work = given.work.absolute()
     library = Library(work / "after")
     plans = _plans(seed, given.round, given.minutes * 60, kept=given.kept)
-    return _run(plans, library, work / "rounds", given.workers)
+    try:
+        return _run(plans, library, work / "rounds", given.workers)
+    finally:
+        library.close()
 
 
 def _plans(seed: int, rounds: list[int] | None, seconds: float, *, kept: bool) -> Iterator[Plan]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.chaos.commands import COMMANDS, ROOT, Command, Running, add_files, write_start
 from tests.chaos.contents import Contents, read_contents, relocate
+from tests.chaos.server import Server
 from tests.chaos.watch import Changes
 
 _LIMIT_SECONDS = 600.0
@@ -39,13 +40,17 @@ class Library:
 
     def __init__(self, root: Path) -> None:
         self._root = root / _sources()
+        self.server = Server(root / "server")
         self._locks: dict[tuple[str, ...], threading.Lock] = {}
         self._found: dict[tuple[str, ...], After] = {}
         self._guard = threading.Lock()
         for other in root.glob("*"):
-            if other != self._root:  # of other sources
+            if other != self._root:  # of other sources, or of servers before
                 shutil.rmtree(other, ignore_errors=True)
         self._root.mkdir(parents=True, exist_ok=True)
+
+    def close(self) -> None:
+        self.server.close()
 
     def after(self, commands: tuple[str, ...]) -> After:
         with self._guard:

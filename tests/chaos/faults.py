@@ -1,6 +1,7 @@
 """The faults: each befalls the round's command, and checks what must hold afterwards."""
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -13,12 +14,20 @@ import psutil
 
 from tests.chaos import damage, invariants
 from tests.chaos.after import named
+from tests.chaos.commands import REQUEST_SECONDS
 from tests.chaos.contents import Contents
 from tests.chaos.rounds import Round
+from tests.chaos.server import proxied
 from tests.chaos.watch import Changes
 
 PAGE = 4096
 _PLENTY = 1 << 30
+_SERVER_SECONDS = 60.0  # of requests that are repeated
+_NAMES = (
+    "CHAOS_API_TOKEN", "CHAOS_JWT_TOKEN", "CHAOS_DB_PWD", "CHAOS_BASIC_AUTH", "CHAOS_PG_DSN", "CHAOS_BLOB_SAS",
+    "CHAOS_ACCOUNT_KEY", "CHAOS_CLIENT_SECRET",
+)  # fmt: skip
+_WITH_SPARK = ("etl", "etl-day", "etl-kcore", "etl-interactions", "recommend", "recommend-5")
 
 
 def kill(round: Round) -> None:
@@ -225,6 +234,50 @@ def unmount(folder: Path, *, keep: bool = False) -> None:
         copy.rename(folder)
 
 
+# --- MLflow, secrets --------------------------------------------------------------------------------------------------
+
+
+def mlflow(round: Round) -> None:
+    """MLflow's server is dead, too slow, slow or answers 500, from the first request or from a later one on."""
+    mode, delay = round.draw.choice([("dead", 0.0), ("500", 0.0), ("slow", 2 * REQUEST_SECONDS), ("slow", 0.2)])
+    whole = round.draw.choice([0, 0, round.draw.randrange(1, 30)])
+    round.notes.append(f"{mode} {delay or ''} after {whole} requests")
+    round.experiment = round.registered = f"chaos-{round.plan.seed}-{round.plan.number}-{time.time_ns()}-"
+    server = round.library.server
+    with proxied(server.port(), mode, whole=whole, delay_seconds=delay) as proxy:
+        round.server_store = server.store
+        round.environment = {"MLFLOW_TRACKING_URI": proxy.uri, "MLFLOW_EXPERIMENT_NAME": round.experiment}
+        if "promote" in round.plan.command:
+            named = ("--registered_model", f"{round.registered}chaos")
+            round.command = dataclasses.replace(round.command, arguments=(*round.command.arguments, *named))
+        round.fill()
+        round.end(round.start(more=round.environment), more_seconds=_SERVER_SECONDS)
+        round.check_on_the_way([round.after(), round.after(round.plan.command)])
+        proxy.mode = "whole"
+        _run_again(round)
+
+
+def secrets(round: Round) -> None:
+    """Secrets in the environment, in settings, and in the address of a server that is dead."""
+    letters = "abcdefghijkmnopqrstuvwxyz0123456789"
+    short, long = ("".join(round.draw.choices(letters, k=length)) for length in (12, 300))
+    names = {name: value for stem, value in ((_NAMES[::2], short), (_NAMES[1::2], long)) for name in stem}
+    more, arguments = dict(names), round.command.arguments
+    if round.plan.command in _WITH_SPARK:
+        arguments = (*arguments, "--spark.settings", f"{{spark.hadoop.fs.azure.account.key.chaos: {short}}}")
+    dead = round.command.tracked and round.draw.random() < 0.5
+    if dead:
+        more["MLFLOW_TRACKING_URI"] = f"http://chaos:{round.draw.choice([short, long])}@127.0.0.1:9"
+    round.notes.append("in the address of a dead server" if dead else "in the environment")
+    round.fill()
+    command = dataclasses.replace(round.command, arguments=arguments)
+    round.end(round.start(command, more=more), more_seconds=_SERVER_SECONDS if dead else 0)
+    round.violations += invariants.no_secrets([round.folder, round.logs], [short, long])
+    round.check_on_the_way([round.after(), round.after(round.plan.command)])
+    round.run_undisturbed()
+    round.check([round.after(round.plan.command)], tracked=not dead)  # the dead server's runs are kept for it
+
+
 # --- processes of a command -------------------------------------------------------------------------------------------
 
 
@@ -276,6 +329,7 @@ def _arguments(process: psutil.Process) -> list[str]:
 FAULTS: dict[str, Callable[[Round], None]] = {
     function.__name__: function
     for function in (
-        kill, terminate, flip, flip_checkpoint, flip_unchecked, cut_log, twice, full_disk, kill_rank, kill_executor,
+        kill, terminate, flip, flip_checkpoint, flip_unchecked, cut_log, twice, full_disk, mlflow, secrets, kill_rank,
+        kill_executor,
     )
 }  # fmt: skip

@@ -28,6 +28,7 @@ SITUATIONS: dict[tuple[tuple[str, ...], str], float] = {
 }
 _ON_SPARK = ("etl", "etl-day", "etl-kcore", "recommend")
 _TRAININGS = ("pretrain", "deep", "none-0", "search")
+_ON_SERVER = ("pretrain", "deep", "none-0", "evaluate", "promote-0")  # not what reads the registry of the folder
 EVERY_TENTH = 9
 
 
@@ -50,6 +51,9 @@ def _faults(before: tuple[str, ...], command: str, spark: bool) -> dict[str, flo
         return {"kill": 1, "flip": 1, "kill_executor": 3} if before else {"kill": 1, "kill_executor": 3}
     if before:
         found |= {"flip": 3, "cut_log": 1.5}
+    found["secrets"] = 1
+    if command in _ON_SERVER:
+        found["mlflow"] = 3
     if command in RIVALS:
         found["twice"] = 3
     if command in _TRAININGS:

@@ -50,8 +50,8 @@ class Round:
         self.folder, self.logs = self.place / "work", self.place / "logs"
         self.command = named(self.plan.command)
         self.environment: dict[str, str] = {}  # of the undisturbed run
-        self.experiment: str | None = None  # MLflow's, where a server has it
-        self.store = self.folder / "mlflow.db"
+        self.experiment: str | None = None  # on that server
+        self.server_store: Path | None = None  # of MLflow's server, where there is one beside the folder's own
         self.registered = ""  # beginning of the registered models' names
 
     # --- what faults use ----------------------------------------------------------------------------------------------
@@ -69,8 +69,8 @@ class Round:
     ) -> Running:
         return Running(command or self.command, self.folder, self.logs, more=more, limit=limit)
 
-    def end(self, running: Running, *, allowed: Iterable[int] = invariants.ALLOWED) -> Ended:
-        limit = 3 * self.seconds(running.command.name) + TIMEOUT_SECONDS + GRACE_SECONDS
+    def end(self, running: Running, *, allowed: Iterable[int] = invariants.ALLOWED, more_seconds: float = 0.0) -> Ended:
+        limit = 3 * self.seconds(running.command.name) + TIMEOUT_SECONDS + GRACE_SECONDS + more_seconds
         ended = running.end(limit)
         self.notes.append(f"exit {ended.code}" + (" (killed)" if ended.killed else ""))
         noisy = "spark" in " ".join(running.command.arguments)
@@ -78,7 +78,7 @@ class Round:
         return ended
 
     def contents(self) -> Contents:
-        return read_contents(self.folder, self.store, self.registered)
+        return read_contents(self.folder, self.server_store, self.registered)
 
     def after(self, *commands: str) -> Contents:
         return self.library.after((*self.plan.before, *commands)).contents
@@ -105,7 +105,10 @@ class Round:
         self.violations += invariants.store_opens(self.folder)
         self.violations += invariants.left_behind(self.folder, interrupted=self.interrupted)
         if tracked:
-            self.violations += invariants.runs_finished(self.folder, tracked_runs(self.store, self.experiment))
+            runs = tracked_runs(self.folder / "mlflow.db")
+            if self.server_store:
+                runs += tracked_runs(self.server_store, self.experiment)
+            self.violations += invariants.runs_finished(self.folder, runs)
 
 
 def run_round(plan: Plan, library: Library, root: Path) -> Round:
