@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-wide both-wide-causal \
-	ml1m-loo loo-deep models page test test-slow test-gpu bench bench-gpu bench-peers \
+	ml1m-loo loo-deep models page test test-slow test-gpu chaos bench bench-gpu bench-peers \
 	bench-growth bench-demo check format clean clean-all
 
 help:  ## this list
@@ -72,6 +72,9 @@ test-slow: $(BIN)/.dev  ## the slow tests
 test-gpu: $(BIN)/.dev  ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
 
+chaos: $(BIN)/.dev  ## kill, damage and crowd commands, see that nothing is lost: ARGS="--minutes 60 --seed 1", --round R
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
 bench: $(BIN)/.dev  ## speed and memory beside bare Arrow and plain torch, at most 15 minutes (DATA=folder of MovieLens-1M)
 	@$(BIN)/python -m tests.benchmarks bench $(if $(DATA),--data "$(DATA)") $(ARGS)
 
@@ -100,7 +103,7 @@ format: $(BIN)/.dev  ## mend what ruff can
 
 clean:  ## remove what runs left: tables, runs, the MLflow store, caches
 	@rm -rf lake lakes lake-* mlflow-unsent runs mlruns mlartifacts mlflow.db* spark-warehouse metastore_db derby.log \
-		.pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+		.pytest_cache .mypy_cache .ruff_cache .hypothesis .chaos build dist *.egg-info
 
 clean-all: clean  ## and the virtual environment
 	@rm -rf $(VENV)
