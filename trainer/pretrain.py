@@ -30,6 +30,7 @@ from trainer.config import (
     PretrainConfig,
     patch_of,
     reads_baskets,
+    replaced,
 )
 from trainer.data.baskets import BasketDataset
 from trainer.data.dataset import (
@@ -345,12 +346,8 @@ def _recipe(config: PretrainConfig) -> str:
 def run_identity(config: PretrainConfig, release: Release, parent: Artifact | None) -> dict[str, str]:
     """Settings, code, data and parent as short texts, one of which changes with whatever could change the weights; none
     with where or how the run runs."""
-    settings = config.model_copy(
-        update={
-            "runtime": type(config.runtime)(precision=config.runtime.precision),
-            "tracking": type(config.tracking)(),
-        }
-    )
+    runtime, tracked = type(config.runtime)(precision=config.runtime.precision), type(config.tracking)()
+    settings = replaced(config, runtime=runtime, tracking=tracked)
     here = Path(__file__).parent
     names = (
         "pretrain", "loop", "optimizer", "transfer", "adapters", "validation", "profiles", "clicks", "next_events",
