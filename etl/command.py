@@ -6,6 +6,7 @@ Trainers use this module too: it imports neither pyspark nor torch.
 
 import argparse
 import ast
+import errno
 import functools
 import inspect
 import json
@@ -52,6 +53,9 @@ class CommandParser(argparse.ArgumentParser):
 
 STOPPED = 143  # exit code of what a signal ended, SIGINT too
 _FILE_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# As libraries that raise errors of their own say it: safetensors, SQLite, the JVM.
+_FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|disk is full")
 
 
 def run_command(name: str, work: Callable[[], int]) -> int:
@@ -76,11 +80,23 @@ def _run_command(name: str, work: Callable[[], int]) -> int:
         code = GraftrecError.exit_code
     except KeyboardInterrupt:
         message, code = "stopped; run the same command to continue", STOPPED
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except Exception as error:
+        if not is_full(error):
+            traceback.print_exc()
+            return 1
+        found = " ".join(redact(str(error)).split())[:200]
+        message = (
+            f"expected room on the disk, found none ({found}); make room, or raise "
+            "the limit on file sizes, and run the same command again: it goes on from what is there"
+        )
+        code = GraftrecError.exit_code
     print(f"{name}: {message}", file=sys.stderr)
     return code
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, a quota or a limit on file sizes let a write fail."""
+    return getattr(error, "errno", None) in _FULL or _FULL_TEXT.search(str(error)) is not None
 
 
 def version() -> str:

@@ -354,6 +354,17 @@ def etl_command(lake: str, job: str = "all") -> str:
     return f"`python -m etl {job} --config {_in_use.get(EtlConfig, 'etl/YOURS')} --lake {lake}`"
 
 
+def replaced(config: SectionT, **changes: Any) -> SectionT:
+    """The configuration with other settings, validated again as a whole; pydantic's own `model_copy` validates nothing.
+
+    Raises ConfigError. Settings that only go together are changed in one call.
+    """
+    try:
+        return type(config).model_validate({**dict(config), **changes})
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain(type(config), error)) from None
+
+
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     """``--a.b value``, ``--a.b=value`` and ``a.b=value`` to (dotted key, YAML value) pairs. Raises ConfigError."""
     pairs: list[tuple[str, Any]] = []

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
@@ -33,6 +33,7 @@ from etl.config import (
     Section,
     config_hash,
     load,
+    replaced,
 )
 from etl.tables import DOMAIN_ALL
 from trainer.config import (
@@ -40,17 +41,18 @@ from trainer.config import (
     BaselinesConfig,
     EvaluationConfig,
     FinetuneConfig,
+    ModelConfig,
     PretrainConfig,
     TaskConfig,
     TrackingConfig,
     TransferName,
+    with_transfer,
 )
 from trainer.cores import usable_cores
 from trainer.survey import NAMES, row_id
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests" / "reproduction" / "results"
-ConfigT = TypeVar("ConfigT", bound=PretrainConfig)
 RUNS_MISSING = 1
 
 
@@ -281,10 +283,12 @@ def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
                 known = "knowledge" if row.knowledge else "plain"
                 name = f"{row.model}-pretrain-{row.pretrain_task}-{known}-{seed}"
                 if name not in pretrained:
-                    task = _task(plan, row.pretrain_task)
-                    trained = plan.pretrain.model_copy(update={"task": task})
-                    data = trained.data.model_copy(update={"domain": config.source, "split": config.split})
-                    trained = _with_knowledge(trained.model_copy(update={"data": data}), row)
+                    trained = replaced(
+                        plan.pretrain,
+                        task=_task(plan, row.pretrain_task),
+                        model=_network(plan.pretrain, row),
+                        data=replaced(plan.pretrain.data, domain=config.source, split=config.split),
+                    )
                     pretrained[name] = Cell(name, "pretrain", _placed(trained, config, name, seed, lake, release))
                 parent = pretrained[name]
             row.cells[seed] = _cell(config, plan, row, seed, lake, release, parent)
@@ -295,17 +299,17 @@ def _cell(
     config: ExperimentConfig, plan: ModelPlan, row: Row, seed: int, lake: str, release: int, parent: Cell | None
 ) -> Cell:
     where: dict[str, str | None] = {"domain": config.target, "split": config.split}
-    settings: FinetuneConfig = plan.settings_of(row.transfer).model_copy(
-        update={"transfer": row.transfer, "parent": str(parent.folder / "model") if parent else None, "freeze": ()}
-    )
+    given = plan.settings_of(row.transfer)
+    changed: dict[str, Any] = {"freeze": (), "model": _network(given, row)}
     if row.kind == "extra":
-        settings = settings.model_copy(update={"task": _task(plan, row.task)})
+        changed["task"] = _task(plan, row.task)
     if row.kind == "joint":  # of both domains' size: trained as long as pre-training is
         where = {"domain": DOMAIN_ALL, "split": config.joint_split, "ranked": config.target}
-        settings = settings.model_copy(update={"train": plan.pretrain.train})
-    settings = settings.model_copy(update={"data": settings.data.model_copy(update=where)})
+        changed["train"] = plan.pretrain.train
+    changed["data"] = replaced(given.data, **where)
+    settings = with_transfer(given, row.transfer, str(parent.folder / "model") if parent else None, **changed)
     name = _cell_name(row, seed)
-    return Cell(name, "finetune", _placed(_with_knowledge(settings, row), config, name, seed, lake, release), parent)
+    return Cell(name, "finetune", _placed(settings, config, name, seed, lake, release), parent)
 
 
 def _own_cell(
@@ -322,7 +326,7 @@ def _own_cell(
         assert parent is not None
         return parent
     folder = str(parent.folder / "model") if parent else None
-    settings = plan.finetune.model_copy(update={"parent": folder})
+    settings = replaced(plan.finetune, parent=folder)
     name = _cell_name(row, seed)
     return Cell(name, "finetune", _placed(settings, config, name, seed, lake, release), parent)
 
@@ -331,11 +335,9 @@ def _cell_name(row: Row, seed: int) -> str:
     return f"{row.id.replace('/', '-').replace('---', '-')}-{seed}"
 
 
-def _with_knowledge(section: ConfigT, row: Row) -> ConfigT:
-    """The section as it is, or without metadata."""
-    if row.knowledge:
-        return section
-    return section.model_copy(update={"model": section.model.model_copy(update={"knowledge": {}})})
+def _network(section: PretrainConfig, row: Row) -> ModelConfig:
+    """The section's model as it is, or without metadata."""
+    return section.model if row.knowledge else replaced(section.model, knowledge={})
 
 
 def _task(plan: ModelPlan, kind: str | None) -> TaskConfig:
@@ -345,13 +347,11 @@ def _task(plan: ModelPlan, kind: str | None) -> TaskConfig:
 def _placed(
     section: PretrainConfig, config: ExperimentConfig, name: str, seed: int, lake: str, release: int
 ) -> PretrainConfig:
-    data = section.data.model_copy(update={"lake": lake, "release": release})
-    runtime = section.runtime.model_copy(update={"threads": config.threads, "progress": False})
-    return section.model_copy(
-        update={
-            "name": name, "output": str(config.folder / "cells"), "data": data, "runtime": runtime,
-            "train": section.train.model_copy(update={"seed": seed}), "tracking": config.tracking,
-        }
+    data = replaced(section.data, lake=lake, release=release)
+    runtime = replaced(section.runtime, threads=config.threads, progress=False)
+    return replaced(
+        section, name=name, output=str(config.folder / "cells"), data=data, runtime=runtime,
+        train=replaced(section.train, seed=seed), tracking=config.tracking,
     )  # fmt: skip
 
 
@@ -377,6 +377,7 @@ def run(config: ExperimentConfig) -> int:
     from trainer import report, tracking
     from trainer.data.dataset import pin
 
+    planned(config, config.lake or "", 1)  # settings that don't go together are refused before tables are made
     folder = config.folder
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.file_lock(folder / "lock", wait=False) as held:
@@ -437,7 +438,7 @@ def jobs_of(config: ExperimentConfig) -> int:
 
 def _started(config: ExperimentConfig) -> dict[str, str]:
     """When this experiment was begun, with these settings, and its MLflow run."""
-    same = config.model_copy(update={"jobs": None, "threads": 1, "tracking": TrackingConfig()})
+    same = replaced(config, jobs=None, threads=1, tracking=TrackingConfig())
     new = {"settings": config_hash(same), "started": time.strftime("%Y-%m-%d %H:%M"), "run": ""}
     try:
         found: dict[str, str] = json.loads((config.folder / "started.json").read_text())
@@ -465,7 +466,7 @@ def movielens_in(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
 
     if config.etl is None or not isinstance(config.etl.source, MovielensSource):
         raise GraftrecError("--data is for MovieLens-1M, found an experiment on something else; leave it out")
-    return config.model_copy(update={"etl": movielens_etl(config.etl, folder)})
+    return replaced(config, etl=movielens_etl(config.etl, folder))
 
 
 def keep(config: ExperimentConfig) -> Path:

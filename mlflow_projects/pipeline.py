@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
@@ -25,7 +25,7 @@ from cells import Cell
 from pydantic import Field, model_validator
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, SplitConfig, load
+from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, SplitConfig, load, replaced
 from etl.tables import DOMAIN_ALL, RECOMMENDATIONS
 from trainer.config import (
     RANKING_TASKS,
@@ -39,6 +39,7 @@ from trainer.config import (
     RuntimeConfig,
     TrackingConfig,
     TransferName,
+    with_transfer,
 )
 
 if TYPE_CHECKING:
@@ -177,8 +178,8 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
         joint = {name: _joint_split(splits, config.finetune.data.split, name) for name in names if name != source}
         if config.cold_users:
             cold = {name: _cold_split(splits, name) for name in joint}
-    etl = config.etl.model_copy(update={"splits": tuple(splits)})
-    return config.model_copy(update={"etl": etl}), Plan(source, targets, transfers, joint, cold)
+    etl = replaced(config.etl, splits=tuple(splits))
+    return replaced(config, etl=etl), Plan(source, targets, transfers, joint, cold)
 
 
 def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
@@ -187,11 +188,11 @@ def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
     if own is None:
         known = ", ".join(split.name for split in splits)
         raise ConfigError(f"finetune.data.split: expected one of etl.splits ({known}), found {name!r}; mend the name")
-    wanted = own.model_copy(update={"joint_target": target})
+    wanted = replaced(own, joint_target=target)
     for split in splits:
-        if split.model_copy(update={"name": name}) == wanted:
+        if replaced(split, name=name) == wanted:
             return split.name
-    splits.append(wanted.model_copy(update={"name": f"{name}-joint-{target}"}))
+    splits.append(replaced(wanted, name=f"{name}-joint-{target}"))
     return splits[-1].name
 
 
@@ -206,8 +207,11 @@ def _cold_split(splits: list[SplitConfig], target: str) -> str:
 
 
 def check_plan(config: PipelineConfig, planned: Plan) -> None:
-    """Check the gate's settings before anything is trained. Raises GraftrecError if the gate could never pass."""
+    """Check every training's settings, and the gate's, before anything is done. Raises GraftrecError where settings
+    don't go together, or the gate could never pass."""
     from trainer.gate import check_gate
+
+    cells_of(config, planned, release=1)
 
     has_scratch = SCRATCH in planned.transfers and len(planned.transfers) + len(planned.joint_splits) > 1
     check_gate(
@@ -510,11 +514,10 @@ def page_command() -> str:
 
 # --- what each step is given ------------------------------------------------------------------------------------------
 
-ConfigT = TypeVar("ConfigT", bound=PretrainConfig)
-
 
 def pretrain_config(config: PipelineConfig, planned: Plan, release: int, seed: int) -> PretrainConfig:
-    return _training(config.pretrain, config, release, f"pretrain-{seed}", seed, {"domain": planned.source})
+    placed = _placed(config.pretrain, config, release, f"pretrain-{seed}", seed, {"domain": planned.source})
+    return replaced(config.pretrain, **placed)
 
 
 def finetune_config(
@@ -527,29 +530,27 @@ def finetune_config(
         split = (planned.joint_splits if label == READS_ALL else planned.cold_splits)[target]
         data = {"domain": DOMAIN_ALL, "predicted": target, "split": split}
         transfer = SCRATCH
-    made = _training(config.finetune, config, release, f"{target}/{label}-{seed}", seed, data)
-    return made.model_copy(update={"transfer": transfer, "parent": str(parent) if parent else None})
+    placed = _placed(config.finetune, config, release, f"{target}/{label}-{seed}", seed, data)
+    return with_transfer(config.finetune, transfer, str(parent) if parent else None, **placed)
 
 
-def _training(
-    section: ConfigT, config: PipelineConfig, release: int, name: str, seed: int, data: dict[str, Any]
-) -> ConfigT:
-    update = {"lake": config.etl.lake, "release": release, **data}
-    return section.model_copy(
-        update={
-            "name": name,
-            "output": config.runs,
-            "data": section.data.model_copy(update=update),
-            "train": section.train.model_copy(update={"seed": seed}),
-            "runtime": section.runtime.model_copy(update={"progress": False, "threads": section.runtime.threads or 1}),
-            "tracking": config.tracking,
-        }
-    )
+def _placed(
+    section: PretrainConfig, config: PipelineConfig, release: int, name: str, seed: int, data: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings of a training that the pipeline sets."""
+    return {
+        "name": name,
+        "output": config.runs,
+        "data": replaced(section.data, lake=config.etl.lake, release=release, **data),
+        "train": replaced(section.train, seed=seed),
+        "runtime": replaced(section.runtime, progress=False, threads=section.runtime.threads or 1),
+        "tracking": config.tracking,
+    }
 
 
 def _quiet(runtime: RuntimeConfig) -> RuntimeConfig:
     """Progress bars are for terminals; a file gets the lines."""
-    return runtime.model_copy(update={"progress": runtime.progress and sys.stderr.isatty()})
+    return replaced(runtime, progress=runtime.progress and sys.stderr.isatty())
 
 
 def evaluate_config(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> EvaluateConfig:
@@ -559,79 +560,75 @@ def evaluate_config(config: PipelineConfig, target: str, release: int, trained: 
     models = tuple(EvaluatedModel(model=str(one.model), label=one.label, seed=one.seed) for one in trained)
     candidate, gate = choose(trained)[0].label, config.promote.gate
     protocols = tuple(dict.fromkeys([gate.protocol, *config.evaluate.evaluation.protocols]))
-    return config.evaluate.model_copy(
-        update={
-            "name": f"{target}/evaluate",
-            "output": config.runs,
-            "model": None,
-            "models": models,
-            "candidate": candidate if candidate != SCRATCH else None,
-            "metrics": tuple(dict.fromkeys([gate.metric, *(config.evaluate.metrics or ITEM_METRICS)])),
-            "evaluation": config.evaluate.evaluation.model_copy(update={"protocols": protocols}),
-            "lake": config.etl.lake,
-            "release": release,
-            "split": config.finetune.data.split,
-            "domain": target,
-            "runtime": _quiet(config.evaluate.runtime),
-            "tracking": config.tracking,
-        }
+    return replaced(
+        config.evaluate,
+        name=f"{target}/evaluate",
+        output=config.runs,
+        model=None,
+        models=models,
+        candidate=candidate if candidate != SCRATCH else None,
+        metrics=tuple(dict.fromkeys([gate.metric, *(config.evaluate.metrics or ITEM_METRICS)])),
+        evaluation=replaced(config.evaluate.evaluation, protocols=protocols),
+        lake=config.etl.lake,
+        release=release,
+        split=config.finetune.data.split,
+        domain=target,
+        runtime=_quiet(config.evaluate.runtime),
+        tracking=config.tracking,
     )
 
 
 def cold_config(config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained) -> EvaluateConfig:
     model = EvaluatedModel(model=str(cold.model), label=READS_ALL, seed=cold.seed)
     protocols = (config.promote.gate.protocol,)
-    return config.evaluate.model_copy(
-        update={
-            "name": f"{target}/{COLD}",
-            "output": config.runs,
-            "model": None,
-            "models": (model,),
-            "evaluation": config.evaluate.evaluation.model_copy(update={"protocols": protocols}),
-            "baselines": config.evaluate.baselines.model_copy(update={"enabled": True}),
-            "lake": config.etl.lake,
-            "release": release,
-            "split": planned.cold_splits[target],
-            "domain": target,
-            "runtime": _quiet(config.evaluate.runtime),
-            "tracking": config.tracking,
-        }
+    return replaced(
+        config.evaluate,
+        name=f"{target}/{COLD}",
+        output=config.runs,
+        model=None,
+        models=(model,),
+        evaluation=replaced(config.evaluate.evaluation, protocols=protocols),
+        baselines=replaced(config.evaluate.baselines, enabled=True),
+        lake=config.etl.lake,
+        release=release,
+        split=planned.cold_splits[target],
+        domain=target,
+        runtime=_quiet(config.evaluate.runtime),
+        tracking=config.tracking,
     )
 
 
 def promote_config(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> PromoteConfig:
     candidate, *replicas = choose(trained)
     scratch = [one for one in trained if one.label == SCRATCH] if candidate.label != SCRATCH else []
-    return config.promote.model_copy(
-        update={
-            "name": f"{target}/promote",
-            "output": config.runs,
-            "registered_model": registered_model(config, target),
-            "family": config.registered_model,
-            "candidate": str(candidate.model),
-            "replicas": tuple(str(one.model) for one in replicas),
-            "from_scratch": tuple(str(one.model) for one in scratch),
-            "lake": config.etl.lake,
-            "release": release,
-            "split": config.finetune.data.split,
-            "domain": target,
-            "runtime": _quiet(config.promote.runtime),
-            "tracking": config.tracking,
-        }
+    return replaced(
+        config.promote,
+        name=f"{target}/promote",
+        output=config.runs,
+        registered_model=registered_model(config, target),
+        family=config.registered_model,
+        candidate=str(candidate.model),
+        replicas=tuple(str(one.model) for one in replicas),
+        from_scratch=tuple(str(one.model) for one in scratch),
+        lake=config.etl.lake,
+        release=release,
+        split=config.finetune.data.split,
+        domain=target,
+        runtime=_quiet(config.promote.runtime),
+        tracking=config.tracking,
     )
 
 
 def recommend_config(config: PipelineConfig, target: str, release: int) -> RecommendConfig:
-    return config.recommend.model_copy(
-        update={
-            "registered_model": registered_model(config, target),
-            "model": "champion",
-            "lake": config.etl.lake,
-            "release": release,
-            "domain": target,
-            "spark": config.etl.spark,
-            "tracking": config.tracking,
-        }
+    return replaced(
+        config.recommend,
+        registered_model=registered_model(config, target),
+        model="champion",
+        lake=config.etl.lake,
+        release=release,
+        domain=target,
+        spark=config.etl.spark,
+        tracking=config.tracking,
     )
 
 
@@ -657,9 +654,8 @@ def movielens_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
     update: dict[str, Section] = {"etl": etl}
     if not etl.knowledge.files:
         for name, section in (("pretrain", config.pretrain), ("finetune", config.finetune)):
-            model = section.model.model_copy(update={"knowledge": {}})
-            update[name] = section.model_copy(update={"model": model})
-    return config.model_copy(update=update)
+            update[name] = replaced(section, model=replaced(section.model, knowledge={}))
+    return replaced(config, **update)
 
 
 def movielens_etl(etl: EtlConfig, folder: Path) -> EtlConfig:
@@ -668,11 +664,11 @@ def movielens_etl(etl: EtlConfig, folder: Path) -> EtlConfig:
     for file in etl.knowledge.files:
         places = [folder / Path(file.path).name, folder.parent / file.path]
         if found := next((place for place in places if place.is_file()), None):
-            files.append(file.model_copy(update={"path": str(found.resolve())}))
+            files.append(replaced(file, path=str(found.resolve())))
         else:
             print(f"no {places[1]}: the models get no directors and actors from {file.name}")
-    source = etl.source.model_copy(update={"root": str(folder)})
-    return etl.model_copy(update={"source": source, "knowledge": KnowledgeConfig(root=str(folder), files=tuple(files))})
+    source = replaced(etl.source, root=str(folder))
+    return replaced(etl, source=source, knowledge=KnowledgeConfig(root=str(folder), files=tuple(files)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

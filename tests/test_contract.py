@@ -18,7 +18,7 @@ import yaml
 
 import etl.config
 import trainer.config
-from etl.config import Section, load
+from etl.config import Section, load, replaced
 
 ROOT = Path(__file__).parent.parent
 TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config", "etl.command", "etl.redaction", "etl.source_hash"}
@@ -187,6 +187,24 @@ def test_every_number_is_finite(value: object) -> None:
 def test_a_search_space_is_finite(values: str) -> None:
     with pytest.raises(etl.config.ConfigError, match="finite number"):
         load(trainer.config.SearchConfig, "search/demo", ["--space", "{train.learning_rate: " + values + "}"])
+
+
+def test_a_changed_configuration_is_validated_again() -> None:
+    """By `replaced`; pydantic's `model_copy(update=…)` and `model_construct` validate nothing."""
+    paths = [*modules("etl"), *modules("trainer"), *sorted((ROOT / "mlflow_projects").glob("*.py"))]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.Attribute) and node.attr in ("model_copy", "model_construct")), path
+    config = trainer.config.FinetuneConfig(shared_items=True)
+    assert replaced(config, name="other").name == "other"
+    assert type(replaced(config, name="other").data) is type(config.data)
+    for changes, told in (
+        ({"transfer": "none"}, "shared_items: transfer none takes nothing from a parent"),
+        ({"train": {"clip_norm": math.inf}}, "train.clip_norm: expected a finite number"),
+        ({"nmae": "x"}, "unknown setting nmae; did you mean name"),
+    ):
+        with pytest.raises(etl.config.ConfigError, match=told):
+            replaced(config, **changes)
 
 
 # --- files that must agree --------------------------------------------------------------------------------------------

@@ -134,6 +134,17 @@ def clear(root: Path) -> None:
     shutil.rmtree(root, ignore_errors=True)
 
 
+def tidy(root: Path) -> None:
+    """Remove what a kill or a full disk left half made. For the run that holds the folder."""
+    for old in root.glob(f"{_PREFIX}*.old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:  # a kill came before another of the same step took its place
+            old.rename(old.with_suffix(""))
+    for unfinished in root.glob(f"{_PREFIX}*.new"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 class _Damaged(Exception):
     pass
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from etl.config import ConfigError, GraftrecError, Place, Section, SparkConfig, load
+from etl.config import ConfigError, GraftrecError, Place, Section, SparkConfig, load, replaced
 
 __all__ = [
     "BaselinesConfig",
@@ -51,7 +51,9 @@ __all__ = [
     "patch_of",
     "ranks_items",
     "reads_baskets",
+    "replaced",
     "scores_all",
+    "with_transfer",
 ]
 
 
@@ -636,6 +638,13 @@ class FinetuneConfig(PretrainConfig):
 def patch_of(config: PretrainConfig) -> PatchConfig | None:
     """The patches that the run's model has, if any."""
     return config.patch if isinstance(config, FinetuneConfig) and config.transfer == "patch" else None
+
+
+def with_transfer(config: FinetuneConfig, transfer: str, parent: str | None, **changes: Any) -> FinetuneConfig:
+    """The run with another transfer; from scratch, no items are shared with a parent. Raises ConfigError where its
+    settings don't go with it."""
+    shared = config.shared_items and transfer != "none"
+    return replaced(config, transfer=transfer, parent=parent, shared_items=shared, **changes)
 
 
 class RangeConfig(Section):

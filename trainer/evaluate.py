@@ -25,7 +25,15 @@ from trainer import basket_baselines, click_table, descriptions, next_event_tabl
 from trainer.artifact import Artifact, artifact_hash, config_of, load_artifact
 from trainer.click_table import ToldClicks
 from trainer.comparison import Evaluation, Row, compare_table, evaluate_contenders, render
-from trainer.config import ConfigError, EvaluateConfig, EvaluatedModel, PretrainConfig, ranks_items, reads_baskets
+from trainer.config import (
+    ConfigError,
+    EvaluateConfig,
+    EvaluatedModel,
+    PretrainConfig,
+    ranks_items,
+    reads_baskets,
+    replaced,
+)
 from trainer.contenders import (
     Contender,
     EvaluationSet,
@@ -70,7 +78,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     settings = [config_of(Path(model.model))[0] for model in chosen]
     _check_candidate(config, chosen, settings)
     identity = _identity(config, chosen, release)
-    config = config.model_copy(update={"name": config.name or _name(config, chosen, settings, identity)})
+    config = replaced(config, name=config.name or _name(config, chosen, settings, identity))
     assert config.name is not None
     folder = Path(config.output) / config.name / "evaluation"
     key = _key(config, [artifact_hash(model.model) for model in chosen], release.versions)
@@ -89,8 +97,8 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         if not ranks_items(first.config.task):
             return _evaluate_told(config, chosen, models, release, run, folder, {"key": key, "of": identity})
         if baskets:  # no others are drawn for them
-            update = {"protocols": (FULL,), "repeats": repeats_of(config.evaluation, models)}
-            config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update=update)})
+            repeats = repeats_of(config.evaluation, models)
+            config = replaced(config, evaluation=replaced(config.evaluation, protocols=(FULL,), repeats=repeats))
         events: list[Row] = []  # of what is told beside items
         metrics = config.metrics or (BASKET_METRICS if baskets else ITEM_METRICS)
         asked = read_evaluation_set(

@@ -27,6 +27,7 @@ from trainer.config import (
     PromoteConfig,
     ranks_items,
     reads_baskets,
+    replaced,
 )
 from trainer.contenders import baseline_contenders, model_contender, read_evaluation_set, repeats_of
 from trainer.data.dataset import Release
@@ -127,11 +128,8 @@ def _evaluation(config: PromoteConfig, models: Named) -> EvaluationConfig:
     """With the gate's protocol (next baskets are ranked in full only), and candidates as the models were trained."""
     baskets = reads_baskets(models[0][1].config.task)
     asked = [config.gate.protocol] if baskets else [*config.evaluation.protocols, config.gate.protocol]
-    update = {
-        "protocols": tuple(dict.fromkeys(asked)),
-        "repeats": repeats_of(config.evaluation, [model for _, model in models]),
-    }
-    return config.evaluation.model_copy(update=update)
+    repeats = repeats_of(config.evaluation, [model for _, model in models])
+    return replaced(config.evaluation, protocols=tuple(dict.fromkeys(asked)), repeats=repeats)
 
 
 def evidence_of(
@@ -239,7 +237,7 @@ class ToldOf(Judged[Told]):
         config, task = self.config, models[0][1].config.task
         asked = EvaluateConfig(
             split=config.split, domain=config.domain, part=config.part, evaluation=config.evaluation,
-            baselines=config.baselines.model_copy(update={"enabled": baselines}), runtime=config.runtime,
+            baselines=replaced(config.baselines, enabled=baselines), runtime=config.runtime,
         )  # fmt: skip
         chosen = [EvaluatedModel(model=str(model.folder), label=label) for label, model in models]
         artifacts = [model for _, model in models]

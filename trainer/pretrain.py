@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from trainer.config import (
     PretrainConfig,
     patch_of,
     reads_baskets,
+    replaced,
 )
 from trainer.data.baskets import BasketDataset
 from trainer.data.dataset import (
@@ -55,6 +57,8 @@ from trainer.transfer import Account, graft
 from trainer.validation import Validation, read_validation, score_of
 
 DONE = "done.json"
+IDENTITY = "identity"  # marks a run's folder
+_OWN = ("checkpoints", "model", "evaluation", DONE, "history.json", "transfer.json", IDENTITY)  # what lies in it
 
 
 class RunError(GraftrecError):
@@ -365,12 +369,8 @@ def _recipe(config: PretrainConfig) -> str:
 def run_identity(config: PretrainConfig, release: Release, parent: Artifact | None) -> dict[str, str]:
     """Settings, code, data and parent as short texts, one of which changes with whatever could change the weights; none
     with where or how the run runs."""
-    settings = config.model_copy(
-        update={
-            "runtime": type(config.runtime)(precision=config.runtime.precision),
-            "tracking": type(config.tracking)(),
-        }
-    )
+    runtime, tracked = type(config.runtime)(precision=config.runtime.precision), type(config.tracking)()
+    settings = replaced(config, runtime=runtime, tracking=tracked)
     versions = {table.name: release.versions.get(table.name) for table in _read_tables(config)}
     return {
         "settings": config_hash(settings),
@@ -410,18 +410,41 @@ def _alone(folder: Path, world: World) -> Iterator[Path]:
     with tracking.file_lock(folder / "lock", wait=False) as held:
         if not held:
             raise RunBusy(f"another process is training in {folder}; wait for it, or give this run another name")
-        yield folder
+        _check_own(folder)
+        checkpoint.tidy(folder / "checkpoints")
+        try:
+            yield folder
+        finally:
+            checkpoint.tidy(folder / "checkpoints")
+            shutil.rmtree(folder / "model.new", ignore_errors=True)
 
 
 def _clear_other(folder: Path, identity: str, world: World, say: Callable[[str], None]) -> None:
     """Remove what a run of another identity left under this name; keep the checkpoints of this one."""
-    note = folder / "identity"
-    if world.first:
-        if folder.exists() and not (note.is_file() and note.read_text() == identity):
-            if (folder / "checkpoints").exists() or (folder / "model" / MANIFEST).exists():
-                say(f"{folder} holds a run with other settings, data or code: it is replaced")
-            for name in ("checkpoints", "model", "evaluation"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / DONE).unlink(missing_ok=True)
-        note.write_text(identity)
+    note = folder / IDENTITY
+    if world.first and not (note.is_file() and note.read_text() == identity):
+        if (folder / "checkpoints").exists() or (folder / "model" / MANIFEST).exists():
+            say(f"{folder} holds a run with other settings, data or code: it is replaced")
+        for name in ("checkpoints", "model", "evaluation"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / DONE).unlink(missing_ok=True)
+        unfinished = note.with_name(IDENTITY + ".new")
+        unfinished.write_text(identity)
+        unfinished.rename(note)
     world.wait()
+
+
+def _check_own(folder: Path) -> None:
+    """Raises RunError for a folder with things in it that a run would replace, unless a run has made it."""
+    try:
+        marked = _MARK.match((folder / IDENTITY).read_text())
+    except (OSError, UnicodeDecodeError):
+        marked = None
+    if not marked and (found := [name for name in _OWN if (folder / name).exists()]):
+        raise RunError(
+            f"{folder}: expected a new folder, or one of an earlier training, found {', '.join(found)} of something "
+            "else, which the training would replace; set another name or output"
+        )
+
+
+_MARK = re.compile(r"$|[0-9a-f]+:[0-9a-f]+:\{")  # how an identity begins; empty where a kill cut it short

@@ -26,7 +26,7 @@ from optuna.trial import Trial
 
 from etl.config import ConfigError
 from trainer import finetune, pictures, pretrain, tracking
-from trainer.config import FinetuneConfig, RangeConfig, SearchConfig
+from trainer.config import FinetuneConfig, RangeConfig, SearchConfig, replaced
 from trainer.loop import NonFiniteLoss, Progress, Pruned
 from trainer.outbox import one_line
 from trainer.transfer import TransferError
@@ -111,8 +111,7 @@ def _try(config: SearchConfig, arm: Arm) -> None:
 
 def _train(config: SearchConfig, arm: Arm, number: int, values: Mapping[str, Any], judge: "Judge") -> pretrain.Result:
     folder = arm.run_folder(number)
-    place = {"name": folder.name, "output": str(folder.parent), "tracking": config.tracking}
-    settings = arm.settings(values).model_copy(update=place)
+    settings = replaced(arm.settings(values), name=folder.name, output=str(folder.parent), tracking=config.tracking)
     if (expected := score_of(arm.base.task)) != (found := score_of(settings.task)):
         raise ConfigError(
             f"task {settings.task.kind}: expected a task judged by {expected}, as the recipe's, found one by {found}"
@@ -197,8 +196,8 @@ def _winner(config: SearchConfig, arm: Arm) -> Winner | None:
         return None
     own = dict(recipes(config))[arm.name]
     won = arm.settings(best.params)
-    data = won.data.model_copy(update={"release": own.data.release})
-    won = won.model_copy(update={"name": own.name, "output": own.output, "data": data})
+    data = replaced(won.data, release=own.data.release)
+    won = replaced(won, name=own.name, output=own.output, data=data)
     count = Counter(row["outcome"] for row in arm.rows())
     comment = (
         f"# Found by the search {config.name}, {arm.name}: trial {best.number + 1} of {count.total()} "

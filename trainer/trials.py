@@ -19,7 +19,16 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from etl.config import GraftrecError, RunAgain
 from trainer.artifact import load_artifact
-from trainer.config import FinetuneConfig, PretrainConfig, PrunerConfig, RangeConfig, SearchConfig, load
+from trainer.config import (
+    FinetuneConfig,
+    PretrainConfig,
+    PrunerConfig,
+    RangeConfig,
+    SearchConfig,
+    load,
+    replaced,
+    with_transfer,
+)
 from trainer.data.dataset import pin
 from trainer.pretrain import run_identity
 
@@ -145,7 +154,7 @@ def recipes(config: SearchConfig) -> Iterator[tuple[str, PretrainConfig]]:
     elif config.finetune is not None:
         for transfer in config.transfers or (config.finetune.transfer,):
             parent = config.finetune.parent if transfer != "none" else None
-            yield transfer, config.finetune.model_copy(update={"transfer": transfer, "parent": parent})
+            yield transfer, with_transfer(config.finetune, transfer, parent)
 
 
 def _open(config: SearchConfig, folder: Path, name: str, base: PretrainConfig) -> Arm:
@@ -165,7 +174,7 @@ def _open(config: SearchConfig, folder: Path, name: str, base: PretrainConfig) -
         )
     study.set_user_attr("release", release.number)
     study.set_user_attr("identity", identity)
-    pinned = base.model_copy(update={"data": base.data.model_copy(update={"release": release.number})})
+    pinned = replaced(base, data=replaced(base.data, release=release.number))
     arm = Arm(name, pinned, folder, study)
     write(arm.file, as_yaml(pinned))
     if not study.get_trials(deepcopy=False):
@@ -185,10 +194,9 @@ def _identity(config: SearchConfig, base: PretrainConfig, release: int) -> dict[
             )
         parent = load_artifact(base.parent)
     # The release's number and the parent's folder may change while what is in them stays.
-    data = base.data.model_copy(update={"release": None})
-    bare = base.model_copy(update={"name": "", "output": "", "data": data})
+    bare = replaced(base, name="", output="", data=replaced(base.data, release=None))
     if isinstance(bare, FinetuneConfig):
-        bare = bare.model_copy(update={"parent": None})
+        bare = replaced(bare, parent=None)
     searched = json.dumps(config.model_dump(mode="json", include=_PROPOSING), sort_keys=True)
     identity = run_identity(bare, pin(base.data.lake, release), parent)
     return identity | {"search": hashlib.sha256(searched.encode()).hexdigest()[:16]}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from etl.config import GraftrecError, load
+from etl.config import ConfigError, GraftrecError, load
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
@@ -57,6 +57,32 @@ def test_gate_takes_its_thresholds_from_its_yaml(name: str) -> None:
     assert wanted != GateConfig(), "the file says nothing that the type doesn't"
     config = load(PipelineConfig, name)
     assert pipeline.promote_config(config, "target", 1, trained(none=[0.1], deep=[0.2])).gate == wanted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("--finetune.model", "caser_small", "--pretrain.model", "caser_small", "--transfers", "[none, patch]"),
+         "transfer patch: expected a model with blocks"),
+        (("--finetune.task", "{kind: target_item}", "--finetune.data", "{domain: all, predicted: target}"),
+         "task target_item tells one domain's items by what was done elsewhere"),
+    ],
+)  # fmt: skip
+def test_settings_that_go_with_no_training_are_refused_before_tables_are_made(
+    overrides: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = demo(*overrides, "--tracking.enabled", "false", "--targets", "[target]")
+    with pytest.raises(ConfigError, match=told):
+        pipeline.run(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_transfers_share_items_with_a_parent() -> None:
+    config, planned = pipeline.plan(demo("--finetune.shared_items", "true"))
+    _, of_target = pipeline.cells_of(config, planned, 1)
+    shared = {label: cell.config.shared_items for (label, _), cell in of_target["target"].items()}
+    assert shared == {"none": False, "shallow": True, "deep": True, "all-domains": False, "cold-users": False}
 
 
 def test_each_training_has_a_folder_of_its_own() -> None:

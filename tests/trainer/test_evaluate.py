@@ -266,6 +266,15 @@ def test_model_of_another_domain_is_refused(tiny_lake, asked, tmp_path):
     assert means(evaluation.metrics((nothing.label, 0), "full"))["NDCG@1"] == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_counted(asked, value):
+    scores = noise(asked, 0)
+    scores[..., -1] = value
+    evaluation = evaluate_contenders([fixed("m", 0, noise(asked, 0)), fixed("popularity", None, scores)], asked)
+    assert evaluation.broken["m", 0] == 0
+    assert evaluation.broken["popularity", None] > 0
+
+
 def test_model_of_a_newer_release_is_refused(asked, models):
     newer = dataclasses.replace(load_artifact(models["none-0"]), release=2)
     with pytest.raises(EvaluateError, match="release at least as new as 2"):
