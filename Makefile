@@ -59,9 +59,7 @@ models: $(BIN)/.installed  ## each model by each transfer, on a generated log, o
 
 page: $(BIN)/.installed  ## the MLflow page on http://127.0.0.1:5000 (PORT=…)
 	@echo "Open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning ($(PAGE_MODE))"
-	@exec env MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
-		$(BIN)/mlflow server --host 127.0.0.1 --port $(PORT) --workers 1 \
-		--backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}"
+	@exec $(BIN)/python -m trainer.page --port $(PORT)
 
 test: $(BIN)/.dev  ## the default tests
 	@$(BIN)/python -m pytest $(ARGS)

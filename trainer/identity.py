@@ -14,6 +14,7 @@ WITHOUT_EFFECT = frozenset(
         "trainer.pictures",
         "trainer.provenance",
         "trainer.rank_states",
+        "trainer.store",
         "trainer.tracking",
     }
 )

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -39,6 +40,7 @@ from etl.tables import TABLES
 from trainer.config import TrackingConfig
 from trainer.outbox import Entry, Outbox, Refused, keep, kept, one_line, warn
 from trainer.provenance import code_version, cut, flatten
+from trainer.store import prepare, sqlite_file
 
 if TYPE_CHECKING:  # both are slow to import
     from matplotlib.figure import Figure
@@ -84,8 +86,8 @@ def tracking_uri() -> str:
 
 def local_folder(uri: str) -> Path | None:
     """The folder of a store that is files on this machine; None for a server."""
-    if uri.startswith("sqlite:///"):
-        return Path(uri.removeprefix("sqlite:///")).absolute().parent
+    if (database := sqlite_file(uri)) is not None:
+        return database.parent
     return Path(uri.removeprefix("file://")).absolute() if uri.startswith("file://") or "://" not in uri else None
 
 
@@ -99,20 +101,28 @@ def quieten() -> None:
 
 
 def connect(uri: str | None = None) -> Any:
-    """An MlflowClient of the store. The first to come to a new SQLite store makes its tables, others wait."""
+    """An MlflowClient of the store. The first to come to a new SQLite store makes it, others wait (`trainer.store`).
+    Whatever opens a store comes this way."""
     quieten()
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # mlflow has set its own level when it was imported
     uri = uri or tracking_uri()
-    folder = local_folder(uri)
-    if folder is None:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
-    folder.mkdir(parents=True, exist_ok=True)
-    with file_lock(folder / "mlflow.db.lock"):
-        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if (database := sqlite_file(uri)) is not None:
+        prepare(database, _make_store, lambda: file_lock(database.with_name(f"{database.name}.lock"), wait=False))
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    if (folder := local_folder(uri)) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
         client.search_experiments(max_results=1)
     return client
+
+
+def _make_store(database: Path) -> None:
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    store = SqlAlchemyStore(f"sqlite:///{database}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+    store.engine.dispose()
 
 
 @contextlib.contextmanager
@@ -138,8 +148,8 @@ def translated(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise TrackingError(f"{redact(what)}: {one_line(error)} (store: {redact(tracking_uri())})") from None
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        raise TrackingError(redact(f"{what}: {one_line(error)} (store: {tracking_uri()})")) from None
 
 
 def experiment_id(client: Any, config: TrackingConfig) -> str:
