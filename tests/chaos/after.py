@@ -17,7 +17,7 @@ from tests.chaos.contents import Contents, read_contents, relocate
 from tests.chaos.server import Server
 from tests.chaos.watch import Changes
 
-_LIMIT_SECONDS = 600.0
+_LIMIT_SECONDS = 240.0
 
 
 class Undisturbed(Exception):
@@ -92,7 +92,9 @@ class Library:
                 ended = Running(command, work, place / "logs").end(_LIMIT_SECONDS)
             code, seconds, changes = ended.code, ended.seconds, counted.count
             if code not in (0, 3) or ended.hung:
-                raise Undisturbed(f"{' '.join(commands)}: exit code {code}, nothing was done to it\n{ended.errors}")
+                fate = f"hung for {seconds:.0f} s" if ended.hung else f"ended with {code}"
+                said = ended.errors.strip().splitlines()[-1:] or [""]
+                raise Undisturbed(f"{' '.join(commands)} {fate}, nothing was done to it: {said[0]}")
         else:
             write_start(work)
         made = After(work, code, seconds, changes, read_contents(work))
@@ -102,9 +104,9 @@ class Library:
 
 
 def named(name: str) -> Command:
-    """A command by its name; with @spark, on Spark."""
-    plain, _, spark = name.partition("@")
-    return COMMANDS[plain].on_spark() if spark else COMMANDS[plain]
+    """A command by its name; with @spark or @cluster, on Spark."""
+    plain, _, engine = name.partition("@")
+    return COMMANDS[plain].on(engine) if engine else COMMANDS[plain]
 
 
 def _sources() -> str:

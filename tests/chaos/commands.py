@@ -40,10 +40,11 @@ class Command:
         """Whether it talks to MLflow."""
         return "etl" not in self.arguments[:2]
 
-    def on_spark(self) -> "Command":
-        """The same on Spark, with two executors."""
-        more = ("--spark.engine", "spark", "--spark.master", "local-cluster[2,1,1024]")
-        return dataclasses.replace(self, name=f"{self.name}@spark", arguments=(*self.arguments, *more))
+    def on(self, engine: str) -> "Command":
+        """The same on Spark: in one process, or on a `cluster` of two executors."""
+        master = {"spark": "local[2]", "cluster": "local-cluster[2,1,1024]"}[engine]
+        more = ("--spark.engine", "spark", "--spark.master", master)
+        return dataclasses.replace(self, name=f"{self.name}@{engine}", arguments=(*self.arguments, *more))
 
 
 def _etl(name: str, *more: str, job: str = "all", **given: tuple[tuple[str, str], ...]) -> Command:

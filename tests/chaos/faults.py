@@ -160,6 +160,7 @@ def twice(round: Round) -> None:
     else:
         known = _orders(round, first, second)
         final = known[-2:]
+    round.interrupted += sum(code == 5 for code in codes)  # a loser may have been about to commit
     round.check_on_the_way(known)
     if codes[0] == codes[1] == 0:
         return round.check(final)
@@ -299,18 +300,15 @@ def _kill_child(round: Round, what: str) -> int:
     round.fill()
     share, which = round.draw.random(), round.draw.random()
     running = round.start()
-    moment = share * round.seconds()
+    while not _children(running.process.pid, what) and running.process.poll() is None:
+        time.sleep(0.1)
+    moment = share * round.seconds() * 0.7
     _sleep(running.process, moment)
-    try:
-        children = psutil.Process(running.process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        children = []
-    found = [child for child in children if what in " ".join(_arguments(child))]
-    if found:
+    if found := _children(running.process.pid, what):
         found[int(which * len(found))].kill()
         round.interrupted += 1
         running.killed = True
-    round.notes.append(f"{what} killed at {moment:.1f} s" if found else f"no {what} at {moment:.1f} s")
+    round.notes.append(f"{what} {'killed' if found else 'gone'} {moment:.1f} s after its start")
     ended = round.end(running, allowed={*invariants.ALLOWED, 1})  # torchrun's own code is 1
     for path in (round.logs / "ranks").rglob("stderr.log"):
         if match := invariants.CRASHES.search(path.read_text(errors="replace")):
@@ -319,11 +317,14 @@ def _kill_child(round: Round, what: str) -> int:
     return ended.code
 
 
-def _arguments(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+def _children(parent: int, what: str) -> list[psutil.Process]:
+    """Processes that a command has started, by what their command lines hold."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(parent).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found += [child] if what in " ".join(child.cmdline()) else []
+    return found
 
 
 FAULTS: dict[str, Callable[[Round], None]] = {

@@ -39,7 +39,8 @@ def draw_plan(seed: int, number: int) -> Plan:
     ((before, command),) = draw.choices(list(situations), list(situations.values()))
     faults = _faults(before, command, spark)
     (fault,) = draw.choices(list(faults), list(faults.values()))
-    return Plan(seed, number, before, f"{command}@spark" if spark else command, fault)
+    engine = ("@cluster" if fault == "kill_executor" else "@spark") if spark else ""
+    return Plan(seed, number, before, command + engine, fault)
 
 
 def _faults(before: tuple[str, ...], command: str, spark: bool) -> dict[str, float]:

@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         mode = self.server.current_mode()
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         self.close_connection = True
         if mode == "dead":
             return
@@ -108,8 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"no")
             return
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
-        upstream.request(self.command, self.path, body, headers | {"Connection": "close"})
+        dropped = ("host", "connection", "transfer-encoding", "content-length")
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
+        headers |= {"Connection": "close", "Content-Length": str(len(body))}
+        upstream.request(self.command, self.path, body, headers)
         answer = upstream.getresponse()
         data = answer.read()
         self.send_response(answer.status)
@@ -120,6 +122,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
         upstream.close()
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        data = b""
+        while length := int(self.rfile.readline().split(b";")[0], 16):
+            data += self.rfile.read(length)
+            self.rfile.readline()
+        self.rfile.readline()
+        return data
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _answer
 

@@ -4,12 +4,16 @@ import json
 import random
 import sqlite3
 import sys
+import threading
 from collections.abc import Iterable
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import requests
 import yaml
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 
@@ -20,6 +24,7 @@ from tests.chaos.commands import NEIGHBOURS, Command, Ended, Running, write_star
 from tests.chaos.contents import EMPTY, Contents, TrackedRun, read_contents, registry, relocate, tracked_runs
 from tests.chaos.faults import FAULTS, RIVALS
 from tests.chaos.plans import SITUATIONS, draw_plan
+from tests.chaos.server import proxied
 from tests.chaos.watch import Changes
 
 
@@ -232,6 +237,37 @@ def test_changes_are_counted_in_new_folders_too(tmp_path: Path) -> None:
             (tmp_path / "new" / name).write_text(name)
         assert counted.reached(7, 5)  # the folder; each file created and closed
         assert not counted.reached(99, 0.1)
+
+
+class _Upstream(BaseHTTPRequestHandler):
+    """Answers with what it was sent."""
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+def test_proxy_passes_on_then_fails_then_is_whole_again() -> None:
+    upstream = ThreadingHTTPServer(("127.0.0.1", 0), _Upstream)
+    threading.Thread(target=upstream.serve_forever, args=(0.05,), daemon=True).start()
+    with proxied(upstream.server_address[1], "500", whole=2, delay_seconds=0) as proxy:
+        put = partial(requests.put, proxy.uri, timeout=10)
+        assert put(data=b"sent").content == b"sent"
+        assert put(data=iter([b"in ", b"chunks"])).content == b"in chunks"
+        assert put(data=b"sent").status_code == 500
+        proxy.mode = "dead"
+        with pytest.raises(requests.ConnectionError):
+            put(data=b"sent")
+        proxy.mode = "whole"
+        assert put(data=b"sent").content == b"sent"
+    upstream.shutdown()
+    upstream.server_close()
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------
