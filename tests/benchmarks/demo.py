@@ -6,6 +6,7 @@ repeats only the runs whose code or settings have changed.
 """
 
 import fnmatch
+import functools
 import json
 import os
 import shutil
@@ -101,20 +102,21 @@ def _is_chosen(name: str, only: Sequence[str]) -> bool:
 
 def _hold(report: Report, taught: Sequence[Numbers], null: Sequence[Numbers]) -> None:
     """The bars, over the runs that were chosen."""
+    bar = functools.partial(report.bar, seen_on=("AVX512-bf16", "AMX"))
     if taught:
         better = [run for run in taught if run["gain"] > 0 and run["p"] <= LEVEL]
         above = [run for run in taught if all(b["gain"] > 0 and b["p"] <= LEVEL for b in run["baselines"].values())]
-        report.bar("runs that the gate passes", sum(r["passed"] for r in taught), at_least=len(taught))
-        report.bar(f"runs above from-scratch, p ≤ {LEVEL}", len(better), at_least=len(taught))
-        report.bar(f"runs above every untrained baseline, p ≤ {LEVEL}", len(above), at_least=len(taught))
+        bar("runs that the gate passes", sum(r["passed"] for r in taught), at_least=len(taught))
+        bar(f"runs above from-scratch, p ≤ {LEVEL}", len(better), at_least=len(taught))
+        bar(f"runs above every untrained baseline, p ≤ {LEVEL}", len(above), at_least=len(taught))
         ratios = [run["baselines"][run["best_baseline"]]["mean"] / run["mean"] for run in taught]
-        report.bar("best untrained baseline over champion, least", min(ratios), at_least=0.70)
-        report.bar("best untrained baseline over champion, most", max(ratios), at_most=0.95)
+        bar("best untrained baseline over champion, least", min(ratios), at_least=0.70)
+        bar("best untrained baseline over champion, most", max(ratios), at_most=0.95)
         gains = [100 * run["gain"] / run["scratch"] for run in taught]
-        report.bar("gain over from-scratch, %, least", min(gains), at_least=5)
-        report.bar("gain over from-scratch, %, most", max(gains), at_most=40)
+        bar("gain over from-scratch, %, least", min(gains), at_least=5)
+        bar("gain over from-scratch, %, most", max(gains), at_most=40)
     if null:
-        report.bar("runs that the gate passes, of a source that teaches nothing", sum(r["passed"] for r in null),
+        bar("runs that the gate passes, of a source that teaches nothing", sum(r["passed"] for r in null),
                    at_most=1)  # fmt: skip
 
 
