@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -138,11 +139,12 @@ def test_a_traceback_shows_no_secret(capsys: pytest.CaptureFixture[str], monkeyp
 
     def work() -> int:
         print(f"asks with {LONG}")
+        sys.stdout.writelines([f"and {LONG}\n"])
         raise RuntimeError(f"401: {LONG}")
 
     assert run_command("etl", work) == 1
     out, error = capsys.readouterr()
-    assert out == "asks with ***\n"
+    assert out == "asks with ***\nand ***\n"
     assert re.search(r"^Traceback[\s\S]*RuntimeError: 401: \*\*\*$", error)
 
     def mistaken() -> int:
