@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 from urllib.parse import quote, unquote
@@ -19,9 +19,10 @@ HIDDEN = "***"
 MIN_CHARACTERS = 6  # of a value that is looked for in texts; a shorter one would be found in any word
 
 _SECRET_NAME = re.compile(
-    r"passw|passphrase|pwd|secret|token(?!i[sz])|credential|auth(?!or(?!i))|sasl|jaas|bearer|cookie|signature"
-    r"|connection[^a-z]?string|(?:access|account|api|encryption|master|private|shared|signing|storage)[^a-z]?key"
-    r"|(?<![a-z])(?:creds?|dsn|jwt|keys?|pass|pw|sas|sig)(?![a-z])",
+    r"passw|passcode|passphrase|pwd|secret|token(?!i[sz])|credential|auth(?!or(?!i))|dsn|jaas|jwt|bearer|cookie|webhook"
+    r"|signature|sasl|sas(?:ur[il]|(?![a-z]))|conn(?:ection)?[^a-z]?str"
+    r"|(?:access|account|api|client|encryption|license|master|private|shared|signing|ssh|storage)[^a-z]?key"
+    r"|(?<!by)(?<!com)pass(?![a-z])|(?<![a-z])(?:creds?|keys?|pw|sig)(?![a-z])",
     re.IGNORECASE,
 )
 _NOT_SECRET = {"PWD", "OLDPWD"}
@@ -86,7 +87,7 @@ def has_credentials(uri: str) -> bool:
     """Whether a URI holds a user, a password, a key or a signature."""
     return "://" in uri and (
         any(_is_user(found) for found in _USER_INFO.finditer(uri))
-        or any(is_secret(pair[1]) for pair in _PAIR.finditer(uri))
+        or any(_is_secret_pair(pair) for pair in _PAIR.finditer(uri))
     )
 
 
@@ -111,6 +112,10 @@ class _Redacted:
         self._stream.write(redact(text))
         return len(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -123,15 +128,20 @@ def _without_user(found: re.Match[str]) -> str:
     return f"{found[1]}://{HIDDEN}@" if _is_user(found) else found[0]
 
 
+def _is_secret_pair(pair: re.Match[str]) -> bool:
+    """Whether a `name=value` holds a secret. Outside of a URI's query, `key=value` names a form."""
+    of_uri = pair.string[max(pair.start() - 1, 0)] in "?&;"
+    return is_secret(pair[1]) and (of_uri or pair[1].lower() not in ("key", "keys"))
+
+
 def _without_value(pair: re.Match[str]) -> str:
-    hidden = is_secret(pair[1]) and pair[1].lower() not in ("key", "keys")  # `key=value` names a form, no secret
-    return f"{pair[1]}={HIDDEN}" if hidden else pair[0]
+    return f"{pair[1]}={HIDDEN}" if _is_secret_pair(pair) else pair[0]
 
 
 @functools.lru_cache(maxsize=10_000)
 def _secrets_of(name: str, value: str) -> tuple[str, ...]:
     """The secrets in the value of a name, in each form that a text may show them in."""
-    secrets = [pair[2].strip("'\"") for pair in _PAIR.finditer(value) if is_secret(pair[1])]
+    secrets = [pair[2].strip("'\"") for pair in _PAIR.finditer(value) if _is_secret_pair(pair)]
     secrets += [found[2].partition(":")[2] or found[2] for found in _USER_INFO.finditer(value) if _is_user(found)]
     if is_secret(name) and not (_PATH_NAME.search(name) and value.startswith(("/", "~", "."))):
         secrets += [value, value.strip()]

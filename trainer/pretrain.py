@@ -50,7 +50,7 @@ from trainer.data.dataset import (
 from trainer.data.loader import Loader
 from trainer.distributed import World, join
 from trainer.identity import code_hash
-from trainer.loop import Epoch, Progress, Training, train
+from trainer.loop import Epoch, NonFiniteLoss, Progress, Training, train
 from trainer.models import RowTables, SequenceModel, build_model
 from trainer.tracking import Run
 from trainer.transfer import Account, graft
@@ -63,6 +63,10 @@ _OWN = ("checkpoints", "model", "evaluation", DONE, "history.json", "transfer.js
 
 class RunError(GraftrecError):
     """A run that can't go on where it should."""
+
+
+class NonFiniteScore(NonFiniteLoss):
+    """No epoch has a validation score that is a number, so none is the best."""
 
 
 class RunBusy(RunAgain, RunError):
@@ -153,6 +157,12 @@ def _fit(
             show_progress=config.runtime.progress,
             say=say,
         )
+        if not training.progress.best_epoch:
+            tried = len(training.progress.history)
+            raise NonFiniteScore(
+                f"expected a validation {score} that is a number, found none in {tried} epochs; "
+                "validate more users, or lower train.learning_rate"
+            )
         world.doing(lambda: "training is over, the model is written")
         metrics = _summary(training, parent)
         done: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -19,6 +20,7 @@ SHORT, LONG = "tell-nobody1", "a+/Z" * 75
         "AZURE_STORAGE_CONNECTION_STRING", "OPENAI_API_KEY", "GPG_KEY", "KEY_PASSPHRASE", "JWT", "sig",
         "spark.hadoop.fs.azure.account.key.me.dfs.core.windows.net", "fs.azure.sas.container.me", "AccountKey",
         "spark.hadoop.fs.s3a.secret.key", "kafka.sasl.jaas.config", "X-Amz-Signature", "auth",
+        "DBPASS", "BLOB_SASURL", "BLOBSAS", "MYDSN", "SSHKEY", "DB_CONN_STR", "SLACK_WEBHOOK",
     ],
 )  # fmt: skip
 def test_names_of_secrets(name: str) -> None:
@@ -26,7 +28,17 @@ def test_names_of_secrets(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["PWD", "OLDPWD", "GIT_AUTHOR_NAME", "TOKENIZERS_PARALLELISM", "KEYBOARD", "passes", "MLFLOW_TRACKING_URI"]
+    "name",
+    [
+        "PWD",
+        "OLDPWD",
+        "GIT_AUTHOR_NAME",
+        "TOKENIZERS_PARALLELISM",
+        "KEYBOARD",
+        "passes",
+        "bypass",
+        "MLFLOW_TRACKING_URI",
+    ],
 )
 def test_names_that_only_look_like_it(name: str) -> None:
     assert not is_secret(name)
@@ -68,6 +80,8 @@ def test_paths_of_the_environment_stay(monkeypatch: pytest.MonkeyPatch) -> None:
         ("abfss://box:word@me.dfs/lake", "abfss://***@me.dfs/lake"),
         ("az://box/lake?sv=1&sig=wo%2Frd&se=2", "az://box/lake?sv=1&sig=***&se=2"),
         ("jdbc:x://host;user=me;password=word;a=b", "jdbc:x://host;user=me;password=***;a=b"),
+        ("https://maps.example/x?key=word&a=b", "https://maps.example/x?key=***&a=b"),
+        ("expected folders key=value", "expected folders key=value"),
         ("sc://host:443/;token=word;user_id=me", "sc://host:443/;token=***;user_id=me"),
         ("python --spark.x.secret.key=word --a b", "python --spark.x.secret.key=*** --a b"),
         ("http://host:80/a@b, s3://box/some_key=5/x@y", "http://host:80/a@b, s3://box/some_key=5/x@y"),
@@ -125,11 +139,12 @@ def test_a_traceback_shows_no_secret(capsys: pytest.CaptureFixture[str], monkeyp
 
     def work() -> int:
         print(f"asks with {LONG}")
+        sys.stdout.writelines([f"and {LONG}\n"])
         raise RuntimeError(f"401: {LONG}")
 
     assert run_command("etl", work) == 1
     out, error = capsys.readouterr()
-    assert out == "asks with ***\n"
+    assert out == "asks with ***\nand ***\n"
     assert re.search(r"^Traceback[\s\S]*RuntimeError: 401: \*\*\*$", error)
 
     def mistaken() -> int:

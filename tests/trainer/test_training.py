@@ -28,6 +28,7 @@ from trainer.loop import NonFiniteLoss, learning_rate
 from trainer.pretrain import RunError
 from trainer.pretrain import run as pretrain
 from trainer.transfer import TransferError
+from trainer.validation import read_validation
 
 TINY = {
     "model": {"width": 16, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4},
@@ -269,6 +270,23 @@ def test_a_parent_trained_on_another_split_may_have_seen_what_is_held_out(tiny_l
     assert "what split causal holds out may have been in its training" in seen_by_parent(config, parent)
     elsewhere = config.model_copy(update={"data": config.data.model_copy(update={"lake": "another"})})
     assert seen_by_parent(elsewhere, parent) == ""
+
+
+def test_a_run_whose_scores_are_no_numbers_leaves_no_model(tiny_lake, tmp_path, monkeypatch):
+    def without_scores(*given):
+        validation = read_validation(*given)
+        measure = validation.measure
+        object.__setattr__(validation, "measure", lambda *more: dict.fromkeys(measure(*more), float("nan")))
+        return validation
+
+    monkeypatch.setattr("trainer.pretrain.read_validation", without_scores)
+    config = tiny(PretrainConfig, tmp_path, tiny_lake, train={"epochs": 2, "min_epochs": 0})
+    for _ in range(2):  # the second goes on from where the first ended
+        with pytest.raises(
+            NonFiniteLoss, match="expected a validation NDCG@10 that is a number, found none in 2 epochs"
+        ):
+            pretrain(config)
+    assert not (tmp_path / "runs" / config.name / "model").exists()
 
 
 def test_bars_are_for_terminals_only(tiny_lake, tmp_path, capfd):
