@@ -18,12 +18,11 @@ import pyarrow.fs as pafs
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from etl.commit import make_folder
 from etl.config import GraftrecError
 from etl.datafile import DataFile
 from etl.delta import ROW_GROUP_BYTES, FileWriter, bucket_of, data_files
 from etl.histories import PART_EVENTS, Inputs, Key, Rows, histories, read_catalogue, runs
-from etl.lake import local_path, table_filesystem, table_uri
+from etl.lake import local_path, make_folder, table_filesystem, table_uri
 from etl.renewal import Before, renewed
 from etl.session import engine_of, user_errors
 from etl.tables import Table

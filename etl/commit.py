@@ -30,6 +30,7 @@ from etl.lake import (
     active_files,
     check_contract,
     local_path,
+    make_folder,
     open_table,
     our_commits,
     partition_texts,
@@ -37,6 +38,8 @@ from etl.lake import (
     table_uri,
     within,
 )
+from etl.lease import as_writer, check_lease
+from etl.store_errors import store_problem
 from etl.tables import Table
 
 Mode = Literal["append", "overwrite", "partitions"]
@@ -57,6 +60,7 @@ class Written:
     committed: bool
 
 
+@as_writer
 def commit_files(
     lake: str,
     table: Table,
@@ -75,8 +79,8 @@ def commit_files(
     `mode`: "append" adds; "overwrite" replaces the table; "partitions" replaces the partitions the files belong to, or
     those `partition_scope` (column -> values; columns left out match anything) names. `properties` are the table's,
     set when it is made, and when it is overwritten. `transactions` are recorded beside (app, app_version), for
-    `etl.lake.transactions` to find. No file is ever deleted. Raises InvalidFile, LakeError, CommitConflict; the table's
-    rows are then as they were.
+    `etl.lake.transactions` to find. No file is ever deleted. Only the lake's writer commits (`etl.lease`): others wait.
+    Raises InvalidFile, LakeError, CommitConflict, LakeBusy, LeaseLost; the table's rows are then as they were.
     """
     if done := landed(lake, table, app, app_version):
         return done
@@ -96,6 +100,7 @@ def commit_files(
     deadline = time.monotonic() + PATIENCE_SECONDS
     losses = 0
     while True:
+        check_lease(lake)
         handle = open_table(lake, table)
         if handle is None:
             _create(lake, table, properties or {})
@@ -109,6 +114,7 @@ def commit_files(
         existing = active_files(handle, table)
         _check_distinct([file.path for file in (*existing, *files)], table)
         how, filters = _replacement(table, files, existing, mode, scope)
+        check_lease(lake)
         try:
             handle.create_write_transaction(
                 actions,
@@ -123,7 +129,8 @@ def commit_files(
             # Whatever was raised, the commit may have landed: ours or a twin's. Only a fresh handle knows.
             if not isinstance(error, CommitFailedError) and landed(lake, table, app, app_version) is None:
                 raise LakeError(
-                    f"{table.name}: the commit failed ({' '.join(str(error).split())}); try again"
+                    store_problem(table_uri(lake, table), error)
+                    or f"{table.name}: the commit failed ({' '.join(str(error).split())}); try again"
                 ) from None
             losses += 1
             if time.monotonic() > deadline:
@@ -247,14 +254,6 @@ def _filters(
 # --- what is committed besides ----------------------------------------------------------------------------------------
 
 
-def make_folder(folder: Path) -> None:
-    """A local folder and those above it. Raises LakeError where there can't be one."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LakeError(f"{folder}: expected to make a folder ({error.strerror}); give another --lake") from None
-
-
 def _create(lake: str, table: Table, properties: Mapping[str, str]) -> None:
     """Version 0: an empty table. One of several racing creators wins, the others find its table."""
     uri = table_uri(lake, table)
@@ -272,7 +271,10 @@ def _create(lake: str, table: Table, properties: Mapping[str, str]) -> None:
         )
     except (DeltaError, OSError) as error:
         if open_table(lake, table) is None:
-            raise LakeError(f"{uri}: a table can't be made ({' '.join(str(error).split())}); mend that") from None
+            reason = store_problem(uri, error)
+            raise LakeError(
+                reason or f"{uri}: a table can't be made ({' '.join(str(error).split())}); mend that"
+            ) from None
     _sync_log(lake, table, 0)
 
 

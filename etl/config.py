@@ -311,6 +311,7 @@ class EtlConfig(Section):
     negatives: NegativesConfig = NegativesConfig()
     spark: SparkConfig = SparkConfig()
     buckets: int = Field(4, ge=1)  # of users; fixed when the lake is made
+    wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
 
 
 # --- the loader -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 from pyspark.sql.window import Window
 
-from etl.commit import CommitConflict, Mode, Written, commit_files, landed, make_folder
+from etl.commit import CommitConflict, Mode, Written, commit_files, landed
 from etl.config import GraftrecError
 from etl.datafile import DataFile, InvalidFile, data_schema, partition_text, partition_value
 from etl.lake import (
@@ -43,11 +43,13 @@ from etl.lake import (
     current_version,
     last_commit,
     local_path,
+    make_folder,
     snapshot_files,
     table_filesystem,
     table_uri,
     transactions,
 )
+from etl.lease import LakeBusy, LeaseLost, writing
 from etl.orphans import remove_orphans
 from etl.session import engine_of, user_errors
 from etl.tables import Table
@@ -56,7 +58,9 @@ __all__ = [
     "CommitConflict",
     "DataFile",
     "InvalidFile",
+    "LakeBusy",
     "LakeError",
+    "LeaseLost",
     "Mode",
     "UnsupportedFeature",
     "Written",
@@ -73,6 +77,7 @@ __all__ = [
     "table_uri",
     "transactions",
     "write",
+    "writing",
 ]
 
 ROW_GROUP_BYTES = 16 << 20

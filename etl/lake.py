@@ -18,6 +18,7 @@ from deltalake.fs import DeltaStorageHandler
 
 from etl.config import GraftrecError
 from etl.datafile import DataFile, partition_text, partition_value
+from etl.store_errors import store_problem
 from etl.tables import TABLES, Table
 
 STAGING = "_staging-"  # folders of unfinished writes, beside the data
@@ -37,6 +38,14 @@ def local_path(lake: str) -> Path | None:
     if lake.startswith("file://"):
         return Path(unquote(urlparse(lake).path))
     return None if "://" in lake else Path(lake)
+
+
+def make_folder(folder: Path) -> None:
+    """A local folder and those above it. Raises LakeError where there can't be one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LakeError(f"{folder}: expected to make a folder ({error.strerror}); give another --lake") from None
 
 
 def table_uri(lake: str, table: Table) -> str:
@@ -185,6 +194,8 @@ def within(file: DataFile, scope: Mapping[str, Sequence[str | None]]) -> bool:
 
 
 def _unreadable(uri: str, table: Table, version: int | None, error: Exception) -> LakeError:
+    if problem := store_problem(uri, error):
+        return LakeError(problem)
     if version is not None:
         try:
             newest = DeltaTable(uri).version()

@@ -15,9 +15,11 @@ import pyarrow.fs as pafs
 from deltalake import DeltaTable
 
 from etl.lake import STAGING, active_files, existing_table, local_path, table_filesystem, table_uri
+from etl.lease import as_writer
 from etl.tables import Table
 
 
+@as_writer
 def remove_orphans(
     lake: str, table: Table, *, older_than_seconds: float, keep_versions: Sequence[int], dry_run: bool = False
 ) -> list[str]:

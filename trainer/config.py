@@ -860,5 +860,6 @@ class RecommendConfig(Section):
     replace: bool = False  # whether a model folder may replace the rows of a registered version
     k: int = Field(10, ge=1)  # items a user
     batch_size: int = Field(256, ge=1)  # users scored at once
+    wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
     spark: SparkConfig = SparkConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -96,7 +96,7 @@ class _Source:
 def run(config: RecommendConfig) -> Result:
     """The recipe `recommend`. Raises GraftrecError."""
     models = _models(config)
-    artifact, label = models[0]
+    artifact = models[0][0]
     companion = models[1][1] if len(models) > 1 else ""
     baskets = reads_baskets(artifact.config.task)
     for one, _ in models:
@@ -112,6 +112,14 @@ def run(config: RecommendConfig) -> Result:
     kinds = any(one.event_types for one, _ in models)
     reads_all = not baskets and (companion != "" or reads == DOMAIN_ALL)
     source = _Source(release, split, reads, reads_all, baskets, kinds, num_users)
+    with delta.writing(release.lake, tables.RECOMMENDATIONS, wait_seconds=config.wait_seconds):
+        return _renew(config, models, source, domain)
+
+
+def _renew(config: RecommendConfig, models: Models, source: _Source, domain: str) -> Result:
+    """Write the domain's rows, unless the table holds them already. Only the lake's writer may."""
+    release, (artifact, label), num_users = source.release, models[0], source.num_users
+    companion = models[1][1] if len(models) > 1 else ""
     app, identity = f"recommend/{domain}", _identity(config, models, source, domain)
     recorded = delta.transactions(release.lake, tables.RECOMMENDATIONS, [app, identity])
     if app in recorded and recorded.get(identity) == recorded[app]:
@@ -130,7 +138,7 @@ def run(config: RecommendConfig) -> Result:
     )
     with tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, description=description,
-        tables=[(tables.BASKETS if baskets else tables.SEQUENCES).name, tables.ITEMS.name, tables.USERS.name],
+        tables=[(tables.BASKETS if source.baskets else tables.SEQUENCES).name, tables.ITEMS.name, tables.USERS.name],
     ) as tracked:  # fmt: skip
         tracked.set_tags(
             {"graftrec.recipe": "recommend", "graftrec.model_version": label, "graftrec.hash": artifact.hash}

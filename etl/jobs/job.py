@@ -31,10 +31,12 @@ _MACHINERY = {
     "etl.file_reader",
     "etl.jobs.job",
     "etl.lake",
+    "etl.lease",
     "etl.orphans",
     "etl.redaction",
     "etl.session",
     "etl.source_hash",
+    "etl.store_errors",
 }
 
 

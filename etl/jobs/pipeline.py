@@ -24,7 +24,7 @@ from etl.jobs import (
 )
 from etl.jobs.job import Engine, Job, Outcome, digest, due, job_code_version
 from etl.session import user_errors
-from etl.tables import QUARANTINE
+from etl.tables import QUARANTINE, RELEASES
 
 _MODULES = (interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives)
 JOBS: tuple[Job, ...] = tuple(module.JOB for module in _MODULES)
@@ -45,9 +45,15 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
 
 
 def run_all(engine: Engine) -> int:
-    """Run every job that is due, then release what they left. Gives the release's number."""
-    domains.check(engine.config.domains)
-    sequences.check(engine.config)
+    """Run every job that is due, then release what they left. Gives the release's number. Raises LakeBusy."""
+    config = engine.config
+    domains.check(config.domains)
+    sequences.check(config)
+    with delta.writing(config.lake, RELEASES, wait_seconds=config.wait_seconds):
+        return _run_and_release(engine)
+
+
+def _run_and_release(engine: Engine) -> int:
     began = time.monotonic()
     ordered = in_order(JOBS)
     versions: dict[str, int] = {}
@@ -70,12 +76,13 @@ def run_all(engine: Engine) -> int:
 
 
 def run_one(engine: Engine, name: str) -> None:
-    """Run the job `name` if it is due. Raises ConfigError where there is none of that name."""
+    """Run the job `name` if it is due. Raises ConfigError where there is none of that name; LakeBusy, LeaseLost."""
     job = next((job for job in JOBS if job.name == name), None)
     if job is None:
         known = ", ".join(job.name for job in JOBS)
         raise ConfigError(f"expected all, report or a job ({known}), found {name!r}")
-    run_job(job, engine)
+    with delta.writing(engine.config.lake, job.table, wait_seconds=engine.config.wait_seconds):
+        run_job(job, engine)
 
 
 def run_job(job: Job, engine: Engine, *, label: str = "") -> Outcome:

@@ -11,7 +11,7 @@ from etl.config import EtlConfig, config_hash
 from etl.delta import spark_schema
 from etl.jobs.job import Engine, Outcome
 from etl.redaction import without_secrets
-from etl.tables import RELEASES
+from etl.tables import QUARANTINE, RELEASES, TABLES
 
 
 def transform(
@@ -26,8 +26,12 @@ def transform(
 
 
 def release(engine: Engine, versions: Mapping[str, int], *, code: str) -> tuple[int, Outcome]:
-    """The number of the release that holds `versions`: the last one, or, where they differ from its, a new one."""
+    """The number of the release that holds `versions`: the last one, or, where they differ from its, a new one.
+
+    Raises CommitConflict where they weren't made from each other.
+    """
     lake = engine.config.lake
+    check_inputs(lake, versions)
     last = delta.last_commit(lake, RELEASES)
     named = json.dumps(versions, sort_keys=True)
     number = int(last["release"]) if last else 0
@@ -48,3 +52,25 @@ def release(engine: Engine, versions: Mapping[str, int], *, code: str) -> tuple[
     if not written.committed and delta.last_commit(lake, RELEASES)["versions"] != named:
         raise delta.CommitConflict("releases: another run released other versions meanwhile; run again")
     return number, Outcome(written.version, written.rows, written.committed)
+
+
+def check_inputs(lake: str, versions: Mapping[str, int]) -> None:
+    """Raise CommitConflict unless each table's commit has read the very versions of the other tables.
+
+    `quarantine` is left out: several jobs write it, each its own rows, and only where there are any.
+    """
+    for name in versions.keys() - {QUARANTINE.name}:
+        inputs = json.loads(delta.last_commit(lake, TABLES[name], versions[name]).get("inputs", "{}"))
+        for source, read in inputs.items():
+            # A version that no job of ours committed, such as a compaction, has the rows of the one before.
+            if read != versions[source] and _job_version(lake, source, read) != versions[source]:
+                raise delta.CommitConflict(
+                    f"releases: expected {name} to be made from {source} version {versions[source]}, found version "
+                    f"{read}: another run has written to {lake} meanwhile; run again"
+                )
+
+
+def _job_version(lake: str, name: str, version: int) -> int | None:
+    """The newest version up to `version` that one of our jobs committed."""
+    found = delta.last_commit(lake, TABLES[name], version).get("version")
+    return None if found is None else int(found)

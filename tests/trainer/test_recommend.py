@@ -1,6 +1,8 @@
 """Batch recommendations: what the served model would say, for every user, committed once."""
 
 import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from folders import alike, write_model
 from processes import recommended_on_sail
 from stores import enter_store, runs_of
 
-from etl.config import GraftrecError
+from etl.config import GraftrecError, RunAgain
 from etl.tables import UNK, bucket_of
 from trainer import recommend
 from trainer.artifact import load_artifact
@@ -235,3 +237,19 @@ def test_mistakes_are_one_line(done, settings, message):
     with pytest.raises(GraftrecError, match=message) as raised:
         recommend.run(config(done.lake, **settings))
     assert "\n" not in str(raised.value)
+
+
+def test_waits_for_another_writer_of_the_lake_then_ends_with_run_again(done, tmp_path):
+    lake = shutil.copytree(done.lake, tmp_path / "lake")
+    before = DeltaTable(lake / "recommendations").version()
+    hold = (
+        "import sys; from etl.lease import writing; from etl.tables import RELEASES\n"
+        "with writing(sys.argv[1], RELEASES):\n    print('holding', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(lake)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "holding\n"
+        with pytest.raises(RunAgain, match=f"found process {holder.pid} of"):
+            recommend.run(config(str(lake), k=3, wait_seconds=0.1))
+        holder.kill()
+    assert DeltaTable(lake / "recommendations").version() == before
