@@ -66,6 +66,7 @@ COMMANDS = {
         _etl("etl"),
         _etl("etl-day", adds=(("later/day2.csv", "days/day2.csv"),)),
         _etl("etl-kcore", "--kcore.min_item", "8"),
+        _etl("etl-day-kcore", "--kcore.min_item", "8", adds=(("later/day2.csv", "days/day2.csv"),)),
         _etl("etl-other", "--source.root", "other"),
         _etl("etl-interactions", job="interactions"),
         _train("pretrain", "pretrain"),
