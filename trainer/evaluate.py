@@ -10,7 +10,8 @@ name the folder is named after the models, and an evaluation of others that lies
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,10 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         print(f"evaluate: nothing has changed since the last run, skipped ({folder})")
         print(done.text)
         tracking.note_reused(config.name, done.run_id)
+        tracking.settle(config.tracking)
         return done
     baskets = reads_baskets(first.config.task)
-    with tracking.start_run(
+    with _noted(folder), tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "evaluate"},
         tables=_read_tables(baskets), context="evaluation",
     ) as run:  # fmt: skip
@@ -120,7 +122,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
                 text += f"\n\n{table}"
                 events += own
         print(text)
-        folder.mkdir(parents=True, exist_ok=True)
+        _begin(folder)
         write_users(evaluation, folder / USERS)
         (folder / TABLE).write_text(text + "\n", encoding="utf-8")
         gains = _picture(rows, asked, config.against)
@@ -129,9 +131,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             run.log_figure(gains, f"evaluation/{GAINS}")
         data = [asdict(row) for row in (*rows, *events)]
         summary = {"key": key, "of": identity, "run": run.id, "rows": data} | _summary(evaluation, config)
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        for name in (USERS, SUMMARY, TABLE):
-            run.log_artifact(folder / name, "evaluation")
+        _keep(summary, folder, run)
         report = EvaluationReport(folder, data, text, skipped=False, run_id=summary["run"])
         _describe(run, report, config.part, drawn=GAINS if gains is not None else "", where=(
             f"{len(asked.users):,} users of domain {asked.domain}, split {asked.split}, release {release.number}"
@@ -188,6 +188,27 @@ def show(run: tracking.Run, reports: Mapping[str, EvaluationReport], *, notes: M
     run.describe(descriptions.paragraphs(*parts))
 
 
+def _begin(folder: Path) -> None:
+    """Make room: from here on the files are no longer of an earlier summary."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SUMMARY).unlink(missing_ok=True)
+
+
+def _keep(summary: Mapping[str, Any], folder: Path, run: tracking.Run) -> None:
+    text = json.dumps(summary, indent=1)
+    (folder / (SUMMARY + ".new")).write_text(text, encoding="utf-8")
+    run.log_text(text, f"evaluation/{SUMMARY}")
+    for name in (USERS, TABLE):
+        run.log_artifact(folder / name, "evaluation")
+
+
+@contextmanager
+def _noted(folder: Path) -> Iterator[None]:
+    """Give the summary its name, which says that all is done, when MLflow's run is over: told, or kept to be sent."""
+    yield
+    (folder / (SUMMARY + ".new")).replace(folder / SUMMARY)
+
+
 def _evaluate_told(
     config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], release: Release,
     run: tracking.Run, folder: Path, about: dict[str, str],
@@ -213,7 +234,7 @@ def _evaluate_told(
         picture, drawn = _confusions(told), CONFUSIONS
         users = _users_told(told, release)
     print(text)
-    folder.mkdir(parents=True, exist_ok=True)
+    _begin(folder)
     pq.write_table(users, folder / USERS, compression="zstd")
     (folder / TABLE).write_text(text + "\n", encoding="utf-8")
     picture.savefig(folder / drawn, dpi=130)
@@ -226,9 +247,7 @@ def _evaluate_told(
         "split": told.split, "domain": told.domain, "part": told.part, "against": config.against,
         "task": models[0].config.task.model_dump(mode="json"),
     }  # fmt: skip
-    (folder / SUMMARY).write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    for name in (USERS, SUMMARY, TABLE):
-        run.log_artifact(folder / name, "evaluation")
+    _keep(summary, folder, run)
     report = EvaluationReport(folder, data, text, skipped=False, run_id=run_id)
     where = f"domain {told.domain}, split {told.split}, release {release.number}"
     _describe(run, report, config.part, where=where, drawn=drawn)

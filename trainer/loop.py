@@ -155,13 +155,14 @@ class Training:
 
 def train(
     training: Training, *, validate: Callable[[], dict[str, float]], score: str, checkpoints: Path,
-    on_epoch: Callable[[Epoch], None], judge: Callable[[Progress], None], show_progress: bool,
-    say: Callable[[str], None],
+    on_epoch: Callable[[Epoch], None], on_resume: Callable[[list[Epoch]], None], judge: Callable[[Progress], None],
+    show_progress: bool, say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Train until the epochs are used up, or `score` (a metric that `validate` returns) has stopped rising.
 
     Resumes from `checkpoints` where there are any. Afterwards `training.best` holds the best epoch's weights.
-    `judge` sees each epoch's end, that which a resumed run was stopped after again, and ends the run by raising.
+    `on_resume` sees the epochs that a resumed run had done. `judge` sees each epoch's end, that which a resumed run was
+    stopped after again, and ends the run by raising.
     Raises Stopped on SIGTERM and SIGINT, NonFiniteLoss, and what `judge` does.
     """
     config, progress = training.config, training.progress
@@ -171,6 +172,7 @@ def train(
         progress = training.progress
         say(f"resuming at epoch {training.loader.epoch + 1}, step {training.loader.step} ({progress.step} steps done)")
         if progress.history:
+            on_resume(progress.history)
             judge(progress)
     training.world.doing(lambda: f"epoch {training.loader.epoch + 1}, step {training.loader.step}")
     last_saved = time.monotonic()

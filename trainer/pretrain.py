@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ from trainer.validation import Validation, read_validation, score_of
 DONE = "done.json"
 IDENTITY = "identity"  # marks a run's folder
 _OWN = ("checkpoints", "model", "evaluation", DONE, "history.json", "transfer.json", IDENTITY)  # what lies in it
+MLFLOW_UID = "mlflow-uid"  # of the MLflow run, until all is done: whoever goes on with the run goes on in it
 
 
 class RunError(GraftrecError):
@@ -116,6 +118,7 @@ def _fit(
     if (finished := world.of_first(_finished(folder, identity) if world.first else None)) is not None:
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
         tracking.note_reused(config.name, finished.run_id)
+        tracking.settle(config.tracking)
         return finished
 
     catalogue = read_catalogue(release, config.data.domain)
@@ -137,9 +140,9 @@ def _fit(
     data = f"release {release.number} of `{redact(release.lake)}`, {_size(config, catalogue, dataset, validation)}"
     copied = parent.hash if parent is not None and account.transfer != "none" else None
     description = descriptions.training(config, parent=copied, counts=account.counts(), data=data)
-    with tracking.start_run(
+    with _noted(folder, world), tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, description=description,
-        tables=[table.name for table in _read_tables(config)],
+        tables=[table.name for table in _read_tables(config)], uid=_uid(folder, world),
     ) as tracked:  # fmt: skip
         told = json.dumps(account.as_dict(), indent=1)
         tracked.log_params({f"parameters.{name}": count for name, count in account.counts().items()})
@@ -153,6 +156,7 @@ def _fit(
             score=score,
             checkpoints=folder / "checkpoints",
             on_epoch=lambda epoch: _tell(epoch, score, tracked, say),
+            on_resume=lambda epochs: tracked.log_history([(epoch.epoch, _curves(epoch)) for epoch in epochs]),
             judge=judge,
             show_progress=config.runtime.progress,
             say=say,
@@ -277,7 +281,7 @@ def _finish(
     training: Training, metrics: dict[str, float], parent: Artifact | None, identity: str, tracked: Run,
     validation: Validation,
 ) -> dict[str, Any]:  # fmt: skip
-    """Model folder, curves, and the note that all is done, which is returned."""
+    """Model folder, curves, and the note that all is done (`_noted` gives it its name), which is returned."""
     others = isinstance(config.task, ClickConfig)  # what was shown only has not been taken
     popularity = training_interactions(training.loader.dataset, catalogue, others=others)
     digest = save_artifact(
@@ -297,11 +301,34 @@ def _finish(
     tracked.log_metrics(_final(metrics))
     tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
     done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
-    unfinished = folder / (DONE + ".new")
-    unfinished.write_text(json.dumps(done, indent=1))
-    unfinished.rename(folder / DONE)
-    checkpoint.clear(folder / "checkpoints")
+    (folder / (DONE + ".new")).write_text(json.dumps(done, indent=1))
     return done
+
+
+@contextmanager
+def _noted(folder: Path, world: World) -> Iterator[None]:
+    """Note that all is done when MLflow's run is over: told, or kept for the next run to send. A process that is killed
+    before leaves a finished checkpoint, and the next one tells MLflow again."""
+    yield
+    if world.first:
+        (folder / (DONE + ".new")).replace(folder / DONE)
+        (folder / MLFLOW_UID).unlink(missing_ok=True)
+        checkpoint.clear(folder / "checkpoints")
+
+
+def _uid(folder: Path, world: World) -> str:
+    """The uid of the MLflow run in which this one is told."""
+    if not world.first:
+        return ""
+    place = folder / MLFLOW_UID
+    try:
+        uid = place.read_text()
+    except FileNotFoundError:
+        uid = ""
+    if not re.fullmatch("[0-9a-f]{32}", uid):
+        uid = uuid.uuid4().hex
+        place.write_text(uid)
+    return uid
 
 
 def _final(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -327,14 +354,16 @@ def _log_model(
     tracked.log_model_metrics(digest, best, release, _sequence_table(config).name)
 
 
-def _tell(epoch: Epoch, score: str, tracked: Run, say: Callable[[str], None]) -> None:
-    numbers = {f"validation/{name}": value for name, value in epoch.metrics.items()}
-    speed = {
+def _curves(epoch: Epoch) -> dict[str, float]:
+    return {f"validation/{name}": value for name, value in epoch.metrics.items()} | {
         "train/loss": epoch.loss,
         "train/items_per_second": epoch.items_per_second,
         "train/epoch_seconds": epoch.seconds,
     }
-    tracked.log_metrics(numbers | speed, step=epoch.epoch)
+
+
+def _tell(epoch: Epoch, score: str, tracked: Run, say: Callable[[str], None]) -> None:
+    tracked.log_metrics(_curves(epoch), step=epoch.epoch)
     say(
         f"epoch {epoch.epoch:>3}  loss {epoch.loss:.4f}  validation {score} {epoch.metrics[score]:.4f}  "
         f"{epoch.items_per_second:,.0f} items/s  {epoch.seconds:.1f} s"
@@ -437,7 +466,8 @@ def _clear_other(folder: Path, identity: str, world: World, say: Callable[[str],
             say(f"{folder} holds a run with other settings, data or code: it is replaced")
         for name in ("checkpoints", "model", "evaluation"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / DONE).unlink(missing_ok=True)
+        for name in (DONE, MLFLOW_UID):
+            (folder / name).unlink(missing_ok=True)
         unfinished = note.with_name(IDENTITY + ".new")
         unfinished.write_text(identity)
         unfinished.rename(note)

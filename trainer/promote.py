@@ -81,6 +81,7 @@ def run(config: PromoteConfig) -> Promoted:
     version = _candidate(registry, config)
     if CHAMPION in version.aliases:
         print(f"{version.label} is the champion already")
+        tracking.settle(config.tracking)
         return Promoted(version, None, None)
     release = pin(config.lake or lake_of(compared.candidate.folder), config.release)
     with tracking.start_run(

@@ -127,6 +127,7 @@ def _renew(config: RecommendConfig, models: Models, source: _Source, domain: str
         print(
             f"recommend: unchanged, the table at {_place(release)} holds what {label} says of release {release.number}"
         )
+        tracking.settle(config.tracking)
         return Result(num_users, 0, version or 0, False, 0.0, _users_by_model(release.lake, domain))
     _refuse_replacement(config, label, release, domain)
     by = tracking.model_link(label, artifact.hash)

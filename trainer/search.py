@@ -33,6 +33,7 @@ from trainer.transfer import TransferError
 from trainer.trials import Arm, Outcome, SearchBusy, SearchError, as_yaml, open_arms, recipes, score, write
 from trainer.validation import score_of
 
+TOLD = "told"  # attribute of the first arm's study: whether MLflow has the search's end
 BEST = "best.yaml"
 TRIALS = "trials.json"
 SHOWN = 5  # trials in the table at the end
@@ -63,24 +64,30 @@ def run(config: SearchConfig) -> list[Winner]:
 
 
 def _search(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
-    if all(arm.is_over(config) for arm in arms):
+    first = arms[0].study
+    # An earlier process may have been killed before its end was told.
+    if all(arm.is_over(config) for arm in arms) and (first.user_attrs.get(TOLD) or not config.tracking.enabled):
         print(f"{config.name}: unchanged, the budget is used up and the winners stand")
+        tracking.settle(config.tracking)
         return _report(config, arms)
-    begun = str(arms[0].study.user_attrs.get("mlflow_run", ""))
+    begun = str(first.user_attrs.get("mlflow_run", ""))
     with tracking.start_run(
         config.tracking, name=config.name, resolved=config, resumed=begun, tags={"graftrec.recipe": "search"}
     ) as tracked:
+        first.set_user_attr(TOLD, False)
         if tracked.id:
-            arms[0].study.set_user_attr("mlflow_run", tracked.id)
+            first.set_user_attr("mlflow_run", tracked.id)
         while waiting := [arm for arm in arms if not arm.is_over(config)]:
             arm = min(waiting, key=lambda arm: len(arm.ended))
             _try(config, arm)
             if (best := arm.best) is not None:
                 tracked.log_metrics({f"{arm.name}/{score_of(arm.base.task)}": score(best)}, step=len(arm.ended))
         try:
-            return _report(config, arms)
+            winners = _report(config, arms)
         finally:
             _log(tracked, config, arms)
+    first.set_user_attr(TOLD, True)
+    return winners
 
 
 # --- one trial ---------------------------------------------

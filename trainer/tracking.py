@@ -38,7 +38,7 @@ from etl.config import GraftrecError, Section
 from etl.redaction import redact, without_secrets
 from etl.tables import TABLES
 from trainer.config import TrackingConfig
-from trainer.outbox import Entry, Outbox, Refused, keep, kept, one_line, warn
+from trainer.outbox import METRICS_PER_BATCH, Entry, Outbox, Refused, keep, kept, one_line, warn
 from trainer.provenance import code_version, cut, flatten
 from trainer.store import prepare, sqlite_file
 
@@ -54,6 +54,7 @@ UNSENT = Path("mlflow-unsent")  # what a dead server did not take, until it does
 
 PARAM_CHARACTERS, TAG_CHARACTERS = 500, 5_000  # the shortest limits of the servers in use
 DESCRIPTION = "mlflow.note.content"  # the tag that MLflow's page shows as a description, in Markdown
+ERROR = "graftrec.error"  # tag of a run that failed: the line that says why
 MODEL_HASH = "graftrec.hash"  # tag of a logged model: the hash of its model folder
 THUMBNAIL_PIXELS = 640  # width of a picture in a description, beside which a run's facts have room
 REUSED_SHOWN = 30  # earlier runs that a description links
@@ -202,6 +203,9 @@ class Run:
         it, since MLflow puts it at step 0: such a number is dropped with a warning.
         """
 
+    def log_history(self, lines: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """(step, metrics) of a run that is gone on with: what a killed process did not get sent is logged."""
+
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Short texts by name."""
 
@@ -273,6 +277,7 @@ def start_run(
     release: "Release | None" = None,
     parent_run_id: str | None = None,
     resumed: str = "",
+    uid: str = "",
     tags: Mapping[str, str] | None = None,
     description: str = "",
     tables: Sequence[str] = (),
@@ -281,8 +286,9 @@ def start_run(
     """Track what happens inside: configuration, snapshots, code version, system metrics, and how it ended.
 
     Under `mlflow run` (MLFLOW_RUN_ID) the run that it made is joined, and otherwise `resumed`, the id of an earlier run
-    of the same work, where the store still has it. A run started inside another, or in a process
-    given `child_environment()`, is its child. `description` as in `Run.describe`, `tables` (that the run reads) and
+    of the same work, where the store still has it; or the run that was started with the same `uid` (32 hex digits),
+    which is known before the server answers. A run started inside another, or in a process given
+    `child_environment()`, is its child. `description` as in `Run.describe`, `tables` (that the run reads) and
     `context` as in `Run.log_release`. An exception ends the run as FAILED with the error's line as the tag
     `graftrec.error`; SIGTERM and Ctrl-C end it as KILLED.
     """
@@ -291,7 +297,7 @@ def start_run(
         return
     parent = parent_run_id or (_active[-1].id if _active else os.environ.get(PARENT_VARIABLE)) or None
     joined = os.environ.pop(JOINED_VARIABLE, None)
-    run = _TrackedRun(config, name=name, parent=parent, joined=joined, resumed=resumed)
+    run = _TrackedRun(config, _header(name, parent, joined, resumed, uid))
     settings = without_secrets(resolved.model_dump(mode="json"))
     run.log_params(flatten(settings))
     run.log_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "config.yaml")
@@ -308,13 +314,28 @@ def start_run(
     except BaseException as error:
         status = _status(error)
         if status != "FINISHED":
-            run.set_tags({"graftrec.error": one_line(error) or status})
+            run.set_tags({ERROR: one_line(error) or status})
         elif isinstance(error, GraftrecError):
             run.set_tags({"graftrec.ended": one_line(error)})
         raise
     finally:
         _active.remove(run)
         run.close(status)
+
+
+def settle(config: TrackingConfig) -> None:
+    """Send what earlier runs could not, and end those whose process is gone: for a command that finds its work done.
+    Inside a run nothing is to be done, since that run does it."""
+    if not config.enabled or _active or int(os.environ.get("RANK", "0")) != 0:
+        return
+    uri = tracking_uri()
+    if (database := sqlite_file(uri)) is not None and not database.exists() and not kept(UNSENT.absolute()):
+        return  # no run was ever tracked
+    quieten()
+    sender = _Sender(uri, config, {"uid": ""})
+    outbox = Outbox(lambda entry: sender.settle())
+    outbox.add({"kind": "settle"})
+    outbox.close(config.close_seconds)
 
 
 def child_environment(run: Run) -> dict[str, str]:
@@ -353,12 +374,10 @@ def _terminable() -> Iterator[None]:
 class _TrackedRun(Run):
     """A run whose entries go through an outbox."""
 
-    def __init__(
-        self, config: TrackingConfig, *, name: str, parent: str | None, joined: str | None, resumed: str
-    ) -> None:
+    def __init__(self, config: TrackingConfig, header: Entry) -> None:
         quieten()
         self._config, self._uri = config, tracking_uri()
-        self._header = _header(name, parent, joined, resumed)
+        self._header = header
         self._staging: Path | None = None
         self._sender = _Sender(self._uri, config, self._header)
         self._outbox = Outbox(self._sender.send)
@@ -391,6 +410,13 @@ class _TrackedRun(Run):
         if named:
             values = [[key, value, now, step or 0] for key, value in named.items()]
             self._outbox.add({"kind": "metrics", "values": values})
+
+    def log_history(self, lines: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        now = _now()
+        values = [[metric_name(key), float(value), now, step] for step, line in lines for key, value in line.items()]
+        self._curves |= {metric_name(key) for _, line in lines for key in line}
+        for start in range(0, len(values), METRICS_PER_BATCH):
+            self._outbox.add({"kind": "missing", "values": values[start : start + METRICS_PER_BATCH]})
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         texts = {metric_name(key): cut(redact(str(value)), TAG_CHARACTERS) for key, value in tags.items()}
@@ -464,7 +490,7 @@ class _TrackedRun(Run):
         left = self._outbox.close(self._config.close_seconds)
         if left:
             with _harmless("can't keep what MLflow did not take"):
-                folder = UNSENT.absolute() / self._header["uid"]
+                folder = UNSENT.absolute() / f"{self._header['uid']}-{self._header['start']}"
                 keep(folder, self._header | {"run_id": self._sender.run_id, "uri": _fingerprint(self._uri)}, left)
                 warn(f"kept what MLflow did not take in {folder}; the next run sends it")
         if self._staging is not None:
@@ -533,9 +559,9 @@ def _fingerprint(uri: str) -> str:
     return hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
-def _header(name: str, parent: str | None, joined: str | None, resumed: str) -> Entry:
+def _header(name: str, parent: str | None, joined: str | None, resumed: str, uid: str) -> Entry:
     """Everything needed to make the run, whenever the server answers."""
-    uid = uuid.uuid4().hex
+    uid = uid or uuid.uuid4().hex
     tags = {
         "graftrec.uid": uid,
         "graftrec.host": socket.gethostname(),
@@ -586,23 +612,36 @@ class _Sender:
         if self._client is None:
             self._client = connect(self._uri)
         header = self._header
-        if old := header["joined"] or self._still_there(header.get("resumed", "")):
+        self._send_kept(own=True)
+        old = header["joined"] or self._still_there(header.get("resumed", ""))
+        if not old:
+            experiment = experiment_id(self._client, self._config)
+            # One that was made although the answer got lost, or by a process that was killed, is found by its uid.
+            made = self._client.search_runs([experiment], f"tags.`graftrec.uid` = '{header['uid']}'", max_results=1)
+            old = made[0].info.run_id if made else ""
+        if old:
             joined = self._client.get_run(old)
             self.run_id, self._known_params = joined.info.run_id, set(joined.data.params)
+            experiment = joined.info.experiment_id
             own = {k: v for k, v in header["tags"].items() if not k.startswith("mlflow.") or k == "mlflow.parentRunId"}
             self._send({"kind": "tags", "values": own})
+            if ERROR in joined.data.tags:  # of an earlier process
+                self._client.delete_tag(self.run_id, ERROR)
             self._client.update_run(self.run_id, status="RUNNING")
-        elif not self.run_id:
-            experiment = experiment_id(self._client, self._config)
-            # A run that was made although the answer got lost is found again by its uid.
-            made = self._client.search_runs([experiment], f"tags.`graftrec.uid` = '{header['uid']}'", max_results=1)
-            run = made[0] if made else self._client.create_run(
+        else:
+            run = self._client.create_run(
                 experiment, start_time=header["start"], tags=header["tags"], run_name=header["name"]
-            )  # fmt: skip
+            )
             self.run_id = run.info.run_id
-            end_abandoned(self._client, experiment)
         self.made.set()
-        self._send_kept()
+        self._send_kept(own=False)
+        end_abandoned(self._client, experiment)
+
+    def settle(self) -> None:
+        """Do what the next run would do for earlier ones."""
+        self._client = self._client or connect(self._uri)
+        self._send_kept(own=False)
+        end_abandoned(self._client, experiment_id(self._client, self._config))
 
     def _still_there(self, run_id: str) -> str:
         """The id of an earlier run; "" where there was none, or the store has lost it."""
@@ -626,10 +665,15 @@ class _Sender:
         match entry["kind"]:
             case "metrics":
                 self._client.log_batch(self.run_id, metrics=[Metric(*value) for value in values])
+            case "missing":
+                known = {name: self._client.get_metric_history(self.run_id, name) for name in {v[0] for v in values}}
+                steps = {(name, metric.step) for name, metrics in known.items() for metric in metrics}
+                if new := [Metric(*value) for value in values if (value[0], value[3]) not in steps]:
+                    self._client.log_batch(self.run_id, metrics=new)
             case "params":
                 # `mlflow run` has logged its own parameters to a joined run, and a parameter can't change.
-                new = [Param(key, value) for key, value in values.items() if key not in self._known_params]
-                self._client.log_batch(self.run_id, params=new)
+                params = [Param(key, value) for key, value in values.items() if key not in self._known_params]
+                self._client.log_batch(self.run_id, params=params)
             case "tags" if values:
                 self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in values.items()])
             case "artifact" if Path(entry["path"]).is_dir():
@@ -665,10 +709,11 @@ class _Sender:
         self._client.finalize_logged_model(made.model_id, "READY")
         return str(made.model_id)
 
-    def _send_kept(self) -> None:
-        """Send what earlier processes could not. Nothing here may stop this run's own entries."""
+    def _send_kept(self, *, own: bool) -> None:
+        """Send what earlier processes could not: of this very run (`own`), before it is gone on with, or of others.
+        Nothing here may stop this run's own entries."""
         for folder, header, entries in kept(UNSENT.absolute()):
-            if header.pop("uri") != _fingerprint(self._uri):
+            if header.pop("uri") != _fingerprint(self._uri) or own != (header["uid"] == self._header["uid"]):
                 continue
             with file_lock(folder / "lock", wait=False) as mine:
                 if not mine or not (folder / "unsent.json").exists():
@@ -756,7 +801,7 @@ def end_abandoned(client: Any, experiment: str) -> int:
         except (psutil.Error, ValueError):
             alive = False
         if not alive:
-            client.set_tag(run.info.run_id, "graftrec.error", "the process ended without a word (killed?)")
+            client.set_tag(run.info.run_id, ERROR, "the process ended without a word (killed?)")
             client.set_terminated(run.info.run_id, "KILLED")
             ended += 1
     return ended
