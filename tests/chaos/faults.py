@@ -60,7 +60,6 @@ def _run_and_kill(round: Round, number: int) -> None:
             _sleep(running.process, seconds)
         if running.process.poll() is None:
             running.kill(number)
-            round.interrupted += 1
     round.notes.append(f"signal {number} at {f'change {changes}' if by_change else f'{seconds:.1f} s'}")
     round.end(running)
     round.check_on_the_way([round.after(), round.after(round.plan.command)])
@@ -160,7 +159,6 @@ def twice(round: Round) -> None:
     else:
         known = _orders(round, first, second)
         final = known[-2:]
-    round.interrupted += sum(code == 5 for code in codes)  # a loser may have been about to commit
     round.check_on_the_way(known)
     if codes[0] == codes[1] == 0:
         return round.check(final)
@@ -196,7 +194,6 @@ def full_disk(round: Round) -> None:
         limit = max(PAGE, int(share * max(path.stat().st_size for path in after.rglob("*") if path.is_file())))
         round.notes.append(f"files up to {limit:,} bytes")
     round.end(round.start(limit=limit))
-    round.interrupted += 1
     if not limit:
         _resize(round.folder, _PLENTY)
     round.check_on_the_way([round.after(), round.after(round.plan.command)])
@@ -306,7 +303,6 @@ def _kill_child(round: Round, what: str) -> int:
     _sleep(running.process, moment)
     if found := _children(running.process.pid, what):
         found[int(which * len(found))].kill()
-        round.interrupted += 1
         running.killed = True
     round.notes.append(f"{what} {'killed' if found else 'gone'} {moment:.1f} s after its start")
     ended = round.end(running)

@@ -73,6 +73,7 @@ class Round:
     def end(self, running: Running, *, allowed: Iterable[int] = invariants.ALLOWED, more_seconds: float = 0.0) -> Ended:
         limit = 3 * self.seconds(running.command.name) + TIMEOUT_SECONDS + GRACE_SECONDS + more_seconds
         ended = running.end(limit)
+        self.interrupted += ended.killed or ended.code not in (0, 3)
         self.notes.append(f"exit {ended.code}" + (" (killed)" if ended.killed else ""))
         noisy = "spark" in " ".join(running.command.arguments)
         if running.command.name == "ranks" and ended.code != 0:  # torchrun ends with 1 and a traceback of its own
@@ -126,6 +127,7 @@ def run_round(plan: Plan, library: Library, root: Path) -> Round:
     done = Round(plan, library, place)
     begun = time.monotonic()
     try:
+        library.after((*plan.before, plan.command))  # first, so that it is not measured beside the round
         FAULTS[plan.fault](done)
     except Undisturbed as error:
         done.violations.append(f"undisturbed: {error}")
