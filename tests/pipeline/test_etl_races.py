@@ -74,6 +74,38 @@ def test_two_runs_with_different_logs_never_mix(offset: float, tmp_path: Path) -
         assert len(logs) == 1, (logs, release)
 
 
+INTERRUPTED = """
+import subprocess, sys
+from etl.__main__ import main
+from etl.jobs import pipeline
+real, rival = pipeline.run_job, sys.argv[2:]
+
+def run_job(job, engine, **named):
+    outcome = real(job, engine, **named)
+    if job.name == "interactions":
+        print("rival ended with", subprocess.run(rival, stdout=subprocess.DEVNULL).returncode, flush=True)
+    return outcome
+
+pipeline.run_job = run_job
+sys.exit(main(["all", "--config", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_a_run_between_another_runs_jobs_waits(tmp_path: Path) -> None:
+    first, second = (_configure(tmp_path, name) for name in DAYS)
+    rival = [sys.executable, "-m", "etl", "all", "--config", str(second), "--wait_seconds", "0.5"]
+    command = [sys.executable, "-c", INTERRUPTED, str(first), *rival]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    release = pl.read_delta(str(tmp_path / "lake" / "releases")).sort("release").to_dicts()[-1]
+    versions = {entry["table"]: entry["version"] for entry in release["tables"]}
+    users = {table: _users(tmp_path / "lake", versions, table) for table in ("interactions", "sequences")}
+    assert users["interactions"] == users["sequences"]
+    assert "rival ended with 5" in done.stdout
+
+
 def _log_of(users: set[str]) -> str:
     for name, numbers in DAYS.items():
         if users == {f"u{number}" for number in numbers}:
