@@ -24,6 +24,7 @@ from deltalake.transaction import AddAction
 
 from etl.config import RunAgain
 from etl.datafile import DataFile, InvalidFile, check_file
+from etl.delta_log import seal, snapshot_digest
 from etl.lake import (
     LakeError,
     UnsupportedFeature,
@@ -92,11 +93,9 @@ def commit_files(
     actions, rows = _check(lake, table, files)
     _sync_data(lake, table, files)
     mark = uuid.uuid4().hex  # tells our commit from a twin's
-    commit_properties = CommitProperties(
-        {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows), "commit": mark},
-        0,
-        [Transaction(name, number) for name, number in {**(transactions or {}), app: app_version}.items()],
-    )
+    told = {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows), "commit": mark}
+    landing = {**(transactions or {}), app: app_version}
+    added = [DataFile(action.path, action.partition_values, action.size) for action in actions]
     deadline = time.monotonic() + PATIENCE_SECONDS
     losses = 0
     while True:
@@ -113,7 +112,15 @@ def commit_files(
             continue
         existing = active_files(handle, table)
         _check_distinct([file.path for file in (*existing, *files)], table)
-        how, filters = _replacement(table, files, existing, mode, scope)
+        how, filters, replaced = _replacement(table, files, existing, mode, scope)
+        gone = {file.path for file in replaced}
+        kept = [file for file in existing if file.path not in gone]
+        named = snapshot_digest([*kept, *added], handle.metadata().configuration)
+        commit_properties = CommitProperties(
+            seal({**told, "snapshot": named}, actions, sorted(gone), landing),
+            0,
+            [Transaction(name, number) for name, number in landing.items()],
+        )
         check_lease(lake)
         try:
             handle.create_write_transaction(
@@ -207,10 +214,11 @@ def _replacement(
     existing: Sequence[DataFile],
     mode: Mode,
     scope: Mapping[str, Sequence[str | None]] | None,
-) -> tuple[str, list[tuple[str, str, Any]] | None]:
-    """deltalake's mode and partition filters. It removes what they match and checks nothing, so it is checked here."""
+) -> tuple[str, list[tuple[str, str, Any]] | None, Sequence[DataFile]]:
+    """deltalake's mode and partition filters, and the files that go. It removes what they match and checks nothing, so
+    it is checked here."""
     if mode != "partitions":
-        return mode, None
+        return mode, None, existing if mode == "overwrite" else []
     if not table.partition_by or (scope is not None and not scope):
         raise LakeError(f"{table.name}: expected partition columns to replace by, found none; overwrite or append")
     if scope is None:
@@ -226,7 +234,8 @@ def _replacement(
             f"{table.name}: {outside[0].path} belongs to {dict(outside[0].partition)}, outside the partitions that are "
             f"replaced; write it apart, or widen the scope"
         )
-    return _filters(table, existing, [file for file in existing if within(file, scope)])
+    replaced = [file for file in existing if within(file, scope)]
+    return *_filters(table, existing, replaced), replaced
 
 
 def _filters(

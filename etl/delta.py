@@ -18,6 +18,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 from pyspark.sql.window import Window
 
-from etl.commit import CommitConflict, Mode, Written, commit_files, landed
+from etl.commit import CHECKERS, CommitConflict, Mode, Written, commit_files, landed
 from etl.config import GraftrecError
 from etl.datafile import DataFile, InvalidFile, data_schema, partition_text, partition_value
+from etl.file_reader import DigestSink, check_files, digest_name, digest_of, open_parquet
 from etl.lake import (
     STAGING,
     LakeError,
@@ -43,6 +45,7 @@ from etl.lake import (
     current_version,
     last_commit,
     local_path,
+    log_digest,
     make_folder,
     snapshot_files,
     table_filesystem,
@@ -69,6 +72,7 @@ __all__ = [
     "current_version",
     "landed",
     "last_commit",
+    "log_digest",
     "read",
     "remove_orphans",
     "snapshot_files",
@@ -117,6 +121,8 @@ def read(
         files = snapshot_files(lake, table, version, partitions)
     if not files:
         return spark.createDataFrame([], schema)
+    if local_path(lake) is not None:  # the engine's own readers check nothing
+        check_files(lake, table, [file.path for file in files])
     if local_path(lake) is not None and engine_of(spark) == "sail":
         root = table_uri(lake, table)
         if whole and Path(root).as_uri() == f"file://{root}":  # Sail misreads paths that a URI has to escape
@@ -249,7 +255,9 @@ def _write_local(frame: DataFrame, lake: str, table: Table) -> list[DataFile]:
             .partitionBy(*table.partition_by)
             .parquet(str(staging))
         )
-        return [file for path in sorted(staging.rglob("*.parquet")) if (file := _move(path, staging, root, table))]
+        with ThreadPoolExecutor(CHECKERS) as pool:
+            moved = pool.map(lambda path: _move(path, staging, root, table), sorted(staging.rglob("*.parquet")))
+            return [file for file in moved if file is not None]
     except Exception as error:
         if "No space left on device" in str(error):
             raise LakeError(
@@ -266,7 +274,9 @@ def _move(path: Path, staging: Path, root: Path, table: Table) -> DataFile | Non
     """Give a staged file its place in the table; None for one without rows."""
     if pq.read_metadata(path).num_rows == 0:
         return None
-    target = path.relative_to(staging).parent / f"part-{uuid.uuid4().hex}.zstd.parquet"
+    with pa.OSFile(str(path)) as file:
+        name = digest_name(f"part-{uuid.uuid4().hex}.zstd.parquet", digest_of(file))
+    target = path.relative_to(staging).parent / name
     (root / target).parent.mkdir(parents=True, exist_ok=True)
     size = path.stat().st_size
     os.rename(path, root / target)
@@ -344,7 +354,7 @@ class FileWriter:
         if folder:
             filesystem.create_dir(folder, recursive=True)
         self._path = f"{folder}part-{uuid.uuid4().hex}.zstd.parquet"
-        self._sink = filesystem.open_output_stream(self._path)
+        self._sink = DigestSink(filesystem.open_output_stream(self._path))
         leaves = [leaf for field in self._schema for leaf in _leaves(field.name, field.type)]
         packs = {f"{name}.list.element" for name in packed}
         self._writer = pq.ParquetWriter(
@@ -377,10 +387,12 @@ class FileWriter:
         self._flush()
         self._writer.close()
         self._sink.close()
+        path = digest_name(self._path, self._sink.digest)
+        self._filesystem.move(self._path, path)
         entry = {
-            "path": self._path,
+            "path": path,
             "partition": dict(zip(self._table.partition_by, map(partition_text, self.key), strict=True)),
-            "size": self._filesystem.get_file_info(self._path).size,
+            "size": self._sink.size,
         }
         return pa.RecordBatch.from_pydict({"file": [json.dumps(entry)]})
 
@@ -417,13 +429,13 @@ def _runs(batch: pa.RecordBatch, table: Table) -> Iterator[tuple[tuple[Any, ...]
 
 def _read_files(batches: Iterator[pa.RecordBatch], lake: str, table: Table) -> Iterator[pa.RecordBatch]:
     """One task: the named files, row group by row group, with the log's partition values as columns."""
-    filesystem, schema = table_filesystem(lake, table), _nullable(table)
+    schema = _nullable(table)
     for entry in (json.loads(text) for batch in batches for text in batch.column(0).to_pylist()):
         values = {
             name: partition_value(entry["partition"][name], table.schema.field(name)) for name in table.partition_by
         }
-        with filesystem.open_input_file(entry["path"]) as file:
-            for rows in pq.ParquetFile(file).iter_batches(batch_size=ROW_GROUP_ROWS, use_threads=False):
+        with open_parquet(lake, table, entry["path"]) as file:
+            for rows in file.iter_batches(batch_size=ROW_GROUP_ROWS, use_threads=False):
                 columns = [
                     pa.repeat(pa.scalar(values[field.name], field.type), rows.num_rows)
                     if field.name in values

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from etl.config import GraftrecError
-from etl.lake import existing_table, snapshot_files, table_filesystem
+from etl.file_reader import open_parquet
+from etl.lake import existing_table, snapshot_files
 from etl.tables import DOMAINS, INTERACTIONS, ITEMS, Table
 
 PART_EVENTS = 1 << 21  # sorted at once
@@ -187,12 +187,11 @@ def events_of(
 
 def _chunks(bucket: int, read: Inputs) -> Iterator[pa.Table]:
     """The bucket's part of the log in tables of about CHUNK_EVENTS rows. Ids come as dictionaries."""
-    filesystem = table_filesystem(read.lake, INTERACTIONS)
     columns = ["user", "item", "time", "source_order", *read.columns]
     waiting: list[pa.Table] = []
     for path in read.log.get(bucket, ()):
-        with _named(INTERACTIONS, path), filesystem.open_input_file(path) as source:
-            file = pq.ParquetFile(source, read_dictionary=["user", "item"])
+        opened = open_parquet(read.lake, INTERACTIONS, path, read_dictionary=["user", "item"])
+        with _named(INTERACTIONS, path), opened as file:
             for group in range(file.num_row_groups):
                 waiting.append(file.read_row_group(group, columns=columns, use_threads=False))
                 if sum(len(table) for table in waiting) >= CHUNK_EVENTS:
@@ -315,8 +314,8 @@ def time_order(user: Ints, time: Ints, source_order: Ints) -> npt.NDArray[np.int
 
 
 def _read(lake: str, table: Table, path: str, columns: list[str]) -> pa.Table:
-    with _named(table, path), table_filesystem(lake, table).open_input_file(path) as source:
-        return pq.ParquetFile(source).read(columns, use_threads=False)
+    with _named(table, path), open_parquet(lake, table, path) as file:
+        return file.read(columns, use_threads=False)
 
 
 @contextlib.contextmanager

@@ -18,11 +18,13 @@ from deltalake.fs import DeltaStorageHandler
 
 from etl.config import GraftrecError
 from etl.datafile import DataFile, partition_text, partition_value
+from etl.delta_log import check_log, recorded_snapshot, snapshot_digest
 from etl.store_errors import store_problem
 from etl.tables import TABLES, Table
 
 STAGING = "_staging-"  # folders of unfinished writes, beside the data
 _ADVICE = "give an empty folder or another --lake"
+_RESTORE = "restore the log from a copy"
 
 
 class LakeError(GraftrecError):
@@ -69,7 +71,7 @@ def open_table(lake: str, table: Table, version: int | None = None) -> DeltaTabl
     where its readers need to know more than we do.
     """
     uri = table_uri(lake, table)
-    logged = _check_local(lake, table)  # before opening: what is committed meanwhile is only newer
+    logged = _check_place(lake, table)  # before opening: what is committed meanwhile is only newer
     try:
         handle = DeltaTable(uri, version=version)
     except TableNotFoundError as error:
@@ -119,7 +121,13 @@ def transactions(lake: str, table: Table, apps: Sequence[str]) -> dict[str, int]
 
 def our_commits(handle: DeltaTable) -> Iterator[dict[str, Any]]:
     """Custom metadata, with `version`, of the commits our jobs made, newest first."""
-    return (commit for commit in handle.history() if "app" in commit and "app_version" in commit)
+    try:
+        history = handle.history()
+    except (DeltaError, OSError, ValueError) as error:
+        raise LakeError(
+            f"{handle.table_uri}: its log can't be read ({' '.join(str(error).split())}); restore the log"
+        ) from None
+    return (commit for commit in history if "app" in commit and "app_version" in commit)
 
 
 def snapshot_files(
@@ -132,7 +140,7 @@ def snapshot_files(
     handle = existing_table(lake, table, version)
     check_contract(handle, lake, table)
     scope = partition_texts(table, partitions or {})
-    files = [file for file in active_files(handle, table) if within(file, scope)]
+    files = [file for file in checked_files(handle, lake, table) if within(file, scope)]
     if local_path(lake) is not None:
         root = Path(table_uri(lake, table))
         for file in files:
@@ -143,6 +151,24 @@ def snapshot_files(
                     f"{'another size' if path.is_file() else 'none'}; restore it, or pin another version"
                 )
     return files
+
+
+def checked_files(handle: DeltaTable, lake: str, table: Table) -> list[DataFile]:
+    """As active_files. Raises LakeError where they are not those that the version's commit recorded."""
+    files = active_files(handle, table)
+    recorded = recorded_snapshot(table_filesystem(lake, table), handle.version())
+    if recorded not in (None, snapshot_digest(files, handle.metadata().configuration)):
+        raise LakeError(
+            f"{table_uri(lake, table)}: expected the files that the commit of version {handle.version()} recorded, "
+            f"found the log altered; {_RESTORE}"
+        )
+    return files
+
+
+def log_digest(lake: str, table: Table, version: int) -> str:
+    """What a release records of a table: the digest of its files and properties at `version`. Raises LakeError."""
+    handle = existing_table(lake, table, version)
+    return snapshot_digest(checked_files(handle, lake, table), handle.metadata().configuration)
 
 
 def active_files(handle: DeltaTable, table: Table) -> list[DataFile]:
@@ -207,16 +233,29 @@ def _unreadable(uri: str, table: Table, version: int | None, error: Exception) -
     return LakeError(f"{uri}: expected the Delta table {table.name}, its log can't be read ({reason}); restore the log")
 
 
-def _check_local(lake: str, table: Table) -> int:
-    """On a local disk: refuse what isn't a lake, a table or a whole log. The newest version in the log, -1 for none."""
+def _check_place(lake: str, table: Table) -> int:
+    """Refuse what isn't a lake, a table or a whole log. The newest version in the log, -1 for none."""
     root = local_path(lake)
-    if root is not None and re.search("%[0-9A-Fa-f]{2}", str(root.absolute())):
+    if root is not None and not _is_table(root, table):
+        return -1
+    place = table_uri(lake, table)
+    try:
+        return check_log(table_filesystem(lake, table), place)
+    except ValueError as error:
+        raise LakeError(f"{place}: {error}; {_RESTORE}") from None
+    except OSError as error:
+        raise LakeError(f"{place}: its log can't be read ({' '.join(str(error).split())}); {_RESTORE}") from None
+
+
+def _is_table(root: Path, table: Table) -> bool:
+    """Whether the lake at `root` has the table. Refuses what isn't a lake or a table."""
+    if re.search("%[0-9A-Fa-f]{2}", str(root.absolute())):
         raise LakeError(
             f"{root.absolute()}: expected a path without % before two hexadecimal digits, which deltalake would decode;"
             f" rename the folder"
         )
-    if root is None or not root.exists():
-        return -1
+    if not root.exists():
+        return False
     if not root.is_dir():
         raise LakeError(f"{root}: expected a lake (a folder of Delta tables), found a file; {_ADVICE}")
     entries = sorted(path.name for path in root.iterdir() if path.name[0] not in "._")
@@ -225,7 +264,7 @@ def _check_local(lake: str, table: Table) -> int:
         raise LakeError(f"{root}: expected a lake (a folder of Delta tables), found {found}; {_ADVICE}")
     folder = root / table.name
     if not folder.exists():
-        return -1
+        return False
     if not folder.is_dir():
         raise LakeError(f"{folder}: expected the Delta table {table.name}, found a file; {_ADVICE}")
     log = folder / "_delta_log"
@@ -235,19 +274,8 @@ def _check_local(lake: str, table: Table) -> int:
         begun = foreign == [log.name] and log.is_dir()  # by another process, since we looked
         if foreign and not begun:
             raise LakeError(f"{folder}: expected the Delta table {table.name}, found {foreign[0]}; {_ADVICE}")
-        return -1
-    return _newest_logged(log)
-
-
-def _newest_logged(log: Path) -> int:
-    """`deltalake` ignores an empty newest entry, and with it a commit: power loss can leave one."""
-    newest = -1
-    for path in log.iterdir():
-        if re.fullmatch(r"\d{20}\.json", path.name):
-            if path.stat().st_size == 0:
-                raise LakeError(f"{path}: expected a commit, found an empty file; restore the log from a copy")
-            newest = max(newest, int(path.stem))
-    return newest
+        return False
+    return True
 
 
 def _check_features(handle: DeltaTable, table: Table) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from etl.datafile import DataFile, data_schema
+from etl.file_reader import open_parquet
 from etl.histories import (
     PART_EVENTS,
     Catalogue,
@@ -32,7 +32,7 @@ from etl.histories import (
     time_order,
     whole,
 )
-from etl.lake import existing_table, snapshot_files, table_filesystem
+from etl.lake import existing_table, snapshot_files
 from etl.tables import DOMAIN_ALL, INTERACTIONS, SEQUENCES
 
 _LISTS = {"event_type": "event_types", "value": "values"}
@@ -188,10 +188,8 @@ def _merged(
 
 def _groups(paths: Sequence[str], read: Inputs) -> Iterator[pa.Table]:
     """Row groups of files of SEQUENCES, by user: files hold runs of neighbouring users."""
-    filesystem = table_filesystem(read.lake, SEQUENCES)
     for path in paths:
-        with filesystem.open_input_file(path) as source:
-            file = pq.ParquetFile(source)
+        with open_parquet(read.lake, SEQUENCES, path) as file:
             for number in range(file.num_row_groups):
                 yield file.read_row_group(number, use_threads=False)
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config", "etl.command", "etl.redaction", "etl.source_hash"}
 MAY_IMPORT_MORE = {
     "trainer/recommend.py": {"etl.delta", "etl.file_reader", "etl.lake", "etl.session"},
-    "trainer/data/dataset.py": {"etl.file_reader", "etl.lake"},
+    "trainer/data/dataset.py": {"etl.datafile", "etl.delta_log", "etl.file_reader", "etl.lake"},
 }
 MLFLOW_USERS = {"trainer/tracking.py", "trainer/serving.py"}  # serving: MLflow loads it as the code of a model
 

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from pyspark import SparkFiles
 from pyspark.sql import DataFrame, SparkSession
@@ -37,7 +36,8 @@ from tqdm import tqdm
 
 from etl import delta, tables
 from etl.config import RunAgain
-from etl.lake import snapshot_files, table_filesystem
+from etl.file_reader import open_parquet
+from etl.lake import snapshot_files
 from etl.redaction import redact
 from etl.session import engine_of, spark_session
 from etl.tables import DOMAIN_ALL, UNK, Table
@@ -215,10 +215,9 @@ def _users_by_model(lake: str, domain: str) -> dict[str, int]:
     found: Counter[str] = Counter()
     if delta.current_version(lake, tables.RECOMMENDATIONS) is None:
         return {}
-    filesystem = table_filesystem(lake, tables.RECOMMENDATIONS)
     for file in snapshot_files(lake, tables.RECOMMENDATIONS, None, {"domain": [domain]}):
-        with filesystem.open_input_file(file.path) as opened:
-            for batch in pq.ParquetFile(opened).iter_batches(columns=["rank", "model_version"]):
+        with open_parquet(lake, tables.RECOMMENDATIONS, file.path) as opened:
+            for batch in opened.iter_batches(columns=["rank", "model_version"]):
                 best = batch.filter(pa.compute.equal(batch["rank"], 1))
                 for counted in best["model_version"].cast(pa.string()).value_counts().to_pylist():
                     found[counted["values"]] += counted["counts"]

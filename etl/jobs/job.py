@@ -28,6 +28,7 @@ _MACHINERY = {
     "etl.config",
     "etl.datafile",
     "etl.delta",
+    "etl.delta_log",
     "etl.file_reader",
     "etl.jobs.job",
     "etl.lake",

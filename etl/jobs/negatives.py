@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -28,6 +27,7 @@ from etl.config import NegativesConfig
 from etl.datafile import DataFile
 from etl.delta import FileWriter, bucket_of
 from etl.draws import NUM_NEGATIVES, Candidates, Ints, Taken, Words, append, candidates, draw, taken
+from etl.file_reader import open_parquet
 from etl.histories import find
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
@@ -285,12 +285,10 @@ def _groups(
     read: Inputs, table: Table, files: Files, key: Key, columns: list[str], span: tuple[int, int] | None = None
 ) -> Iterator[pa.Table]:
     """Row groups of a partition's files; of a `span` of users only those whose statistics say they may hold some."""
-    filesystem = table_filesystem(read.lake, table)
     for split, domain, path in files.get(key[2], ()):
         if (split, domain) != key[:2]:
             continue
-        with filesystem.open_input_file(path) as source:
-            file = pq.ParquetFile(source)
+        with open_parquet(read.lake, table, path) as file:
             place = file.schema.names.index("user")
             for number in range(file.num_row_groups):
                 told = file.metadata.row_group(number).column(place).statistics

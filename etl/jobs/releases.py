@@ -9,7 +9,9 @@ from pyspark.sql import DataFrame, SparkSession
 from etl import delta
 from etl.config import EtlConfig, config_hash
 from etl.delta import spark_schema
+from etl.file_reader import check_files
 from etl.jobs.job import Engine, Outcome
+from etl.lake import local_path
 from etl.redaction import without_secrets
 from etl.tables import QUARANTINE, RELEASES, TABLES
 
@@ -25,6 +27,14 @@ def transform(
     return spark.createDataFrame([row], spark_schema(RELEASES))
 
 
+def checked(lake: str, versions: Mapping[str, int]) -> dict[str, str]:
+    """The digest of each table's log. Raises GraftrecError where a log or, on a disk, a data file is not as written."""
+    if local_path(lake) is not None:
+        for name, version in versions.items():
+            check_files(lake, TABLES[name], [file.path for file in delta.snapshot_files(lake, TABLES[name], version)])
+    return {name: delta.log_digest(lake, TABLES[name], version) for name, version in versions.items()}
+
+
 def release(engine: Engine, versions: Mapping[str, int], *, code: str) -> tuple[int, Outcome]:
     """The number of the release that holds `versions`: the last one, or, where they differ from its, a new one.
 
@@ -35,7 +45,13 @@ def release(engine: Engine, versions: Mapping[str, int], *, code: str) -> tuple[
     last = delta.last_commit(lake, RELEASES)
     named = json.dumps(versions, sort_keys=True)
     number = int(last["release"]) if last else 0
+    digests = json.dumps(checked(lake, versions), sort_keys=True)
     if last and last["versions"] == named:
+        if last.get("digests", digests) != digests:
+            raise delta.LakeError(
+                f"{lake}: expected the tables of release {number} as it recorded them, found a log altered; restore "
+                "it from a copy, or give another --lake"
+            )
         return number, Outcome(int(last["version"]), 1, False)
     number += 1
     frame = transform(engine.spark, number, versions, engine.config, code=code, created=time.time_ns() // 1_000)
@@ -47,7 +63,7 @@ def release(engine: Engine, versions: Mapping[str, int], *, code: str) -> tuple[
         mode="append",
         app="job/releases",
         app_version=number,
-        metadata={"job": "releases", "release": str(number), "versions": named},
+        metadata={"job": "releases", "release": str(number), "versions": named, "digests": digests},
     )
     if not written.committed and delta.last_commit(lake, RELEASES)["versions"] != named:
         raise delta.CommitConflict("releases: another run released other versions meanwhile; run again")

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from etl import delta
 from etl.config import GraftrecError, etl_command
 from etl.datafile import DataFile
+from etl.file_reader import open_parquet
 from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, KNOWLEDGE, QUARANTINE, RELEASES, SEQUENCES, Table
 
 Ints = npt.NDArray[np.int64]
@@ -173,10 +173,9 @@ def _files(lake: str, versions: dict[str, int], table: Table) -> list[DataFile]:
 
 
 def _batches(lake: str, table: Table, files: Sequence[DataFile], columns: list[str]) -> Iterator[pa.RecordBatch]:
-    filesystem = delta.table_filesystem(lake, table)
     for file in files:
-        with filesystem.open_input_file(file.path) as opened:
-            yield from pq.ParquetFile(opened).iter_batches(columns=columns)
+        with open_parquet(lake, table, file.path) as opened:
+            yield from opened.iter_batches(columns=columns)
 
 
 def lines(report: Report) -> list[str]:

@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -16,7 +17,9 @@ import pyarrow.parquet as pq
 
 from etl import file_reader, tables
 from etl.config import GraftrecError, etl_command
-from etl.lake import LakeError, active_files, open_table, table_uri, within
+from etl.datafile import DataFile
+from etl.delta_log import snapshot_digest
+from etl.lake import LakeError, checked_files, open_table, our_commits, table_uri, within
 from etl.tables import FIRST_INDEX, Table
 
 IntArray = npt.NDArray[np.int64]
@@ -37,7 +40,6 @@ class TableFile:
     lake: str
     table: Table = field(compare=False)
     path: str  # within the table
-    size: int | None = field(compare=False)  # bytes
 
     def __str__(self) -> str:
         return f"{table_uri(self.lake, self.table)}/{self.path}"
@@ -50,12 +52,37 @@ class Release:
     lake: str
     number: int
     versions: dict[str, int]
+    digests: dict[str, str] = field(default_factory=dict)  # of tables' logs; none of releases of before
 
     def files(self, table: Table, partitions: dict[str, str] | None = None) -> list[TableFile]:
-        """Data files of a table's pinned version, sorted by path; only those of the partitions named."""
+        """Data files of a table's pinned version, sorted by path; only those of the partitions named. Their bytes are
+        checked. Raises DataError."""
         scope = {column: [value] for column, value in (partitions or {}).items()}
-        found = active_files(_open(self.lake, table, self.versions.get(table.name)), table)
-        return [TableFile(self.lake, table, file.path, file.size) for file in found if within(file, scope)]
+        paths = [file for file in self._logged(table) if within(file, scope)]
+        try:
+            file_reader.check_files(self.lake, table, [file.path for file in paths])
+        except GraftrecError as error:
+            raise DataError(str(error)) from None
+        return [TableFile(self.lake, table, file.path) for file in paths]
+
+    def partitions(self, table: Table) -> list[Mapping[str, str | None]]:
+        """The partition of each data file of a table. Raises DataError."""
+        return [file.partition for file in self._logged(table)]
+
+    def _logged(self, table: Table) -> list[DataFile]:
+        """All data files of a table's pinned version, as its commit and the release recorded them."""
+        handle = _open(self.lake, table, self.versions.get(table.name))
+        try:
+            files = checked_files(handle, self.lake, table)
+        except LakeError as error:
+            raise DataError(str(error)) from None
+        recorded = self.digests.get(table.name)
+        if recorded not in (None, snapshot_digest(files, handle.metadata().configuration)):
+            raise DataError(
+                f"{table_uri(self.lake, table)}: expected version {handle.version()} as release {self.number} recorded "
+                "it, found its log altered; restore the log from a copy"
+            )
+        return files
 
     def read(
         self, table: Table, columns: Sequence[str], partitions: dict[str, str] | None = None,
@@ -84,6 +111,7 @@ def _read(file: TableFile, schema: pa.Schema) -> pa.Table:
 
 
 def _open(lake: str, table: Table, version: int | None) -> deltalake.DeltaTable:
+    """Of the columns' names alone must be the contract's: other writers have other widths of integers."""
     try:
         handle = open_table(lake, table, version)
     except LakeError as error:
@@ -92,20 +120,36 @@ def _open(lake: str, table: Table, version: int | None) -> deltalake.DeltaTable:
         raise DataError(
             f"no table {table.name} in the lake {lake}: expected those of a complete run; run {etl_command(lake)}"
         )
+    expected, found = set(table.schema.names), {column.name for column in handle.schema().fields}
+    needed = {column.name for column in table.schema if not column.nullable}
+    if (needed - found) or (expected - found and found - expected):
+        raise DataError(
+            f"{table_uri(lake, table)}: expected the columns {', '.join(sorted(expected - found))}, found "
+            f"{', '.join(sorted(found - expected)) or 'none'} instead; run {etl_command(lake)} into another lake"
+        )
     return handle
 
 
 def pin(lake: str, release: int | None) -> Release:
     """The release to read: the one named, else the newest. Raises DataError."""
-    newest = {tables.RELEASES.name: _open(lake, tables.RELEASES, None).version()}
-    rows = Release(lake, 0, newest).read(tables.RELEASES, ["release", "tables"]).to_pylist()
+    handle = _open(lake, tables.RELEASES, None)
+    rows = (
+        Release(lake, 0, {tables.RELEASES.name: handle.version()})
+        .read(tables.RELEASES, ["release", "tables"])
+        .to_pylist()
+    )
     known = {row["release"]: row for row in rows}
     if not known:
         raise DataError(f"the lake {lake} has no complete release; run {etl_command(lake)}")
     number = max(known) if release is None else release
     if number not in known:
         raise DataError(f"no release {number} in the lake {lake}; it has {min(known)} to {max(known)}")
-    return Release(lake, number, {entry["table"]: entry["version"] for entry in known[number]["tables"]})
+    try:
+        commits = [commit for commit in our_commits(handle) if commit.get("release") == str(number)]
+    except LakeError as error:
+        raise DataError(str(error)) from None
+    digests = json.loads(commits[0].get("digests", "{}")) if commits else {}
+    return Release(lake, number, {entry["table"]: entry["version"] for entry in known[number]["tables"]}, digests)
 
 
 class Texts(Sequence[str]):
@@ -173,7 +217,7 @@ def read_catalogue(release: Release, domain: str) -> Catalogue:
     """The kept items of a domain. Raises DataError where the domain is unknown or keeps none."""
     members = release.read(tables.DOMAINS, ["index"], {"domain": domain})
     if not len(members):
-        known = sorted({part["domain"] for part in _partitions(release, tables.DOMAINS)})
+        known = sorted({str(part["domain"]) for part in release.partitions(tables.DOMAINS)})
         raise DataError(
             f"no domain {domain!r} in release {release.number} of {release.lake}; it has {', '.join(known)}"
         )
@@ -215,19 +259,14 @@ def _texts(column: pa.ChunkedArray) -> Texts:
     return Texts(pa.concat_arrays([pa.array([""] * FIRST_INDEX, pa.string()), *column.chunks]))
 
 
-def _partitions(release: Release, table: Table) -> list[dict[str, str]]:
-    partitions: list[dict[str, str]] = _open(release.lake, table, release.versions.get(table.name)).partitions()
-    return partitions
-
-
 def known_sequences(release: Release, table: Table) -> list[tuple[str, str]]:
     """Splits and domains that a table has."""
-    return sorted({(part["split"], part["domain"]) for part in _partitions(release, table)})
+    return sorted({(str(part["split"]), str(part["domain"])) for part in release.partitions(table)})
 
 
 def domains_with_sequences(release: Release, split: str) -> list[str]:
     """Domains that have sequences in a split; none where there is no such split."""
-    return sorted({part["domain"] for part in _partitions(release, tables.SEQUENCES) if part["split"] == split})
+    return sorted({str(part["domain"]) for part in release.partitions(tables.SEQUENCES) if part["split"] == split})
 
 
 def vocabulary_size(release: Release, table: Table) -> int:
@@ -389,6 +428,10 @@ def blamed(file: TableFile) -> Iterator[None]:
     """What goes wrong while a data file is read, as a DataError that names it."""
     try:
         yield
+    except DataError:
+        raise
+    except GraftrecError as error:
+        raise DataError(str(error)) from None
     except (OSError, pa.ArrowException, _Damage) as error:
         told = " ".join(str(error).split())
         raise DataError(f"can't read {file}: {told}; restore it, or write its table anew by `python -m etl`") from None
