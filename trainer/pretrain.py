@@ -119,6 +119,7 @@ def _fit(
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
         tracking.note_reused(config.name, finished.run_id)
         tracking.settle(config.tracking)
+        _tidy(folder, world)
         return finished
 
     catalogue = read_catalogue(release, config.data.domain)
@@ -312,6 +313,12 @@ def _noted(folder: Path, world: World) -> Iterator[None]:
     yield
     if world.first:
         (folder / (DONE + ".new")).replace(folder / DONE)
+    _tidy(folder, world)
+
+
+def _tidy(folder: Path, world: World) -> None:
+    """Remove what a run that is done needs no more; a kill may have left it."""
+    if world.first:
         (folder / MLFLOW_UID).unlink(missing_ok=True)
         checkpoint.clear(folder / "checkpoints")
 

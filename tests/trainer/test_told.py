@@ -66,6 +66,7 @@ def test_a_killed_run_that_is_run_again_is_one_finished_run(module, function, nu
     assert run.data.metrics["best/NDCG_10"] == result.metrics["validation/NDCG@10"]
     assert sorted(point.step for point in client.get_metric_history(result.run_id, "train/loss")) == [1, 2, 3]
     assert tracking.ERROR not in run.data.tags
+    assert not (result.folder / "checkpoints").exists()
     assert not list((store / "mlflow-unsent").glob("*"))
 
 
