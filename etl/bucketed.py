@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from etl.command import is_full
 from etl.config import GraftrecError
 from etl.datafile import DataFile
 from etl.delta import ROW_GROUP_BYTES, FileWriter, bucket_of, data_files
@@ -108,9 +109,15 @@ def in_turn(
         try:
             written = list(write(users))
         except OSError as error:
+            what = " ".join(str(error).split())
+            if is_full(error):
+                raise GraftrecError(
+                    f"{table.name}: a task can't write its files ({what}); make room in {lake} and in "
+                    f"{tempfile.gettempdir()}, then again"
+                ) from None
             raise GraftrecError(
-                f"{table.name}: a task can't write its files ({' '.join(str(error).split())}); make room in {lake} and "
-                f"in {tempfile.gettempdir()}, then again"
+                f"{table.name}: a task can't read or write its files below {lake} ({what}); where a file is damaged, "
+                "restore it from a copy"
             ) from None
     yield from written
 

@@ -108,6 +108,7 @@ def connect(uri: str | None = None) -> Any:
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.ERROR)  # mlflow has set its own level when it was imported
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks of what is raised anyhow
     uri = uri or tracking_uri()
     if (database := sqlite_file(uri)) is not None:
         prepare(database, _make_store, lambda: file_lock(database.with_name(f"{database.name}.lock"), wait=False))

@@ -24,6 +24,7 @@ Frame = TypeVar("Frame", DataFrame, DataFrame | None)
 
 # What runs, reads and writes for every job alike: a change there changes no table's content.
 _MACHINERY = {
+    "etl.command",
     "etl.commit",
     "etl.config",
     "etl.datafile",
