@@ -244,6 +244,8 @@ def _check_place(lake: str, table: Table) -> int:
     except ValueError as error:
         raise LakeError(f"{place}: {error}; {_RESTORE}") from None
     except OSError as error:
+        if problem := store_problem(place, error):
+            raise LakeError(problem) from None
         raise LakeError(f"{place}: its log can't be read ({' '.join(str(error).split())}); {_RESTORE}") from None
 
 

@@ -88,9 +88,9 @@ MISTAKES = [
     # folders and lakes
     ([*PRETRAIN, "--data.lake", "{}/nowhere"], "no table releases in the lake .*--lake .*nowhere`"),
     ([*PRETRAIN, "--data.lake", "{}/empty"], "no table releases in the lake"),
-    ([*PRETRAIN, "--data.lake", "{}/other"], "no table releases in the lake"),
-    ([*PRETRAIN, "--data.lake", "{}/file"], "no table releases in the lake"),
-    ([*PRETRAIN, "--data.lake", "{}/torn"], "table releases of the lake"),
+    ([*PRETRAIN, "--data.lake", "{}/other"], "expected a lake .*found thesis.tex"),
+    ([*PRETRAIN, "--data.lake", "{}/file"], "expected a lake .*found a file"),
+    ([*PRETRAIN, "--data.lake", "{}/torn"], "torn/releases: expected the entry of version 0 in JSON, found it torn"),
     ([*PRETRAIN, "--output", "{}/file"], "expected a path that can be read or written, found .*Not a directory"),
     ([*PRETRAIN, "--runtime.device", "cuda:99"], "runtime.device: expected auto, cpu or cuda, found 'cuda:99'"),
     ([*PRETRAIN, "--runtime.device", "abacus"], "runtime.device: expected auto, cpu or cuda, found 'abacus'"),
