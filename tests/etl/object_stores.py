@@ -1,17 +1,14 @@
 """An S3 store of its own for a test, and a proxy before it that spoils requests."""
 
-import http.client
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -86,47 +83,19 @@ def _make_bucket(endpoint: str, process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def proxy(endpoint: str, *, drop: Collection[str] = (), lose_answers: Collection[int] = ()) -> Iterator[str]:
-    """The endpoint of a proxy that drops headers (lower case), and the answers to PUTs with these numbers, from 1."""
-    target = endpoint.removeprefix("http://")
-    puts = 0
+    """The endpoint of a proxy that drops headers (lower case), and the answers to PUTs with these numbers, from 1.
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def forward(self) -> None:
-            nonlocal puts
-            body = self.rfile.read(int(self.headers.get("content-length") or 0))
-            headers = {name: value for name, value in self.headers.items() if name.lower() not in drop}
-            connection = http.client.HTTPConnection(target)
-            connection.request(self.command, self.path, body, headers)
-            answer = connection.getresponse()
-            content = answer.read()
-            puts += self.command == "PUT"
-            if self.command == "PUT" and puts in lose_answers:
-                self.close_connection = True
-                return
-            self.send_response_only(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                    self.send_header(name, value)
-            head = answer.getheader("content-length", "0")
-            self.send_header("content-length", head if self.command == "HEAD" else str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-            connection.close()
-
-        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = forward
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    A process of its own: a client that waits in native code may hold the interpreter's lock meanwhile.
+    """
+    script = Path(__file__).with_name("spoiling_proxy.py")
+    arguments = [endpoint.removeprefix("http://"), ",".join(drop), ",".join(map(str, lose_answers))]
+    process = subprocess.Popen([sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True)
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
     finally:
-        server.shutdown()
-        server.server_close()
+        process.terminate()
+        process.wait()
 
 
 @contextmanager
