@@ -49,9 +49,9 @@ def test_ranks_save_together_though_one_clock_runs_fast(fast, tiny_lake, tmp_pat
 @pytest.mark.parametrize(
     ("lost", "number"),
     [
-        pytest.param(1, signal.SIGSTOP, marks=[pytest.mark.slow, pytest.mark.ci]),
-        pytest.param(0, signal.SIGSTOP, marks=[pytest.mark.slow, pytest.mark.ci]),  # it holds the store too
-        pytest.param(1, signal.SIGKILL, marks=[pytest.mark.slow, pytest.mark.ci]),
+        pytest.param(1, signal.SIGSTOP, marks=[pytest.mark.slow]),
+        pytest.param(0, signal.SIGSTOP, marks=[pytest.mark.slow]),  # it holds the store too
+        pytest.param(1, signal.SIGKILL, marks=[pytest.mark.slow]),
     ],
 )
 def test_a_lost_rank_ends_the_other_with_the_state_of_each(lost, number, tiny_lake, tmp_path):

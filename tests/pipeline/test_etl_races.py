@@ -92,7 +92,6 @@ sys.exit(main(["all", "--config", sys.argv[1]]))
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_run_between_another_runs_jobs_waits(tmp_path: Path) -> None:
     first, second = (_configure(tmp_path, name) for name in DAYS)
     rival = [sys.executable, "-m", "etl", "all", "--config", str(second), "--wait_seconds", "0.5"]

@@ -323,7 +323,6 @@ def models_in(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.timeout(1_200)
 def test_two_targets_one_domain_and_none_each_keep_their_own(tmp_path: Path) -> None:
     write_shop(tmp_path / "log")
@@ -357,7 +356,6 @@ def test_two_targets_one_domain_and_none_each_keep_their_own(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.timeout(600)
 def test_domains_without_common_users_run_to_the_end(tmp_path: Path) -> None:
     """Nobody is new in a target there, so that nobody can be held out to measure it."""

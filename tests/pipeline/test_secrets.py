@@ -87,7 +87,6 @@ def said(given: Mapping[str, str], folder: Path) -> Callable[..., bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_no_secret_is_left_anywhere(planted: tuple[Secrets, dict[str, str], Path]) -> None:
     secret, given, folder = planted
     run = said(given, folder)

@@ -315,7 +315,6 @@ def registering(folder, model, gate):
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_folder_that_two_processes_register_at_once_is_one_version(store, models):
     gate = store / "gate"
     both = [registering(store, models[0], gate) for _ in range(2)]

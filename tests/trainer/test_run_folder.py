@@ -52,7 +52,6 @@ def test_a_folder_of_a_run_is_replaced_and_files_beside_it_stay(tiny_lake, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process are Linux's")
 def test_a_disk_that_is_full_at_a_checkpoint_is_one_line_and_keeps_the_one_before(tiny_lake, tmp_path):
     train = {"epochs": 400, "min_epochs": 400, "checkpoint_seconds": 0, "patience": 400}
