@@ -93,7 +93,7 @@ def commit_files(
     actions, rows = _check(lake, table, files)
     _sync_data(lake, table, files)
     mark = uuid.uuid4().hex  # tells our commit from a twin's
-    told = {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows), "commit": mark}
+    commit_info = {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows), "commit": mark}
     landing = {**(transactions or {}), app: app_version}
     added = [DataFile(action.path, action.partition_values, action.size) for action in actions]
     deadline = time.monotonic() + PATIENCE_SECONDS
@@ -117,7 +117,7 @@ def commit_files(
         kept = [file for file in existing if file.path not in gone]
         named = snapshot_digest([*kept, *added], handle.metadata().configuration)
         commit_properties = CommitProperties(
-            seal({**told, "snapshot": named}, actions, sorted(gone), landing),
+            seal({**commit_info, "snapshot": named}, actions, sorted(gone), landing),
             0,
             [Transaction(name, number) for name, number in landing.items()],
         )

@@ -394,15 +394,6 @@ def config_hash(config: Section) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def code_version(*folders: Path, suffix: str = ".py") -> str:
-    """A hash of the sources under `folders` (files or folders): what "code version" means for skipping a job."""
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted(folder.rglob(f"*{suffix}") if folder.is_dir() else [folder]):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
 class _Loader(yaml.SafeLoader):
     """YAML whose dates stay the text they are: `cleaning.min_time: 2020-01-31` needs no quotes."""
 

@@ -34,9 +34,9 @@ def seal(
     metadata: Mapping[str, str], adds: Sequence[AddAction], removes: Sequence[str], transactions: Mapping[str, int]
 ) -> dict[str, str]:
     """`metadata` of a commit, sealed. `removes`: paths."""
-    told = {**metadata, "sealed": ",".join(sorted(metadata))}
+    commit_info = {**metadata, "sealed": ",".join(sorted(metadata))}
     added = [(add.path, add.size, dict(add.partition_values), json.loads(add.stats)) for add in adds]
-    return {**told, "seal": _seal(told, added, removes, transactions)}
+    return {**commit_info, "seal": _seal(commit_info, added, removes, transactions)}
 
 
 def check_log(filesystem: pafs.FileSystem, place: str) -> int:
@@ -78,7 +78,7 @@ def check_entry(text: bytes, version: int) -> None:
     info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
     if not {"seal", "sealed"} & info.keys():
         return
-    told = {name: info.get(name) for name in ("sealed", *str(info.get("sealed")).split(","))}
+    commit_info = {name: info.get(name) for name in ("sealed", *str(info.get("sealed")).split(","))}
     try:
         adds = [action["add"] for action in actions if "add" in action]
         added = [
@@ -86,7 +86,7 @@ def check_entry(text: bytes, version: int) -> None:
         ]
         removed = [unquote(action["remove"]["path"]) for action in actions if "remove" in action]
         transactions = {action["txn"]["appId"]: action["txn"]["version"] for action in actions if "txn" in action}
-        whole = _seal(told, added, removed, transactions) == info.get("seal")
+        whole = _seal(commit_info, added, removed, transactions) == info.get("seal")
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
@@ -106,9 +106,14 @@ def recorded_snapshot(filesystem: pafs.FileSystem, version: int) -> str | None:
 
 
 def _seal(
-    told: Mapping[str, Any], added: Sequence[tuple[Any, ...]], removed: Sequence[str], transactions: Mapping[str, int]
+    commit_info: Mapping[str, Any],
+    added: Sequence[tuple[Any, ...]],
+    removed: Sequence[str],
+    transactions: Mapping[str, int],
 ) -> str:
-    return _digest([sorted(told.items()), sorted(added, key=lambda add: str(add[0])), sorted(removed), transactions])
+    return _digest(
+        [sorted(commit_info.items()), sorted(added, key=lambda add: str(add[0])), sorted(removed), transactions]
+    )
 
 
 def _digest(value: Any) -> str:

@@ -48,12 +48,9 @@ class DigestSink:
     def write(self, data: bytes) -> int:
         self.digest = zlib.crc32(data, self.digest)
         self.size += len(data)
-        rest = memoryview(data)
-        while (
-            rest
-        ):  # pieces that the buffer takes: longer ones go to the sink as they are, and deltalake's refuses them
-            self._sink.write(rest[: PIECE_BYTES // 2])
-            rest = rest[PIECE_BYTES // 2 :]
+        # In pieces that the buffer takes: longer ones go to the sink as they are, and deltalake's refuses them.
+        for start in range(0, len(data), PIECE_BYTES // 2):
+            self._sink.write(memoryview(data)[start : start + PIECE_BYTES // 2])
         return len(data)
 
     def tell(self) -> int:

@@ -124,9 +124,7 @@ def our_commits(handle: DeltaTable) -> Iterator[dict[str, Any]]:
     try:
         history = handle.history()
     except (DeltaError, OSError, ValueError) as error:
-        raise LakeError(
-            f"{handle.table_uri}: its log can't be read ({' '.join(str(error).split())}); restore the log"
-        ) from None
+        raise _unreadable_log(handle.table_uri, error) from None
     return (commit for commit in history if "app" in commit and "app_version" in commit)
 
 
@@ -233,6 +231,12 @@ def _unreadable(uri: str, table: Table, version: int | None, error: Exception) -
     return LakeError(f"{uri}: expected the Delta table {table.name}, its log can't be read ({reason}); restore the log")
 
 
+def _unreadable_log(place: str, error: Exception) -> LakeError:
+    """The fault of the store where it is one, else of the log."""
+    reason = " ".join(str(error).split())
+    return LakeError(store_problem(place, error) or f"{place}: its log can't be read ({reason}); {_RESTORE}")
+
+
 def _check_place(lake: str, table: Table) -> int:
     """Refuse what isn't a lake, a table or a whole log. The newest version in the log, -1 for none."""
     root = local_path(lake)
@@ -244,9 +248,7 @@ def _check_place(lake: str, table: Table) -> int:
     except ValueError as error:
         raise LakeError(f"{place}: {error}; {_RESTORE}") from None
     except OSError as error:
-        if problem := store_problem(place, error):
-            raise LakeError(problem) from None
-        raise LakeError(f"{place}: its log can't be read ({' '.join(str(error).split())}); {_RESTORE}") from None
+        raise _unreadable_log(place, error) from None
 
 
 def _is_table(root: Path, table: Table) -> bool:

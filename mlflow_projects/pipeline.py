@@ -548,9 +548,20 @@ def _placed(
     }
 
 
-def _quiet(runtime: RuntimeConfig) -> RuntimeConfig:
-    """Progress bars are for terminals; a file gets the lines."""
-    return replaced(runtime, progress=runtime.progress and sys.stderr.isatty())
+def _evaluated(
+    config: PipelineConfig, release: int, name: str, split: str, target: str, runtime: RuntimeConfig
+) -> dict[str, Any]:
+    """Settings of an evaluation or promotion that the pipeline sets. Progress bars are for terminals."""
+    return {
+        "name": f"{target}/{name}",
+        "output": config.runs,
+        "lake": config.etl.lake,
+        "release": release,
+        "split": split,
+        "domain": target,
+        "runtime": replaced(runtime, progress=runtime.progress and sys.stderr.isatty()),
+        "tracking": config.tracking,
+    }
 
 
 def evaluate_config(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> EvaluateConfig:
@@ -562,19 +573,12 @@ def evaluate_config(config: PipelineConfig, target: str, release: int, trained: 
     protocols = tuple(dict.fromkeys([gate.protocol, *config.evaluate.evaluation.protocols]))
     return replaced(
         config.evaluate,
-        name=f"{target}/evaluate",
-        output=config.runs,
         model=None,
         models=models,
         candidate=candidate if candidate != SCRATCH else None,
         metrics=tuple(dict.fromkeys([gate.metric, *(config.evaluate.metrics or ITEM_METRICS)])),
         evaluation=replaced(config.evaluate.evaluation, protocols=protocols),
-        lake=config.etl.lake,
-        release=release,
-        split=config.finetune.data.split,
-        domain=target,
-        runtime=_quiet(config.evaluate.runtime),
-        tracking=config.tracking,
+        **_evaluated(config, release, "evaluate", config.finetune.data.split, target, config.evaluate.runtime),
     )
 
 
@@ -583,18 +587,11 @@ def cold_config(config: PipelineConfig, planned: Plan, target: str, release: int
     protocols = (config.promote.gate.protocol,)
     return replaced(
         config.evaluate,
-        name=f"{target}/{COLD}",
-        output=config.runs,
         model=None,
         models=(model,),
         evaluation=replaced(config.evaluate.evaluation, protocols=protocols),
         baselines=replaced(config.evaluate.baselines, enabled=True),
-        lake=config.etl.lake,
-        release=release,
-        split=planned.cold_splits[target],
-        domain=target,
-        runtime=_quiet(config.evaluate.runtime),
-        tracking=config.tracking,
+        **_evaluated(config, release, COLD, planned.cold_splits[target], target, config.evaluate.runtime),
     )
 
 
@@ -603,19 +600,12 @@ def promote_config(config: PipelineConfig, target: str, release: int, trained: S
     scratch = [one for one in trained if one.label == SCRATCH] if candidate.label != SCRATCH else []
     return replaced(
         config.promote,
-        name=f"{target}/promote",
-        output=config.runs,
         registered_model=registered_model(config, target),
         family=config.registered_model,
         candidate=str(candidate.model),
         replicas=tuple(str(one.model) for one in replicas),
         from_scratch=tuple(str(one.model) for one in scratch),
-        lake=config.etl.lake,
-        release=release,
-        split=config.finetune.data.split,
-        domain=target,
-        runtime=_quiet(config.promote.runtime),
-        tracking=config.tracking,
+        **_evaluated(config, release, "promote", config.finetune.data.split, target, config.promote.runtime),
     )
 
 

@@ -106,8 +106,7 @@ class RawRows:
                 layout = Layout((), 0, self.config.skip_rows + 1)
                 if not head.strip():
                     continue
-                structured.check_objects(head, name=file.name)
-                keys = structured.json_keys(head)
+                keys = structured.json_keys(head, name=file.name)
                 keys += [str(key) for key in self.wanted if key not in keys and files.mentions(file, f'"{key}"')]
                 names = tuple(structured.check_columns(self.wanted, keys, name=file.name))
             else:

@@ -31,11 +31,13 @@ def events(config: EventsFileConfig, wanted: Sequence[str], *, earliest: int | N
         order = pc.add(chunk.line, file.index << FILE_SHIFT)
         user, user_checks = _id(cells["user"], "user")
         item, item_checks = _id(cells["item"], "item")
-        basket, basket_checks = _id(cells["basket"], "basket") if "basket" in cells else (_nulls(size), [])
+        basket, basket_checks = (
+            _id(cells["basket"], "basket", required=False) if "basket" in cells else (_nulls(size), [])
+        )
         event_type = values.text(cells["event_type"]) if "event_type" in cells else _nulls(size)
         time, time_checks = _time(cells.get("time"), order, config, earliest, latest)
         value, value_checks = _value(cells.get("value"), "value", size, config.decimal)
-        checks = [*user_checks, *item_checks, *basket_checks[:-1], *time_checks, *value_checks]
+        checks = [*user_checks, *item_checks, *basket_checks, *time_checks, *value_checks]
         columns = {"user": user, "item": item, "time": time, "event_type": event_type}
         columns |= {"value": value, "basket": basket, "source_order": order}
         return pa.table(columns | {"reason": first_reason(chunk, checks)})
@@ -136,13 +138,14 @@ def edges(config: EdgesFileConfig) -> Shape:
 Checks = list[tuple[pa.Array, str]]
 
 
-def _id(cells: pa.Array, name: str) -> tuple[pa.Array, Checks]:
-    """Ids as text; the last check is that there is one."""
+def _id(cells: pa.Array, name: str, *, required: bool = True) -> tuple[pa.Array, Checks]:
+    """Ids as text, and checks that refuse rows; `required`: also those without an id."""
     try:
         found, refused = values.identifier(cells)
     except GraftrecError as error:
         raise GraftrecError(f"{name}: {error}") from None
-    return found, [*((failed, f"{name} {why}") for failed, why in refused), (pc.is_null(found), f"{name} is missing")]
+    checks = [(failed, f"{name} {why}") for failed, why in refused]
+    return found, [*checks, (pc.is_null(found), f"{name} is missing")] if required else checks
 
 
 def _time(

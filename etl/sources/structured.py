@@ -35,11 +35,8 @@ def json_columns(rows: Chunk, wanted: Sequence[str]) -> Chunk:
     for line, reason in zip(rows.raw.to_pylist(), rows.reason.to_pylist(), strict=True):
         found: dict[str, Any] = {}
         if reason is None:
-            try:
-                parsed = json.loads(line)
-                found, reason = (parsed, None) if isinstance(parsed, dict) else ({}, _NO_OBJECT)
-            except (ValueError, RecursionError):
-                reason = _NO_OBJECT
+            parsed = _object(line)
+            found, reason = ({}, _NO_OBJECT) if parsed is None else (parsed, None)
         reasons.append(reason)
         for column, key in zip(cells, wanted, strict=True):
             column.append(_cell(found.get(key)))
@@ -47,35 +44,30 @@ def json_columns(rows: Chunk, wanted: Sequence[str]) -> Chunk:
     return Chunk(rows.line, arrays, pa.array(reasons, pa.string()), rows.raw)
 
 
-def json_keys(head: bytes) -> list[str]:
-    """Keys of the first hundred objects, for messages and to tell an absent column from a null."""
-    keys: dict[str, None] = {}
-    for line in head.decode("utf-8", "replace").removeprefix("\ufeff").split("\n")[:100]:
-        try:
-            parsed = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(parsed, dict):
-            keys |= dict.fromkeys(parsed)
-    return list(keys)
+def json_keys(head: bytes, *, name: str) -> list[str]:
+    """Keys of the first hundred lines, for messages and to tell an absent column from a null.
 
-
-def check_objects(head: bytes, *, name: str) -> None:
-    """Raises GraftrecError for a file that begins with lines of which none is a JSON object."""
-    first = ""
-    for line in head.decode("utf-8", "replace").removeprefix("\ufeff").split("\n")[:100]:
-        first = first or line.strip()
-        try:
-            if isinstance(json.loads(line), dict):
-                return
-        except (ValueError, RecursionError):
-            continue
+    Raises GraftrecError where none of them is a JSON object.
+    """
+    lines = head.decode("utf-8", "replace").removeprefix("\ufeff").split("\n")[:100]
+    objects = [found for line in lines if (found := _object(line)) is not None]
+    if objects:
+        return list(dict.fromkeys(key for found in objects for key in found))
+    first = next((line.strip() for line in lines if line.strip()), "")
     hint = "write one object a line"
     if first.startswith("["):
         hint = "an array: write one object a line, jq -c '.[]'"
     elif first.startswith("{") and "'" in first:
         hint = "Python's spelling of a dict: write JSON, json.dumps(ast.literal_eval(line))"
     raise GraftrecError(f"{name}: expected a JSON object on each line, found {first[:60]!r}; {hint}")
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    try:
+        parsed = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def parquet_groups(file: RawFile) -> tuple[list[str], list[int]]:

@@ -7,6 +7,7 @@ repeats only the runs whose code or settings have changed.
 
 import fnmatch
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from etl.config import code_version
 from tests.benchmarks.__main__ import Options
 from tests.benchmarks.harness import ROOT, Numbers, Report
 from tests.benchmarks.log_statistics import read_log, statistics
@@ -161,8 +161,11 @@ def pipeline(settings: Sequence[str], folder: Path) -> tuple[float, int]:
 
 def source_code() -> str:
     """A hash of all that a run depends on beside its settings."""
-    folders = [ROOT / name for name in ("etl", "trainer", "mlflow_projects")]
-    return f"{code_version(*folders)}-{code_version(ROOT / 'conf', suffix='.yaml')}"
+    digest = hashlib.sha256()
+    for pattern in ("etl/**/*.py", "trainer/**/*.py", "mlflow_projects/**/*.py", "conf/**/*.yaml"):
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def read_run(runs: Path) -> Numbers:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_stores import BUCKET, proxy, seaweed, settings, variables
+from object_store import BUCKET, proxy, seaweed, settings, variables
 from obstore.store import from_url
 from shows import SHOWS, commit, deliver, file_of, users_of
 from writers import holder

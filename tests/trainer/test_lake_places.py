@@ -13,7 +13,7 @@ import pytest
 from test_training import TINY, equal_weights, weights_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from object_store import BUCKET, copy_lake, object_store
+from object_store import BUCKET, copy_lake, seaweed, settings, variables
 
 from etl import tables
 from trainer.contenders import raw_users
@@ -27,13 +27,11 @@ COMMANDS = "import json, sys; from trainer.__main__ import main; sys.exit(sum(ma
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, tiny_lake):
-    """Variables that reach an object store which holds the tiny lake, and another copy of it, as s3://lakes/<name>."""
-    with object_store(tmp_path_factory.mktemp("store")) as variables, pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
+    """Variables that reach an object store with two copies of the tiny lake, s3://bucket/tiny and …/trained."""
+    with seaweed(tmp_path_factory.mktemp("store") / "data") as endpoint, variables(settings(endpoint)):
         for name in ("tiny", "trained"):
             copy_lake(tiny_lake, f"s3://{BUCKET}/{name}")
-        yield variables
+        yield settings(endpoint)
 
 
 def contents(lake):
