@@ -104,8 +104,8 @@ def recipes(folder, lake, store):
         "evaluate": {**quiet, "output": "runs", "name": "eval", "models": [model], "runtime": TINY["runtime"]},
         "recommend": {**quiet, **model, "k": 4, "spark": {"engine": "sail", "master": "local[1]"}},
     }  # fmt: skip
-    for recipe, settings in configs.items():
-        (folder / f"{recipe}.yaml").write_text(json.dumps(settings))
+    for recipe, changed in configs.items():
+        (folder / f"{recipe}.yaml").write_text(json.dumps(changed))
     commands = [[recipe, "--config", f"{recipe}.yaml"] for recipe in configs]
     return subprocess.Popen(
         [sys.executable, "-c", COMMANDS, json.dumps(commands)], cwd=folder, env=os.environ | store, text=True,
