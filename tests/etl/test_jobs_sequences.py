@@ -579,7 +579,6 @@ def _rows(lake: Path, table: Table) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_new_day_makes_only_the_buckets_it_touches_anew(spark: SparkSession, tmp_path: Path) -> None:
     """And the tables equal those made of everything at once, whatever the day changes."""
     log = _random_log(1, size=300, times=50, full=True)

@@ -43,7 +43,6 @@ def _contents(lake: Path) -> dict[str, pl.DataFrame]:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_run_killed_at_random_moments_ends_with_the_same_tables(tmp_path: Path, spark: SparkSession) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     began = time.monotonic()

@@ -178,7 +178,6 @@ def test_an_interrupted_search_ends_as_if_nothing_had_been(moment, whole, tiny_l
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_a_search_killed_again_and_again_ends_as_if_nothing_had_been(whole, tiny_lake, tmp_path):
     path = search_file(tmp_path, tiny_lake, base={"train": RECIPE["train"] | {"checkpoint_seconds": 0}})
     command = [sys.executable, "-u", "-m", "trainer", "search", "--config", str(path)]

@@ -59,7 +59,7 @@ def a_run_is_taken(folder):
     return found
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(9, marks=[pytest.mark.slow, pytest.mark.ci])])
+@pytest.mark.parametrize("number", [1, pytest.param(9, marks=[pytest.mark.slow])])
 def test_a_store_whose_maker_was_killed_is_made_by_the_next(number, empty):
     killed = in_process(DYING.format(number=number) + "from trainer import tracking\ntracking.connect()", empty)
     assert killed.returncode == -9, killed.stderr
