@@ -4,7 +4,11 @@ Exit codes: 0 done, or unchanged; 2 a mistake to mend (one line says which); 5 a
 run again; 143 stopped by a signal: the same command continues.
 """
 
-import sys
+from etl import stopping
+
+if __name__ == "__main__":
+    stopping.begin()
+
 from collections.abc import Sequence
 
 from etl import tables
@@ -79,4 +83,4 @@ def _run(command: str, config: EtlConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())

@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 
 from etl.config import GraftrecError, Section, conf_root, sections_of
 from etl.redaction import redact, redacted_output
+from etl.stopping import STOPPED, interruptible
 
 NAME_WIDTH = 34
 HELP_WIDTH = 100
@@ -51,7 +52,6 @@ class CommandParser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-STOPPED = 143  # exit code of what a signal ended, SIGINT too
 _FILE_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # As libraries that raise errors of their own say it: safetensors, SQLite, the JVM.
@@ -69,7 +69,8 @@ def run_command(name: str, work: Callable[[], int]) -> int:
 
 def _run_command(name: str, work: Callable[[], int]) -> int:
     try:
-        return work()
+        with interruptible():
+            return work()
     except GraftrecError as error:
         message, code = str(error), error.exit_code
     except _FILE_ERRORS as error:

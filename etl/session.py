@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EngineName = Literal["spark", "connect", "sail"]
 
 MIN_JAVA = 17
+SAIL_RETRIES = 3  # of a call, within a second
 _INSTALL = "on Debian or Ubuntu: apt-get install openjdk-17-jre-headless; on macOS: brew install openjdk@17"
 
 # What the JVM, the launcher and log4j say at start-up whatever their levels; everything else passes.
@@ -195,6 +196,8 @@ def _sail(config: SparkConfig, name: str) -> SparkSession:
     a hash join can't; our own functions' memory isn't counted), `master: local[n]` sets its threads, and settings
     `sail.x.y` become its own x.y, as $SAIL_X__Y does.
     """
+    from pyspark.sql.connect.client.retries import DefaultPolicy
+
     try:
         from pysail.spark import SparkConnectServer
     except ImportError:
@@ -221,6 +224,9 @@ def _sail(config: SparkConfig, name: str) -> SparkSession:
     assert server.listening_address is not None
     host, port = server.listening_address
     session = _remote(f"sc://{host}:{port}", name)
+    # The server ends with this process, or has ended by the signal that ends it: no call may wait long for it.
+    session.release_session_on_close = False
+    session.client.set_retry_policies([DefaultPolicy(max_retries=SAIL_RETRIES)])
     atexit.register(session.stop)
     _engines[session.session_id] = "sail"
     return session

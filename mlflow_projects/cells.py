@@ -4,16 +4,17 @@ On Linux processes are forked from a server that has imported what a run needs, 
 elsewhere they are spawned.
 """
 
+import atexit
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from etl.config import GraftrecError
+from etl.stopping import SIGNALS
 from trainer.config import PretrainConfig
 
 POLL_SECONDS = 0.05
@@ -140,7 +142,27 @@ def prepare() -> None:
     """Begin to import what runs need, in the process that they are forked from, beside other work."""
     if sys.platform == "linux":
         _context()
-        forkserver.ensure_running()
+        with _unsignalled():
+            forkserver.ensure_running()
+        atexit.register(_end_server, forkserver._forkserver)
+
+
+@contextmanager
+def _unsignalled() -> Iterator[None]:
+    """Start processes that no signal reaches: a terminal sends it to all, and it is for the starter to stop the others.
+    They inherit the mask; a training takes SIGTERM out of it."""
+    resource_tracker.ensure_running()  # would end the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_server(server: Any) -> None:
+    """It would see the end of its starter only after its imports."""
+    with suppress(TypeError, ProcessLookupError):  # TypeError: it has not been started
+        os.kill(server._forkserver_pid, signal.SIGKILL)
 
 
 def _context() -> Any:
@@ -167,7 +189,8 @@ def _start(context: Any, cell: Cell, folder: Path, environment: Mapping[str, str
     process: BaseProcess = context.Process(
         target=_train, args=(cell.recipe, cell.config, str(log), dict(environment), os.getpid()), name=cell.name
     )
-    process.start()
+    with _unsignalled():
+        process.start()
     return process
 
 
@@ -175,6 +198,7 @@ def _train(recipe: str, config: PretrainConfig, log: str, environment: dict[str,
     """The child process: train, write output to `log`, and end with the recipe's exit code."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # the parent is the fork server, which ends with the starter
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     if not _is_alive(starter):
         os._exit(1)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

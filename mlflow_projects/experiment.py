@@ -9,15 +9,21 @@ the simple baselines are scored on one pinned release, under every protocol, int
 report.html. Exit codes: 0; 1 where runs are missing that were asked for; 2 for a mistake in settings or data.
 """
 
-import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+from etl import stopping
+
+if __name__ == "__main__":
+    stopping.begin()
+
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 from cells import Cell
 from pydantic import Field, model_validator
@@ -500,4 +506,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())

@@ -9,17 +9,23 @@ models are compared with baselines and champion. Exit codes: 0; 2 for a mistake 
 refuses a candidate; 4 where a loss is not a number; 143 stopped by a signal.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+from etl import stopping
+
+if __name__ == "__main__":
+    stopping.begin()
+
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 from cells import Cell
 from pydantic import Field, model_validator
@@ -679,4 +685,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())

@@ -4,10 +4,16 @@ python mlflow_projects/run_etl.py all --config etl/demo [--section.key value …
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+from etl import stopping
+
+if __name__ == "__main__":
+    stopping.begin()
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -72,4 +78,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())

@@ -5,6 +5,11 @@ codes: 0 done; 2 a mistake to mend (one line says which); 3 the gate refused; 4 
 process was at work: run again; 143 stopped by a signal: the same command continues.
 """
 
+from etl import stopping
+
+if __name__ == "__main__":
+    stopping.begin()
+
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -91,4 +96,4 @@ def _recipe(name: str) -> Callable[[Any], object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())

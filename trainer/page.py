@@ -1,5 +1,10 @@
 """The MLflow page of the store that commands here use: ``python -m trainer.page [--port 5000]``, for `make page`."""
 
+from etl import stopping
+
+if __name__ == "__main__":
+    stopping.begin()
+
 import os
 import sys
 from collections.abc import Sequence
@@ -30,4 +35,4 @@ def _serve(port: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())

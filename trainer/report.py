@@ -5,8 +5,12 @@ intervals, the survey's observations with a verdict, learning curves, gains by h
 is all in the results: nothing is scored or tested here. Metrics are told in percent, gains in points of percent.
 """
 
+from etl import stopping
+
+if __name__ == "__main__":
+    stopping.begin()
+
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -764,4 +768,4 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    stopping.leave(main())

@@ -38,6 +38,7 @@ _MACHINERY = {
     "etl.redaction",
     "etl.session",
     "etl.source_hash",
+    "etl.stopping",
     "etl.store_errors",
 }
 

@@ -1,0 +1,135 @@
+"""SIGINT and SIGTERM end every command with 143, at any moment, without a traceback and without a process left."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+WAIT_SECONDS = 60  # pyspark's own retries take ten minutes
+COMMANDS: dict[str, Sequence[str]] = {
+    "etl": ("-m", "etl", "all", "--config", "etl/demo"),
+    "trainer": ("-m", "trainer", "pretrain", "--config", "pretrain/demo"),
+    "page": ("-m", "trainer.page"),
+    "report": ("-m", "trainer.report"),
+    "pipeline": (str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", "pipeline/demo"),
+    "experiment": (str(ROOT / "mlflow_projects" / "experiment.py"), "--experiment", "demo"),
+    "run_etl": (str(ROOT / "mlflow_projects" / "run_etl.py"), "all", "--config", "etl/demo"),
+}
+
+
+def _started(command: Sequence[str], folder: Path, *path: Path) -> "subprocess.Popen[str]":
+    """A command in a process group of its own; modules in `path` come before others."""
+    environment: Mapping[str, str] = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env=environment, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_stopped_while_it_imports(command: str, number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "pydantic.py").write_text(f"import os, time\nos.kill(os.getpid(), {number:d})\ntime.sleep(60)\n")
+    stopped = _started(COMMANDS[command], tmp_path, tmp_path)
+    assert stopped.communicate(timeout=WAIT_SECONDS) == ("", "")
+    assert stopped.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+)
+def test_etl_on_sail_is_stopped_by_a_signal(number: signal.Signals, to_group: bool, tmp_path: Path) -> None:
+    (tmp_path / "events.csv").write_text("user,item,ts\n" + "".join(f"u{n % 7},i{n % 5},{n}\n" for n in range(99)))
+    config = {
+        "lake": "lake",
+        "source": {
+            "kind": "log", "events": {"path": "events.csv", "columns": {"user": "user", "item": "item", "time": "ts"}},
+        },
+        "kcore": {"min_user": 2, "min_item": 2},
+        "spark": {"engine": "sail", "shuffle_partitions": 2},
+    }  # fmt: skip
+    (tmp_path / "etl.yaml").write_text(yaml.safe_dump(config))
+    running = _started(("-m", "etl", "all", "--config", "etl.yaml"), tmp_path)
+    assert running.stdout is not None
+    assert "[1/10]" in running.stdout.readline()
+    (os.killpg if to_group else os.kill)(running.pid, number)
+    _, errors = running.communicate(timeout=WAIT_SECONDS)
+    assert (running.returncode, errors) == (143, "etl: stopped; run the same command to continue\n")
+
+
+_ENDS_BESIDE_A_TASK = """
+from etl import stopping
+stopping.begin()
+import contextlib, sys, threading, time
+from etl.command import run_command
+from etl.config import GraftrecError, SparkConfig
+from etl.session import spark_session
+
+def rows(batches):
+    for batch in batches:
+        print("running", flush=True)
+        while True:
+            time.sleep(0.001)
+        yield batch
+
+def collect(frame):
+    with contextlib.suppress(Exception):
+        frame.collect()
+
+def work():
+    frame = spark_session(SparkConfig(engine="sail", master="local[2]")).range(1).mapInArrow(rows, "id long")
+    threading.Thread(target=collect, args=(frame,), daemon=True).start()
+    sys.stdin.readline()
+    raise GraftrecError("a mistake")
+
+stopping.leave(run_command("work", work))
+"""
+
+
+def test_a_command_ends_while_a_task_of_sail_still_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _ENDS_BESIDE_A_TASK]
+    ended = subprocess.Popen(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert ended.stdout is not None
+    assert ended.stdout.readline() == "running\n"
+    _, errors = ended.communicate("\n", timeout=WAIT_SECONDS)
+    assert (ended.returncode, errors) == (2, "work: a mistake\n")
+
+
+_PREPARES = """
+from etl import stopping
+stopping.begin()
+import time, sys
+import cells
+from etl.command import run_command
+cells._PRELOADED = ("endless_import",)
+
+def work():
+    cells.prepare()
+    time.sleep(60)
+
+stopping.leave(run_command("work", work))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks from a server on Linux only")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_server_of_trainings_is_stopped_while_it_imports(number: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "endless_import.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    running = _started(("-c", _PREPARES), tmp_path, tmp_path, ROOT / "mlflow_projects")
+    assert running.stdout is not None
+    assert running.stdout.readline() == "importing\n"
+    children = psutil.Process(running.pid).children(recursive=True)
+    os.killpg(running.pid, number)
+    _, errors = running.communicate(timeout=WAIT_SECONDS)
+    assert (running.returncode, errors) == (143, "work: stopped; run the same command to continue\n")
+    assert not psutil.wait_procs(children, timeout=WAIT_SECONDS)[1]
