@@ -51,6 +51,18 @@ def prepare(
         time.sleep(0.1)
 
 
+def has_running(database: Path) -> bool:
+    """Whether a run says that it is at work. True where the store can't be read: MLflow says why."""
+    if not database.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True)) as connection:
+            found = connection.execute("SELECT EXISTS (SELECT * FROM runs WHERE status = 'RUNNING')").fetchone()
+    except sqlite3.Error:
+        return True
+    return bool(found[0])
+
+
 def _is_whole(database: Path) -> bool:
     """Whether a store can be used as it is. What can't be read, since another process writes, is in use."""
     if not database.exists() or not database.stat().st_size:

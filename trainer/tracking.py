@@ -40,7 +40,7 @@ from etl.tables import TABLES
 from trainer.config import TrackingConfig
 from trainer.outbox import METRICS_PER_BATCH, Entry, Outbox, Refused, keep, kept, one_line, warn
 from trainer.provenance import code_version, cut, flatten
-from trainer.store import prepare, sqlite_file
+from trainer.store import has_running, prepare, sqlite_file
 
 if TYPE_CHECKING:  # both are slow to import
     from matplotlib.figure import Figure
@@ -330,8 +330,8 @@ def settle(config: TrackingConfig) -> None:
     if not config.enabled or _active or int(os.environ.get("RANK", "0")) != 0:
         return
     uri = tracking_uri()
-    if (database := sqlite_file(uri)) is not None and not database.exists() and not kept(UNSENT.absolute()):
-        return  # no run was ever tracked
+    if (database := sqlite_file(uri)) is not None and not kept(UNSENT.absolute()) and not has_running(database):
+        return  # without the seconds that importing MLflow takes
     quieten()
     sender = _Sender(uri, config, {"uid": ""})
     outbox = Outbox(lambda entry: sender.settle())

@@ -267,6 +267,18 @@ def test_a_run_whose_process_was_killed_is_ended_by_the_next(store):
     assert {name: run.info.status for name, run in runs_of(store).items()} == {"gone": "KILLED", "next": "FINISHED"}
 
 
+def test_what_finds_its_work_done_imports_mlflow_only_to_end_a_run_that_was_killed(store):
+    with start_run(QUIET, name="before", resolved=PretrainConfig()):
+        pass
+    settles = "from trainer import tracking\ntracking.settle(config)\nprint('mlflow' in sys.modules)\n"
+    assert in_process(settles, store).communicate(timeout=60) == ("False\n", "")
+    running = "with start_run(config, name='gone', resolved=PretrainConfig()) as run:\n    run.id\n    os._exit(1)\n"
+    in_process(running, store).communicate(timeout=60)
+    assert runs_of(store)["gone"].info.status == "RUNNING"
+    assert in_process(settles, store).communicate(timeout=60) == ("True\n", "")
+    assert runs_of(store)["gone"].info.status == "KILLED"
+
+
 def wait_for(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
