@@ -144,7 +144,8 @@ def _lost(lake: str) -> str:
     return f"{lake}: another process has become its writer, or it was removed; nothing more was committed: run again"
 
 
-def _me() -> dict[str, str]:
+def holder() -> dict[str, str]:
+    """This process, as the content of a lease names it."""
     since = datetime.now(UTC).isoformat(timespec="seconds")
     return {"host": socket.gethostname(), "process": str(os.getpid()), "since": since}
 
@@ -158,7 +159,7 @@ def _record(content: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _who(content: bytes) -> str:
+def who_holds(content: bytes) -> str:
     """The holder that a lease's content names."""
     found = _record(content)
     if "host" not in found:
@@ -197,7 +198,7 @@ class _FileLease:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            other = _who(os.pread(handle, 1000, 0))
+            other = who_holds(os.pread(handle, 1000, 0))
             os.close(handle)
             return other
         except OSError as error:
@@ -211,7 +212,7 @@ class _FileLease:
             return "another process"
         with contextlib.suppress(OSError):  # a full disk: the lock is what counts
             os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(_me()).encode(), 0)
+            os.pwrite(handle, json.dumps(holder()).encode(), 0)
         return None
 
     def lives(self) -> bool:
@@ -251,7 +252,7 @@ class _StoreLease:
         self._count = 0  # of writes: no two contents are alike, and so no two ETags
         self._state: Any = None  # the object as we last wrote it, as an `If-Match` names it
         self._seen: list[tuple[Any, float]] = []  # another's states, and when each was new
-        self._me = _me()
+        self._me = holder()
         self._lost = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -267,7 +268,7 @@ class _StoreLease:
             else:
                 content, state = found
                 if "host" in _record(content) and not self._is_dead(state):
-                    return _who(content)
+                    return who_holds(content)
                 taken = self._put(state)
             if not taken:
                 return "another process"

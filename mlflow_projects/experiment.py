@@ -35,7 +35,6 @@ from etl.config import (
     GraftrecError,
     MovielensSource,
     Place,
-    RunAgain,
     Section,
     config_hash,
     load,
@@ -379,16 +378,14 @@ def run(config: ExperimentConfig) -> int:
     """The whole experiment. Gives the exit code: 0, or 1 where runs are missing that were asked for."""
     import cells as runner
     import results
+    from alone import alone
 
     from trainer import report, tracking
     from trainer.data.dataset import pin
 
     planned(config, config.lake or "", 1)  # settings that don't go together are refused before tables are made
     folder = config.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with tracking.file_lock(folder / "lock", wait=False) as held:
-        if not held:
-            raise RunAgain(f"another process is running the experiment in {folder}; wait for it, or set --name")
+    with alone(folder, "experiment"):
         started = _started(config)
         tags = {"graftrec.recipe": "experiment"}
         with tracking.start_run(

@@ -6,7 +6,8 @@ Every step is a child of one MLflow run. Trainings run side by side, one process
 code are unchanged says so and is skipped: the recipes decide that themselves. A pipeline has one source domain and any
 number of target domains, each with a registered model of its own; without a source domain nothing is transferred, and
 models are compared with baselines and champion. Exit codes: 0; 2 for a mistake in settings or data; 3 where the gate
-refuses a candidate; 4 where a loss is not a number; 143 stopped by a signal.
+refuses a candidate; 4 where a loss is not a number; 5 where another pipeline is at work in the same folder; 143 stopped
+by a signal.
 """
 
 import sys
@@ -247,7 +248,19 @@ def detectable_gains(config: PipelineConfig, planned: Plan, release: "Release") 
 
 
 def run(config: PipelineConfig) -> int:
-    """Run all steps and print the results. Returns the exit code: 0, or 3 if the gate refuses a candidate."""
+    """Run all steps and print the results. Returns the exit code: 0, or 3 if the gate refuses a candidate.
+
+    Raises RunAgain where another pipeline is at work in the same folder.
+    """
+    from alone import alone
+
+    config, planned = plan(config)
+    check_plan(config, planned)
+    with alone(Path(config.runs), "pipeline"):
+        return _run(config, planned)
+
+
+def _run(config: PipelineConfig, planned: Plan) -> int:
     import cells as runner
 
     from trainer import evaluate as evaluation
@@ -255,8 +268,6 @@ def run(config: PipelineConfig) -> int:
     from trainer.data.dataset import pin
 
     begun = time.monotonic()
-    config, planned = plan(config)
-    check_plan(config, planned)
     runner.prepare()
     if planned.source is None:
         print("nothing is transferred: models are compared with the simple baselines and the champion", flush=True)
