@@ -27,6 +27,7 @@ from etl.lake import local_path, make_folder, table_filesystem, table_uri
 from etl.renewal import Before, renewed
 from etl.session import engine_of, user_errors
 from etl.tables import Table
+from etl.write_tasks import counted_task
 
 # Sail runs its tasks as threads of one process: no more at once than there are cores, or each would hold a part.
 _TURNS = threading.BoundedSemaphore(os.cpu_count() or 1)
@@ -105,7 +106,7 @@ def in_turn(
         return
     users = pa.Table.from_batches(received)
     users = users.take(pa.array(np.lexsort((users["index"].to_numpy(), users["bucket"].to_numpy()))))
-    with _TURNS:
+    with counted_task(), _TURNS:
         try:
             written = list(write(users))
         except OSError as error:

@@ -53,9 +53,10 @@ from etl.lake import (
     transactions,
 )
 from etl.lease import LakeBusy, LeaseLost, writing
-from etl.orphans import remove_orphans
+from etl.orphans import remove_orphans, unfinished_removed
 from etl.session import engine_of, user_errors
 from etl.tables import Table
+from etl.write_tasks import check_wanted, counted_task
 
 __all__ = [
     "CommitConflict",
@@ -80,6 +81,7 @@ __all__ = [
     "table_filesystem",
     "table_uri",
     "transactions",
+    "unfinished_removed",
     "write",
     "writing",
 ]
@@ -170,24 +172,25 @@ def write(
     if done := landed(lake, table, app, app_version):
         return done
     _check_frame(frame, table)
-    if engine_of(spark) == "sail":
-        files = _write_arrow(_placed(frame, table), lake, table)
-    elif local_path(lake) is None:
-        files = _write_arrow(_sorted(frame, table), lake, table)
-    else:
-        files = _write_local(_sorted(frame, table), lake, table)
-    return commit_files(
-        lake,
-        table,
-        files,
-        mode=mode,
-        app=app,
-        app_version=app_version,
-        metadata=metadata,
-        properties=properties,
-        partition_scope=partition_scope,
-        transactions=transactions,
-    )
+    with unfinished_removed(lake, table):
+        if engine_of(spark) == "sail":
+            files = _write_arrow(_placed(frame, table), lake, table)
+        elif local_path(lake) is None:
+            files = _write_arrow(_sorted(frame, table), lake, table)
+        else:
+            files = _write_local(_sorted(frame, table), lake, table)
+        return commit_files(
+            lake,
+            table,
+            files,
+            mode=mode,
+            app=app,
+            app_version=app_version,
+            metadata=metadata,
+            properties=properties,
+            partition_scope=partition_scope,
+            transactions=transactions,
+        )
 
 
 def _sorted(frame: DataFrame, table: Table) -> DataFrame:
@@ -330,15 +333,16 @@ def _write_batches(batches: Iterator[pa.RecordBatch], lake: str, table: Table) -
     """One task: each run of rows with equal partition values (they come sorted) becomes a file."""
     filesystem = table_filesystem(lake, table)
     writer: FileWriter | None = None
-    for batch in batches:
-        for key, rows in _runs(batch, table):
-            if writer is None or writer.key != key:
-                if writer is not None:
-                    yield writer.close()
-                writer = FileWriter(filesystem, table, key)
-            writer.add(rows)
-    if writer is not None:
-        yield writer.close()
+    with counted_task():
+        for batch in batches:
+            for key, rows in _runs(batch, table):
+                if writer is None or writer.key != key:
+                    if writer is not None:
+                        yield writer.close()
+                    writer = FileWriter(filesystem, table, key)
+                writer.add(rows)
+        if writer is not None:
+            yield writer.close()
 
 
 class FileWriter:
@@ -348,6 +352,7 @@ class FileWriter:
         self, filesystem: pafs.FileSystem, table: Table, key: tuple[Any, ...], *, packed: Sequence[str] = ()
     ) -> None:
         """`packed`: columns of lists of integers in no order: packed into few bits, not a dictionary and zstd."""
+        check_wanted()
         self.key = key
         self._filesystem, self._table, self._schema = filesystem, table, data_schema(table)
         folder = _hive_folder(table, key)
@@ -384,6 +389,7 @@ class FileWriter:
 
     def close(self) -> pa.RecordBatch:
         """Finish the file; what the driver is told of it."""
+        check_wanted()
         self._flush()
         self._writer.close()
         self._sink.close()
@@ -398,6 +404,7 @@ class FileWriter:
 
     def _flush(self) -> None:
         if self._waiting:
+            check_wanted()
             rows = pa.Table.from_batches(self._waiting).cast(self._schema)
             self._writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
             self._waiting = []

@@ -7,16 +7,58 @@ log, by which every job downstream would take its inputs for changed.
 import contextlib
 import json
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from urllib.parse import unquote
 
 import pyarrow.fs as pafs
 from deltalake import DeltaTable
 
-from etl.lake import STAGING, active_files, existing_table, local_path, table_filesystem, table_uri
-from etl.lease import as_writer
+from etl.lake import STAGING, active_files, existing_table, local_path, open_table, table_filesystem, table_uri
+from etl.lease import as_writer, check_lease
 from etl.tables import Table
+from etl.write_tasks import abandon
+
+_OWN_NAME = re.compile(r"(.*/)?part-[0-9a-f]{32}(\.[0-9a-f]{8})?\.zstd\.parquet")
+_CLOCK_SECONDS = 1.0  # a file's time may lie before the clock's
+
+
+@contextlib.contextmanager
+def unfinished_removed(lake: str, table: Table) -> Iterator[None]:
+    """Where a write fails or is stopped within, delete the data files that it has left.
+
+    These are files named as ours, made since it began, that no version names. Only a process that is the lake's writer
+    deletes any: files that others are about to commit look alike.
+    """
+    since = time.time() - _CLOCK_SECONDS
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # what failed is said, not that something is left
+            check_lease(lake)
+            abandon()
+            _remove_unfinished(lake, table, since)
+        raise
+
+
+def _remove_unfinished(lake: str, table: Table, since: float) -> None:
+    filesystem = table_filesystem(lake, table)
+    listed = filesystem.get_file_info(pafs.FileSelector("", recursive=True))
+    newest = open_table(lake, table)
+    keep: set[str] = set()
+    if newest is not None:
+        keep = {file.path for file in active_files(newest, table)} | _replaced_since(newest, filesystem, since)
+    for info in listed:
+        is_new = info.mtime is not None and info.mtime.timestamp() >= since
+        if info.type == pafs.FileType.File and is_new and _OWN_NAME.fullmatch(info.path) and info.path not in keep:
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.delete_file(info.path)
+    if local_path(lake) is not None:
+        folders = [info.path for info in listed if info.type == pafs.FileType.Directory]
+        for path in [*sorted(folders, key=len, reverse=True), ""]:
+            with contextlib.suppress(OSError):  # not empty
+                os.rmdir(os.path.join(table_uri(lake, table), path))
 
 
 @as_writer

@@ -40,6 +40,7 @@ _MACHINERY = {
     "etl.source_hash",
     "etl.stopping",
     "etl.store_errors",
+    "etl.write_tasks",
 }
 
 

@@ -95,7 +95,8 @@ def run_job(job: Job, engine: Engine, *, label: str = "") -> Outcome:
             return found
         if sys.stdout.isatty():
             print(f"{label}{job.name:<13}…", end="\r", flush=True)
-        outcome = job.run(found)
+        with delta.unfinished_removed(engine.config.lake, job.table):
+            outcome = job.run(found)
     seconds = time.monotonic() - began
     rate = outcome.rows / seconds if seconds > 0 else 0.0
     notes = "".join(f"; {note}" for note in outcome.notes)

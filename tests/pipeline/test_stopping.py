@@ -11,6 +11,8 @@ import psutil
 import pytest
 import yaml
 
+from tests.chaos.invariants import orphans
+
 ROOT = Path(__file__).parents[2]
 WAIT_SECONDS = 60  # pyspark's own retries take ten minutes
 COMMANDS: dict[str, Sequence[str]] = {
@@ -33,6 +35,22 @@ def _started(command: Sequence[str], folder: Path, *path: Path) -> "subprocess.P
     )  # fmt: skip
 
 
+def _configure(folder: Path, *, users: int) -> None:
+    """A log of these users, and settings that make its tables on Sail."""
+    (folder / "events.csv").write_text(
+        "user,item,ts\n" + "".join(f"u{n // 12},i{n % 12},{n}\n" for n in range(12 * users))
+    )
+    config = {
+        "lake": "lake",
+        "source": {
+            "kind": "log", "events": {"path": "events.csv", "columns": {"user": "user", "item": "item", "time": "ts"}},
+        },
+        "kcore": {"min_user": 2, "min_item": 2},
+        "spark": {"engine": "sail", "shuffle_partitions": 2},
+    }  # fmt: skip
+    (folder / "etl.yaml").write_text(yaml.safe_dump(config))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_stopped_while_it_imports(command: str, number: signal.Signals, tmp_path: Path) -> None:
@@ -46,16 +64,7 @@ def test_a_command_is_stopped_while_it_imports(command: str, number: signal.Sign
     ("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
 )
 def test_etl_on_sail_is_stopped_by_a_signal(number: signal.Signals, to_group: bool, tmp_path: Path) -> None:
-    (tmp_path / "events.csv").write_text("user,item,ts\n" + "".join(f"u{n % 7},i{n % 5},{n}\n" for n in range(99)))
-    config = {
-        "lake": "lake",
-        "source": {
-            "kind": "log", "events": {"path": "events.csv", "columns": {"user": "user", "item": "item", "time": "ts"}},
-        },
-        "kcore": {"min_user": 2, "min_item": 2},
-        "spark": {"engine": "sail", "shuffle_partitions": 2},
-    }  # fmt: skip
-    (tmp_path / "etl.yaml").write_text(yaml.safe_dump(config))
+    _configure(tmp_path, users=7)
     running = _started(("-m", "etl", "all", "--config", "etl.yaml"), tmp_path)
     assert running.stdout is not None
     assert "[1/10]" in running.stdout.readline()
@@ -133,3 +142,16 @@ def test_the_server_of_trainings_is_stopped_while_it_imports(number: signal.Sign
     _, errors = running.communicate(timeout=WAIT_SECONDS)
     assert (running.returncode, errors) == (143, "work: stopped; run the same command to continue\n")
     assert not psutil.wait_procs(children, timeout=WAIT_SECONDS)[1]
+
+
+def test_etl_that_is_stopped_in_a_table_leaves_no_file_that_no_version_names(tmp_path: Path) -> None:
+    _configure(tmp_path, users=3_000)
+    running = _started(("-m", "etl", "all", "--config", "etl.yaml"), tmp_path)
+    table = tmp_path / "lake" / "sequences"
+    while not list(table.rglob("*.parquet")):
+        assert running.poll() is None
+    os.kill(running.pid, signal.SIGTERM)
+    _, errors = running.communicate(timeout=WAIT_SECONDS)
+    assert (running.returncode, errors) == (143, "etl: stopped; run the same command to continue\n")
+    assert (table / "_delta_log").exists() or not table.exists()
+    assert [path for log in tmp_path.glob("lake/*/_delta_log") for path in orphans(log.parent)] == []
