@@ -102,7 +102,9 @@ class FileConfig(Section):
     """Where rows lie and how they are spelled."""
 
     path: Place  # a file, a folder or a glob, relative to the source's `root`
-    format: Literal["delimited", "json", "parquet"] = "delimited"
+    # `delta`: path is a Delta table's folder or URI; its deleted rows are left out. `version`: pins the table's.
+    format: Literal["delimited", "json", "parquet", "delta"] = "delimited"
+    version: int | None = Field(None, ge=0)  # of a Delta table; None: the newest
     separator: str = ","  # any string, also of several characters
     header: bool = True
     quote: str | None = '"'  # None: no quoting, a quote is an ordinary character

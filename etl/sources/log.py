@@ -14,6 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import CleaningConfig, FileConfig, GraftrecError, LogSource
 from etl.sources import files, shapes, values
+from etl.sources.delta_table import SourceTable
 from etl.sources.rows import RANGE_BYTES, RawRows
 from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
 
@@ -24,6 +25,7 @@ class FileLog:
     def __init__(self, config: LogSource, cleaning: CleaningConfig, *, range_bytes: int = RANGE_BYTES) -> None:
         self.config, self.cleaning, self.range_bytes = config, cleaning, range_bytes
         self._rows: dict[str, RawRows] = {}
+        self._tables: dict[str, SourceTable] = {}
 
     @property
     def time(self) -> Literal["timestamp", "ordinal"]:
@@ -36,7 +38,17 @@ class FileLog:
         return False
 
     def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
-        return files.fingerprint([file for kind in kinds for file in self._files(kind)])
+        tables = [table.key for kind in kinds if (table := self.table(kind)) is not None]
+        found = [file for kind in kinds if self.table(kind) is None for file in self._files(kind)]
+        return "+".join([files.fingerprint(found), *tables] if found else tables or [files.fingerprint([])])
+
+    def table(self, kind: str = "events") -> SourceTable | None:
+        config = getattr(self.config, kind)
+        if config is None or config.format != "delta":
+            return None
+        if kind not in self._tables:  # pinned: its version stays the same while a command runs
+            self._tables[kind] = SourceTable(self.config.root, config, setting=f"source.{kind}.path")
+        return self._tables[kind]
 
     def deliveries(self) -> dict[str, str]:
         found = self._files("events")
@@ -53,13 +65,14 @@ class FileLog:
                 )
         earliest, latest = self._time_bounds()
         shape = shapes.events(config, list(wanted), earliest=earliest, latest=latest)
-        found = self._files("events")
+        table = self.table()
+        found = self._files("events") if table is None else table.files()
         if only is not None:
             chosen = [file for file in found if file.name in only]
             found = [replace(file, index=before + place) for place, file in enumerate(chosen)]
         rows = RawRows(
             config, self.config.root, list(wanted.values()), setting="source.events.path", found=found,
-            range_bytes=self.range_bytes,
+            range_bytes=self.range_bytes, table=table,
         )  # fmt: skip
         return rows.frame(spark, kind="interactions", shape=shape, schema=RAW_EVENTS)
 
@@ -108,8 +121,8 @@ class FileLog:
     def _open(self, name: str, config: FileConfig, wanted: Sequence[str | int]) -> RawRows:
         if name not in self._rows:
             setting = f"source.{name}.path"
-            root, size = self.config.root, self.range_bytes
-            self._rows[name] = RawRows(config, root, list(wanted), setting=setting, range_bytes=size)
+            root, size, table = self.config.root, self.range_bytes, self.table(name)
+            self._rows[name] = RawRows(config, root, list(wanted), setting=setting, range_bytes=size, table=table)
         return self._rows[name]
 
     def _time_bounds(self) -> tuple[int, int] | tuple[None, None]:
