@@ -64,6 +64,24 @@ def without_credentials(place: str) -> str:
 Place = Annotated[str, AfterValidator(without_credentials)]  # a local path, or a URI, which is shown and kept in files
 
 
+MAX_NAME_BYTES = 180  # of a file's name there are 255; suffixes need room
+
+
+def name_of_a_file(name: str) -> str:
+    """A name, also one with folders in it. Raises ValueError where it leaves its folder or is too long for a file."""
+    parts = name.split("/")
+    if "\0" in name or "\n" in name or not all(part.strip() and part not in (".", "..") for part in parts):
+        raise ValueError(
+            f"expected a name that stays in its folder, found {name[:80]!r}; leave out .., // and a first /"
+        )
+    if (size := max(len(part.encode(errors="replace")) for part in parts)) > MAX_NAME_BYTES:
+        raise ValueError(f"expected at most {MAX_NAME_BYTES} bytes, found {size}: {name[:40]!r}…; shorten it")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(name_of_a_file)]  # of a run, registered model or domain: files are named so
+
+
 # --- the ETL's sections ---------------------------------------------------------------------------------------------
 
 
@@ -234,7 +252,7 @@ class KCoreConfig(Section):
 class DomainConfig(Section):
     """An item belongs when its categories meet every condition given; a condition left empty holds for all items."""
 
-    name: str
+    name: FileName
     any_of: tuple[str, ...] = ()
     all_of: tuple[str, ...] = ()
     none_of: tuple[str, ...] = ()
@@ -265,7 +283,7 @@ class KnowledgeConfig(Section):
 class SplitConfig(Section):
     """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them."""
 
-    name: str = "last-5"
+    name: FileName = "last-5"
     validation: int = Field(2, ge=0)
     test: int = Field(3, ge=0)
     min_train: int = Field(1, ge=1)  # a user with fewer training items left is not evaluated: trains only
@@ -338,8 +356,8 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
     """
     _in_use[kind] = str(path)
     raw = _read(_resolve(path))
-    for dotted, value in parse_overrides(overrides):
-        _set(raw, dotted, value)
+    for dotted, value, text in _overrides(overrides):
+        _set(raw, dotted, text if _is_text(kind, dotted) and _says(value, text) else value)
     raw = _compose(raw, kind)
     remember(raw)
     try:
@@ -370,7 +388,36 @@ def replaced(config: SectionT, **changes: Any) -> SectionT:
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     """``--a.b value``, ``--a.b=value`` and ``a.b=value`` to (dotted key, YAML value) pairs. Raises ConfigError."""
-    pairs: list[tuple[str, Any]] = []
+    return [(key, value) for key, value, _ in _overrides(arguments)]
+
+
+def texts(arguments: Sequence[str]) -> dict[str, str]:
+    """As parse_overrides, but each value as it was written."""
+    return {key: text for key, _, text in _overrides(arguments)}
+
+
+def _is_text(kind: type[Section], dotted: str) -> bool:
+    """Whether a setting is a text or null: then `a #b`, `2024` and `{x}: y` are no comment, number and section."""
+    kinds = [kind]
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        fields = [one.model_fields[parent] for one in kinds if parent in one.model_fields]
+        kinds = [section for field in fields for section in sections_of(field.annotation)]
+    annotations = [one.model_fields[last].annotation for one in kinds if last in one.model_fields]
+    parts = [part for found in annotations for part in (get_args(found) or (found,))]
+    plain = [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
+    return bool(plain) and all(part in (str, type(None)) for part in plain)
+
+
+def _says(value: Any, text: str) -> bool:
+    """Whether a text means itself: it is neither null nor in quotes."""
+    quoted = isinstance(value, str) and text[:1] in ("'", '"') and value != text
+    return text.strip().lower() not in ("", "null", "~") and not quoted
+
+
+def _overrides(arguments: Sequence[str]) -> list[tuple[str, Any, str]]:
+    """Dotted key, YAML value and text of each."""
+    pairs: list[tuple[str, Any, str]] = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -384,9 +431,9 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
         if not all(key.split(".")):
             raise ConfigError(f"expected --section.key value, found {word!r}; mend the name")
         try:
-            pairs.append((key, _yaml(value)))
+            pairs.append((key, _yaml(value), value))
         except yaml.YAMLError:
-            pairs.append((key, value))
+            pairs.append((key, value, value))
     return pairs
 
 

@@ -21,7 +21,15 @@ import trainer.config
 from etl.config import Section, load, replaced
 
 ROOT = Path(__file__).parent.parent
-TRAINER_MAY_IMPORT = {"etl", "etl.tables", "etl.config", "etl.command", "etl.redaction", "etl.source_hash"}
+TRAINER_MAY_IMPORT = {
+    "etl",
+    "etl.tables",
+    "etl.config",
+    "etl.command",
+    "etl.plain_path",
+    "etl.redaction",
+    "etl.source_hash",
+}
 MAY_IMPORT_MORE = {
     "trainer/recommend.py": {"etl.delta", "etl.file_reader", "etl.lake", "etl.session"},
     "trainer/data/dataset.py": {"etl.datafile", "etl.delta_log", "etl.file_reader", "etl.lake"},

@@ -26,7 +26,7 @@ from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
 from etl.config import FileConfig, GraftrecError
-from etl.plain_path import plain_path
+from etl.plain_path import delta_path
 from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile, reading
 from etl.store_errors import store_problem
@@ -65,7 +65,9 @@ class SourceTable:
         self.root = _root(root, config.path)
         local = "://" not in self.root
         try:
-            self._handle = DeltaTable(plain_path(self.root) if local else self.root, version=config.version)
+            logged = os.path.isdir(os.path.join(self.root, "_delta_log"))
+            place = delta_path(self.root) if local and logged else self.root
+            self._handle = DeltaTable(place, version=config.version)
         except (DeltaError, OSError, ValueError, OverflowError) as error:
             raise self._unreadable(config.version, error) from None
         _check_features(self._handle, setting, self.root)

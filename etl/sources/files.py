@@ -52,7 +52,9 @@ def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
     names the setting in the message.
     """
     filesystem, base, prefix = _locate(root, path)
-    pattern = re.search(r"[*?\[]", base)
+    home = _locate(root, "")[1].rstrip("/") + "/"
+    named = len(home) if base.startswith(home) and "://" not in path else 0  # the root's own name is no pattern
+    pattern = re.compile(r"[*?\[]").search(base, named)
     info = filesystem.get_file_info(base)
     if pattern is None or info.type != fs.FileType.NotFound:  # a name that exists is no pattern
         if info.type == fs.FileType.File:
@@ -63,11 +65,10 @@ def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
             found = []
     else:
         folder = str(PurePosixPath(base[: pattern.start()] + "x").parent)
-        wanted = re.compile(_glob(base))
+        wanted = re.compile(re.escape(base[:named]) + _glob(base[named:]))
         found = [i for i in _listing(filesystem, folder) if wanted.fullmatch(i.path)]
     if not found:
         raise GraftrecError(f"{what}: expected a file, a folder or a glob, found no file at {base}; {_nearby(root)}")
-    home = _locate(root, "")[1].rstrip("/") + "/"
     _refuse_tables(
         filesystem, [info.path for info in found], base if pattern is None else base[: pattern.start()], what
     )
