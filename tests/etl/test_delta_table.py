@@ -12,6 +12,7 @@ from etl.sources.delta_table import SourceTable
 from etl.sources.files import find_files
 from etl.sources.rows import RawRows, read_range
 from tests.etl.delta_tables import ForeignTable
+from tests.object_store import BUCKET, copy_lake, seaweed, settings, variables
 
 SCHEMA = pa.schema([("user", pa.string()), ("item", pa.int64()), ("day", pa.string())])
 WANTED = ["user", "item", "day"]
@@ -121,3 +122,18 @@ def test_a_compaction_between_two_runs_gives_no_row_twice(tmp_path: Path) -> Non
     DeltaTable(tmp_path / "log").optimize.compact()
     assert _added(tmp_path, 1) == []
     assert _added(tmp_path, 0) is None  # the file of version 1 is part of a larger one now
+
+
+def test_a_table_in_an_object_store_is_read_as_on_a_disk(tmp_path: Path) -> None:
+    table = ForeignTable(tmp_path / "log", SCHEMA, mapping="name", partition_by=["day"])
+    first = table.append(_part(0), {"day": "1 é"})
+    table.delete(first, [1, 2])
+    table.append(_part(8), {"day": "2"})
+    with seaweed(tmp_path / "store") as endpoint, variables(settings(endpoint)):
+        copy_lake(str(tmp_path / "log"), f"s3://{BUCKET}/lakes/log")
+        assert _rows(Path("unused"), path=f"s3://{BUCKET}/lakes/log") == _rows(tmp_path)
+        config = FileConfig(path="log", format="delta")
+        source = SourceTable(f"s3://{BUCKET}/lakes", config, setting="source.events.path")
+        assert len(source.added_since(2) or []) == 1
+        with pytest.raises(GraftrecError, match=f"expected a Delta table at s3://{BUCKET}/none, found"):
+            _rows(Path("unused"), path=f"s3://{BUCKET}/none")
