@@ -121,7 +121,10 @@ class FileConfig(Section):
 
     path: Place  # a file, a folder or a glob, relative to the source's `root`
     # `delta`: path is a Delta table's folder or URI; its deleted rows are left out. `version`: pins the table's.
-    format: Literal["delimited", "json", "parquet", "delta"] = "delimited"
+    # `table`: path is what spark.table knows, or, with `reader`, what spark.read.format(reader) loads, if anything.
+    format: Literal["delimited", "json", "parquet", "delta", "table"] = "delimited"
+    reader: str | None = None  # e.g. iceberg or jdbc
+    options: dict[str, str] = {}  # of the reader
     version: int | None = Field(None, ge=0)  # of a Delta table; None: the newest
     separator: str = ","  # any string, also of several characters
     header: bool = True
@@ -271,6 +274,13 @@ class KnowledgeFileConfig(FileConfig):
     list_columns: bool = False  # the cells hold Python-style lists ("['A', 'B']") or single values
     underscores: bool = False  # names are spelled with underscores for spaces (DBpedia)
     max_rank: dict[str, int] = {}  # e.g. actor: 3
+
+    @field_validator("format")
+    @classmethod
+    def _is_no_table(cls, form: str) -> str:
+        if form == "table":
+            raise ValueError("expected files or a Delta table, found 'table'; write it to Parquet files first")
+        return form
 
 
 class KnowledgeConfig(Section):

@@ -22,6 +22,7 @@ from etl.jobs.kcore import broadcast
 from etl.session import held
 from etl.sources.delta_table import SourceTable
 from etl.sources.movielens import described
+from etl.sources.spark_table import SparkTable
 from etl.tables import INTERACTIONS, PROPERTY_BUCKETS, PROPERTY_TIME
 
 _IDENTITY = INTERACTIONS.key
@@ -101,7 +102,7 @@ def _append(run: Run, found: dict[str, str]) -> Outcome:
     return _deliver(run, list(new.values()), run.own(), before=before, generation=generation, new=new)
 
 
-def _follow(run: Run, table: SourceTable) -> Outcome:
+def _follow(run: Run, table: SourceTable | SparkTable) -> Outcome:
     """Bring the lake from the version of the table that it holds to the one that is there now."""
     since = int(run.last["table_version"])
     added = table.added_since(since)
@@ -115,7 +116,7 @@ def _follow(run: Run, table: SourceTable) -> Outcome:
     return _deliver(run, names, run.own(), before=before, generation=generation, table=table)
 
 
-def _compare(run: Run, table: SourceTable, *, before: int, generation: str) -> Outcome:
+def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generation: str) -> Outcome:
     """Retract the rows of the lake that the table lacks, and add those that the lake lacks."""
     own = run.own()
     assert own is not None
@@ -161,7 +162,7 @@ def _deliver(
     before: int,
     generation: str,
     new: dict[str, str] | None = None,
-    table: SourceTable | None = None,
+    table: SourceTable | SparkTable | None = None,
 ) -> Outcome:
     """Commit the events of the files `names`: files that are `new` (content -> name), or of a version of `table`."""
     source = run.engine.source
@@ -192,7 +193,14 @@ def _deliver(
 
 
 def _metadata(
-    run: Run, *, before: int, new: int, good: int, generation: str, table: SourceTable | None, anew: bool = False
+    run: Run,
+    *,
+    before: int,
+    new: int,
+    good: int,
+    generation: str,
+    table: SourceTable | SparkTable | None,
+    anew: bool = False,
 ) -> dict[str, str]:
     """What a commit records. `anew`: the table replaces what was there, and rows may have left since."""
     retractions = int(run.last.get(retraction.COUNT, "0")) + (anew and table is not None and run.base is not None)
@@ -209,7 +217,7 @@ def _metadata(
     }
 
 
-def _table_transaction(generation: str, table: SourceTable) -> tuple[str, int]:
+def _table_transaction(generation: str, table: SourceTable | SparkTable) -> tuple[str, int]:
     """The application transaction that delivers a version of a Delta table: its id, its version."""
     return f"delivery/{generation}/{table.id}", table.version
 
@@ -218,7 +226,7 @@ def _transaction(generation: str, content: str) -> str:
     return f"delivery/{generation}/{content[:_DIGITS]}"
 
 
-def _lost(run: Run, found: dict[str, str], table: SourceTable | None) -> int:
+def _lost(run: Run, found: dict[str, str], table: SourceTable | SparkTable | None) -> int:
     """How many files that were delivered are no longer there. A generated log can always be made again."""
     if "generation" not in run.last or run.last["kind"] == "generator":
         return 0
@@ -236,7 +244,7 @@ def _settings(config: EtlConfig) -> Any:
     else:
         log: LogSource = described(source.root) if isinstance(source, MovielensSource) else source
         rules = {
-            **log.events.model_dump(exclude={"path", "version"}),
+            **log.events.model_dump(exclude={"path", "version", "options"}),
             "known": log.require_known_items and log.items is not None,
         }
     cleaning = config.cleaning.model_dump(exclude={"max_quarantine_share"})

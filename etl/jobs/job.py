@@ -89,7 +89,7 @@ class Engine:
 
     @functools.cached_property
     def source(self) -> Source:
-        return open_source(self.config)
+        return open_source(self.config, lambda: self.spark)
 
     def raw(self, kind: str) -> DataFrame | None:
         """The source's `items`, `users`, `edges` or `people`, None where it has none."""

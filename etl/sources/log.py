@@ -6,7 +6,7 @@ time before `cleaning.min_time` or after `cleaning.max_time` (unless times are m
 """
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -17,15 +17,24 @@ from etl.sources import files, shapes, values
 from etl.sources.delta_table import SourceTable
 from etl.sources.rows import RANGE_BYTES, RawRows
 from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
+from etl.sources.spark_table import SparkTable
 
 
 class FileLog:
     """A LogSource. Raises GraftrecError for files, columns or rows that aren't there, when the frame is asked for."""
 
-    def __init__(self, config: LogSource, cleaning: CleaningConfig, *, range_bytes: int = RANGE_BYTES) -> None:
+    def __init__(
+        self,
+        config: LogSource,
+        cleaning: CleaningConfig,
+        *,
+        range_bytes: int = RANGE_BYTES,
+        session: Callable[[], SparkSession] | None = None,
+    ) -> None:
+        self._session = session
         self.config, self.cleaning, self.range_bytes = config, cleaning, range_bytes
         self._rows: dict[str, RawRows] = {}
-        self._tables: dict[str, SourceTable] = {}
+        self._tables: dict[str, SourceTable | SparkTable] = {}
 
     @property
     def time(self) -> Literal["timestamp", "ordinal"]:
@@ -42,12 +51,16 @@ class FileLog:
         found = [file for kind in kinds if self.table(kind) is None for file in self._files(kind)]
         return "+".join([files.fingerprint(found), *tables] if found else tables or [files.fingerprint([])])
 
-    def table(self, kind: str = "events") -> SourceTable | None:
+    def table(self, kind: str = "events") -> SourceTable | SparkTable | None:
         config = getattr(self.config, kind)
-        if config is None or config.format != "delta":
+        if config is None or config.format not in ("delta", "table"):
             return None
+        setting = f"source.{kind}.path"
+        if config.format == "table" and kind not in self._tables:
+            assert self._session is not None
+            self._tables[kind] = SparkTable(self._session(), config, self._wanted(kind), setting=setting)
         if kind not in self._tables:  # pinned: its version stays the same while a command runs
-            self._tables[kind] = SourceTable(self.config.root, config, setting=f"source.{kind}.path")
+            self._tables[kind] = SourceTable(self.config.root, config, setting=setting)
         return self._tables[kind]
 
     def deliveries(self) -> dict[str, str]:
@@ -91,15 +104,14 @@ class FileLog:
         config = self.config.users
         if config is None:
             return None
-        rows = self._open("users", config, [config.id, *config.attributes.values()])
+        rows = self._open("users", config, self._wanted("users"))
         return rows.frame(spark, kind="users", shape=shapes.users(config), schema=RAW_USERS)
 
     def edges(self, spark: SparkSession) -> DataFrame | None:
         config = self.config.edges
         if config is None:
             return None
-        wanted = [config.user, config.friend, *([] if config.weight is None else [config.weight])]
-        rows = self._open("edges", config, wanted)
+        rows = self._open("edges", config, self._wanted("edges"))
         edges = rows.frame(spark, kind="edges", shape=shapes.edges(config), schema=RAW_EDGES)
         if config.directed:
             return edges
@@ -111,6 +123,19 @@ class FileLog:
         if config is None or not config.people:
             return None
         return self._open("items", config, shapes.item_columns(config)).map(spark, shapes.people(config), PEOPLE)
+
+    def _wanted(self, kind: str) -> list[str | int]:
+        """The columns that a kind of file is asked for, in the order that `shapes` expects."""
+        config = self.config
+        if kind == "events":
+            return [column for column in config.events.columns.model_dump().values() if column is not None]
+        if kind == "items":
+            return [] if config.items is None else shapes.item_columns(config.items)
+        if kind == "users":
+            return [] if config.users is None else [config.users.id, *config.users.attributes.values()]
+        edges = config.edges
+        found = [] if edges is None else [edges.user, edges.friend, edges.weight]
+        return [column for column in found if column is not None]
 
     def _files(self, kind: str) -> list[files.RawFile]:
         described = getattr(self.config, kind)

@@ -12,11 +12,12 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import FileConfig, GraftrecError
-from etl.sources import delimited, delta_table, files, structured, values
+from etl.sources import delimited, delta_table, files, spark_table, structured, values
 from etl.sources.delimited import Chunk, Layout
 from etl.sources.delta_table import SourceTable, TablePart
 from etl.sources.files import RawFile
 from etl.sources.schema import RAW_CHARACTERS, spark_schema
+from etl.sources.spark_table import SparkTable
 
 RANGE_BYTES = 16 << 20
 Shape = Callable[[Chunk, RawFile], pa.Table]
@@ -51,7 +52,7 @@ class RawRows:
         setting: str,
         range_bytes: int = RANGE_BYTES,
         found: list[RawFile] | None = None,
-        table: SourceTable | None = None,
+        table: SourceTable | SparkTable | None = None,
     ) -> None:
         self.config, self.wanted, self.setting, self.range_bytes = config, wanted, setting, range_bytes
         if config.format == "delta" and table is None:
@@ -72,7 +73,17 @@ class RawRows:
 
     def map(self, spark: SparkSession, function: Shape, schema: pa.Schema) -> DataFrame:
         """A lazy frame of `schema`: what `function` makes of each chunk."""
-        ranges, config = self._cut(spark), self.config
+        config = self.config
+        if isinstance(self.table, SparkTable):
+            (file,) = self.files
+
+            def shaped(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+                for chunk in spark_table.chunks(batches):
+                    columns = [values.without_nulls(column, config.null_values) for column in chunk.columns]
+                    yield from function(replace(chunk, columns=columns), file).cast(schema).to_batches()
+
+            return self.table.rows().mapInArrow(shaped, spark_schema(schema))
+        ranges = self._cut(spark)
 
         def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             for batch in batches:
@@ -94,7 +105,7 @@ class RawRows:
         return self._ranges
 
     def _plan(self) -> list[Range]:
-        if self.table is not None:
+        if isinstance(self.table, SourceTable):
             return self._table_plan(self.table)
         else:
             plan = self._parquet_plan() if self.config.format == "parquet" else self._text_plan()

@@ -13,6 +13,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 if TYPE_CHECKING:
     from etl.sources.delta_table import SourceTable
+    from etl.sources.spark_table import SparkTable
 
 KINDS = ("events", "items", "users", "edges")  # of files
 RAW_CHARACTERS = 1_000  # of a rejected row kept for the quarantine
@@ -83,8 +84,8 @@ class Source(Protocol):
         """Content identity -> name of the events' files; of files with equal content the first by path."""
         ...
 
-    def table(self) -> "SourceTable | None":
-        """The Delta table that events come from, None for a log of files."""
+    def table(self) -> "SourceTable | SparkTable | None":
+        """The table that events come from, None for a log of files."""
         ...
 
     def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
