@@ -69,6 +69,8 @@ MAX_NAME_BYTES = 180  # of a file's name there are 255; suffixes need room
 
 def name_of_a_file(name: str) -> str:
     """A name, also one with folders in it. Raises ValueError where it leaves its folder or is too long for a file."""
+    if not name:  # of settings that are compared without their names
+        return name
     parts = name.split("/")
     if "\0" in name or "\n" in name or not all(part.strip() and part not in (".", "..") for part in parts):
         raise ValueError(
