@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from etl import tables
 from etl.command import CommandParser, configurations, run_command
-from etl.config import ConfigError, EtlConfig, load, parse_overrides, without_credentials
+from etl.config import ConfigError, EtlConfig, load, texts, without_credentials
 
 JOBS = (
     tables.INTERACTIONS, tables.ITEMS, tables.USERS, tables.DOMAINS, tables.ENTITIES, tables.KNOWLEDGE, tables.SOCIAL,
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _lake(overrides: Sequence[str]) -> str:
     """The lake of a report without a configuration. Raises ConfigError unless it is the only setting given."""
-    given = dict(parse_overrides(overrides))
+    given = texts(overrides)
     if list(given) != ["lake"]:
         raise ConfigError(f"report: expected --lake FOLDER, or --config, found {', '.join(given) or 'neither'}")
     try:
-        return without_credentials(str(given["lake"]))
+        return without_credentials(given["lake"])
     except ValueError as error:
         raise ConfigError(f"lake: {error}") from None
 

@@ -30,6 +30,7 @@ from etl.lake import (
     UnsupportedFeature,
     active_files,
     check_contract,
+    delta_uri,
     local_path,
     make_folder,
     open_table,
@@ -270,7 +271,7 @@ def _create(lake: str, table: Table, properties: Mapping[str, str]) -> None:
         make_folder(Path(uri))
     try:
         DeltaTable.create(
-            uri,
+            delta_uri(lake, table),
             table.schema,
             mode="error",
             partition_by=list(table.partition_by),

@@ -64,6 +64,26 @@ def without_credentials(place: str) -> str:
 Place = Annotated[str, AfterValidator(without_credentials)]  # a local path, or a URI, which is shown and kept in files
 
 
+MAX_NAME_BYTES = 180  # of a file's name there are 255; suffixes need room
+
+
+def name_of_a_file(name: str) -> str:
+    """A name, also one with folders in it. Raises ValueError where it leaves its folder or is too long for a file."""
+    if not name:  # of settings that are compared without their names
+        return name
+    parts = name.split("/")
+    if "\0" in name or "\n" in name or not all(part.strip() and part not in (".", "..") for part in parts):
+        raise ValueError(
+            f"expected a name that stays in its folder, found {name[:80]!r}; leave out .., // and a first /"
+        )
+    if (size := max(len(part.encode(errors="replace")) for part in parts)) > MAX_NAME_BYTES:
+        raise ValueError(f"expected at most {MAX_NAME_BYTES} bytes, found {size}: {name[:40]!r}…; shorten it")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(name_of_a_file)]  # of a run, registered model or domain: files are named so
+
+
 # --- the ETL's sections ---------------------------------------------------------------------------------------------
 
 
@@ -102,7 +122,12 @@ class FileConfig(Section):
     """Where rows lie and how they are spelled."""
 
     path: Place  # a file, a folder or a glob, relative to the source's `root`
-    format: Literal["delimited", "json", "parquet"] = "delimited"
+    # `delta`: path is a Delta table's folder or URI; its deleted rows are left out. `version`: pins the table's.
+    # `table`: path is what spark.table knows, or, with `reader`, what spark.read.format(reader) loads, if anything.
+    format: Literal["delimited", "json", "parquet", "delta", "table"] = "delimited"
+    reader: str | None = None  # e.g. iceberg or jdbc
+    options: dict[str, str] = {}  # of the reader
+    version: int | None = Field(None, ge=0)  # of a Delta table; None: the newest
     separator: str = ","  # any string, also of several characters
     header: bool = True
     quote: str | None = '"'  # None: no quoting, a quote is an ordinary character
@@ -232,7 +257,7 @@ class KCoreConfig(Section):
 class DomainConfig(Section):
     """An item belongs when its categories meet every condition given; a condition left empty holds for all items."""
 
-    name: str
+    name: FileName
     any_of: tuple[str, ...] = ()
     all_of: tuple[str, ...] = ()
     none_of: tuple[str, ...] = ()
@@ -252,6 +277,13 @@ class KnowledgeFileConfig(FileConfig):
     underscores: bool = False  # names are spelled with underscores for spaces (DBpedia)
     max_rank: dict[str, int] = {}  # e.g. actor: 3
 
+    @field_validator("format")
+    @classmethod
+    def _is_no_table(cls, form: str) -> str:
+        if form == "table":
+            raise ValueError("expected files or a Delta table, found 'table'; write it to Parquet files first")
+        return form
+
 
 class KnowledgeConfig(Section):
     """Files in order of trust: a later one supplies only what the earlier ones lack for an item and relation."""
@@ -263,7 +295,7 @@ class KnowledgeConfig(Section):
 class SplitConfig(Section):
     """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them."""
 
-    name: str = "last-5"
+    name: FileName = "last-5"
     validation: int = Field(2, ge=0)
     test: int = Field(3, ge=0)
     min_train: int = Field(1, ge=1)  # a user with fewer training items left is not evaluated: trains only
@@ -336,8 +368,8 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
     """
     _in_use[kind] = str(path)
     raw = _read(_resolve(path))
-    for dotted, value in parse_overrides(overrides):
-        _set(raw, dotted, value)
+    for dotted, value, text in _overrides(overrides):
+        _set(raw, dotted, text if _is_text(kind, dotted) and _says(value, text) else value)
     raw = _compose(raw, kind)
     remember(raw)
     try:
@@ -368,7 +400,36 @@ def replaced(config: SectionT, **changes: Any) -> SectionT:
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     """``--a.b value``, ``--a.b=value`` and ``a.b=value`` to (dotted key, YAML value) pairs. Raises ConfigError."""
-    pairs: list[tuple[str, Any]] = []
+    return [(key, value) for key, value, _ in _overrides(arguments)]
+
+
+def texts(arguments: Sequence[str]) -> dict[str, str]:
+    """As parse_overrides, but each value as it was written."""
+    return {key: text for key, _, text in _overrides(arguments)}
+
+
+def _is_text(kind: type[Section], dotted: str) -> bool:
+    """Whether a setting is a text or null: then `a #b`, `2024` and `{x}: y` are no comment, number and section."""
+    kinds = [kind]
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        fields = [one.model_fields[parent] for one in kinds if parent in one.model_fields]
+        kinds = [section for field in fields for section in sections_of(field.annotation)]
+    annotations = [one.model_fields[last].annotation for one in kinds if last in one.model_fields]
+    parts = [part for found in annotations for part in (get_args(found) or (found,))]
+    plain = [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
+    return bool(plain) and all(part in (str, type(None)) for part in plain)
+
+
+def _says(value: Any, text: str) -> bool:
+    """Whether a text means itself: it is neither null nor in quotes."""
+    quoted = isinstance(value, str) and text[:1] in ("'", '"') and value != text
+    return text.strip().lower() not in ("", "null", "~") and not quoted
+
+
+def _overrides(arguments: Sequence[str]) -> list[tuple[str, Any, str]]:
+    """Dotted key, YAML value and text of each."""
+    pairs: list[tuple[str, Any, str]] = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -382,9 +443,9 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
         if not all(key.split(".")):
             raise ConfigError(f"expected --section.key value, found {word!r}; mend the name")
         try:
-            pairs.append((key, _yaml(value)))
+            pairs.append((key, _yaml(value), value))
         except yaml.YAMLError:
-            pairs.append((key, value))
+            pairs.append((key, value, value))
     return pairs
 
 

@@ -54,6 +54,7 @@ from etl.lake import (
 )
 from etl.lease import LakeBusy, LeaseLost, writing
 from etl.orphans import remove_orphans, unfinished_removed
+from etl.plain_path import is_plain
 from etl.session import engine_of, user_errors
 from etl.tables import Table
 from etl.write_tasks import check_wanted, counted_task
@@ -127,15 +128,21 @@ def read(
         check_files(lake, table, [file.path for file in files])
     if local_path(lake) is not None and engine_of(spark) == "sail":
         root = table_uri(lake, table)
-        if whole and Path(root).as_uri() == f"file://{root}":  # Sail misreads paths that a URI has to escape
+        if whole and is_plain(root):
             return _read_sail(spark, lake, table, version, partitions or {})
-    elif local_path(lake) is not None and all(_hive_partition(file.path, table) == file.partition for file in files):
+    elif _spark_reads(lake) and all(_hive_partition(file.path, table) == file.partition for file in files):
         root = table_uri(lake, table)
         reader = spark.read.schema(schema).option("basePath", root).option("__globPaths__", "false")
         return reader.parquet(*(f"{root}/{file.path}" for file in files)).select(*_columns(table))
     rows = [(json.dumps({"path": file.path, "partition": dict(file.partition)}),) for file in files]
     names = spark.createDataFrame(rows, "file string").repartition(len(rows))
     return names.mapInArrow(partial(_read_files, lake=lake, table=table), schema)
+
+
+def _spark_reads(lake: str) -> bool:
+    """Whether Spark's own reader and writer of Parquet know the lake's path as it is, on every machine."""
+    local = local_path(lake)
+    return local is not None and re.fullmatch(r"[\w ./-]*", str(local.absolute())) is not None
 
 
 def _read_sail(
@@ -175,7 +182,7 @@ def write(
     with unfinished_removed(lake, table):
         if engine_of(spark) == "sail":
             files = _write_arrow(_placed(frame, table), lake, table)
-        elif local_path(lake) is None:
+        elif not _spark_reads(lake):
             files = _write_arrow(_sorted(frame, table), lake, table)
         else:
             files = _write_local(_sorted(frame, table), lake, table)

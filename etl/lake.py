@@ -4,7 +4,6 @@ The part of `etl.delta` that only looks. What isn't a lake, a table or a whole l
 table with features (deletion vectors, column mapping…) that a reader of plain Parquet files would get wrong.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from deltalake.fs import DeltaStorageHandler
 from etl.config import GraftrecError
 from etl.datafile import DataFile, partition_text, partition_value
 from etl.delta_log import check_log, recorded_snapshot, snapshot_digest
+from etl.plain_path import delta_path
 from etl.store_errors import store_problem
 from etl.tables import TABLES, Table
 
@@ -56,6 +56,12 @@ def table_uri(lake: str, table: Table) -> str:
     return str((local / table.name).absolute()) if local is not None else f"{lake.rstrip('/')}/{table.name}"
 
 
+def delta_uri(lake: str, table: Table) -> str:
+    """Where `deltalake` opens or makes `table`: at table_uri, or, where it would misread that path, through links."""
+    uri = table_uri(lake, table)
+    return uri if local_path(lake) is None else delta_path(uri)
+
+
 def table_filesystem(lake: str, table: Table) -> pafs.FileSystem:
     """A pyarrow file system rooted at the table, on local disks or whatever store `deltalake` reaches."""
     uri = table_uri(lake, table)
@@ -72,14 +78,16 @@ def open_table(lake: str, table: Table, version: int | None = None) -> DeltaTabl
     """
     uri = table_uri(lake, table)
     logged = _check_place(lake, table)  # before opening: what is committed meanwhile is only newer
+    if logged < 0 and local_path(lake) is not None:
+        return None
     try:
-        handle = DeltaTable(uri, version=version)
+        handle = DeltaTable(delta_uri(lake, table), version=version)
     except TableNotFoundError as error:
         if logged < 0:
             return None
-        raise _unreadable(uri, table, version, error) from None
+        raise _unreadable(lake, table, version, error) from None
     except (DeltaError, OSError, ValueError, OverflowError) as error:
-        raise _unreadable(uri, table, version, error) from None
+        raise _unreadable(lake, table, version, error) from None
     if version is None and handle.version() < logged:
         raise LakeError(f"{uri}: expected version {logged}, as logged, found {handle.version()}; restore the log")
     _check_features(handle, table)
@@ -217,12 +225,13 @@ def within(file: DataFile, scope: Mapping[str, Sequence[str | None]]) -> bool:
     return all(file.partition[column] in values for column, values in scope.items())
 
 
-def _unreadable(uri: str, table: Table, version: int | None, error: Exception) -> LakeError:
+def _unreadable(lake: str, table: Table, version: int | None, error: Exception) -> LakeError:
+    uri = table_uri(lake, table)
     if problem := store_problem(uri, error):
         return LakeError(problem)
     if version is not None:
         try:
-            newest = DeltaTable(uri).version()
+            newest = DeltaTable(delta_uri(lake, table)).version()
         except (DeltaError, OSError, ValueError):
             pass
         else:
@@ -253,11 +262,6 @@ def _check_place(lake: str, table: Table) -> int:
 
 def _is_table(root: Path, table: Table) -> bool:
     """Whether the lake at `root` has the table. Refuses what isn't a lake or a table."""
-    if re.search("%[0-9A-Fa-f]{2}", str(root.absolute())):
-        raise LakeError(
-            f"{root.absolute()}: expected a path without % before two hexadecimal digits, which deltalake would decode;"
-            f" rename the folder"
-        )
     if not root.exists():
         return False
     if not root.is_dir():

@@ -23,6 +23,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import ConfigError, GraftrecError, SparkConfig
+from etl.plain_path import plain_path
 from etl.redaction import redact
 
 if TYPE_CHECKING:
@@ -202,8 +203,9 @@ def _sail(config: SparkConfig, name: str) -> SparkSession:
         from pysail.spark import SparkConnectServer
     except ImportError:
         raise GraftrecError("spark.engine sail: expected the package pysail, found none; pip install pysail") from None
-    folder = tempfile.mkdtemp(prefix="graftrec-sail-", dir=config.settings.get("spark.local.dir"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    made = tempfile.mkdtemp(prefix="graftrec-sail-", dir=config.settings.get("spark.local.dir"))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    folder = plain_path(made)
     threads = re.fullmatch(r"local\[(\d+)\]", config.master)
     settings = {
         "execution.default_parallelism": threads[1] if threads else "1" if config.master == "local" else "0",

@@ -32,6 +32,7 @@ from etl.command import CommandParser, configurations, run_command
 from etl.config import (
     ConfigError,
     EtlConfig,
+    FileName,
     GraftrecError,
     MovielensSource,
     Place,
@@ -139,7 +140,7 @@ class ExperimentConfig(Section):
     """Which rows, on what data, and how they are judged. Lake, domains, seeds, names and folders are set here, whatever
     the sections say."""
 
-    name: str = "experiment"
+    name: FileName = "experiment"
     preset: str = "small"
     runs: str = "runs"  # the experiment's folder is <runs>/<name>
     etl: EtlConfig | None = None  # makes the tables; or, in its place:

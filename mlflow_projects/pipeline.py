@@ -32,7 +32,17 @@ from cells import Cell
 from pydantic import Field, model_validator
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import EtlConfig, GraftrecError, KnowledgeConfig, MovielensSource, Section, SplitConfig, load, replaced
+from etl.config import (
+    EtlConfig,
+    FileName,
+    GraftrecError,
+    KnowledgeConfig,
+    MovielensSource,
+    Section,
+    SplitConfig,
+    load,
+    replaced,
+)
 from etl.tables import DOMAIN_ALL, RECOMMENDATIONS
 from trainer.config import (
     RANKING_TASKS,
@@ -67,9 +77,9 @@ class PipelineConfig(Section):
     What flows from one step to the next (lake, release, model folders, names) is set here, whatever the sections say.
     """
 
-    name: str = "pipeline"
+    name: FileName = "pipeline"
     runs: str = "runs"  # folder of the training runs, their evaluation and the gate's decision
-    registered_model: str = "graftrec"  # each target domain's is <registered_model>-<domain>
+    registered_model: FileName = "graftrec"  # each target domain's is <registered_model>-<domain>
     etl: EtlConfig
     pretrain: PretrainConfig
     finetune: FinetuneConfig

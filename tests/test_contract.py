@@ -26,6 +26,7 @@ TRAINER_MAY_IMPORT = {
     "etl.tables",
     "etl.config",
     "etl.command",
+    "etl.plain_path",
     "etl.redaction",
     "etl.source_hash",
     "etl.stopping",

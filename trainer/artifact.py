@@ -28,7 +28,8 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from etl.config import GraftrecError
+from etl.config import GraftrecError, replaced
+from etl.plain_path import absolute
 from etl.tables import UNK
 from trainer.config import (
     ClickConfig,
@@ -129,7 +130,7 @@ def save_artifact(
         save_file({CONTENT: torch.from_numpy(content.vectors_VF).half()}, new / f"{CONTENT}.safetensors")
     described: dict[str, Any] = {
         "recipe": "finetune" if isinstance(config, FinetuneConfig) else "pretrain",
-        "config": config.model_dump(mode="json"),
+        "config": replaced(config, data=replaced(config.data, lake=release.lake)).model_dump(mode="json"),
         "lake": release.lake,
         "release": release.number,
         "versions": release.versions,
@@ -223,7 +224,7 @@ def read_artifact(
     if "predicted" in rows.column_names:
         model.predict_only(torch.from_numpy(rows["predicted"].to_numpy()))
     return Artifact(
-        folder=folder, config=config, lake=described["lake"], release=described["release"],
+        folder=folder, config=config, lake=absolute(described["lake"]), release=described["release"],
         versions=described["versions"], catalogue=_catalogue(rows),
         popularity=rows["popularity"].to_numpy().astype(np.int64), knowledge=knowledge, model=model.to(device).eval(),
         task=build_task(config.task), parent=parent, hash=_hash(digests), metrics=described["metrics"],
@@ -240,7 +241,7 @@ def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
 
 def lake_of(folder: Path) -> str:
     """The lake that a model was trained on."""
-    return str(json.loads((folder / CONFIG).read_text())["lake"])
+    return absolute(json.loads((folder / CONFIG).read_text())["lake"])
 
 
 def catalogue_of(folder: Path) -> Catalogue:

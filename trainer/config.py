@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from etl.config import ConfigError, GraftrecError, Place, Section, SparkConfig, load, replaced
+from etl.config import ConfigError, FileName, GraftrecError, Place, Section, SparkConfig, load, replaced
 
 __all__ = [
     "BaselinesConfig",
@@ -469,7 +469,7 @@ class EvaluationConfig(Section):
 class PretrainConfig(Section):
     """One training run from scratch on one domain."""
 
-    name: str = "pretrain"
+    name: FileName = "pretrain"
     output: str = "runs"  # the run's folder is <output>/<name>
     data: DataConfig = DataConfig()
     model: ModelConfig = Bert4RecConfig()
@@ -600,7 +600,7 @@ class PatchConfig(Section):
 class FinetuneConfig(PretrainConfig):
     """One training run on a target domain, started from a pre-trained model by `transfer`."""
 
-    name: str = "finetune"
+    name: FileName = "finetune"
     data: TargetDataConfig = TargetDataConfig()
     transfer: TransferName = "deep"
     parent: str | None = None  # folder of the pre-trained model; not needed by transfer `none`
@@ -690,7 +690,7 @@ class SearchConfig(Section):
     the same budget, in turns.
     """
 
-    name: str = "search"
+    name: FileName = "search"
     output: str = "runs"  # the search's folder is <output>/<name>
     pretrain: PretrainConfig | None = None  # one of these two: the settings that are not searched, and the first trial
     finetune: FinetuneConfig | None = None
@@ -771,7 +771,7 @@ class EvaluateConfig(Section):
     """Score model folders on one pinned release, beside the simple baselines."""
 
     # Results go to <output>/<name>/evaluation. None: named after the models, without replacing other evaluations.
-    name: str | None = None
+    name: FileName | None = None
     output: str = "runs"
     model: str | None = None  # one model folder…
     models: tuple[EvaluatedModel, ...] = ()  # … or several
@@ -825,9 +825,9 @@ class GateConfig(Section):
 class PromoteConfig(Section):
     """Judge a candidate, and move the registry's alias to it if it passes."""
 
-    name: str = "promote"
+    name: FileName = "promote"
     output: str = "runs"  # the decision goes to <output>/<name>/decision.json
-    registered_model: str = "graftrec"
+    registered_model: FileName = "graftrec"
     family: str = ""  # registered models of the same log, <family>-<domain>: they share parents of patches
     candidate: str | None = None  # a version's number, or a model folder (registered then); None: alias `candidate`
     replicas: tuple[str, ...] = ()  # the candidate's recipe with other seeds
@@ -848,8 +848,8 @@ class PromoteConfig(Section):
 class RecommendConfig(Section):
     """Write the top-k of every user to the Delta table `recommendations`, of one domain's items."""
 
-    name: str = "recommend"
-    registered_model: str = "graftrec"
+    name: FileName = "recommend"
+    registered_model: FileName = "graftrec"
     model: str = "champion"  # an alias or the number of a registered version, or a model folder
     lake: Place | None = None  # None: the model's own
     release: int | None = None  # None: the newest complete one, pinned when the run starts

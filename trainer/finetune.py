@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 
+from etl.plain_path import absolute
 from trainer.artifact import Artifact, load_artifact
 from trainer.config import FinetuneConfig
 from trainer.loop import Progress
@@ -25,7 +26,7 @@ def run(config: FinetuneConfig, *, judge: Callable[[Progress], None] = unjudged)
 def seen_by_parent(config: FinetuneConfig, parent: Artifact) -> str:
     """A note where the parent was trained on the domain that is fine-tuned on; "" where that is new to it."""
     own, seen = config.data, parent.config.data
-    if own.lake != parent.lake or own.domain != seen.domain:
+    if absolute(own.lake) != parent.lake or own.domain != seen.domain:
         return ""
     note = (
         f"note: {config.name} fine-tunes on domain {own.domain}, on which its parent {parent.folder} was trained "

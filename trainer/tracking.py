@@ -35,6 +35,7 @@ import pyarrow as pa
 import yaml
 
 from etl.config import GraftrecError, Section
+from etl.plain_path import plain_path
 from etl.redaction import redact, without_secrets
 from etl.tables import TABLES
 from trainer.config import TrackingConfig
@@ -82,7 +83,7 @@ _ENVIRONMENT = {
 
 def tracking_uri() -> str:
     """$MLFLOW_TRACKING_URI, else the SQLite store of the working directory."""
-    return os.environ.get(URI_VARIABLE) or f"sqlite:///{Path.cwd()}/mlflow.db"
+    return os.environ.get(URI_VARIABLE) or f"sqlite:///{plain_path(Path.cwd())}/mlflow.db"
 
 
 def local_folder(uri: str) -> Path | None:
@@ -557,6 +558,8 @@ def metric_name(text: str) -> str:
 
 
 def _fingerprint(uri: str) -> str:
+    if (database := sqlite_file(uri)) is not None and database.parent.is_symlink():  # plain_path's, of one process
+        uri = f"sqlite:///{database.parent.readlink() / database.name}"
     return hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 

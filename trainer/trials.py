@@ -18,6 +18,7 @@ import yaml
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from etl.config import GraftrecError, RunAgain
+from etl.plain_path import plain_path
 from trainer.artifact import load_artifact
 from trainer.config import (
     FinetuneConfig,
@@ -211,11 +212,11 @@ def _storage(folder: Path) -> optuna.storages.RDBStorage:
     if not place.exists():
         for leftover in folder.glob(f"{new.name}*"):
             leftover.unlink()
-        made = optuna.storages.RDBStorage(f"sqlite:///{new.absolute()}")
+        made = optuna.storages.RDBStorage(f"sqlite:///{plain_path(folder)}/{new.name}")
         made.remove_session()
         made.engine.dispose()
         new.rename(place)
-    return optuna.storages.RDBStorage(f"sqlite:///{place.absolute()}")
+    return optuna.storages.RDBStorage(f"sqlite:///{plain_path(folder)}/{place.name}")
 
 
 def _pruner(config: PrunerConfig, epochs: int) -> optuna.pruners.BasePruner:

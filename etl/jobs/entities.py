@@ -5,6 +5,7 @@ from pyspark.sql import functions as F
 
 from etl.config import EtlConfig, GeneratorSource
 from etl.jobs.job import Job, Outcome, Run
+from etl.jobs.retraction import past
 from etl.jobs.vocabulary import described_by, with_index
 from etl.sources import Source
 from etl.sources.metadata import knowledge, knowledge_fingerprint
@@ -13,13 +14,13 @@ from etl.tables import ENTITIES, ITEMS
 _PEOPLE = ("director", "actor", "writer", "producer", "composer", "author", "artist", "person")  # relations to persons
 
 
-def transform(told: DataFrame, old: DataFrame | None) -> DataFrame:
+def transform(told: DataFrame, old: DataFrame | None, *, first: int | None = None) -> DataFrame:
     """ENTITIES named by `told` (relation, name, key), and those of `old`, the table as it was."""
     named = told.groupBy(entity().alias("entity")).agg(
         F.min(kind()).alias("kind"),
         F.min("name").alias("name"),  # of several spellings the first by its bytes
     )
-    frame = with_index(named, old, column="entity")
+    frame = with_index(named, old, column="entity", first=first)
     if old is None:
         return frame.join(named, "entity").select(*ENTITIES.schema.names)
     before = old.select("entity", F.col("kind").alias("_kind"), F.col("name").alias("_name"))
@@ -65,7 +66,9 @@ def fingerprint(source: Source, config: EtlConfig) -> str:
 
 
 def run(run: Run) -> Outcome:
-    return run.commit(transform(run.engine.kept("told", lambda: told(run)), run.own()))
+    named = run.engine.kept("told", lambda: told(run))
+    then = past(run, ITEMS, "entity", [named.select(entity().alias("entity"))])
+    return run.commit(transform(named, then.old, first=then.first), metadata=then.metadata)
 
 
 JOB = Job(ENTITIES, run, reads=(ITEMS,), settings=settings, files=fingerprint, needs_source=True)

@@ -3,8 +3,12 @@
 A file is delivered once, known by its content whatever its name: the digest is an application transaction of the commit
 that holds its events. New files append, and their lines come after all earlier ones in `source_order`. Other settings
 read everything anew, and so does other code, unless files that were delivered are gone.
+
+A Delta table is delivered version by version, known by (table id, version): what later versions only add is appended.
+Where they deleted or changed rows, the table is compared with what the lake holds: rows that it lacks are retracted.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pyspark.sql import DataFrame
@@ -12,10 +16,13 @@ from pyspark.sql import functions as F
 
 from etl import delta
 from etl.config import EtlConfig, GeneratorSource, GraftrecError, LogSource, MovielensSource
-from etl.jobs import quarantine
+from etl.jobs import quarantine, retraction
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.kcore import broadcast
+from etl.session import held
+from etl.sources.delta_table import SourceTable
 from etl.sources.movielens import described
+from etl.sources.spark_table import SparkTable
 from etl.tables import INTERACTIONS, PROPERTY_BUCKETS, PROPERTY_TIME
 
 _IDENTITY = INTERACTIONS.key
@@ -58,20 +65,30 @@ def reject_unknown(events: DataFrame, known: DataFrame) -> DataFrame:
 
 
 def run(run: Run) -> Outcome:
-    found = run.engine.source.deliveries()
-    lost = _lost(run, found)
+    table = run.engine.source.table()
+    found = {} if table is not None else run.engine.source.deliveries()
+    lost = _lost(run, found, table)
     same_settings = "generation" in run.last and run.last["config_hash"] == run.provenance["config_hash"]
-    if same_settings and (lost or run.same_rules):
+    if table is not None and same_settings and run.same_rules and not lost:
+        return _follow(run, table)
+    if table is None and same_settings and (lost or run.same_rules):
         if not run.same_rules:
             run.notes.append(f"the code has changed, but {lost} delivered file(s) are gone, so nothing is read anew")
         return _append(run, found)
+    if lost and table is not None and "table_id" in run.last:
+        raise LostDeliveries(
+            f"source.events.path: expected the Delta table {run.last['table_id']}, whose events the lake {run.lake} "
+            f"holds, found {table.id} at {table.root}; name that table, or use another --lake"
+        )
     if lost:
         raise LostDeliveries(
             f"the log's settings have changed, so it is to be read anew, but {lost} of {run.last['deliveries']} files "
             f"whose events the lake {run.lake} holds are not among the source's; put them back, or use another --lake"
         )
     generation = f"{run.provenance['config_hash']}-{run.provenance['code_version']}-{(run.base or 0) + 1}"
-    return _deliver(run, found, None, before=0, generation=generation)
+    if table is not None:
+        return _deliver(run, [file.name for file in table.files()], None, before=0, generation=generation, table=table)
+    return _deliver(run, list(found.values()), None, before=0, generation=generation, new=found)
 
 
 def _append(run: Run, found: dict[str, str]) -> Outcome:
@@ -81,46 +98,139 @@ def _append(run: Run, found: dict[str, str]) -> Outcome:
     if not new:
         return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new file", *run.notes))
     run.notes.append(f"{len(new)} new file(s)")
-    return _deliver(run, new, run.own(), before=int(run.last["deliveries"]), generation=generation)
+    before = int(run.last["deliveries"])
+    return _deliver(run, list(new.values()), run.own(), before=before, generation=generation, new=new)
 
 
-def _deliver(run: Run, new: dict[str, str], old: DataFrame | None, *, before: int, generation: str) -> Outcome:
+def _follow(run: Run, table: SourceTable | SparkTable) -> Outcome:
+    """Bring the lake from the version of the table that it holds to the one that is there now."""
+    since = int(run.last["table_version"])
+    added = table.added_since(since)
+    generation, before = run.last["generation"], int(run.last["deliveries"])
+    if added is None:
+        return _compare(run, table, before=before, generation=generation)
+    if not added:
+        return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new row", *run.notes))
+    run.notes.append(f"{len(added)} new file(s) of versions {since + 1} to {table.version}")
+    names = [file.name for file in added]
+    return _deliver(run, names, run.own(), before=before, generation=generation, table=table)
+
+
+def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generation: str) -> Outcome:
+    """Retract the rows of the lake that the table lacks, and add those that the lake lacks."""
+    own = run.own()
+    assert own is not None
+    names = [file.name for file in table.files()]
+    events = _events(run, names, before)
+    good = quarantine.set_aside(run, events, kind="interactions")
+    if good == 0:
+        raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
+    current = held(transform(events, None, buckets=run.config.buckets))
+    gone, new = held(retraction.less(own, current)), held(retraction.less(current, own))
+    num_gone, num_new = gone.count(), new.count()
+    run.notes.append(f"version {table.version}: {num_gone:,} rows retracted, {num_new:,} added")
+    metadata = _metadata(run, before=before, new=len(names), good=good, generation=generation, table=table)
+    if num_gone:
+        metadata[retraction.COUNT] = str(int(metadata[retraction.COUNT]) + 1)
+        kept, buckets = retraction.retracted(own, gone, new)
+        new = kept.unionByName(new)
+    outcome = run.commit(
+        new,
+        mode="partitions" if num_gone else "append",
+        partition_scope={"bucket": buckets} if num_gone else None,
+        metadata=metadata,
+        properties={PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: run.engine.source.time},
+        transactions=dict([_table_transaction(generation, table)]),
+    )
+    events.unpersist()
+    return outcome
+
+
+def _events(run: Run, names: Sequence[str], before: int) -> DataFrame:
+    """The raw events of these files of the source, those of unknown items rejected."""
     source = run.engine.source
-    events = source.events(run.spark, only=list(new.values()), before=before)
+    events = source.events(run.spark, only=names, before=before)
     known = source.known_items(run.spark)
-    if known is not None:
-        events = reject_unknown(events, known)
-    events = events.persist()
-    good = quarantine.set_aside(run, events, kind="interactions", files=None if old is None else list(new.values()))
+    return (events if known is None else reject_unknown(events, known)).persist()
+
+
+def _deliver(
+    run: Run,
+    names: Sequence[str],
+    old: DataFrame | None,
+    *,
+    before: int,
+    generation: str,
+    new: dict[str, str] | None = None,
+    table: SourceTable | SparkTable | None = None,
+) -> Outcome:
+    """Commit the events of the files `names`: files that are `new` (content -> name), or of a version of `table`."""
+    source = run.engine.source
+    events = _events(run, names, before)
+    good = quarantine.set_aside(run, events, kind="interactions", files=None if old is None else list(names))
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
     outcome = run.commit(
         transform(events, old, buckets=run.config.buckets),
         mode="overwrite" if old is None else "append",
-        metadata={
-            "generation": generation,
-            "deliveries": str(before + len(new)),
-            "kind": run.config.source.kind,
-            "good": str(good + (0 if old is None else int(run.last["good"]))),
-            "buckets": str(run.config.buckets),
-            "time": source.time,
-        },
+        metadata=_metadata(
+            run,
+            before=before,
+            new=len(names),
+            good=good + (0 if old is None else int(run.last["good"])),
+            generation=generation,
+            table=table,
+            anew=old is None,
+        ),
         properties=properties,
-        transactions={_transaction(generation, content): 0 for content in new},
+        transactions={_transaction(generation, content): 0 for content in new or {}}
+        | dict([_table_transaction(generation, table)] if table is not None else []),
     )
     events.unpersist()
     notes = (*outcome.notes, f"{good - outcome.rows:,} exact duplicates dropped")
     return Outcome(outcome.version, outcome.rows, outcome.committed, notes)
 
 
+def _metadata(
+    run: Run,
+    *,
+    before: int,
+    new: int,
+    good: int,
+    generation: str,
+    table: SourceTable | SparkTable | None,
+    anew: bool = False,
+) -> dict[str, str]:
+    """What a commit records. `anew`: the table replaces what was there, and rows may have left since."""
+    retractions = int(run.last.get(retraction.COUNT, "0")) + (anew and table is not None and run.base is not None)
+    found = {} if table is None else {"table_id": table.id, "table_version": str(table.version)}
+    return {
+        "generation": generation,
+        "deliveries": str(before + new),
+        "kind": run.config.source.kind,
+        "good": str(good),
+        "buckets": str(run.config.buckets),
+        "time": run.engine.source.time,
+        retraction.COUNT: str(retractions),
+        **found,
+    }
+
+
+def _table_transaction(generation: str, table: SourceTable | SparkTable) -> tuple[str, int]:
+    """The application transaction that delivers a version of a Delta table: its id, its version."""
+    return f"delivery/{generation}/{table.id}", table.version
+
+
 def _transaction(generation: str, content: str) -> str:
     return f"delivery/{generation}/{content[:_DIGITS]}"
 
 
-def _lost(run: Run, found: dict[str, str]) -> int:
+def _lost(run: Run, found: dict[str, str], table: SourceTable | SparkTable | None) -> int:
     """How many files that were delivered are no longer there. A generated log can always be made again."""
     if "generation" not in run.last or run.last["kind"] == "generator":
+        return 0
+    if table is not None and run.last.get("table_id") == table.id:
         return 0
     names = [_transaction(run.last["generation"], content) for content in found]
     return int(run.last["deliveries"]) - len(delta.transactions(run.lake, INTERACTIONS, names))
@@ -133,7 +243,10 @@ def _settings(config: EtlConfig) -> Any:
         rules: Any = source.model_dump()
     else:
         log: LogSource = described(source.root) if isinstance(source, MovielensSource) else source
-        rules = {**log.events.model_dump(exclude={"path"}), "known": log.require_known_items and log.items is not None}
+        rules = {
+            **log.events.model_dump(exclude={"path", "version", "options"}),
+            "known": log.require_known_items and log.items is not None,
+        }
     cleaning = config.cleaning.model_dump(exclude={"max_quarantine_share"})
     return {"source": rules, "cleaning": cleaning, "buckets": config.buckets}
 

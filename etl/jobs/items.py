@@ -13,6 +13,7 @@ from etl import delta
 from etl.config import KCoreConfig
 from etl.jobs import kcore, quarantine
 from etl.jobs.job import Job, Outcome, Run
+from etl.jobs.retraction import past
 from etl.jobs.vocabulary import described_by, first_described, grown, mark_kept, vocabulary
 from etl.session import held
 from etl.tables import INTERACTIONS, ITEMS, USERS
@@ -26,13 +27,18 @@ _TYPES = {
 
 
 def transform(
-    interactions: DataFrame, described: DataFrame | None, old: DataFrame | None, config: KCoreConfig
+    interactions: DataFrame,
+    described: DataFrame | None,
+    old: DataFrame | None,
+    config: KCoreConfig,
+    *,
+    first: int | None = None,
 ) -> DataFrame:
     """ITEMS. `described`: item, title, year, categories, attributes (one row an item); `old`: the table as it was."""
     counts = interactions.groupBy("item").agg(F.count(F.lit(1)).alias("degree"))
     found = held(counts.withColumn("kept", F.lit(False)))
     found = mark_kept(found, kcore.kept_items(interactions, config, found), "item")
-    return vocabulary(found, described, old, column="item", types=_TYPES).select(*ITEMS.schema.names)
+    return vocabulary(found, described, old, column="item", types=_TYPES, first=first).select(*ITEMS.schema.names)
 
 
 def grow(
@@ -44,6 +50,7 @@ def grow(
     config: KCoreConfig,
     *,
     buckets: int,
+    first: int | None = None,
 ) -> DataFrame:
     """ITEMS as `transform` gives them for `log` and what was `appended` to it, up to the order of indices.
 
@@ -55,7 +62,7 @@ def grow(
     else:
         kept = found.where(F.col("degree") >= config.min_item)
     found = mark_kept(found, kept, "item")
-    return vocabulary(found, described, old, column="item", types=_TYPES).select(*ITEMS.schema.names)
+    return vocabulary(found, described, old, column="item", types=_TYPES, first=first).select(*ITEMS.schema.names)
 
 
 def run(run: Run) -> Outcome:
@@ -64,11 +71,15 @@ def run(run: Run) -> Outcome:
     if raw is not None:
         quarantine.set_aside_if_any(run, raw, kind="items")
         described = first_described(raw, "item")
-    appended, old, users, config = run.appended(INTERACTIONS), run.own(), _users_then(run), run.config.kcore
+    appended, users, config = run.appended(INTERACTIONS), _users_then(run), run.config.kcore
+    then = past(run, INTERACTIONS, "item", [run.read(INTERACTIONS), described])
+    old, first = then.old, then.first
     if appended is None or old is None or users is None:
-        return run.commit(transform(run.read(INTERACTIONS), described, old, config))
+        frame = transform(run.read(INTERACTIONS), described, old, config, first=first)
+        return run.commit(frame, metadata=then.metadata)
     log, buckets = run.read_before(INTERACTIONS), run.config.buckets
-    return run.commit(grow(log, appended, described, old, users, config, buckets=buckets))
+    frame = grow(log, appended, described, old, users, config, buckets=buckets, first=first)
+    return run.commit(frame, metadata=then.metadata)
 
 
 def _users_then(run: Run) -> DataFrame | None:

@@ -35,6 +35,7 @@ _MACHINERY = {
     "etl.lake",
     "etl.lease",
     "etl.orphans",
+    "etl.plain_path",
     "etl.redaction",
     "etl.session",
     "etl.source_hash",
@@ -90,7 +91,7 @@ class Engine:
 
     @functools.cached_property
     def source(self) -> Source:
-        return open_source(self.config)
+        return open_source(self.config, lambda: self.spark)
 
     def raw(self, kind: str) -> DataFrame | None:
         """The source's `items`, `users`, `edges` or `people`, None where it has none."""
@@ -180,6 +181,7 @@ class Run:
         mode: delta.Mode = "overwrite",
         metadata: Mapping[str, str] | None = None,
         properties: Mapping[str, str] | None = None,
+        partition_scope: Mapping[str, Sequence[Any]] | None = None,
         transactions: Mapping[str, int] | None = None,
     ) -> Outcome:
         """Write the job's table. Twins that began from the same base commit once."""
@@ -193,6 +195,7 @@ class Run:
             app_version=0 if self.base is None else self.base + 1,
             metadata={**self.provenance, **(metadata or {})},
             properties=properties,
+            partition_scope=partition_scope,
             transactions=transactions,
         )
         return self._outcome(written)

@@ -6,6 +6,7 @@ from pyspark.sql import functions as F
 from etl.config import KCoreConfig
 from etl.jobs import kcore, quarantine
 from etl.jobs.job import Job, Outcome, Run
+from etl.jobs.retraction import past
 from etl.jobs.vocabulary import described_by, first_described, grown, mark_kept, vocabulary
 from etl.session import held
 from etl.tables import INTERACTIONS, ITEMS, USERS
@@ -14,7 +15,13 @@ _TYPES = {"attributes": "array<struct<name: string, value: string>>"}
 
 
 def transform(
-    interactions: DataFrame, items: DataFrame, described: DataFrame | None, old: DataFrame | None, config: KCoreConfig
+    interactions: DataFrame,
+    items: DataFrame,
+    described: DataFrame | None,
+    old: DataFrame | None,
+    config: KCoreConfig,
+    *,
+    first: int | None = None,
 ) -> DataFrame:
     """USERS. `items`: item, kept; `described`: user, attributes (one row a user); `old`: the table as it was."""
     counted = interactions
@@ -25,7 +32,7 @@ def transform(
         core = core - F.count("_gone")
     counts = counted.groupBy("user").agg(F.count(F.lit(1)).alias("degree"), core.alias("core"))
     found = held(counts.select("user", "degree", (F.col("core") >= config.min_user).alias("kept")))
-    return vocabulary(found, described, old, column="user", types=_TYPES).select(*USERS.schema.names)
+    return vocabulary(found, described, old, column="user", types=_TYPES, first=first).select(*USERS.schema.names)
 
 
 def grow(
@@ -37,6 +44,7 @@ def grow(
     config: KCoreConfig,
     *,
     buckets: int,
+    first: int | None = None,
 ) -> DataFrame:
     """USERS as `transform` gives them for `log` and what was `appended` to it, up to the order of indices.
 
@@ -48,7 +56,7 @@ def grow(
     else:
         kept = found.where(F.col("degree") >= config.min_user)
     found = mark_kept(found, kept, "user")
-    return vocabulary(found, described, old, column="user", types=_TYPES).select(*USERS.schema.names)
+    return vocabulary(found, described, old, column="user", types=_TYPES, first=first).select(*USERS.schema.names)
 
 
 def run(run: Run) -> Outcome:
@@ -57,13 +65,15 @@ def run(run: Run) -> Outcome:
     if raw is not None:
         quarantine.set_aside_if_any(run, raw, kind="users")
         described = first_described(raw, "user")
-    appended, old, items, config = run.appended(INTERACTIONS), run.own(), run.read(ITEMS), run.config.kcore
+    appended, items, config = run.appended(INTERACTIONS), run.read(ITEMS), run.config.kcore
+    then = past(run, INTERACTIONS, "user", [run.read(INTERACTIONS), described])
+    old, first = then.old, then.first
     if appended is None or old is None:
-        frame = transform(run.read(INTERACTIONS), items, described, old, config)
+        frame = transform(run.read(INTERACTIONS), items, described, old, config, first=first)
     else:
         log, buckets = run.read_before(INTERACTIONS), run.config.buckets
-        frame = grow(log, appended, items, described, old, config, buckets=buckets)
-    return run.commit(frame, metadata={"kcore": kcore.rules(config)})
+        frame = grow(log, appended, items, described, old, config, buckets=buckets, first=first)
+    return run.commit(frame, metadata={"kcore": kcore.rules(config), **then.metadata})
 
 
 JOB = Job(

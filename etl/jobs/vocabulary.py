@@ -21,16 +21,19 @@ _SAMPLE = 20  # ids drawn for each range
 _MOST = 2**31 - 1
 
 
-def with_index(ids: DataFrame, old: DataFrame | None, *, column: str, range_ids: int = RANGE_IDS) -> DataFrame:
+def with_index(
+    ids: DataFrame, old: DataFrame | None, *, column: str, first: int | None = None, range_ids: int = RANGE_IDS
+) -> DataFrame:
     """`column`, `index` of all old ids and of those in `ids` (any frame that holds `column`; repeated ids are one).
 
-    `old` holds `column` and `index`. Raises GraftrecError beyond 2^31 ids.
+    `old` holds `column` and `index`. `first`: the index of the next new id, where ids have left.
+    Raises GraftrecError beyond 2^31 ids.
     """
     new = ids.select(column).distinct()
     start = FIRST_INDEX
     if old is not None:
         new = new.join(old.select(column), column, "left_anti")
-        start += old.count()
+        start = start + old.count() if first is None else first
     new = held(new)
     size = new.count()
     if start + size > _MOST:
@@ -66,14 +69,23 @@ def grown(old: DataFrame, appended: DataFrame, column: str) -> DataFrame:
 
 
 def vocabulary(
-    found: DataFrame, described: DataFrame | None, old: DataFrame | None, *, column: str, types: dict[str, str]
+    found: DataFrame,
+    described: DataFrame | None,
+    old: DataFrame | None,
+    *,
+    column: str,
+    types: dict[str, str],
+    first: int | None = None,
 ) -> DataFrame:
     """`column`, index, degree, kept and the columns `types` of every id of `found`, of `described`, and of `old`.
 
-    `found`: `column`, degree, kept of the log's ids, held; `described`: one row an id; `old`: the table as it was.
+    `found`: `column`, degree, kept of the log's ids, held; `described`: one row an id; `old`: the table as it was;
+    `first`: see with_index.
     """
     ids = found.select(column) if described is None else found.select(column).unionByName(described.select(column))
-    frame = with_index(ids, old, column=column).join(found.select(column, "degree", "kept"), column, "left")
+    frame = with_index(ids, old, column=column, first=first).join(
+        found.select(column, "degree", "kept"), column, "left"
+    )
     frame = frame.withColumn("degree", F.coalesce("degree", F.lit(0)).cast("long"))
     frame = frame.withColumn("kept", F.coalesce("kept", F.lit(False)))
     return _describe(frame, described, old, key=column, types=types)

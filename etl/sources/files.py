@@ -21,6 +21,7 @@ MAX_ROW_BYTES = 1 << 20
 END = 1 << 62  # the end of a file whose length is unknown: a compressed one
 _CHUNK_BYTES = 4 << 20
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd"}
+_LOGS = {"_delta_log": "format: delta", ".hoodie": "format: table"}  # folder of a table's log -> how it is read
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
 
 
@@ -51,7 +52,9 @@ def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
     names the setting in the message.
     """
     filesystem, base, prefix = _locate(root, path)
-    pattern = re.search(r"[*?\[]", base)
+    home = _locate(root, "")[1].rstrip("/") + "/"
+    named = len(home) if base.startswith(home) and "://" not in path else 0  # the root's own name is no pattern
+    pattern = re.compile(r"[*?\[]").search(base, named)
     info = filesystem.get_file_info(base)
     if pattern is None or info.type != fs.FileType.NotFound:  # a name that exists is no pattern
         if info.type == fs.FileType.File:
@@ -62,11 +65,13 @@ def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
             found = []
     else:
         folder = str(PurePosixPath(base[: pattern.start()] + "x").parent)
-        wanted = re.compile(_glob(base))
+        wanted = re.compile(re.escape(base[:named]) + _glob(base[named:]))
         found = [i for i in _listing(filesystem, folder) if wanted.fullmatch(i.path)]
     if not found:
         raise GraftrecError(f"{what}: expected a file, a folder or a glob, found no file at {base}; {_nearby(root)}")
-    home = _locate(root, "")[1].rstrip("/") + "/"
+    _refuse_tables(
+        filesystem, [info.path for info in found], base if pattern is None else base[: pattern.start()], what
+    )
     ordered = sorted(found, key=lambda info: info.path)
     _refuse_twins([info.path.removeprefix(home) for info in ordered], what)
     return [
@@ -75,6 +80,21 @@ def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
         )
         for index, info in enumerate(ordered)
     ]
+
+
+def _refuse_tables(filesystem: fs.FileSystem, paths: Sequence[str], base: str, what: str) -> None:
+    """A table's log says which of its files and rows count: read without it, deleted rows would come back."""
+    folders = {str(parent) for path in paths for parent in PurePosixPath(path).parents if _covers(base, parent)}
+    logs = {f"{folder}/{log}": (folder, how) for folder in folders for log, how in _LOGS.items()}
+    for info in filesystem.get_file_info(list(logs)):
+        if info.type == fs.FileType.Directory:
+            folder, how = logs[info.path]
+            raise GraftrecError(f"{what}: expected files, found a table, {folder}; read it by {how}")
+
+
+def _covers(base: str, folder: PurePosixPath) -> bool:
+    """Whether a folder lies at, below or above `base`."""
+    return folder.is_relative_to(base) or PurePosixPath(base).is_relative_to(folder)
 
 
 def _refuse_twins(names: Sequence[str], what: str) -> None:

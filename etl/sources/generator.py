@@ -53,6 +53,9 @@ class Generator:
     def deliveries(self) -> dict[str, str]:
         return {self.fingerprint(): "generator"}
 
+    def table(self) -> None:
+        return None
+
     def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
         return self._frame(spark, self.config.users, RAW_EVENTS, lambda config, users: events(config, users))
 

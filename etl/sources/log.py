@@ -6,7 +6,7 @@ time before `cleaning.min_time` or after `cleaning.max_time` (unless times are m
 """
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -14,16 +14,27 @@ from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import CleaningConfig, FileConfig, GraftrecError, LogSource
 from etl.sources import files, shapes, values
+from etl.sources.delta_table import SourceTable
 from etl.sources.rows import RANGE_BYTES, RawRows
 from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
+from etl.sources.spark_table import SparkTable
 
 
 class FileLog:
     """A LogSource. Raises GraftrecError for files, columns or rows that aren't there, when the frame is asked for."""
 
-    def __init__(self, config: LogSource, cleaning: CleaningConfig, *, range_bytes: int = RANGE_BYTES) -> None:
+    def __init__(
+        self,
+        config: LogSource,
+        cleaning: CleaningConfig,
+        *,
+        range_bytes: int = RANGE_BYTES,
+        session: Callable[[], SparkSession] | None = None,
+    ) -> None:
+        self._session = session
         self.config, self.cleaning, self.range_bytes = config, cleaning, range_bytes
         self._rows: dict[str, RawRows] = {}
+        self._tables: dict[str, SourceTable | SparkTable] = {}
 
     @property
     def time(self) -> Literal["timestamp", "ordinal"]:
@@ -36,7 +47,21 @@ class FileLog:
         return False
 
     def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
-        return files.fingerprint([file for kind in kinds for file in self._files(kind)])
+        tables = [table.key for kind in kinds if (table := self.table(kind)) is not None]
+        found = [file for kind in kinds if self.table(kind) is None for file in self._files(kind)]
+        return "+".join([files.fingerprint(found), *tables] if found else tables or [files.fingerprint([])])
+
+    def table(self, kind: str = "events") -> SourceTable | SparkTable | None:
+        config = getattr(self.config, kind)
+        if config is None or config.format not in ("delta", "table"):
+            return None
+        setting = f"source.{kind}.path"
+        if config.format == "table" and kind not in self._tables:
+            assert self._session is not None
+            self._tables[kind] = SparkTable(self._session(), config, self._wanted(kind), setting=setting)
+        if kind not in self._tables:  # pinned: its version stays the same while a command runs
+            self._tables[kind] = SourceTable(self.config.root, config, setting=setting)
+        return self._tables[kind]
 
     def deliveries(self) -> dict[str, str]:
         found = self._files("events")
@@ -53,13 +78,14 @@ class FileLog:
                 )
         earliest, latest = self._time_bounds()
         shape = shapes.events(config, list(wanted), earliest=earliest, latest=latest)
-        found = self._files("events")
+        table = self.table()
+        found = self._files("events") if table is None else table.files()
         if only is not None:
             chosen = [file for file in found if file.name in only]
             found = [replace(file, index=before + place) for place, file in enumerate(chosen)]
         rows = RawRows(
             config, self.config.root, list(wanted.values()), setting="source.events.path", found=found,
-            range_bytes=self.range_bytes,
+            range_bytes=self.range_bytes, table=table,
         )  # fmt: skip
         return rows.frame(spark, kind="interactions", shape=shape, schema=RAW_EVENTS)
 
@@ -78,15 +104,14 @@ class FileLog:
         config = self.config.users
         if config is None:
             return None
-        rows = self._open("users", config, [config.id, *config.attributes.values()])
+        rows = self._open("users", config, self._wanted("users"))
         return rows.frame(spark, kind="users", shape=shapes.users(config), schema=RAW_USERS)
 
     def edges(self, spark: SparkSession) -> DataFrame | None:
         config = self.config.edges
         if config is None:
             return None
-        wanted = [config.user, config.friend, *([] if config.weight is None else [config.weight])]
-        rows = self._open("edges", config, wanted)
+        rows = self._open("edges", config, self._wanted("edges"))
         edges = rows.frame(spark, kind="edges", shape=shapes.edges(config), schema=RAW_EDGES)
         if config.directed:
             return edges
@@ -99,6 +124,19 @@ class FileLog:
             return None
         return self._open("items", config, shapes.item_columns(config)).map(spark, shapes.people(config), PEOPLE)
 
+    def _wanted(self, kind: str) -> list[str | int]:
+        """The columns that a kind of file is asked for, in the order that `shapes` expects."""
+        config = self.config
+        if kind == "events":
+            return [column for column in config.events.columns.model_dump().values() if column is not None]
+        if kind == "items":
+            return [] if config.items is None else shapes.item_columns(config.items)
+        if kind == "users":
+            return [] if config.users is None else [config.users.id, *config.users.attributes.values()]
+        edges = config.edges
+        found = [] if edges is None else [edges.user, edges.friend, edges.weight]
+        return [column for column in found if column is not None]
+
     def _files(self, kind: str) -> list[files.RawFile]:
         described = getattr(self.config, kind)
         if described is None:
@@ -108,8 +146,8 @@ class FileLog:
     def _open(self, name: str, config: FileConfig, wanted: Sequence[str | int]) -> RawRows:
         if name not in self._rows:
             setting = f"source.{name}.path"
-            root, size = self.config.root, self.range_bytes
-            self._rows[name] = RawRows(config, root, list(wanted), setting=setting, range_bytes=size)
+            root, size, table = self.config.root, self.range_bytes, self.table(name)
+            self._rows[name] = RawRows(config, root, list(wanted), setting=setting, range_bytes=size, table=table)
         return self._rows[name]
 
     def _time_bounds(self) -> tuple[int, int] | tuple[None, None]:

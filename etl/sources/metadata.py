@@ -16,6 +16,7 @@ from pyspark.sql.window import Window
 from etl.config import GraftrecError, KnowledgeConfig, KnowledgeFileConfig
 from etl.sources import values
 from etl.sources.delimited import Chunk
+from etl.sources.delta_table import SourceTable
 from etl.sources.files import RawFile, find_files, fingerprint
 from etl.sources.names import listed_names, person_key, title_keys
 from etl.sources.rows import RawRows, Shape
@@ -51,12 +52,14 @@ def knowledge(spark: SparkSession, config: KnowledgeConfig, items: DataFrame) ->
 
 def knowledge_fingerprint(config: KnowledgeConfig) -> str:
     """The files' content identity; "" where there is none."""
-    files = [
-        file
-        for position, described in enumerate(config.files)
-        for file in find_files(config.root, described.path, what=f"knowledge.files[{position}].path")
-    ]
-    return fingerprint(files) if files else ""
+    files, tables = [], ""
+    for position, described in enumerate(config.files):
+        setting = f"knowledge.files[{position}].path"
+        if described.format == "delta":
+            tables += SourceTable(config.root, described, setting=setting).key
+        else:
+            files += find_files(config.root, described.path, what=setting)
+    return (fingerprint(files) if files else "") + tables
 
 
 def file_triples(

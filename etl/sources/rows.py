@@ -12,10 +12,12 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import FileConfig, GraftrecError
-from etl.sources import delimited, files, structured, values
+from etl.sources import delimited, delta_table, files, spark_table, structured, values
 from etl.sources.delimited import Chunk, Layout
+from etl.sources.delta_table import SourceTable, TablePart
 from etl.sources.files import RawFile
 from etl.sources.schema import RAW_CHARACTERS, spark_schema
+from etl.sources.spark_table import SparkTable
 
 RANGE_BYTES = 16 << 20
 Shape = Callable[[Chunk, RawFile], pa.Table]
@@ -31,11 +33,12 @@ class Range:
     line_ends_before: int  # Parquet: rows before
     layout: Layout | None
     names: tuple[str, ...] = ()
+    table: TablePart | None = None  # of a Delta table's file
 
 
 class RawRows:
     """The rows of one FileConfig, of which the columns `wanted` are read. `setting` names it in messages; `found`,
-    where given, are the files to read in the place of all.
+    where given, are the files to read in the place of all, and `table` the Delta table that they are of.
 
     Raises GraftrecError where there is no file, no row, or not every wanted column.
     """
@@ -49,9 +52,15 @@ class RawRows:
         setting: str,
         range_bytes: int = RANGE_BYTES,
         found: list[RawFile] | None = None,
+        table: SourceTable | SparkTable | None = None,
     ) -> None:
         self.config, self.wanted, self.setting, self.range_bytes = config, wanted, setting, range_bytes
-        self.files = files.find_files(root, config.path, what=setting) if found is None else found
+        if config.format == "delta" and table is None:
+            table = SourceTable(root, config, setting=setting)
+        self.table = table
+        if found is None:
+            found = files.find_files(root, config.path, what=setting) if table is None else table.files()
+        self.files = found
         self._ranges: list[Range] | None = None
 
     def frame(self, spark: SparkSession, *, kind: str, shape: Shape, schema: pa.Schema) -> DataFrame:
@@ -64,7 +73,17 @@ class RawRows:
 
     def map(self, spark: SparkSession, function: Shape, schema: pa.Schema) -> DataFrame:
         """A lazy frame of `schema`: what `function` makes of each chunk."""
-        ranges, config = self._cut(spark), self.config
+        config = self.config
+        if isinstance(self.table, SparkTable):
+            (file,) = self.files
+
+            def shaped(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+                for chunk in spark_table.chunks(batches):
+                    columns = [values.without_nulls(column, config.null_values) for column in chunk.columns]
+                    yield from function(replace(chunk, columns=columns), file).cast(schema).to_batches()
+
+            return self.table.rows().mapInArrow(shaped, spark_schema(schema))
+        ranges = self._cut(spark)
 
         def read(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             for batch in batches:
@@ -77,7 +96,7 @@ class RawRows:
                             raise GraftrecError(f"{file.name}: {error}") from None
                         yield from table.cast(schema).to_batches()
 
-        return spark.range(0, len(ranges), 1, len(ranges)).mapInArrow(read, spark_schema(schema))
+        return spark.range(0, len(ranges), 1, max(len(ranges), 1)).mapInArrow(read, spark_schema(schema))
 
     def _cut(self, spark: SparkSession) -> list[Range]:
         """The ranges with their line numbers; kept, so that a second frame doesn't count again."""
@@ -86,7 +105,10 @@ class RawRows:
         return self._ranges
 
     def _plan(self) -> list[Range]:
-        plan = self._parquet_plan() if self.config.format == "parquet" else self._text_plan()
+        if isinstance(self.table, SourceTable):
+            return self._table_plan(self.table)
+        else:
+            plan = self._parquet_plan() if self.config.format == "parquet" else self._text_plan()
         if not plan:
             names = ", ".join(file.name for file in self.files[:3])
             raise GraftrecError(
@@ -134,6 +156,18 @@ class RawRows:
                 before += size
         return plan
 
+    def _table_plan(self, table: SourceTable) -> list[Range]:
+        parts = [(table.part(file, self.wanted), file) for file in self.files]
+        plan = []
+        for (part, file), sizes in zip(parts, delta_table.all_row_groups(parts), strict=True):
+            starts = [sum(sizes[:group]) for group in range(len(sizes))]
+            plan += [
+                Range(file, group, group + 1, start, None, table=part)
+                for group, (start, size) in enumerate(zip(starts, sizes, strict=True))
+                if size
+            ]
+        return plan
+
 
 def read_range(part: Range, config: FileConfig) -> Iterator[Chunk]:
     """The rows of one range, a block at a time; cells with a null value are null."""
@@ -143,6 +177,9 @@ def read_range(part: Range, config: FileConfig) -> Iterator[Chunk]:
 
 
 def _read_range(part: Range, config: FileConfig) -> Iterator[Chunk]:
+    if part.table is not None:
+        yield from delta_table.chunks(part.table, part.file, part.start, part.line_ends_before)
+        return
     if part.layout is None:
         yield from structured.parquet_chunks(part.file, part.start, part.line_ends_before + 1, part.names)
         return

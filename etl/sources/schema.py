@@ -6,10 +6,14 @@ rows, always.
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
+
+if TYPE_CHECKING:
+    from etl.sources.delta_table import SourceTable
+    from etl.sources.spark_table import SparkTable
 
 KINDS = ("events", "items", "users", "edges")  # of files
 RAW_CHARACTERS = 1_000  # of a rejected row kept for the quarantine
@@ -78,6 +82,10 @@ class Source(Protocol):
 
     def deliveries(self) -> dict[str, str]:
         """Content identity -> name of the events' files; of files with equal content the first by path."""
+        ...
+
+    def table(self) -> "SourceTable | SparkTable | None":
+        """The table that events come from, None for a log of files."""
         ...
 
     def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:

@@ -76,7 +76,7 @@ MISTAKES = [
     ([*PRETRAIN, "--train.epochs", "0"], "train.epochs: expected greater than or equal to 1, found 0"),
     ([*PRETRAIN, "--train.learning_rate", "fast"], "train.learning_rate: expected a number, found 'fast'"),
     ([*PRETRAIN, "--tracking.enabled", "maybe"], "tracking.enabled: expected true or false, found 'maybe'"),
-    ([*PRETRAIN, "--name", "3"], "name: expected a text, found 3"),
+    ([*PRETRAIN, "--name", "3/../4"], "name: expected a name that stays in its folder, found .3/../4."),
     ([*PRETRAIN, "--data.event_types", "view"], "data.event_types: expected a list, found 'view'"),
     ([*PRETRAIN, "--runtime.precision", "fp8"], "runtime.precision: expected 'auto', .*found 'fp8'"),
     ([*PRETRAIN, "--train", "[1]"], "train: expected a section: .*found \\[1\\]"),

@@ -18,7 +18,7 @@ from object_store import BUCKET, copy_lake, seaweed, settings, variables
 from etl import tables
 from trainer.contenders import raw_users
 from trainer.data.baskets import BasketDataset
-from trainer.data.dataset import DataError, Release, SequenceDataset, pin, read_catalogue, read_knowledge
+from trainer.data.dataset import Release, SequenceDataset, pin, read_catalogue, read_knowledge
 from trainer.ranking import read_held_out
 
 ODD = "lake [1] {2} 50% #?é"
@@ -56,10 +56,16 @@ def test_a_folder_with_an_odd_name(tiny_lake, tmp_path):
 
 
 @pytest.mark.parametrize("uri", [str, Path.as_uri])
-def test_a_path_that_deltalake_would_decode_is_refused_in_one_line(uri, tiny_lake, tmp_path):
+def test_a_path_that_deltalake_would_decode_is_read_as_it_is(uri, tiny_lake, tmp_path):
     shutil.copytree(tiny_lake, tmp_path / "50%20 lake")
-    with pytest.raises(DataError, match=r"50%20 lake: expected a path without %.*; rename the folder$"):
-        pin(uri(tmp_path / "50%20 lake"), None)
+    assert contents(uri(tmp_path / "50%20 lake")) == contents(tiny_lake)
+    (tmp_path / "plain").symlink_to(tmp_path / "50%20 lake")
+    assert contents(str(tmp_path / "plain")) == contents(tiny_lake)
+
+
+def test_what_is_recorded_of_a_relative_lake_is_absolute(tiny_lake, monkeypatch):
+    monkeypatch.chdir(Path(tiny_lake).parent)
+    assert pin(Path(tiny_lake).name, None).lake == tiny_lake
 
 
 def test_an_object_store(tiny_lake, store):

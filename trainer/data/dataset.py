@@ -20,6 +20,7 @@ from etl.config import GraftrecError, etl_command
 from etl.datafile import DataFile
 from etl.delta_log import snapshot_digest
 from etl.lake import LakeError, checked_files, open_table, our_commits, table_uri, within
+from etl.plain_path import absolute
 from etl.tables import FIRST_INDEX, Table
 
 IntArray = npt.NDArray[np.int64]
@@ -132,6 +133,7 @@ def _open(lake: str, table: Table, version: int | None) -> deltalake.DeltaTable:
 
 def pin(lake: str, release: int | None) -> Release:
     """The release to read: the one named, else the newest. Raises DataError."""
+    lake = absolute(lake)  # what a run records is known from every folder
     handle = _open(lake, tables.RELEASES, None)
     rows = (
         Release(lake, 0, {tables.RELEASES.name: handle.version()})
