@@ -800,11 +800,11 @@ class GateConfig(Section):
     level: float = Field(0.05, gt=0, lt=1)
     min_gain: float = Field(0.0, ge=0)  # over from-scratch, beyond being significant
     min_seeds: int = Field(3, ge=1)  # of from-scratch: with two, the test has almost no power
-    min_users: int = Field(100, ge=2)  # fewer say nothing
+    min_users: int = Field(100, ge=2)  # evaluated; with fewer, the gate refuses
     champion_margin: float = Field(0.0, ge=0)  # how far below the champion is let pass
     # How far below the champion (without one: from-scratch) in a slice.
     slice_margin: float = Field(0.1, ge=0)
-    min_slice_users: int = Field(100, ge=2)  # a slice of fewer is not judged
+    min_slice_users: int = Field(100, ge=2)  # a slice with fewer users is not compared, and refuses nothing
     cold_user_items: int = Field(10, ge=0)  # cold users: at most so many items of the domain in the training part
     cold_item_interactions: int = Field(20, ge=0)  # cold items: at most so many training interactions
     must_beat: tuple[str, ...] = ("best",)  # simple baselines, by name; best: the one with the highest mean

@@ -204,14 +204,13 @@ def contrast_seeds(recipe: Sequence[SeedT], scratch: Sequence[SeedT]) -> list[Se
 
 
 def decide(evidence: Evidence, config: GateConfig) -> Decision:
-    """Judge the evidence. Evidence or thresholds that are no numbers, or too few users, are refused without further
-    questions."""
-    faults = [*evidence.faults, *_not_finite(evidence), *_thresholds_not_finite(config)]
+    """Judge the evidence. Evidence that is no numbers, or too few users, are refused without further questions."""
+    faults = [*evidence.faults, *_not_finite(evidence)]
     if faults:
         return Decision((Check("sound", "refused", "; ".join(faults), refusal="unusable"),))
     num_users = len(evidence.version_U)
     if num_users < config.min_users:
-        text = f"{num_users:,} evaluated users say nothing; needs {config.min_users:,} (min_users)"
+        text = f"expected at least {config.min_users:,} evaluated users (gate.min_users), found {num_users:,}"
         return Decision((Check("users", "refused", text, {"users": num_users}, "unusable"),))
     checks = _against_scratch(evidence, config)
     if evidence.champion_U is not None:
@@ -238,15 +237,6 @@ def _not_finite(evidence: Evidence) -> list[str]:
         if count := int((~(both | np.isfinite(part.version_C - part.reference_C))).sum()):
             broken[f"the version or {part.reference} in the slice {part.name}"] = count
     return [f"metrics of {name} are not numbers for {count:,} users" for name, count in broken.items()]
-
-
-def _thresholds_not_finite(config: GateConfig) -> list[str]:
-    """Loaded settings are finite; this is for those that were never validated."""
-    return [
-        f"gate.{name} is {value}, not a finite number"
-        for name, value in vars(config).items()
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
 
 
 def _against_scratch(evidence: Evidence, config: GateConfig) -> list[Check]:
@@ -402,7 +392,10 @@ def _in_slice(part: Slice, config: GateConfig) -> Check:
     known = np.isfinite(part.version_C) & np.isfinite(part.reference_C)
     version_C, reference_C = part.version_C[known], part.reference_C[known]
     if len(version_C) < config.min_slice_users:
-        text = f"{len(version_C):,} users are too few to say (needs {config.min_slice_users:,})"
+        text = (
+            f"only {len(version_C):,} users are in this slice; it is compared from {config.min_slice_users:,} on "
+            "(gate.min_slice_users)"
+        )
         return Check(part.name, "not judged", text, {"users": len(version_C)})
     gain = compare(version_C, reference_C)
     own, bar = float(version_C.mean()), float(reference_C.mean())
@@ -417,7 +410,7 @@ def _in_slice(part: Slice, config: GateConfig) -> Check:
         return Check(part.name, "passed", f"non-inferior: {text}", numbers)
     if gain.gain < -margin and gain.high < 0:
         return Check(part.name, "refused", f"worse on {part.name}: {text}", numbers, "worse")
-    return Check(part.name, "not judged", f"too few users to say: {text}", numbers)
+    return Check(part.name, "not judged", f"no clear difference with so few users: {text}", numbers)
 
 
 def _this(evidence: Evidence) -> str:
