@@ -90,7 +90,7 @@ class PipelineConfig(Section):
     targets: tuple[str, ...] = ()  # domains that are transferred to; (): finetune.data.domain, or the only one there is
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     reads_all: bool = True  # beside them a model that reads all domains and predicts the target's items
-    # Evaluate that on users who are new in the target; if it beats the baselines there, it answers for them.
+    # Evaluate that on users who are new in the target; if it beats popularity there, it answers for them.
     cold_users: bool = True
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all of them
@@ -410,11 +410,12 @@ def companion(
     config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained | None, trained: Sequence[Trained]
 ) -> str:
     """Evaluate a model that reads all domains on users whose whole target history was held out. If it is significantly
-    better than the best simple baseline, register the model trained on all users at the alias `companion`. Returns a
-    line on the result."""
+    better than popularity, which such users get without it, register the model trained on all users at the alias
+    `companion`. Returns a line on the result, with the best simple baseline beside it."""
     import pyarrow.parquet as pq
 
     from trainer import evaluate, stats
+    from trainer.baseline_names import POPULARITY
     from trainer.ranking import convention_of
     from trainer.registry import COMPANION, Registry
 
@@ -430,12 +431,14 @@ def companion(
     own = by_label[READS_ALL]
     baselines = dict.fromkeys(row["label"] for row in report.rows if not row["is_model"])  # of equal ones the first
     best = max(baselines, key=lambda label: float(by_label[label].mean()))
-    gain = stats.compare(own.to_numpy(), by_label[best].loc[own.index].to_numpy())
+    gain = stats.compare(own.to_numpy(), by_label[POPULARITY].loc[own.index].to_numpy())
     is_better = gain.gain > 0 and gain.p_value <= gate.level
     text = (
-        f"{heading} {len(own):,} users, {gate.metric} {own.mean():.4f} against {by_label[best].mean():.4f} "
-        f"of {best} ({100 * gain.relative_gain:+.1f} %, p {stats.p_text(gain.p_value)})"
+        f"{heading} {len(own):,} users, {gate.metric} {own.mean():.4f} against {by_label[POPULARITY].mean():.4f} "
+        f"of {POPULARITY} ({100 * gain.relative_gain:+.1f} %, p {stats.p_text(gain.p_value)})"
     )
+    if best != POPULARITY:
+        text += f"; best simple baseline {by_label[best].mean():.4f}, {best}"
     if not config.tracking.enabled:
         return text
     registry = Registry(registered_model(config, target), family=config.registered_model)
@@ -465,7 +468,8 @@ def promote(
     try:
         promote.run(promote_config(config, target, release, trained))
     except promote.GateRefused as refusal:
-        return str(refusal), next_steps(refusal.decision, model=refusal.model, results=str(results))
+        engine = config.etl.spark.engine
+        return str(refusal), next_steps(refusal.decision, model=refusal.model, engine=engine, results=str(results))
     return "", ()
 
 

@@ -13,6 +13,7 @@ Shape letters: ``S`` seeds, ``U`` users of the evaluation release, ``C`` users o
 """
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
@@ -442,20 +443,29 @@ def _numbers(gain: Comparison) -> dict[str, float]:
 
 
 def next_steps(
-    decision: Decision, *, model: str, config: str = "recommend/default", results: str | None = None
+    decision: Decision,
+    *,
+    model: str,
+    config: str = "recommend/default",
+    engine: str = "auto",
+    results: str | None = None,
 ) -> list[str]:
     """What a user can do after a refusal, a line each; empty after a pass.
 
-    `model`: folder of the refused candidate. `config`: the configuration of `recommend` to suggest. `results`: the
-    folder of the comparison's table and picture.
+    `model`: folder of the refused candidate. `config`, `engine`: the configuration of `recommend` to suggest, and what
+    runs it. `results`: the folder of the comparison's table and picture.
     """
     if decision.passed:
         return []
     steps = []
     if not any(check.name == "sound" for check in decision.refused):
-        steps.append(
-            f"recommend by this model all the same: python -m trainer recommend --config {config} --model {model}"
-        )
+        command = f"python -m trainer recommend --config {shlex.quote(config)} --model {shlex.quote(model)}"
+        if engine != "auto":
+            command += f" --spark.engine {engine}"
+        if any(check.name == "champion" for check in decision.checks):  # whose rows would be refused as they are
+            steps.append(f"recommend by this model instead of the champion: {command} --replace true")
+        else:
+            steps.append(f"recommend by this model all the same: {command}")
     if results is not None:
         steps.append(f"look at the comparison: {results}")
     seeds = max((check.seeds for check in decision.refused), key=len, default=())

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shlex
 
 import numpy as np
 import pydantic
 import pytest
 
-from etl.config import ConfigError, GraftrecError
+from etl.config import ConfigError, GraftrecError, load
 from trainer.baseline_names import baseline_names
 from trainer.config import (
     BaselinesConfig,
@@ -17,7 +18,7 @@ from trainer.config import (
     MultiConfig,
     NextBasketConfig,
     ProfileConfig,
-    load,
+    RecommendConfig,
 )
 from trainer.gate import (
     Decision,
@@ -443,10 +444,20 @@ def test_next_steps_say_what_can_be_done():
     unsure = decide(by_hand((0.03, 0.01, 0.05)), PLAIN)
     steps = next_steps(unsure, model="runs/deep-0/model", config="recommend/demo", results="runs/evaluation")
     assert "python -m trainer recommend --config recommend/demo --model runs/deep-0/model" in steps[0]
+    assert "--replace" not in steps[0]
     assert "runs/evaluation" in steps[1]
     assert '--seeds "[0, 1, 2, 3, 4]"' in steps[2]
     beaten = next_steps(decide(evidence(low=0.2), GATE), model="m")
     assert any("simple baseline is better" in step for step in beaten)
     assert not any("--seeds" in step for step in beaten)
+    beside = decide(evidence(champion=0.3), GATE)
+    (first, *_) = next_steps(beside, model="my runs/m", engine="sail")
+    words = shlex.split(first.partition(": ")[2])
+    assert words[2:] == [
+        "trainer", "recommend", "--config", "recommend/default", "--model", "my runs/m", "--spark.engine", "sail",
+        "--replace", "true",
+    ]  # fmt: skip
+    given = load(RecommendConfig, words[5], [*words[6:]])
+    assert (given.model, given.spark.engine, given.replace) == ("my runs/m", "sail", True)
     broken = Decision(decide(evidence(faults=("weights are not finite",)), GATE).checks)
     assert next_steps(broken, model="m") == []
