@@ -42,12 +42,17 @@ class Contents:
 def read_contents(folder: Path, store: Path | None = None, models: str = "") -> Contents:
     """`store`: MLflow's database, the folder's own where None; `models`: beginning of the registered models' names."""
     lake = folder / "lake"
-    tables = {path.parent.name: rows(DeltaTable(path.parent)) for path in sorted(lake.glob("*/_delta_log"))}
+    tables = {table.name: rows(DeltaTable(table)) for table in tables_in(lake)}
     weights = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.glob("runs/**/model/*.safetensors"))
     }
     return Contents(tables, released(lake), weights, registry(store or folder / "mlflow.db", models))
+
+
+def tables_in(lake: Path) -> list[Path]:
+    """Tables with a commit: of one whose writer was killed at its first, there may be a log without any."""
+    return sorted({log.parent.parent for log in lake.glob("*/_delta_log/*.json")})
 
 
 def rows(table: DeltaTable) -> str:
@@ -63,7 +68,7 @@ def rows(table: DeltaTable) -> str:
 
 def releases(lake: Path) -> list[dict[str, int]]:
     """Table -> version, of each release, oldest first."""
-    if not (lake / "releases" / "_delta_log").exists():
+    if lake / "releases" not in tables_in(lake):
         return []
     found = DeltaTable(lake / "releases").to_pyarrow_table(columns=["release", "tables"]).to_pylist()
     return [

@@ -72,6 +72,14 @@ def test_order_of_rows_is_no_difference(folder: Path) -> None:
     assert read_contents(folder) == before
 
 
+def test_a_log_without_a_commit_is_no_table_yet(folder: Path) -> None:
+    before = read_contents(folder)
+    for name in ("domains", "negatives"):  # as a kill leaves it
+        (folder / "lake" / name / "_delta_log").mkdir(parents=True)
+    (folder / "lake" / "domains" / "_delta_log" / "00000000000000000000.json#1").write_text("{")
+    assert read_contents(folder) == before
+
+
 def test_release_of_two_runs_is_found() -> None:
     one, other = Contents(released={"users": "1", "items": "1"}), Contents(released={"users": "2", "items": "2"})
     mixed = Contents(released={"users": "1", "items": "2"})
