@@ -194,6 +194,7 @@ class Run:
     """
 
     id: str = ""  # "" where there is none
+    is_lost: bool = False  # at its end: MLflow did not take all, and what it did not take could not be kept
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Settings; a value is kept as text, cut at 500 characters."""
@@ -491,9 +492,11 @@ class _TrackedRun(Run):
         self._outbox.add({"kind": "end", "status": status, "time": _now()})
         left = self._outbox.close(self._config.close_seconds)
         if left:
-            with _harmless("can't keep what MLflow did not take"):
+            self.is_lost = True
+            with _harmless("can't keep what MLflow did not take, so this run isn't done; run the same command again"):
                 folder = UNSENT.absolute() / f"{self._header['uid']}-{self._header['start']}"
                 keep(folder, self._header | {"run_id": self._sender.run_id, "uri": _fingerprint(self._uri)}, left)
+                self.is_lost = False
                 warn(f"kept what MLflow did not take in {folder}; the next run sends it")
         if self._staging is not None:
             shutil.rmtree(self._staging, ignore_errors=True)

@@ -89,6 +89,26 @@ def test_an_unchanged_run_sends_what_no_server_took(tiny_lake, tmp_path, monkeyp
     assert not list((store / "mlflow-unsent").glob("*"))
 
 
+def test_a_run_whose_rest_could_not_be_kept_is_not_done(tiny_lake, tmp_path, monkeypatch, capsys):
+    store = tmp_path / "store"
+    enter_store(store, monkeypatch)
+    (store / "mlflow.db").rename(tmp_path / "mlflow.db")
+    (store / "mlflow.db").mkdir()  # no store can be made
+    (store / "mlflow-unsent").write_text("no folder can be made")  # as on a full disk
+    settings = {"name": "told", "train": {"epochs": 1, "min_epochs": 0}}
+    first = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, **settings, tracking=TRACKED | {"close_seconds": 0.5}))
+    assert "this run isn't done; run the same command again" in capsys.readouterr().err
+    assert not (first.folder / "done.json").exists()
+    (store / "mlflow-unsent").unlink()
+    (store / "mlflow.db").rmdir()
+    (tmp_path / "mlflow.db").rename(store / "mlflow.db")
+    result = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, **settings, tracking=TRACKED))
+    assert not result.reused
+    assert result.metrics["validation/NDCG@10"] == first.metrics["validation/NDCG@10"]
+    run = runs_of(store)["told"]
+    assert (run.info.status, run.data.metrics["best/NDCG_10"]) == ("FINISHED", result.metrics["validation/NDCG@10"])
+
+
 @pytest.mark.slow
 @pytest.mark.ci
 def test_an_evaluation_killed_before_it_was_told_is_not_skipped(tiny_lake, tmp_path, monkeypatch):
