@@ -70,4 +70,5 @@ def _stop_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    threading.excepthook = lambda failure: None  # threads fail because all is being stopped
     raise KeyboardInterrupt
