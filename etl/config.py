@@ -398,13 +398,8 @@ def replaced(config: SectionT, **changes: Any) -> SectionT:
         raise ConfigError(_explain(type(config), error)) from None
 
 
-def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    """``--a.b value``, ``--a.b=value`` and ``a.b=value`` to (dotted key, YAML value) pairs. Raises ConfigError."""
-    return [(key, value) for key, value, _ in _overrides(arguments)]
-
-
 def texts(arguments: Sequence[str]) -> dict[str, str]:
-    """As parse_overrides, but each value as it was written."""
+    """Dotted key -> value as it was written, of overrides. Raises ConfigError."""
     return {key: text for key, _, text in _overrides(arguments)}
 
 
@@ -428,7 +423,7 @@ def _says(value: Any, text: str) -> bool:
 
 
 def _overrides(arguments: Sequence[str]) -> list[tuple[str, Any, str]]:
-    """Dotted key, YAML value and text of each."""
+    """Dotted key, YAML value and text of each ``--a.b value``, ``--a.b=value`` or ``a.b=value``. Raises ConfigError."""
     pairs: list[tuple[str, Any, str]] = []
     rest = list(arguments)
     while rest:

@@ -140,7 +140,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
         partition_scope={"bucket": buckets} if num_gone else None,
         metadata=metadata,
         properties={PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: run.engine.source.time},
-        transactions=dict([_table_transaction(generation, table)]),
+        transactions=_table_transaction(generation, table),
     )
     events.unpersist()
     return outcome
@@ -184,8 +184,9 @@ def _deliver(
             anew=old is None,
         ),
         properties=properties,
-        transactions={_transaction(generation, content): 0 for content in new or {}}
-        | dict([_table_transaction(generation, table)] if table is not None else []),
+        transactions=_table_transaction(generation, table)
+        if table is not None
+        else {_transaction(generation, content): 0 for content in new or {}},
     )
     events.unpersist()
     notes = (*outcome.notes, f"{good - outcome.rows:,} exact duplicates dropped")
@@ -217,9 +218,9 @@ def _metadata(
     }
 
 
-def _table_transaction(generation: str, table: SourceTable | SparkTable) -> tuple[str, int]:
-    """The application transaction that delivers a version of a Delta table: its id, its version."""
-    return f"delivery/{generation}/{table.id}", table.version
+def _table_transaction(generation: str, table: SourceTable | SparkTable) -> dict[str, int]:
+    """The application transaction that delivers a version of a table: its id, its version."""
+    return {f"delivery/{generation}/{table.id}": table.version}
 
 
 def _transaction(generation: str, content: str) -> str:

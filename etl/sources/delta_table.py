@@ -99,7 +99,7 @@ class SourceTable:
 
     def added_since(self, version: int) -> list[RawFile] | None:
         """The data files that later versions than `version` have added, in their order. None where rows may have gone
-        or changed since, or the log no longer tells."""
+        or changed since, or log entries are missing."""
         if version > self.version:
             return None
         entries = [f"_delta_log/{number:020d}.json" for number in range(version + 1, self.version + 1)]
@@ -167,9 +167,9 @@ class SourceTable:
                     f"{self.setting}: expected a column {column!r} of the table {self.root}, found {', '.join(names)}; "
                     "mend the name"
                 )
-            told, inside = field.get("metadata", {}), field["type"]
-            mapped = told.get("delta.columnMapping.physicalName", part) if self._mode != "none" else part
-            steps.append(Step(mapped, told.get("delta.columnMapping.id") if self._mode == "id" else None))
+            mapping, inside = field.get("metadata", {}), field["type"]
+            name = mapping.get("delta.columnMapping.physicalName", part) if self._mode != "none" else part
+            steps.append(Step(name, mapping.get("delta.columnMapping.id") if self._mode == "id" else None))
             fields = inside["fields"] if isinstance(inside, dict) and inside.get("type") == "struct" else []
         return tuple(steps)
 

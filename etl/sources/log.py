@@ -84,7 +84,7 @@ class FileLog:
             chosen = [file for file in found if file.name in only]
             found = [replace(file, index=before + place) for place, file in enumerate(chosen)]
         rows = RawRows(
-            config, self.config.root, list(wanted.values()), setting="source.events.path", found=found,
+            config, self.config.root, self._wanted("events"), setting="source.events.path", found=found,
             range_bytes=self.range_bytes, table=table,
         )  # fmt: skip
         return rows.frame(spark, kind="interactions", shape=shape, schema=RAW_EVENTS)
@@ -93,7 +93,7 @@ class FileLog:
         config = self.config.items
         if config is None:
             return None
-        rows = self._open("items", config, shapes.item_columns(config))
+        rows = self._open("items", config, self._wanted("items"))
         return rows.frame(spark, kind="items", shape=shapes.items(config), schema=RAW_ITEMS)
 
     def known_items(self, spark: SparkSession) -> DataFrame | None:
@@ -122,7 +122,7 @@ class FileLog:
         config = self.config.items
         if config is None or not config.people:
             return None
-        return self._open("items", config, shapes.item_columns(config)).map(spark, shapes.people(config), PEOPLE)
+        return self._open("items", config, self._wanted("items")).map(spark, shapes.people(config), PEOPLE)
 
     def _wanted(self, kind: str) -> list[str | int]:
         """The columns that a kind of file is asked for, in the order that `shapes` expects."""

@@ -107,8 +107,7 @@ class RawRows:
     def _plan(self) -> list[Range]:
         if isinstance(self.table, SourceTable):
             return self._table_plan(self.table)
-        else:
-            plan = self._parquet_plan() if self.config.format == "parquet" else self._text_plan()
+        plan = self._parquet_plan() if self.config.format == "parquet" else self._text_plan()
         if not plan:
             names = ", ".join(file.name for file in self.files[:3])
             raise GraftrecError(

@@ -62,10 +62,10 @@ def test_an_index_is_never_given_to_another_id(followed: tuple[Path, str]) -> No
 
 
 def test_only_what_a_version_adds_is_read(followed: tuple[Path, str]) -> None:
-    told = re.findall(r"interactions +([\d,]+) rows .*?; (.*)", followed[1])
-    assert told[1] == ("24", "1 new file(s) of versions 2 to 2; 0 exact duplicates dropped")
-    assert told[2][1] == "version 4: 33 rows retracted, 0 added"
-    assert told[3] == ("16", "1 new file(s) of versions 5 to 5; 0 exact duplicates dropped")
+    lines = re.findall(r"interactions +([\d,]+) rows .*?; (.*)", followed[1])
+    assert lines[1] == ("24", "1 new file(s) of versions 2 to 2; 0 exact duplicates dropped")
+    assert lines[2][1] == "version 4: 33 rows retracted, 0 added"
+    assert lines[3] == ("16", "1 new file(s) of versions 5 to 5; 0 exact duplicates dropped")
 
 
 def test_a_lakes_own_interactions_feed_another_lake(followed: tuple[Path, str]) -> None:
