@@ -92,7 +92,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     baskets = reads_baskets(first.config.task)
     with _noted(folder), tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "evaluate"},
-        tables=_read_tables(baskets), context="evaluation",
+        tables=_read_tables(baskets), context="evaluation", told_again=True,
     ) as run:  # fmt: skip
         device = str(join(config.runtime).device)
         models = [load_artifact(model.model, device=device) for model in chosen]

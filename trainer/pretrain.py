@@ -143,7 +143,7 @@ def _fit(
     description = descriptions.training(config, parent=copied, counts=account.counts(), data=data)
     with _noted(folder, world), tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, description=description,
-        tables=[table.name for table in _read_tables(config)], uid=_uid(folder, world),
+        tables=[table.name for table in _read_tables(config)], uid=_uid(folder, world), told_again=True,
     ) as tracked:  # fmt: skip
         told = json.dumps(account.as_dict(), indent=1)
         tracked.log_params({f"parameters.{name}": count for name, count in account.counts().items()})
