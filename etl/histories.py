@@ -99,7 +99,7 @@ def _given(lake: str, version: int, columns: Sequence[str]) -> list[str]:
 
 def read_catalogue(read: Inputs) -> Catalogue:
     """It grows with the items alone."""
-    items = pa.concat_tables([_read(read.lake, ITEMS, path, ["item", "index", "kept"]) for path in read.items])
+    items = stacked([_read(read.lake, ITEMS, path, ["item", "index", "kept"]) for path in read.items])
     items = items.filter(items["kept"])
     index = items["index"].to_numpy()
     bits = item_bits(read)[index]
@@ -109,7 +109,7 @@ def read_catalogue(read: Inputs) -> Catalogue:
 
 def item_bits(read: Inputs) -> npt.NDArray[np.int64]:
     """Each item's domains as bits, by global index; 0 for those not kept."""
-    items = pa.concat_tables([_read(read.lake, ITEMS, path, ["index", "kept"]) for path in read.items])
+    items = stacked([_read(read.lake, ITEMS, path, ["index", "kept"]) for path in read.items])
     kept = np.zeros(int(items["index"].to_numpy().max(initial=0)) + 1, bool)
     kept[items["index"].to_numpy()] = items["kept"].to_numpy()
     bits = np.zeros(len(kept), np.int64)
@@ -195,10 +195,15 @@ def _chunks(bucket: int, read: Inputs) -> Iterator[pa.Table]:
             for group in range(file.num_row_groups):
                 waiting.append(file.read_row_group(group, columns=columns, use_threads=False))
                 if sum(len(table) for table in waiting) >= CHUNK_EVENTS:
-                    yield pa.concat_tables(waiting)
+                    yield stacked(waiting)
                     waiting = []
     if waiting:
-        yield pa.concat_tables(waiting)
+        yield stacked(waiting)
+
+
+def stacked(tables: Sequence[pa.Table]) -> pa.Table:
+    """Rows of several files of one table. A column that one engine calls nullable, another may not."""
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def _places(column: pa.ChunkedArray, known: pa.Array) -> npt.NDArray[np.int32]:

@@ -90,11 +90,10 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         tracking.settle(config.tracking)
         return done
     baskets = reads_baskets(first.config.task)
-    with _noted(folder) as noted, tracking.start_run(
+    with _noted(folder), tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "evaluate"},
-        tables=_read_tables(baskets), context="evaluation",
+        tables=_read_tables(baskets), context="evaluation", told_again=True,
     ) as run:  # fmt: skip
-        noted.append(run)
         device = str(join(config.runtime).device)
         models = [load_artifact(model.model, device=device) for model in chosen]
         if not ranks_items(first.config.task):
@@ -204,13 +203,9 @@ def _keep(summary: Mapping[str, Any], folder: Path, run: tracking.Run) -> None:
 
 
 @contextmanager
-def _noted(folder: Path) -> Iterator[list[tracking.Run]]:
-    """Give the summary its name, which says that all is done, when the MLflow run, put into the list, is over: told, or
-    kept to be sent. Where neither was possible the next evaluation is made again."""
-    runs: list[tracking.Run] = []
-    yield runs
-    if any(run.is_lost for run in runs):
-        return
+def _noted(folder: Path) -> Iterator[None]:
+    """Give the summary its name, which says that all is done, when MLflow's run is over: told, or kept to be sent."""
+    yield
     (folder / (SUMMARY + ".new")).replace(folder / SUMMARY)
 
 

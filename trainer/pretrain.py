@@ -141,11 +141,10 @@ def _fit(
     data = f"release {release.number} of `{redact(release.lake)}`, {_size(config, catalogue, dataset, validation)}"
     copied = parent.hash if parent is not None and account.transfer != "none" else None
     description = descriptions.training(config, parent=copied, counts=account.counts(), data=data)
-    with _noted(folder, world) as noted, tracking.start_run(
+    with _noted(folder, world), tracking.start_run(
         config.tracking, name=config.name, resolved=config, release=release, description=description,
-        tables=[table.name for table in _read_tables(config)], uid=_uid(folder, world),
+        tables=[table.name for table in _read_tables(config)], uid=_uid(folder, world), told_again=True,
     ) as tracked:  # fmt: skip
-        noted.append(tracked)
         told = json.dumps(account.as_dict(), indent=1)
         tracked.log_params({f"parameters.{name}": count for name, count in account.counts().items()})
         tracked.log_text(told, "transfer.json")
@@ -308,14 +307,10 @@ def _finish(
 
 
 @contextmanager
-def _noted(folder: Path, world: World) -> Iterator[list[tracking.Run]]:
-    """Note that all is done when the MLflow run, put into the list, is over: told, or kept for the next run to send.
-    Where neither was possible, or the process is killed before, a finished checkpoint stays, and the next run tells
-    MLflow again."""
-    runs: list[tracking.Run] = []
-    yield runs
-    if any(run.is_lost for run in runs):
-        return
+def _noted(folder: Path, world: World) -> Iterator[None]:
+    """Note that all is done when MLflow's run is over: told, or kept for the next run to send. A process that is killed
+    before leaves a finished checkpoint, and the next one tells MLflow again."""
+    yield
     if world.first:
         (folder / (DONE + ".new")).replace(folder / DONE)
     _tidy(folder, world)

@@ -72,7 +72,12 @@ def _search(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
         return _report(config, arms)
     begun = str(first.user_attrs.get("mlflow_run", ""))
     with tracking.start_run(
-        config.tracking, name=config.name, resolved=config, resumed=begun, tags={"graftrec.recipe": "search"}
+        config.tracking,
+        name=config.name,
+        resolved=config,
+        resumed=begun,
+        tags={"graftrec.recipe": "search"},
+        told_again=True,
     ) as tracked:
         first.set_user_attr(TOLD, False)
         if tracked.id:

@@ -68,6 +68,10 @@ class TrackingError(GraftrecError):
     """MLflow can't do what was asked."""
 
 
+class Untold(TrackingError):
+    """What MLflow did not take could not be kept either."""
+
+
 # --- the connection ---------------------------------------------
 
 # MLflow's chatter stays off the terminal, and a dead server is noticed in seconds. Each can be overridden.
@@ -194,7 +198,6 @@ class Run:
     """
 
     id: str = ""  # "" where there is none
-    is_lost: bool = False  # at its end: MLflow did not take all, and what it did not take could not be kept
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Settings; a value is kept as text, cut at 500 characters."""
@@ -285,6 +288,7 @@ def start_run(
     description: str = "",
     tables: Sequence[str] = (),
     context: str = "training",
+    told_again: bool = False,
 ) -> Iterator[Run]:
     """Track what happens inside: configuration, snapshots, code version, system metrics, and how it ended.
 
@@ -293,7 +297,8 @@ def start_run(
     which is known before the server answers. A run started inside another, or in a process given
     `child_environment()`, is its child. `description` as in `Run.describe`, `tables` (that the run reads) and
     `context` as in `Run.log_release`. An exception ends the run as FAILED with the error's line as the tag
-    `graftrec.error`; SIGTERM and Ctrl-C end it as KILLED.
+    `graftrec.error`; SIGTERM and Ctrl-C end it as KILLED. `told_again`: the same command tells all again unless this
+    ends well, so it raises Untold where what MLflow did not take can't be kept.
     """
     if not config.enabled or int(os.environ.get("RANK", "0")) != 0:
         yield Run()
@@ -309,7 +314,7 @@ def start_run(
         run.log_release(release, context=context, tables=tables)
     if description:
         run.describe(description)
-    status = "FINISHED"
+    status, lost = "FINISHED", ""
     _active.append(run)
     try:
         with _terminable():
@@ -323,7 +328,12 @@ def start_run(
         raise
     finally:
         _active.remove(run)
-        run.close(status)
+        lost = run.close(status)
+    if lost and told_again:
+        raise Untold(
+            f"expected room to keep what MLflow did not take, found none ({lost}); make room, and run the same command "
+            "again: the work is done, and is told then"
+        )
 
 
 def settle(config: TrackingConfig) -> None:
@@ -487,19 +497,23 @@ class _TrackedRun(Run):
         dataset = snapshot(release, table)
         self._outbox.add({"kind": "model_metrics", "hash": digest, "values": values, "dataset": dataset})
 
-    def close(self, status: str) -> None:
+    def close(self, status: str) -> str:
+        """End the run. Returns why what MLflow did not take is lost; "": it took all, or the rest is kept."""
         self._ended.set()
         self._outbox.add({"kind": "end", "status": status, "time": _now()})
-        left = self._outbox.close(self._config.close_seconds)
+        left, lost = self._outbox.close(self._config.close_seconds), ""
         if left:
-            self.is_lost = True
-            with _harmless("can't keep what MLflow did not take, so this run isn't done; run the same command again"):
-                folder = UNSENT.absolute() / f"{self._header['uid']}-{self._header['start']}"
+            folder = UNSENT.absolute() / f"{self._header['uid']}-{self._header['start']}"
+            try:
                 keep(folder, self._header | {"run_id": self._sender.run_id, "uri": _fingerprint(self._uri)}, left)
-                self.is_lost = False
                 warn(f"kept what MLflow did not take in {folder}; the next run sends it")
+            except Exception as error:
+                lost = one_line(error)
+                warn(f"can't keep what MLflow did not take: {lost}")
+                shutil.rmtree(folder, ignore_errors=True)
         if self._staging is not None:
             shutil.rmtree(self._staging, ignore_errors=True)
+        return lost
 
     def _staged(self, path: str) -> Path:
         self._staging = self._staging or Path(tempfile.mkdtemp(prefix="graftrec-tracking-"))

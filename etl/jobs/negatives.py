@@ -28,7 +28,7 @@ from etl.datafile import DataFile
 from etl.delta import FileWriter, bucket_of
 from etl.draws import NUM_NEGATIVES, Candidates, Ints, Taken, Words, append, candidates, draw, taken
 from etl.file_reader import open_parquet
-from etl.histories import find
+from etl.histories import find, stacked
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.lake import LakeError, snapshot_files, table_filesystem
@@ -254,7 +254,7 @@ def _blocks(read: Inputs, key: Key) -> Iterator[pa.Table]:
 
 
 def _by_user(tables: list[pa.Table]) -> pa.Table:
-    table = pa.concat_tables(tables)
+    table = stacked(tables)
     user = table["user"].to_numpy()
     if (user[1:] >= user[:-1]).all():
         return table

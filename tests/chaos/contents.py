@@ -18,13 +18,15 @@ class Contents:
     """Digests, so that two of them can be compared.
 
     `tables`: table -> its newest rows; `released`: table -> rows of the newest release's version; `weights`: file ->
-    bytes; `registry`: model -> hashes of its versions, and of its champion.
+    bytes; `registry`: model -> hashes of its versions, and of its champion; `trials`: file of a search -> what each of
+    its trials proposed and gave.
     """
 
     tables: dict[str, str] = field(default_factory=dict)
     released: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     registry: dict[str, Any] = field(default_factory=dict)
+    trials: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -42,17 +44,24 @@ class Contents:
 def read_contents(folder: Path, store: Path | None = None, models: str = "") -> Contents:
     """`store`: MLflow's database, the folder's own where None; `models`: beginning of the registered models' names."""
     lake = folder / "lake"
-    tables = {table.name: rows(DeltaTable(table)) for table in tables_in(lake)}
+    tables = {path.name: rows(DeltaTable(path)) for path in sorted(lake.glob("*/")) if has_version(path)}
     weights = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.glob("runs/**/model/*.safetensors"))
     }
-    return Contents(tables, released(lake), weights, registry(store or folder / "mlflow.db", models))
+    trials = {str(path.relative_to(folder)): _trials(path) for path in sorted(folder.glob("runs/*/*/trials.json"))}
+    return Contents(tables, released(lake), weights, registry(store or folder / "mlflow.db", models), trials)
 
 
-def tables_in(lake: Path) -> list[Path]:
-    """Tables with a commit: of one whose writer was killed at its first, there may be a log without any."""
-    return sorted({log.parent.parent for log in lake.glob("*/_delta_log/*.json")})
+def has_version(table: Path) -> bool:
+    """Whether a commit has landed. One that was killed leaves a log without an entry, which is no table yet."""
+    return any((table / "_delta_log").glob("*.json"))
+
+
+def _trials(file: Path) -> str:
+    """A digest of a search's trials but for the time they took."""
+    told = [{name: value for name, value in row.items() if name != "seconds"} for row in json.loads(file.read_text())]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def rows(table: DeltaTable) -> str:
@@ -68,7 +77,7 @@ def rows(table: DeltaTable) -> str:
 
 def releases(lake: Path) -> list[dict[str, int]]:
     """Table -> version, of each release, oldest first."""
-    if lake / "releases" not in tables_in(lake):
+    if not has_version(lake / "releases"):
         return []
     found = DeltaTable(lake / "releases").to_pyarrow_table(columns=["release", "tables"]).to_pylist()
     return [

@@ -12,12 +12,13 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from tests.chaos.commands import NEIGHBOURS, Ended
-from tests.chaos.contents import EMPTY, Contents, TrackedRun, commits, releases, tables_in
+from tests.chaos.contents import EMPTY, Contents, TrackedRun, commits, has_version, releases
 
 ALLOWED = {0, 2, 3, 4, 5, 143}
 NOT_DONE = {2, 5}  # one line says why
 CRASHES = re.compile(r"Traceback \(most recent call last\)|panicked at|core dumped|Segmentation fault", re.IGNORECASE)
 HALF_MADE = re.compile(r"\.(new|tmp|old|partial)$|^_staging-|\.tmp\.")
+_TRIAL = re.compile(r"runs/[^/]+/trials/[^/]+/model/")
 _REMARKS = ("tracking: ", "checkpoint ")  # lines on stderr that say what goes on, not why a command ended
 
 
@@ -58,6 +59,8 @@ def only_known_rows(found: Contents, known: Sequence[Contents]) -> Iterator[str]
         names = [name for name in found.released if found.released[name] != first.get(name)]
         yield f"2: the newest release is that of no undisturbed run, by {', '.join(names) or 'what it lacks'}"
     for name, digest in found.weights.items():
+        if _TRIAL.match(name) and not any(name in one.weights for one in known):
+            continue  # not the best one: a search removes it a moment later, and in the end its score is compared
         if digest not in {one.weights.get(name) for one in known}:
             yield f"3: {name} has the bytes of no undisturbed run"
 
@@ -138,7 +141,7 @@ def no_secrets(folders: Sequence[Path], secrets: Sequence[str]) -> Iterator[str]
         data = path.read_bytes() + path.name.encode()
         if any(spelling in data for spelling in spellings):
             yield f"6: {path.relative_to(folders[0].parent)} holds a secret"
-    for table in (table for table in tables_in(folders[0] / "lake") if table.name == "releases"):
+    if has_version(table := folders[0] / "lake" / "releases"):
         text = str(DeltaTable(table).to_pyarrow_table().to_pylist()).encode()
         if any(spelling in text for spelling in spellings):
             yield "6: the table releases holds a secret"

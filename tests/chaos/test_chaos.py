@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sqlite3
 import sys
 import threading
@@ -104,6 +105,41 @@ def test_other_weights_and_double_versions_are_found(folder: Path) -> None:
     assert numbers(invariants.only_known_rows(read_contents(folder), [before])) == ["3"]
     twice = Contents(registry={"chaos": {"versions": ["x", "x"], "champion": "y"}})
     assert numbers(invariants.one_version_a_hash(twice)) == ["3", "3"]
+
+
+def test_model_of_a_trial_is_compared_by_its_score(folder: Path) -> None:
+    """Between its end and its removal it is no violation; another score of it is."""
+    best, other = (folder / f"runs/search/trials/pretrain-000{number}/model" for number in (0, 1))
+    best.mkdir(parents=True)
+    (best / "weights.safetensors").write_bytes(b"0")
+    told = folder / "runs/search/pretrain/trials.json"
+    told.parent.mkdir()
+    told.write_text(json.dumps([{"score": 0.2, "seconds": 1.0}, {"score": 0.1, "seconds": 1.0}]))
+    known = [read_contents(folder)]
+    other.mkdir(parents=True)
+    (other / "weights.safetensors").write_bytes(b"1")
+    assert not list(invariants.only_known_rows(read_contents(folder), known))
+    assert numbers(invariants.as_expected(read_contents(folder), known)) == ["3"]
+    (best / "weights.safetensors").write_bytes(b"2")
+    assert numbers(invariants.only_known_rows(read_contents(folder), known)) == ["3"]
+    (other / "weights.safetensors").unlink()
+    (best / "weights.safetensors").write_bytes(b"0")
+    told.write_text(json.dumps([{"score": 0.2, "seconds": 2.0}, {"score": 0.1, "seconds": 3.0}]))
+    assert not list(invariants.as_expected(read_contents(folder), known))
+    told.write_text(json.dumps([{"score": 0.2, "seconds": 2.0}, {"score": 0.3, "seconds": 3.0}]))
+    assert numbers(invariants.as_expected(read_contents(folder), known)) == ["3"]
+
+
+def test_log_whose_first_commit_was_killed_is_no_table(folder: Path) -> None:
+    known = [read_contents(folder)]
+    for name in ("knowledge", "releases"):
+        shutil.rmtree(folder / "lake" / name, ignore_errors=True)
+        (folder / "lake" / name / "_delta_log").mkdir(parents=True)
+        (folder / "lake" / name / "_delta_log" / "00000000000000000000.json#1").write_text("{")
+    found = read_contents(folder)
+    assert set(found.tables) == {"users", "items"}
+    assert not list(invariants.only_known_rows(found, [*known, Contents()]))
+    assert not list(invariants.no_secrets([folder], ["s3cr+t"]))
 
 
 def store(path: Path, *, status: str = "FINISHED", score: float = 0.5) -> Path:

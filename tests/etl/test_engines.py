@@ -241,6 +241,19 @@ def test_all_engines_leave_the_same_after_a_new_day(tmp_path: Path, server: str,
 
 
 @pytest.mark.slow
+def test_a_lake_of_one_engine_is_gone_on_with_by_another(tmp_path: Path, spark: SparkSession) -> None:
+    config = _configure(tmp_path, _log(tmp_path))
+    for day in (1, 2):
+        (tmp_path / "days" / f"day{day}.dat").write_text(
+            _day(day, users=range(18 * (day - 1), 20 + 6 * day)), encoding="utf-8"
+        )
+        of_spark, of_sail = ("one", "other") if day == 1 else ("other", "one")
+        assert main(["all", "--config", str(config), "--lake", str(tmp_path / of_spark)]) == 0
+        _command(config, tmp_path / of_sail, "--spark.engine", "sail")
+    _assert_same(tmp_path / "one", tmp_path / "other")
+
+
+@pytest.mark.slow
 def test_all_engines_leave_the_same_of_a_generated_log(tmp_path: Path, server: str) -> None:
     config = _configure(tmp_path, GENERATED)
     _command(config, tmp_path / "spark", "--spark.engine", "spark")

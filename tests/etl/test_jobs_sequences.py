@@ -528,6 +528,22 @@ def test_long_lists_make_small_row_groups(tmp_path: Path, monkeypatch: pytest.Mo
         )
 
 
+def test_files_of_two_engines_are_read_as_one(tmp_path: Path) -> None:
+    """What one engine calls nullable, the other doesn't."""
+    log, bucket = [("u", "a", 1), ("u", "b", 2)], bucket_of("u", BUCKETS)
+    versions = write_lake(tmp_path, log, users={"u": True}, items=ITEMS, domains=DOMAINS)
+    read = histories.inputs(str(tmp_path), versions, names=list(DOMAINS), columns=(), max_events=9)
+    (path,) = read.log[bucket]
+    nullable = pa.schema([field.with_nullable(True) for field in INTERACTIONS.schema if field.name != "bucket"])
+    pq.write_table(
+        pa.Table.from_pylist(events([("u", "c", 3)], first=2), nullable), tmp_path / "interactions" / "other.parquet"
+    )
+    read = replace(read, log={bucket: (path, "other.parquet")})
+    catalogue = histories.read_catalogue(read)
+    (found,) = histories.events_of(pa.array(["u"]), bucket, catalogue, read)
+    assert found["time"].to_pylist() == [1, 2, 3]
+
+
 def test_a_damaged_file_of_the_log_is_named(tmp_path: Path) -> None:
     log = [("u", "a", 1), ("u", "b", 2)]
     versions = write_lake(tmp_path, log, users={"u": True}, items=ITEMS, domains=DOMAINS)

@@ -89,24 +89,47 @@ def test_an_unchanged_run_sends_what_no_server_took(tiny_lake, tmp_path, monkeyp
     assert not list((store / "mlflow-unsent").glob("*"))
 
 
-def test_a_run_whose_rest_could_not_be_kept_is_not_done(tiny_lake, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_what_was_neither_taken_nor_kept_is_told_again(tiny_lake, tmp_path, monkeypatch):
     store = tmp_path / "store"
     enter_store(store, monkeypatch)
-    (store / "mlflow.db").rename(tmp_path / "mlflow.db")
-    (store / "mlflow.db").mkdir()  # no store can be made
-    (store / "mlflow-unsent").write_text("no folder can be made")  # as on a full disk
+    whole = store / "mlflow.db"
     settings = {"name": "told", "train": {"epochs": 1, "min_epochs": 0}}
-    first = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, **settings, tracking=TRACKED | {"close_seconds": 0.5}))
-    assert "this run isn't done; run the same command again" in capsys.readouterr().err
-    assert not (first.folder / "done.json").exists()
-    (store / "mlflow-unsent").unlink()
-    (store / "mlflow.db").rmdir()
-    (tmp_path / "mlflow.db").rename(store / "mlflow.db")
-    result = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, **settings, tracking=TRACKED))
-    assert not result.reused
-    assert result.metrics["validation/NDCG@10"] == first.metrics["validation/NDCG@10"]
-    run = runs_of(store)["told"]
-    assert (run.info.status, run.data.metrics["best/NDCG_10"]) == ("FINISHED", result.metrics["validation/NDCG@10"])
+    impatient, tracked = (TRACKED | {"close_seconds": seconds} for seconds in (0.5, 60))
+    models = [{"model": str(tmp_path / "runs" / "told" / "model")}]
+
+    def train(tracking):
+        return pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, **settings, tracking=tracking))
+
+    def judge(tracking):
+        return evaluate(EvaluateConfig(models=models, name="told", output=str(tmp_path / "runs"), tracking=tracking))
+
+    for work in (train, judge):
+        elsewhere = whole.rename(tmp_path / "elsewhere.db")
+        whole.mkdir()  # MLflow can't open it
+        (store / "mlflow-unsent").write_text("no folder")
+        with pytest.raises(tracking.Untold, match="expected room to keep what MLflow did not take") as found:
+            work(impatient)
+        assert found.value.exit_code == 2
+        whole.rmdir()
+        elsewhere.rename(whole)
+        (store / "mlflow-unsent").unlink()
+        work(tracked)
+    result = train(tracked)
+    assert result.reused
+    assert judge(tracked).skipped
+    client = tracking.connect()
+    of_recipe = {
+        run.data.tags["graftrec.recipe"]: run
+        for run in client.search_runs([client.get_experiment_by_name("graftrec").experiment_id])
+    }
+    assert {name: run.info.status for name, run in of_recipe.items()} == {
+        "pretrain": "FINISHED",
+        "evaluate": "FINISHED",
+    }
+    trained = of_recipe["pretrain"]
+    assert trained.data.metrics["best/NDCG_10"] == result.metrics["validation/NDCG@10"]
+    assert trained.info.run_id == result.run_id
 
 
 @pytest.mark.slow
