@@ -73,7 +73,7 @@ class PipelineConfig(Section):
     targets: tuple[str, ...] = ()  # domains that are transferred to; (): finetune.data.domain, or the only one there is
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     reads_all: bool = True  # beside them a model that reads all domains and predicts the target's items
-    # Evaluate that on users who are new in the target; if it beats the baselines there, it answers for them.
+    # Evaluate that on users who are new in the target; if it beats popularity there, it answers for them.
     cold_users: bool = True
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all of them
@@ -374,26 +374,27 @@ def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, e
     if target in planned.cold_splits:
         with step(f"users new in {target}"):
             cold = next((model for model in every if model.label == COLD), None)
-            lines.append(companion(config, planned, target, release, cold, trained))
+            lines += companion(config, planned, target, release, cold, trained)
     lines += recommend(config, target, release)
     return Outcome(target, report, gain_table(report.rows), refusal, lines)
 
 
 def companion(
     config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained | None, trained: Sequence[Trained]
-) -> str:
+) -> list[str]:
     """Evaluate a model that reads all domains on users whose whole target history was held out. If it is significantly
-    better than the best simple baseline, register the model trained on all users at the alias `companion`. Returns a
-    line on the result."""
+    better than popularity, which they are served otherwise, register the model trained on all users at the alias
+    `companion`. Returns lines on the result."""
     import pyarrow.parquet as pq
+    from companion import over_popularity
 
-    from trainer import evaluate, stats
+    from trainer import evaluate
     from trainer.ranking import convention_of
     from trainer.registry import COMPANION, Registry
 
     heading = f"new in {target:<9}"
     if cold is None:
-        return f"{heading} not measured: the log has too few users whose first events are in other domains"
+        return [f"{heading} not measured: the log has too few users whose first events are in other domains"]
     report = evaluate.run(cold_config(config, planned, target, release, cold))
     gate = config.promote.gate
     found = pq.read_table(report.folder / evaluate.USERS).to_pandas()
@@ -402,23 +403,21 @@ def companion(
     by_label = {label: part.set_index("user")[metric] for label, part in found.groupby("label")}
     own = by_label[READS_ALL]
     baselines = dict.fromkeys(row["label"] for row in report.rows if not row["is_model"])  # of equal ones the first
-    best = max(baselines, key=lambda label: float(by_label[label].mean()))
-    gain = stats.compare(own.to_numpy(), by_label[best].loc[own.index].to_numpy())
-    is_better = gain.gain > 0 and gain.p_value <= gate.level
-    text = (
-        f"{heading} {len(own):,} users, {gate.metric} {own.mean():.4f} against {by_label[best].mean():.4f} "
-        f"of {best} ({100 * gain.relative_gain:+.1f} %, p {stats.p_text(gain.p_value)})"
+    verdict = over_popularity(
+        own.to_numpy(), {label: by_label[label].loc[own.index].to_numpy() for label in baselines}, gate
     )
+    text = f"{heading} {verdict.text}"
+    beside = [f"{'':<17}{verdict.beside}"] if verdict.beside else []
     if not config.tracking.enabled:
-        return text
+        return [text, *beside]
     registry = Registry(registered_model(config, target), family=config.registered_model)
-    if not is_better:
+    if not verdict.is_better:
         if registry.find(COMPANION) is not None:
             registry.drop_alias(COMPANION)
-        return f"{text}: popular items"
+        return [f"{text}: popular items", *beside]
     model = max((one for one in trained if one.label == READS_ALL), key=lambda one: one.score)
     version = registry.register(model.model, alias=COMPANION)
-    return f"{text}: {version.label}, @{COMPANION}"
+    return [f"{text}: {version.label}, @{COMPANION}", *beside]
 
 
 def evaluate(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> "EvaluationReport":
@@ -481,7 +480,7 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     """Models, best baseline and popularity under the first protocol: the gate's metric with its gain over from-scratch
     and p-value, then the means of the other metrics."""
     from trainer.baseline_names import POPULARITY
-    from trainer.stats import p_text
+    from trainer.stats import gain_text, p_text
 
     shown = [row for row in rows if row["protocol"] == rows[0]["protocol"]]
     first, *others = dict.fromkeys(row["metric"] for row in shown)
@@ -491,14 +490,21 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     best = max(baselines, key=lambda row: row["mean"], default=None)
     labels += [best["label"]] if best is not None else []
     labels += [row["label"] for row in baselines if row["label"] == POPULARITY and row is not best]
-    width = max(len(label) for label in labels) + 4
-    lines = [f"{'model':<{width}}{first:>10}{'gain':>10}{'p':>9}" + "".join(f"{name:>12}" for name in others)]
+    table = [["model", first, "gain", "p", *others]]
     for label in labels:
         row = cells[label, first]
-        gain = f"{100 * row['gain']['relative_gain']:+.1f} %" if row["gain"] else ""
-        line = f"{label + (' *' if row['is_candidate'] else ''):<{width}}{row['mean']:>10.4f}{gain:>10}"
-        line += f"{p_text(row['p_value']):>9}" + "".join(f"{cells[label, name]['mean']:>12.4f}" for name in others)
-        lines.append(line.rstrip())
+        gain = gain_text(row["gain"]["gain"], row["gain"]["relative_gain"]) if row["gain"] else ""
+        means = [f"{cells[label, name]['mean']:.4f}" for name in others]
+        name = label + (" *" if row["is_candidate"] else "")
+        table.append([name, f"{row['mean']:.4f}", gain, p_text(row["p_value"]), *means])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "    ".join(
+            [f"{name:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(line, widths[1:], strict=True))]
+        )
+        for name, *line in table
+    ]
+    lines = [line.rstrip() for line in lines]
     if any(row["is_candidate"] for row in shown):
         lines.append("* candidate: best on the validation part; its p is the gate's, the others' are adjusted (Holm)")
     return "\n".join(lines)

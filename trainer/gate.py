@@ -26,7 +26,7 @@ from trainer.clicks import OF_USER
 from trainer.config import BaselinesConfig, ClickConfig, GateConfig, MultiConfig, TaskConfig, ranks_items, reads_baskets
 from trainer.metrics import FloatArray
 from trainer.ranking import FULL, metrics_of
-from trainer.stats import Comparison, compare, mean_over_seeds, p_text, seeds_to_show, users_to_show
+from trainer.stats import Comparison, compare, gain_text, mean_over_seeds, p_text, seeds_to_show, users_to_show
 
 Verdict = Literal["passed", "refused", "not judged"]
 Refusal = Literal["worse", "not shown", "unusable"]
@@ -325,7 +325,7 @@ def _is_better(
     varied = f"users and {gain.num_seeds} seeds" if gain.seeds_varied else "users"
     needs = f"more than {100 * margin:+.1f} %" if margin else "a gain"
     text = (
-        f"{config.metric} {own:.4f}{of} against {bar:.4f} ({_share(gain.gain, relative)}, {_p(gain)} over {varied}; "
+        f"{config.metric} {own:.4f}{of} against {bar:.4f} ({gain_text(gain.gain, relative)}, {_p(gain)} over {varied}; "
         f"needs {needs} with p ≤ {config.level:g})"
     )
     numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}
@@ -374,7 +374,7 @@ def _against_champion(version_U: FloatArray, champion_U: FloatArray, config: Gat
     own, bar = float(version_U.mean()), float(champion_U.mean())
     relative = _relative(gain, bar)
     text = (
-        f"{config.metric} {own:.4f} against {bar:.4f} ({_share(gain.gain, relative)}, {_p(gain)} over users; "
+        f"{config.metric} {own:.4f} against {bar:.4f} ({gain_text(gain.gain, relative)}, {_p(gain)} over users; "
         f"may be {100 * config.champion_margin:.1f} % below)"
     )
     numbers = _numbers(gain) | {"version": own, "champion": bar, "relative_gain": relative}
@@ -402,7 +402,7 @@ def _in_slice(part: Slice, config: GateConfig) -> Check:
     margin = config.slice_margin * abs(bar)
     relative = _relative(gain, bar)
     text = (
-        f"{own:.4f} against {bar:.4f} of {part.reference} ({_share(gain.gain, relative)}, interval "
+        f"{own:.4f} against {bar:.4f} of {part.reference} ({gain_text(gain.gain, relative)}, interval "
         f"[{gain.low:+.4f}, {gain.high:+.4f}], {len(version_C):,} users; may be {100 * config.slice_margin:g} % below)"
     )
     numbers = _numbers(gain) | {"version": own, "reference": bar}
@@ -425,10 +425,6 @@ def _p(gain: Comparison) -> str:
 def _relative(gain: Comparison, bar: float) -> float:
     """Above zero for a gain, also where means are negative (log loss has its sign turned)."""
     return gain.relative_gain if bar >= 0 else -gain.relative_gain
-
-
-def _share(gain: float, relative: float) -> str:
-    return f"{100 * relative:+.1f} %" if math.isfinite(relative) else f"{gain:+.4f}"
 
 
 def _numbers(gain: Comparison) -> dict[str, float]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from etl.config import ConfigError, GraftrecError, load
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
+import companion
 import pipeline
 from pipeline import PipelineConfig, Trained
 
@@ -200,6 +202,61 @@ def test_data_is_refused_for_another_source() -> None:
 def test_unknown_setting_ends_with_two_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline.main(["--config", "pipeline/demo", "--finetune.train.epoch", "3"]) == 2
     assert re.fullmatch(r"pipeline: .*finetune\.train\.epoch.*\n", capsys.readouterr().err)
+
+
+# --- what it prints ---------------------------------------------------------------------------------------------------
+
+USERS = np.random.default_rng(0).random(200) / 10  # what users differ by
+
+
+@pytest.mark.parametrize(
+    ("model", "best", "is_better", "beside"),
+    [
+        (0.40, 0.42, True, "item-to-item lies above it: 0.4200"),  # nothing serves item-to-item, so it is no bar
+        (0.40, 0.30, True, "item-to-item, the best simple baseline, lies below it: 0.3000"),
+        (0.40, 0.02, True, ""),
+        (0.03, 0.42, False, "item-to-item lies above it: 0.4200"),
+    ],
+)
+def test_a_companion_must_beat_the_popular_items_that_are_served_without_it(
+    model: float, best: float, is_better: bool, beside: str
+) -> None:
+    noise = USERS - USERS.mean()
+    baselines = {"popularity": 0.04 + noise, "item-to-item": best + noise}
+    found = companion.over_popularity(model - noise, baselines, GateConfig())
+    assert (found.is_better, found.beside) == (is_better, beside)
+    assert f"200 users, NDCG@10 {model:.4f} against 0.0400 of popularity, which is served" in found.text
+
+
+def test_a_companion_that_chance_may_have_lifted_is_refused() -> None:
+    rng = np.random.default_rng(1)
+    found = companion.over_popularity(
+        0.05 + rng.normal(0, 0.3, 50), {"popularity": 0.04 + rng.normal(0, 0.3, 50)}, GateConfig()
+    )
+    assert not found.is_better
+
+
+def test_columns_of_the_table_stay_apart_however_large_a_gain_is() -> None:
+    def row(label: str, metric: str, mean: float, gain: float | None) -> dict[str, Any]:
+        return {
+            "label": label, "metric": metric, "protocol": "full", "mean": mean, "is_model": label != "popularity",
+            "is_candidate": label == "deep", "p_value": None if gain is None else 1e-9,
+            "gain": None if gain is None else {"gain": 0.5, "relative_gain": gain},
+        }  # fmt: skip
+
+    gains = {"none": None, "deep": 12_345.678, "popularity": float("nan")}
+    table = pipeline.gain_table(
+        [
+            row(label, metric, 1.0, gain)
+            for metric in ("NDCG@10", "a metric of a long name")
+            for label, gain in gains.items()
+        ]
+    )
+    head, *lines = [re.split(r"  +", line) for line in table.splitlines()[:4]]
+    assert head == ["model", "NDCG@10", "gain", "p", "a metric of a long name"]
+    assert ["deep *", "1.0000", "+1234567.8 %", "<0.001", "1.0000"] in lines
+    assert ["popularity", "1.0000", "+0.5000", "<0.001", "1.0000"] in lines  # popularity may have a mean of 0
+    assert len({len(line) for line in table.splitlines()[:4]}) == 1
 
 
 # --- the whole path ---------------------------------------------------------------------------------------------------
