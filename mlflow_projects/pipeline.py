@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,8 @@ class Plan:
     # Of each domain but the source: the split whose domain `all` holds out its items, and the one that holds out users.
     joint_splits: dict[str, str]
     cold_splits: dict[str, str]
+    empty: frozenset[tuple[str, str]] = frozenset()  # target and transfer: those that would copy nothing
+    notes: tuple[str, ...] = ()  # on transfers that are left out
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
             "leave it out, or set source to another"
         )
     transfers = config.transfers if source is not None else (SCRATCH,)
+    transfers, notes = _without_empty(config, transfers)
     if set(transfers) == {SCRATCH}:
         source = None
     splits: list[SplitConfig] = list(config.etl.splits)
@@ -179,7 +182,43 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
         if config.cold_users:
             cold = {name: _cold_split(splits, name) for name in joint}
     etl = replaced(config.etl, splits=tuple(splits))
-    return replaced(config, etl=etl), Plan(source, targets, transfers, joint, cold)
+    return replaced(config, etl=etl), Plan(source, targets, transfers, joint, cold, notes=notes)
+
+
+def _without_empty(
+    config: PipelineConfig, transfers: tuple[TransferName, ...]
+) -> tuple[tuple[TransferName, ...], tuple[str, ...]]:
+    """The transfers that this model's settings leave something to copy for, and a note on each of the others. Raises
+    ConfigError where none but from-scratch would remain."""
+    from trainer.empty_transfer import ADVICE, empty_by_settings
+
+    reasons = {name: empty_by_settings(with_transfer(config.finetune, name, "parent")) for name in transfers}
+    left = tuple(name for name in transfers if not reasons[name])
+    notes = tuple(f"{name} is left out: {reason}" for name, reason in reasons.items() if reason)
+    if notes and set(left) <= {SCRATCH}:
+        raise ConfigError(f"transfers: {'; '.join(filter(None, reasons.values()))}; {ADVICE}")
+    return left, notes
+
+
+def without_empty(config: PipelineConfig, planned: Plan, release: "Release") -> Plan:
+    """As planned, but for transfers that would copy nothing on this release: a line is printed on each. Raises
+    ConfigError where of a target's transfers none but from-scratch would remain."""
+    from trainer.empty_transfer import ADVICE, empty_by_data
+
+    empty = set()
+    for target in planned.targets:
+        reasons = {}
+        for label in planned.transfers if planned.source is not None else ():
+            made = finetune_config(config, planned, target, release.number, label, config.seeds[0], Path("parent"))
+            if reason := empty_by_data(made, release, planned.source or ""):
+                reasons[label] = reason
+        left = set(planned.transfers) - set(reasons)
+        if reasons and left <= {SCRATCH}:
+            raise ConfigError(f"transfers: {'; '.join(reasons.values())}; {ADVICE}")
+        for label, reason in reasons.items():
+            print(f"{target}/{label} is left out: {reason}", flush=True)
+            empty.add((target, label))
+    return replace(planned, empty=frozenset(empty))
 
 
 def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
@@ -254,11 +293,14 @@ def run(config: PipelineConfig) -> int:
     runner.prepare()
     if planned.source is None:
         print("nothing is transferred: models are compared with the simple baselines and the champion", flush=True)
+    for note in planned.notes:
+        print(note, flush=True)
     tags = {"graftrec.recipe": "pipeline"}
     with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
         release = build_tables(config)
         pinned = pin(config.etl.lake, release)
         tracked.log_release(pinned, context="evaluation", tables=("sequences", "negatives"))
+        planned = without_empty(config, planned, pinned)
         for line in detectable_gains(config, planned, pinned):
             print(line, flush=True)
         trained = train_all(config, planned, release, tracking.child_environment(tracked))
@@ -336,7 +378,8 @@ def cells_of(
             parents[seed] = Cell(f"pretrain-{seed}", "pretrain", pretrain_config(config, planned, release, seed))
     of_target: dict[str, dict[tuple[str, int], Cell]] = {}
     for target in planned.targets:
-        labels = [*planned.transfers, *([READS_ALL] if target in planned.joint_splits else [])]
+        labels: list[str] = [label for label in planned.transfers if (target, label) not in planned.empty]
+        labels += [*([READS_ALL] if target in planned.joint_splits else [])]
         labels += [COLD] if target in planned.cold_splits else []
         found = of_target.setdefault(target, {})
         for label in labels:

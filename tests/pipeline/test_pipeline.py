@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from etl.config import ConfigError, GraftrecError, load
+from etl.config import ConfigError, GraftrecError, load, replaced
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
@@ -20,7 +21,7 @@ import companion
 import pipeline
 from pipeline import PipelineConfig, Trained
 
-from trainer.config import GateConfig
+from trainer.config import FinetuneConfig, GateConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +126,47 @@ def shop(*targets_of_log: str, targets: str = "[]", source: str = "books") -> Pi
     names = ["books", *targets_of_log] if targets_of_log else []
     domains = str([{"name": name, "any_of": [name]} for name in names])
     return demo("--etl.domains", domains, "--targets", targets, "--source", source)
+
+
+BARE = ("--finetune.model.user_width", "0", "--finetune.model.knowledge", "{}")
+
+
+def test_a_transfer_that_would_copy_nothing_is_left_out_of_several() -> None:
+    config, planned = pipeline.plan(demo(*BARE))
+    assert planned.transfers == ("none", "deep")
+    assert len(planned.notes) == 1
+    assert planned.notes[0].startswith("shallow is left out: transfer shallow copies user and knowledge embeddings")
+    _, of_target = pipeline.cells_of(config, planned, 1)
+    assert {label for label, _ in of_target["target"]} == {"none", "deep", "all-domains", "cold-users"}
+    assert pipeline.plan(demo())[1].notes == ()
+
+
+def test_a_transfer_that_would_copy_nothing_is_refused_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    for transfers in ("[none, shallow]", "[shallow]"):
+        assert pipeline.main(["--config", "pipeline/demo", *BARE, "--transfers", transfers]) == 2
+        assert re.fullmatch(
+            r"pipeline: transfers: transfer shallow copies .*transfer deep.*\n", capsys.readouterr().err
+        )
+
+
+def test_a_transfer_is_left_out_where_domains_share_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of that target only; the other keeps it."""
+    config, planned = pipeline.plan(shop("music", "films", targets="[music, films]"))
+
+    def empty(made: FinetuneConfig, release: object, source: str) -> str:
+        return "they share no user" if (made.transfer, made.data.domain) == ("shallow", "music") else ""
+
+    monkeypatch.setattr("trainer.empty_transfer.empty_by_data", empty)
+    release = SimpleNamespace(number=1)
+    found = pipeline.without_empty(config, planned, release)
+    assert capsys.readouterr().out == "music/shallow is left out: they share no user\n"
+    _, of_target = pipeline.cells_of(config, found, 1)
+    assert {label for label, _ in of_target["films"]} - {label for label, _ in of_target["music"]} == {"shallow"}
+    alone = replaced(config, transfers=("none", "shallow"))
+    with pytest.raises(ConfigError, match="transfers: they share no user; transfer deep"):
+        pipeline.without_empty(alone, pipeline.plan(alone)[1], release)
 
 
 def test_without_domains_one_model_of_the_whole_log_is_trained() -> None:
@@ -421,6 +463,12 @@ def test_domains_without_common_users_run_to_the_end(tmp_path: Path) -> None:
     assert done.returncode in (0, 3), done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "new in music     not measured" in done.stdout
+    plain = ["--pretrain.model.knowledge", "{}", "--finetune.model.knowledge", "{}", "--runs", "alone"]
+    config, transfers = str(tmp_path / "log" / "shop.yaml"), ["--transfers", "[none, shallow]"]
+    alone = run(tmp_path, "--targets", "[music]", *transfers, *plain, config=config)
+    assert alone.returncode == 2, alone.stdout + alone.stderr
+    assert "domains 'books' and 'music' share no user" in alone.stderr
+    assert not (tmp_path / "alone").exists()
     assert (tmp_path / "runs" / "music" / "promote" / "decision.json").is_file()
 
 
