@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import os
+import shlex
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -336,7 +337,11 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
     """
     _in_use[kind] = str(path)
     raw = _read(_resolve(path))
-    for dotted, value in parse_overrides(overrides):
+    given = parse_overrides(overrides)
+    if kind is EtlConfig or "etl" in kind.model_fields:
+        before = "" if kind is EtlConfig else "etl."
+        _overridden[:] = [(name.removeprefix(before), value) for name, value in given if name.startswith(before)]
+    for dotted, value in given:
         _set(raw, dotted, value)
     raw = _compose(raw, kind)
     remember(raw)
@@ -349,10 +354,30 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
 _in_use: dict[type[Section], str] = {}  # kind -> name or path of the configuration that was loaded last
 
 
+_overridden: list[tuple[str, Any]] = []  # settings of the ETL that the command line gave last
+
+
+def named(kind: type[Section], default: str) -> str:
+    """Name or path of the configuration of that kind that was loaded last, or `default`."""
+    return _in_use.get(kind, default)
+
+
 def etl_command(lake: str, job: str = "all") -> str:
-    """The command that writes a lake's tables, for hints in messages. It names the configuration in use, since another
-    one would write another log into the lake."""
-    return f"`python -m etl {job} --config {_in_use.get(EtlConfig, 'etl/YOURS')} --lake {lake}`"
+    """The command that writes a lake's tables, for hints in messages. It names the configuration in use, with the
+    settings of the command line, since others would write another log into the lake."""
+    given = [word for name, value in _overridden if name != "lake" for word in setting_words(name, value)]
+    words = ["python", "-m", "etl", job, "--config", named(EtlConfig, "etl/YOURS"), *given, "--lake", lake]
+    return f"`{shlex.join(words)}`"
+
+
+def setting_words(name: str, value: Any) -> list[str]:
+    """The words of a command that give a setting this value (plain data), as `parse_overrides` reads them back."""
+    try:
+        is_itself = isinstance(value, str) and _yaml(value) == value
+    except yaml.YAMLError:
+        is_itself = False
+    text = value if is_itself else json.dumps(value, ensure_ascii=False)
+    return [f"--{name}={text}"] if text.startswith("--") else [f"--{name}", text]
 
 
 def replaced(config: SectionT, **changes: Any) -> SectionT:

@@ -476,11 +476,19 @@ def promote(
     """Register the candidate and ask the gate; gives its reason to refuse, "" where it agrees, and what to do then."""
     from trainer import promote
     from trainer.gate import next_steps
+    from trainer.hints import recommend_command
 
     try:
         promote.run(promote_config(config, target, release, trained))
     except promote.GateRefused as refusal:
-        return str(refusal), next_steps(refusal.decision, model=refusal.model, results=str(results))
+        again = replaced(
+            recommend_config(config, target, release), model=refusal.model, release=None,
+            replace=refusal.champion is not None,
+        )  # fmt: skip
+        steps = next_steps(
+            refusal.decision, recommend=recommend_command(again), champion=refusal.champion, results=str(results)
+        )
+        return str(refusal), steps
     return "", ()
 
 

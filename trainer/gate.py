@@ -152,7 +152,8 @@ def check_gate(
         found = f"{len(set(seeds))} ({', '.join(map(str, seeds))})" if seeds else "0"
         raise GateError(
             f"expected from-scratch models of at least {gate.min_seeds} seeds (gate.min_seeds), found {found}; train "
-            f"more, --seeds {seed_list(more_seeds(seeds, gate.min_seeds))}, with transfer none and with the candidate's"
+            f"more with transfer none and with the candidate's (pipeline: --seeds "
+            f"{seed_list(more_seeds(seeds, gate.min_seeds))})"
         )
 
 
@@ -184,11 +185,8 @@ def more_seeds(seeds: Sequence[int | None], number: int) -> tuple[int, ...]:
 
 
 def seed_list(seeds: Sequence[int]) -> str:
-    """Seeds as a command-line value; a long list is shortened in the middle."""
-    shown = [str(seed) for seed in seeds]
-    if len(shown) > 20:
-        shown = [*shown[:3], "…", shown[-1]]
-    return f'"[{", ".join(shown)}]"'
+    """Seeds as a command-line value."""
+    return f'"[{", ".join(map(str, seeds))}]"'
 
 
 SeedT = TypeVar("SeedT", int, int | None)
@@ -351,7 +349,7 @@ def _remedy(gain: Comparison, evidence: Evidence, config: GateConfig) -> tuple[s
         return "there is no gain to show: more seeds or users would only make that surer", ()
     if (number := seeds_to_show(gain, level=config.level)) is not None:
         seeds = more_seeds(evidence.recipe_seeds, number)
-        return f"{number} seeds would show it if the gain stays as observed: --seeds {seed_list(seeds)}", seeds
+        return f"{number} seeds would show it if the gain stays as observed", seeds
     for num_seeds in dict.fromkeys((gain.num_seeds, max(gain.num_seeds, 10), max(gain.num_seeds, 30))):
         if (users := users_to_show(gain, num_seeds=num_seeds, level=config.level)) is not None:
             of = f"{num_seeds} seeds" if num_seeds > 1 else "one seed"
@@ -438,25 +436,29 @@ def _numbers(gain: Comparison) -> dict[str, float]:
 
 
 def next_steps(
-    decision: Decision, *, model: str, config: str = "recommend/default", results: str | None = None
+    decision: Decision, *, recommend: str | None, champion: str | None = None, results: str | None = None
 ) -> list[str]:
     """What a user can do after a refusal, a line each; empty after a pass.
 
-    `model`: folder of the refused candidate. `config`: the configuration of `recommend` to suggest. `results`: the
-    folder of the comparison's table and picture.
+    `recommend`: the command that recommends by the refused candidate; None: it ranks nothing. `champion`: the version
+    whose rows that command replaces. `results`: the folder of the comparison's table and picture, of a pipeline.
     """
     if decision.passed:
         return []
     steps = []
-    if not any(check.name == "sound" for check in decision.refused):
-        steps.append(
-            f"recommend by this model all the same: python -m trainer recommend --config {config} --model {model}"
-        )
+    if recommend is not None and not any(check.name == "sound" for check in decision.refused):
+        instead = f"instead of the champion {champion}, whose rows it replaces" if champion else "all the same"
+        steps.append(f"recommend by this model {instead}: {recommend}")
     if results is not None:
         steps.append(f"look at the comparison: {results}")
     seeds = max((check.seeds for check in decision.refused), key=len, default=())
     if seeds and all(check.refusal == "not shown" for check in decision.refused):
-        steps.append(f"add seeds: --seeds {seed_list(seeds)}")
+        steps.append(
+            f"add seeds: run the same command with --seeds {seed_list(seeds)}"
+            if results is not None
+            else f"train the candidate's recipe and from-scratch with seeds {seed_list(seeds)}, and name them in "
+            "replicas and from_scratch"
+        )
     beaten_by = [c for c in decision.refused if c.refusal == "worse" and c.name not in (FROM_SCRATCH, VERSION)]
     if any("baseline" in check.numbers for check in beaten_by):
         steps.append("recommend without training: a simple baseline is better here (see the table)")
