@@ -163,8 +163,8 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
             "targets: expected names that a folder and a registered model can have (none of / : @), found "
             f"{unfit[0]!r}; rename the domain"
         )
-    if targets == (source,):
-        source = None
+    if targets == (source,) and ((config.source is None and len(names) == 1) or set(config.transfers) == {SCRATCH}):
+        source = None  # the only domain there is, or nothing is to be transferred
     if source in targets:
         raise ConfigError(
             f"targets: expected domains other than {source!r}, which is pre-trained on, found {', '.join(targets)}; "
@@ -175,6 +175,9 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     if set(transfers) == {SCRATCH}:
         source = None
     splits: list[SplitConfig] = list(config.etl.splits)
+    _split_named(splits, config.finetune.data.split, "finetune.data.split")
+    if source is not None:
+        _split_named(splits, config.pretrain.data.split, "pretrain.data.split")
     joint: dict[str, str] = {}
     cold: dict[str, str] = {}
     if config.reads_all and len(names) > 1:  # of all domains: tables stay as they are where targets change
@@ -221,13 +224,18 @@ def without_empty(config: PipelineConfig, planned: Plan, release: "Release") -> 
     return replace(planned, empty=frozenset(empty))
 
 
+def _split_named(splits: list[SplitConfig], name: str, setting: str) -> SplitConfig:
+    """Raises ConfigError where there is none of that name."""
+    found = next((split for split in splits if split.name == name), None)
+    if found is None:
+        known = ", ".join(split.name for split in splits)
+        raise ConfigError(f"{setting}: expected one of etl.splits ({known}), found {name!r}; mend the name")
+    return found
+
+
 def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
     """The split like `name` with `joint_target`; added where there is none."""
-    own = next((split for split in splits if split.name == name), None)
-    if own is None:
-        known = ", ".join(split.name for split in splits)
-        raise ConfigError(f"finetune.data.split: expected one of etl.splits ({known}), found {name!r}; mend the name")
-    wanted = replaced(own, joint_target=target)
+    wanted = replaced(_split_named(splits, name, "finetune.data.split"), joint_target=target)
     for split in splits:
         if replaced(split, name=name) == wanted:
             return split.name

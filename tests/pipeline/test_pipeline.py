@@ -192,12 +192,28 @@ def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scra
             r"source: .*books, music.* found 'book'",
         ),
         (lambda: shop("music", targets="[music, books]"), r"targets: expected domains other than 'books'"),
+        (lambda: shop("music", targets="[books]"), r"targets: expected domains other than 'books', .*set source to"),
+        (lambda: demo("--etl.domains", "[{name: a}]", "--source", "a"), r"targets: expected domains other than 'a'"),
+        (lambda: demo("--targets", "[source]"), r"targets: expected domains other than 'source'"),
+        (lambda: demo("--targets", "[Books]"), r"targets: .*source, target, all.* found Books"),
+        (lambda: demo("--finetune.data.split", "last5"), r"finetune\.data\.split: .*last-5, .* found 'last5'"),
+        (lambda: demo("--pretrain.data.split", "x", "--reads_all", "false"), r"pretrain\.data\.split: .* found 'x'"),
         (lambda: shop("music"), r"targets: .*found target"),
     ],
 )
 def test_domains_that_do_not_fit_the_log_are_named(config: Callable[[], PipelineConfig], message: str) -> None:
     with pytest.raises(GraftrecError, match=message):
         pipeline.plan(config())
+
+
+def test_a_target_that_is_the_source_is_trained_where_nothing_is_to_be_transferred() -> None:
+    for config in (
+        replaced(shop("music", targets="[books]"), transfers=("none",)),
+        demo("--etl.domains", "[{name: source}]"),
+    ):
+        _, planned = pipeline.plan(config)
+        assert (planned.source, planned.transfers) == (None, ("none",))
+        assert len(planned.targets) == 1
 
 
 def test_each_target_has_a_registered_model_and_folders_of_its_own() -> None:
