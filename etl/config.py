@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import os
+import shlex
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -368,7 +369,11 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
     """
     _in_use[kind] = str(path)
     raw = _read(_resolve(path))
-    for dotted, value, text in _overrides(overrides):
+    given = list(_overrides(overrides))
+    if kind is EtlConfig or "etl" in kind.model_fields:
+        before = "" if kind is EtlConfig else "etl."
+        _overridden[:] = [(name.removeprefix(before), value) for name, value, _ in given if name.startswith(before)]
+    for dotted, value, text in given:
         _set(raw, dotted, text if _is_text(kind, dotted) and _says(value, text) else value)
     raw = _compose(raw, kind)
     remember(raw)
@@ -381,10 +386,30 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
 _in_use: dict[type[Section], str] = {}  # kind -> name or path of the configuration that was loaded last
 
 
+_overridden: list[tuple[str, Any]] = []  # settings of the ETL that the command line gave last
+
+
+def named(kind: type[Section], default: str) -> str:
+    """Name or path of the configuration of that kind that was loaded last, or `default`."""
+    return _in_use.get(kind, default)
+
+
 def etl_command(lake: str, job: str = "all") -> str:
-    """The command that writes a lake's tables, for hints in messages. It names the configuration in use, since another
-    one would write another log into the lake."""
-    return f"`python -m etl {job} --config {_in_use.get(EtlConfig, 'etl/YOURS')} --lake {lake}`"
+    """The command that writes a lake's tables, for hints in messages. It names the configuration in use, with the
+    settings of the command line, since others would write another log into the lake."""
+    given = [word for name, value in _overridden if name != "lake" for word in setting_words(name, value)]
+    words = ["python", "-m", "etl", job, "--config", named(EtlConfig, "etl/YOURS"), *given, "--lake", lake]
+    return f"`{shlex.join(words)}`"
+
+
+def setting_words(name: str, value: Any) -> list[str]:
+    """The words of a command that give a setting this value (plain data), as `load` reads them back."""
+    try:
+        is_itself = isinstance(value, str) and _yaml(value) == value
+    except yaml.YAMLError:
+        is_itself = False
+    text = value if is_itself else json.dumps(value, ensure_ascii=False)
+    return [f"--{name}={text}"] if text.startswith("--") else [f"--{name}", text]
 
 
 def replaced(config: SectionT, **changes: Any) -> SectionT:
@@ -411,9 +436,13 @@ def _is_text(kind: type[Section], dotted: str) -> bool:
         fields = [one.model_fields[parent] for one in kinds if parent in one.model_fields]
         kinds = [section for field in fields for section in sections_of(field.annotation)]
     annotations = [one.model_fields[last].annotation for one in kinds if last in one.model_fields]
-    parts = [part for found in annotations for part in (get_args(found) or (found,))]
+    parts = [part for found in annotations for part in (get_args(found) if _is_union(found) else (found,))]
     plain = [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
     return bool(plain) and all(part in (str, type(None)) for part in plain)
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (typing.Union, types.UnionType)
 
 
 def _says(value: Any, text: str) -> bool:

@@ -23,7 +23,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cells import Cell
 from pydantic import Field, model_validator
@@ -55,11 +55,16 @@ from trainer.config import (
     with_transfer,
 )
 from trainer.cores import usable_cores
+from trainer.empty_transfer import ADVICE, empty_by_data, empty_by_settings
 from trainer.survey import NAMES, row_id
+
+if TYPE_CHECKING:
+    from trainer.data.dataset import Release
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "tests" / "reproduction" / "results"
 RUNS_MISSING = 1
+NOT_ASKED = "not asked for"
 
 
 class TunedConfig(Section):
@@ -277,7 +282,7 @@ def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
     rows = rows_of(config)
     for row in rows:
         if config.rows and row.id not in config.rows:
-            row.reason = "not asked for (`rows`)"
+            row.reason = f"{NOT_ASKED} (`rows`)"
             continue
         if row.kind == "own":
             row.cells = {seed: _own_cell(config, row, seed, lake, release, pretrained) for seed in config.seeds}
@@ -298,7 +303,22 @@ def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
                     pretrained[name] = Cell(name, "pretrain", _placed(trained, config, name, seed, lake, release))
                 parent = pretrained[name]
             row.cells[seed] = _cell(config, plan, row, seed, lake, release, parent)
+    for row in rows:
+        cell = next(iter(row.cells.values()), None)
+        if cell is not None and isinstance(cell.config, FinetuneConfig):
+            row.reason = empty_by_settings(cell.config)
+        row.cells = {} if row.reason else row.cells
     return rows
+
+
+def _check_rows(rows: Sequence[Row]) -> None:
+    """Print a line on each row whose transfer would copy nothing. Raises ConfigError where no other was asked for."""
+    asked = [row for row in rows if not row.reason.startswith(NOT_ASKED)]
+    if empty := [row for row in asked if row.reason]:
+        if len(empty) == len(asked):
+            raise ConfigError(f"rows: {empty[0].id}: {empty[0].reason}; {ADVICE}")
+        for row in empty:
+            print(f"{row.id} is left out: {row.reason}", flush=True)
 
 
 def _cell(
@@ -384,7 +404,7 @@ def run(config: ExperimentConfig) -> int:
     from trainer import report, tracking
     from trainer.data.dataset import pin
 
-    planned(config, config.lake or "", 1)  # settings that don't go together are refused before tables are made
+    _check_rows(planned(config, config.lake or "", 1))  # what settings rule out is refused before tables are made
     folder = config.folder
     with alone(folder, "experiment"):
         started = _started(config)
@@ -398,7 +418,7 @@ def run(config: ExperimentConfig) -> int:
             rows = planned(config, release.lake, release.number)
             facts = results.data_facts(release, config)
             for row in rows:
-                row.reason = row.reason or results.why_not(row, facts, config)
+                row.reason = row.reason or results.why_not(row, facts, config) or _empty(row, release)
                 row.cells = {} if row.reason else row.cells
             environment = tracking.child_environment(tracked)
             runner.run(cells_of(rows), folder=folder, jobs=jobs_of(config), environment=environment)
@@ -416,10 +436,18 @@ def run(config: ExperimentConfig) -> int:
     return RUNS_MISSING if missing else 0
 
 
+def _empty(row: Row, release: "Release") -> str:
+    """Why the row's transfer would copy nothing on this release; "" where it copies something."""
+    cell = next(iter(row.cells.values()))
+    if cell.parent is None or not isinstance(cell.config, FinetuneConfig):
+        return ""
+    return empty_by_data(cell.config, release, cell.parent.config.data.domain)
+
+
 def _missing(rows: Sequence[Row]) -> Iterator[str]:
     """What was asked for and is not there."""
     for row in rows:
-        if row.reason and not row.reason.startswith("not asked for"):
+        if row.reason and not row.reason.startswith(NOT_ASKED):
             yield f"{row.id}: {row.reason}"
         for seed, cell in row.cells.items():
             if cell.failure:

@@ -25,7 +25,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cells import Cell
@@ -123,6 +123,8 @@ class Plan:
     # Of each domain but the source: the split whose domain `all` holds out its items, and the one that holds out users.
     joint_splits: dict[str, str]
     cold_splits: dict[str, str]
+    empty: frozenset[tuple[str, str]] = frozenset()  # target and transfer: those that would copy nothing
+    notes: tuple[str, ...] = ()  # on transfers that are left out
 
 
 @dataclass(frozen=True)
@@ -178,17 +180,21 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
             "targets: expected names that a folder and a registered model can have (none of / : @), found "
             f"{unfit[0]!r}; rename the domain"
         )
-    if targets == (source,):
-        source = None
+    if targets == (source,) and ((config.source is None and len(names) == 1) or set(config.transfers) == {SCRATCH}):
+        source = None  # the only domain there is, or nothing is to be transferred
     if source in targets:
         raise ConfigError(
             f"targets: expected domains other than {source!r}, which is pre-trained on, found {', '.join(targets)}; "
             "leave it out, or set source to another"
         )
     transfers = config.transfers if source is not None else (SCRATCH,)
+    transfers, notes = _without_empty(config, transfers)
     if set(transfers) == {SCRATCH}:
         source = None
     splits: list[SplitConfig] = list(config.etl.splits)
+    _split_named(splits, config.finetune.data.split, "finetune.data.split")
+    if source is not None:
+        _split_named(splits, config.pretrain.data.split, "pretrain.data.split")
     joint: dict[str, str] = {}
     cold: dict[str, str] = {}
     if config.reads_all and len(names) > 1:  # of all domains: tables stay as they are where targets change
@@ -196,16 +202,57 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
         if config.cold_users:
             cold = {name: _cold_split(splits, name) for name in joint}
     etl = replaced(config.etl, splits=tuple(splits))
-    return replaced(config, etl=etl), Plan(source, targets, transfers, joint, cold)
+    return replaced(config, etl=etl), Plan(source, targets, transfers, joint, cold, notes=notes)
+
+
+def _without_empty(
+    config: PipelineConfig, transfers: tuple[TransferName, ...]
+) -> tuple[tuple[TransferName, ...], tuple[str, ...]]:
+    """The transfers that this model's settings leave something to copy for, and a note on each of the others. Raises
+    ConfigError where none but from-scratch would remain."""
+    from trainer.empty_transfer import ADVICE, empty_by_settings
+
+    reasons = {name: empty_by_settings(with_transfer(config.finetune, name, "parent")) for name in transfers}
+    left = tuple(name for name in transfers if not reasons[name])
+    notes = tuple(f"{name} is left out: {reason}" for name, reason in reasons.items() if reason)
+    if notes and set(left) <= {SCRATCH}:
+        raise ConfigError(f"transfers: {'; '.join(filter(None, reasons.values()))}; {ADVICE}")
+    return left, notes
+
+
+def without_empty(config: PipelineConfig, planned: Plan, release: "Release") -> Plan:
+    """As planned, but for transfers that would copy nothing on this release: a line is printed on each. Raises
+    ConfigError where of a target's transfers none but from-scratch would remain."""
+    from trainer.empty_transfer import ADVICE, empty_by_data
+
+    empty = set()
+    for target in planned.targets:
+        reasons = {}
+        for label in planned.transfers if planned.source is not None else ():
+            made = finetune_config(config, planned, target, release.number, label, config.seeds[0], Path("parent"))
+            if reason := empty_by_data(made, release, planned.source or ""):
+                reasons[label] = reason
+        left = set(planned.transfers) - set(reasons)
+        if reasons and left <= {SCRATCH}:
+            raise ConfigError(f"transfers: {'; '.join(reasons.values())}; {ADVICE}")
+        for label, reason in reasons.items():
+            print(f"{target}/{label} is left out: {reason}", flush=True)
+            empty.add((target, label))
+    return replace(planned, empty=frozenset(empty))
+
+
+def _split_named(splits: list[SplitConfig], name: str, setting: str) -> SplitConfig:
+    """Raises ConfigError where there is none of that name."""
+    found = next((split for split in splits if split.name == name), None)
+    if found is None:
+        known = ", ".join(split.name for split in splits)
+        raise ConfigError(f"{setting}: expected one of etl.splits ({known}), found {name!r}; mend the name")
+    return found
 
 
 def _joint_split(splits: list[SplitConfig], name: str, target: str) -> str:
     """The split like `name` with `joint_target`; added where there is none."""
-    own = next((split for split in splits if split.name == name), None)
-    if own is None:
-        known = ", ".join(split.name for split in splits)
-        raise ConfigError(f"finetune.data.split: expected one of etl.splits ({known}), found {name!r}; mend the name")
-    wanted = replaced(own, joint_target=target)
+    wanted = replaced(_split_named(splits, name, "finetune.data.split"), joint_target=target)
     for split in splits:
         if replaced(split, name=name) == wanted:
             return split.name
@@ -281,11 +328,14 @@ def _run(config: PipelineConfig, planned: Plan) -> int:
     runner.prepare()
     if planned.source is None:
         print("nothing is transferred: models are compared with the simple baselines and the champion", flush=True)
+    for note in planned.notes:
+        print(note, flush=True)
     tags = {"graftrec.recipe": "pipeline"}
     with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
         release = build_tables(config)
         pinned = pin(config.etl.lake, release)
         tracked.log_release(pinned, context="evaluation", tables=("sequences", "negatives"))
+        planned = without_empty(config, planned, pinned)
         for line in detectable_gains(config, planned, pinned):
             print(line, flush=True)
         trained = train_all(config, planned, release, tracking.child_environment(tracked))
@@ -363,7 +413,8 @@ def cells_of(
             parents[seed] = Cell(f"pretrain-{seed}", "pretrain", pretrain_config(config, planned, release, seed))
     of_target: dict[str, dict[tuple[str, int], Cell]] = {}
     for target in planned.targets:
-        labels = [*planned.transfers, *([READS_ALL] if target in planned.joint_splits else [])]
+        labels: list[str] = [label for label in planned.transfers if (target, label) not in planned.empty]
+        labels += [*([READS_ALL] if target in planned.joint_splits else [])]
         labels += [COLD] if target in planned.cold_splits else []
         found = of_target.setdefault(target, {})
         for label in labels:
@@ -401,27 +452,27 @@ def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, e
     if target in planned.cold_splits:
         with step(f"users new in {target}"):
             cold = next((model for model in every if model.label == COLD), None)
-            lines.append(companion(config, planned, target, release, cold, trained))
+            lines += companion(config, planned, target, release, cold, trained)
     lines += recommend(config, target, release)
     return Outcome(target, report, gain_table(report.rows), refusal, lines)
 
 
 def companion(
     config: PipelineConfig, planned: Plan, target: str, release: int, cold: Trained | None, trained: Sequence[Trained]
-) -> str:
+) -> list[str]:
     """Evaluate a model that reads all domains on users whose whole target history was held out. If it is significantly
-    better than popularity, which such users get without it, register the model trained on all users at the alias
-    `companion`. Returns a line on the result, with the best simple baseline beside it."""
+    better than popularity, which they are served otherwise, register the model trained on all users at the alias
+    `companion`. Returns lines on the result."""
     import pyarrow.parquet as pq
+    from companion import over_popularity
 
-    from trainer import evaluate, stats
-    from trainer.baseline_names import POPULARITY
+    from trainer import evaluate
     from trainer.ranking import convention_of
     from trainer.registry import COMPANION, Registry
 
     heading = f"new in {target:<9}"
     if cold is None:
-        return f"{heading} not measured: the log has too few users whose first events are in other domains"
+        return [f"{heading} not measured: the log has too few users whose first events are in other domains"]
     report = evaluate.run(cold_config(config, planned, target, release, cold))
     gate = config.promote.gate
     found = pq.read_table(report.folder / evaluate.USERS).to_pandas()
@@ -430,25 +481,21 @@ def companion(
     by_label = {label: part.set_index("user")[metric] for label, part in found.groupby("label")}
     own = by_label[READS_ALL]
     baselines = dict.fromkeys(row["label"] for row in report.rows if not row["is_model"])  # of equal ones the first
-    best = max(baselines, key=lambda label: float(by_label[label].mean()))
-    gain = stats.compare(own.to_numpy(), by_label[POPULARITY].loc[own.index].to_numpy())
-    is_better = gain.gain > 0 and gain.p_value <= gate.level
-    text = (
-        f"{heading} {len(own):,} users, {gate.metric} {own.mean():.4f} against {by_label[POPULARITY].mean():.4f} "
-        f"of {POPULARITY} ({100 * gain.relative_gain:+.1f} %, p {stats.p_text(gain.p_value)})"
+    verdict = over_popularity(
+        own.to_numpy(), {label: by_label[label].loc[own.index].to_numpy() for label in baselines}, gate
     )
-    if best != POPULARITY:
-        text += f"; best simple baseline {by_label[best].mean():.4f}, {best}"
+    text = f"{heading} {verdict.text}"
+    beside = [f"{'':<17}{verdict.beside}"] if verdict.beside else []
     if not config.tracking.enabled:
-        return text
+        return [text, *beside]
     registry = Registry(registered_model(config, target), family=config.registered_model)
-    if not is_better:
+    if not verdict.is_better:
         if registry.find(COMPANION) is not None:
             registry.drop_alias(COMPANION)
-        return f"{text}: popular items"
+        return [f"{text}: popular items", *beside]
     model = max((one for one in trained if one.label == READS_ALL), key=lambda one: one.score)
     version = registry.register(model.model, alias=COMPANION)
-    return f"{text}: {version.label}, @{COMPANION}"
+    return [f"{text}: {version.label}, @{COMPANION}", *beside]
 
 
 def evaluate(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> "EvaluationReport":
@@ -464,12 +511,19 @@ def promote(
     """Register the candidate and ask the gate; gives its reason to refuse, "" where it agrees, and what to do then."""
     from trainer import promote
     from trainer.gate import next_steps
+    from trainer.hints import recommend_command
 
     try:
         promote.run(promote_config(config, target, release, trained))
     except promote.GateRefused as refusal:
-        engine = config.etl.spark.engine
-        return str(refusal), next_steps(refusal.decision, model=refusal.model, engine=engine, results=str(results))
+        again = replaced(
+            recommend_config(config, target, release), model=refusal.model, release=None,
+            replace=refusal.champion is not None,
+        )  # fmt: skip
+        steps = next_steps(
+            refusal.decision, recommend=recommend_command(again), champion=refusal.champion, results=str(results)
+        )
+        return str(refusal), steps
     return "", ()
 
 
@@ -512,7 +566,7 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     """Models, best baseline and popularity under the first protocol: the gate's metric with its gain over from-scratch
     and p-value, then the means of the other metrics."""
     from trainer.baseline_names import POPULARITY
-    from trainer.stats import p_text
+    from trainer.stats import gain_text, p_text
 
     shown = [row for row in rows if row["protocol"] == rows[0]["protocol"]]
     first, *others = dict.fromkeys(row["metric"] for row in shown)
@@ -522,14 +576,21 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     best = max(baselines, key=lambda row: row["mean"], default=None)
     labels += [best["label"]] if best is not None else []
     labels += [row["label"] for row in baselines if row["label"] == POPULARITY and row is not best]
-    width = max(len(label) for label in labels) + 4
-    lines = [f"{'model':<{width}}{first:>10}{'gain':>10}{'p':>9}" + "".join(f"{name:>12}" for name in others)]
+    table = [["model", first, "gain", "p", *others]]
     for label in labels:
         row = cells[label, first]
-        gain = f"{100 * row['gain']['relative_gain']:+.1f} %" if row["gain"] else ""
-        line = f"{label + (' *' if row['is_candidate'] else ''):<{width}}{row['mean']:>10.4f}{gain:>10}"
-        line += f"{p_text(row['p_value']):>9}" + "".join(f"{cells[label, name]['mean']:>12.4f}" for name in others)
-        lines.append(line.rstrip())
+        gain = gain_text(row["gain"]["gain"], row["gain"]["relative_gain"]) if row["gain"] else ""
+        means = [f"{cells[label, name]['mean']:.4f}" for name in others]
+        name = label + (" *" if row["is_candidate"] else "")
+        table.append([name, f"{row['mean']:.4f}", gain, p_text(row["p_value"]), *means])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "    ".join(
+            [f"{name:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(line, widths[1:], strict=True))]
+        )
+        for name, *line in table
+    ]
+    lines = [line.rstrip() for line in lines]
     if any(row["is_candidate"] for row in shown):
         lines.append("* candidate: best on the validation part; its p is the gate's, the others' are adjusted (Holm)")
     return "\n".join(lines)

@@ -22,7 +22,7 @@ from trainer.contenders import Contender, EvaluateError, EvaluationSet
 from trainer.metrics import FloatArray, metrics_from_ranks
 from trainer.ranking import BASKET, SINGLE, Score, convention_of, metrics_of, ranks
 from trainer.scoring import Scores
-from trainer.stats import Comparison, bootstrap_interval, compare, holm, mean_over_seeds, p_text
+from trainer.stats import Comparison, bootstrap_interval, compare, gain_text, holm, mean_over_seeds, p_text
 
 CANDIDATE_MARK = " *"  # after the candidate's label in a table
 RankArray = npt.NDArray[np.int32]
@@ -269,8 +269,9 @@ def block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
     several = len({protocol for protocol, _ in columns}) > 1 or columns[0][0] != rows[0].protocol
     names = [protocol if several else metric for protocol, metric in columns]
     wide = max(13, *(len(name) + 2 for name in names))
+    gain_wide = max(9, *(len(_gain(row)) + 2 for row in rows)) if compared else 0
     head = f"{'model':<{width}} seeds" + "".join(
-        f"{name:>{wide}}" + (f"{'gain':>9}{'p':>8}" if compared else "") for name in names
+        f"{name:>{wide}}" + (f"{'gain':>{gain_wide}}{'p':>8}" if compared else "") for name in names
     )
     lines = [head, "─" * len(head)]
     for label in models + [label for label in labels if label not in models]:
@@ -279,16 +280,18 @@ def block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
             lines.append("")
         seeds = own[0].num_seeds if own[0].is_model else "–"
         name = label + marks.get(label, "")
-        lines.append(f"{name:<{width}} {seeds:>5}{''.join(_cell(row, wide, compared) for row in own)}".rstrip())
+        lines.append(f"{name:<{width}} {seeds:>5}{''.join(_cell(row, wide, gain_wide) for row in own)}".rstrip())
     return "\n".join(lines)
 
 
-def _cell(row: Row, wide: int, compared: bool) -> str:
-    text = f"{row.mean:>{wide}.4f}"
-    if compared:
-        gain = f"{100 * row.gain.relative_gain:+.1f} %" if row.gain is not None else ""
-        text += f"{gain:>9}{p_text(row.p_value):>8}"
-    return text
+def _cell(row: Row, wide: int, gain_wide: int) -> str:
+    """`gain_wide`: 0 where nothing is compared."""
+    tested = f"{_gain(row):>{gain_wide}}{p_text(row.p_value):>8}" if gain_wide else ""
+    return f"{row.mean:>{wide}.4f}{tested}"
+
+
+def _gain(row: Row) -> str:
+    return "" if row.gain is None else gain_text(row.gain.gain, row.gain.relative_gain)
 
 
 def _account(row: Row) -> str:

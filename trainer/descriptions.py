@@ -11,7 +11,7 @@ from etl.redaction import redact
 from trainer.artifact import Artifact
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.gate import Decision
-from trainer.stats import p_text
+from trainer.stats import gain_text, p_text
 from trainer.tracking import model_link
 
 SHOWN_METRICS = ("NDCG@10", "Recall@10", "MRR")  # of a model, where it has them
@@ -76,7 +76,7 @@ def results(rows: Sequence[Mapping[str, Any]], *, heading: str = "", notes: str 
     for label in labels:
         own = [cells[label, metric] for metric in metrics]
         first, others = own[0], [f"{row['mean']:.4f}" for row in own[1:]]
-        gain = f"{100 * first['gain']['relative_gain']:+.1f} %" if first["gain"] else ""
+        gain = gain_text(first["gain"]["gain"], first["gain"]["relative_gain"]) if first["gain"] else ""
         tested = [gain, p_text(first["p_value"])] if compared else []
         lines.append([_label(first), f"{first['mean']:.4f}", *tested, *others])
     image = f"![gains over from-scratch](artifact:{picture})" if picture else ""
@@ -94,7 +94,7 @@ def _headline(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
         return ""
     text = f"Best model: {_label(model)}, {metric} {model['mean']:.4f}"
     if model["gain"]:
-        text += f", {100 * model['gain']['relative_gain']:+.1f} % over from scratch"
+        text += f", {gain_text(model['gain']['gain'], model['gain']['relative_gain'])} over from scratch"
     baseline = best[False]
     return text + (f"; best simple baseline: {baseline['label']}, {baseline['mean']:.4f}." if baseline else ".")
 

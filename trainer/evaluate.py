@@ -50,7 +50,7 @@ from trainer.identity import code_hash
 from trainer.metrics import FloatArray, means
 from trainer.pictures import Gain, confusions, reliability_curves, transfer_gains
 from trainer.ranking import BASKET, FULL, SINGLE, convention_of
-from trainer.stats import p_text
+from trainer.stats import gain_text, p_text
 from trainer.told import Told, ToldClasses
 
 USERS, SUMMARY, TABLE, GAINS = "users.parquet", "summary.json", "table.txt", "gains.png"
@@ -405,7 +405,7 @@ def _picture(rows: Sequence[Row], asked: EvaluationSet, against: str) -> Figure 
     gains = [
         Gain(
             row.label, row.gain.gain, row.gain.low, row.gain.high,
-            f"{100 * row.gain.relative_gain:+.1f} %" + (f", p {p_text(row.p_value)}" if row.is_model else ""),
+            gain_text(row.gain.gain, row.gain.relative_gain) + (f", p {p_text(row.p_value)}" if row.is_model else ""),
             is_baseline=not row.is_model, marked=row.is_candidate,
         )
         for row in shown if row.gain

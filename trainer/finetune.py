@@ -6,6 +6,8 @@ from collections.abc import Callable
 from etl.plain_path import absolute
 from trainer.artifact import Artifact, load_artifact
 from trainer.config import FinetuneConfig
+from trainer.data.dataset import pin
+from trainer.empty_transfer import ADVICE, empty_by_data, empty_by_settings
 from trainer.loop import Progress
 from trainer.pretrain import Result, fit, unjudged
 from trainer.transfer import TransferError
@@ -18,9 +20,19 @@ def run(config: FinetuneConfig, *, judge: Callable[[Progress], None] = unjudged)
     if config.parent is None:
         raise TransferError(f"transfer {config.transfer} needs a pre-trained model; set parent to its `model` folder")
     parent = load_artifact(config.parent)
+    refuse_empty(config, parent)
     if os.environ.get("RANK", "0") == "0" and (note := seen_by_parent(config, parent)):
         print(note, flush=True)
     return fit(config, parent=parent, judge=judge)
+
+
+def refuse_empty(config: FinetuneConfig, parent: Artifact) -> None:
+    """Raises TransferError where the transfer would copy nothing. Of a parent from another lake, only settings say."""
+    reason = empty_by_settings(config)
+    if not reason and config.transfer == "shallow" and config.data.lake == parent.lake:
+        reason = empty_by_data(config, pin(config.data.lake, config.data.release), parent.config.data.domain)
+    if reason:
+        raise TransferError(f"{reason}; {ADVICE}")
 
 
 def seen_by_parent(config: FinetuneConfig, parent: Artifact) -> str:

@@ -13,7 +13,6 @@ Shape letters: ``S`` seeds, ``U`` users of the evaluation release, ``C`` users o
 """
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
@@ -27,7 +26,7 @@ from trainer.clicks import OF_USER
 from trainer.config import BaselinesConfig, ClickConfig, GateConfig, MultiConfig, TaskConfig, ranks_items, reads_baskets
 from trainer.metrics import FloatArray
 from trainer.ranking import FULL, metrics_of
-from trainer.stats import Comparison, compare, mean_over_seeds, p_text, seeds_to_show, users_to_show
+from trainer.stats import Comparison, compare, gain_text, mean_over_seeds, p_text, seeds_to_show, users_to_show
 
 Verdict = Literal["passed", "refused", "not judged"]
 Refusal = Literal["worse", "not shown", "unusable"]
@@ -153,7 +152,8 @@ def check_gate(
         found = f"{len(set(seeds))} ({', '.join(map(str, seeds))})" if seeds else "0"
         raise GateError(
             f"expected from-scratch models of at least {gate.min_seeds} seeds (gate.min_seeds), found {found}; train "
-            f"more, --seeds {seed_list(more_seeds(seeds, gate.min_seeds))}, with transfer none and with the candidate's"
+            f"more with transfer none and with the candidate's (pipeline: --seeds "
+            f"{seed_list(more_seeds(seeds, gate.min_seeds))})"
         )
 
 
@@ -185,11 +185,8 @@ def more_seeds(seeds: Sequence[int | None], number: int) -> tuple[int, ...]:
 
 
 def seed_list(seeds: Sequence[int]) -> str:
-    """Seeds as a command-line value; a long list is shortened in the middle."""
-    shown = [str(seed) for seed in seeds]
-    if len(shown) > 20:
-        shown = [*shown[:3], "…", shown[-1]]
-    return f'"[{", ".join(shown)}]"'
+    """Seeds as a command-line value."""
+    return f'"[{", ".join(map(str, seeds))}]"'
 
 
 SeedT = TypeVar("SeedT", int, int | None)
@@ -326,7 +323,7 @@ def _is_better(
     varied = f"users and {gain.num_seeds} seeds" if gain.seeds_varied else "users"
     needs = f"more than {100 * margin:+.1f} %" if margin else "a gain"
     text = (
-        f"{config.metric} {own:.4f}{of} against {bar:.4f} ({_share(gain.gain, relative)}, {_p(gain)} over {varied}; "
+        f"{config.metric} {own:.4f}{of} against {bar:.4f} ({gain_text(gain.gain, relative)}, {_p(gain)} over {varied}; "
         f"needs {needs} with p ≤ {config.level:g})"
     )
     numbers = {key: value for key, value in numbers.items() if math.isfinite(value)}
@@ -352,7 +349,7 @@ def _remedy(gain: Comparison, evidence: Evidence, config: GateConfig) -> tuple[s
         return "there is no gain to show: more seeds or users would only make that surer", ()
     if (number := seeds_to_show(gain, level=config.level)) is not None:
         seeds = more_seeds(evidence.recipe_seeds, number)
-        return f"{number} seeds would show it if the gain stays as observed: --seeds {seed_list(seeds)}", seeds
+        return f"{number} seeds would show it if the gain stays as observed", seeds
     for num_seeds in dict.fromkeys((gain.num_seeds, max(gain.num_seeds, 10), max(gain.num_seeds, 30))):
         if (users := users_to_show(gain, num_seeds=num_seeds, level=config.level)) is not None:
             of = f"{num_seeds} seeds" if num_seeds > 1 else "one seed"
@@ -375,7 +372,7 @@ def _against_champion(version_U: FloatArray, champion_U: FloatArray, config: Gat
     own, bar = float(version_U.mean()), float(champion_U.mean())
     relative = _relative(gain, bar)
     text = (
-        f"{config.metric} {own:.4f} against {bar:.4f} ({_share(gain.gain, relative)}, {_p(gain)} over users; "
+        f"{config.metric} {own:.4f} against {bar:.4f} ({gain_text(gain.gain, relative)}, {_p(gain)} over users; "
         f"may be {100 * config.champion_margin:.1f} % below)"
     )
     numbers = _numbers(gain) | {"version": own, "champion": bar, "relative_gain": relative}
@@ -403,7 +400,7 @@ def _in_slice(part: Slice, config: GateConfig) -> Check:
     margin = config.slice_margin * abs(bar)
     relative = _relative(gain, bar)
     text = (
-        f"{own:.4f} against {bar:.4f} of {part.reference} ({_share(gain.gain, relative)}, interval "
+        f"{own:.4f} against {bar:.4f} of {part.reference} ({gain_text(gain.gain, relative)}, interval "
         f"[{gain.low:+.4f}, {gain.high:+.4f}], {len(version_C):,} users; may be {100 * config.slice_margin:g} % below)"
     )
     numbers = _numbers(gain) | {"version": own, "reference": bar}
@@ -428,10 +425,6 @@ def _relative(gain: Comparison, bar: float) -> float:
     return gain.relative_gain if bar >= 0 else -gain.relative_gain
 
 
-def _share(gain: float, relative: float) -> str:
-    return f"{100 * relative:+.1f} %" if math.isfinite(relative) else f"{gain:+.4f}"
-
-
 def _numbers(gain: Comparison) -> dict[str, float]:
     return {
         "gain": gain.gain, "p": gain.p_value, "low": gain.low, "high": gain.high, "seeds": gain.num_seeds,
@@ -443,34 +436,29 @@ def _numbers(gain: Comparison) -> dict[str, float]:
 
 
 def next_steps(
-    decision: Decision,
-    *,
-    model: str,
-    config: str = "recommend/default",
-    engine: str = "auto",
-    results: str | None = None,
+    decision: Decision, *, recommend: str | None, champion: str | None = None, results: str | None = None
 ) -> list[str]:
     """What a user can do after a refusal, a line each; empty after a pass.
 
-    `model`: folder of the refused candidate. `config`, `engine`: the configuration of `recommend` to suggest, and what
-    runs it. `results`: the folder of the comparison's table and picture.
+    `recommend`: the command that recommends by the refused candidate; None: it ranks nothing. `champion`: the version
+    whose rows that command replaces. `results`: the folder of the comparison's table and picture, of a pipeline.
     """
     if decision.passed:
         return []
     steps = []
-    if not any(check.name == "sound" for check in decision.refused):
-        command = f"python -m trainer recommend --config {shlex.quote(config)} --model {shlex.quote(model)}"
-        if engine != "auto":
-            command += f" --spark.engine {engine}"
-        if any(check.name == "champion" for check in decision.checks):  # whose rows would be refused as they are
-            steps.append(f"recommend by this model instead of the champion: {command} --replace true")
-        else:
-            steps.append(f"recommend by this model all the same: {command}")
+    if recommend is not None and not any(check.name == "sound" for check in decision.refused):
+        instead = f"instead of the champion {champion}, whose rows it replaces" if champion else "all the same"
+        steps.append(f"recommend by this model {instead}: {recommend}")
     if results is not None:
         steps.append(f"look at the comparison: {results}")
     seeds = max((check.seeds for check in decision.refused), key=len, default=())
     if seeds and all(check.refusal == "not shown" for check in decision.refused):
-        steps.append(f"add seeds: --seeds {seed_list(seeds)}")
+        steps.append(
+            f"add seeds: run the same command with --seeds {seed_list(seeds)}"
+            if results is not None
+            else f"train the candidate's recipe and from-scratch with seeds {seed_list(seeds)}, and name them in "
+            "replicas and from_scratch"
+        )
     beaten_by = [c for c in decision.refused if c.refusal == "worse" and c.name not in (FROM_SCRATCH, VERSION)]
     if any("baseline" in check.numbers for check in beaten_by):
         steps.append("recommend without training: a simple baseline is better here (see the table)")

@@ -25,7 +25,14 @@ from etl.config import GraftrecError, RunAgain
 from etl.tables import BASKETS, SEQUENCES
 from trainer import descriptions, tracking
 from trainer.artifact import ArtifactError, artifact_hash, config_of, lake_of, load_artifact
-from trainer.config import PretrainConfig, PromoteConfig, event_types_read
+from trainer.config import (
+    ClickConfig,
+    PretrainConfig,
+    PromoteConfig,
+    RecommendConfig,
+    event_types_read,
+    ranks_items,
+)
 from trainer.data.dataset import Release, pin
 from trainer.distributed import join
 from trainer.gate import (
@@ -38,6 +45,7 @@ from trainer.gate import (
     decide,
     next_steps,
 )
+from trainer.hints import recommend_command
 from trainer.judged import SCRATCH, VERSION, Judged, Ranked, judged, was_transferred
 from trainer.ranking import SINGLE
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Promotion, Registry, Version
@@ -50,13 +58,14 @@ ATTEMPTS = 10  # at a champion that others keep changing
 
 
 class GateRefused(GraftrecError):
-    """The gate refused the candidate; no alias has moved. `model`: the candidate's folder."""
+    """The gate refused the candidate; no alias has moved. `model`: the candidate's folder. `champion`: the label of the
+    version that stays."""
 
     exit_code = 3
 
-    def __init__(self, message: str, decision: Decision, model: str) -> None:
+    def __init__(self, message: str, decision: Decision, model: str, champion: str | None) -> None:
         super().__init__(message)
-        self.decision, self.model = decision, model
+        self.decision, self.model, self.champion = decision, model, champion
 
 
 class PromoteError(GraftrecError):
@@ -105,10 +114,14 @@ def run(config: PromoteConfig) -> Promoted:
     if shown := detectable(decision, config.gate.level):
         print(f"  {shown}")
     if promoted is None:
-        model = str(compared.candidate.folder)
-        for step in next_steps(decision, model=model):
+        model, champion = str(compared.candidate.folder), registry.find(CHAMPION)
+        refusal = GateRefused(
+            f"{version.label} is not promoted: {'; '.join(decision.reasons)}", decision, model,
+            champion.label if champion else None,
+        )  # fmt: skip
+        for step in next_steps(decision, recommend=_recommend(config, compared, refusal), champion=refusal.champion):
             print(f"  → {step}")
-        raise GateRefused(f"{version.label} is not promoted: {'; '.join(decision.reasons)}", decision, model)
+        raise refusal
     print(f"{promoted.version.label} is champion" + (f", after {promoted.replaced}" if promoted.replaced else ""))
     return promoted
 
@@ -144,6 +157,18 @@ class Compared:
     candidate: ModelInfo
     replicas: tuple[ModelInfo, ...]
     scratch: tuple[ModelInfo, ...]
+
+
+def _recommend(config: PromoteConfig, compared: Compared, refusal: GateRefused) -> str | None:
+    """The command that recommends by the candidate. None: it ranks no items."""
+    task = compared.candidate.config.task
+    if not (ranks_items(task) or isinstance(task, ClickConfig)):
+        return None
+    wanted = RecommendConfig(
+        registered_model=config.registered_model, model=refusal.model, lake=config.lake, domain=config.domain,
+        replace=refusal.champion is not None,
+    )  # fmt: skip
+    return recommend_command(wanted)
 
 
 def _compared(registry: Registry, config: PromoteConfig) -> Compared:

@@ -251,6 +251,11 @@ def users_to_show(gain: Comparison, *, num_seeds: int, level: float = 0.05) -> i
     return num_users
 
 
+def gain_text(gain: float, relative: float) -> str:
+    """A gain as tables, messages and the gate print it: in percent; as it is where the other mean is 0."""
+    return f"{100 * relative:+.1f} %" if math.isfinite(relative) else f"{gain:+.4f}"
+
+
 def p_text(p_value: float | None) -> str:
     """A p-value as tables, pictures and the gate print it."""
     if p_value is None:

@@ -3,6 +3,7 @@
 =========  ====================================================================================================
 none       nothing: from scratch
 shallow    user and knowledge embeddings; projections, positions, body, head and all items start anew
+           (refused where there is none of these to copy, trainer/empty_transfer.py)
 deep       all but the item-indexed tensors
 patch      as deep, and all of it frozen but items; patches are added, and trained (trainer/adapters.py)
 =========  ====================================================================================================

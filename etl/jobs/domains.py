@@ -10,6 +10,7 @@ from etl.config import ConfigError, DomainConfig, GraftrecError
 from etl.jobs.job import Job, Outcome, Run
 from etl.tables import DOMAIN_ALL, DOMAINS, ITEMS
 
+SHOWN = 8  # names in a message, the commonest
 MAX_DOMAINS = 62  # sequences' job keeps an item's domains as bits of a long
 
 
@@ -76,18 +77,26 @@ def run(run: Run) -> Outcome:
             found = "none" if num_items == 0 else f"{num_items:,}, of which k-core keeps none"
             raise EmptyDomain(
                 f"domain {domain.name}: expected items that meet its rule ({rule(domain)}), found {found}; "
-                f"{_advice(run, domain)}"
+                f"{advice(items, domain)}"
             )
     run.notes += [f"{name} {kept:,} kept items" for name, (_, kept) in sorted(sizes.items())]
     return run.commit(frame)
 
 
-def _advice(run: Run, domain: DomainConfig) -> str:
+def advice(items: DataFrame, domain: DomainConfig) -> str:
+    """What items have of that which the domain's rule tests."""
     if domain.attribute is not None:
-        return "mend domains' rule, or the attribute's name"
-    known = run.read(ITEMS).select(F.explode("categories").alias("category")).groupBy("category").count()
-    names = [row[0] for row in known.orderBy(F.desc("count"), "category").limit(8).collect()]
+        entries = items.select(F.explode("attributes").alias("entry")).select("entry.name", "entry.value")
+        if values := _commonest(entries.where(F.col("name") == domain.attribute), "value"):
+            return f"the commonest values of {domain.attribute} are {', '.join(values)}"
+        return f"the items' attributes are {', '.join(_commonest(entries, 'name')) or 'none at all'}"
+    names = _commonest(items.select(F.explode("categories").alias("category")), "category")
     return f"the commonest categories are {', '.join(names) or 'none at all'}"
+
+
+def _commonest(rows: DataFrame, column: str) -> list[str]:
+    found = rows.groupBy(column).count().orderBy(F.desc("count"), column).limit(SHOWN).collect()
+    return [row[0] for row in found]
 
 
 JOB = Job(DOMAINS, run, reads=(ITEMS,), settings=lambda config: [domain.model_dump() for domain in config.domains])

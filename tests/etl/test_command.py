@@ -1,6 +1,7 @@
 """Commands' help: what it lists, and that it is there for every command."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import Field
 from etl.__main__ import JOBS
 from etl.__main__ import main as etl
 from etl.command import settings_help, type_text, value_text, version
-from etl.config import EtlConfig, Section, load
+from etl.config import EtlConfig, Section, SparkConfig, load, replaced
 from trainer.__main__ import RECIPES
 from trainer.__main__ import main as trainer
 
@@ -150,9 +151,24 @@ def test_help_needs_neither_spark_nor_torch() -> None:
     assert done.stdout.splitlines()[-1] == "found []"
 
 
-def test_a_hint_names_the_configuration_in_use() -> None:
+def test_a_hint_names_the_configuration_in_use(tmp_path: Path) -> None:
     from etl.config import etl_command
 
     load(EtlConfig, "etl/ml100k")
     assert etl_command("lake-x") == "`python -m etl all --config etl/ml100k --lake lake-x`"
     assert etl_command("lake-x", "items").startswith("`python -m etl items --config etl/ml100k ")
+    given = [
+        "--source.root",
+        "my logs/a",
+        "--lake",
+        "other",
+        "--kcore.min_user=3",
+        "--spark.settings",
+        "{spark.a: b c}",
+    ]
+    wanted = load(EtlConfig, "etl/ml100k", given)
+    (tmp_path / "spark.yaml").write_text("engine: sail")
+    load(SparkConfig, tmp_path / "spark.yaml", ["--engine", "spark"])  # another kind changes nothing
+    python, _, module, job, *words = shlex.split(etl_command("my lake").strip("`"))
+    assert (python, module, job, words[:2]) == ("python", "etl", "all", ["--config", "etl/ml100k"])
+    assert load(EtlConfig, words[1], words[2:]) == replaced(wanted, lake="my lake")

@@ -47,6 +47,23 @@ def test_domains_follow_their_rules(spark: SparkSession) -> None:
     assert domains.rule(rules[4]) == "market: any of fr, es"
 
 
+def test_what_items_have_is_named_beside_a_rule_that_none_meets(spark: SparkSession) -> None:
+    rows = [("a", ["War"], [("market", "de"), ("year", "1")]), ("b", ["War", "Action"], [("market", "fr")]),
+            ("c", [], [("market", "fr")])]  # fmt: skip
+    items = frame(
+        spark, rows, "item string, categories array<string>, attributes array<struct<name: string, value: string>>"
+    )
+    told = {
+        attribute: domains.advice(items, DomainConfig(name="x", any_of=("x",), attribute=attribute))
+        for attribute in (None, "market", "Market")
+    }
+    assert told == {
+        None: "the commonest categories are War, Action",
+        "market": "the commonest values of market are fr, de",
+        "Market": "the items' attributes are market, year",
+    }
+
+
 @pytest.mark.parametrize("names", [["all"], ["a", "a"], [" "], [f"d{n}" for n in range(62)]])
 def test_domain_names_that_cannot_stand_are_refused(names: list[str]) -> None:
     with pytest.raises((ConfigError, pydantic.ValidationError)):

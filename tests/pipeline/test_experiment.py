@@ -308,6 +308,24 @@ def test_rows_that_would_be_others_under_a_wrong_name_are_holes() -> None:
     assert {name for name, reason in reasons.items() if reason} == {name for name in reasons if "knowledge" in name}
 
 
+BARE = ["--bert4rec.finetune.model.user_width", "0", "--caser", "null", "--knowledge", "[false]"]
+
+
+def test_rows_whose_transfer_would_copy_nothing_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = planned(load_experiment("table2", "small", BARE), "lake", 1)
+    empty = [row for row in rows if row.reason]
+    assert {row.transfer for row in empty} == {"shallow"}
+    assert not any(row.cells for row in empty)
+    experiment._check_rows(rows)
+    assert capsys.readouterr().out.splitlines() == [f"{row.id} is left out: {row.reason}" for row in empty]
+
+
+def test_an_experiment_of_such_rows_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--rows", "[bert4rec/shallow/next_item/plain]"]
+    assert experiment.main(["--experiment", "table2", "--preset", "small", *BARE, *asked]) == 2
+    assert re.fullmatch(r"experiment: rows: bert4rec/shallow.*transfer deep.*\n", capsys.readouterr().err)
+
+
 def test_scores_equal_those_of_evaluate_also_when_read_again(lake: str, tmp_path: Path) -> None:
     config = ExperimentConfig.model_validate(settings(lake, tmp_path))
     config.folder.mkdir()

@@ -7,18 +7,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from etl.config import ConfigError, GraftrecError, load
+from etl.config import ConfigError, GraftrecError, load, replaced
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
+import companion
 import pipeline
 from pipeline import PipelineConfig, Trained
 
-from trainer.config import GateConfig
+from trainer.config import FinetuneConfig, GateConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +128,47 @@ def shop(*targets_of_log: str, targets: str = "[]", source: str = "books") -> Pi
     return demo("--etl.domains", domains, "--targets", targets, "--source", source)
 
 
+BARE = ("--finetune.model.user_width", "0", "--finetune.model.knowledge", "{}")
+
+
+def test_a_transfer_that_would_copy_nothing_is_left_out_of_several() -> None:
+    config, planned = pipeline.plan(demo(*BARE))
+    assert planned.transfers == ("none", "deep")
+    assert len(planned.notes) == 1
+    assert planned.notes[0].startswith("shallow is left out: transfer shallow copies user and knowledge embeddings")
+    _, of_target = pipeline.cells_of(config, planned, 1)
+    assert {label for label, _ in of_target["target"]} == {"none", "deep", "all-domains", "cold-users"}
+    assert pipeline.plan(demo())[1].notes == ()
+
+
+def test_a_transfer_that_would_copy_nothing_is_refused_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    for transfers in ("[none, shallow]", "[shallow]"):
+        assert pipeline.main(["--config", "pipeline/demo", *BARE, "--transfers", transfers]) == 2
+        assert re.fullmatch(
+            r"pipeline: transfers: transfer shallow copies .*transfer deep.*\n", capsys.readouterr().err
+        )
+
+
+def test_a_transfer_is_left_out_where_domains_share_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of that target only; the other keeps it."""
+    config, planned = pipeline.plan(shop("music", "films", targets="[music, films]"))
+
+    def empty(made: FinetuneConfig, release: object, source: str) -> str:
+        return "they share no user" if (made.transfer, made.data.domain) == ("shallow", "music") else ""
+
+    monkeypatch.setattr("trainer.empty_transfer.empty_by_data", empty)
+    release = SimpleNamespace(number=1)
+    found = pipeline.without_empty(config, planned, release)
+    assert capsys.readouterr().out == "music/shallow is left out: they share no user\n"
+    _, of_target = pipeline.cells_of(config, found, 1)
+    assert {label for label, _ in of_target["films"]} - {label for label, _ in of_target["music"]} == {"shallow"}
+    alone = replaced(config, transfers=("none", "shallow"))
+    with pytest.raises(ConfigError, match="transfers: they share no user; transfer deep"):
+        pipeline.without_empty(alone, pipeline.plan(alone)[1], release)
+
+
 def test_without_domains_one_model_of_the_whole_log_is_trained() -> None:
     _, planned = pipeline.plan(shop())
     assert (planned.source, planned.targets, planned.transfers) == (None, ("all",), ("none",))
@@ -148,12 +192,28 @@ def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scra
             r"source: .*books, music.* found 'book'",
         ),
         (lambda: shop("music", targets="[music, books]"), r"targets: expected domains other than 'books'"),
+        (lambda: shop("music", targets="[books]"), r"targets: expected domains other than 'books', .*set source to"),
+        (lambda: demo("--etl.domains", "[{name: a}]", "--source", "a"), r"targets: expected domains other than 'a'"),
+        (lambda: demo("--targets", "[source]"), r"targets: expected domains other than 'source'"),
+        (lambda: demo("--targets", "[Books]"), r"targets: .*source, target, all.* found Books"),
+        (lambda: demo("--finetune.data.split", "last5"), r"finetune\.data\.split: .*last-5, .* found 'last5'"),
+        (lambda: demo("--pretrain.data.split", "x", "--reads_all", "false"), r"pretrain\.data\.split: .* found 'x'"),
         (lambda: shop("music"), r"targets: .*found target"),
     ],
 )
 def test_domains_that_do_not_fit_the_log_are_named(config: Callable[[], PipelineConfig], message: str) -> None:
     with pytest.raises(GraftrecError, match=message):
         pipeline.plan(config())
+
+
+def test_a_target_that_is_the_source_is_trained_where_nothing_is_to_be_transferred() -> None:
+    for config in (
+        replaced(shop("music", targets="[books]"), transfers=("none",)),
+        demo("--etl.domains", "[{name: source}]"),
+    ):
+        _, planned = pipeline.plan(config)
+        assert (planned.source, planned.transfers) == (None, ("none",))
+        assert len(planned.targets) == 1
 
 
 def test_each_target_has_a_registered_model_and_folders_of_its_own() -> None:
@@ -200,6 +260,61 @@ def test_data_is_refused_for_another_source() -> None:
 def test_unknown_setting_ends_with_two_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline.main(["--config", "pipeline/demo", "--finetune.train.epoch", "3"]) == 2
     assert re.fullmatch(r"pipeline: .*finetune\.train\.epoch.*\n", capsys.readouterr().err)
+
+
+# --- what it prints ---------------------------------------------------------------------------------------------------
+
+USERS = np.random.default_rng(0).random(200) / 10  # what users differ by
+
+
+@pytest.mark.parametrize(
+    ("model", "best", "is_better", "beside"),
+    [
+        (0.40, 0.42, True, "item-to-item lies above it: 0.4200"),  # nothing serves item-to-item, so it is no bar
+        (0.40, 0.30, True, "item-to-item, the best simple baseline, lies below it: 0.3000"),
+        (0.40, 0.02, True, ""),
+        (0.03, 0.42, False, "item-to-item lies above it: 0.4200"),
+    ],
+)
+def test_a_companion_must_beat_the_popular_items_that_are_served_without_it(
+    model: float, best: float, is_better: bool, beside: str
+) -> None:
+    noise = USERS - USERS.mean()
+    baselines = {"popularity": 0.04 + noise, "item-to-item": best + noise}
+    found = companion.over_popularity(model - noise, baselines, GateConfig())
+    assert (found.is_better, found.beside) == (is_better, beside)
+    assert f"200 users, NDCG@10 {model:.4f} against 0.0400 of popularity, which is served" in found.text
+
+
+def test_a_companion_that_chance_may_have_lifted_is_refused() -> None:
+    rng = np.random.default_rng(1)
+    found = companion.over_popularity(
+        0.05 + rng.normal(0, 0.3, 50), {"popularity": 0.04 + rng.normal(0, 0.3, 50)}, GateConfig()
+    )
+    assert not found.is_better
+
+
+def test_columns_of_the_table_stay_apart_however_large_a_gain_is() -> None:
+    def row(label: str, metric: str, mean: float, gain: float | None) -> dict[str, Any]:
+        return {
+            "label": label, "metric": metric, "protocol": "full", "mean": mean, "is_model": label != "popularity",
+            "is_candidate": label == "deep", "p_value": None if gain is None else 1e-9,
+            "gain": None if gain is None else {"gain": 0.5, "relative_gain": gain},
+        }  # fmt: skip
+
+    gains = {"none": None, "deep": 12_345.678, "popularity": float("nan")}
+    table = pipeline.gain_table(
+        [
+            row(label, metric, 1.0, gain)
+            for metric in ("NDCG@10", "a metric of a long name")
+            for label, gain in gains.items()
+        ]
+    )
+    head, *lines = [re.split(r"  +", line) for line in table.splitlines()[:4]]
+    assert head == ["model", "NDCG@10", "gain", "p", "a metric of a long name"]
+    assert ["deep *", "1.0000", "+1234567.8 %", "<0.001", "1.0000"] in lines
+    assert ["popularity", "1.0000", "+0.5000", "<0.001", "1.0000"] in lines  # popularity may have a mean of 0
+    assert len({len(line) for line in table.splitlines()[:4]}) == 1
 
 
 # --- the whole path ---------------------------------------------------------------------------------------------------
@@ -364,6 +479,12 @@ def test_domains_without_common_users_run_to_the_end(tmp_path: Path) -> None:
     assert done.returncode in (0, 3), done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "new in music     not measured" in done.stdout
+    plain = ["--pretrain.model.knowledge", "{}", "--finetune.model.knowledge", "{}", "--runs", "alone"]
+    config, transfers = str(tmp_path / "log" / "shop.yaml"), ["--transfers", "[none, shallow]"]
+    alone = run(tmp_path, "--targets", "[music]", *transfers, *plain, config=config)
+    assert alone.returncode == 2, alone.stdout + alone.stderr
+    assert "domains 'books' and 'music' share no user" in alone.stderr
+    assert not (tmp_path / "alone").exists()
     assert (tmp_path / "runs" / "music" / "promote" / "decision.json").is_file()
 
 

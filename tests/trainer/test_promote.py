@@ -97,7 +97,8 @@ def test_promote_refuse_replace_and_roll_back(store, models, capsys):
         promote.run(
             config(models, "weak-0", gate=GATE | {"level": 0.999, "min_seeds": 1}, from_scratch=[models["weak-1"]])
         )
-    assert "→ recommend by this model all the same: python -m trainer recommend" in capsys.readouterr().out
+    hint = "→ recommend by this model instead of the champion graftrec/2, whose rows it replaces: python -m trainer"
+    assert re.search(rf"{hint} recommend .*--replace true\b", capsys.readouterr().out)
     assert aliases() == {CANDIDATE: 3, CHAMPION: 2}, "the alias stays"
 
     promoted = promote.run(config(models, "better"))
