@@ -219,6 +219,7 @@ SourceConfig = Annotated[LogSource | MovielensSource | GeneratorSource, Field(di
 
 class CleaningConfig(Section):
     max_quarantine_share: float = Field(0.01, ge=0, le=1)  # of a file kind's rows; above it the job fails
+    min_rows: int = Field(100, ge=0)  # fewer rejected rows of appended files count as a share of the whole log
     min_time: str = "1970-01-01"  # an event before it is impossible
     max_time: str | None = None  # None: a day after now
 

@@ -53,7 +53,7 @@ def reject_unknown(events: DataFrame, known: DataFrame) -> DataFrame:
     unknown = F.col("reason").isNull() & F.col("_known").isNull()
     marked = events.join(known, "item", "left")
     marked = marked.withColumn("raw", F.when(unknown, content).otherwise(F.col("raw")))
-    marked = marked.withColumn("reason", F.when(unknown, F.lit("unknown item")).otherwise(F.col("reason")))
+    marked = marked.withColumn("reason", F.when(unknown, F.lit(quarantine.UNKNOWN_ITEM)).otherwise(F.col("reason")))
     return marked.select(*events.columns)
 
 
@@ -134,7 +134,7 @@ def _settings(config: EtlConfig) -> Any:
     else:
         log: LogSource = described(source.root) if isinstance(source, MovielensSource) else source
         rules = {**log.events.model_dump(exclude={"path"}), "known": log.require_known_items and log.items is not None}
-    cleaning = config.cleaning.model_dump(exclude={"max_quarantine_share"})
+    cleaning = config.cleaning.model_dump(exclude={"max_quarantine_share", "min_rows"})
     return {"source": rules, "cleaning": cleaning, "buckets": config.buckets}
 
 

@@ -186,6 +186,13 @@ def test_events_parquet_with_typed_columns(read: Callable[..., Rows], tmp_path: 
     assert _reasons(rows) == {3: "user is missing", 4: "item is missing"}
 
 
+def test_events_rejected_from_parquet_show_their_cells(read: Callable[..., Rows], tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"user": ["a", None], "item": [1, 2], "time": [5, 6], "value": [1.0, 2.0]}), tmp_path / "log"
+    )
+    assert [row["raw"] for row in read(format="parquet")] == [None, "null, 2, 6, 2.0"]
+
+
 def test_events_without_time_take_the_order_of_the_source(read: Callable[..., Rows], tmp_path: Path) -> None:
     (tmp_path / "log").write_text("2\n9\nu\ti\nu\tj\n")
     columns = {"user": 0, "item": 1}
