@@ -7,12 +7,12 @@ read everything anew, and so does other code, unless files that were delivered a
 
 from typing import Any
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from etl import delta
 from etl.config import EtlConfig, GeneratorSource, GraftrecError, LogSource, MovielensSource
-from etl.jobs import quarantine
+from etl.jobs import event_times, quarantine
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.kcore import broadcast
 from etl.sources.movielens import described
@@ -49,12 +49,20 @@ def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> Data
 def reject_unknown(events: DataFrame, known: DataFrame) -> DataFrame:
     """Give events (RAW_EVENTS) of items that `known` (item) lacks a reason, and their content as raw text."""
     known = broadcast(known.select("item", F.lit(True).alias("_known")), known.count())
-    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
-    unknown = F.col("reason").isNull() & F.col("_known").isNull()
-    marked = events.join(known, "item", "left")
-    marked = marked.withColumn("raw", F.when(unknown, content).otherwise(F.col("raw")))
-    marked = marked.withColumn("reason", F.when(unknown, F.lit(quarantine.UNKNOWN_ITEM)).otherwise(F.col("reason")))
+    marked = _reject(events.join(known, "item", "left"), F.col("_known").isNull(), quarantine.UNKNOWN_ITEM)
     return marked.select(*events.columns)
+
+
+def reject_strays(events: DataFrame, bulk: event_times.Span) -> DataFrame:
+    """Give events (RAW_EVENTS) outside the bulk of the log's times a reason, and their content as raw text."""
+    return _reject(events, ~F.col("time").between(bulk.first, bulk.last), quarantine.STRAY_TIME)
+
+
+def _reject(events: DataFrame, failed: Column, reason: str) -> DataFrame:
+    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
+    failed = F.col("reason").isNull() & failed
+    marked = events.withColumn("raw", F.when(failed, content).otherwise(F.col("raw")))
+    return marked.withColumn("reason", F.when(failed, F.lit(reason)).otherwise(F.col("reason")))
 
 
 def run(run: Run) -> Outcome:
@@ -91,7 +99,9 @@ def _deliver(run: Run, new: dict[str, str], old: DataFrame | None, *, before: in
     if known is not None:
         events = reject_unknown(events, known)
     events = events.persist()
-    good = quarantine.set_aside(run, events, kind="interactions", files=None if old is None else list(new.values()))
+    events, counted, bulk = _without_strays(run, events, old)
+    files = None if old is None else list(new.values())
+    good = quarantine.set_aside(run, events, kind="interactions", files=files, counted=counted)
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
@@ -105,6 +115,7 @@ def _deliver(run: Run, new: dict[str, str], old: DataFrame | None, *, before: in
             "good": str(good + (0 if old is None else int(run.last["good"]))),
             "buckets": str(run.config.buckets),
             "time": source.time,
+            **({} if bulk is None else {"first_time": str(bulk.first), "last_time": str(bulk.last)}),
         },
         properties=properties,
         transactions={_transaction(generation, content): 0 for content in new},
@@ -112,6 +123,28 @@ def _deliver(run: Run, new: dict[str, str], old: DataFrame | None, *, before: in
     events.unpersist()
     notes = (*outcome.notes, f"{good - outcome.rows:,} exact duplicates dropped")
     return Outcome(outcome.version, outcome.rows, outcome.committed, notes)
+
+
+def _without_strays(
+    run: Run, events: DataFrame, old: DataFrame | None
+) -> tuple[DataFrame, tuple[int, int], event_times.Span | None]:
+    """Events with strays rejected; (rows read, rows rejected); the log's times without strays, None: mere order."""
+    counts = event_times.count(events, timed=run.engine.source.time == "timestamp")
+    log = []
+    if old is not None and "first_time" in run.last:
+        log = [event_times.Span(int(run.last["first_time"]), int(run.last["last_time"]), int(run.last["good"]))]
+    bulk = event_times.bulk([*counts.days, *log], gap_years=run.config.cleaning.max_gap_years)
+    if bulk is None:
+        return events, (counts.read, counts.rejected), None
+    inside = [day for day in counts.days if bulk.first <= day.first and day.last <= bulk.last]
+    strays = sum(day.rows for day in counts.days) - sum(day.rows for day in inside)
+    if inside:
+        first, last = min(day.first for day in inside), max(day.last for day in inside)
+        outside = f"; {strays:,} rows ({strays / counts.read:.2%}) have times far from these" if strays else ""
+        run.notes.append(f"times {event_times.written(first)} to {event_times.written(last)} UTC{outside}")
+    if strays:
+        events = reject_strays(events, bulk)
+    return events, (counts.read, counts.rejected + strays), bulk
 
 
 def _transaction(generation: str, content: str) -> str:

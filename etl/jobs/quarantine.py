@@ -17,6 +17,7 @@ from etl.jobs.job import Run
 from etl.tables import QUARANTINE
 
 UNKNOWN_ITEM = "unknown item"
+STRAY_TIME = "time is too far from the log's other times"
 _SECTIONS = {"interactions": "events"}  # kinds whose section of `source` has another name
 _SETTINGS = {  # a reason -> the settings of the file's section that decide on it
     r"expected \d+ fields|malformed quoting": "separator, quote and escape",
@@ -24,6 +25,7 @@ _SETTINGS = {  # a reason -> the settings of the file's section that decide on i
     r"not a JSON object": "format",
     r"\w+ is missing": "columns and null_values",
     r"time can't be read": "time_unit and time_format",
+    r"time fits ": "time_unit",
     r"\w+ is not a number": "columns and decimal",
     r"\w+ is not finite": "null_values",
 }
@@ -39,14 +41,16 @@ def transform(raw: DataFrame) -> DataFrame:
     return raw.where(F.col("reason").isNotNull()).select(*QUARANTINE.schema.names)
 
 
-def set_aside(run: Run, raw: DataFrame, *, kind: str, files: Sequence[str] | None = None) -> int:
+def set_aside(
+    run: Run, raw: DataFrame, *, kind: str, files: Sequence[str] | None = None, counted: tuple[int, int] | None = None
+) -> int:
     """Count the rows of `raw` (persisted by the caller) and write the rejected ones; gives the number of good rows.
 
     `files` are the names of the files that `raw` holds, None where these are all of `kind`. Fewer than
     `cleaning.min_rows` rejected rows that are appended count as a share of the whole log. Raises TooManyRejected before
-    anything is written.
+    anything is written. `counted`: rows of `raw` and rejected ones, where they are known.
     """
-    counts = raw.agg(F.count(F.lit(1)), F.count("reason")).first()
+    counts = raw.agg(F.count(F.lit(1)), F.count("reason")).first() if counted is None else counted
     assert counts is not None
     read, rejected = int(counts[0]), int(counts[1])
     most = run.config.cleaning.max_quarantine_share
@@ -129,6 +133,8 @@ def _shown(raw: str | None) -> str:
 
 
 def _setting(run: Run, reason: str, kind: str) -> str:
+    if reason == STRAY_TIME:
+        return "; see cleaning.max_gap_years"
     settings = next((found for pattern, found in _SETTINGS.items() if re.match(pattern, reason)), None)
     if settings is None or not isinstance(run.config.source, LogSource):
         return ""
