@@ -15,6 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pydantic
 import yaml
@@ -145,7 +146,8 @@ class EventsFileConfig(FileConfig):
 
     columns: ColumnsConfig
     time_unit: Literal["s", "ms", "us", "ns", "ordinal"] | None = "s"  # of a numeric time; `ordinal`: mere order
-    time_format: str | None = None  # strptime format of a textual time (UTC); takes the place of time_unit
+    time_format: str | None = None  # strptime format of a textual time; takes the place of time_unit
+    timezone: str = "UTC"  # of times that state neither zone nor offset, e.g. Europe/Rome
 
     @field_validator("time_format")
     @classmethod
@@ -156,6 +158,15 @@ class EventsFileConfig(FileConfig):
                 "the machine; write offsets and use %z"
             )
         return form
+
+    @field_validator("timezone")
+    @classmethod
+    def _is_a_zone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ValueError, OSError, ZoneInfoNotFoundError):
+            raise ValueError(f"expected a zone such as Europe/Rome or UTC, found {name!r}; mend the name") from None
+        return name
 
 
 class FlagsConfig(Section):
@@ -245,8 +256,11 @@ SourceConfig = Annotated[LogSource | MovielensSource | GeneratorSource, Field(di
 
 class CleaningConfig(Section):
     max_quarantine_share: float = Field(0.01, ge=0, le=1)  # of a file kind's rows; above it the job fails
+    min_rows: int = Field(100, ge=0)  # fewer rejected rows of appended files count as a share of the whole log
     min_time: str = "1970-01-01"  # an event before it is impossible
     max_time: str | None = None  # None: a day after now
+    # An event is a stray where this many years without any lie between it and the most events; None: none is.
+    max_gap_years: float | None = Field(10, gt=0)
 
 
 class KCoreConfig(Section):

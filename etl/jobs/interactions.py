@@ -11,12 +11,12 @@ Where they deleted or changed rows, the table is compared with what the lake hol
 from collections.abc import Sequence
 from typing import Any
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from etl import delta
 from etl.config import EtlConfig, GeneratorSource, GraftrecError, LogSource, MovielensSource
-from etl.jobs import quarantine, retraction
+from etl.jobs import event_times, quarantine, retraction
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.kcore import broadcast
 from etl.session import held
@@ -56,12 +56,20 @@ def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> Data
 def reject_unknown(events: DataFrame, known: DataFrame) -> DataFrame:
     """Give events (RAW_EVENTS) of items that `known` (item) lacks a reason, and their content as raw text."""
     known = broadcast(known.select("item", F.lit(True).alias("_known")), known.count())
-    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
-    unknown = F.col("reason").isNull() & F.col("_known").isNull()
-    marked = events.join(known, "item", "left")
-    marked = marked.withColumn("raw", F.when(unknown, content).otherwise(F.col("raw")))
-    marked = marked.withColumn("reason", F.when(unknown, F.lit("unknown item")).otherwise(F.col("reason")))
+    marked = _reject(events.join(known, "item", "left"), F.col("_known").isNull(), quarantine.UNKNOWN_ITEM)
     return marked.select(*events.columns)
+
+
+def reject_strays(events: DataFrame, bulk: event_times.Span) -> DataFrame:
+    """Give events (RAW_EVENTS) outside the bulk of the log's times a reason, and their content as raw text."""
+    return _reject(events, ~F.col("time").between(bulk.first, bulk.last), quarantine.STRAY_TIME)
+
+
+def _reject(events: DataFrame, failed: Column, reason: str) -> DataFrame:
+    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
+    failed = F.col("reason").isNull() & failed
+    marked = events.withColumn("raw", F.when(failed, content).otherwise(F.col("raw")))
+    return marked.withColumn("reason", F.when(failed, F.lit(reason)).otherwise(F.col("reason")))
 
 
 def run(run: Run) -> Outcome:
@@ -121,15 +129,16 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     own = run.own()
     assert own is not None
     names = [file.name for file in table.files()]
-    events = _events(run, names, before)
-    good = quarantine.set_aside(run, events, kind="interactions")
+    raw = _events(run, names, before)
+    events, counted, bulk = _without_strays(run, raw, None)
+    good = quarantine.set_aside(run, events, kind="interactions", counted=counted)
     if good == 0:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     current = held(transform(events, None, buckets=run.config.buckets))
     gone, new = held(retraction.less(own, current)), held(retraction.less(current, own))
     num_gone, num_new = gone.count(), new.count()
     run.notes.append(f"version {table.version}: {num_gone:,} rows retracted, {num_new:,} added")
-    metadata = _metadata(run, before=before, new=len(names), good=good, generation=generation, table=table)
+    metadata = _metadata(run, before=before, new=len(names), good=good, generation=generation, table=table, bulk=bulk)
     if num_gone:
         metadata[retraction.COUNT] = str(int(metadata[retraction.COUNT]) + 1)
         kept, buckets = retraction.retracted(own, gone, new)
@@ -142,7 +151,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
         properties={PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: run.engine.source.time},
         transactions=_table_transaction(generation, table),
     )
-    events.unpersist()
+    raw.unpersist()
     return outcome
 
 
@@ -166,8 +175,10 @@ def _deliver(
 ) -> Outcome:
     """Commit the events of the files `names`: files that are `new` (content -> name), or of a version of `table`."""
     source = run.engine.source
-    events = _events(run, names, before)
-    good = quarantine.set_aside(run, events, kind="interactions", files=None if old is None else list(names))
+    raw = _events(run, names, before)
+    events, counted, bulk = _without_strays(run, raw, old)
+    files = None if old is None else list(names)
+    good = quarantine.set_aside(run, events, kind="interactions", files=files, counted=counted)
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
@@ -181,6 +192,7 @@ def _deliver(
             good=good + (0 if old is None else int(run.last["good"])),
             generation=generation,
             table=table,
+            bulk=bulk,
             anew=old is None,
         ),
         properties=properties,
@@ -188,7 +200,7 @@ def _deliver(
         if table is not None
         else {_transaction(generation, content): 0 for content in new or {}},
     )
-    events.unpersist()
+    raw.unpersist()
     notes = (*outcome.notes, f"{good - outcome.rows:,} exact duplicates dropped")
     return Outcome(outcome.version, outcome.rows, outcome.committed, notes)
 
@@ -201,6 +213,7 @@ def _metadata(
     good: int,
     generation: str,
     table: SourceTable | SparkTable | None,
+    bulk: event_times.Span | None,
     anew: bool = False,
 ) -> dict[str, str]:
     """What a commit records. `anew`: the table replaces what was there, and rows may have left since."""
@@ -215,12 +228,35 @@ def _metadata(
         "time": run.engine.source.time,
         retraction.COUNT: str(retractions),
         **found,
+        **({} if bulk is None else {"first_time": str(bulk.first), "last_time": str(bulk.last)}),
     }
 
 
 def _table_transaction(generation: str, table: SourceTable | SparkTable) -> dict[str, int]:
     """The application transaction that delivers a version of a table: its id, its version."""
     return {f"delivery/{generation}/{table.id}": table.version}
+
+
+def _without_strays(
+    run: Run, events: DataFrame, old: DataFrame | None
+) -> tuple[DataFrame, tuple[int, int], event_times.Span | None]:
+    """Events with strays rejected; (rows read, rows rejected); the log's times without strays, None: mere order."""
+    counts = event_times.count(events, timed=run.engine.source.time == "timestamp")
+    log = []
+    if old is not None and "first_time" in run.last:
+        log = [event_times.Span(int(run.last["first_time"]), int(run.last["last_time"]), int(run.last["good"]))]
+    bulk = event_times.bulk([*counts.days, *log], gap_years=run.config.cleaning.max_gap_years)
+    if bulk is None:
+        return events, (counts.read, counts.rejected), None
+    inside = [day for day in counts.days if bulk.first <= day.first and day.last <= bulk.last]
+    strays = sum(day.rows for day in counts.days) - sum(day.rows for day in inside)
+    if inside:
+        first, last = min(day.first for day in inside), max(day.last for day in inside)
+        outside = f"; {strays:,} rows ({strays / counts.read:.2%}) have times far from these" if strays else ""
+        run.notes.append(f"times {event_times.written(first)} to {event_times.written(last)} UTC{outside}")
+    if strays:
+        events = reject_strays(events, bulk)
+    return events, (counts.read, counts.rejected + strays), bulk
 
 
 def _transaction(generation: str, content: str) -> str:
@@ -248,7 +284,7 @@ def _settings(config: EtlConfig) -> Any:
             **log.events.model_dump(exclude={"path", "version", "options"}),
             "known": log.require_known_items and log.items is not None,
         }
-    cleaning = config.cleaning.model_dump(exclude={"max_quarantine_share"})
+    cleaning = config.cleaning.model_dump(exclude={"max_quarantine_share", "min_rows"})
     return {"source": rules, "cleaning": cleaning, "buckets": config.buckets}
 
 

@@ -18,8 +18,10 @@ from etl import delta
 from etl.config import GraftrecError, etl_command
 from etl.datafile import DataFile
 from etl.file_reader import open_parquet
+from etl.jobs import event_times
 from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, KNOWLEDGE, QUARANTINE, RELEASES, SEQUENCES, Table
 
+_BARS = 30  # of the histogram of times, at most
 Ints = npt.NDArray[np.int64]
 Pair = tuple[str, str]
 Pairs = list[Pair]
@@ -48,7 +50,8 @@ class Report:
     """Of one release and split.
 
     `shared_users`: (domain, domain) -> users with items in both; `shared_items` -> kept items of both; `rejected`:
-    (kind, reason) -> rows; `events`: of the cleaned log; `related`: relation -> kept items that have it.
+    (kind, reason) -> rows; `events`: of the cleaned log; `related`: relation -> kept items that have it; `days`: days
+    since 1970 -> events of the cleaned log, none where times are mere order; `times`: of the first and the last event.
     """
 
     lake: str
@@ -61,6 +64,8 @@ class Report:
     duplicates: int
     events: int
     related: dict[str, int]
+    days: Counter[int] = field(default_factory=Counter)
+    times: tuple[int, int] | None = None
 
 
 def make_report(lake: str, *, release: int | None = None, split: str | None = None) -> Report:
@@ -78,8 +83,9 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
     pairs = [(a, b) for a in domains for b in domains if a < b and DOMAIN_ALL not in (a, b)]
     users = _users(lake, [file for file in files if file.partition["split"] == chosen], domains, pairs)
     log = _files(lake, versions, INTERACTIONS)
-    events = sum(batch.num_rows for batch in _batches(lake, INTERACTIONS, log, ["time"]))
-    good = int(delta.last_commit(lake, INTERACTIONS, versions[INTERACTIONS.name])["good"])
+    last = delta.last_commit(lake, INTERACTIONS, versions[INTERACTIONS.name])
+    events, days, times = _times(lake, log, ordered=last.get("time") == "ordinal")
+    good = int(last["good"])
     return Report(
         lake=lake,
         release=number,
@@ -91,7 +97,23 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
         duplicates=good - events,
         events=events,
         related={relation: len(heads) for relation, heads in told["relation"].items()},
+        days=days,
+        times=times,
     )
+
+
+def _times(lake: str, log: Sequence[DataFile], *, ordered: bool) -> tuple[int, Counter[int], tuple[int, int] | None]:
+    """Events, and, where times aren't mere order, events by day, and the first and the last time."""
+    events, bounds = 0, []
+    days: Counter[int] = Counter()
+    for batch in _batches(lake, INTERACTIONS, log, ["time"]):
+        events += batch.num_rows
+        if batch.num_rows and not ordered:
+            time = batch.column(0).to_numpy()
+            bounds += [int(time.min()), int(time.max())]
+            found, counts = np.unique(time // event_times.DAY, return_counts=True)
+            days.update(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+    return events, days, (min(bounds), max(bounds)) if bounds else None
 
 
 def _rejected(lake: str, versions: dict[str, int]) -> Counter[Pair]:
@@ -208,9 +230,36 @@ def lines(report: Report) -> list[str]:
         items = report.shared_items[left, right]
         told.append(f"in both {left} and {right}: {count:,} users, {items:,} items")
     told.append(f"{report.events:,} events after cleaning; {report.duplicates:,} exact duplicates dropped")
+    told += _histogram(report)
     told.append(f"{sum(report.rejected.values()):,} rows in quarantine")
     for (kind, reason), count in report.rejected.most_common(10):
         told.append(f"  {count:,} of {kind}: {reason}")
+    return told
+
+
+def _histogram(report: Report) -> list[str]:
+    """First and last time, the share of rows rejected for their times, and events by day, or by several days."""
+    if report.times is None:
+        return []
+    first, last = report.times
+    outside = sum(
+        count for (kind, reason), count in report.rejected.items()
+        if kind == "interactions" and reason.startswith("time ")
+    )  # fmt: skip
+    share = outside / (report.events + report.duplicates + sum(report.rejected.values()))
+    span = max(report.days) - min(report.days) + 1
+    width = -(-span // _BARS)
+    told = [
+        f"times {event_times.written(first)} to {event_times.written(last)} UTC; {outside:,} rows ({share:.2%}) "
+        f"rejected for theirs; events by {'day' if width == 1 else f'{width} days'}:"
+    ]
+    bars: Counter[int] = Counter()
+    for day, count in report.days.items():
+        bars[(day - min(report.days)) // width] += count
+    highest = max(bars.values())
+    for place in range(-(-span // width)):
+        start = event_times.written((min(report.days) + place * width) * event_times.DAY)[:10]
+        told.append(f"  {start} {bars[place]:>12,} {'#' * -(-bars[place] * 40 // highest)}")
     return told
 
 

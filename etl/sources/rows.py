@@ -209,7 +209,7 @@ def _found(table: pa.Table, chunk: Chunk, kind: str, name: str) -> pa.Table:
     """Put kind, file, line, reason and raw (of rejected rows) behind a shaped table, which holds `reason`."""
     size = len(chunk.line)
     reason = table.column("reason").combine_chunks()
-    raw = pc.utf8_slice_codeunits(chunk.raw, 0, RAW_CHARACTERS)
+    raw = pc.utf8_slice_codeunits(_with_text(chunk, reason), 0, RAW_CHARACTERS)
     return (
         table.drop_columns("reason")
         .append_column("kind", pa.repeat(pa.scalar(kind), size))
@@ -218,6 +218,16 @@ def _found(table: pa.Table, chunk: Chunk, kind: str, name: str) -> pa.Table:
         .append_column("reason", reason)
         .append_column("raw", pc.if_else(pc.is_valid(reason), raw, pa.scalar(None, pa.string())))
     )
+
+
+def _with_text(chunk: Chunk, reason: pa.Array) -> pa.Array:
+    """The rows' text; of a rejected row of a format without text (Parquet), its wanted cells."""
+    bare = pc.and_(pc.is_valid(reason), pc.is_null(chunk.raw))
+    if not pc.any(bare).as_py():
+        return chunk.raw
+    rows = zip(*(column.to_pylist() for column in (column.filter(bare) for column in chunk.columns)), strict=True)
+    texts = pa.array([", ".join("null" if cell is None else str(cell) for cell in row) for row in rows], pa.string())
+    return pc.replace_with_mask(pc.cast(chunk.raw, pa.string()), bare, texts)
 
 
 def _ends_before(head: bytes, first_row: int) -> bool:

@@ -153,9 +153,13 @@ def _time(
 ) -> tuple[pa.Array, Checks]:
     if cells is None:
         return order, []
-    time = values.time(cells, unit=config.time_unit, form=config.time_format)
+    time = values.time(cells, unit=config.time_unit, form=config.time_format, zone=config.timezone)
     checks = [(pc.invert(values.given(cells)), "time is missing"), (pc.is_null(time), "time can't be read")]
     if earliest is not None and latest is not None:
+        if config.time_format is None and config.time_unit is not None:
+            fits = values.fitting_units(cells, time, unit=config.time_unit, latest=latest)
+            found = [(fit, f"time fits unit {unit}, not {config.time_unit}") for unit, fit in fits.items()]
+            checks = [checks[0], *found, *checks[1:]]
         checks.append((pc.less(time, earliest), "time is before cleaning.min_time"))
         checks.append((pc.greater(time, latest), "time is after cleaning.max_time"))
     return time, checks

@@ -6,6 +6,7 @@ Parquet) and returns arrays of the same length.
 
 import datetime as dt
 from collections.abc import Sequence
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,8 @@ _SCIENTIFIC = r"^[+-]?\d+(\.\d+)?[eE]\+\d+$"
 _ODD_ID = r"(?i)^([+-]?(nan|inf|infinity|\d+\.0+|\d+(\.\d+)?e\+\d+)$|\{\")"  # any of the above, 5.0, or an object
 _EXACT = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}  # float's bits -> whole numbers below it differ from their neighbours
 _FLOAT = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?$"
+_LOGS_BEGAN = 631_152_000_000_000  # 1990: logs are younger, and what one unit puts behind it no other does
+_QUARTER = 900_000_000  # microseconds; zones change their offsets at quarters of an hour
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
@@ -130,19 +133,21 @@ def whole_number(cells: pa.Array) -> pa.Array:
     return pc.coalesce(exact, _rounded(number(pc.if_else(plain, None, words)), must_be_whole=True))
 
 
-def time(cells: pa.Array, *, unit: str | None, form: str | None) -> pa.Array:
+def time(cells: pa.Array, *, unit: str | None, form: str | None, zone: str = "UTC") -> pa.Array:
     """Microseconds since 1970 UTC as int64 (`unit` "ordinal": the number itself); null where unreadable.
 
-    `form` is a strptime format; with neither unit nor form the text is ISO 8601. A time without a zone is UTC.
+    `form` is a strptime format; with neither unit nor form the text is ISO 8601. A textual or typed time that states no
+    offset is of `zone`; what is twice there, when clocks go back, is the first.
     """
     if pa.types.is_timestamp(cells.type):
-        return pc.cast(pc.cast(cells, pa.timestamp("us", tz=cells.type.tz), safe=False), pa.int64())
+        stamps = pc.cast(pc.cast(cells, pa.timestamp("us", tz=cells.type.tz), safe=False), pa.int64())
+        return stamps if cells.type.tz else _in_utc(stamps, zone)
     if pa.types.is_date(cells.type):
-        return pc.cast(pc.cast(cells, pa.timestamp("us")), pa.int64())
+        return _in_utc(pc.cast(pc.cast(cells, pa.timestamp("us")), pa.int64()), zone)
     if form is not None:
-        return _formatted(text(cells), form)
+        return _formatted(text(cells), form, zone)
     if unit is None:
-        return _iso(text(cells))
+        return _iso(text(cells), zone)
     if unit == "ordinal":
         return whole_number(cells)
     numbers = cells if pa.types.is_integer(cells.type) else None
@@ -156,10 +161,30 @@ def time(cells: pa.Array, *, unit: str | None, form: str | None) -> pa.Array:
     return _rounded(pc.multiply(number(cells), MICROSECONDS[unit]), must_be_whole=False)
 
 
+def fitting_units(cells: pa.Array, time: pa.Array, *, unit: str, latest: int) -> dict[str, pa.Array]:
+    """Other units than `unit` -> True for cells whose `time`, in it, is before 1990 or after `latest`, but not in them.
+
+    Empty where there is none.
+    """
+    if unit not in MICROSECONDS or pa.types.is_temporal(cells.type):
+        return {}
+    likely = pc.and_(pc.greater_equal(time, _LOGS_BEGAN), pc.less_equal(time, latest))
+    if pc.all(likely, skip_nulls=False).as_py():
+        return {}
+    odd, numbers = pc.invert(pc.fill_null(likely, False)), number(cells)
+    fits = {}
+    for other in (name for name in MICROSECONDS if name != unit):
+        there = pc.multiply(numbers, MICROSECONDS[other])
+        there = pc.and_(pc.greater_equal(there, float(_LOGS_BEGAN)), pc.less_equal(there, float(latest)))
+        if pc.any(pc.and_(odd, there)).as_py():
+            fits[other] = pc.and_(odd, there)
+    return fits
+
+
 def day(written: str, *, setting: str) -> int:
     """Microseconds of an ISO 8601 date or time in the configuration. Raises GraftrecError."""
     try:
-        return _microseconds(dt.datetime.fromisoformat(written))
+        return _microseconds(dt.datetime.fromisoformat(written), dt.UTC)
     except ValueError:
         raise GraftrecError(f"{setting}: expected a date such as 1995-01-31, found {written!r}") from None
 
@@ -185,41 +210,59 @@ def _rounded(numbers: pa.Array, *, must_be_whole: bool) -> pa.Array:
     return pc.cast(pc.round(pc.if_else(sane, values, None)), pa.int64())
 
 
-def _formatted(words: pa.Array, form: str) -> pa.Array:
+def _in_utc(local: pa.Array, zone: str) -> pa.Array:
+    """Microseconds since 1970 by a zone's clock, as those of UTC."""
+    if zone == "UTC":
+        return local
+    clock = pc.fill_null(local, 0).to_numpy(zero_copy_only=False)
+    quarters, where = np.unique(clock // _QUARTER, return_inverse=True)
+    known, offsets = ZoneInfo(zone), []
+    for quarter in quarters.tolist():
+        try:
+            moment = dt.datetime(1970, 1, 1, tzinfo=known) + dt.timedelta(microseconds=quarter * _QUARTER)
+            offsets.append((moment.utcoffset() or dt.timedelta()) // dt.timedelta(microseconds=1))
+        except OverflowError:  # years that no calendar has: rejected for that
+            offsets.append(0)
+    moved = pa.array(clock - np.array(offsets, np.int64)[where])
+    return pc.if_else(pc.is_valid(local), moved, None)
+
+
+def _formatted(words: pa.Array, form: str, zone: str) -> pa.Array:
     """Arrow's strptime where it is exact (the text comes back), Python's for every other distinct text."""
     if "%f" in form or "%z" in form or "%Z" in form:
-        return _each(words, lambda word: dt.datetime.strptime(word, form))
+        return _each(words, lambda word: dt.datetime.strptime(word, form), zone)
     quick = pc.strptime(words, format=form, unit="us", error_is_null=True)
     same = pc.fill_null(pc.equal(pc.strftime(pc.cast(quick, pa.timestamp("s"), safe=False), format=form), words), False)
-    exact = pc.cast(pc.if_else(same, quick, None), pa.int64())
+    exact = _in_utc(pc.cast(pc.if_else(same, quick, None), pa.int64()), zone)
     odd = pc.and_(pc.invert(same), pc.is_valid(words))
     if not pc.any(odd).as_py():
         return exact
-    return pc.coalesce(exact, _each(pc.if_else(odd, words, None), lambda word: dt.datetime.strptime(word, form)))
+    return pc.coalesce(exact, _each(pc.if_else(odd, words, None), lambda word: dt.datetime.strptime(word, form), zone))
 
 
-def _iso(words: pa.Array) -> pa.Array:
+def _iso(words: pa.Array, zone: str) -> pa.Array:
     try:
-        return pc.cast(pc.cast(words, pa.timestamp("us")), pa.int64())
+        return _in_utc(pc.cast(pc.cast(words, pa.timestamp("us")), pa.int64()), zone)
     except pa.ArrowInvalid:
-        return _each(words, dt.datetime.fromisoformat)
+        return _each(words, dt.datetime.fromisoformat, zone)
 
 
-def _each(words: pa.Array, parse: "object") -> pa.Array:
-    """One call of `parse` for each distinct text."""
+def _each(words: pa.Array, parse: "object", zone: str) -> pa.Array:
+    """One call of `parse` for each distinct text; `zone` is that of times without one."""
+    clock = dt.UTC if zone == "UTC" else ZoneInfo(zone)
     encoded = pc.dictionary_encode(words)
     parsed: list[int | None] = []
     for word in encoded.dictionary.to_pylist():
         try:
-            parsed.append(_microseconds(parse(word)))  # type: ignore[operator]
+            parsed.append(_microseconds(parse(word), clock))  # type: ignore[operator]
         except (ValueError, OverflowError):
             parsed.append(None)
     return pc.take(pa.array(parsed, pa.int64()), encoded.indices)
 
 
-def _microseconds(moment: dt.datetime) -> int:
+def _microseconds(moment: dt.datetime, clock: dt.tzinfo) -> int:
     if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=dt.UTC)
+        moment = moment.replace(tzinfo=clock)
     return (moment - _EPOCH) // dt.timedelta(microseconds=1)
 
 

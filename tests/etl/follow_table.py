@@ -16,11 +16,12 @@ from etl.__main__ import main
 from tests.etl.delta_tables import ForeignTable
 
 SCHEMA = pa.schema([("user", pa.string()), ("item", pa.int64()), ("time", pa.int64()), ("day", pa.string())])
+SINCE = 1_600_000_000  # seconds
 LOST_FIRST = [*range(8), 11]  # rows of the first file: all of one user's, and one of another's
 
 
 def events(users: Iterable[int], start: int, *, lost: Iterable[int] = ()) -> pa.Table:
-    rows = [(f"u{user}", (user * 3 + k) % 17, start + user * 100 + k) for user in users for k in range(8)]
+    rows = [(f"u{user}", (user * 3 + k) % 17, SINCE + start + user * 100 + k) for user in users for k in range(8)]
     kept = [row for place, row in enumerate(rows) if place not in set(lost)]
     return pa.table(dict(zip(("user", "item", "time"), map(list, zip(*kept, strict=True)), strict=True)))
 

@@ -186,6 +186,13 @@ def test_events_parquet_with_typed_columns(read: Callable[..., Rows], tmp_path: 
     assert _reasons(rows) == {3: "user is missing", 4: "item is missing"}
 
 
+def test_events_rejected_from_parquet_show_their_cells(read: Callable[..., Rows], tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"user": ["a", None], "item": [1, 2], "time": [5, 6], "value": [1.0, 2.0]}), tmp_path / "log"
+    )
+    assert [row["raw"] for row in read(format="parquet")] == [None, "null, 2, 6, 2.0"]
+
+
 def test_events_without_time_take_the_order_of_the_source(read: Callable[..., Rows], tmp_path: Path) -> None:
     (tmp_path / "log").write_text("2\n9\nu\ti\nu\tj\n")
     columns = {"user": 0, "item": 1}
@@ -498,6 +505,48 @@ def test_time_units_and_formats(
     cells: list[str], unit: str | None, form: str | None, expected: list[float | None]
 ) -> None:
     assert values.time(pa.array(cells), unit=unit, form=form).to_pylist() == expected
+
+
+@pytest.mark.parametrize(
+    ("local", "utc"),
+    [
+        ("2015-07-01 08:00:00", "2015-07-01 12:00:00"),
+        ("2015-01-01 08:00:00", "2015-01-01 13:00:00"),
+        ("2015-11-01 01:30:00", "2015-11-01 05:30:00"),  # twice: the first
+        ("2015-11-01 02:00:00", "2015-11-01 07:00:00"),
+        ("2015-01-01 08:00:00+02:00", "2015-01-01 06:00:00"),  # an offset counts
+    ],
+)
+def test_time_without_a_zone_is_of_the_setting(local: str, utc: str) -> None:
+    expected = values.day(utc, setting="")
+    zone = "America/New_York"
+    assert values.time(pa.array([local, None]), unit=None, form=None, zone=zone).to_pylist() == [expected, None]
+    form = "%Y-%m-%d %H:%M:%S%z" if "+" in local else "%Y-%m-%d %H:%M:%S"
+    assert values.time(pa.array([local]), unit=None, form=form, zone=zone).to_pylist() == [expected]
+    if "+" not in local:
+        odd = pa.array([local.replace(" ", " 0")[:11] + local[11:]])
+        assert values.time(odd, unit=None, form="%Y-%m-%d %H:%M:%S", zone=zone).to_pylist() == [expected]
+        typed = pc.cast(pa.array([local]), pa.timestamp("s"))
+        assert values.time(typed, unit="s", form=None, zone=zone).to_pylist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("unit", "fits"), [("s", "ms"), ("s", "us"), ("s", "ns"), ("ms", "s"), ("us", "s"), ("ns", "ms")]
+)
+def test_events_in_another_unit_are_rejected_with_the_one_that_fits(
+    read: Callable[..., Rows], tmp_path: Path, unit: str, fits: str
+) -> None:
+    scale = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+    lines = [f"a,x,{1_500_000_000 * scale[one]},1" for one in (unit, fits)]
+    (tmp_path / "log").write_text("\n".join(["user,item,time,value", *lines]))
+    assert _reasons(read(time_unit=unit)) == {3: f"time fits unit {fits}, not {unit}"}
+
+
+@pytest.mark.parametrize("zone", ["Mars/Olympus", "../etc/passwd", ""])
+def test_a_zone_that_is_none_is_refused(zone: str) -> None:
+    events = {"path": "log", "columns": {"user": "user", "item": "item"}, "timezone": zone}
+    with pytest.raises(ValueError, match="expected a zone such as Europe/Rome"):
+        LogSource.model_validate({"events": events})
 
 
 def test_time_of_typed_cells() -> None:

@@ -103,9 +103,14 @@ def test_days_append_and_what_is_unchanged_is_skipped(
     assert _versions(lake) == first
 
     # A later day brings two users, an item of the file that nobody had taken, and an event that is there already.
-    (place / "days" / "day2.csv").write_text(HEADER + _day(2, range(7, 10)) + "u8,i7,1900\nu9,i7,1900\nu1,i0,1100\n")
-    assert main(command) == 0
-    assert "1 new file(s); 1 exact duplicates dropped" in capsys.readouterr().out
+    (place / "days" / "day2.csv").write_text(
+        HEADER + _day(2, range(7, 10)) + "u8,i7,1900\nu9,i7,1900\nu1,i0,1100\n" + "x\n" * 4
+    )
+    assert main([*command, "--cleaning.min_rows", "4"]) == 2  # 4 of 25 rows are more than 10 %
+    assert main(command) == 0  # but of the whole log they are less, and they are few
+    said = capsys.readouterr().out
+    assert "1 new file(s); times 1970-01-01 00:18:20 to 1970-01-01 00:31:40 UTC; 4 of 25 rows of interactions" in said
+    assert "quarantined; 1 exact duplicates dropped" in said
     grown = _table(lake, "interactions")
     assert len(grown) == 48 + 20
     assert grown.join(log, on=log.columns, how="semi", nulls_equal=True).height == 48
@@ -126,9 +131,9 @@ def test_days_append_and_what_is_unchanged_is_skipped(
     assert report.shared_items == {("comedy", "drama"): 0}
     assert (report.events, report.duplicates) == (68, 2)
     assert dict(report.rejected) == {
-        ("interactions", "unknown item"): 1, ("interactions", "expected 3 fields, found 1"): 1,
+        ("interactions", "unknown item"): 1, ("interactions", "expected 3 fields, found 1"): 5,
     }  # fmt: skip
-    assert any("2 rows in quarantine" in line for line in lines(report))
+    assert any("6 rows in quarantine" in line for line in lines(report))
 
     # A file that was delivered may go; to read the log anew without it is refused.
     (place / "days" / "day1.csv").unlink()
@@ -158,7 +163,12 @@ MISTAKES: dict[str, tuple[dict[str, bytes], list[str], str]] = {
     "too many bad rows": (
         {"days/a.csv": HEADER.encode() + b"u,i1,1000\n,i1,5\n"},
         [],
-        "(1, first in days/a.csv line 3)",
+        "(1, first in days/a.csv line 3: ',i1,5'; see columns and null_values of source.events)",
+    ),
+    "unknown items": (
+        {"days/a.csv": HEADER.encode() + b"u,i1,1000\nu,00I2,5\n"},
+        [],
+        "item '00I2', known are 'i2', 'i0', 'i1'…; see source.items.path and source.require_known_items",
     ),
     "torn gzip": ({"days/a.csv.gz": gzip.compress(HEADER.encode() + _day(1, range(900)).encode())[:900]}, [], "gzip"),
     "not text": ({"days/a.csv": "user,item,ts\n".encode("utf-16")}, [], "UTF-16"),
