@@ -384,9 +384,8 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
     _in_use[kind] = str(path)
     raw = _read(_resolve(path))
     given = list(_overrides(overrides))
-    if kind is EtlConfig or "etl" in kind.model_fields:
-        before = "" if kind is EtlConfig else "etl."
-        _overridden[:] = [(name.removeprefix(before), value) for name, value, _ in given if name.startswith(before)]
+    _overridden.pop(kind, None)  # the kind that is loaded last stands last
+    _overridden[kind] = [(name, value) for name, value, _ in given]
     for dotted, value, text in given:
         _set(raw, dotted, text if _is_text(kind, dotted) and _says(value, text) else value)
     raw = _compose(raw, kind)
@@ -398,9 +397,7 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
 
 
 _in_use: dict[type[Section], str] = {}  # kind -> name or path of the configuration that was loaded last
-
-
-_overridden: list[tuple[str, Any]] = []  # settings of the ETL that the command line gave last
+_overridden: dict[type[Section], list[tuple[str, Any]]] = {}  # kind -> settings that the command line gave
 
 
 def named(kind: type[Section], default: str) -> str:
@@ -411,9 +408,18 @@ def named(kind: type[Section], default: str) -> str:
 def etl_command(lake: str, job: str = "all") -> str:
     """The command that writes a lake's tables, for hints in messages. It names the configuration in use, with the
     settings of the command line, since others would write another log into the lake."""
-    given = [word for name, value in _overridden if name != "lake" for word in setting_words(name, value)]
+    given = [word for name, value in _etl_settings() if name != "lake" for word in setting_words(name, value)]
     words = ["python", "-m", "etl", job, "--config", named(EtlConfig, "etl/YOURS"), *given, "--lake", lake]
     return f"`{shlex.join(words)}`"
+
+
+def _etl_settings() -> list[tuple[str, Any]]:
+    """Settings of the ETL that the command line gave, to it or to a recipe that has an ETL."""
+    for kind, given in reversed(_overridden.items()):
+        if kind is EtlConfig or "etl" in kind.model_fields:
+            before = "" if kind is EtlConfig else "etl."
+            return [(name.removeprefix(before), value) for name, value in given if name.startswith(before)]
+    return []
 
 
 def setting_words(name: str, value: Any) -> list[str]:
