@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from etl import tables
 from etl.command import CommandParser, configurations, run_command
-from etl.config import ConfigError, EtlConfig, load, texts, without_credentials
+from etl.config import EtlConfig
+from etl.settings import ConfigError, load, texts, without_credentials
 
 JOBS = (
     tables.INTERACTIONS, tables.ITEMS, tables.USERS, tables.DOMAINS, tables.ENTITIES, tables.KNOWLEDGE, tables.SOCIAL,
@@ -62,7 +63,7 @@ def _lake(overrides: Sequence[str]) -> str:
 
 
 def _report(lake: str) -> None:
-    from etl.jobs.report import print_report
+    from etl.pipeline.report import print_report
 
     print_report(lake)
 
@@ -72,7 +73,7 @@ def _run(command: str, config: EtlConfig) -> None:
         _report(config.lake)
         return
     from etl.jobs.job import Engine
-    from etl.jobs.pipeline import run_all, run_one
+    from etl.pipeline.run import run_all, run_one
 
     engine = Engine(config)
     if command != "all":

@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_
 
 from pydantic.fields import FieldInfo
 
-from etl.config import GraftrecError, Section, conf_root, sections_of
 from etl.redaction import redact, redacted_output
+from etl.settings import GraftrecError, Section, conf_root, sections_of
 from etl.stopping import STOPPED, interruptible
 
 NAME_WIDTH = 34

@@ -22,9 +22,10 @@ from typing import IO, TYPE_CHECKING, Literal
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from etl.config import ConfigError, GraftrecError, SparkConfig
+from etl.config import SparkConfig
 from etl.plain_path import plain_path
 from etl.redaction import redact
+from etl.settings import ConfigError, GraftrecError
 
 if TYPE_CHECKING:
     from pyspark import SparkConf, SparkContext

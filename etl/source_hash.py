@@ -15,7 +15,8 @@ _PACKAGES = ("etl", "trainer")
 
 
 def source_hash(*modules: str, without: Collection[str] = ()) -> str:
-    """16 hex digits; `modules` by dotted names. Imports of a module in `without` are not followed."""
+    """16 hex digits; `modules` by dotted names. Modules and whole packages in `without` are left out, and what they
+    import is not followed."""
     digest = hashlib.sha256()
     for name, path in sorted(imported_sources(*modules, without=without).items()):
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -32,7 +33,7 @@ def imported_sources(*modules: str, without: Collection[str] = ()) -> dict[str, 
     while waiting:
         name = waiting.pop()
         path = _file(name)
-        if name in found or name in without or path is None:
+        if name in found or path is None or any(name == left or name.startswith(f"{left}.") for left in without):
             continue
         found[name] = path
         status = path.stat()

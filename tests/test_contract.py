@@ -18,7 +18,7 @@ import yaml
 
 import etl.config
 import trainer.config
-from etl.config import Section, load, replaced
+from etl.settings import Section, load, replaced
 
 ROOT = Path(__file__).parent.parent
 TRAINER_MAY_IMPORT = {
@@ -32,10 +32,18 @@ TRAINER_MAY_IMPORT = {
     "etl.stopping",
 }
 MAY_IMPORT_MORE = {
-    "trainer/recommend.py": {"etl.delta", "etl.file_reader", "etl.lake", "etl.session"},
-    "trainer/data/dataset.py": {"etl.datafile", "etl.delta_log", "etl.file_reader", "etl.lake"},
+    "trainer/recipes/recommend.py": {"etl.lake.spark_io", "etl.lake.file_reader", "etl.lake.snapshots", "etl.session"},
+    "trainer/data/release.py": {
+        "etl.lake.datafile",
+        "etl.lake.delta_log",
+        "etl.lake.file_reader",
+        "etl.lake.snapshots",
+    },
 }
-MLFLOW_USERS = {"trainer/tracking.py", "trainer/serving.py"}  # serving: MLflow loads it as the code of a model
+MLFLOW_USERS = {
+    "trainer/tracking/",
+    "trainer/inference/recommender.py",
+}  # serving: MLflow loads it as the code of a model
 
 
 def modules(package: str) -> list[Path]:

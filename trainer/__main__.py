@@ -11,12 +11,12 @@ if __name__ == "__main__":
     stopping.begin()
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import Section, load
+from etl.settings import Section, load
 from trainer import config as configs
+from trainer.recipes import run
 
 RECIPES: dict[str, tuple[type[Section], str]] = {
     "pretrain": (configs.PretrainConfig, "train a model on one domain"),
@@ -47,52 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="a YAML file, or a name under conf/")
     known, overrides = parser.parse_known_args(rest)
-    return run_command(recipe, lambda: _run(recipe, load(kind, known.config, overrides)))
-
-
-def run_recipe(recipe: str, config: Section) -> int:
-    """Run one recipe; returns its exit code. A mistake to mend is one line on stderr."""
-    return run_command(recipe, lambda: _run(recipe, config))
-
-
-def _run(recipe: str, config: Section) -> int:
-    function = _recipe(recipe)
-    from trainer import distributed
-
-    try:
-        function(config)
-    finally:
-        distributed.leave()
-    return 0
-
-
-def _recipe(name: str) -> Callable[[Any], object]:
-    """Imported when asked for: Spark, or scipy, only where a recipe needs them."""
-    match name:
-        case "pretrain":
-            from trainer import pretrain
-
-            return pretrain.run
-        case "finetune":
-            from trainer import finetune
-
-            return finetune.run
-        case "search":
-            from trainer import search
-
-            return search.run
-        case "evaluate":
-            from trainer import evaluate
-
-            return evaluate.run
-        case "promote":
-            from trainer import promote
-
-            return promote.run
-        case _:
-            from trainer import recommend
-
-            return recommend.run
+    return run_command(recipe, lambda: run(recipe, load(kind, known.config, overrides)))
 
 
 if __name__ == "__main__":

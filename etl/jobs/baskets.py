@@ -14,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl import delta
-from etl.config import ConfigError, EtlConfig, SplitConfig
-from etl.histories import Histories, Key
-from etl.jobs import touched
+from etl.config import EtlConfig, SplitConfig
+from etl.histories.reader import Histories, Key
+from etl.jobs import changed_buckets
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.sequences import cut, of_domain, settings
+from etl.lake import spark_io
+from etl.settings import ConfigError
 from etl.tables import BASKETS, DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, TIME_ORDINAL, USERS
 
 _MIN_BASKETS = 3
@@ -94,14 +95,14 @@ def _baskets(histories: Histories, at: np.ndarray, basket: np.ndarray) -> pa.Rec
 
 def run(run: Run) -> Outcome:
     gap = run.config.baskets.gap_minutes
-    if gap is not None and delta.last_commit(run.lake, INTERACTIONS)["time"] == TIME_ORDINAL:
+    if gap is not None and spark_io.last_commit(run.lake, INTERACTIONS)["time"] == TIME_ORDINAL:
         raise ConfigError(
             "baskets.gap_minutes: expected a log with times, found one whose times are mere order; name its basket "
             "column instead, or leave both out"
         )
     cut_rows = partial(rows, names=names_of(run.config.domains), splits=run.config.splits, gap=gap)
     columns = ("basket",) if gap is None else ()
-    return touched.write(run, cut_rows, columns=columns, needs=gap is None, properties={})
+    return changed_buckets.write(run, cut_rows, columns=columns, needs=gap is None, properties={})
 
 
 def _settings(config: EtlConfig) -> object:

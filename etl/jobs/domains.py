@@ -6,8 +6,9 @@ from functools import reduce
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from etl.config import ConfigError, DomainConfig, GraftrecError
+from etl.config import DomainConfig
 from etl.jobs.job import Job, Outcome, Run
+from etl.settings import ConfigError, GraftrecError
 from etl.tables import DOMAIN_ALL, DOMAINS, ITEMS
 
 SHOWN = 8  # names in a message, the commonest

@@ -7,8 +7,8 @@ from etl.config import EtlConfig, GeneratorSource
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.retraction import past
 from etl.jobs.vocabulary import described_by, with_index
-from etl.sources import Source
 from etl.sources.metadata import knowledge, knowledge_fingerprint
+from etl.sources.schema import Source
 from etl.tables import ENTITIES, ITEMS
 
 _PEOPLE = ("director", "actor", "writer", "producer", "composer", "author", "artist", "person")  # relations to persons

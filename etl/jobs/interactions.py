@@ -14,12 +14,13 @@ from typing import Any
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from etl import delta
-from etl.config import EtlConfig, GeneratorSource, GraftrecError, LogSource, MovielensSource
+from etl.config import EtlConfig, GeneratorSource, LogSource, MovielensSource
 from etl.jobs import event_times, quarantine, retraction
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.kcore import broadcast
+from etl.lake import spark_io
 from etl.session import held
+from etl.settings import GraftrecError
 from etl.sources.delta_table import SourceTable
 from etl.sources.movielens import described
 from etl.sources.spark_table import SparkTable
@@ -39,7 +40,7 @@ def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> Data
     Of `old` only what can be a duplicate is looked at: rows of these users, in row groups of these times.
     """
     good = events.where(F.col("reason").isNull())
-    bucket = delta.bucket_of(buckets).alias("bucket")
+    bucket = spark_io.bucket_of(buckets).alias("bucket")
     unique = good.groupBy(bucket, *_IDENTITY).agg(F.min("source_order").alias("source_order"))
     if old is not None:
         span = good.agg(F.min("time"), F.max("time"), F.count_distinct("user")).first()
@@ -101,7 +102,7 @@ def run(run: Run) -> Outcome:
 
 def _append(run: Run, found: dict[str, str]) -> Outcome:
     generation = run.last["generation"]
-    known = delta.transactions(run.lake, INTERACTIONS, [_transaction(generation, content) for content in found])
+    known = spark_io.transactions(run.lake, INTERACTIONS, [_transaction(generation, content) for content in found])
     new = {content: name for content, name in found.items() if _transaction(generation, content) not in known}
     if not new:
         return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new file", *run.notes))
@@ -270,7 +271,7 @@ def _lost(run: Run, found: dict[str, str], table: SourceTable | SparkTable | Non
     if table is not None and run.last.get("table_id") == table.id:
         return 0
     names = [_transaction(run.last["generation"], content) for content in found]
-    return int(run.last["deliveries"]) - len(delta.transactions(run.lake, INTERACTIONS, names))
+    return int(run.last["deliveries"]) - len(spark_io.transactions(run.lake, INTERACTIONS, names))
 
 
 def _settings(config: EtlConfig) -> Any:

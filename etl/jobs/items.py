@@ -9,12 +9,12 @@ import json
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from etl import delta
 from etl.config import KCoreConfig
 from etl.jobs import kcore, quarantine
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.retraction import past
 from etl.jobs.vocabulary import described_by, first_described, grown, mark_kept, vocabulary
+from etl.lake import spark_io
 from etl.session import held
 from etl.tables import INTERACTIONS, ITEMS, USERS
 
@@ -84,12 +84,12 @@ def run(run: Run) -> Outcome:
 
 def _users_then(run: Run) -> DataFrame | None:
     """USERS as made of the log and items before, None where the table isn't of these."""
-    last = delta.last_commit(run.lake, USERS)
+    last = spark_io.last_commit(run.lake, USERS)
     if run.before is None or run.base is None or last.get("kcore") != kcore.rules(run.config.kcore):
         return None
     if json.loads(last["inputs"]) != {**run.before, ITEMS.name: run.base}:
         return None
-    return delta.read(run.spark, run.lake, USERS, version=int(last["version"]))
+    return spark_io.read(run.spark, run.lake, USERS, version=int(last["version"]))
 
 
 JOB = Job(

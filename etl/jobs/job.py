@@ -13,11 +13,13 @@ from typing import Any, TypeVar, cast
 
 from pyspark.sql import DataFrame, SparkSession
 
-from etl import delta
-from etl.config import EtlConfig, GraftrecError, etl_command
+from etl.config import EtlConfig, etl_command
+from etl.jobs.open_source import open_source
+from etl.lake import spark_io
 from etl.session import spark_session
+from etl.settings import GraftrecError
 from etl.source_hash import source_hash
-from etl.sources import Source, open_source
+from etl.sources.schema import Source
 from etl.tables import Table
 
 Frame = TypeVar("Frame", DataFrame, DataFrame | None)
@@ -25,23 +27,15 @@ Frame = TypeVar("Frame", DataFrame, DataFrame | None)
 # What runs, reads and writes for every job alike: a change there changes no table's content.
 _MACHINERY = {
     "etl.command",
-    "etl.commit",
     "etl.config",
-    "etl.datafile",
-    "etl.delta",
-    "etl.delta_log",
-    "etl.file_reader",
-    "etl.jobs.job",
+    "etl.settings",
     "etl.lake",
-    "etl.lease",
-    "etl.orphans",
+    "etl.jobs.job",
     "etl.plain_path",
     "etl.redaction",
     "etl.session",
     "etl.source_hash",
     "etl.stopping",
-    "etl.store_errors",
-    "etl.write_tasks",
 }
 
 
@@ -136,7 +130,7 @@ class Run:
 
     def read(self, table: Table) -> DataFrame:
         """A table as pinned when the run began."""
-        return delta.read(self.spark, self.lake, table, version=self.inputs[table.name])
+        return spark_io.read(self.spark, self.lake, table, version=self.inputs[table.name])
 
     @functools.cached_property
     def before(self) -> Mapping[str, int] | None:
@@ -148,44 +142,44 @@ class Run:
     def read_before(self, table: Table) -> DataFrame:
         """A table as it was when the job's own table was last written. Only where there is a `before`."""
         assert self.before is not None
-        return delta.read(self.spark, self.lake, table, version=self.before[table.name])
+        return spark_io.read(self.spark, self.lake, table, version=self.before[table.name])
 
-    def appended_files(self, table: Table) -> list[delta.DataFile] | None:
+    def appended_files(self, table: Table) -> list[spark_io.DataFile] | None:
         """The files that a table has gained since `before`; None where it was rewritten, or there is no `before`: those
         of the pinned version that the earlier one lacks, where it still has all of the earlier ones.
         """
         if self.before is None or table.name not in self.before:
             return None
-        now = delta.snapshot_files(self.lake, table, self.inputs[table.name])
+        now = spark_io.snapshot_files(self.lake, table, self.inputs[table.name])
         try:
-            earlier = {file.path for file in delta.snapshot_files(self.lake, table, self.before[table.name])}
-        except delta.LakeError:  # maintenance has removed that version
+            earlier = {file.path for file in spark_io.snapshot_files(self.lake, table, self.before[table.name])}
+        except spark_io.LakeError:  # maintenance has removed that version
             return None
         return [file for file in now if file.path not in earlier] if earlier <= {file.path for file in now} else None
 
     def appended(self, table: Table) -> DataFrame | None:
         """The rows of a table that were appended since `before`; None: see appended_files."""
         new = self.appended_files(table)
-        return None if new is None else delta.read(self.spark, self.lake, table, files=new)
+        return None if new is None else spark_io.read(self.spark, self.lake, table, files=new)
 
     def own(self) -> DataFrame | None:
         """The job's own table as it was, None where there is none yet."""
         if self.base is None:
             return None
-        return delta.read(self.spark, self.lake, self.job.table, version=self.base)
+        return spark_io.read(self.spark, self.lake, self.job.table, version=self.base)
 
     def commit(
         self,
         frame: DataFrame,
         *,
-        mode: delta.Mode = "overwrite",
+        mode: spark_io.Mode = "overwrite",
         metadata: Mapping[str, str] | None = None,
         properties: Mapping[str, str] | None = None,
         partition_scope: Mapping[str, Sequence[Any]] | None = None,
         transactions: Mapping[str, int] | None = None,
     ) -> Outcome:
         """Write the job's table. Twins that began from the same base commit once."""
-        written = delta.write(
+        written = spark_io.write(
             self.spark,
             frame,
             self.lake,
@@ -202,14 +196,14 @@ class Run:
 
     def commit_files(
         self,
-        files: Sequence[delta.DataFile],
+        files: Sequence[spark_io.DataFile],
         *,
-        mode: delta.Mode = "overwrite",
+        mode: spark_io.Mode = "overwrite",
         properties: Mapping[str, str] | None = None,
         partition_scope: Mapping[str, Sequence[Any]] | None = None,
     ) -> Outcome:
         """As `commit`, of data files that tasks have written."""
-        written = delta.commit_files(
+        written = spark_io.commit_files(
             self.lake,
             self.job.table,
             files,
@@ -222,16 +216,16 @@ class Run:
         )
         return self._outcome(written)
 
-    def _outcome(self, written: delta.Written) -> Outcome:
+    def _outcome(self, written: spark_io.Written) -> Outcome:
         if not written.committed:
             self._check_twin()
         return Outcome(written.version, written.rows, written.committed, tuple(self.notes))
 
     def _check_twin(self) -> None:
         """Another run began from the same base and was faster. Raises CommitConflict unless it did the same work."""
-        theirs = delta.last_commit(self.lake, self.job.table)
+        theirs = spark_io.last_commit(self.lake, self.job.table)
         if any(theirs.get(key) != value for key, value in self.provenance.items()):
-            raise delta.CommitConflict(
+            raise spark_io.CommitConflict(
                 f"{self.job.name}: another run with other inputs or settings wrote the table meanwhile; run again"
             )
 
@@ -244,7 +238,7 @@ def due(job: Job, engine: Engine) -> Run | Outcome:
     lake = engine.config.lake
     inputs: dict[str, int] = {}
     for table in job.reads:
-        version = delta.current_version(lake, table)
+        version = spark_io.current_version(lake, table)
         if version is None:
             raise MissingInput(
                 f"{job.name} reads the table {table.name}, which the lake {lake} lacks; run {etl_command(lake)} first"
@@ -257,8 +251,8 @@ def due(job: Job, engine: Engine) -> Run | Outcome:
         "inputs": json.dumps(inputs, sort_keys=True),
         "files": job.files(engine.source, engine.config),
     }
-    base = delta.current_version(lake, job.table)
-    last = delta.last_commit(lake, job.table)
+    base = spark_io.current_version(lake, job.table)
+    last = spark_io.last_commit(lake, job.table)
     if last and all(last.get(key) == value for key, value in provenance.items()):
         return Outcome(int(last["version"]), int(last["rows"]), False)
     return Run(job, engine, inputs, base, last, provenance)
@@ -266,7 +260,7 @@ def due(job: Job, engine: Engine) -> Run | Outcome:
 
 def job_code_version(job: Job) -> str:
     """A hash of the job's own module, the modules of ours it imports, and, where it reads raw files, the sources."""
-    sources = ["etl.sources"] if job.needs_source else []
+    sources = ["etl.jobs.open_source"] if job.needs_source else []
     return source_hash(job.run.__module__, *sources, without=_MACHINERY)
 
 

@@ -12,8 +12,8 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from etl.config import KCoreConfig
-from etl.delta import bucket_of
 from etl.jobs.job import digest
+from etl.lake.spark_io import bucket_of
 from etl.session import held
 
 _BROADCAST_ROWS = 1_000_000  # ids that each executor may hold

@@ -1,6 +1,6 @@
 """Fixed evaluation negatives: for each user with a hold-out, items it has not interacted with in any part.
 
-How they are drawn: `etl.draws`. A draw is a function of the seed, the domain, the part, the *raw* ids of user and item
+How they are drawn: `negative_sampling`. A draw is a function of seed, domain, part, the *raw* ids of user and item
 and the catalogue. What was drawn stays as it is when a new day comes, less what the user has taken meanwhile or what is
 no candidate any more, which further draws replace.
 
@@ -21,17 +21,27 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from etl import delta
-from etl.bucketed import in_turn, written_by
 from etl.config import NegativesConfig
-from etl.datafile import DataFile
-from etl.delta import FileWriter, bucket_of
-from etl.draws import NUM_NEGATIVES, Candidates, Ints, Taken, Words, append, candidates, draw, taken
-from etl.file_reader import open_parquet
-from etl.histories import find, stacked
+from etl.histories.bucket_writer import in_turn, written_by
+from etl.histories.negative_sampling import (
+    NUM_NEGATIVES,
+    Candidates,
+    Ints,
+    Taken,
+    Words,
+    append,
+    candidates,
+    draw,
+    taken,
+)
+from etl.histories.reader import find, stacked
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
-from etl.lake import LakeError, snapshot_files, table_filesystem
+from etl.lake import spark_io
+from etl.lake.datafile import DataFile
+from etl.lake.file_reader import open_parquet
+from etl.lake.snapshots import LakeError, snapshot_files, table_filesystem
+from etl.lake.spark_io import FileWriter, bucket_of
 from etl.tables import DOMAINS, INTERACTIONS, ITEMS, NEGATIVES, SEQUENCES, USERS, Table
 
 BLOCK_USERS = 1 << 15  # of a file, with all their rows in memory
@@ -312,7 +322,7 @@ def run(run: Run) -> Outcome:
             before = _files(run.lake, SEQUENCES, run.before[SEQUENCES.name])
     sequences = _files(run.lake, SEQUENCES, run.inputs[SEQUENCES.name])
     read = Inputs(run.lake, names, items, sequences, drawn, before, lost, run.config.negatives)
-    buckets = int(delta.last_commit(run.lake, INTERACTIONS)["buckets"])
+    buckets = int(spark_io.last_commit(run.lake, INTERACTIONS)["buckets"])
     return run.commit_files(write(run.read(USERS), read, buckets=buckets, tasks=run.config.spark.shuffle_partitions))
 
 

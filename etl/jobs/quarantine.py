@@ -11,9 +11,10 @@ from typing import Any
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from etl import delta
-from etl.config import GraftrecError, LogSource
+from etl.config import LogSource
 from etl.jobs.job import Run
+from etl.lake import spark_io
+from etl.settings import GraftrecError
 from etl.tables import QUARANTINE
 
 UNKNOWN_ITEM = "unknown item"
@@ -79,7 +80,7 @@ def set_aside_if_any(run: Run, raw: DataFrame, *, kind: str) -> None:
 
 
 def _replace(run: Run, rows: DataFrame, scope: dict[str, Sequence[Any]]) -> None:
-    delta.write(
+    spark_io.write(
         run.spark,
         rows,
         run.lake,
@@ -94,10 +95,10 @@ def _replace(run: Run, rows: DataFrame, scope: dict[str, Sequence[Any]]) -> None
 
 def _clear(run: Run, scope: dict[str, Sequence[Any]]) -> None:
     """Drop what an earlier reading of these files left, and make the table where there is none; without Spark."""
-    exists = delta.current_version(run.lake, QUARANTINE) is not None
-    if exists and not delta.snapshot_files(run.lake, QUARANTINE, partitions=scope):
+    exists = spark_io.current_version(run.lake, QUARANTINE) is not None
+    if exists and not spark_io.snapshot_files(run.lake, QUARANTINE, partitions=scope):
         return
-    delta.commit_files(
+    spark_io.commit_files(
         run.lake,
         QUARANTINE,
         [],

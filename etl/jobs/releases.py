@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 from pyspark.sql import DataFrame, SparkSession
 
-from etl import delta
-from etl.config import EtlConfig, config_hash
-from etl.delta import spark_schema
-from etl.file_reader import check_files
+from etl.config import EtlConfig
 from etl.jobs.job import Engine, Outcome
-from etl.lake import local_path
+from etl.lake import spark_io
+from etl.lake.file_reader import check_files
+from etl.lake.snapshots import local_path
+from etl.lake.spark_io import spark_schema
 from etl.redaction import without_secrets
+from etl.settings import config_hash
 from etl.tables import QUARANTINE, RELEASES, TABLES
 
 
@@ -31,8 +32,10 @@ def checked(lake: str, versions: Mapping[str, int]) -> dict[str, str]:
     """The digest of each table's log. Raises GraftrecError where a log or, on a disk, a data file is not as written."""
     if local_path(lake) is not None:
         for name, version in versions.items():
-            check_files(lake, TABLES[name], [file.path for file in delta.snapshot_files(lake, TABLES[name], version)])
-    return {name: delta.log_digest(lake, TABLES[name], version) for name, version in versions.items()}
+            check_files(
+                lake, TABLES[name], [file.path for file in spark_io.snapshot_files(lake, TABLES[name], version)]
+            )
+    return {name: spark_io.log_digest(lake, TABLES[name], version) for name, version in versions.items()}
 
 
 def release(engine: Engine, versions: Mapping[str, int], *, code: str) -> tuple[int, Outcome]:
@@ -42,20 +45,20 @@ def release(engine: Engine, versions: Mapping[str, int], *, code: str) -> tuple[
     """
     lake = engine.config.lake
     check_inputs(lake, versions)
-    last = delta.last_commit(lake, RELEASES)
+    last = spark_io.last_commit(lake, RELEASES)
     named = json.dumps(versions, sort_keys=True)
     number = int(last["release"]) if last else 0
     digests = json.dumps(checked(lake, versions), sort_keys=True)
     if last and last["versions"] == named:
         if last.get("digests", digests) != digests:
-            raise delta.LakeError(
+            raise spark_io.LakeError(
                 f"{lake}: expected the tables of release {number} as it recorded them, found a log altered; restore "
                 "it from a copy, or give another --lake"
             )
         return number, Outcome(int(last["version"]), 1, False)
     number += 1
     frame = transform(engine.spark, number, versions, engine.config, code=code, created=time.time_ns() // 1_000)
-    written = delta.write(
+    written = spark_io.write(
         engine.spark,
         frame,
         lake,
@@ -65,8 +68,8 @@ def release(engine: Engine, versions: Mapping[str, int], *, code: str) -> tuple[
         app_version=number,
         metadata={"job": "releases", "release": str(number), "versions": named, "digests": digests},
     )
-    if not written.committed and delta.last_commit(lake, RELEASES)["versions"] != named:
-        raise delta.CommitConflict("releases: another run released other versions meanwhile; run again")
+    if not written.committed and spark_io.last_commit(lake, RELEASES)["versions"] != named:
+        raise spark_io.CommitConflict("releases: another run released other versions meanwhile; run again")
     return number, Outcome(written.version, written.rows, written.committed)
 
 
@@ -76,11 +79,11 @@ def check_inputs(lake: str, versions: Mapping[str, int]) -> None:
     `quarantine` is left out: several jobs write it, each its own rows, and only where there are any.
     """
     for name in versions.keys() - {QUARANTINE.name}:
-        inputs = json.loads(delta.last_commit(lake, TABLES[name], versions[name]).get("inputs", "{}"))
+        inputs = json.loads(spark_io.last_commit(lake, TABLES[name], versions[name]).get("inputs", "{}"))
         for source, read in inputs.items():
             # A version that no job of ours committed, such as a compaction, has the rows of the one before.
             if read != versions[source] and _job_version(lake, source, read) != versions[source]:
-                raise delta.CommitConflict(
+                raise spark_io.CommitConflict(
                     f"releases: expected {name} to be made from {source} version {versions[source]}, found version "
                     f"{read}: another run has written to {lake} meanwhile; run again"
                 )
@@ -88,5 +91,5 @@ def check_inputs(lake: str, versions: Mapping[str, int]) -> None:
 
 def _job_version(lake: str, name: str, version: int) -> int | None:
     """The newest version up to `version` that one of our jobs committed."""
-    found = delta.last_commit(lake, TABLES[name], version).get("version")
+    found = spark_io.last_commit(lake, TABLES[name], version).get("version")
     return None if found is None else int(found)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from etl import delta
 from etl.jobs.job import Run
+from etl.lake import spark_io
 from etl.tables import FIRST_INDEX, INTERACTIONS, Table
 
 COUNT = "retractions"  # in a commit's metadata: how many runs have taken rows back
@@ -48,7 +48,7 @@ def past(run: Run, log: Table, column: str, named: Sequence[DataFrame | None]) -
     """The run's own vocabulary as it was. Where rows have left `log` since, only ids that a frame of `named` holds
     stay in it."""
     old, recorded = run.own(), run.last.get(_NEXT)
-    count = delta.last_commit(run.lake, log, run.inputs[log.name]).get(COUNT, "0")
+    count = spark_io.last_commit(run.lake, log, run.inputs[log.name]).get(COUNT, "0")
     if old is None or (count == run.last.get(COUNT, "0") and recorded is None):
         return Past(old, None, {COUNT: count})
     highest = old.agg(F.max("index")).first()

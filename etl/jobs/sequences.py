@@ -1,6 +1,6 @@
 """One row per split, domain and user: the user's kept items in time order, and where its hold-out begins.
 
-A task sorts the events of a bucket's users once, with each item's domains as bits (`etl.histories`); every domain and
+A task sorts the events of a bucket's users once, with each item's domains as bits (`reader`); every domain and
 split is then cut from that. Of a user's kept events, of all domains, only the newest `sequences.max_events` count.
 """
 
@@ -12,12 +12,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl import delta
-from etl.config import ConfigError, EtlConfig, SplitConfig
-from etl.histories import Histories, Ints, Key
-from etl.jobs import touched
+from etl.config import EtlConfig, SplitConfig
+from etl.histories.reader import Histories, Ints, Key
+from etl.jobs import changed_buckets
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
+from etl.lake import spark_io
+from etl.settings import ConfigError
 from etl.tables import (
     DOMAIN_ALL,
     DOMAINS,
@@ -214,8 +215,8 @@ def check(config: EtlConfig) -> None:
 
 def run(run: Run) -> Outcome:
     check(run.config)
-    log = delta.last_commit(run.lake, INTERACTIONS)
-    return touched.write(
+    log = spark_io.last_commit(run.lake, INTERACTIONS)
+    return changed_buckets.write(
         run,
         partial(rows, names=names_of(run.config.domains), splits=run.config.splits),
         columns=("event_type", "value"),

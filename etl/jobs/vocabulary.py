@@ -11,8 +11,9 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
-from etl.config import EtlConfig, GeneratorSource, GraftrecError, LogSource, MovielensSource
+from etl.config import EtlConfig, GeneratorSource, LogSource, MovielensSource
 from etl.session import held
+from etl.settings import GraftrecError
 from etl.sources.movielens import described
 from etl.tables import FIRST_INDEX
 

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.config import FileConfig, GraftrecError
+from etl.config import FileConfig
+from etl.settings import GraftrecError
 from etl.sources.files import MAX_ROW_BYTES, Block
 from etl.sources.schema import RAW_CHARACTERS
 

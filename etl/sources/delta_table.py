@@ -25,11 +25,12 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
-from etl.config import FileConfig, GraftrecError
+from etl.config import FileConfig
+from etl.lake.store_errors import store_problem
 from etl.plain_path import delta_path
+from etl.settings import GraftrecError
 from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile, reading
-from etl.store_errors import store_problem
 
 # What a reader must know of a table. The last three change nothing for a reader of data files and deltalake's log.
 _KNOWN_FEATURES = {"deletionVectors", "columnMapping", "timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 from pyarrow import fs
 
-from etl.config import GraftrecError
+from etl.settings import GraftrecError
 
 MAX_ROW_BYTES = 1 << 20
 END = 1 << 62  # the end of a file whose length is unknown: a compressed one

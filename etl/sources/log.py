@@ -12,8 +12,9 @@ from typing import Literal
 
 from pyspark.sql import DataFrame, SparkSession
 
-from etl.config import CleaningConfig, FileConfig, GraftrecError, LogSource
-from etl.sources import files, shapes, values
+from etl.config import CleaningConfig, FileConfig, LogSource
+from etl.settings import GraftrecError
+from etl.sources import columns, files, values
 from etl.sources.delta_table import SourceTable
 from etl.sources.rows import RANGE_BYTES, RawRows
 from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
@@ -77,7 +78,7 @@ class FileLog:
                     f"source.events.columns.{name}: expected a column's name or position, found none; set it"
                 )
         earliest, latest = self._time_bounds()
-        shape = shapes.events(config, list(wanted), earliest=earliest, latest=latest)
+        shape = columns.events(config, list(wanted), earliest=earliest, latest=latest)
         table = self.table()
         found = self._files("events") if table is None else table.files()
         if only is not None:
@@ -94,7 +95,7 @@ class FileLog:
         if config is None:
             return None
         rows = self._open("items", config, self._wanted("items"))
-        return rows.frame(spark, kind="items", shape=shapes.items(config), schema=RAW_ITEMS)
+        return rows.frame(spark, kind="items", shape=columns.items(config), schema=RAW_ITEMS)
 
     def known_items(self, spark: SparkSession) -> DataFrame | None:
         described = self.items(spark) if self.config.require_known_items else None
@@ -105,14 +106,14 @@ class FileLog:
         if config is None:
             return None
         rows = self._open("users", config, self._wanted("users"))
-        return rows.frame(spark, kind="users", shape=shapes.users(config), schema=RAW_USERS)
+        return rows.frame(spark, kind="users", shape=columns.users(config), schema=RAW_USERS)
 
     def edges(self, spark: SparkSession) -> DataFrame | None:
         config = self.config.edges
         if config is None:
             return None
         rows = self._open("edges", config, self._wanted("edges"))
-        edges = rows.frame(spark, kind="edges", shape=shapes.edges(config), schema=RAW_EDGES)
+        edges = rows.frame(spark, kind="edges", shape=columns.edges(config), schema=RAW_EDGES)
         if config.directed:
             return edges
         back = edges.where("reason is null").selectExpr("friend as user", "user as friend", *RAW_EDGES.names[2:])
@@ -122,7 +123,7 @@ class FileLog:
         config = self.config.items
         if config is None or not config.people:
             return None
-        return self._open("items", config, self._wanted("items")).map(spark, shapes.people(config), PEOPLE)
+        return self._open("items", config, self._wanted("items")).map(spark, columns.people(config), PEOPLE)
 
     def _wanted(self, kind: str) -> list[str | int]:
         """The columns that a kind of file is asked for, in the order that `shapes` expects."""
@@ -130,7 +131,7 @@ class FileLog:
         if kind == "events":
             return [column for column in config.events.columns.model_dump().values() if column is not None]
         if kind == "items":
-            return [] if config.items is None else shapes.item_columns(config.items)
+            return [] if config.items is None else columns.item_columns(config.items)
         if kind == "users":
             return [] if config.users is None else [config.users.id, *config.users.attributes.values()]
         edges = config.edges

@@ -13,12 +13,13 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
-from etl.config import GraftrecError, KnowledgeConfig, KnowledgeFileConfig
+from etl.config import KnowledgeConfig, KnowledgeFileConfig
+from etl.settings import GraftrecError
 from etl.sources import values
 from etl.sources.delimited import Chunk
 from etl.sources.delta_table import SourceTable
+from etl.sources.entity_keys import listed_names, person_key, title_keys
 from etl.sources.files import RawFile, find_files, fingerprint
-from etl.sources.names import listed_names, person_key, title_keys
 from etl.sources.rows import RawRows, Shape
 from etl.sources.schema import PEOPLE, spark_schema
 

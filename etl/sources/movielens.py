@@ -8,12 +8,12 @@ from etl.config import (
     CleaningConfig,
     ColumnsConfig,
     EventsFileConfig,
-    GraftrecError,
     ItemsFileConfig,
     LogSource,
     MovielensSource,
     UsersFileConfig,
 )
+from etl.settings import GraftrecError
 from etl.sources.files import find_files
 from etl.sources.log import FileLog
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
-from etl.config import FileConfig, GraftrecError
+from etl.config import FileConfig
+from etl.settings import GraftrecError
 from etl.sources import delimited, delta_table, files, spark_table, structured, values
 from etl.sources.delimited import Chunk, Layout
 from etl.sources.delta_table import SourceTable, TablePart

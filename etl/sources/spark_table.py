@@ -14,7 +14,8 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from etl.config import FileConfig, GraftrecError
+from etl.config import FileConfig
+from etl.settings import GraftrecError
 from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
-from etl.config import GraftrecError
+from etl.settings import GraftrecError
 from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile, open_raw, reading
 

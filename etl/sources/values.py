@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.config import GraftrecError
+from etl.settings import GraftrecError
 
 MICROSECONDS = {"s": 1_000_000.0, "ms": 1_000.0, "us": 1.0, "ns": 0.001}
 _WHOLE = r"^[+-]?\d{1,18}$"

@@ -17,10 +17,10 @@ from etl.tables import FIRST_INDEX
 from tests.benchmarks.harness import Case, Numbers, Report, alternate, median
 from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, TrainConfig
 from trainer.data.batch import Batch
-from trainer.distributed import ALONE
-from trainer.loop import Training, train_step
 from trainer.models import RowTables, build_model
+from trainer.parallel.distributed import ALONE
 from trainer.tasks import build_task
+from trainer.training.loop import Training, train_step
 
 WIDTH, BATCH, LENGTH, NEGATIVES = 128, 128, 50, 1_024
 SIZES = {"10 k": 10_000, "1 M": 1_000_000, "10 M": 10_000_000}

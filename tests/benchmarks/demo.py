@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from tests.benchmarks.__main__ import Options
 from tests.benchmarks.harness import ROOT, Numbers, Report
 from tests.benchmarks.log_statistics import read_log, statistics
-from trainer.stats import compare
+from trainer.evaluation.significance import compare
 
 SEEDS = (0, 1, 2, 3, 4)
 BF16_SEEDS = (0, 1)
@@ -56,7 +56,7 @@ class Run:
         return f"lake-{self.seed}" if self.teaches else f"lake-null-{self.seed}"
 
     def settings(self, folder: Path) -> list[str]:
-        given = {"etl.source.seed": self.seed, "etl.lake": folder.parent / self.log, "runs": folder / "runs"}
+        given = {"etl.source.seed": self.seed, "etl.lake.snapshots": folder.parent / self.log, "runs": folder / "runs"}
         for section in ("pretrain", "finetune"):
             given[f"{section}.runtime.threads"] = self.threads
         for section in ("pretrain", "finetune", "evaluate", "promote"):

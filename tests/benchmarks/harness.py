@@ -146,7 +146,7 @@ def machine_class(cpuinfo: Path = Path("/proc/cpuinfo")) -> MachineClass:
 
 def machine(packages: Sequence[str]) -> str:
     """One line: class, processor, cores, memory, and versions."""
-    from trainer.cores import usable_cores  # with torch, which a case's process may not want
+    from trainer.parallel.cores import usable_cores  # with torch, which a case's process may not want
 
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from etl.config import SequencesConfig
-from etl.delta import snapshot_files
+from etl.lake.spark_io import snapshot_files
 from etl.tables import FIRST_INDEX, SEQUENCES, bucket_of
 from tests.benchmarks.__main__ import Options
 from tests.benchmarks.harness import Case, Numbers, Report, alternate, median

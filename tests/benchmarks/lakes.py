@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from etl.commit import commit_files
-from etl.delta import ROW_GROUP_ROWS, FileWriter, data_files
-from etl.lake import table_filesystem
+from etl.lake.commit import commit_files
+from etl.lake.snapshots import table_filesystem
+from etl.lake.spark_io import ROW_GROUP_ROWS, FileWriter, data_files
 from etl.tables import DOMAIN_ALL, DOMAINS, FIRST_INDEX, INTERACTIONS, ITEMS, TIME_TIMESTAMP, USERS, Table
 from tests.benchmarks.logs import START, ids
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from etl import tables
-from trainer.data.dataset import pin
+from trainer.data.release import pin
 
 SESSION_GAP = 3_600 * 1_000_000  # microseconds without an event that end a session
 HEAD = 0.1  # share of the items

@@ -15,8 +15,8 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from etl import tables
-from etl.commit import commit_files
-from etl.datafile import DataFile, data_schema
+from etl.lake.commit import commit_files
+from etl.lake.datafile import DataFile, data_schema
 from etl.tables import FIRST_INDEX, Table
 
 Ints = npt.NDArray[np.int64]

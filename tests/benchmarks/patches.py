@@ -15,16 +15,17 @@ from etl.tables import FIRST_INDEX
 from tests.benchmarks.__main__ import Options
 from tests.benchmarks.harness import Case, Numbers, Report, alternate, median
 from tests.benchmarks.movielens import SPLIT, movielens
-from trainer.artifact import load_artifact, save_artifact
 from trainer.config import Bert4RecConfig, DataConfig, FinetuneConfig, NextItemConfig, PretrainConfig, TargetDataConfig
-from trainer.cores import use_threads
-from trainer.data.dataset import pin, read_catalogue
+from trainer.data.catalogue import read_catalogue
+from trainer.data.release import pin
+from trainer.inference.delta_folder import bytes_of, load_patch, write_patch
+from trainer.inference.model_folder import load_artifact, save_artifact
 from trainer.models import build_model
-from trainer.patches import bytes_of, load_patch, write_patch
+from trainer.parallel.cores import use_threads
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
-import patched
+from trainer.experiment import patch_sizes
 
 DOMAINS = 16
 MODEL = Bert4RecConfig(blocks=6, width=256, heads=4, user_width=0, knowledge={})
@@ -101,4 +102,4 @@ def serve(*, folder: str, how: str) -> Numbers:
     else:
         models = [load_artifact(place / f"whole-{n}") for n in range(DOMAINS)]
     loaded = time.perf_counter() - begun
-    return {"load_seconds": loaded, "answer_ms": patched.milliseconds_to_answer(models, REQUESTS)}
+    return {"load_seconds": loaded, "answer_ms": patch_sizes.milliseconds_to_answer(models, REQUESTS)}

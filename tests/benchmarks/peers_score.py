@@ -15,8 +15,8 @@ from tests.benchmarks.environments import PEERS, peers_table, pythons
 from tests.benchmarks.harness import Case, Numbers, Report, alternate
 from tests.benchmarks.movielens import movielens
 from tests.benchmarks.peers_train import ARCHITECTURE, ours
-from trainer.baselines import Histories
-from trainer.scoring import Scorer, top_k
+from trainer.data.histories import Histories
+from trainer.inference.scorer import Scorer, top_k
 
 K = 100
 USERS_PER_BATCH = 512

@@ -12,7 +12,8 @@ from tests.benchmarks.__main__ import Options
 from tests.benchmarks.environments import PEERS, NotInstalled, python_of
 from tests.benchmarks.harness import Case, Report, alternate, median
 from tests.benchmarks.stream import BATCH, EPOCHS, LENGTH, SPLIT, USERS, make_lake
-from trainer.data.dataset import SequenceDataset, pin
+from trainer.data.release import pin
+from trainer.data.sequences import SequenceDataset
 
 PARTITION_ROWS = 1 << 17  # the fastest of 2^14, 2^16, 2^17 and 2^20, which is its default
 BAR = 1.5

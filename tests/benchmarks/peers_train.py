@@ -19,12 +19,14 @@ from tests.benchmarks.environments import PEERS, peers_table, pythons
 from tests.benchmarks.harness import Case, Numbers, Report, alternate
 from tests.benchmarks.movielens import SPLIT, movielens
 from trainer.config import Bert4RecConfig, DataConfig, MaskedItemConfig, RuntimeConfig, TrainConfig
-from trainer.data.dataset import Catalogue, SequenceDataset, pin, read_catalogue
+from trainer.data.catalogue import Catalogue, read_catalogue
 from trainer.data.loader import Loader
-from trainer.distributed import join
-from trainer.loop import Training, train_step
+from trainer.data.release import pin
+from trainer.data.sequences import SequenceDataset
 from trainer.models import build_model
+from trainer.parallel.distributed import join
 from trainer.tasks import build_task
+from trainer.training.loop import Training, train_step
 
 ARCHITECTURE = {
     "blocks": 2, "heads": 2, "width": 64, "length": 200, "dropout": 0.1, "mask_probability": 0.2, "batch_size": 128,

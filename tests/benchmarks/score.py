@@ -20,10 +20,10 @@ from etl.tables import FIRST_INDEX, MASK, PAD
 from tests.benchmarks.__main__ import Options
 from tests.benchmarks.harness import Case, Numbers, Report, alternate, median, run
 from tests.benchmarks.movielens import movielens
-from trainer.baselines import Histories
 from trainer.config import Bert4RecConfig, MaskedItemConfig
+from trainer.data.histories import Histories
+from trainer.inference.scorer import Scorer, top_k
 from trainer.models import Bert4Rec, build_model
-from trainer.scoring import Scorer, top_k
 from trainer.tasks import build_task
 
 K = 100

@@ -115,8 +115,10 @@ def _loader(lake: str, **settings: int) -> Any:
     import torch
 
     from trainer.config import DataConfig
-    from trainer.data.dataset import SequenceDataset, pin, read_catalogue
+    from trainer.data.catalogue import read_catalogue
     from trainer.data.loader import Loader
+    from trainer.data.release import pin
+    from trainer.data.sequences import SequenceDataset
 
     torch.set_num_threads(1)
     release = pin(lake, None)
@@ -166,7 +168,7 @@ def _timed(epoch: Callable[[], tuple[int, int]]) -> Numbers:
 
 
 def _files(lake: str) -> list[str]:
-    from trainer.data.dataset import pin
+    from trainer.data.release import pin
 
     return [str(file) for file in pin(lake, None).files(SEQUENCES, {"split": SPLIT, "domain": DOMAIN_ALL})]
 
@@ -189,7 +191,7 @@ def make(folder: str, users: int) -> Numbers:
     """Write the tables a trainer reads."""
     import shutil
 
-    from etl.delta import FileWriter, data_files, table_filesystem
+    from etl.lake.spark_io import FileWriter, data_files, table_filesystem
 
     shutil.rmtree(folder, ignore_errors=True)
     Path(folder).mkdir(parents=True)
@@ -246,7 +248,7 @@ def _sequences(random: np.random.Generator, user: np.ndarray, *, with_times: boo
 
 def _whole(folder: str, table: Table, columns: dict[str, Any]) -> list[Any]:
     """A small table as one data file."""
-    from etl.delta import FileWriter, data_files, table_filesystem
+    from etl.lake.spark_io import FileWriter, data_files, table_filesystem
 
     Path(folder, table.name).mkdir()
     rows = pa.RecordBatch.from_pydict(columns, schema=table.schema)
@@ -262,6 +264,6 @@ def _told(writer: Any) -> list[str]:
 
 
 def _commit(folder: str, table: Table, files: list[Any]) -> int:
-    from etl.commit import commit_files
+    from etl.lake.commit import commit_files
 
     return commit_files(folder, table, files, mode="append", app="benchmark", app_version=1, metadata={}).version

@@ -23,11 +23,11 @@ from tests.benchmarks.__main__ import Options
 from tests.benchmarks.harness import Case, Numbers, Report, run
 from tests.benchmarks.train_small import padded, training_of
 from trainer.config import Bert4RecConfig, MaskedItemConfig, RuntimeConfig
-from trainer.cores import num_threads, usable_cores, use_threads
 from trainer.data.batch import Batch
-from trainer.distributed import join
-from trainer.loop import train_step
+from trainer.parallel.cores import num_threads, usable_cores, use_threads
+from trainer.parallel.distributed import join
 from trainer.tasks import MaskedItem
+from trainer.training.loop import train_step
 
 MODELS = {  # network, batch, items, median history, batches a pass
     "2 × 64": (Bert4RecConfig(blocks=2, width=64, heads=2, max_length=100, user_width=0, knowledge={}), 64, 600, 30, 4),

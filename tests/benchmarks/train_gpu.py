@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from etl.config import GraftrecError
+from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX
 from tests.benchmarks.__main__ import Options
 from tests.benchmarks.harness import Case, Numbers, Report, alternate, median
@@ -18,8 +18,8 @@ from tests.benchmarks.movielens import movielens
 from tests.benchmarks.train_small import LENGTH, Plain, padded, plain_step, training_of
 from trainer.config import Bert4RecConfig, MaskedItemConfig
 from trainer.data.batch import Batch
-from trainer.loop import train_step
 from trainer.tasks import MaskedItem
+from trainer.training.loop import train_step
 
 SIZES = {"2 × 64": (2, 64, 2, 128), "6 × 128": (6, 128, 4, 256), "6 × 256": (6, 256, 4, 1_024)}  # blocks … batch
 BATCHES = 12  # different ones

@@ -25,14 +25,14 @@ from tests.benchmarks.harness import Case, Numbers, Report, alternate, median, r
 from tests.benchmarks.movielens import movielens
 from tests.benchmarks.peers_train import ARCHITECTURE
 from trainer.config import Bert4RecConfig, MaskedItemConfig, TrainConfig
-from trainer.cores import use_threads
 from trainer.data.batch import Batch
 from trainer.data.loader import Loader
 from trainer.data.order import shuffled
-from trainer.distributed import World
-from trainer.loop import Training, train_step
 from trainer.models import build_model
+from trainer.parallel.cores import use_threads
+from trainer.parallel.distributed import World
 from trainer.tasks import MaskedItem
+from trainer.training.loop import Training, train_step
 
 LENGTH = 200
 SECONDS = 6.0  # of each case and round

@@ -22,13 +22,13 @@ from tests.benchmarks.harness import Case, Numbers, Report, alternate, median, q
 from tests.benchmarks.movielens import movielens
 from tests.benchmarks.train_small import LENGTH, THREADS, Plain, padded, plain_step, training_of
 from trainer.config import Bert4RecConfig, MaskedItemConfig
-from trainer.cores import use_threads
 from trainer.data.batch import Batch
 from trainer.data.order import shuffled
-from trainer.loop import train_step
-from trainer.models.tied import CHUNK_POSITIONS
+from trainer.models.item_encoder import CHUNK_POSITIONS
+from trainer.parallel.cores import use_threads
 from trainer.tasks import MaskedItem
 from trainer.tasks.softmax import BLOCK_SCORES
+from trainer.training.loop import train_step
 
 BLOCKS, WIDTH, HEADS = 6, 128, 4
 USERS, BATCH = 128, 64

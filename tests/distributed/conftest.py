@@ -9,7 +9,7 @@ sys.path.append(str(Path(__file__).parents[1] / "trainer"))
 
 from lakes import build_tiny_lake
 
-from trainer.cores import use_threads
+from trainer.parallel.cores import use_threads
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,8 +5,8 @@ import sys
 import time
 from types import SimpleNamespace
 
-from trainer import loop
 from trainer.__main__ import main
+from trainer.training import loop
 
 if os.environ["RANK"] == sys.argv[1]:
     loop.time = SimpleNamespace(monotonic=lambda: 100_000 * time.monotonic())

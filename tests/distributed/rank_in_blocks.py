@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from etl.tables import FIRST_INDEX
-from trainer import scoring
-from trainer.baselines import Histories
 from trainer.config import Bert4RecConfig, MaskedItemConfig, RuntimeConfig
-from trainer.distributed import ALONE, join, leave
+from trainer.data.histories import Histories
+from trainer.evaluation.item_ranking import FULL, HeldOut
+from trainer.evaluation.validation import full_ranking
+from trainer.inference import scorer
+from trainer.inference.scorer import Scorer
 from trainer.models import RowTables, build_model
-from trainer.ranking import FULL, HeldOut
-from trainer.scoring import Scorer
+from trainer.parallel.distributed import ALONE, join, leave
 from trainer.tasks import build_task
-from trainer.validation import full_ranking
 
 NUM_ITEMS, NUM_USERS = 300, 37
 
@@ -44,16 +44,16 @@ def model_of(world):
 
 def main():
     world = join(RuntimeConfig(precision="fp64", threads=1))
-    scoring.SCORES_PER_BLOCK, scoring.ROWS_PER_BLOCK = 200, 100  # smaller than the catalogue
+    scorer.SCORES_PER_BLOCK, scorer.ROWS_PER_BLOCK = 200, 100  # smaller than the catalogue
     task = build_task(MaskedItemConfig())
-    blocks, columns = [], scoring.Scores.blocks
+    blocks, columns = [], scorer.Scores.blocks
 
     def counted(self, first=0):
         for block in columns(self, first):
             blocks.append(block[0])
             yield block
 
-    scoring.Scores.blocks = counted
+    scorer.Scores.blocks = counted
     told = {
         "whole": full_ranking(Scorer(model_of(ALONE), task), held_out(), ALONE, batch_size=8),
         "blocks": len(blocks),

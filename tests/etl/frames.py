@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
-from etl.delta import spark_schema
+from etl.lake.spark_io import spark_schema
 from etl.sources.schema import RAW_EVENTS
 from etl.sources.schema import spark_schema as ddl
 from etl.tables import INTERACTIONS, bucket_of

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable, QueryBuilder
 
-from etl import commit as committing
-from etl.commit import Written, commit_files
-from etl.datafile import DataFile, data_schema
-from etl.lake import current_version
+from etl.lake import commit as committing
+from etl.lake.commit import Written, commit_files
+from etl.lake.datafile import DataFile, data_schema
+from etl.lake.snapshots import current_version
 from etl.tables import Table
 
 SHOWS = Table(

@@ -13,7 +13,8 @@ from pydantic import Field
 from etl.__main__ import JOBS
 from etl.__main__ import main as etl
 from etl.command import settings_help, type_text, value_text, version
-from etl.config import EtlConfig, Section, SparkConfig, load, replaced
+from etl.config import EtlConfig, SparkConfig
+from etl.settings import Section, load, replaced
 from trainer.__main__ import RECIPES
 from trainer.__main__ import main as trainer
 
@@ -115,7 +116,7 @@ def test_help_of_pretrain_has_comments_of_the_code(capsys: pytest.CaptureFixture
 
 
 def test_help_of_etl_names_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
-    from etl.jobs.pipeline import JOBS as RUN
+    from etl.pipeline.run import JOBS as RUN
 
     assert [table.name for table in JOBS] == [job.name for job in RUN]
     with pytest.raises(SystemExit) as ended:

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from shows import SHOWS, commit, deliver, file_of
 
-from etl.config import GraftrecError
-from etl.datafile import DataFile, data_schema
-from etl.delta import FileWriter, data_files
-from etl.file_reader import check_files, open_parquet
-from etl.lake import LakeError, last_commit, snapshot_files, table_filesystem, transactions
+from etl.lake.datafile import DataFile, data_schema
+from etl.lake.file_reader import check_files, open_parquet
+from etl.lake.snapshots import LakeError, last_commit, snapshot_files, table_filesystem, transactions
+from etl.lake.spark_io import FileWriter, data_files
+from etl.settings import GraftrecError
 
 
 def written(lake: Path, users: range, bucket: int = 0) -> DataFile:

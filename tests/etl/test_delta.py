@@ -18,8 +18,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from shows import SHOWS, file_of, users_of
 
-from etl import delta
-from etl.config import GraftrecError
+from etl.lake import spark_io
+from etl.settings import GraftrecError
 
 ODD = "Children's & Co/50%"
 ODDER = "é=ü {x}[y]#?*:"
@@ -34,13 +34,18 @@ COLUMNS = SHOWS.schema.names
 
 
 def frame_of(spark: SparkSession, rows: list[tuple[Any, ...]]) -> DataFrame:
-    return spark.createDataFrame(rows, delta.spark_schema(SHOWS))
+    return spark.createDataFrame(rows, spark_io.spark_schema(SHOWS))
 
 
 def write(
-    spark: SparkSession, lake: Path, frame: DataFrame, mode: delta.Mode = "overwrite", app_version: int = 1, **more: Any
-) -> delta.Written:
-    return delta.write(
+    spark: SparkSession,
+    lake: Path,
+    frame: DataFrame,
+    mode: spark_io.Mode = "overwrite",
+    app_version: int = 1,
+    **more: Any,
+) -> spark_io.Written:
+    return spark_io.write(
         spark, frame, str(lake), SHOWS, mode=mode, app="job", app_version=app_version, metadata={"job": "test"}, **more
     )
 
@@ -59,21 +64,21 @@ def rows_by_deltalake(lake: Path) -> list[tuple[Any, ...]]:
 def writer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to write and to read, as an object store's lake would take the second."""
     if request.param == "arrow":
-        monkeypatch.setattr(delta, "_write_local", delta._write_arrow)
-        monkeypatch.setattr(delta, "_hive_partition", lambda path, table: None)
+        monkeypatch.setattr(spark_io, "_write_local", spark_io._write_arrow)
+        monkeypatch.setattr(spark_io, "_hive_partition", lambda path, table: None)
     return str(request.param)
 
 
 def test_written_is_read_back_by_anyone(spark: SparkSession, tmp_path: Path, writer: str) -> None:
     lake = tmp_path / "lake"
     shuffled = frame_of(spark, ROWS).select(*reversed(COLUMNS))
-    assert write(spark, lake, shuffled, properties={"graftrec.time": "ordinal"}) == delta.Written(1, 5, True)
+    assert write(spark, lake, shuffled, properties={"graftrec.time": "ordinal"}) == spark_io.Written(1, 5, True)
     assert sorted(pl.read_delta(str(lake / "shows")).select(COLUMNS).rows(), key=str) == sorted(ROWS, key=str)
-    frame = delta.read(spark, str(lake), SHOWS)
-    assert frame.schema.simpleString() == delta.spark_schema(SHOWS).simpleString()
+    frame = spark_io.read(spark, str(lake), SHOWS)
+    assert frame.schema.simpleString() == spark_io.spark_schema(SHOWS).simpleString()
     assert rows_of(frame) == sorted(ROWS, key=str)
     assert rows_by_deltalake(lake) == sorted(ROWS, key=str)
-    some = delta.read(spark, str(lake), SHOWS, partitions={"domain": [ODD, "007"], "bucket": [1, 2]})
+    some = spark_io.read(spark, str(lake), SHOWS, partitions={"domain": [ODD, "007"], "bucket": [1, 2]})
     assert [row["user"] for row in some.sort("user").collect()] == [4, 5]
     assert not write(spark, lake, frame.where(F.raise_error(F.lit("computed")).isNotNull())).committed
     assert [path.name for path in (lake / "shows").iterdir() if path.name.startswith("_")] == ["_delta_log"]
@@ -85,7 +90,7 @@ def test_snapshots_modes_and_empty_frames(spark: SparkSession, tmp_path: Path) -
     write(spark, tmp_path, frame_of(spark, [(ODD, 1, 6, [6], "new", 6.0)]), "partitions", 3)
     write(spark, tmp_path, frame_of(spark, []), "partitions", 4, partition_scope={"domain": [ODDER]})
     write(spark, tmp_path, frame_of(spark, []), "overwrite", 5)
-    frames = [delta.read(spark, str(tmp_path), SHOWS, version=version) for version in range(6)]
+    frames = [spark_io.read(spark, str(tmp_path), SHOWS, version=version) for version in range(6)]
     users = [[row["user"] for row in frame.sort("user").collect()] for frame in frames]
     assert users == [[], [4, 5], [2, 3, 4, 5, 9], [2, 3, 6, 9], [2, 6, 9], []]
     assert frames[0].schema == frames[1].schema
@@ -94,10 +99,10 @@ def test_snapshots_modes_and_empty_frames(spark: SparkSession, tmp_path: Path) -
 def test_table_read_while_it_is_overwritten(spark: SparkSession, tmp_path: Path) -> None:
     """A pinned frame reads its snapshot, whatever comes after; a job may write the table it reads."""
     write(spark, tmp_path, frame_of(spark, ROWS))
-    pinned = delta.read(spark, str(tmp_path), SHOWS)
+    pinned = spark_io.read(spark, str(tmp_path), SHOWS)
     write(spark, tmp_path, pinned.withColumn("bucket", F.lit(3).cast("int")), app_version=2)
     assert rows_of(pinned) == sorted(ROWS, key=str)
-    assert {row["bucket"] for row in delta.read(spark, str(tmp_path), SHOWS).collect()} == {3}
+    assert {row["bucket"] for row in spark_io.read(spark, str(tmp_path), SHOWS).collect()} == {3}
 
 
 @pytest.mark.parametrize("constant", [True, False])
@@ -112,7 +117,7 @@ def test_files_are_sorted_and_compressed(spark: SparkSession, tmp_path: Path, wr
         F.lit(None).cast("float").alias("score"),
     )
     assert write(spark, tmp_path, frame).rows == 3_000
-    files = delta.snapshot_files(str(tmp_path), SHOWS)
+    files = spark_io.snapshot_files(str(tmp_path), SHOWS)
     assert sorted(file.partition["bucket"] or "" for file in files) == ["0", "1"]
     for file in files:
         path = tmp_path / "shows" / file.path
@@ -120,7 +125,7 @@ def test_files_are_sorted_and_compressed(spark: SparkSession, tmp_path: Path, wr
         assert users == sorted(users)
         assert pq.ParquetFile(path).schema_arrow.names == ["user", "items", "title", "score"]
         assert pq.read_metadata(path).row_group(0).column(0).compression == "ZSTD"
-    assert delta.read(spark, str(tmp_path), SHOWS).count() == 3_000
+    assert spark_io.read(spark, str(tmp_path), SHOWS).count() == 3_000
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,7 @@ def test_frame_that_breaks_the_contract_is_refused(
 
 
 def test_null_in_an_executor_is_one_line(spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta, "_write_local", delta._write_arrow)
+    monkeypatch.setattr(spark_io, "_write_local", spark_io._write_arrow)
     frame = frame_of(spark, ROWS).withColumn("user", F.when(F.col("user") > 4, F.col("user")))
     with pytest.raises(GraftrecError, match=r"user may not be null, found 1; mend the job$"):
         write(spark, tmp_path, frame)
@@ -157,7 +162,7 @@ def test_null_in_an_executor_is_one_line(spark: SparkSession, tmp_path: Path, mo
 def test_partition_values_too_long_for_a_folder(spark: SparkSession, tmp_path: Path) -> None:
     rows = sorted([*ROWS, ("x/" * 200, 0, 77, [], None, None)], key=str)
     write(spark, tmp_path, frame_of(spark, rows))
-    assert rows_of(delta.read(spark, str(tmp_path), SHOWS)) == rows
+    assert rows_of(spark_io.read(spark, str(tmp_path), SHOWS)) == rows
     assert rows_by_deltalake(tmp_path) == rows
 
 
@@ -165,26 +170,26 @@ def test_full_disk_is_one_line(spark: SparkSession, tmp_path: Path, monkeypatch:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(delta, "_move", full)
-    with pytest.raises(delta.LakeError, match="no space left"):
+    monkeypatch.setattr(spark_io, "_move", full)
+    with pytest.raises(spark_io.LakeError, match="no space left"):
         write(spark, tmp_path, frame_of(spark, ROWS))
-    assert delta.current_version(str(tmp_path), SHOWS) is None
+    assert spark_io.current_version(str(tmp_path), SHOWS) is None
     assert list((tmp_path / "shows").iterdir()) == []
 
 
 def test_lake_in_a_folder_with_an_odd_name(spark: SparkSession, tmp_path: Path, writer: str) -> None:
     lake = tmp_path / "lake [1] {2} é"
     write(spark, lake, frame_of(spark, ROWS))
-    assert rows_of(delta.read(spark, str(lake), SHOWS)) == sorted(ROWS, key=str)
+    assert rows_of(spark_io.read(spark, str(lake), SHOWS)) == sorted(ROWS, key=str)
 
 
 def test_files_by_other_writers_are_read(spark: SparkSession, tmp_path: Path) -> None:
     """Partition values come from the log, wherever a file lies."""
     write(spark, tmp_path, frame_of(spark, ROWS))
-    delta.commit_files(
+    spark_io.commit_files(
         str(tmp_path), SHOWS, [file_of(tmp_path, [70], ODD, 6)], mode="append", app="x", app_version=1, metadata={}
     )
-    found = delta.read(spark, str(tmp_path), SHOWS).where("user = 70 or user = 5").sort("user").collect()
+    found = spark_io.read(spark, str(tmp_path), SHOWS).where("user = 70 or user = 5").sort("user").collect()
     assert [(row["domain"], row["bucket"], row["user"]) for row in found] == [(ODD, 1, 5), (ODD, 6, 70)]
 
 
@@ -257,9 +262,9 @@ def test_driver_killed_and_run_again_lands_once(moment: str, spark: SparkSession
     again = drive(lake, "none", tmp_path)
     assert f"committed={moment != 'after the commit'}" in again.stdout, again.stderr
     assert users_of(lake) == list(range(1_000))
-    assert delta.read(spark, str(lake), SHOWS).count() == 1_000
-    named = {file.path for file in delta.snapshot_files(str(lake), SHOWS)}
-    orphans = delta.remove_orphans(str(lake), SHOWS, older_than_seconds=-1, keep_versions=[])
+    assert spark_io.read(spark, str(lake), SHOWS).count() == 1_000
+    named = {file.path for file in spark_io.snapshot_files(str(lake), SHOWS)}
+    orphans = spark_io.remove_orphans(str(lake), SHOWS, older_than_seconds=-1, keep_versions=[])
     assert bool(orphans) == (moment != "after the commit")
     assert not named & set(orphans)
     assert users_of(lake) == list(range(1_000))

@@ -18,9 +18,9 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError
 from shows import SHOWS, commit, deliver, deliver_and_die, deliver_together, file_of, users_of
 
-from etl import commit as committing
-from etl.commit import CommitConflict, Written, landed
-from etl.lake import LakeError, active_files, current_version, existing_table, last_commit, transactions
+from etl.lake import commit as committing
+from etl.lake.commit import CommitConflict, Written, landed
+from etl.lake.snapshots import LakeError, active_files, current_version, existing_table, last_commit, transactions
 
 SPAWN = multiprocessing.get_context("spawn")  # neither deltalake nor Spark survives a fork
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shows import SHOWS, commit, file_of, users_of
 
-from etl.commit import commit_files
-from etl.config import GraftrecError
-from etl.datafile import DataFile, InvalidFile, check_path, data_schema, partition_text, partition_value
-from etl.lake import LakeError, UnsupportedFeature, active_files, existing_table
+from etl.lake.commit import commit_files
+from etl.lake.datafile import DataFile, InvalidFile, check_path, data_schema, partition_text, partition_value
+from etl.lake.snapshots import LakeError, UnsupportedFeature, active_files, existing_table
+from etl.settings import GraftrecError
 from etl.tables import Table
 
 replace = dataclasses.replace

@@ -12,8 +12,8 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from shows import SHOWS, commit, deliver, file_of, users_of
 
-from etl.lake import LakeError, UnsupportedFeature, current_version, last_commit, snapshot_files, table_uri
-from etl.orphans import remove_orphans
+from etl.lake.retention import remove_orphans
+from etl.lake.snapshots import LakeError, UnsupportedFeature, current_version, last_commit, snapshot_files, table_uri
 
 
 def log_entry(lake: Path, version: int) -> Path:

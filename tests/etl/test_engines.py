@@ -22,11 +22,12 @@ import pytest
 import yaml
 from pyspark.sql import SparkSession
 
-from etl import delta
 from etl.__main__ import main
-from etl.config import ConfigError, SparkConfig
-from etl.jobs.pipeline import JOBS
+from etl.config import SparkConfig
+from etl.lake import spark_io
+from etl.pipeline.run import JOBS
 from etl.session import choose_engine, num_bytes
+from etl.settings import ConfigError
 from etl.tables import QUARANTINE, RELEASES, TABLES, Table
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +151,7 @@ def _assert_same(lake: Path, other: Path) -> None:
 def _assert_layout(lake: Path) -> None:
     """Zstd, a row group's bounds, hive folders, rows sorted within each file."""
     for table in WRITTEN:
-        files = delta.snapshot_files(str(lake), table)
+        files = spark_io.snapshot_files(str(lake), table)
         assert files or table is QUARANTINE, table.name
         for file in files:
             folders = [f"{name}={file.partition[name]}" for name in table.partition_by]
@@ -158,7 +159,7 @@ def _assert_layout(lake: Path) -> None:
             read = pq.ParquetFile(lake / table.name / file.path)
             groups = [read.metadata.row_group(k) for k in range(read.num_row_groups)]
             assert {group.column(0).compression for group in groups} == {"ZSTD"}
-            assert all(0 < group.num_rows <= delta.ROW_GROUP_ROWS for group in groups)
+            assert all(0 < group.num_rows <= spark_io.ROW_GROUP_ROWS for group in groups)
             keys = [tuple(row.values()) for row in read.read(list(table.order)).to_pylist()]
             assert keys == sorted(keys, key=_nulls_first), (table.name, file.path)
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from etl.config import GeneratorSource
-from etl.sources.behaviour import draw_tastes
-from etl.sources.generator import BLOCK, events
-from etl.sources.world import ACTORS, world
+from etl.generator.behaviour import draw_tastes
+from etl.generator.synthetic_catalogue import ACTORS, world
+from etl.generator.synthetic_log import BLOCK, events
 
 SMALL = {"users": 600, "items": 240, "mean_events": 40}
 

@@ -4,8 +4,9 @@ import pydantic
 import pytest
 from pyspark.sql import SparkSession
 
-from etl.config import ConfigError, DomainConfig
+from etl.config import DomainConfig
 from etl.jobs import domains, entities, knowledge, social
+from etl.settings import ConfigError
 from etl.tables import DOMAINS, ENTITIES, KNOWLEDGE, SOCIAL
 from tests.etl.frames import frame
 

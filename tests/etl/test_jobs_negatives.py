@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from etl import draws
 from etl.config import NegativesConfig
-from etl.draws import Candidates, candidates, draw, taken
+from etl.histories import negative_sampling
+from etl.histories.negative_sampling import Candidates, candidates, draw, taken
 from etl.jobs import negatives
 from etl.tables import FIRST_INDEX, NEGATIVES
 
@@ -20,7 +20,7 @@ ALL = ("uniform-100", "popular-100", "top-100")
 def _candidates(size: int, weight: np.ndarray | None = None, *, first: int = FIRST_INDEX) -> Candidates:
     """Items first, first + 1… of falling popularity."""
     index = np.arange(first, first + size)
-    word = np.array([draws.word_of(f"item-{i}") for i in index], np.uint64)
+    word = np.array([negative_sampling.word_of(f"item-{i}") for i in index], np.uint64)
     return candidates(index, word, np.arange(size, 0, -1) if weight is None else np.asarray(weight))
 
 
@@ -73,12 +73,14 @@ def test_uniform_draws_each_item_equally_often(size: int) -> None:
     assert stats.chi2(size - 4).ppf(0.0001) < scaled < stats.chi2(size - 4).ppf(0.9999)
 
 
-@pytest.mark.parametrize("rounds", [0, 1, draws.ROUNDS])  # by a race alone; begun by rejection; by rejection
+@pytest.mark.parametrize(
+    "rounds", [0, 1, negative_sampling.ROUNDS]
+)  # by a race alone; begun by rejection; by rejection
 def test_popular_draws_in_proportion_to_popularity_without_replacement(
     rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(draws, "SMALL", 0)
-    monkeypatch.setattr(draws, "ROUNDS", rounds)
+    monkeypatch.setattr(negative_sampling, "SMALL", 0)
+    monkeypatch.setattr(negative_sampling, "ROUNDS", rounds)
     weight = np.array([400, 300, 200, 100, 1, 0, 0])
     found = _draw(_candidates(7, weight), [[FIRST_INDEX + 5]] * 20_000, "popular-100", wanted=4)
     drawn = np.array(found) - FIRST_INDEX
@@ -98,8 +100,8 @@ def test_popular_with_rejection_has_the_distribution_of_the_race(monkeypatch: py
     weight = (1e5 * np.arange(1, 601) ** -1.1).astype(np.int64) + 1
     chosen, seen = _candidates(600, weight), [list(range(5, 25))] * 3_000
     counts = []
-    for rounds in (0, draws.ROUNDS):
-        monkeypatch.setattr(draws, "ROUNDS", rounds)
+    for rounds in (0, negative_sampling.ROUNDS):
+        monkeypatch.setattr(negative_sampling, "ROUNDS", rounds)
         found = _draw(chosen, seen, "popular-100", stream=f"{rounds}/d/test")
         counts.append(np.bincount(np.concatenate(found) - FIRST_INDEX, minlength=600)[20:])
     share = (counts[0] + counts[1]) / 6_000

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from deltalake import DeltaTable
 
-from etl.commit import commit_files
-from etl.config import RunAgain
 from etl.jobs.releases import check_inputs
-from etl.lake import current_version
+from etl.lake.commit import commit_files
+from etl.lake.snapshots import current_version
+from etl.settings import RunAgain
 from etl.tables import INTERACTIONS, ITEMS, QUARANTINE, USERS, Table
 
 

@@ -18,13 +18,14 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 from written_lakes import BUCKETS, events, vocabulary, write_lake, write_table
 
-from etl import bucketed, histories, renewal
-from etl.commit import commit_files
-from etl.config import ConfigError, DomainConfig, EtlConfig, GeneratorSource, GraftrecError, SplitConfig
-from etl.delta import data_files
+from etl.config import DomainConfig, EtlConfig, GeneratorSource, SplitConfig
+from etl.histories import bucket_writer, incremental, reader
 from etl.jobs import baskets, sequences
 from etl.jobs.job import Engine, Outcome, Run, due
-from etl.lake import snapshot_files
+from etl.lake.commit import commit_files
+from etl.lake.snapshots import snapshot_files
+from etl.lake.spark_io import data_files
+from etl.settings import ConfigError, GraftrecError
 from etl.tables import BASKETS, FIRST_INDEX, INTERACTIONS, SEQUENCES, USERS, Table, bucket_of, cold_user_hash
 from etl.tables import DOMAINS as DOMAINS_TABLE
 from etl.tables import ITEMS as ITEMS_TABLE
@@ -54,7 +55,7 @@ def _made(
     versions = write_lake(lake, log, users=users, items=ITEMS, domains=DOMAINS, files=files)
     (lake / table.name).mkdir()
     job, columns = (sequences, ("event_type", "value")) if table is SEQUENCES else (baskets, ("basket",))
-    read = histories.inputs(str(lake), versions, names=list(DOMAINS), columns=columns, max_events=max_events)
+    read = reader.inputs(str(lake), versions, names=list(DOMAINS), columns=columns, max_events=max_events)
     if table is BASKETS and not read.columns and gap is None:
         return {}
     rows = partial(job.rows, names=list(DOMAINS), splits=splits)
@@ -70,7 +71,7 @@ def _made(
         for part in (kept[::2], [], kept[1::2])
     ]
     found: Rows = {}
-    for batch in bucketed.write_task(iter(batches), rows=rows, lake=str(lake), table=table, read=read):
+    for batch in bucket_writer.write_task(iter(batches), rows=rows, lake=str(lake), table=table, read=read):
         for entry in map(json.loads, batch["file"].to_pylist()):
             part = entry["partition"]
             written = pq.ParquetFile(lake / table.name / entry["path"]).read().to_pylist()
@@ -417,8 +418,8 @@ def test_tables_equal_plain_loops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, full: bool, part: int, chunk: int, most: int
 ) -> None:
     """Whatever the parts a bucket is cut into, the files the log lies in, ties, and how long a history may be."""
-    monkeypatch.setattr(histories, "PART_EVENTS", part)
-    monkeypatch.setattr(histories, "CHUNK_EVENTS", chunk)
+    monkeypatch.setattr(reader, "PART_EVENTS", part)
+    monkeypatch.setattr(reader, "CHUNK_EVENTS", chunk)
     log = _random_log(times, size=700, times=times, full=full)
     users = {f"u{number}": number % 7 != 3 for number in range(35)}  # the log has users that the vocabulary lacks
     shown: list[dict[str, Any]] = []
@@ -440,7 +441,7 @@ def test_rows_copied_or_renewed_equal_plain_loops(
 ) -> None:
     """Day after day: late events and ties, types and values for the first time, new users and items, users who are kept
     from now on or no longer. The old log isn't even named where no old event counts that didn't before."""
-    for module in (bucketed, histories, renewal):
+    for module in (bucket_writer, reader, incremental):
         monkeypatch.setattr(module, "PART_EVENTS", part)
     names, rows = list(DOMAINS), partial(sequences.rows, names=list(DOMAINS), splits=DAYS_SPLITS)
     everyone = {f"u{number}": True for number in range(30)}
@@ -478,17 +479,17 @@ def test_rows_copied_or_renewed_equal_plain_loops(
             (DOMAINS_TABLE, members),
         ):
             versions[table.name] = write_table(tmp_path, table, content).version
-        read = histories.inputs(str(tmp_path), versions, names=names, columns=("event_type", "value"), max_events=most)
+        read = reader.inputs(str(tmp_path), versions, names=names, columns=("event_type", "value"), max_events=most)
         if number:
             appended = [file for file in snapshot_files(str(tmp_path), INTERACTIONS) if file.path not in held]
-            before = renewal.before_of(str(tmp_path), None, appended, [LAST.name, CAUSAL.name])
+            before = incremental.before_of(str(tmp_path), None, appended, [LAST.name, CAUSAL.name])
             assert before is not None
             if not needed and most > len(log) and part > len(log):
                 read = replace(read, log={})
         kept = [row | {"bucket": bucket_of(row["user"], BUCKETS)} for row in vocabulary("user", users, degree)]
         batch = pa.RecordBatch.from_pylist([row for row in kept if row["kept"]], schema=_USERS)
         (tmp_path / SEQUENCES.name).mkdir(exist_ok=True)
-        told = bucketed.write_task([batch], rows, str(tmp_path), SEQUENCES, read, before)
+        told = bucket_writer.write_task([batch], rows, str(tmp_path), SEQUENCES, read, before)
         files = data_files(entry for batch in told for entry in batch["file"].to_pylist())
         commit_files(str(tmp_path), SEQUENCES, files, mode="overwrite", app=f"{number}", app_version=0, metadata={})
         found: dict[Any, Any] = {}
@@ -511,12 +512,12 @@ def test_time_order_equals_polars(users: int, scale: int) -> None:
     source_order = draw.permutation(3_000)
     rows = pl.DataFrame({"user": user, "time": time, "source_order": source_order}).with_row_index("row")
     expected = rows.sort("user", "time", "source_order")["row"].to_list()
-    assert histories.time_order(user, time, source_order).tolist() == expected
+    assert reader.time_order(user, time, source_order).tolist() == expected
 
 
 def test_long_lists_make_small_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucketed, "ROW_GROUP_BYTES", 1_000)
-    monkeypatch.setattr("etl.delta.ROW_GROUP_BYTES", 1_000)
+    monkeypatch.setattr(bucket_writer, "ROW_GROUP_BYTES", 1_000)
+    monkeypatch.setattr("etl.lake.spark_io.ROW_GROUP_BYTES", 1_000)
     log = [(f"u{number % 9}", "a", number) for number in range(450)]
     shown: list[dict[str, Any]] = []
     _made(tmp_path, log, SEQUENCES, [LAST], {f"u{number}": True for number in range(9)}, shown=shown)
@@ -532,22 +533,22 @@ def test_files_of_two_engines_are_read_as_one(tmp_path: Path) -> None:
     """What one engine calls nullable, the other doesn't."""
     log, bucket = [("u", "a", 1), ("u", "b", 2)], bucket_of("u", BUCKETS)
     versions = write_lake(tmp_path, log, users={"u": True}, items=ITEMS, domains=DOMAINS)
-    read = histories.inputs(str(tmp_path), versions, names=list(DOMAINS), columns=(), max_events=9)
+    read = reader.inputs(str(tmp_path), versions, names=list(DOMAINS), columns=(), max_events=9)
     (path,) = read.log[bucket]
     nullable = pa.schema([field.with_nullable(True) for field in INTERACTIONS.schema if field.name != "bucket"])
     pq.write_table(
         pa.Table.from_pylist(events([("u", "c", 3)], first=2), nullable), tmp_path / "interactions" / "other.parquet"
     )
     read = replace(read, log={bucket: (path, "other.parquet")})
-    catalogue = histories.read_catalogue(read)
-    (found,) = histories.events_of(pa.array(["u"]), bucket, catalogue, read)
+    catalogue = reader.read_catalogue(read)
+    (found,) = reader.events_of(pa.array(["u"]), bucket, catalogue, read)
     assert found["time"].to_pylist() == [1, 2, 3]
 
 
 def test_a_damaged_file_of_the_log_is_named(tmp_path: Path) -> None:
     log = [("u", "a", 1), ("u", "b", 2)]
     versions = write_lake(tmp_path, log, users={"u": True}, items=ITEMS, domains=DOMAINS)
-    read = histories.inputs(str(tmp_path), versions, names=list(DOMAINS), columns=(), max_events=9)
+    read = reader.inputs(str(tmp_path), versions, names=list(DOMAINS), columns=(), max_events=9)
     (path,) = (tmp_path / INTERACTIONS.name).rglob("*.parquet")
     path.write_bytes(path.read_bytes()[:-50] + b"\0" * 50)
     users = pa.RecordBatch.from_pylist(
@@ -555,7 +556,7 @@ def test_a_damaged_file_of_the_log_is_named(tmp_path: Path) -> None:
     )  # fmt: skip
     rows = partial(sequences.rows, names=list(DOMAINS), splits=[LAST])
     with pytest.raises(GraftrecError, match=r"bucket=\d/part-[\w.]+: expected the bytes once written"):
-        list(bucketed.write_task([users], rows=rows, lake=str(tmp_path), table=SEQUENCES, read=read))
+        list(bucket_writer.write_task([users], rows=rows, lake=str(tmp_path), table=SEQUENCES, read=read))
     assert not list((tmp_path / "sequences").rglob("*.parquet"))
 
 

@@ -13,11 +13,11 @@ from obstore.store import from_url
 from shows import SHOWS, commit, deliver, file_of, users_of
 from writers import holder
 
-from etl import lease
-from etl.commit import commit_files
-from etl.lake import LakeError, current_version
-from etl.lease import DEAD_SECONDS, LEASE, LakeBusy, LeaseLost, check_lease, writing
-from etl.orphans import remove_orphans
+from etl.lake import lease
+from etl.lake.commit import commit_files
+from etl.lake.lease import DEAD_SECONDS, LEASE, LakeBusy, LeaseLost, check_lease, writing
+from etl.lake.retention import remove_orphans
+from etl.lake.snapshots import LakeError, current_version
 
 
 def wait_for(lake: str, seconds: float) -> None:

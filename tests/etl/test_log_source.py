@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from pyspark.sql import SparkSession
 
-from etl.config import CleaningConfig, GraftrecError, LogSource
+from etl.config import CleaningConfig, LogSource
 from etl.session import user_errors
+from etl.settings import GraftrecError
 from etl.sources import delimited, files, structured, values
 from etl.sources.files import RawFile
 from etl.sources.log import FileLog

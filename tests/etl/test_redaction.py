@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from etl.command import run_command
-from etl.config import ConfigError, EtlConfig, GraftrecError, Section, SparkConfig, load
+from etl.config import EtlConfig, SparkConfig
 from etl.redaction import has_credentials, is_secret, redact, without_secrets
+from etl.settings import ConfigError, GraftrecError, Section, load
 
 SHORT, LONG = "tell-nobody1", "a+/Z" * 75
 

@@ -7,9 +7,9 @@ import pytest
 
 from etl import source_hash as sources
 from etl.jobs.job import job_code_version
-from etl.jobs.pipeline import JOBS
+from etl.pipeline.run import JOBS
 from etl.source_hash import imported_sources, source_hash
-from trainer.identity import WITHOUT_EFFECT, code_hash
+from trainer.code_hash import WITHOUT_EFFECT, code_hash
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,14 +30,14 @@ def edit(file: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "edited"),
     [
-        ("trainer.pretrain", "baselines"),  # two imports away, behind what validates
-        ("trainer.pretrain", "models/chunks"),
-        ("trainer.finetune", "adapters"),
-        ("trainer.evaluate", "metrics"),
-        ("trainer.recommend", "baselines"),
-        ("trainer.recommend", "data/baskets"),
-        ("trainer.contenders", "baselines"),
-        ("trainer.contenders", "tasks/user_vector"),
+        ("trainer.recipes.pretrain", "baselines"),  # two imports away, behind what validates
+        ("trainer.recipes.pretrain", "models/chunks"),
+        ("trainer.recipes.finetune", "adapters"),
+        ("trainer.recipes.evaluate", "metrics"),
+        ("trainer.recipes.recommend", "baselines"),
+        ("trainer.recipes.recommend", "data/baskets"),
+        ("trainer.evaluation.scorers", "baselines"),
+        ("trainer.evaluation.scorers", "tasks/user_vector"),
     ],
 )
 def test_code_hash_changes_with_a_module_imports_away(copied: Path, recipe: str, edited: str) -> None:
@@ -47,10 +47,10 @@ def test_code_hash_changes_with_a_module_imports_away(copied: Path, recipe: str,
 
 
 def test_code_hash_stays_where_a_module_without_part_changes(copied: Path) -> None:
-    before = code_hash("trainer.pretrain")
+    before = code_hash("trainer.recipes.pretrain")
     for module in ("tracking", "recommend", "report"):
         edit(copied / "trainer" / f"{module}.py")
-    assert code_hash("trainer.pretrain") == before
+    assert code_hash("trainer.recipes.pretrain") == before
 
 
 def test_job_code_version_follows_imports_and_sources(copied: Path) -> None:
@@ -63,7 +63,7 @@ def test_job_code_version_follows_imports_and_sources(copied: Path) -> None:
 
 
 def test_every_module_without_effect_is_there() -> None:
-    names = {name for module in ("trainer.pretrain", "trainer.evaluate", "trainer.recommend", "trainer.__main__")
+    names = {name for module in ("trainer.recipes.pretrain", "trainer.recipes.evaluate", "trainer.recipes.recommend", "trainer.__main__")
              for name in imported_sources(module)}  # fmt: skip
     assert names >= WITHOUT_EFFECT
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from pyspark.sql import SparkSession
 
-from etl.config import CleaningConfig, GraftrecError, LogSource
+from etl.config import CleaningConfig, LogSource
+from etl.settings import GraftrecError
 from etl.sources.log import FileLog
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from etl.commit import Written, commit_files
-from etl.delta import FileWriter, Mode, data_files
-from etl.lake import table_filesystem
+from etl.lake.commit import Written, commit_files
+from etl.lake.snapshots import table_filesystem
+from etl.lake.spark_io import FileWriter, Mode, data_files
 from etl.tables import DOMAINS, FIRST_INDEX, INTERACTIONS, ITEMS, USERS, Table, bucket_of
 
 BUCKETS = 4

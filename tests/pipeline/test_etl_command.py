@@ -11,10 +11,10 @@ import pytest
 import yaml
 from pyspark.sql import SparkSession
 
-from etl import delta
 from etl.__main__ import main
-from etl.jobs.pipeline import JOBS
-from etl.jobs.report import lines, make_report
+from etl.lake import spark_io
+from etl.pipeline.report import lines, make_report
+from etl.pipeline.run import JOBS
 from etl.tables import FIRST_INDEX, INTERACTIONS, RELEASES, TABLES
 
 HEADER = "user,item,ts\n"
@@ -59,7 +59,7 @@ def _configure(folder: Path, **changed: Any) -> Path:
 
 
 def _versions(lake: Path) -> dict[str, int | None]:
-    return {name: delta.current_version(str(lake), table) for name, table in TABLES.items()}
+    return {name: spark_io.current_version(str(lake), table) for name, table in TABLES.items()}
 
 
 def _table(lake: Path, name: str) -> pl.DataFrame:
@@ -206,7 +206,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(
         assert sorted(p.name for p in tmp_path.rglob("*.parquet")) == []
     else:
         assert not (tmp_path / "lake" / "releases").exists()
-        assert delta.current_version(str(tmp_path / "lake"), INTERACTIONS) is None
+        assert spark_io.current_version(str(tmp_path / "lake"), INTERACTIONS) is None
 
 
 def test_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
@@ -220,4 +220,4 @@ def test_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("etl: source.events.path: expected a file")
     assert done.stderr.count("\n") == 1
-    assert delta.current_version(str(tmp_path / "lake"), RELEASES) is None
+    assert spark_io.current_version(str(tmp_path / "lake"), RELEASES) is None

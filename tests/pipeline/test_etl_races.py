@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from etl.config import EtlConfig
-from etl.jobs.pipeline import JOBS
+from etl.pipeline.run import JOBS
 
 ROOT = Path(__file__).parents[2]
 DAYS = {"a": range(8), "b": range(3, 14)}  # users of either log
@@ -115,7 +115,7 @@ def _log_of(users: set[str]) -> str:
 def test_a_run_ends_with_5_where_another_is_writing(tmp_path: Path) -> None:
     config = _configure(tmp_path, "a")
     hold = (
-        "import sys; from etl.lease import writing; from etl.tables import RELEASES\n"
+        "import sys; from etl.lake.lease import writing; from etl.tables import RELEASES\n"
         "with writing(sys.argv[1], RELEASES):\n    print('holding', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(tmp_path / "lake")]

@@ -13,8 +13,8 @@ import pytest
 from pyspark.sql import SparkSession
 
 from etl.__main__ import main
-from etl.jobs.pipeline import JOBS
-from etl.jobs.report import Report, make_report
+from etl.pipeline.report import Report, make_report
+from etl.pipeline.run import JOBS
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 SMALL = {

@@ -15,23 +15,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from etl.config import ConfigError
+from etl.settings import ConfigError
 from tests.trainer.folders import write_model
 from tests.trainer.lakes import build_tiny_lake
-from trainer import survey
-from trainer.artifact import load_artifact
-from trainer.comparison import evaluate_contenders
 from trainer.config import FinetuneConfig
-from trainer.contenders import model_contender, read_evaluation_set
-from trainer.data.dataset import pin
-from trainer.hypotheses import from_scratch_of
-from trainer.metrics import means
+from trainer.data.release import pin
+from trainer.evaluation.comparison import evaluate_contenders
+from trainer.evaluation.ranking_metrics import means
+from trainer.evaluation.scorers import model_contender, read_evaluation_set
+from trainer.inference.model_folder import load_artifact
+from trainer.report import survey
+from trainer.report.hypotheses import from_scratch_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
-import experiment
-import results
-from experiment import ExperimentConfig, Row, cells_of, load_experiment, planned
+from trainer.experiment import plan, results, run
+from trainer.experiment.plan import ExperimentConfig, Row, cells_of, planned
+from trainer.experiment.run import load_experiment
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"width": 8, "max_length": 24, "user_width": 4, "knowledge_width": 4}
@@ -119,7 +119,7 @@ def test_only_the_rows_asked_for_are_trained() -> None:
         "bert4rec-deep-next_item-plain-4",
     ]
     assert {row.id for row in rows if not row.reason} == {wanted}
-    assert list(experiment._missing(rows)) == []  # not asked for is no failure
+    assert list(run._missing(rows)) == []  # not asked for is no failure
 
 
 def test_a_searchs_winners_are_for_the_rows_of_their_transfer(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
     given = settings(lake, tmp_path, bert4rec=None, own=own, seeds=[0, 1])
     file = tmp_path / "own.yaml"
     file.write_text(json.dumps(given | {"evaluation": {"protocols": ["full"]}}))
-    assert experiment.main(["--experiment", str(file)]) == 0
+    assert run.main(["--experiment", str(file)]) == 0
     found = json.loads((tmp_path / "tiny" / "results.json").read_text())
     rows = {row["id"]: row for row in found["rows"] if row["kind"] == "own"}
     assert {row["status"] for row in rows.values()} == {"done"}
@@ -261,7 +261,7 @@ def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
 def test_settings_that_make_no_experiment_are_one_line(
     more: Sequence[str], told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert experiment.main(["--experiment", "table2", *more]) == 2
+    assert run.main(["--experiment", "table2", *more]) == 2
     assert re.fullmatch(rf"experiment: .*{told}.*\n", capsys.readouterr().err)
 
 
@@ -316,13 +316,13 @@ def test_rows_whose_transfer_would_copy_nothing_are_left_out(capsys: pytest.Capt
     empty = [row for row in rows if row.reason]
     assert {row.transfer for row in empty} == {"shallow"}
     assert not any(row.cells for row in empty)
-    experiment._check_rows(rows)
+    plan.check_rows(rows)
     assert capsys.readouterr().out.splitlines() == [f"{row.id} is left out: {row.reason}" for row in empty]
 
 
 def test_an_experiment_of_such_rows_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--rows", "[bert4rec/shallow/next_item/plain]"]
-    assert experiment.main(["--experiment", "table2", "--preset", "small", *BARE, *asked]) == 2
+    assert run.main(["--experiment", "table2", "--preset", "small", *BARE, *asked]) == 2
     assert re.fullmatch(r"experiment: rows: bert4rec/shallow.*transfer deep.*\n", capsys.readouterr().err)
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from etl.config import load, replaced
+from etl.settings import load, replaced
 from trainer import __main__ as trainer
-from trainer import promote
 from trainer.config import RecommendConfig
-from trainer.gate import Check, Decision
-from trainer.hints import recommend_command
+from trainer.evaluation.gate import Check, Decision
+from trainer.recipes import promote
+from trainer.recipes.hints import recommend_command
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
-import pipeline
-from pipeline import PipelineConfig, Trained
+from trainer.recipes import pipeline
+from trainer.recipes.pipeline_plan import PipelineConfig, Trained
 
 SETTINGS = [
     "--etl.lake", "my lake", "--runs", "my runs", "--registered_model", "shop", "--recommend.k", "7",

@@ -11,7 +11,7 @@ import pytest
 
 from etl.__main__ import main as etl
 from trainer.__main__ import main as trainer
-from trainer.report import main as report
+from trainer.report.report import main as report
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = {

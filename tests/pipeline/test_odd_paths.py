@@ -9,8 +9,9 @@ import polars as pl
 import pytest
 import yaml
 
-from etl.config import ConfigError, EtlConfig, load, texts
+from etl.config import EtlConfig
 from etl.plain_path import plain_path
+from etl.settings import ConfigError, load, texts
 from etl.sources.files import find_files
 from trainer.config import PretrainConfig
 

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from etl.config import ConfigError, GraftrecError, load, replaced
+from etl.settings import ConfigError, GraftrecError, load, replaced
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
-import companion
-import pipeline
-from pipeline import PipelineConfig, Trained
-
 from trainer.config import FinetuneConfig, GateConfig
+from trainer.recipes import companion, pipeline, pipeline_plan
+from trainer.recipes.pipeline_plan import PipelineConfig, Trained
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,14 +40,14 @@ def trained(**scores: list[float]) -> list[Trained]:
 
 
 def test_lake_and_release_flow_through_every_step() -> None:
-    config, planned = pipeline.plan(demo("--etl.lake", "elsewhere"))
+    config, planned = pipeline_plan.plan(demo("--etl.lake", "elsewhere"))
     models = trained(none=[0.1, 0.1], deep=[0.2, 0.3])
-    cells, _ = pipeline.cells_of(config, planned, 7)
+    cells, _ = pipeline_plan.cells_of(config, planned, 7)
     assert {(cell.config.data.lake, cell.config.data.release) for cell in cells} == {("elsewhere", 7)}
     for made in (
-        pipeline.evaluate_config(config, "target", 7, models),
-        pipeline.promote_config(config, "target", 7, models),
-        pipeline.recommend_config(config, "target", 7),
+        pipeline_plan.evaluate_config(config, "target", 7, models),
+        pipeline_plan.promote_config(config, "target", 7, models),
+        pipeline_plan.recommend_config(config, "target", 7),
     ):
         assert (made.lake, made.release, made.domain) == ("elsewhere", 7, "target")
 
@@ -59,7 +57,7 @@ def test_gate_takes_its_thresholds_from_its_yaml(name: str) -> None:
     wanted = load(GateConfig, "gate/default")
     assert wanted != GateConfig(), "the file says nothing that the type doesn't"
     config = load(PipelineConfig, name)
-    assert pipeline.promote_config(config, "target", 1, trained(none=[0.1], deep=[0.2])).gate == wanted
+    assert pipeline_plan.promote_config(config, "target", 1, trained(none=[0.1], deep=[0.2])).gate == wanted
 
 
 @pytest.mark.parametrize(
@@ -82,15 +80,15 @@ def test_settings_that_go_with_no_training_are_refused_before_tables_are_made(
 
 
 def test_only_transfers_share_items_with_a_parent() -> None:
-    config, planned = pipeline.plan(demo("--finetune.shared_items", "true"))
-    _, of_target = pipeline.cells_of(config, planned, 1)
+    config, planned = pipeline_plan.plan(demo("--finetune.shared_items", "true"))
+    _, of_target = pipeline_plan.cells_of(config, planned, 1)
     shared = {label: cell.config.shared_items for (label, _), cell in of_target["target"].items()}
     assert shared == {"none": False, "shallow": True, "deep": True, "all-domains": False, "cold-users": False}
 
 
 def test_each_training_has_a_folder_of_its_own() -> None:
-    config, planned = pipeline.plan(shop("music", "films", targets="[music, films]"))
-    cells, of_target = pipeline.cells_of(config, planned, 1)
+    config, planned = pipeline_plan.plan(shop("music", "films", targets="[music, films]"))
+    cells, of_target = pipeline_plan.cells_of(config, planned, 1)
     assert (
         len({cell.folder for cell in cells})
         == len(cells)
@@ -104,20 +102,20 @@ def test_each_training_has_a_folder_of_its_own() -> None:
 
 
 def test_a_model_of_all_domains_predicts_the_target_on_a_split_that_holds_its_items_out() -> None:
-    config, planned = pipeline.plan(shop("music", "films", targets="[music, films]"))
-    _, of_target = pipeline.cells_of(config, planned, 1)
+    config, planned = pipeline_plan.plan(shop("music", "films", targets="[music, films]"))
+    _, of_target = pipeline_plan.cells_of(config, planned, 1)
     for target in ("music", "films"):
         data = of_target[target]["all-domains", 0].config.data
         split = next(split for split in config.etl.splits if split.name == data.split)
         assert (data.domain, data.predicted, split.joint_target) == ("all", target, target)
     plain = next(split for split in config.etl.splits if split.name == "last-5")
     assert (split.validation, split.test, split.min_train) == (plain.validation, plain.test, plain.min_train)
-    assert pipeline.plan(config)[0].etl.splits == config.etl.splits  # found, not added again
+    assert pipeline_plan.plan(config)[0].etl.splits == config.etl.splits  # found, not added again
 
 
 def test_movielens_has_the_split_for_all_domains_already() -> None:
     config = load(PipelineConfig, "pipeline/ml1m")
-    planned = pipeline.plan(config)
+    planned = pipeline_plan.plan(config)
     assert (planned[1].joint_splits, planned[0].etl.splits) == ({"target": "joint-5"}, config.etl.splits)
 
 
@@ -132,13 +130,13 @@ BARE = ("--finetune.model.user_width", "0", "--finetune.model.knowledge", "{}")
 
 
 def test_a_transfer_that_would_copy_nothing_is_left_out_of_several() -> None:
-    config, planned = pipeline.plan(demo(*BARE))
+    config, planned = pipeline_plan.plan(demo(*BARE))
     assert planned.transfers == ("none", "deep")
     assert len(planned.notes) == 1
     assert planned.notes[0].startswith("shallow is left out: transfer shallow copies user and knowledge embeddings")
-    _, of_target = pipeline.cells_of(config, planned, 1)
+    _, of_target = pipeline_plan.cells_of(config, planned, 1)
     assert {label for label, _ in of_target["target"]} == {"none", "deep", "all-domains", "cold-users"}
-    assert pipeline.plan(demo())[1].notes == ()
+    assert pipeline_plan.plan(demo())[1].notes == ()
 
 
 def test_a_transfer_that_would_copy_nothing_is_refused_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,33 +151,33 @@ def test_a_transfer_is_left_out_where_domains_share_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of that target only; the other keeps it."""
-    config, planned = pipeline.plan(shop("music", "films", targets="[music, films]"))
+    config, planned = pipeline_plan.plan(shop("music", "films", targets="[music, films]"))
 
     def empty(made: FinetuneConfig, release: object, source: str) -> str:
         return "they share no user" if (made.transfer, made.data.domain) == ("shallow", "music") else ""
 
-    monkeypatch.setattr("trainer.empty_transfer.empty_by_data", empty)
+    monkeypatch.setattr("trainer.training.empty_transfer.empty_by_data", empty)
     release = SimpleNamespace(number=1)
-    found = pipeline.without_empty(config, planned, release)
+    found = pipeline_plan.without_empty(config, planned, release)
     assert capsys.readouterr().out == "music/shallow is left out: they share no user\n"
-    _, of_target = pipeline.cells_of(config, found, 1)
+    _, of_target = pipeline_plan.cells_of(config, found, 1)
     assert {label for label, _ in of_target["films"]} - {label for label, _ in of_target["music"]} == {"shallow"}
     alone = replaced(config, transfers=("none", "shallow"))
     with pytest.raises(ConfigError, match="transfers: they share no user; transfer deep"):
-        pipeline.without_empty(alone, pipeline.plan(alone)[1], release)
+        pipeline_plan.without_empty(alone, pipeline_plan.plan(alone)[1], release)
 
 
 def test_without_domains_one_model_of_the_whole_log_is_trained() -> None:
-    _, planned = pipeline.plan(shop())
+    _, planned = pipeline_plan.plan(shop())
     assert (planned.source, planned.targets, planned.transfers) == (None, ("all",), ("none",))
     assert planned.joint_splits == {}
 
 
 def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scratch() -> None:
     config = demo("--etl.domains", "[{name: music, any_of: [music]}]")
-    config, planned = pipeline.plan(config)
+    config, planned = pipeline_plan.plan(config)
     assert (planned.source, planned.targets, planned.transfers) == (None, ("music",), ("none",))
-    asked = pipeline.promote_config(config, "music", 1, trained(none=[0.1, 0.3]))
+    asked = pipeline_plan.promote_config(config, "music", 1, trained(none=[0.1, 0.3]))
     assert (asked.candidate, asked.from_scratch) == (str(Path("runs/none-1/model")), ())
 
 
@@ -203,7 +201,7 @@ def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scra
 )
 def test_domains_that_do_not_fit_the_log_are_named(config: Callable[[], PipelineConfig], message: str) -> None:
     with pytest.raises(GraftrecError, match=message):
-        pipeline.plan(config())
+        pipeline_plan.plan(config())
 
 
 def test_a_target_that_is_the_source_is_trained_where_nothing_is_to_be_transferred() -> None:
@@ -211,30 +209,30 @@ def test_a_target_that_is_the_source_is_trained_where_nothing_is_to_be_transferr
         replaced(shop("music", targets="[books]"), transfers=("none",)),
         demo("--etl.domains", "[{name: source}]"),
     ):
-        _, planned = pipeline.plan(config)
+        _, planned = pipeline_plan.plan(config)
         assert (planned.source, planned.transfers) == (None, ("none",))
         assert len(planned.targets) == 1
 
 
 def test_each_target_has_a_registered_model_and_folders_of_its_own() -> None:
     config = demo("--registered_model", "shop")
-    made = [pipeline.promote_config(config, domain, 1, trained(none=[0.1], deep=[0.2])) for domain in ("a", "b")]
+    made = [pipeline_plan.promote_config(config, domain, 1, trained(none=[0.1], deep=[0.2])) for domain in ("a", "b")]
     assert [one.registered_model for one in made] == ["shop-a", "shop-b"]
-    assert pipeline.recommend_config(config, "b", 1).registered_model == "shop-b"
+    assert pipeline_plan.recommend_config(config, "b", 1).registered_model == "shop-b"
     assert len({(one.output, one.name) for one in made}) == 2
 
 
 def test_candidate_is_the_best_seed_of_the_transfer_that_is_best_on_the_whole() -> None:
     models = trained(none=[0.9, 0.9], shallow=[0.1, 0.6], deep=[0.4, 0.5])
-    assert [(model.label, model.seed) for model in pipeline.choose(models)] == [("deep", 1), ("deep", 0)]
-    asked = pipeline.promote_config(demo(), "target", 1, models)
+    assert [(model.label, model.seed) for model in pipeline_plan.choose(models)] == [("deep", 1), ("deep", 0)]
+    asked = pipeline_plan.promote_config(demo(), "target", 1, models)
     assert asked.candidate == str(Path("runs/deep-1/model"))
     assert asked.replicas == (str(Path("runs/deep-0/model")),)
     assert len(asked.from_scratch) == 2
 
 
 def test_from_scratch_is_the_candidate_only_where_it_is_alone() -> None:
-    assert {model.label for model in pipeline.choose(trained(none=[0.1, 0.2]))} == {"none"}
+    assert {model.label for model in pipeline_plan.choose(trained(none=[0.1, 0.2]))} == {"none"}
 
 
 def test_movielens_without_knowledge_files_trains_without_knowledge(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ SCRIPTS = ROOT / "mlflow_projects"
 _HOLDS = """
 import sys, time
 from pathlib import Path
-from alone import alone
+from trainer.recipes.alone import alone
 with alone(Path(sys.argv[1]), "pipeline"):
     print("held", flush=True)
     time.sleep(600)

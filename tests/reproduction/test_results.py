@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from etl.config import MovielensSource, load
-from trainer import report
+from etl.config import MovielensSource
+from etl.settings import load
+from trainer.report import report
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
-from experiment import ExperimentConfig
+from trainer.experiment.plan import ExperimentConfig
 
 ROOT = Path(__file__).parents[2]
 KEPT = sorted((Path(__file__).parent / "results").glob("*.json"))

@@ -3,7 +3,7 @@
 import pytest
 from lakes import build_tiny_lake
 
-from trainer.cores import use_threads
+from trainer.parallel.cores import use_threads
 
 
 @pytest.fixture(scope="session", autouse=True)

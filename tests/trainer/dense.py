@@ -3,14 +3,14 @@
 import numpy as np
 import torch
 
-from trainer.baselines import Histories
-from trainer.metrics import MISSED, PADDED
-from trainer.ranking import rank_among, rank_in_full
-from trainer.scoring import Scores
+from trainer.data.histories import Histories
+from trainer.evaluation.item_ranking import rank_among, rank_in_full
+from trainer.evaluation.ranking_metrics import MISSED, PADDED
+from trainer.inference.scorer import Scores
 
 
 def dense(score):
-    """A `trainer.ranking.Score` of a function of histories that gives all scores, [B, V]."""
+    """A `trainer.evaluation.item_ranking.Score` of a function of histories that gives all scores, [B, V]."""
     return lambda histories: Scores.of(score(histories))
 
 

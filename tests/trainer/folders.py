@@ -8,9 +8,11 @@ import torch
 
 from etl import tables
 from etl.tables import FIRST_INDEX
-from trainer.artifact import load_artifact, save_artifact
 from trainer.config import FinetuneConfig
-from trainer.data.dataset import SequenceDataset, pin, read_catalogue, read_knowledge, vocabulary_size
+from trainer.data.catalogue import read_catalogue, read_knowledge
+from trainer.data.release import pin, vocabulary_size
+from trainer.data.sequences import SequenceDataset
+from trainer.inference.model_folder import load_artifact, save_artifact
 from trainer.models import build_model
 
 MODEL = {"width": 8, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4, "dropout": 0.0}

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from trainer.artifact import load_artifact
+from trainer.inference.model_folder import load_artifact
 
 
 def trained_by(processes, config, folder):

@@ -8,16 +8,16 @@ import torch
 from safetensors.torch import load_file
 from test_training import TINY, equal_weights, tiny
 
-from etl.config import GraftrecError
+from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX
 from tests.trainer.networks import NUM_ITEMS, batch_of
-from trainer.adapters import Adapter
-from trainer.artifact import load_artifact
 from trainer.config import Bert4RecConfig, FinetuneConfig, PatchConfig, PeterRecConfig, PretrainConfig
-from trainer.finetune import run as finetune
+from trainer.inference.model_folder import load_artifact
 from trainer.models import build_model
-from trainer.pretrain import run as pretrain
-from trainer.transfer import TransferError, graft
+from trainer.models.adapters import Adapter
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
+from trainer.training.transfer import TransferError, graft
 
 NETWORKS = {
     "bert4rec": Bert4RecConfig(blocks=2, width=16, heads=2, max_length=12, dropout=0.0, user_width=0, knowledge={}),

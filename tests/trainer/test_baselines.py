@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.baselines import Histories, item_to_item, merge, popularity, transitions
+from trainer.data.histories import Histories, merge
+from trainer.evaluation.baselines.sequences import item_to_item, popularity, transitions
 
 
 def histories(sequences, *, users=None, times=None):

@@ -16,12 +16,9 @@ from stores import enter_store
 from test_training import TINY
 
 from etl import tables
-from etl.config import ConfigError
+from etl.settings import ConfigError
 from etl.tables import CLS, FIRST_INDEX, MASK, PAD, SEP
 from tests.trainer.networks import NUM_ITEMS, descend, model_of
-from trainer import basket_baselines, promote
-from trainer.artifact import ArtifactError, digest_of, load_artifact
-from trainer.baselines import Histories
 from trainer.config import (
     BasketPairConfig,
     Bert4RecConfig,
@@ -34,16 +31,21 @@ from trainer.config import (
     PretrainConfig,
     PromoteConfig,
 )
-from trainer.contenders import EvaluateError
 from trainer.data.baskets import BasketDataset
 from trainer.data.batch import Batch
-from trainer.data.dataset import DataError, pin, read_catalogue
-from trainer.evaluate import run as evaluate
-from trainer.finetune import run as finetune
-from trainer.metrics import metrics_from_ranks
-from trainer.pretrain import run as pretrain
-from trainer.ranking import ranks, read_held_out
-from trainer.scoring import Scores
+from trainer.data.catalogue import read_catalogue
+from trainer.data.histories import Histories
+from trainer.data.release import DataError, pin
+from trainer.evaluation.baselines import next_basket
+from trainer.evaluation.item_ranking import ranks, read_held_out
+from trainer.evaluation.ranking_metrics import metrics_from_ranks
+from trainer.evaluation.scorers import EvaluateError
+from trainer.inference.model_folder import ArtifactError, digest_of, load_artifact
+from trainer.inference.scorer import Scores
+from trainer.recipes import promote
+from trainer.recipes.evaluate import run as evaluate
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
 from trainer.tasks import BasketPair, NextBasket
 from trainer.tasks.baskets import HEAD, Spans, find_baskets, join_pairs
 
@@ -405,8 +407,8 @@ def test_baselines_equal_plain_loops(seed):
             for one, two in itertools.product(set(first), set(second)):
                 follows[one][two] += 1
                 before[one] += 1
-    chain = basket_baselines.markov_chain(given, 20)
-    by_user = basket_baselines.personal_frequency(given, basket_baselines.popularity(given, 20))
+    chain = next_basket.markov_chain(given, 20)
+    by_user = next_basket.personal_frequency(given, next_basket.popularity(given, 20))
     scores = chain.score(given)
     for row, user in enumerate(lists):
         had = Counter(i for basket in user for i in basket)
@@ -488,7 +490,7 @@ def test_what_was_had_can_be_left_out(tiny_lake):
     catalogue = read_catalogue(release, "target")
 
     def by_frequency(given):
-        return Scores.of(basket_baselines.personal_frequency(given, np.zeros(len(catalogue))))
+        return Scores.of(next_basket.personal_frequency(given, np.zeros(len(catalogue))))
 
     found = {}
     for repeats in (False, True):

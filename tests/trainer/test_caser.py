@@ -5,24 +5,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from etl.settings import ConfigError
 from etl.tables import CLS, FIRST_INDEX, MASK, PAD, UNK
 from tests.trainer import networks
 from tests.trainer.networks import NUM_ITEMS, batch_of, descend
-from trainer import finetune, pretrain
-from trainer.artifact import load_artifact
-from trainer.baselines import Histories
-from trainer.config import (
-    CaserConfig,
-    ConfigError,
-    FinetuneConfig,
-    LossConfig,
-    MaskedItemConfig,
-    NextItemConfig,
-    PretrainConfig,
-)
+from trainer.config import CaserConfig, FinetuneConfig, LossConfig, MaskedItemConfig, NextItemConfig, PretrainConfig
 from trainer.data.batch import Batch
-from trainer.distributed import ALONE
+from trainer.data.histories import Histories
+from trainer.inference.model_folder import load_artifact
 from trainer.models import Caser, RowTables, build_model, caser, group_of
+from trainer.parallel.distributed import ALONE
+from trainer.recipes import finetune, pretrain
 from trainer.tasks import MaskedItem, NextItem
 from trainer.tasks.loss import binary_loss
 

@@ -14,12 +14,9 @@ from sklearn import metrics as sk
 from test_training import TINY
 
 from etl import tables
-from etl.config import ConfigError
+from etl.settings import ConfigError
 from etl.tables import CLS, FIRST_INDEX, MASK
 from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
-from trainer import click_table, clicks, content
-from trainer.artifact import ArtifactError, load_artifact
-from trainer.baselines import Histories
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
@@ -32,13 +29,18 @@ from trainer.config import (
     PeterRecConfig,
     PretrainConfig,
 )
-from trainer.contenders import EvaluateError
-from trainer.content import read_content
+from trainer.data import item_features
 from trainer.data.batch import Batch
-from trainer.data.dataset import pin, read_catalogue
-from trainer.evaluate import run as evaluate
-from trainer.finetune import run as finetune
-from trainer.pretrain import run as pretrain
+from trainer.data.catalogue import read_catalogue
+from trainer.data.histories import Histories
+from trainer.data.item_features import read_content
+from trainer.data.release import pin
+from trainer.evaluation import click_table, clicks
+from trainer.evaluation.scorers import EvaluateError
+from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.recipes.evaluate import run as evaluate
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
 from trainer.tasks import Click
 from trainer.tasks.click import HEAD
 
@@ -96,7 +98,7 @@ def test_categories_are_flags_and_texts_are_near_where_they_are_alike(tiny_lake)
     assert both.shape[1] > 2
     np.testing.assert_array_equal(both[:, -2:], found)
     np.testing.assert_allclose(np.linalg.norm(both[FIRST_INDEX:, :-2], axis=1), 1, rtol=1e-5)
-    like, cartoon, other = content._texts(
+    like, cartoon, other = item_features._texts(
         ["a funny cartoon", "an animated film for children", "bank accounting"], [[]] * 3
     )
     cosine = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in ((like, cartoon), (like, other))]
@@ -105,7 +107,7 @@ def test_categories_are_flags_and_texts_are_near_where_they_are_alike(tiny_lake)
 
 def test_a_part_that_no_item_has_is_named(tmp_path, tiny_lake, monkeypatch):
     release, catalogue = pin(tiny_lake, None), read_catalogue(pin(tiny_lake, None), "all")
-    monkeypatch.setattr(content, "_flags", lambda categories, names: np.zeros((len(categories), 1), np.float32))
+    monkeypatch.setattr(item_features, "_flags", lambda categories, names: np.zeros((len(categories), 1), np.float32))
     with pytest.raises(ConfigError, match=r"no item of release 1 .* has a category; leave categories out"):
         read_content(release, catalogue, ("categories",))
     monkeypatch.setitem(sys.modules, "wordllama", None)
@@ -471,7 +473,7 @@ def test_an_item_that_a_model_does_not_know_is_told_by_what_it_is(trained):
     found = {name: click_table._told(one, pairs, *rest) for name, (one, *rest) in asked.items()}
     np.testing.assert_allclose(found["not"][:2], found["known"][:2], rtol=1e-3)  # what is known was kept in 16 bits
     assert abs(found["not"][3] - found["known"][3]) > 1e-5  # the second user's history lacks an item
-    unlike = content._flags([["new", "target"], ["new"]], ("source", "target"))
+    unlike = item_features._flags([["new", "target"], ["new"]], ("source", "target"))
     np.testing.assert_array_equal(unlike, [[0, 1], [0, 0]])
 
 

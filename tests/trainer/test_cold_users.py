@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 from folders import write_model
 
-from etl.config import ConfigError
+from etl.settings import ConfigError
 from etl.tables import FIRST_INDEX, cold_user_hash
 from tests.trainer.test_training import tiny
-from trainer.artifact import load_artifact
-from trainer.comparison import evaluate_contenders
 from trainer.config import BaselinesConfig, EvaluationConfig, PretrainConfig
-from trainer.contenders import EvaluateError, baseline_contenders, model_contender, read_evaluation_set
-from trainer.data.dataset import SequenceDataset, pin, read_catalogue
-from trainer.metrics import means
-from trainer.pretrain import run as pretrain
+from trainer.data.catalogue import read_catalogue
+from trainer.data.release import pin
+from trainer.data.sequences import SequenceDataset
+from trainer.evaluation.comparison import evaluate_contenders
+from trainer.evaluation.ranking_metrics import means
+from trainer.evaluation.scorers import EvaluateError, baseline_contenders, model_contender, read_evaluation_set
+from trainer.inference.model_folder import load_artifact
+from trainer.recipes.pretrain import run as pretrain
 
 FULL = EvaluationConfig(protocols=("full",))
 READS_ALL = {"domain": "all", "predicted": "target", "split": "cold-users"}

@@ -9,11 +9,11 @@ from processes import recommended_on_sail
 from stores import enter_store
 from test_recommend import config, histories_of, rows_of
 
-from etl.config import GraftrecError
-from trainer import recommend
-from trainer.artifact import load_artifact
+from etl.settings import GraftrecError
+from trainer.inference.model_folder import load_artifact
+from trainer.inference.recommender import Recommender, Request
+from trainer.recipes import recommend
 from trainer.registry import CHAMPION, COMPANION, Registry
-from trainer.serving import Recommender, Request
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +127,10 @@ def test_a_companion_is_found_where_it_predicts_the_same_domain(done, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(done):
-    from trainer import served  # as MLflow runs it
+    from trainer.registry import pyfunc  # as MLflow runs it
 
     registry = Registry()
-    return served.load(registry.stored(registry.version(CHAMPION)), "graftrec/1")
+    return pyfunc.load(registry.stored(registry.version(CHAMPION)), "graftrec/1")
 
 
 def ids_of(done, domain):
@@ -155,11 +155,13 @@ def test_what_neither_knows_is_answered_by_what_is_popular(done, served):
 
 
 def test_a_companion_that_cannot_be_read_is_passed_over(done, monkeypatch, capsys):
-    from trainer import served
+    from trainer.registry import pyfunc
 
     registry = Registry()
-    recommender = served.load(registry.stored(registry.version(CHAMPION)), "graftrec/1")
-    monkeypatch.setattr("trainer.served.load_artifact", lambda folder: (_ for _ in ()).throw(GraftrecError("torn")))
+    recommender = pyfunc.load(registry.stored(registry.version(CHAMPION)), "graftrec/1")
+    monkeypatch.setattr(
+        "trainer.registry.pyfunc.load_artifact", lambda folder: (_ for _ in ()).throw(GraftrecError("torn"))
+    )
     answer = recommender.answer([Request(ids_of(done, "source")[:3])], k=4)[0]
     assert (answer.basis, answer.version) == ("popular", "graftrec/1")
     assert "no companion of graftrec/1" in capsys.readouterr().err

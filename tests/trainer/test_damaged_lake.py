@@ -10,12 +10,14 @@ from deltalake import DeltaTable
 from lakes import build_tiny_lake
 
 from etl import tables
-from etl.commit import commit_files
-from etl.delta import FileWriter, data_files
-from etl.lake import log_digest, table_filesystem
+from etl.lake.commit import commit_files
+from etl.lake.snapshots import log_digest, table_filesystem
+from etl.lake.spark_io import FileWriter, data_files
 from etl.tables import TABLES
 from trainer.__main__ import main
-from trainer.data.dataset import DataError, SequenceDataset, pin, read_catalogue
+from trainer.data.catalogue import read_catalogue
+from trainer.data.release import DataError, pin
+from trainer.data.sequences import SequenceDataset
 
 REWRITTEN = ("items", "users", "domains", "sequences")
 

@@ -1,6 +1,6 @@
 """Descriptions as MLflow's page shows them: the result first, numbers as in the table of `evaluate`."""
 
-from trainer import descriptions
+from trainer.registry import descriptions
 
 
 def row(label, metric, mean, *, is_model=True, gain=None, p_value=None, protocol="full"):

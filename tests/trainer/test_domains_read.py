@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from etl.config import ConfigError
+from etl.settings import ConfigError
 from etl.tables import CLS, FIRST_INDEX, UNK
 from tests.trainer.networks import NUM_ITEMS, batch_of, model_of
 from tests.trainer.test_training import tiny
-from trainer.artifact import load_artifact
-from trainer.comparison import evaluate_contenders
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
@@ -21,13 +19,16 @@ from trainer.config import (
     PretrainConfig,
     TrainConfig,
 )
-from trainer.contenders import model_contender, read_evaluation_set
-from trainer.data.dataset import DataError, pin, read_catalogue, rows_by_raw_id
-from trainer.finetune import run as finetune
-from trainer.metrics import means
-from trainer.pretrain import run as pretrain
-from trainer.ranking import read_held_out
-from trainer.serving import Recommender, Request
+from trainer.data.catalogue import read_catalogue, rows_by_raw_id
+from trainer.data.release import DataError, pin
+from trainer.evaluation.comparison import evaluate_contenders
+from trainer.evaluation.item_ranking import read_held_out
+from trainer.evaluation.ranking_metrics import means
+from trainer.evaluation.scorers import model_contender, read_evaluation_set
+from trainer.inference.model_folder import load_artifact
+from trainer.inference.recommender import Recommender, Request
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
 from trainer.tasks import MaskedItem, NextItem
 
 BERT = Bert4RecConfig(blocks=1, width=8, heads=2, max_length=12, dropout=0.0, user_width=4, knowledge_width=3)

@@ -7,7 +7,6 @@ from test_training import TINY, equal_weights, weights_of
 
 from etl.tables import FIRST_INDEX, PAD, UNK
 from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
-from trainer.artifact import load_artifact
 from trainer.config import (
     DupnConfig,
     FinetuneConfig,
@@ -18,9 +17,10 @@ from trainer.config import (
     TargetItemConfig,
 )
 from trainer.data.batch import Batch
-from trainer.finetune import run as finetune
+from trainer.inference.model_folder import load_artifact
 from trainer.models.dupn import MOST
-from trainer.pretrain import run as pretrain
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
 from trainer.tasks import NextItem
 
 SMALL = DupnConfig(

@@ -6,11 +6,11 @@ from lakes import build_tiny_lake
 
 from tests.trainer.test_training import start, tiny
 from trainer.config import FinetuneConfig, PretrainConfig
-from trainer.data.dataset import pin
-from trainer.empty_transfer import empty_by_data, empty_by_settings
-from trainer.finetune import run as finetune
-from trainer.pretrain import run as pretrain
-from trainer.transfer import TransferError
+from trainer.data.release import pin
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
+from trainer.training.empty_transfer import empty_by_data, empty_by_settings
+from trainer.training.transfer import TransferError
 
 BARE = {"model": {"user_width": 0, "knowledge": {}}}
 USERS = {"model": {"knowledge": {}}}

@@ -11,14 +11,16 @@ from folders import popularity_of, write_model
 from lakes import build_tiny_lake
 from test_ranking import literal, rows_of
 
+from etl.settings import ConfigError
 from etl.tables import FIRST_INDEX, UNK
-from trainer import evaluate
-from trainer.artifact import load_artifact
-from trainer.baseline_names import baseline_names
-from trainer.baselines import Histories
-from trainer.comparison import compare_table, evaluate_contenders, gain_over, render
-from trainer.config import BaselinesConfig, ConfigError, EvaluateConfig, EvaluationConfig, MaskedItemConfig
-from trainer.contenders import (
+from trainer.config import BaselinesConfig, EvaluateConfig, EvaluationConfig, MaskedItemConfig
+from trainer.data.catalogue import Catalogue
+from trainer.data.histories import Histories
+from trainer.data.release import pin
+from trainer.evaluation.baselines.names import baseline_names
+from trainer.evaluation.comparison import compare_table, evaluate_contenders, gain_over, render
+from trainer.evaluation.ranking_metrics import means
+from trainer.evaluation.scorers import (
     Contender,
     EvaluateError,
     aligned,
@@ -27,10 +29,10 @@ from trainer.contenders import (
     read_evaluation_set,
     rows_by_raw_id,
 )
-from trainer.data.dataset import Catalogue, pin
-from trainer.metrics import means
-from trainer.scoring import Scores
-from trainer.stats import compare, holm
+from trainer.evaluation.significance import compare, holm
+from trainer.inference.model_folder import load_artifact
+from trainer.inference.scorer import Scores
+from trainer.recipes import evaluate
 
 FAST = EvaluationConfig(protocols=("full", "uniform-100"))
 

@@ -11,12 +11,9 @@ from stores import enter_store
 from test_recommend import rows_of as recommended
 from test_training import TINY
 
-from etl.config import ConfigError
+from etl.settings import ConfigError
 from etl.tables import FIRST_INDEX, UNK
 from tests.trainer.networks import NUM_ITEMS, descend
-from trainer import promote, recommend
-from trainer.artifact import load_artifact
-from trainer.baselines import Histories
 from trainer.config import (
     DataConfig,
     DupnConfig,
@@ -30,19 +27,24 @@ from trainer.config import (
     PromoteConfig,
     RecommendConfig,
 )
-from trainer.contenders import model_contender, read_evaluation_set
 from trainer.data.batch import Batch
-from trainer.data.dataset import SequenceDataset, pin, read_catalogue
+from trainer.data.catalogue import read_catalogue
+from trainer.data.histories import Histories
 from trainer.data.loader import Loader
-from trainer.evaluate import run as evaluate
-from trainer.finetune import run as finetune
+from trainer.data.release import pin
+from trainer.data.sequences import SequenceDataset
+from trainer.evaluation.item_ranking import read_held_out
+from trainer.evaluation.scorers import model_contender, read_evaluation_set
+from trainer.inference.model_folder import load_artifact
+from trainer.inference.recommender import Recommender, Request, RequestError, parse
 from trainer.models import build_model
-from trainer.pretrain import run as pretrain
-from trainer.ranking import read_held_out
+from trainer.recipes import promote, recommend
+from trainer.recipes.evaluate import run as evaluate
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
 from trainer.registry import CHAMPION, Registry
-from trainer.serving import Recommender, Request, RequestError, parse
 from trainer.tasks import Multi, NextItem
-from trainer.transfer import TransferError
+from trainer.training.transfer import TransferError
 
 KINDS = ("look", "buy")
 MODEL = {"kind": "dupn", "width": 16, "max_length": 24, "user_width": 0, "dropout": 0.0, "event_types": True}

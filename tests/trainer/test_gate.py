@@ -9,8 +9,7 @@ import pydantic
 import pytest
 import yaml
 
-from etl.config import ConfigError, GraftrecError
-from trainer.baseline_names import baseline_names
+from etl.settings import ConfigError, GraftrecError, load
 from trainer.config import (
     BaselinesConfig,
     ClickConfig,
@@ -19,9 +18,9 @@ from trainer.config import (
     MultiConfig,
     NextBasketConfig,
     ProfileConfig,
-    load,
 )
-from trainer.gate import (
+from trainer.evaluation.baselines.names import baseline_names
+from trainer.evaluation.gate import (
     Decision,
     Evidence,
     GateError,
@@ -33,7 +32,7 @@ from trainer.gate import (
     next_steps,
     seed_list,
 )
-from trainer.stats import compare
+from trainer.evaluation.significance import compare
 
 GATE = GateConfig(min_gain=0.02, min_seeds=2, must_beat=("popularity",))
 USERS = 1_500

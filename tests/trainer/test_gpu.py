@@ -12,8 +12,6 @@ from test_training import config_file, equal_weights, tiny, weights_of
 
 from etl.tables import FIRST_INDEX
 from tests.trainer.networks import batch_of, model_of
-from trainer.artifact import load_artifact
-from trainer.baselines import Histories
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
@@ -25,10 +23,12 @@ from trainer.config import (
     PretrainConfig,
     RuntimeConfig,
 )
-from trainer.distributed import join
-from trainer.finetune import run as finetune
-from trainer.pretrain import run as pretrain
-from trainer.scoring import Scorer, top_k
+from trainer.data.histories import Histories
+from trainer.inference.model_folder import load_artifact
+from trainer.inference.scorer import Scorer, top_k
+from trainer.parallel.distributed import join
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
 from trainer.tasks import build_task, softmax
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from trainer import survey
-from trainer.hypotheses import HYPOTHESES, HypothesisError, in_survey, judge
-from trainer.survey import row_id
+from trainer.report import survey
+from trainer.report.hypotheses import HYPOTHESES, HypothesisError, in_survey, judge
+from trainer.report.survey import row_id
 
 TASK = {"bert4rec": "masked_item", "caser": "next_item"}
 LENGTHS = np.array([0, 1, 5, 6, 10, 11, 20, 21, 50, 51, 100, 101, 900] * 20)

@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 
-from trainer import cores
 from trainer.config import RuntimeConfig
-from trainer.distributed import join
+from trainer.parallel import cores
+from trainer.parallel.distributed import join
 
 
 @pytest.mark.parametrize(("precision", "autocast"), [("auto", False), ("fp32", False), ("bf16", True)])
@@ -89,7 +89,7 @@ def test_default_threads_are_the_usable_cores_shared(variables, threads, monkeyp
 def test_a_process_tied_to_one_core_has_one_thread_and_torch_always():
     script = (
         "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
-        "from trainer.config import RuntimeConfig; from trainer.distributed import join; join(RuntimeConfig());"
+        "from trainer.config import RuntimeConfig; from trainer.parallel.distributed import join; join(RuntimeConfig());"
         "import torch; from trainer import cores; print(cores._number, torch.get_num_threads());"
         "join(RuntimeConfig(threads=3)); print(cores._number, torch.get_num_threads(), os.environ['OMP_WAIT_POLICY'])"
     )

@@ -16,10 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from object_store import BUCKET, copy_lake, seaweed, settings, variables
 
 from etl import tables
-from trainer.contenders import raw_users
 from trainer.data.baskets import BasketDataset
-from trainer.data.dataset import Release, SequenceDataset, pin, read_catalogue, read_knowledge
-from trainer.ranking import read_held_out
+from trainer.data.catalogue import read_catalogue, read_knowledge
+from trainer.data.release import Release, pin
+from trainer.data.sequences import SequenceDataset
+from trainer.evaluation.item_ranking import read_held_out
+from trainer.evaluation.scorers import raw_users
 
 ODD = "lake [1] {2} 50% #?é"
 COMMANDS = "import json, sys; from trainer.__main__ import main; sys.exit(sum(map(main, json.loads(sys.argv[1]))))"

@@ -15,13 +15,16 @@ import pytest
 import torch
 from lakes import build_tiny_lake
 
-from etl.commit import commit_files
-from etl.datafile import DataFile
+from etl.lake.commit import commit_files
+from etl.lake.datafile import DataFile
+from etl.settings import ConfigError
 from etl.tables import FIRST_INDEX, MASK, PAD, SEQUENCES, UNK
-from trainer.config import Bert4RecConfig, ConfigError, DataConfig, LossConfig, MaskedItemConfig, NextItemConfig
+from trainer.config import Bert4RecConfig, DataConfig, LossConfig, MaskedItemConfig, NextItemConfig
 from trainer.data import order
-from trainer.data.dataset import Catalogue, DataError, Release, SequenceDataset, Texts, pin, read_catalogue
+from trainer.data.catalogue import Catalogue, Texts, read_catalogue
 from trainer.data.loader import Loader
+from trainer.data.release import DataError, Release, pin
+from trainer.data.sequences import SequenceDataset
 from trainer.models import build_model
 from trainer.tasks import build_task
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from dense import rank_targets, rank_targets_among
 
-from trainer import metrics as metrics_module
-from trainer.metrics import KS, MISSED, PADDED, means, metrics_from_ranks
+from trainer.evaluation import ranking_metrics as metrics_module
+from trainer.evaluation.ranking_metrics import KS, MISSED, PADDED, means, metrics_from_ranks
 
 
 def log2(x):

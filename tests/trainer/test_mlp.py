@@ -7,12 +7,12 @@ from test_training import tiny
 
 from etl.tables import FIRST_INDEX, UNK
 from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
-from trainer.artifact import load_artifact
 from trainer.config import FinetuneConfig, LossConfig, MlpConfig, NextItemConfig, PretrainConfig
 from trainer.data.batch import Batch
-from trainer.finetune import run as finetune
+from trainer.inference.model_folder import load_artifact
 from trainer.models import mlp
-from trainer.pretrain import run as pretrain
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
 from trainer.tasks import NextItem
 
 SMALL = MlpConfig(width=6, user_width=5, layers=(8, 4))

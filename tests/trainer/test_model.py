@@ -10,9 +10,9 @@ from etl.tables import CLS, FIRST_INDEX, MASK, PAD, UNK
 from tests.trainer import networks
 from tests.trainer.networks import NUM_ITEMS, batch_of
 from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, NextItemConfig
-from trainer.cores import use_threads
 from trainer.data.batch import Batch
-from trainer.models import bert4rec, group_of, groups_of, tied
+from trainer.models import bert4rec, group_of, groups_of, item_encoder
+from trainer.parallel.cores import use_threads
 from trainer.tasks import MaskedItem, NextItem, softmax
 from trainer.tasks.loss import sampled_softmax, summed_loss
 
@@ -55,7 +55,7 @@ def test_wanted_positions_are_those_of_all_whatever_the_chunks(causal, share, po
     weights_ND = torch.randn(int(wanted_BT.sum()), 16, dtype=torch.float64)
     expected_ND = hidden_of(model, batch.items, batch.lengths, batch.users, causal=causal)[wanted_BT]
     slopes = torch.autograd.grad((expected_ND * weights_ND).sum(), list(model.blocks.parameters()))
-    monkeypatch.setattr(tied, "CHUNK_POSITIONS", positions)
+    monkeypatch.setattr(item_encoder, "CHUNK_POSITIONS", positions)
     found_ND = model(batch.items, batch.lengths, batch.users, wanted_BT, causal=causal)
     torch.testing.assert_close(found_ND, expected_ND)
     found = torch.autograd.grad((found_ND * weights_ND).sum(), list(model.blocks.parameters()))
@@ -108,7 +108,7 @@ def test_dropout_drops_its_share_scales_the_rest_and_so_for_gradients(dtype):
 
 def test_training_step_is_the_same_bits_each_time_whichever_thread_is_first(monkeypatch):
     """Dropout and all, with many more chunks than threads; and one thread gives them too."""
-    monkeypatch.setattr(tied, "CHUNK_POSITIONS", 16)
+    monkeypatch.setattr(item_encoder, "CHUNK_POSITIONS", 16)
     config = SMALL.model_copy(update={"dropout": 0.3})
     model, batch = model_of(config).float().train(), batch_of([12, 3, 8, 12, 1, 7] * 5)
     monkeypatch.setattr(softmax, "BLOCK_ROWS", 8)

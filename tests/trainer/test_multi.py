@@ -10,11 +10,9 @@ from lakes import build_tiny_lake
 from processes import trained_by
 from test_training import TINY
 
-from etl.config import ConfigError
+from etl.settings import ConfigError
 from etl.tables import CLS, FIRST_INDEX
 from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
-from trainer import next_events
-from trainer.artifact import ArtifactError, load_artifact
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
@@ -29,14 +27,18 @@ from trainer.config import (
     PretrainConfig,
     WeightsHeadConfig,
 )
-from trainer.contenders import EvaluateError
 from trainer.data.batch import Batch
-from trainer.data.dataset import SequenceDataset, pin, read_catalogue
+from trainer.data.catalogue import read_catalogue
 from trainer.data.loader import Loader
-from trainer.evaluate import run as evaluate
-from trainer.finetune import run as finetune
-from trainer.pretrain import run as pretrain
-from trainer.ranking import read_held_out
+from trainer.data.release import pin
+from trainer.data.sequences import SequenceDataset
+from trainer.evaluation import next_events
+from trainer.evaluation.item_ranking import read_held_out
+from trainer.evaluation.scorers import EvaluateError
+from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.recipes.evaluate import run as evaluate
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
 from trainer.tasks import Multi
 from trainer.tasks.multi import NOTHING, WEIGHTS
 

@@ -8,26 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from etl.config import load
+from etl.settings import ConfigError, load
 from etl.tables import FIRST_INDEX, UNK
-from trainer.artifact import load_artifact
-from trainer.config import (
-    Bert4RecConfig,
-    ConfigError,
-    LossConfig,
-    MaskedItemConfig,
-    NextItemConfig,
-    PretrainConfig,
-    TrainConfig,
-)
+from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, NextItemConfig, PretrainConfig, TrainConfig
 from trainer.data.batch import Batch
-from trainer.distributed import ALONE, World
-from trainer.loop import Training, train_step
+from trainer.inference.model_folder import load_artifact
 from trainer.models import RowTables, build_model
-from trainer.models.table import BLOCK_ROWS, RowTable, interleave, take_rows
-from trainer.optimizer import Optimizer, row_wise_adagrad
-from trainer.pretrain import run as pretrain
+from trainer.models.row_table import BLOCK_ROWS, RowTable, interleave, take_rows
+from trainer.parallel.distributed import ALONE, World
+from trainer.recipes.pretrain import run as pretrain
 from trainer.tasks import MaskedItem, NextItem
+from trainer.training.loop import Training, train_step
+from trainer.training.optimizer import Optimizer, row_wise_adagrad
 
 NUM_ITEMS, NUM_USERS = FIRST_INDEX + 40, 30
 CONFIG = Bert4RecConfig(blocks=1, width=8, heads=2, max_length=12, user_width=4, knowledge_width=3, dropout=0.0)

@@ -12,14 +12,16 @@ from test_adapters import MODELS, settings
 from test_training import tiny
 
 from etl.tables import FIRST_INDEX
-from trainer import patches, recommend, registry
-from trainer.artifact import ArtifactError, artifact_hash, load_artifact
-from trainer.baselines import Histories
+from trainer import registry
 from trainer.config import PretrainConfig, RecommendConfig
-from trainer.finetune import run as finetune
-from trainer.pretrain import run as pretrain
+from trainer.data.histories import Histories
+from trainer.inference import delta_folder
+from trainer.inference.model_folder import ArtifactError, artifact_hash, load_artifact
+from trainer.inference.recommender import Recommender, Request, RequestError
+from trainer.recipes import recommend
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
 from trainer.registry import Registry
-from trainer.serving import Recommender, Request, RequestError
 from trainer.tracking import TrackingError
 
 
@@ -43,7 +45,7 @@ def made(tmp_path_factory):
 
 def small(made, tmp_path, domain="target"):
     _, parent, children = made
-    patches.write_patch(children[domain], parent, tmp_path / "small")
+    delta_folder.write_patch(children[domain], parent, tmp_path / "small")
     return tmp_path / "small"
 
 
@@ -51,10 +53,10 @@ def small(made, tmp_path, domain="target"):
 def test_put_together_it_is_the_folder_it_was_made_of(domain, made, tmp_path):
     _, parent, children = made
     folder = small(made, tmp_path, domain)
-    assert patches.is_patch(folder)
-    assert not patches.is_patch(children[domain])
-    assert patches.parent_of(folder) == artifact_hash(parent)
-    assert patches.assemble(folder, parent, tmp_path / "whole") == artifact_hash(children[domain])
+    assert delta_folder.is_patch(folder)
+    assert not delta_folder.is_patch(children[domain])
+    assert delta_folder.parent_of(folder) == artifact_hash(parent)
+    assert delta_folder.assemble(folder, parent, tmp_path / "whole") == artifact_hash(children[domain])
     for file in children[domain].iterdir():
         assert (tmp_path / "whole" / file.name).read_bytes() == file.read_bytes()
     assert not (folder / "users.safetensors").exists()  # nobody's vector was trained
@@ -63,11 +65,11 @@ def test_put_together_it_is_the_folder_it_was_made_of(domain, made, tmp_path):
 def test_it_holds_what_was_trained_and_no_more(made, tmp_path):
     folder, (_, _, children) = small(made, tmp_path), made
     told = json.loads((children["target"].parent / "transfer.json").read_text())["parameters"]
-    held = patches.load_file(folder / patches.TENSORS)
+    held = delta_folder.load_file(folder / delta_folder.TENSORS)
     assert sum(tensor.numel() for name, tensor in held.items() if name.startswith("patches.")) == told["added"]
     assert {name for name in held if not name.startswith("patches.")} == {"item_embedding.weight", "output_bias"}
     target = [row for row, item in enumerate(load_artifact(children["target"]).model.predicted_V.tolist()) if item]
-    assert set(json.loads((folder / patches.PATCH).read_text())["rows"]["output_bias"]) <= set(target)
+    assert set(json.loads((folder / delta_folder.PATCH).read_text())["rows"]["output_bias"]) <= set(target)
 
 
 def scores_of(artifact):
@@ -83,7 +85,7 @@ def test_many_patches_stand_on_one_backbone(made, tmp_path):
     for domain in children:
         (tmp_path / domain).mkdir()
         patched, whole = (
-            patches.load_patch(small(made, tmp_path / domain, domain), backbone),
+            delta_folder.load_patch(small(made, tmp_path / domain, domain), backbone),
             load_artifact(children[domain]),
         )
         torch.testing.assert_close(scores_of(patched), scores_of(whole))  # tensors may be aligned differently
@@ -98,16 +100,16 @@ def test_a_patch_refuses_another_parent_and_damage(made, tmp_path):
     _, parent, children = made
     folder = small(made, tmp_path)
     with pytest.raises(ArtifactError, match="is for the model"):
-        patches.load_patch(folder, load_artifact(children["all"]))
+        delta_folder.load_patch(folder, load_artifact(children["all"]))
     with pytest.raises(ArtifactError, match="is for the model"):
-        patches.assemble(folder, children["all"], tmp_path / "whole")
-    data = bytearray((folder / patches.TENSORS).read_bytes())
+        delta_folder.assemble(folder, children["all"], tmp_path / "whole")
+    data = bytearray((folder / delta_folder.TENSORS).read_bytes())
     data[-1] ^= 1
-    (folder / patches.TENSORS).write_bytes(data)
+    (folder / delta_folder.TENSORS).write_bytes(data)
     with pytest.raises(ArtifactError, match="damaged"):
-        patches.load_patch(folder, load_artifact(parent))
+        delta_folder.load_patch(folder, load_artifact(parent))
     with pytest.raises(ArtifactError, match="damaged"):
-        patches.assemble(folder, parent, tmp_path / "other")
+        delta_folder.assemble(folder, parent, tmp_path / "other")
 
 
 # --- registered -------------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def test_small_versions_name_their_parent_and_are_picked_by_domain(made, store):
         assert version.tags[registry.TAG_KIND] == "patch"
         assert version.tags[registry.TAG_PARENT] == backbone.hash
         assert version.hash == artifact_hash(children[domain]) == artifact_hash(store.folder(version))
-        assert patches.bytes_of(store.stored(version)) < 0.8 * patches.bytes_of(store.folder(version))
+        assert delta_folder.bytes_of(store.stored(version)) < 0.8 * delta_folder.bytes_of(store.folder(version))
         for asked in (backbone, *versions.values()):
             assert store.for_domain(asked, domain).number == version.number
     assert store.for_domain(versions["target"], "source").number == backbone.number
@@ -141,9 +143,9 @@ def test_small_versions_name_their_parent_and_are_picked_by_domain(made, store):
     folder, label, _ = recommend._model(asked, asked.model)
     assert (artifact_hash(folder), label) == (versions["target"].hash, versions["target"].label)
 
-    from trainer import served  # as MLflow runs it
+    from trainer.registry import pyfunc  # as MLflow runs it
 
-    recommender = served.load(store.stored(versions["target"]), versions["target"].label)
+    recommender = pyfunc.load(store.stored(versions["target"]), versions["target"].label)
     history = [item for item in recommender.artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 4]]
     for domain, version in versions.items():
         whole = Recommender(load_artifact(children[domain]), version.label).answer([Request(history)])[0]
@@ -175,10 +177,10 @@ def test_targets_of_a_family_share_their_parent_and_answer_for_each_other(made, 
     folder, label, _ = recommend._model(asked, asked.model)
     assert (artifact_hash(folder), label) == (versions["all"].hash, "shop-all/1")
 
-    from trainer import served  # as MLflow runs it
+    from trainer.registry import pyfunc  # as MLflow runs it
 
     of["source"].set_alias(registry.CHAMPION, backbone.number)  # whole models answer beside patches
-    recommender = served.load(of["target"].stored(versions["target"]), "shop-target/1")
+    recommender = pyfunc.load(of["target"].stored(versions["target"]), "shop-target/1")
     history = [item for item in recommender.artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 4]]
     for domain, folder in {**children, "source": parent}.items():
         whole = Recommender(load_artifact(folder), f"shop-{domain}/1").answer([Request(history)])[0]
@@ -194,7 +196,7 @@ def test_a_patch_whose_parent_is_gone_is_refused(made, store, tmp_path):
     described["config"]["parent"] = str(tmp_path / "nowhere")
     (orphan / "config.json").write_text(json.dumps(described))
     manifest = json.loads((orphan / "manifest.json").read_text())
-    manifest["config.json"] = patches.digest_of(orphan / "config.json")
+    manifest["config.json"] = delta_folder.digest_of(orphan / "config.json")
     (orphan / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(TrackingError, match="register that model first"):
         store.register(orphan)

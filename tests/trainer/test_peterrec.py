@@ -12,7 +12,7 @@ from tests.trainer import networks
 from tests.trainer.networks import NUM_ITEMS, batch_of, descend
 from trainer.config import LossConfig, MaskedItemConfig, NextItemConfig, PeterRecConfig, TargetItemConfig
 from trainer.data.batch import Batch
-from trainer.models import tied
+from trainer.models import item_encoder
 from trainer.tasks import MaskedItem, NextItem
 from trainer.tasks.target_item import TargetItem
 from trainer.tasks.user_vector import newest
@@ -58,7 +58,7 @@ def test_network_is_torchs_own_convolutions(causal):
 @pytest.mark.parametrize("causal", [False, True])
 def test_hidden_states_depend_on_no_padding_and_no_chunk(causal, positions, monkeypatch):
     model, batch = model_of(), batch_of([5, 12, 3, 8, 1])
-    monkeypatch.setattr(tied, "CHUNK_POSITIONS", positions)
+    monkeypatch.setattr(item_encoder, "CHUNK_POSITIONS", positions)
     found_BTD = hidden_of(model, batch.items, batch.lengths, causal=causal)
     for row, length in enumerate(batch.lengths.tolist()):
         one = slice(row, row + 1)

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from trainer.pictures import (
+from trainer.figures import (
     COLOURS,
     FAINT,
     MUTED,

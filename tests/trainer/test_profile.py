@@ -12,12 +12,9 @@ from sklearn import metrics as sk
 from test_training import TINY
 
 from etl import tables
-from etl.config import ConfigError
+from etl.settings import ConfigError
 from etl.tables import CLS, FIRST_INDEX
 from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
-from trainer import profiles
-from trainer.artifact import ArtifactError, load_artifact
-from trainer.classification import example_metrics, metrics_of
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
@@ -29,12 +26,15 @@ from trainer.config import (
     PretrainConfig,
     ProfileConfig,
 )
-from trainer.contenders import EvaluateError
 from trainer.data.batch import Batch
-from trainer.data.dataset import pin
-from trainer.evaluate import run as evaluate
-from trainer.finetune import run as finetune
-from trainer.pretrain import run as pretrain
+from trainer.data.release import pin
+from trainer.evaluation import profiles
+from trainer.evaluation.class_metrics import example_metrics, metrics_of
+from trainer.evaluation.scorers import EvaluateError
+from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.recipes.evaluate import run as evaluate
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
 from trainer.tasks import Profile
 from trainer.tasks.profile import HEAD
 

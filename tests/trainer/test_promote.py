@@ -14,18 +14,18 @@ from folders import write_model
 from stores import enter_store
 from test_ranking import literal
 
-from etl.config import GraftrecError
-from trainer import evaluate, promote
+from etl.settings import GraftrecError
 from trainer.__main__ import main
-from trainer.comparison import evaluate_contenders
 from trainer.config import EvaluateConfig, EvaluationConfig, GateConfig, PromoteConfig
-from trainer.contenders import model_contender, read_evaluation_set
-from trainer.data.dataset import pin
-from trainer.gate import GateError
-from trainer.judged import evidence_of
-from trainer.promote import GateRefused, PromoteError
+from trainer.data.release import pin
+from trainer.evaluation.comparison import evaluate_contenders
+from trainer.evaluation.gate import GateError
+from trainer.evaluation.scorers import model_contender, read_evaluation_set
+from trainer.evaluation.significance import p_text
+from trainer.recipes import evaluate, promote
+from trainer.recipes.promote import GateRefused, PromoteError
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, audit_trail
-from trainer.stats import p_text
+from trainer.registry.gate_evidence import evidence_of
 
 ROOT = Path(__file__).parents[2]
 GATE = {"level": 0.1, "min_seeds": 2, "min_users": 20, "min_slice_users": 20, "must_beat": []}

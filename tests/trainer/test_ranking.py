@@ -12,10 +12,11 @@ from lakes import PROTOCOLS, build_tiny_lake
 from ranx import Qrels, Run, evaluate
 
 from etl.tables import FIRST_INDEX
-from trainer import scoring
-from trainer.data.dataset import DataError, pin, read_catalogue
-from trainer.metrics import means
-from trainer.ranking import rank, ranks, read_held_out
+from trainer.data.catalogue import read_catalogue
+from trainer.data.release import DataError, pin
+from trainer.evaluation.item_ranking import rank, ranks, read_held_out
+from trainer.evaluation.ranking_metrics import means
+from trainer.inference import scorer
 
 PARTS = ("validation", "test")
 EVERY = ("full", *PROTOCOLS)
@@ -240,7 +241,7 @@ def test_ranks_are_places_in_a_list_however_the_catalogue_is_cut(monkeypatch, ki
         scores[random.random((B, V)) < 0.1] = np.inf
     targets = torch.from_numpy(random.integers(-1, V, (B, R)))
     candidates = torch.from_numpy(random.random((B, V)) < 0.8)
-    monkeypatch.setattr(scoring, "SCORES_PER_BLOCK", width * B)
+    monkeypatch.setattr(scorer, "SCORES_PER_BLOCK", width * B)
     found = rank_targets(torch.from_numpy(scores), targets, candidates)
     assert torch.equal(found, ranks_by_listing(scores, targets, candidates))
 
@@ -248,7 +249,7 @@ def test_ranks_are_places_in_a_list_however_the_catalogue_is_cut(monkeypatch, ki
 def test_ranks_hold_no_more_scores_than_a_block(tiny_lake, monkeypatch):
     catalogue, held_out = asked(tiny_lake, protocols=EVERY)
     whole = ranks(random_score(len(catalogue)), held_out)
-    monkeypatch.setattr(scoring, "SCORES_PER_BLOCK", 16 * 5)
+    monkeypatch.setattr(scorer, "SCORES_PER_BLOCK", 16 * 5)
     widths = set()
 
     def narrow(histories):
@@ -258,8 +259,8 @@ def test_ranks_hold_no_more_scores_than_a_block(tiny_lake, monkeypatch):
             widths.add(stop - start)
             return scores.columns(start, stop)
 
-        return scoring.Scores(scores.num_users, scores.num_rows, columns)
+        return scorer.Scores(scores.num_users, scores.num_rows, columns)
 
     found = ranks(narrow, held_out, batch_size=16)
     assert all((found[protocol] == whole[protocol]).all() for protocol in EVERY)
-    assert max(widths) * 16 <= scoring.SCORES_PER_BLOCK * 3, "the last batch is smaller, its blocks wider"
+    assert max(widths) * 16 <= scorer.SCORES_PER_BLOCK * 3, "the last batch is smaller, its blocks wider"

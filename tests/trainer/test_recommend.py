@@ -14,14 +14,15 @@ from folders import alike, write_model
 from processes import recommended_on_sail
 from stores import enter_store, runs_of
 
-from etl.config import GraftrecError, RunAgain
+from etl.settings import GraftrecError, RunAgain
 from etl.tables import UNK, bucket_of
-from trainer import recommend
-from trainer.artifact import load_artifact
 from trainer.config import RecommendConfig
-from trainer.data.dataset import SequenceDataset, pin
+from trainer.data.release import pin
+from trainer.data.sequences import SequenceDataset
+from trainer.inference.model_folder import load_artifact
+from trainer.inference.recommender import Recommender, Request
+from trainer.recipes import recommend
 from trainer.registry import CHAMPION, Registry
-from trainer.serving import Recommender, Request
 
 BUCKETS = 2  # of the tiny lake
 
@@ -243,7 +244,7 @@ def test_waits_for_another_writer_of_the_lake_then_ends_with_run_again(done, tmp
     lake = shutil.copytree(done.lake, tmp_path / "lake")
     before = DeltaTable(lake / "recommendations").version()
     hold = (
-        "import sys; from etl.lease import writing; from etl.tables import RELEASES\n"
+        "import sys; from etl.lake.lease import writing; from etl.tables import RELEASES\n"
         "with writing(sys.argv[1], RELEASES):\n    print('holding', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(lake)]

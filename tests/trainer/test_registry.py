@@ -14,9 +14,10 @@ from folders import write_model
 from stores import enter_store
 
 from trainer import tracking
-from trainer.artifact import artifact_hash, load_artifact
 from trainer.config import PretrainConfig, TrackingConfig
-from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, TAG_KIND, TAG_PARENT, Registry, _ServerLock, audit_trail
+from trainer.inference.model_folder import artifact_hash, load_artifact
+from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, TAG_KIND, TAG_PARENT, Registry, audit_trail
+from trainer.registry.promotion_lock import ServerLock
 from trainer.tracking import TrackingError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -227,7 +228,7 @@ def test_a_killed_promoter_holds_no_lock(store):
 @pytest.fixture
 def locks(store):
     client = Registry()._client
-    return lambda: _ServerLock(client, "graftrec")
+    return lambda: ServerLock(client, "graftrec")
 
 
 def test_a_servers_lock_has_one_holder_until_it_is_released(locks):
@@ -259,7 +260,7 @@ def test_of_racing_promoters_a_servers_lock_lets_in_one_at_a_time(store, locks):
 
     def promote():
         nonlocal inside, most, entries
-        lock = _ServerLock(Registry()._client, "graftrec")
+        lock = ServerLock(Registry()._client, "graftrec")
         for _ in range(3):
             while not lock.acquire():
                 time.sleep(0.01)
@@ -289,8 +290,8 @@ def test_a_promotion_checks_its_lock_before_it_writes(store, models, monkeypatch
     registry.set_alias(CHAMPION, one.number)
     monkeypatch.setattr("trainer.tracking.local_folder", lambda uri: None)  # as if it were a server
     with registry.promoting() as slow:
-        thief = _ServerLock(registry._client, "graftrec")
-        monkeypatch.setattr(_ServerLock, "_is_free", lambda lock, number: True)  # the lease ran out
+        thief = ServerLock(registry._client, "graftrec")
+        monkeypatch.setattr(ServerLock, "_is_free", lambda lock, number: True)  # the lease ran out
         assert thief.acquire()
         with pytest.raises(TrackingError, match="another promoter took over"):
             slow.crown(two.number)
@@ -353,13 +354,13 @@ def test_names_that_look_alike_are_not_confused(store, models, name, other):
     assert [version.hash for version in own.versions()] == [artifact_hash(models[1])]
     assert own.of_hash(artifact_hash(models[1])).name == name
     client = own._client
-    foreign, lock = _ServerLock(client, other), _ServerLock(client, name)
+    foreign, lock = ServerLock(client, other), ServerLock(client, name)
     assert foreign.acquire()
     foreign.release()
     assert lock.acquire()
-    assert _ServerLock(client, other).acquire()
+    assert ServerLock(client, other).acquire()
     lock.check()
-    assert not _ServerLock(client, name).acquire()
+    assert not ServerLock(client, name).acquire()
 
 
 def test_a_lock_looks_at_all_pages(store, monkeypatch):
@@ -371,4 +372,4 @@ def test_a_lock_looks_at_all_pages(store, monkeypatch):
     monkeypatch.setattr(
         client, "search_registered_models", lambda wanted, page_token: search(wanted, 1, page_token=page_token)
     )
-    assert sorted(_ServerLock(client, "graftrec")._numbers()) == [1, 2, 3]
+    assert sorted(ServerLock(client, "graftrec")._numbers()) == [1, 2, 3]

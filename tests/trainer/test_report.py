@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from tests.trainer.test_hypotheses import LENGTHS, World, grid, row, survey_was_right
-from trainer import report
-from trainer.document import Cell, Fold, Heading, Points, Table, Text, to_html, to_markdown
-from trainer.hypotheses import judge
-from trainer.report import ReportError, main, write
+from trainer.report import report
+from trainer.report.document import Cell, Fold, Heading, Points, Table, Text, to_html, to_markdown
+from trainer.report.hypotheses import judge
+from trainer.report.report import ReportError, main, write
 
 PROTOCOLS, CONVENTIONS = ["full", "uniform-100"], ["list", "single"]
 METRICS = ["NDCG@1", "NDCG@5", "NDCG@10", "Recall@5", "Recall@10", "MRR"]

@@ -11,10 +11,10 @@ from lakes import build_tiny_lake
 from safetensors.torch import load_file
 from test_training import TINY, equal_weights
 
-from trainer import checkpoint
 from trainer.config import FinetuneConfig, PretrainConfig
-from trainer.finetune import run as finetune
-from trainer.pretrain import run as pretrain
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
+from trainer.training import checkpoint
 
 BERT4REC = {"kind": "bert4rec", "width": 16, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4}
 PETERREC = {"kind": "peterrec", "width": 16, "dilations": [1, 2], "max_length": 24}

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from test_training import tiny
 
 from etl.command import is_full, run_command
-from trainer import checkpoint
 from trainer.config import PretrainConfig
-from trainer.pretrain import RunError
-from trainer.pretrain import run as pretrain
+from trainer.recipes.pretrain import run as pretrain
+from trainer.recipes.run_folder import RunError
+from trainer.training import checkpoint
 
 SHORT = {"epochs": 1, "min_epochs": 0}
 

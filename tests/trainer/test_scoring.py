@@ -8,12 +8,12 @@ import torch
 from folders import write_model
 
 from etl.tables import FIRST_INDEX, UNK
-from trainer import scoring
-from trainer.artifact import load_artifact
-from trainer.baselines import Histories
 from trainer.config import Bert4RecConfig, MaskedItemConfig, NextItemConfig
+from trainer.data.histories import Histories
+from trainer.inference import scorer
+from trainer.inference.model_folder import load_artifact
+from trainer.inference.scorer import Scorer, Scores, top_k
 from trainer.models import build_model
-from trainer.scoring import Scorer, Scores, top_k
 from trainer.tasks import build_task
 
 
@@ -43,7 +43,7 @@ def test_top_k_is_a_sort_however_the_catalogue_is_cut(monkeypatch, kind, width, 
         scores[random.random((B, V)) < 0.2] = -np.inf
         scores[random.random((B, V)) < 0.1] = np.inf
     seen = [random.integers(FIRST_INDEX, V, random.integers(0, 30)).tolist() for _ in range(B)]
-    monkeypatch.setattr(scoring, "SCORES_PER_BLOCK", width * B)
+    monkeypatch.setattr(scorer, "SCORES_PER_BLOCK", width * B)
     rows, best = top_k(Scores.of(torch.from_numpy(scores.copy())), seen_rows(*seen), k)
     assert rows.shape == best.shape == (B, min(k, V))
     for user in range(B):
@@ -88,8 +88,8 @@ def test_scores_of_blocks_and_of_candidates_are_those_of_the_whole(artifact, mon
     whole = artifact.scorer().score(histories)
     candidates = np.array([FIRST_INDEX + 3, FIRST_INDEX, len(artifact.catalogue) - 1])
     torch.testing.assert_close(artifact.scorer().score(histories, candidates), whole[:, candidates])
-    monkeypatch.setattr(scoring, "SCORES_PER_BLOCK", 150 * 4)
-    monkeypatch.setattr(scoring, "ROWS_PER_BLOCK", 3)
+    monkeypatch.setattr(scorer, "SCORES_PER_BLOCK", 150 * 4)
+    monkeypatch.setattr(scorer, "ROWS_PER_BLOCK", 3)
     parts = dict(artifact.scorer().scores(histories).blocks())
     assert len(parts) > 2
     joined = torch.cat(list(parts.values()), 1)

@@ -12,13 +12,14 @@ import pytest
 import yaml
 from stores import enter_store, runs_of
 
-from etl.config import ConfigError, GraftrecError, conf_root, load
-from trainer import search, tracking, trials
-from trainer.artifact import load_artifact
+from etl.settings import ConfigError, GraftrecError, conf_root, load
+from trainer import tracking
 from trainer.config import FinetuneConfig, PretrainConfig, RangeConfig, SearchConfig
-from trainer.finetune import run as finetune
-from trainer.pretrain import run as pretrain
-from trainer.trials import SearchError
+from trainer.inference.model_folder import load_artifact
+from trainer.recipes import search, trials
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.pretrain import run as pretrain
+from trainer.recipes.trials import SearchError
 
 RECIPE = {
     "model": {"width": 8, "blocks": 1, "max_length": 16, "user_width": 4, "knowledge_width": 4},

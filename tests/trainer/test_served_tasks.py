@@ -13,15 +13,15 @@ from test_recommend import rows_of as recommended
 from test_training import TINY
 
 from etl.tables import FIRST_INDEX, SEP, UNK
-from trainer import promote, recommend
-from trainer.artifact import ArtifactError, load_artifact
-from trainer.baselines import Histories
 from trainer.config import EvaluateConfig, EvaluatedModel, FinetuneConfig, PromoteConfig, RecommendConfig
-from trainer.evaluate import run as evaluate
-from trainer.finetune import run as finetune
-from trainer.gate import GateError
+from trainer.data.histories import Histories
+from trainer.evaluation.gate import GateError
+from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.inference.recommender import Recommender, Request, RequestError, parse
+from trainer.recipes import promote, recommend
+from trainer.recipes.evaluate import run as evaluate
+from trainer.recipes.finetune import run as finetune
 from trainer.registry import CHAMPION, Registry
-from trainer.serving import Recommender, Request, RequestError, parse
 
 PETERREC = {"kind": "peterrec", "width": 16, "dilations": [1, 2], "max_length": 24}
 TRAIN = {"batch_size": 16, "epochs": 3, "learning_rate": 0.01, "warmup_steps": 0, "min_epochs": 3}

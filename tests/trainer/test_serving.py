@@ -16,10 +16,10 @@ from folders import alike, write_model
 from stores import enter_store
 
 from etl.tables import FIRST_INDEX, UNK
-from trainer.artifact import load_artifact
-from trainer.baselines import Histories
+from trainer.data.histories import Histories
+from trainer.inference.model_folder import load_artifact
+from trainer.inference.recommender import Recommender, Request, RequestError, parse
 from trainer.registry import CHAMPION, Registry
-from trainer.serving import Recommender, Request, RequestError, parse
 
 
 @pytest.fixture(scope="module")

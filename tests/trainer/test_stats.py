@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from etl.config import GraftrecError
-from trainer.stats import (
+from etl.settings import GraftrecError
+from trainer.evaluation.significance import (
     Comparison,
     StatsError,
     bootstrap_interval,

@@ -11,8 +11,8 @@ from stores import enter_store, runs_of
 
 from trainer import tracking
 from trainer.config import PretrainConfig, TrackingConfig
-from trainer.store import sqlite_file
 from trainer.tracking import start_run
+from trainer.tracking.store import sqlite_file
 
 ROOT = Path(__file__).parent.parent.parent
 QUIET = TrackingConfig(system_metrics=False, close_seconds=60)

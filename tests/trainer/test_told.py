@@ -9,11 +9,11 @@ import pytest
 from stores import enter_store, runs_of
 from test_training import config_file, tiny
 
-from etl.config import load
+from etl.settings import load
 from trainer import tracking
 from trainer.config import EvaluateConfig, PretrainConfig
-from trainer.evaluate import run as evaluate
-from trainer.pretrain import run as pretrain
+from trainer.recipes.evaluate import run as evaluate
+from trainer.recipes.pretrain import run as pretrain
 
 ROOT = Path(__file__).parent.parent.parent
 TRACKED = {"enabled": True, "system_metrics": False, "close_seconds": 60}

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from stores import enter_store, runs_of
 
-from trainer import outbox, tracking
+from trainer import tracking
 from trainer.config import PretrainConfig, TrackingConfig
-from trainer.data.dataset import Release
-from trainer.outbox import Outbox, Refused
-from trainer.tracking import child_environment, start_run
+from trainer.data.release import Release
+from trainer.tracking import child_environment, queue, start_run
+from trainer.tracking.queue import Outbox, Refused
 
 ROOT = Path(__file__).parent.parent.parent
 QUIET = TrackingConfig(system_metrics=False, close_seconds=60)
@@ -174,7 +174,7 @@ def test_metrics_of_a_model_are_of_a_snapshot_and_logged_once(store):
 
 
 def test_logged_configuration_composes_again(store):
-    from etl.config import load
+    from etl.settings import load
 
     resolved = PretrainConfig(name="again", model={"width": 8, "knowledge": {}}, task={"kind": "next_item"})
     with start_run(QUIET, name="again", resolved=resolved):
@@ -362,7 +362,7 @@ def test_outbox_keeps_order_and_batches_metrics():
     assert box.close(5) == []
     assert [entry["kind"] for entry in sent][:: len(sent) - 1] == ["tags", "end"]
     batches = [entry["values"] for entry in sent if entry["kind"] == "metrics"]
-    assert max(map(len, batches)) <= outbox.METRICS_PER_BATCH
+    assert max(map(len, batches)) <= queue.METRICS_PER_BATCH
     assert len(batches) <= 5
     assert [value[3] for batch in batches for value in batch] == list(range(2_500))
 
@@ -488,8 +488,8 @@ def test_a_full_disk_stops_no_training(store, monkeypatch, capfd):
 
     monkeypatch.setattr(tracking._Sender, "_send", full)
     monkeypatch.setattr(tracking.tempfile, "mkdtemp", full)
-    monkeypatch.setattr(outbox.shutil, "copytree", full)
-    monkeypatch.setattr(outbox.Path, "replace", full)
+    monkeypatch.setattr(queue.shutil, "copytree", full)
+    monkeypatch.setattr(queue.Path, "replace", full)
     impatient = TrackingConfig(system_metrics=False, close_seconds=0.3)
     with start_run(impatient, name="full", resolved=PretrainConfig()) as run:
         run.log_metrics({"loss": 1.0})

@@ -15,20 +15,21 @@ from folders import write_model
 from safetensors.torch import load_file
 from stores import enter_store, runs_of
 
-from etl.config import load
-from trainer import checkpoint, tracking
-from trainer.artifact import ArtifactError, load_artifact
-from trainer.baselines import Histories
-from trainer.checkpoint import Checkpoint
+from etl.settings import load
+from trainer import tracking
 from trainer.config import FinetuneConfig, PretrainConfig, TrainConfig
-from trainer.data.dataset import pin
-from trainer.finetune import run as finetune
-from trainer.finetune import seen_by_parent
-from trainer.loop import NonFiniteLoss, learning_rate
-from trainer.pretrain import RunError
-from trainer.pretrain import run as pretrain
-from trainer.transfer import TransferError
-from trainer.validation import read_validation
+from trainer.data.histories import Histories
+from trainer.data.release import pin
+from trainer.evaluation.validation import read_validation
+from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.recipes.finetune import run as finetune
+from trainer.recipes.finetune import seen_by_parent
+from trainer.recipes.pretrain import run as pretrain
+from trainer.recipes.run_folder import RunError
+from trainer.training import checkpoint
+from trainer.training.checkpoint import Checkpoint
+from trainer.training.loop import NonFiniteLoss, learning_rate
+from trainer.training.transfer import TransferError
 
 TINY = {
     "model": {"width": 16, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4},
@@ -279,7 +280,7 @@ def test_a_run_whose_scores_are_no_numbers_leaves_no_model(tiny_lake, tmp_path, 
         object.__setattr__(validation, "measure", lambda *more: dict.fromkeys(measure(*more), float("nan")))
         return validation
 
-    monkeypatch.setattr("trainer.pretrain.read_validation", without_scores)
+    monkeypatch.setattr("trainer.recipes.pretrain.read_validation", without_scores)
     config = tiny(PretrainConfig, tmp_path, tiny_lake, train={"epochs": 2, "min_epochs": 0})
     for _ in range(2):  # the second goes on from where the first ended
         with pytest.raises(

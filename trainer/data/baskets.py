@@ -7,18 +7,9 @@ import pyarrow.compute as pc
 from etl import tables
 from etl.config import etl_command
 from etl.tables import SEP
-from trainer.data.dataset import (
-    DataError,
-    Int32Array,
-    IntArray,
-    Release,
-    SequenceDataset,
-    Sequences,
-    TableFile,
-    blamed,
-    known_sequences,
-    open_parquet,
-)
+from trainer.arrays import Int32Array, IntArray
+from trainer.data.release import DataError, Release, TableFile, blamed, known_sequences, open_parquet
+from trainer.data.sequences import SequenceDataset, Sequences
 
 
 class BasketDataset(SequenceDataset):

@@ -14,7 +14,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from etl.tables import PAD
-from trainer.data.dataset import Catalogue, FloatArray, Int8Array, Int32Array, IntArray, SequenceDataset
+from trainer.arrays import FloatArray, Int8Array, Int32Array, IntArray
+from trainer.data.catalogue import Catalogue
+from trainer.data.sequences import SequenceDataset
 
 READERS = 2  # threads: a core decodes some 100 M items a second, far more than a network trains on
 

@@ -10,12 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from etl.settings import ConfigError
 from etl.tables import PAD, UNK
-from trainer.config import ConfigError, DataConfig
+from trainer.arrays import Int32Array, IntArray
+from trainer.config import DataConfig
 from trainer.data import order
 from trainer.data.batch import Batch
 from trainer.data.blocks import Block, BlockReader
-from trainer.data.dataset import Catalogue, DataError, Int32Array, IntArray, SequenceDataset
+from trainer.data.catalogue import Catalogue
+from trainer.data.release import DataError
+from trainer.data.sequences import SequenceDataset
 
 FloatArray = npt.NDArray[np.float64]
 

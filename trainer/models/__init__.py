@@ -16,15 +16,15 @@ from trainer.config import (
     PeterRecConfig,
     TaskHead,
 )
-from trainer.distributed import ALONE
 from trainer.models.base import SequenceModel
 from trainer.models.bert4rec import Bert4Rec
 from trainer.models.caser import Caser
 from trainer.models.dupn import Dupn
+from trainer.models.item_encoder import TiedModel
 from trainer.models.mlp import Mlp
 from trainer.models.peterrec import PeterRec
-from trainer.models.table import RowTable, RowTables
-from trainer.models.tied import TiedModel
+from trainer.models.row_table import RowTable, RowTables
+from trainer.parallel.distributed import ALONE
 
 __all__ = [
     "Bert4Rec", "Caser", "Dupn", "Mlp", "PeterRec", "RowTables", "SequenceModel", "build_model", "build_saved",

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from etl.tables import UNK
 from trainer.config import ModelConfig, PairHeadConfig, TaskHead, WeightsHeadConfig
-from trainer.models.dropout import Dropout
-from trainer.models.pair import LossWeights, PairHead
-from trainer.models.table import RowTable, RowTables
+from trainer.models.cpu.dropout import Dropout
+from trainer.models.heads import LossWeights, PairHead
+from trainer.models.row_table import RowTable, RowTables
 
 _EVERY = slice(None)
 TABLE_STD = 0.02
@@ -108,7 +108,7 @@ class SequenceModel(nn.Module):
         self.task_heads[name] = layer
 
     def describe(self, content_VF: Tensor) -> None:
-        """What items are (`trainer.content`), for a task that reads it."""
+        """What items are (`trainer.data.item_features`), for a task that reads it."""
         self.content_VF = content_VF.to(self.knowledge_VS.device)
 
     @property

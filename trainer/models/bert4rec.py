@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trainer.adapters import Patches, patched, weight_of
 from trainer.config import Bert4RecConfig
-from trainer.models.dropout import Dropout
-from trainer.models.table import RowTables
-from trainer.models.tied import TiedModel
+from trainer.models.adapters import Patches, patched, weight_of
+from trainer.models.cpu.dropout import Dropout
+from trainer.models.item_encoder import TiedModel
+from trainer.models.row_table import RowTables
 
 # Without cuDNN, which makes a plan for each shape that it hasn't seen, a tenth of a second: here nearly every step's.
 CUDA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

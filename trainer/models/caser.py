@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from trainer.config import CaserConfig
 from trainer.models.base import SequenceModel
-from trainer.models.chunks import mapped, order_of, sizes_by_length
-from trainer.models.table import RowTables
+from trainer.models.cpu.chunks import mapped, order_of, sizes_by_length
+from trainer.models.row_table import RowTables
 
 CHUNK_POSITIONS = 1_024  # windows that go through the filters together on a CPU, about
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trainer.config import DupnConfig
 from trainer.models.base import TABLE_STD, SequenceModel, initialise
-from trainer.models.table import RowTables
+from trainer.models.row_table import RowTables
 
 MOST = 15.0  # of an attention score's size, so that exponentials of any two can be divided in fp32
 

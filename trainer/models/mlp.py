@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.config import MlpConfig
 from trainer.models.base import TABLE_STD, SequenceModel, initialise
-from trainer.models.table import RowTables
+from trainer.models.row_table import RowTables
 
 PAIRS = 1 << 18  # of user and item that go through the layers together
 

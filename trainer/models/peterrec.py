@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.adapters import Patches, patched, weight_of
 from trainer.config import PeterRecConfig
-from trainer.models.dropout import Dropout
-from trainer.models.table import RowTables
-from trainer.models.tied import TiedModel
+from trainer.models.adapters import Patches, patched, weight_of
+from trainer.models.cpu.dropout import Dropout
+from trainer.models.item_encoder import TiedModel
+from trainer.models.row_table import RowTables
 
 KERNEL = 3
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.cores import on_threads
+from trainer.parallel.cores import on_threads
 
 BLOCK_SCORES = 1 << 19  # numbers that a thread computes at once, about
 DEVICE_BLOCK_SCORES = 1 << 25  # and a GPU: 128 MB, enough to keep it busy

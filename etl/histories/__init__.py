@@ -1,0 +1,1 @@
+"""Users' events as arrays, on executors, without a shuffle."""

@@ -1,0 +1,1 @@
+"""Delta tables: written, committed, read by snapshot, kept."""

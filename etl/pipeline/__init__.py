@@ -1,0 +1,1 @@
+"""All jobs in order, and the report on a release."""

@@ -1,0 +1,121 @@
+"""All jobs, in order of what they read, and the running of one of them or of all."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from pyspark.errors import PySparkException
+
+from etl.jobs import (
+    baskets,
+    domains,
+    entities,
+    interactions,
+    items,
+    knowledge,
+    negatives,
+    releases,
+    sequences,
+    social,
+    users,
+)
+from etl.jobs.job import Engine, Job, Outcome, digest, due, job_code_version
+from etl.lake import spark_io
+from etl.session import user_errors
+from etl.settings import ConfigError, GraftrecError
+from etl.tables import QUARANTINE, RELEASES
+
+_MODULES = (interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives)
+JOBS: tuple[Job, ...] = tuple(module.JOB for module in _MODULES)
+
+
+def in_order(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, each after those whose tables it reads."""
+    waiting, done, ordered = list(jobs), set[str](), list[Job]()
+    names = {job.name for job in jobs}
+    while waiting:
+        ready = [job for job in waiting if all(t.name in done or t.name not in names for t in job.reads)]
+        if not ready:
+            raise AssertionError(f"jobs read each other's tables in a circle: {[job.name for job in waiting]}")
+        ordered.append(ready[0])
+        done.add(ready[0].name)
+        waiting.remove(ready[0])
+    return ordered
+
+
+def run_all(engine: Engine) -> int:
+    """Run every job that is due, then release what they left. Gives the release's number. Raises LakeBusy."""
+    config = engine.config
+    domains.check(config.domains)
+    sequences.check(config)
+    with spark_io.writing(config.lake, RELEASES, wait_seconds=config.wait_seconds):
+        return _run_and_release(engine)
+
+
+def _run_and_release(engine: Engine) -> int:
+    began = time.monotonic()
+    ordered = in_order(JOBS)
+    versions: dict[str, int] = {}
+    total, skipped = 0, 0
+    for number, job in enumerate(ordered, 1):
+        outcome = run_job(job, engine, label=f"[{number}/{len(ordered)}] ")
+        versions[job.table.name] = outcome.version
+        total += outcome.rows if outcome.committed else 0
+        skipped += not outcome.committed
+    quarantined = spark_io.current_version(engine.config.lake, QUARANTINE)
+    if quarantined is not None:
+        versions[QUARANTINE.name] = quarantined
+    code = digest([job_code_version(job) for job in ordered])
+    number, outcome = releases.release(engine, versions, code=code)
+    seconds = time.monotonic() - began
+    fate = "new" if outcome.committed else "unchanged"
+    said = f"{total:,} rows written, {skipped} of {len(ordered)} jobs unchanged"
+    print(f"release {number} ({fate}) in {engine.config.lake}: {said}, {seconds:.1f} s", flush=True)
+    return number
+
+
+def run_one(engine: Engine, name: str) -> None:
+    """Run the job `name` if it is due. Raises ConfigError where there is none of that name; LakeBusy, LeaseLost."""
+    job = next((job for job in JOBS if job.name == name), None)
+    if job is None:
+        known = ", ".join(job.name for job in JOBS)
+        raise ConfigError(f"expected all, report or a job ({known}), found {name!r}")
+    with spark_io.writing(engine.config.lake, job.table, wait_seconds=engine.config.wait_seconds):
+        run_job(job, engine)
+
+
+def run_job(job: Job, engine: Engine, *, label: str = "") -> Outcome:
+    """Run `job` if it is due, and print a line on what came of it."""
+    began = time.monotonic()
+    with user_errors(), _full_disk(engine):
+        found = due(job, engine)
+        if isinstance(found, Outcome):
+            print(f"{label}{job.name:<13}unchanged, skipped (version {found.version})", flush=True)
+            return found
+        if sys.stdout.isatty():
+            print(f"{label}{job.name:<13}…", end="\r", flush=True)
+        with spark_io.unfinished_removed(engine.config.lake, job.table):
+            outcome = job.run(found)
+    seconds = time.monotonic() - began
+    rate = outcome.rows / seconds if seconds > 0 else 0.0
+    notes = "".join(f"; {note}" for note in outcome.notes)
+    if outcome.committed:
+        told = f"{outcome.rows:>12,} rows {seconds:>6.1f} s {rate:>10,.0f} rows/s (version {outcome.version})"
+    else:
+        told = f"nothing new (version {outcome.version})"
+    print(f"{label}{job.name:<13}{told}{notes}", flush=True)
+    return outcome
+
+
+@contextmanager
+def _full_disk(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except (PySparkException, OSError) as error:
+        if "No space left on device" not in str(error):
+            raise
+        raise GraftrecError(
+            f"no space left on the disk of the lake {engine.config.lake} or of Spark's temporary files; "
+            f"make room and run again: tables are as they were"
+        ) from None

@@ -1,0 +1,127 @@
+"""Settings of evaluation, gate, registry and recommendations."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from etl.config import SparkConfig
+from etl.settings import FileName, Place, Section
+from trainer.config.data import each_once
+from trainer.config.training import EvaluationConfig, RuntimeConfig, TrackingConfig
+
+
+class EvaluatedModel(Section):
+    """A model folder, the row of the table it belongs to, and the seed it was trained with."""
+
+    model: str
+    label: str | None = None  # None: the run's transfer, e.g. `deep`; several seeds share a label
+    seed: int | None = None  # None: the run's
+
+
+class BaselinesConfig(Section):
+    """The simple baselines beside the models."""
+
+    enabled: bool = True
+    last: int = Field(5, ge=1)  # items of a history that item-to-item reads
+    decay: float = Field(0.6, gt=0, le=1)  # of the variant that reads all: the n-th last item weighs decay**n
+    transition_steps: int = Field(8, ge=1)  # how far apart two items are still counted as following each other
+    transition_decay: float = Field(0.8, gt=0, le=1)  # of a transition over d steps: it weighs decay**(d - 1)
+    max_users: int = Field(1_000_000, ge=2)  # whose training parts are counted, about
+
+
+class EvaluateConfig(Section):
+    """Score model folders on one pinned release, beside the simple baselines."""
+
+    # Results go to <output>/<name>/evaluation. None: named after the models, without replacing other evaluations.
+    name: FileName | None = None
+    output: str = "runs"
+    model: str | None = None  # one model folder…
+    models: tuple[EvaluatedModel, ...] = ()  # … or several
+    lake: Place | None = None  # None, here and below: the first model's own
+    release: int | None = None
+    split: str | None = None
+    domain: str | None = None
+    part: Literal["validation", "test"] = "test"
+    against: str = "none"  # the label that gains are over
+    # The label that was chosen before `part` was read. Its gain in the first metric under the first protocol is the one
+    # planned test: its p-value is not adjusted, and the gate makes the same test.
+    candidate: str | None = None
+    metrics: tuple[str, ...] = ()  # of the comparison table; (): NDCG@10, Recall@10, MRR, or those of baskets
+    evaluation: EvaluationConfig = EvaluationConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class GateConfig(Section):
+    """What a model version must show before the alias moves to it. Margins are shares of a mean."""
+
+    protocol: Literal["full", "uniform-100", "popular-100", "top-100"] = "full"
+    metric: str = "NDCG@10"
+    # A difference with a larger p-value is taken for chance.
+    level: float = Field(0.05, gt=0, lt=1)
+    min_gain: float = Field(0.0, ge=0)  # over from-scratch, beyond being significant
+    min_seeds: int = Field(3, ge=1)  # of from-scratch: with two, the test has almost no power
+    min_users: int = Field(100, ge=2)  # evaluated; with fewer, the gate refuses
+    champion_margin: float = Field(0.0, ge=0)  # how far below the champion is let pass
+    # How far below the champion (without one: from-scratch) in a slice.
+    slice_margin: float = Field(0.1, ge=0)
+    min_slice_users: int = Field(100, ge=2)  # a slice with fewer users is not compared, and refuses nothing
+    cold_user_items: int = Field(10, ge=0)  # cold users: at most so many items of the domain in the training part
+    cold_item_interactions: int = Field(20, ge=0)  # cold items: at most so many training interactions
+    must_beat: tuple[str, ...] = ("best",)  # simple baselines, by name; best: the one with the highest mean
+
+    @model_validator(mode="before")
+    @classmethod
+    def _above_has_a_new_name(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "above" in given:
+            raise ValueError("above is now must_beat; rename it (`best` is the simple baseline with the highest mean)")
+        return given
+
+    @field_validator("must_beat")
+    @classmethod
+    def _baselines_differ(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return each_once(names, "simple baseline")
+
+
+class PromoteConfig(Section):
+    """Judge a candidate, and move the registry's alias to it if it passes."""
+
+    name: FileName = "promote"
+    output: str = "runs"  # the decision goes to <output>/<name>/decision.json
+    registered_model: FileName = "graftrec"
+    family: str = ""  # registered models of the same log, <family>-<domain>: they share parents of patches
+    candidate: str | None = None  # a version's number, or a model folder (registered then); None: alias `candidate`
+    replicas: tuple[str, ...] = ()  # the candidate's recipe with other seeds
+    from_scratch: tuple[str, ...] = ()  # model folders of transfer `none`, one a seed
+    release: int | None = None  # None: the newest
+    lake: Place | None = None  # None, here and below: the candidate's own
+    split: str | None = None
+    domain: str | None = None
+    part: Literal["validation", "test"] = "test"
+    gate: GateConfig = GateConfig()
+    rollback: bool = False  # no judgement: the previous champion is champion again
+    evaluation: EvaluationConfig = EvaluationConfig(protocols=("full",))
+    baselines: BaselinesConfig = BaselinesConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class RecommendConfig(Section):
+    """Write the top-k of every user to the Delta table `recommendations`, of one domain's items."""
+
+    name: FileName = "recommend"
+    registered_model: FileName = "graftrec"
+    model: str = "champion"  # an alias or the number of a registered version, or a model folder
+    lake: Place | None = None  # None: the model's own
+    release: int | None = None  # None: the newest complete one, pinned when the run starts
+    split: str | None = None  # None, here and below: the model's own
+    domain: str | None = None
+    # For users of whom the model knows no item: a version or folder, as `model`. None: the alias `companion`, if any.
+    companion: str | None = None
+    replace: bool = False  # whether a model folder may replace the rows of a registered version
+    k: int = Field(10, ge=1)  # items a user
+    batch_size: int = Field(256, ge=1)  # users scored at once
+    wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
+    spark: SparkConfig = SparkConfig()
+    tracking: TrackingConfig = TrackingConfig()

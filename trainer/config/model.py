@@ -1,0 +1,116 @@
+"""Settings of networks."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from etl.settings import Section
+
+
+class Bert4RecConfig(Section):
+    """BERT4Rec (Sun et al. 2019) with the survey's user and knowledge embeddings (4.3, 4.4)."""
+
+    kind: Literal["bert4rec"] = "bert4rec"
+    blocks: int = Field(2, ge=1)
+    width: int = Field(64, ge=1)
+    heads: int = Field(2, ge=1)
+    max_length: int = Field(200, ge=2)  # positions, the asked one included
+    # learned: an embedding of each position, as in the paper; rotary: the query and key of each head are turned by
+    # their position too, so that attention knows distances (Su et al. 2021).
+    positions: Literal["learned", "rotary"] = "rotary"
+    dropout: float = Field(0.1, ge=0, lt=1)
+    user_width: int = Field(32, ge=0)  # 0: no user embedding
+    # relation -> slots; {}: metadata off
+    knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
+    knowledge_width: int = Field(16, ge=1)  # of each slot
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "Bert4RecConfig":
+        unit = 2 * self.heads if self.positions == "rotary" else self.heads
+        if self.width % unit:
+            raise ValueError(f"expected a width that {unit} divides ({self.heads} heads), found {self.width}")
+        return self
+
+
+class CaserConfig(Section):
+    """Caser (Tang and Wang 2018) with the survey's knowledge embeddings (4.3, 4.4)."""
+
+    kind: Literal["caser"] = "caser"
+    window: int = Field(5, ge=1)  # L: items that the filters see
+    width: int = Field(64, ge=1)  # of an item's vector, and of the window's
+    horizontal: int = Field(16, ge=1)  # filters of each height from 1 to L
+    vertical: int = Field(4, ge=1)  # filters
+    max_length: int = Field(200, ge=2)  # positions of a sequence that windows slide over, the asked one included
+    dropout: float = Field(0.5, ge=0, lt=1)
+    user_width: int = Field(64, ge=0)  # 0: no user embedding
+    # relation -> slots; {}: metadata off
+    knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
+    knowledge_width: int = Field(25, ge=1)  # of each slot
+
+
+class PeterRecConfig(Section):
+    """PeterRec (Yuan et al. 2020), with the survey's user and knowledge embeddings where asked for."""
+
+    kind: Literal["peterrec"] = "peterrec"
+    width: int = Field(64, ge=1)
+    dilations: tuple[int, ...] = Field((1, 4) * 4, min_length=1)  # one a block; its second convolution's is twice that
+    max_length: int = Field(200, ge=2)  # positions, the asked one included
+    dropout: float = Field(0.1, ge=0, lt=1)
+    user_width: int = Field(0, ge=0)  # 0: no user embedding
+    knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
+    knowledge_width: int = Field(16, ge=1)  # of each slot
+
+    @field_validator("dilations")
+    @classmethod
+    def _dilations_are_some(cls, dilations: tuple[int, ...]) -> tuple[int, ...]:
+        if min(dilations) < 1:
+            raise ValueError(f"expected dilations of 1 and more, found {', '.join(map(str, dilations))}")
+        return dilations
+
+
+class DupnConfig(Section):
+    """DUPN (Ni et al. 2018): an LSTM over the items, attention over its states by the user's embedding."""
+
+    kind: Literal["dupn"] = "dupn"
+    width: int = Field(64, ge=1)  # of items' vectors and of states
+    max_length: int = Field(200, ge=2)  # positions, the asked one included
+    dropout: float = Field(0.1, ge=0, lt=1)
+    user_width: int = Field(32, ge=0)  # 0: no user embedding, attention asks nothing of the user
+    event_types: bool = False  # what kind of event each was is read too, of data.event_types
+    knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
+    knowledge_width: int = Field(16, ge=1)  # of each slot
+
+
+class MlpConfig(Section):
+    """User and item embeddings and layers over both (Hu et al. 2018's baseline; He et al. 2017)."""
+
+    kind: Literal["mlp"] = "mlp"
+    width: int = Field(64, ge=1)  # of an item's embedding
+    user_width: int = Field(64, ge=1)
+    layers: tuple[int, ...] = Field((64, 32), min_length=1)  # widths
+    max_length: int = Field(200, ge=2)  # items of a user that a step trains
+    dropout: Literal[0] = 0
+    knowledge: dict[str, int] = Field(default_factory=dict, max_length=0)  # none
+    knowledge_width: int = Field(16, ge=1)
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_are_some(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if min(layers) < 1:
+            raise ValueError(f"expected widths of 1 and more, found {', '.join(map(str, layers))}")
+        return layers
+
+
+def _kind_of(given: Any) -> str:
+    """Where none is given: BERT4Rec."""
+    return str(given.get("kind", "bert4rec") if isinstance(given, dict) else getattr(given, "kind", ""))
+
+
+ModelConfig = Annotated[
+    Annotated[Bert4RecConfig, Tag("bert4rec")]
+    | Annotated[CaserConfig, Tag("caser")]
+    | Annotated[PeterRecConfig, Tag("peterrec")]
+    | Annotated[DupnConfig, Tag("dupn")]
+    | Annotated[MlpConfig, Tag("mlp")],
+    Discriminator(_kind_of),
+]

@@ -1,0 +1,193 @@
+"""Settings of a training run."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from etl.settings import FileName, Section
+from trainer.config.data import DataConfig
+from trainer.config.model import Bert4RecConfig, DupnConfig, ModelConfig
+from trainer.config.task import (
+    ClickConfig,
+    MaskedItemConfig,
+    MultiConfig,
+    TaskConfig,
+    looks_back_only,
+    reads_baskets,
+    scores_all,
+)
+
+
+class TrainConfig(Section):
+    """Optimisation and stopping. `batch_size` is global: over all processes together."""
+
+    batch_size: int = Field(128, ge=1)
+    epochs: int = Field(60, ge=1)
+    min_epochs: int = Field(10, ge=0)  # before the tenth the loss sits at the popularity plateau
+    patience: int = Field(8, ge=1)  # epochs without a better validation NDCG@10
+    learning_rate: float = Field(1e-3, gt=0)
+    # Of item, user and entity tables. adamw: dense, as all else. rowwise: a step reads, changes and keeps state for the
+    # rows of its batch only, and the tables are shared out over the processes; for catalogues past memory's comfort.
+    table_optimizer: Literal["adamw", "rowwise"] = "adamw"
+    table_learning_rate: float = Field(0.02, gt=0)  # of rowwise; warms up and falls as learning_rate does
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(100, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up, over `epochs`
+    final_rate: float = Field(0.0, ge=0, le=1)  # least share of the learning rate that a schedule falls to
+    clip_norm: float = Field(5.0, gt=0)
+    seed: int = 0
+    validation_users: int = Field(20_000, ge=1)  # at most, the same ones every epoch and run
+    checkpoint_seconds: float = Field(60.0, ge=0)  # 0: every step
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class RuntimeConfig(Section):
+    """Where training runs: one process, or as many as `torchrun` started."""
+
+    device: str = "auto"
+    precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    # Per process; None: the usable cores, divided by the processes that `torchrun` started here
+    threads: int | None = Field(None, ge=1)
+    progress: bool = True  # bars, on terminals only
+    # How long a process waits for the others of `torchrun` before it ends with the state of each
+    collective_seconds: float = Field(600.0, gt=0)
+
+
+class TrackingConfig(Section):
+    """MLflow. The server comes from MLFLOW_TRACKING_URI; without it, an SQLite store in the working directory."""
+
+    experiment: str = "graftrec"
+    enabled: bool = True
+    system_metrics: bool = True
+    system_metrics_seconds: float = Field(10.0, gt=0)  # between two samples
+    close_seconds: float = Field(20.0, ge=0)  # how long a run waits, at its end, for a server that does not answer
+
+
+class EvaluationConfig(Section):
+    """How held-out items are ranked."""
+
+    protocols: tuple[Literal["full", "uniform-100", "popular-100", "top-100"], ...] = (
+        "full",
+        "uniform-100",
+        "popular-100",
+    )
+    # Of next baskets: whether what a user has had is a candidate too; not in a log where nothing is taken twice.
+    # None: true in training; in `evaluate` and `promote` the models' own setting.
+    repeats: bool | None = None
+    batch_size: int = Field(256, ge=1)
+    max_users: int | None = Field(None, ge=2)  # about so many, the same for every model; None: all
+
+    @property
+    def ranks_repeats(self) -> bool:
+        return self.repeats is not False
+
+
+class PretrainConfig(Section):
+    """One training run from scratch on one domain."""
+
+    name: FileName = "pretrain"
+    output: str = "runs"  # the run's folder is <output>/<name>
+    data: DataConfig = DataConfig()
+    model: ModelConfig = Bert4RecConfig()
+    task: TaskConfig = MaskedItemConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _rows_are_few(self) -> "PretrainConfig":
+        if self.train.table_optimizer == "rowwise" and scores_all(self.task):
+            raise ValueError(
+                "train.table_optimizer rowwise needs a loss that reads few rows, and task.loss.kind full reads all; "
+                "set task.loss.kind=sampled, or train.table_optimizer=adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mlp_scores_pairs(self) -> "PretrainConfig":
+        if self.model.kind == "mlp" and self.task.kind in ("profile", "click", "multi"):
+            raise ValueError(
+                f"model mlp reads no items, so there is nothing to tell task {self.task.kind} by; take bert4rec, caser "
+                "or peterrec"
+            )
+        if self.model.kind == "mlp" and scores_all(self.task):
+            raise ValueError(
+                "model mlp scores every pair of user and item by a network, too dear for task.loss.kind full; set that "
+                "to bce or sampled"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dupn_reads_left_to_right(self) -> "PretrainConfig":
+        if self.model.kind == "dupn" and not looks_back_only(self.task):
+            raise ValueError(
+                f"model dupn reads from left to right, found task {self.task.kind}, which looks ahead; take next_item, "
+                "or a task with causal: true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _event_types_are_of_use(self) -> "PretrainConfig":
+        names = self.data.event_types
+        reads = isinstance(self.model, DupnConfig) and self.model.event_types
+        tells = isinstance(self.task, MultiConfig) and "event_type" in self.task.tells
+        if reads and not names:
+            raise ValueError("model.event_types: expected names of kinds of event, found none; set data.event_types")
+        if reads and self.task.kind not in ("next_item", "multi"):
+            raise ValueError(
+                f"model.event_types: expected task next_item or multi, found {self.task.kind}, which reads items only"
+            )
+        if tells and len(names) < 2:
+            raise ValueError(
+                f"task.tells event_type: expected two kinds of event at least in data.event_types, found "
+                f"{', '.join(names) or 'none'}"
+            )
+        if names and not (reads or tells):
+            raise ValueError(
+                "data.event_types: expected a model that reads kinds of event (dupn, event_types: true) or a task that "
+                "tells them (multi), found neither; leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _clicks_are_of_one_domain(self) -> "PretrainConfig":
+        if self.task.kind in ("click", "multi") and (self.data.predicted is not None or self.data.ranked is not None):
+            raise ValueError(
+                f"task {self.task.kind} is asked about the domain that it reads, found data.predicted or data.ranked; "
+                "leave them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _baskets_are_read_whole(self) -> "PretrainConfig":
+        if not reads_baskets(self.task):
+            return self
+        if self.model.kind not in ("bert4rec", "peterrec"):
+            raise ValueError(
+                f"task {self.task.kind}: expected a model that reads whole sequences (bert4rec, peterrec), found "
+                f"{self.model.kind}"
+            )
+        if self.data.predicted is not None or self.data.ranked is not None:
+            raise ValueError(
+                f"task {self.task.kind} predicts the domain that it reads, found data.predicted or data.ranked; leave "
+                "them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _target_items_are_of_a_domain(self) -> "PretrainConfig":
+        if self.task.kind == "target_item" and self.data.predicted in (None, self.data.domain):
+            raise ValueError(
+                "task target_item tells one domain's items by what was done elsewhere, found no data.predicted beside "
+                "data.domain; set data.domain=all and data.predicted to a domain"
+            )
+        return self
+
+
+def event_types_read(config: PretrainConfig) -> tuple[str, ...]:
+    """The kinds of event that a run's model reads, in the order of its rows for them from 1 on; or passes over."""
+    if isinstance(config.task, ClickConfig):
+        return config.task.impressions
+    reads = isinstance(config.model, DupnConfig) and config.model.event_types
+    return config.data.event_types if reads else ()

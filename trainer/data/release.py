@@ -1,0 +1,196 @@
+"""A pinned release of the lake: its tables, and their data files, checked and opened."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import deltalake
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from etl import tables
+from etl.config import etl_command
+from etl.lake import file_reader
+from etl.lake.datafile import DataFile
+from etl.lake.delta_log import snapshot_digest
+from etl.lake.snapshots import LakeError, checked_files, open_table, our_commits, table_uri, within
+from etl.plain_path import absolute
+from etl.settings import GraftrecError
+from etl.tables import FIRST_INDEX, Table
+from trainer.arrays import IntArray
+
+FOOTERS = 64  # of data files, kept: a twentieth of what a row group takes is reading its file's anew
+
+
+class DataError(GraftrecError):
+    """A lake, release, split or domain that is not there, or a file that can't be read."""
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A data file of a pinned table version, wherever the lake lies; as text, its place."""
+
+    lake: str
+    table: Table = field(compare=False)
+    path: str  # within the table
+
+    def __str__(self) -> str:
+        return f"{table_uri(self.lake, self.table)}/{self.path}"
+
+
+@dataclass(frozen=True)
+class Release:
+    """One consistent set of table versions."""
+
+    lake: str
+    number: int
+    versions: dict[str, int]
+    digests: dict[str, str] = field(default_factory=dict)  # of tables' logs; none of releases of before
+
+    def files(self, table: Table, partitions: dict[str, str] | None = None) -> list[TableFile]:
+        """Data files of a table's pinned version, sorted by path; only those of the partitions named. Their bytes are
+        checked. Raises DataError."""
+        scope = {column: [value] for column, value in (partitions or {}).items()}
+        paths = [file for file in self._logged(table) if within(file, scope)]
+        try:
+            file_reader.check_files(self.lake, table, [file.path for file in paths])
+        except GraftrecError as error:
+            raise DataError(str(error)) from None
+        return [TableFile(self.lake, table, file.path) for file in paths]
+
+    def partitions(self, table: Table) -> list[Mapping[str, str | None]]:
+        """The partition of each data file of a table. Raises DataError."""
+        return [file.partition for file in self._logged(table)]
+
+    def _logged(self, table: Table) -> list[DataFile]:
+        """All data files of a table's pinned version, as its commit and the release recorded them."""
+        handle = _open(self.lake, table, self.versions.get(table.name))
+        try:
+            files = checked_files(handle, self.lake, table)
+        except LakeError as error:
+            raise DataError(str(error)) from None
+        recorded = self.digests.get(table.name)
+        if recorded not in (None, snapshot_digest(files, handle.metadata().configuration)):
+            raise DataError(
+                f"{table_uri(self.lake, table)}: expected version {handle.version()} as release {self.number} recorded "
+                "it, found its log altered; restore the log from a copy"
+            )
+        return files
+
+    def read(
+        self, table: Table, columns: Sequence[str], partitions: dict[str, str] | None = None,
+        *, indices: IntArray | None = None,
+    ) -> pa.Table:  # fmt: skip
+        """`columns` (no partition columns) of a table, in the order of its files; `indices`: only the rows whose
+        column `index` is one of these. For vocabulary-sized tables."""
+        schema = pa.schema([table.schema.field(name).with_nullable(True) for name in columns])
+        parts = [schema.empty_table()]
+        for file in self.files(table, partitions):
+            part = _read(file, schema)
+            known = None if indices is None else pc.is_in(part["index"], value_set=pa.array(indices, pa.int32()))
+            parts.append(part if known is None else part.filter(known))
+        return pa.concat_tables(parts).cast(pa.schema([table.schema.field(name) for name in columns]))
+
+
+def _read(file: TableFile, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema`; those that the file lacks are null."""
+    with blamed(file), open_parquet(file) as parquet:
+        found = parquet.read(columns=[name for name in schema.names if name in parquet.schema_arrow.names])
+        columns = [
+            found[each.name].cast(each.type) if each.name in found.column_names else pa.nulls(len(found), each.type)
+            for each in schema
+        ]
+        return pa.table(columns, schema=schema)
+
+
+def _open(lake: str, table: Table, version: int | None) -> deltalake.DeltaTable:
+    """Of the columns' names alone must be the contract's: other writers have other widths of integers."""
+    try:
+        handle = open_table(lake, table, version)
+    except LakeError as error:
+        raise DataError(str(error)) from None
+    if handle is None:
+        raise DataError(
+            f"no table {table.name} in the lake {lake}: expected those of a complete run; run {etl_command(lake)}"
+        )
+    expected, found = set(table.schema.names), {column.name for column in handle.schema().fields}
+    needed = {column.name for column in table.schema if not column.nullable}
+    if (needed - found) or (expected - found and found - expected):
+        raise DataError(
+            f"{table_uri(lake, table)}: expected the columns {', '.join(sorted(expected - found))}, found "
+            f"{', '.join(sorted(found - expected)) or 'none'} instead; run {etl_command(lake)} into another lake"
+        )
+    return handle
+
+
+def pin(lake: str, release: int | None) -> Release:
+    """The release to read: the one named, else the newest. Raises DataError."""
+    lake = absolute(lake)  # what a run records is known from every folder
+    handle = _open(lake, tables.RELEASES, None)
+    rows = (
+        Release(lake, 0, {tables.RELEASES.name: handle.version()})
+        .read(tables.RELEASES, ["release", "tables"])
+        .to_pylist()
+    )
+    known = {row["release"]: row for row in rows}
+    if not known:
+        raise DataError(f"the lake {lake} has no complete release; run {etl_command(lake)}")
+    number = max(known) if release is None else release
+    if number not in known:
+        raise DataError(f"no release {number} in the lake {lake}; it has {min(known)} to {max(known)}")
+    try:
+        commits = [commit for commit in our_commits(handle) if commit.get("release") == str(number)]
+    except LakeError as error:
+        raise DataError(str(error)) from None
+    digests = json.loads(commits[0].get("digests", "{}")) if commits else {}
+    return Release(lake, number, {entry["table"]: entry["version"] for entry in known[number]["tables"]}, digests)
+
+
+def known_sequences(release: Release, table: Table) -> list[tuple[str, str]]:
+    """Splits and domains that a table has."""
+    return sorted({(str(part["split"]), str(part["domain"])) for part in release.partitions(table)})
+
+
+def domains_with_sequences(release: Release, split: str) -> list[str]:
+    """Domains that have sequences in a split; none where there is no such split."""
+    return sorted({str(part["domain"]) for part in release.partitions(tables.SEQUENCES) if part["split"] == split})
+
+
+def vocabulary_size(release: Release, table: Table) -> int:
+    """Largest index of a vocabulary plus one; FIRST_INDEX for an empty one."""
+    if table.name not in release.versions:
+        return FIRST_INDEX
+    index = release.read(table, ["index"])["index"]
+    return int(pc.max(index).as_py()) + 1 if len(index) else FIRST_INDEX
+
+
+@contextmanager
+def blamed(file: TableFile) -> Iterator[None]:
+    """What goes wrong while a data file is read, as a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except GraftrecError as error:
+        raise DataError(str(error)) from None
+    except (OSError, pa.ArrowException, Damage) as error:
+        told = " ".join(str(error).split())
+        raise DataError(f"can't read {file}: {told}; restore it, or write its table anew by `python -m etl`") from None
+
+
+class Damage(Exception):
+    """Contents that the contract rules out."""
+
+
+def metadata(file: TableFile) -> pq.FileMetaData:
+    with open_parquet(file) as parquet:
+        return parquet.metadata
+
+
+@contextmanager
+def open_parquet(file: TableFile, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+    """The file, opened for the context. `metadata`: its footer, where it was read before."""
+    with file_reader.open_parquet(file.lake, file.table, file.path, metadata=metadata) as parquet:
+        yield parquet

@@ -1,0 +1,236 @@
+"""Users' sequences, streamed from data files as flat arrays."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from etl import tables
+from etl.tables import FIRST_INDEX
+from trainer.arrays import FloatArray, Int8Array, Int32Array, IntArray
+from trainer.data.catalogue import Catalogue
+from trainer.data.release import (
+    FOOTERS,
+    Damage,
+    DataError,
+    Release,
+    TableFile,
+    blamed,
+    known_sequences,
+    metadata,
+    open_parquet,
+)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Many users' sequences as flat arrays: row u's items are ``items[offsets[u]:offsets[u + 1]]`` (global indices).
+
+    Arrays that were not asked for are empty.
+    """
+
+    users: IntArray  # [U] global user index
+    offsets: IntArray  # [U + 1]
+    items: Int32Array  # [sum of lengths]
+    times: IntArray  # [sum of lengths]
+    valid_start: IntArray  # [U]
+    test_start: IntArray  # [U]
+    end: IntArray  # [U]
+    values: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))  # [sum of lengths]; NaN: none
+    event_types: Int8Array = field(default_factory=lambda: np.empty(0, np.int8))  # [sum of lengths]; 0: none of them
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def owners(self) -> IntArray:
+        """[sum of lengths] row of each place."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    @property
+    def positions(self) -> IntArray:
+        """[sum of lengths] of each place within its sequence."""
+        return np.arange(len(self.items)) - self.offsets[self.owners]
+
+    def history_end(self, part: str) -> IntArray:
+        """Where the input ends when `part` is asked for: training part for validation, training and validation for
+        test."""
+        return {"train": self.valid_start, "validation": self.valid_start, "test": self.test_start}[part]
+
+    def take(self, rows: IntArray) -> "Sequences":
+        """The sequences of some rows, in that order."""
+        starts, lengths = self.offsets[rows], np.diff(self.offsets)[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        flat = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Sequences(
+            self.users[rows], offsets, self.items[flat], self.times[flat] if len(self.times) else self.times,
+            self.valid_start[rows], self.test_start[rows], self.end[rows],
+            self.values[flat] if len(self.values) else self.values,
+            self.event_types[flat] if len(self.event_types) else self.event_types,
+        )  # fmt: skip
+
+
+class SequenceDataset:
+    """The sequences of one split and domain of a release, as row groups that can be read in any combination.
+
+    `values`: the events' values (ratings, prices) are read too. `event_types`: names of kinds of event to be told
+    apart: those of an event are read as its place among them, from 1 on, and 0 for whatever else.
+    Raises DataError where there are none, and for a file that is missing, damaged or not of the contract's schema.
+    """
+
+    values = False
+    event_types: Sequence[str] = ()
+
+    def __init__(
+        self, release: Release, split: str, domain: str, *, values: bool = False, event_types: Sequence[str] = ()
+    ) -> None:
+        self.release, self.split, self.domain = release, split, domain
+        self.values, self.event_types = values, event_types
+        self.files = release.files(tables.SEQUENCES, {"split": split, "domain": domain})
+        if not self.files:
+            known = known_sequences(release, tables.SEQUENCES)
+            raise DataError(
+                f"no sequences of split {split!r} and domain {domain!r} in release {release.number} of {release.lake}; "
+                f"it has {', '.join('/'.join(pair) for pair in known)}"
+            )
+        self.groups: list[tuple[TableFile, int]] = []
+        self.rows_per_group: list[int] = []
+        self._metadata = functools.lru_cache(FOOTERS)(metadata)  # of files, which never change
+        for file in self.files:
+            with blamed(file), open_parquet(file) as parquet:
+                _check_columns(parquet.schema_arrow)
+                for group in range(parquet.num_row_groups):
+                    self.groups.append((file, group))
+                    self.rows_per_group.append(parquet.metadata.row_group(group).num_rows)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.rows_per_group)
+
+    def read(self, groups: Sequence[int], *, times: bool = False) -> Sequences:
+        """Some row groups, in the order given. Raises DataError naming a file that can't be read."""
+        parts = [self.read_group(group, times=times) for group in groups]
+        return parts[0] if len(parts) == 1 else _concatenated(parts)
+
+    def read_group(self, group: int, *, times: bool = False, held_out: bool = True) -> Sequences:
+        """One row group. `held_out` False: without test_start and end. Raises DataError naming a file that can't be
+        read. May be called from several threads."""
+        file, number = self.groups[group]
+        columns = ["user", "items", "valid_start", *(["test_start", "end"] if held_out else [])]
+        with blamed(file), open_parquet(file, self._metadata(file)) as parquet:
+            # One thread, and no coalesced reads ahead: a row group is one unit of work.
+            columns += [*(["times"] if times else []), *(["values"] if self.values else [])]
+            columns += ["event_types"] if self.event_types else []
+            table = parquet.read_row_group(number, columns=columns, use_threads=False)
+            return _flatten(table, self.rows_per_group[group], self.event_types)
+
+    def read_all(self, *, times: bool = False) -> Sequences:
+        return self.read(range(len(self.groups)), times=times)
+
+
+def training_interactions(dataset: SequenceDataset, catalogue: Catalogue, *, others: bool = False) -> IntArray:
+    """Interactions [V] of each catalogue row in all users' training parts, 0 for reserved rows; by row group. `others`:
+    only those of none of the kinds of event that the dataset tells apart."""
+    counts = np.zeros(len(catalogue), dtype=np.int64)
+    for group in range(len(dataset.groups)):
+        sequences = dataset.read([group])
+        is_counted = sequences.positions < sequences.valid_start[sequences.owners]
+        if others and dataset.event_types:
+            is_counted &= sequences.event_types == 0
+        counts += np.bincount(catalogue.rows(sequences.items[is_counted]), minlength=len(catalogue))
+    counts[:FIRST_INDEX] = 0
+    return counts
+
+
+def _check_columns(found: pa.Schema) -> None:
+    """Integers where the contract has them, of whatever width and in whatever kind of list."""
+    for name in ("user", "items", "times", "valid_start", "test_start", "end"):
+        expected = tables.SEQUENCES.schema.field(name).type
+        if name not in found.names:
+            raise Damage(f"expected a column {name} of {expected}, found {', '.join(found.names)}")
+        kind = found.field(name).type
+        of_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+        value = kind.value_type if of_list else kind
+        if of_list != pa.types.is_list(expected) or not pa.types.is_integer(value):
+            raise Damage(f"expected a column {name} of {expected}, found {kind}")
+
+
+def _flatten(table: pa.Table, num_rows: int, event_types: Sequence[str]) -> Sequences:
+    """Arrow's own buffers, where they have the contract's types. Raises Damage."""
+
+    def column(name: str) -> pa.Array:
+        if name not in table.column_names:
+            return pa.array([], pa.int64())
+        values = table[name].cast(tables.SEQUENCES.schema.field(name).type)
+        values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()  # the latter copies
+        if name != "times" and values.null_count:
+            raise Damage(f"column {name} may not be null, found {values.null_count:,} of {len(values):,}")
+        return values
+
+    def integers(name: str) -> IntArray:
+        values: IntArray = column(name).to_numpy().astype(np.int64)
+        return values
+
+    if table.num_rows != num_rows:
+        raise Damage(f"expected a row group of {num_rows:,} rows, found {table.num_rows:,}")
+    lists = column("items")
+    items = lists.flatten()
+    lengths = pc.list_value_length(lists).to_numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    times = pc.list_flatten(column("times")).to_numpy() if "times" in table.column_names else np.empty(0, np.int64)
+    valid_start, test_start, end = integers("valid_start"), integers("test_start"), integers("end")
+    bounds = [valid_start, test_start, end, lengths] if len(end) else [valid_start, lengths]
+    if items.null_count or (len(items) and items.to_numpy().min() < FIRST_INDEX):
+        raise Damage(f"expected item indices from {FIRST_INDEX} on, found {pc.min(items)} or null")
+    if any((before > after).any() for before, after in itertools.pairwise([np.zeros_like(valid_start), *bounds])):
+        raise Damage("expected 0 <= valid_start <= test_start <= end <= length of items, found a row that isn't so")
+    values = _values(table["values"], lengths) if "values" in table.column_names else np.empty(0, np.float32)
+    kinds = event_type_codes(table["event_types"], lengths, event_types) if event_types else np.empty(0, np.int8)
+    return Sequences(integers("user"), offsets, items.to_numpy(), times, valid_start, test_start, end, values, kinds)
+
+
+def _values(column: pa.ChunkedArray, lengths: IntArray) -> FloatArray:
+    """Side by side with items; NaN where an event, or all of a user's, have none. Raises Damage."""
+    found = np.full(int(lengths.sum()), np.nan, dtype=np.float32)
+    flat, given = _beside(column, lengths, "values")
+    found[given] = flat.cast(pa.float32()).to_numpy(zero_copy_only=False)
+    return found
+
+
+def event_type_codes(column: pa.ChunkedArray, lengths: IntArray, names: Sequence[str]) -> Int8Array:
+    """Places among `names` side by side with items, from 1 on; 0 for none of them. Raises Damage."""
+    found = np.zeros(int(lengths.sum()), dtype=np.int8)
+    flat, given = _beside(column, lengths, "event types")
+    place = pc.index_in(flat.cast(pa.string()), pa.array(names, pa.string()), skip_nulls=True).fill_null(-1)
+    found[given] = place.to_numpy(zero_copy_only=False) + 1
+    return found
+
+
+def _beside(column: pa.ChunkedArray, lengths: IntArray, what: str) -> tuple[pa.Array, npt.NDArray[np.bool_]]:
+    """What a column of lists holds, and the places of items that it is beside: those of users who have any. Raises
+    Damage."""
+    lists = column.combine_chunks()
+    has_any = lists.is_valid().to_numpy(zero_copy_only=False)
+    flat = lists.flatten()
+    if len(flat) != int(lengths[has_any].sum()):
+        raise Damage(f"expected as many {what} as items, found {len(flat):,} for {int(lengths[has_any].sum()):,}")
+    return flat, np.repeat(has_any, lengths)
+
+
+def _concatenated(parts: Sequence[Sequences]) -> Sequences:
+    lengths = np.concatenate([np.empty(0, np.int64), *(np.diff(part.offsets) for part in parts)])
+
+    def together(name: str, kind: type) -> npt.NDArray[Any]:
+        return np.concatenate([np.empty(0, kind), *(getattr(part, name) for part in parts)])
+
+    return Sequences(
+        together("users", np.int64), np.concatenate([[0], np.cumsum(lengths)]), together("items", np.int32),
+        together("times", np.int64), together("valid_start", np.int64), together("test_start", np.int64),
+        together("end", np.int64), together("values", np.float32), together("event_types", np.int8),
+    )  # fmt: skip

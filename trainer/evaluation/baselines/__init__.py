@@ -1,0 +1,1 @@
+"""Simple scorers that stand beside every model."""

@@ -1,0 +1,1 @@
+"""The survey's experiment: models, transfers and seeds as one plan."""

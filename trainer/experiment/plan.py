@@ -1,0 +1,355 @@
+"""The rows of an experiment, and the training runs that they need."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from etl.config import EtlConfig
+from etl.settings import ConfigError, FileName, Place, Section, config_hash, replaced
+from etl.tables import DOMAIN_ALL
+from trainer.config import (
+    RANKING_TASKS,
+    BaselinesConfig,
+    EvaluationConfig,
+    FinetuneConfig,
+    ModelConfig,
+    PretrainConfig,
+    TaskConfig,
+    TrackingConfig,
+    TransferName,
+    with_transfer,
+)
+from trainer.recipes.training_jobs import Cell
+from trainer.report.survey import NAMES, row_id
+from trainer.training.empty_transfer import ADVICE, empty_by_settings
+
+if TYPE_CHECKING:
+    pass
+
+
+NOT_ASKED = "not asked for"
+
+
+class TunedConfig(Section):
+    """Settings of the rows of one transfer: the winners of a search that gave each the same budget. Joint models are
+    trained from scratch."""
+
+    none: FinetuneConfig | None = None
+    shallow: FinetuneConfig | None = None
+    deep: FinetuneConfig | None = None
+    patch: FinetuneConfig | None = None
+
+
+class ModelPlan(Section):
+    """How one model is trained. The task of `finetune` is that of all its rows; `pretrain_tasks` are the table's."""
+
+    pretrain: PretrainConfig
+    finetune: FinetuneConfig
+    tuned: TunedConfig = TunedConfig()  # in the place of `finetune`, where given
+    pretrain_tasks: tuple[TaskConfig, ...]  # settings of each task, for pre-training and for extra from-scratch rows
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelPlan":
+        kinds = [task.kind for task in self.pretrain_tasks]
+        if not kinds or len(set(kinds)) < len(kinds):
+            raise ValueError(f"pretrain_tasks: expected different tasks, at least one, found {', '.join(kinds)}")
+        if self.pretrain.model.kind != self.finetune.model.kind:
+            raise ValueError(
+                f"expected pretrain and finetune to name one kind of model, found {self.pretrain.model.kind} and "
+                f"{self.finetune.model.kind}"
+            )
+        expected = self.finetune.model.kind, self.finetune.task.kind
+        for transfer in get_args(TransferName):
+            settings = self.settings_of(transfer)
+            if (found := (settings.model.kind, settings.task.kind)) != expected:
+                raise ValueError(
+                    f"tuned.{transfer}: expected {' by '.join(expected)}, as in finetune, found {' by '.join(found)}"
+                )
+        return self
+
+    def settings_of(self, transfer: TransferName) -> FinetuneConfig:
+        """How the rows of a transfer are trained on the target."""
+        given: FinetuneConfig | None = getattr(self.tuned, transfer)
+        return given or self.finetune
+
+
+class RowPlan(Section):
+    """A row of one's own, beside or in the place of the survey's: what is trained, and what its gain is counted over.
+    Domains and split are those of its sections; lake, seeds, names and folders are set here."""
+
+    label: str
+    against: str | None = None  # id of another row
+    pretrain: PretrainConfig | None = None  # what `finetune` is grafted on; without `finetune`, the row itself
+    finetune: FinetuneConfig | None = None
+
+    @property
+    def trained(self) -> PretrainConfig:
+        """Of the row's model."""
+        found = self.finetune or self.pretrain
+        assert found is not None
+        return found
+
+    @model_validator(mode="after")
+    def _has_a_parent_if_it_needs_one(self) -> "RowPlan":
+        if self.finetune is None:
+            if self.pretrain is None:
+                raise ValueError("expected a section pretrain, finetune or both, found none")
+        elif (self.pretrain is None) != (self.finetune.transfer == "none"):
+            raise ValueError(
+                f"expected a section pretrain for transfer {self.finetune.transfer}, found none; add it, or set "
+                "finetune.transfer to none"
+                if self.pretrain is None
+                else "expected no section pretrain for transfer none; remove it, or set finetune.transfer"
+            )
+        return self
+
+
+class ExperimentConfig(Section):
+    """Which rows, on what data, and how they are judged. Lake, domains, seeds, names and folders are set here, whatever
+    the sections say."""
+
+    name: FileName = "experiment"
+    preset: str = "small"
+    runs: str = "runs"  # the experiment's folder is <runs>/<name>
+    etl: EtlConfig | None = None  # makes the tables; or, in its place:
+    lake: Place | None = None  # … a lake that is there
+    release: int | None = None  # of that lake; None: the newest
+    source: str = "source"
+    target: str = "target"
+    split: str = "last-5"
+    joint_split: str = "joint-5"  # one whose domain `all` holds the target's hold-out out
+    part: Literal["validation", "test"] = "test"
+    bert4rec: ModelPlan | None = None
+    caser: ModelPlan | None = None
+    own: dict[str, RowPlan] = Field(default_factory=dict)  # rows of one's own, by id
+    transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
+    knowledge: tuple[bool, ...] = (False, True)
+    joint: bool = True  # one model trained on both domains
+    extras: bool = True  # from scratch under the tasks of pre-training that are not the one of fine-tuning
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    rows: tuple[str, ...] = ()  # ids of the only rows to train; (): all. The runs of the others are missing
+    evaluation: EvaluationConfig = EvaluationConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
+    metric: str = "NDCG@10"  # what differences are judged by
+    jobs: int | None = Field(None, ge=1)  # cells at a time; None: cores / threads
+    threads: int = Field(1, ge=1)  # of each cell
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def plans(self) -> dict[str, ModelPlan]:
+        named = [("bert4rec", self.bert4rec), ("caser", self.caser)]
+        return {name: plan for name, plan in named if plan is not None}
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> "ExperimentConfig":
+        if not self.plans and not self.own:
+            raise ValueError("expected a section bert4rec, caser or own, found none")
+        for name, plan in self.plans.items():
+            if plan.finetune.model.kind != name:
+                raise ValueError(f"{name}: expected a model of that kind, found {plan.finetune.model.kind}")
+        if (self.etl is None) == (self.lake is None):
+            raise ValueError("expected one of etl, which makes tables, and lake, where there are some")
+        if self.source == self.target:
+            raise ValueError(f"expected two domains, found {self.source!r} as source and as target")
+        wanted = {self.split} | ({self.joint_split} if self.joint and self.plans else set())
+        if self.etl and (missing := wanted - {split.name for split in self.etl.splits}):
+            raise ValueError(f"etl.splits: expected {', '.join(sorted(missing))} among them; add it, or mend the name")
+        if self.etl and (
+            unknown := {self.source, self.target} - {DOMAIN_ALL} - {domain.name for domain in self.etl.domains}
+        ):
+            raise ValueError(f"etl.domains: expected {', '.join(sorted(unknown))} among them; mend source or target")
+        if unknown := set(self.rows) - {row.id for row in rows_of(self)}:
+            known = ", ".join(row.id for row in rows_of(self))
+            raise ValueError(f"rows: expected some of {known}; found {', '.join(sorted(unknown))}")
+        for name, row in self.own.items():
+            tasks = [part.task.kind for part in (row.pretrain, row.finetune) if part is not None]
+            if others := [kind for kind in tasks if kind not in RANKING_TASKS]:
+                raise ValueError(
+                    f"own.{name}: expected tasks that rank items for sequences, found {others[0]}; `python -m trainer "
+                    "evaluate` compares its models"
+                )
+        ids = [row.id for row in rows_of(self)]
+        for own, row in self.own.items():
+            if row.against is not None and (row.against == own or row.against not in ids):
+                raise ValueError(
+                    f"own.{own}.against: expected another row, one of {', '.join(ids)}, found {row.against}"
+                )
+        return self
+
+
+@dataclass
+class Row:
+    """One row of the table: the same training over seeds."""
+
+    id: str
+    kind: Literal["model", "joint", "extra", "own"]
+    model: str
+    transfer: TransferName
+    pretrain_task: str | None
+    task: str
+    knowledge: bool
+    label: str
+    against: str | None = None  # what its gain is counted over, of kind `own`
+    reason: str = ""  # why it can't be trained at all
+    cells: dict[int, Cell] = field(default_factory=dict)  # by seed
+
+
+def rows_of(config: ExperimentConfig) -> list[Row]:
+    """The rows of the experiment, without cells."""
+    found = []
+    for model, plan in config.plans.items():
+        task = plan.finetune.task.kind
+        for transfer in config.transfers:
+            for pretrained in [None] if transfer == "none" else [one.kind for one in plan.pretrain_tasks]:
+                for known in config.knowledge:
+                    row = row_id(model, transfer, pretrained, known)
+                    label = " ".join(filter(None, (model, transfer, pretrained, "+ metadata" if known else "")))
+                    found.append(Row(row, "model", model, transfer, pretrained, task, known, label))
+    for model, plan in config.plans.items():
+        for known in config.knowledge:
+            also = " + metadata" if known else ""
+            name = "knowledge" if known else "plain"
+            if config.extras and "none" in config.transfers:
+                for kind in [one.kind for one in plan.pretrain_tasks if one.kind != plan.finetune.task.kind]:
+                    row = f"{row_id(model, 'none', None, known)}/{kind}"
+                    label = f"{NAMES[model]} from scratch by {kind.replace('_', ' ')}{also}"
+                    found.append(Row(row, "extra", model, "none", None, kind, known, label))
+            if config.joint:
+                row, task = f"joint/{model}/{name}", plan.finetune.task.kind
+                found.append(
+                    Row(row, "joint", model, "none", None, task, known, f"{NAMES[model]} of both domains{also}")
+                )
+    for name, own in config.own.items():
+        found.append(_own_row(name, own))
+    return found
+
+
+def _own_row(name: str, own: RowPlan) -> Row:
+    task, network = own.trained.task.kind, own.trained.model
+    if own.finetune is None or own.pretrain is None:
+        return Row(name, "own", network.kind, "none", None, task, bool(network.knowledge), own.label, own.against)
+    transfer, before = own.finetune.transfer, own.pretrain.task.kind
+    return Row(name, "own", network.kind, transfer, before, task, bool(network.knowledge), own.label, own.against)
+
+
+def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
+    """The rows with their cells. Rows that need the same pre-trained model share its cell, seed by seed."""
+    pretrained: dict[str, Cell] = {}
+    rows = rows_of(config)
+    for row in rows:
+        if config.rows and row.id not in config.rows:
+            row.reason = f"{NOT_ASKED} (`rows`)"
+            continue
+        if row.kind == "own":
+            row.cells = {seed: _own_cell(config, row, seed, lake, release, pretrained) for seed in config.seeds}
+            continue
+        plan = config.plans[row.model]
+        for seed in config.seeds:
+            parent = None
+            if row.transfer != "none":
+                known = "knowledge" if row.knowledge else "plain"
+                name = f"{row.model}-pretrain-{row.pretrain_task}-{known}-{seed}"
+                if name not in pretrained:
+                    trained = replaced(
+                        plan.pretrain,
+                        task=_task(plan, row.pretrain_task),
+                        model=_network(plan.pretrain, row),
+                        data=replaced(plan.pretrain.data, domain=config.source, split=config.split),
+                    )
+                    pretrained[name] = Cell(name, "pretrain", _placed(trained, config, name, seed, lake, release))
+                parent = pretrained[name]
+            row.cells[seed] = _cell(config, plan, row, seed, lake, release, parent)
+    for row in rows:
+        cell = next(iter(row.cells.values()), None)
+        if cell is not None and isinstance(cell.config, FinetuneConfig):
+            row.reason = empty_by_settings(cell.config)
+        row.cells = {} if row.reason else row.cells
+    return rows
+
+
+def check_rows(rows: Sequence[Row]) -> None:
+    """Print a line on each row whose transfer would copy nothing. Raises ConfigError where no other was asked for."""
+    asked = [row for row in rows if not row.reason.startswith(NOT_ASKED)]
+    if empty := [row for row in asked if row.reason]:
+        if len(empty) == len(asked):
+            raise ConfigError(f"rows: {empty[0].id}: {empty[0].reason}; {ADVICE}")
+        for row in empty:
+            print(f"{row.id} is left out: {row.reason}", flush=True)
+
+
+def _cell(
+    config: ExperimentConfig, plan: ModelPlan, row: Row, seed: int, lake: str, release: int, parent: Cell | None
+) -> Cell:
+    where: dict[str, str | None] = {"domain": config.target, "split": config.split}
+    given = plan.settings_of(row.transfer)
+    changed: dict[str, Any] = {"freeze": (), "model": _network(given, row)}
+    if row.kind == "extra":
+        changed["task"] = _task(plan, row.task)
+    if row.kind == "joint":  # of both domains' size: trained as long as pre-training is
+        where = {"domain": DOMAIN_ALL, "split": config.joint_split, "ranked": config.target}
+        changed["train"] = plan.pretrain.train
+    changed["data"] = replaced(given.data, **where)
+    settings = with_transfer(given, row.transfer, str(parent.folder / "model") if parent else None, **changed)
+    name = _cell_name(row, seed)
+    return Cell(name, "finetune", _placed(settings, config, name, seed, lake, release), parent)
+
+
+def _own_cell(
+    config: ExperimentConfig, row: Row, seed: int, lake: str, release: int, pretrained: dict[str, Cell]
+) -> Cell:
+    """The cell of a row of one's own; rows whose sections `pretrain` are equal share that cell."""
+    plan, parent = config.own[row.id], None
+    if plan.pretrain is not None:
+        name = f"own-pretrain-{config_hash(plan.pretrain)[:8]}-{seed}"
+        if name not in pretrained:
+            pretrained[name] = Cell(name, "pretrain", _placed(plan.pretrain, config, name, seed, lake, release))
+        parent = pretrained[name]
+    if plan.finetune is None:
+        assert parent is not None
+        return parent
+    folder = str(parent.folder / "model") if parent else None
+    settings = replaced(plan.finetune, parent=folder)
+    name = _cell_name(row, seed)
+    return Cell(name, "finetune", _placed(settings, config, name, seed, lake, release), parent)
+
+
+def _cell_name(row: Row, seed: int) -> str:
+    return f"{row.id.replace('/', '-').replace('---', '-')}-{seed}"
+
+
+def _network(section: PretrainConfig, row: Row) -> ModelConfig:
+    """The section's model as it is, or without metadata."""
+    return section.model if row.knowledge else replaced(section.model, knowledge={})
+
+
+def _task(plan: ModelPlan, kind: str | None) -> TaskConfig:
+    return next(task for task in plan.pretrain_tasks if task.kind == kind)
+
+
+def _placed(
+    section: PretrainConfig, config: ExperimentConfig, name: str, seed: int, lake: str, release: int
+) -> PretrainConfig:
+    data = replaced(section.data, lake=lake, release=release)
+    runtime = replaced(section.runtime, threads=config.threads, progress=False)
+    return replaced(
+        section, name=name, output=str(config.folder / "cells"), data=data, runtime=runtime,
+        train=replaced(section.train, seed=seed), tracking=config.tracking,
+    )  # fmt: skip
+
+
+def cells_of(rows: Sequence[Row]) -> list[Cell]:
+    """Every cell once: pre-training before what is grafted on it, and the first seed of all rows before the second, so
+    that a run which is cut short has whole tables of fewer seeds."""
+    found: dict[int, Cell] = {}
+    for seed in sorted({seed for row in rows for seed in row.cells}):
+        own = [row.cells[seed] for row in rows if seed in row.cells]
+        for cell in [*(cell.parent for cell in own if cell.parent), *own]:
+            found.setdefault(id(cell), cell)
+    return list(found.values())

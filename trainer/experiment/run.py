@@ -1,0 +1,168 @@
+"""The survey's experiment (section 4): models × transfer × task of pre-training × metadata, over seeds, as one command.
+
+    python mlflow_projects/experiment.py --experiment table2 --preset small [--data FOLDER] [--section.key value …]
+
+Every number of the table comes from *cells*: training runs, each a process and a child of one MLflow run. What is done
+is not done again, and a killed run goes on from its checkpoints, so the same command goes on with an experiment that
+was stopped anywhere. A cell that fails leaves its run missing, with the reason; the others go on. Then all models and
+the simple baselines are scored on one pinned release, under every protocol, into <runs>/<name>/results.json and
+report.html. Exit codes: 0; 1 where runs are missing that were asked for; 2 for a mistake in settings or data.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from etl.command import CommandParser, configurations, run_command
+from etl.config import MovielensSource
+from etl.settings import ConfigError, GraftrecError, config_hash, load, replaced
+from trainer.config import (
+    FinetuneConfig,
+    TrackingConfig,
+)
+from trainer.parallel.cores import usable_cores
+from trainer.training.empty_transfer import empty_by_data
+
+if TYPE_CHECKING:
+    from trainer.data.release import Release
+from trainer.experiment.plan import NOT_ASKED, ExperimentConfig, Row, cells_of, check_rows, planned
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KEPT = ROOT / "tests" / "reproduction" / "results"
+RUNS_MISSING = 1
+
+
+def run(config: ExperimentConfig) -> int:
+    """The whole experiment. Gives the exit code: 0, or 1 where runs are missing that were asked for."""
+    from trainer import tracking
+    from trainer.data.release import pin
+    from trainer.experiment import results
+    from trainer.recipes import training_jobs as runner
+    from trainer.recipes.alone import alone
+    from trainer.report import report
+
+    check_rows(planned(config, config.lake or "", 1))  # what settings rule out is refused before tables are made
+    folder = config.folder
+    with alone(folder, "experiment"):
+        started = _started(config)
+        tags = {"graftrec.recipe": "experiment"}
+        with tracking.start_run(
+            config.tracking, name=config.name, resolved=config, resumed=started["run"], tags=tags
+        ) as tracked:
+            (folder / "started.json").write_text(json.dumps(started | {"run": tracked.id}))
+            release = pin(*build_tables(config))
+            tracked.log_release(release, context="evaluation")
+            rows = planned(config, release.lake, release.number)
+            facts = results.data_facts(release, config)
+            for row in rows:
+                row.reason = row.reason or results.why_not(row, facts, config) or _empty(row, release)
+                row.cells = {} if row.reason else row.cells
+            environment = tracking.child_environment(tracked)
+            runner.run(cells_of(rows), folder=folder, jobs=jobs_of(config), environment=environment)
+            found = results.collect(config, release, rows, facts, started=started["started"])
+            kept = folder / "results.json"
+            kept.write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
+            page = report.write(found, folder / "report")
+            tracked.log_artifact(kept)
+            tracked.log_artifact(page.parent, "report")
+            tracked.log_metrics(dict(results.flat_metrics(found)))
+    print(f"\n{results.text_table(found, config.metric)}\n\nresults  {kept}\nreport   {page}", flush=True)
+    missing = list(_missing(rows))
+    for line in missing:
+        print(f"missing  {line}", file=sys.stderr)
+    return RUNS_MISSING if missing else 0
+
+
+def _empty(row: Row, release: "Release") -> str:
+    """Why the row's transfer would copy nothing on this release; "" where it copies something."""
+    cell = next(iter(row.cells.values()))
+    if cell.parent is None or not isinstance(cell.config, FinetuneConfig):
+        return ""
+    return empty_by_data(cell.config, release, cell.parent.config.data.domain)
+
+
+def _missing(rows: Sequence[Row]) -> Iterator[str]:
+    """What was asked for and is not there."""
+    for row in rows:
+        if row.reason and not row.reason.startswith(NOT_ASKED):
+            yield f"{row.id}: {row.reason}"
+        for seed, cell in row.cells.items():
+            if cell.failure:
+                yield f"{row.id}, seed {seed}: {cell.failure}"
+
+
+def build_tables(config: ExperimentConfig) -> tuple[str, int | None]:
+    """Lake and release to read."""
+    if config.etl is None:
+        assert config.lake is not None
+        return config.lake, config.release
+    from trainer.recipes import run_etl
+
+    return config.etl.lake, run_etl.run(config.etl, config.tracking)
+
+
+def jobs_of(config: ExperimentConfig) -> int:
+    return config.jobs or max(1, usable_cores() // config.threads)
+
+
+def _started(config: ExperimentConfig) -> dict[str, str]:
+    """When this experiment was begun, with these settings, and its MLflow run."""
+    same = replaced(config, jobs=None, threads=1, tracking=TrackingConfig())
+    new = {"settings": config_hash(same), "started": time.strftime("%Y-%m-%d %H:%M"), "run": ""}
+    try:
+        found: dict[str, str] = json.loads((config.folder / "started.json").read_text())
+    except (OSError, ValueError):
+        return new
+    return found if found.get("settings") == new["settings"] else new
+
+
+def load_experiment(name: str, preset: str | None, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """conf/experiment/<name>_<preset>.yaml, or <name>.yaml where that is the preset it is of. Raises ConfigError."""
+    plain = load(ExperimentConfig, name if name.endswith(".yaml") else f"experiment/{name}", overrides)
+    if preset in (None, plain.preset):
+        return plain
+    if name.endswith(".yaml"):
+        raise ConfigError(f"--preset: expected {plain.preset}, which {name} is of, found {preset}; leave it out")
+    return load(ExperimentConfig, f"experiment/{name}_{preset}", overrides)
+
+
+def movielens_in(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
+    """Take MovieLens-1M from `folder`; without its knowledge files the runs with metadata are missing."""
+    from trainer.recipes.pipeline import movielens_etl
+
+    if config.etl is None or not isinstance(config.etl.source, MovielensSource):
+        raise GraftrecError("--data is for MovieLens-1M, found an experiment on something else; leave it out")
+    return replaced(config, etl=movielens_etl(config.etl, folder))
+
+
+def keep(config: ExperimentConfig) -> Path:
+    """Copy the results into the repository."""
+    place = KEPT / f"{config.name}-{config.preset}.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text((config.folder / "results.json").read_text(encoding="utf-8"), encoding="utf-8")
+    return place
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = CommandParser(
+        "experiment.py",
+        description=f"The survey's experiment, and others of the same kind.\n\n{configurations('experiment')}",
+        settings=ExperimentConfig,
+    )
+    parser.add_argument("--experiment", required=True, help="a name under conf/experiment/, or a YAML file")
+    parser.add_argument("--preset", help="small, survey…: conf/experiment/<experiment>_<preset>.yaml")
+    parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
+    parser.add_argument("--keep", action="store_true", help="copy the results to tests/reproduction/results/")
+    known, overrides = parser.parse_known_args(arguments)
+
+    def work() -> int:
+        config = load_experiment(known.experiment, known.preset, overrides)
+        code = run(movielens_in(config, known.data) if known.data else config)
+        if known.keep:
+            print(f"kept     {keep(config)}")
+        return code
+
+    return run_command("experiment", work)

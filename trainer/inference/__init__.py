@@ -1,0 +1,1 @@
+"""A model folder, and what scores and recommends with it."""

@@ -1,0 +1,293 @@
+"""A model folder: all that is needed to score, to serve, and to graft on. No pickle; damaged files are refused by name.
+
+config.json          the run's whole configuration, its release, table versions, parent, metrics
+weights.safetensors  every tensor but the user table
+users.safetensors    the user table, apart from the rest: it can be huge, and it is personal data. Optional.
+users.parquet        raw user id -> row of the user table. Optional, as above.
+content.safetensors  what items are (float16), where the task reads it
+catalogue.parquet    row, global index, raw item id, title, popularity, whether it is predicted (where not all are),
+                     entity index of each knowledge slot
+manifest.json        SHA-256 of each file above; written last, so that a half-written folder is no model
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from etl.plain_path import absolute
+from etl.settings import GraftrecError, replaced
+from etl.tables import UNK
+from trainer.arrays import Int32Array
+from trainer.config import (
+    ClickConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    TaskHead,
+    event_types_read,
+    patch_of,
+    ranks_items,
+    reads_baskets,
+)
+from trainer.data.catalogue import Catalogue, Texts
+from trainer.data.item_features import Content
+from trainer.data.release import Release
+from trainer.inference.scorer import Scorer
+from trainer.models import SequenceModel, build_saved
+from trainer.models.row_table import interleave
+from trainer.tasks import Task, build_task
+
+CONFIG, WEIGHTS, CATALOGUE, MANIFEST = "config.json", "weights.safetensors", "catalogue.parquet", "manifest.json"
+USERS, USER_IDS = "users.safetensors", "users.parquet"
+OPTIONAL = (USERS, USER_IDS)
+CONTENT = "content"
+USER_TABLE = "user_embedding.weight"
+
+
+class ArtifactError(GraftrecError):
+    """A model folder that is not there, incomplete, or damaged."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A trained model with what it was trained on."""
+
+    folder: Path
+    config: PretrainConfig
+    lake: str
+    release: int
+    versions: dict[str, int]  # Delta version of each table it was trained on
+    catalogue: Catalogue
+    popularity: npt.NDArray[np.int64]  # [V] interactions in the training part of its domain
+    knowledge: Int32Array  # [V, S] entity indices
+    model: SequenceModel  # in eval mode
+    task: Task
+    parent: str | None  # hash of the model it was grafted on
+    hash: str  # of the folder's required files
+    metrics: dict[str, float]
+    classes: dict[str, tuple[str, ...]]  # head of the task -> the classes that it tells, in the order of its outputs
+    categories: tuple[str, ...]  # those that have flags in what items are, where the task reads that
+    users: dict[str, int] | None  # raw user id -> row; None where the folder lacks it
+
+    @property
+    def event_types(self) -> tuple[str, ...]:
+        """The kinds of event that the model reads, or passes over."""
+        return event_types_read(self.config)
+
+    def scorer(self, *, device: str = "cpu", baskets: bool = False, clicks: bool = False) -> Scorer:
+        """`baskets`: histories are of baskets. `clicks`: items may be scored by whether a user takes each. Raises
+        ArtifactError for a model that ranks no items for such."""
+        if reads_baskets(self.config.task) and not baskets:
+            raise ArtifactError(
+                f"expected a model of item sequences, found {self.folder}, which reads baskets; `python -m trainer "
+                "evaluate` scores it"
+            )
+        if not ranks_items(self.config.task) and not (clicks and isinstance(self.config.task, ClickConfig)):
+            told = {"click": "clicks", "multi": "next events"}.get(self.config.task.kind, "")
+            told = told or getattr(self.config.task, "attribute", "profile")
+            raise ArtifactError(
+                f"expected a model that ranks items, found {self.folder}, which tells a user's {told}; `python -m "
+                "trainer evaluate` scores it"
+            )
+        return Scorer(self.model, self.task, device=device)
+
+    def teller(self) -> Scorer:
+        """Hidden states of users, for a model that ranks no items."""
+        return Scorer(self.model, self.task, device=next(self.model.parameters()).device)
+
+
+def save_artifact(
+    folder: Path, *, config: PretrainConfig, release: Release, catalogue: Catalogue, popularity: npt.NDArray[np.int64],
+    knowledge: Int32Array, weights: Mapping[str, Tensor | Sequence[Tensor]], metrics: dict[str, float],
+    parent: str | None, users: pa.Table | None, predicted: npt.NDArray[np.bool_] | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None, task_heads: Mapping[str, TaskHead] | None = None,
+    content: Content | None = None,
+) -> str:  # fmt: skip
+    """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index.
+    `predicted`: the rows that are ever an answer; None: all real ones. `classes`: what the task's heads tell, if any;
+    `task_heads`: the task's layers; `content`: what items are, where the task reads it.
+
+    `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
+    """
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    tensors = {name: _whole(parts, new / f"{name}.whole") for name, parts in weights.items()}
+    user_table = tensors.pop(USER_TABLE, None)
+    save_file(tensors, new / WEIGHTS)
+    if content is not None:
+        save_file({CONTENT: torch.from_numpy(content.vectors_VF).half()}, new / f"{CONTENT}.safetensors")
+    described: dict[str, Any] = {
+        "recipe": "finetune" if isinstance(config, FinetuneConfig) else "pretrain",
+        "config": replaced(config, data=replaced(config.data, lake=release.lake)).model_dump(mode="json"),
+        "lake": release.lake,
+        "release": release.number,
+        "versions": release.versions,
+        "parent": parent,
+        "classes": {head: list(names) for head, names in (classes or {}).items()},
+        "task_heads": {
+            name: head if isinstance(head, int) else head.model_dump() for name, head in (task_heads or {}).items()
+        },
+        "categories": list(content.categories) if content is not None else [],
+        "metrics": metrics,
+        "num_users": 0 if user_table is None else len(user_table),
+        "num_entities": len(tensors["entity_embedding.weight"]) if "entity_embedding.weight" in tensors else 0,
+    }
+    (new / CONFIG).write_text(json.dumps(described, indent=1))
+    rows = {
+        "row": np.arange(len(catalogue)),
+        "index": catalogue.global_index,
+        "item": catalogue.raw_ids,
+        "title": catalogue.titles,
+        "popularity": popularity,
+        "knowledge": pa.FixedSizeListArray.from_arrays(knowledge.ravel(), knowledge.shape[1])
+        if knowledge.shape[1]
+        else pa.array([[] for _ in range(len(catalogue))], pa.list_(pa.int32())),
+    }
+    if predicted is not None:
+        rows["predicted"] = predicted
+    pq.write_table(pa.table(rows), new / CATALOGUE)
+    if user_table is not None:
+        save_file({USER_TABLE: user_table}, new / USERS)
+        if users is not None:
+            pq.write_table(users.select(["user", "index"]), new / USER_IDS)
+    for scratch in new.glob("*.whole"):
+        scratch.unlink()
+    digests = {path.name: digest_of(path) for path in sorted(new.iterdir())}
+    (new / MANIFEST).write_text(json.dumps(digests, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+    return _hash(digests)
+
+
+def _whole(parts: Tensor | Sequence[Tensor], scratch: Path) -> Tensor:
+    """One tensor of its parts. It is put together in the file `scratch`, for it may be larger than memory."""
+    if isinstance(parts, Tensor) or len(parts) == 1:
+        one = parts if isinstance(parts, Tensor) else parts[0]
+        return one.detach().cpu().contiguous()
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    whole = torch.from_file(str(scratch), shared=True, size=math.prod(shape), dtype=parts[0].dtype).view(shape)
+    interleave(whole, parts)
+    return whole
+
+
+def load_artifact(folder: str | Path, *, device: str = "cpu", users: bool = True) -> Artifact:
+    """Read a model folder. `users` False: without the user table (every user is then unknown). Raises ArtifactError."""
+    folder = Path(folder)
+    digests = _verified(folder)
+    weights = load_file(folder / WEIGHTS)
+    with_users = users and USERS in digests
+    if with_users:
+        weights[USER_TABLE] = load_file(folder / USERS)[USER_TABLE].to(next(iter(weights.values())).dtype)
+    ids = None
+    if with_users and USER_IDS in digests:
+        named = pq.read_table(folder / USER_IDS)
+        ids = dict(zip(named["user"].to_pylist(), named["index"].to_pylist(), strict=True))
+    return read_artifact(folder, weights, digests, users=ids, device=device)
+
+
+def read_artifact(
+    folder: Path, weights: dict[str, Tensor], digests: dict[str, str], *, users: dict[str, int] | None, device: str
+) -> Artifact:
+    """The model of a folder's settings and catalogue, and of tensors that were read already, which it takes as they
+    are; `digests` of the whole folder's files."""
+    described = json.loads((folder / CONFIG).read_text())
+    config, parent = config_of(folder)
+    classes = {head: tuple(names) for head, names in described.get("classes", {}).items()}
+    rows = pq.read_table(folder / CATALOGUE)
+    flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    knowledge = np.asarray(flat, dtype=np.int32).reshape(len(rows), -1)
+    if config.model.user_width and USER_TABLE not in weights:  # everybody is unknown
+        nobody = torch.zeros(UNK + 1, config.model.user_width)
+        weights[USER_TABLE] = nobody.to(next(iter(weights.values())))
+    model = build_saved(
+        config.model, num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
+        num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
+        patch=patch_of(config), num_event_types=len(config.data.event_types),
+        task_heads={
+            name: TypeAdapter(TaskHead).validate_python(head) for name, head in described.get("task_heads", {}).items()
+        },
+    )  # fmt: skip
+    if (told := folder / f"{CONTENT}.safetensors").is_file():
+        model.describe(load_file(told)[CONTENT].float())
+    if "predicted" in rows.column_names:
+        model.predict_only(torch.from_numpy(rows["predicted"].to_numpy()))
+    return Artifact(
+        folder=folder, config=config, lake=absolute(described["lake"]), release=described["release"],
+        versions=described["versions"], catalogue=_catalogue(rows),
+        popularity=rows["popularity"].to_numpy().astype(np.int64), knowledge=knowledge, model=model.to(device).eval(),
+        task=build_task(config.task), parent=parent, hash=_hash(digests), metrics=described["metrics"],
+        classes=classes, categories=tuple(described.get("categories", ())), users=users,
+    )  # fmt: skip
+
+
+def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
+    """Settings of the run that made a model folder, and the hash of the model it was grafted on."""
+    described = json.loads((folder / CONFIG).read_text())
+    kind = FinetuneConfig if described["recipe"] == "finetune" else PretrainConfig
+    return kind.model_validate(described["config"]), described["parent"]
+
+
+def lake_of(folder: Path) -> str:
+    """The lake that a model was trained on."""
+    return absolute(json.loads((folder / CONFIG).read_text())["lake"])
+
+
+def catalogue_of(folder: Path) -> Catalogue:
+    """The catalogue of a model folder."""
+    return _catalogue(pq.read_table(folder / CATALOGUE, columns=["index", "item", "title"]))
+
+
+def _catalogue(rows: pa.Table) -> Catalogue:
+    return Catalogue(rows["index"].to_numpy().astype(np.int64), Texts(rows["item"]), Texts(rows["title"]))
+
+
+def artifact_hash(folder: str | Path) -> str:
+    """The hash of a model folder, its files verified. Raises ArtifactError."""
+    return _hash(_verified(Path(folder)))
+
+
+def _verified(folder: Path) -> dict[str, str]:
+    """Digests of the files that are there. Raises ArtifactError for one that is missing or differs."""
+    if not (folder / MANIFEST).is_file():
+        raise ArtifactError(
+            f"no model in {folder}: expected {MANIFEST} and the files it names; give a finished run's `model` folder"
+        )
+    try:
+        digests: dict[str, str] = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        raise ArtifactError(f"{folder / MANIFEST} is damaged; train the model again or restore the folder") from None
+    for name in list(digests):
+        path = folder / name
+        if not path.is_file():
+            if name in OPTIONAL:
+                del digests[name]
+                continue
+            raise ArtifactError(f"{path} is missing; train the model again or restore the folder")
+        if digest_of(path) != digests[name]:
+            raise ArtifactError(f"{path} is damaged: its SHA-256 is not the manifest's; train again or restore it")
+    return digests
+
+
+def digest_of(path: Path) -> str:
+    """A file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash(digests: dict[str, str]) -> str:
+    required = {name: digest for name, digest in digests.items() if name not in OPTIONAL}
+    return hashlib.sha256(json.dumps(required, sort_keys=True).encode()).hexdigest()[:32]

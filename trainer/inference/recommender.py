@@ -1,0 +1,230 @@
+"""What a served model answers: raw item ids in, the k best raw item ids, their scores and the version out.
+
+    mlflow models serve -m models:/graftrec-target@champion --env-manager local --port 5001
+    curl -d '{"dataframe_records": [{"user": "42", "items": ["318", "858"]}], "params": {"k": 5}}' \
+         -H 'Content-Type: application/json' localhost:5001/invocations
+
+`items` is a history, oldest first; `user` may be left out, and so may `event_types`, the kind of event that each item's
+was, for a model that reads kinds (others pass it over). A model of next baskets takes `baskets` in the place of
+`items`: a list of lists, oldest first. An answer holds
+
+    items     raw ids, best first; what is in the history is left out (not so of baskets, where things are had again)
+    scores    the scorer's own: what evaluation ranked by; of a model that tells clicks, log-odds of one; of `popular`
+              answers, training interactions
+    basis     model | popular (the history is empty, or holds no known item)
+    unknown   ids of the history that the model does not know, which were ignored
+    version   registered version, e.g. graftrec/3
+
+`items` may be ids of any domain. Where the model knows none of them, as those of a user who is new in its domain, the
+version at the alias `companion` answers if it knows one, and `version` says so.
+
+`params: {"domain": "books"}` asks for another domain's items: of that domain's champion in the same family of
+registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. This module
+knows nothing of MLflow; `served.py` is what MLflow runs.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from etl.settings import GraftrecError
+from etl.tables import FIRST_INDEX, SEP, UNK
+from trainer.arrays import Int8Array, IntArray
+from trainer.config import reads_baskets
+from trainer.data.histories import Histories
+from trainer.inference.model_folder import Artifact
+from trainer.inference.scorer import Scores, has_items, top_k
+
+DEFAULT_K, MAX_K = 10, 10_000
+BATCH_SIZE = 256  # histories scored at once
+MODEL, POPULAR = "model", "popular"  # what an answer is based on
+
+
+class RequestError(GraftrecError):
+    """A request that can't be understood."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One history of raw item ids, oldest first; of `baskets`, where these are not None."""
+
+    items: Sequence[str]
+    user: str | None = None
+    event_types: Sequence[str] | None = None  # of each item
+    baskets: Sequence[Sequence[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request; see the top of this module."""
+
+    items: list[str]
+    scores: list[float]
+    basis: str
+    unknown: list[str]
+    version: str
+
+
+class Shortlist:
+    """The best rows for histories: the model's, and for an empty history the popular ones."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        baskets = reads_baskets(artifact.config.task)
+        self._scorer = artifact.scorer(baskets=baskets, clicks=True)
+        self._repeats = baskets and artifact.config.evaluation.ranks_repeats
+        popularity = torch.from_numpy(artifact.popularity.astype(np.float32))
+        if artifact.model.predicted_V is not None:
+            popularity.masked_fill_(~artifact.model.predicted_V, -torch.inf)
+        self._popularity = Scores.of(popularity[None])
+        self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
+
+    def best(self, histories: Histories, k: int) -> tuple[IntArray, Tensor]:
+        """Rows [B, K] and scores [B, K], best first, that are not in the history, or of baskets maybe are; see
+        `trainer.inference.scorer.top_k`."""
+        rows, scores = self._popular(k)
+        rows_BK, scores_BK = rows.repeat(len(histories), axis=0), scores.repeat(len(histories), 1)
+        asked = np.flatnonzero(has_items(histories))
+        if len(asked):
+            own = histories.take(asked)
+            left_out = own.until(np.zeros(len(own), np.int64)) if self._repeats else own
+            rows_BK[asked], scores_BK[torch.from_numpy(asked)] = top_k(self._scorer.scores(own), left_out, k)
+        return rows_BK, scores_BK
+
+    def _popular_rows(self, k: int) -> tuple[IntArray, Tensor]:
+        none = np.empty(0, dtype=np.int64)
+        return top_k(self._popularity, Histories(np.array([UNK]), np.zeros(2, np.int64), none, none), k)
+
+
+class Recommender:
+    """A model, ready to answer. `beside`: gives the one for another domain; `companion`: the one for histories of which
+    this one knows no item. Either gives None where there is none, and is asked once."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        version: str,
+        beside: "Callable[[str], Recommender | None]" = lambda domain: None,
+        companion: "Callable[[], Recommender | None]" = lambda: None,
+    ) -> None:
+        self.artifact, self.version, self._beside = artifact, version, functools.cache(beside)
+        self._companion = functools.cache(companion)
+        self._shortlist, self._baskets = Shortlist(artifact), reads_baskets(artifact.config.task)
+        self._place_of = {name: place for place, name in enumerate(artifact.event_types, 1)}
+        self._row_of = {raw: row for row, raw in enumerate(artifact.catalogue.raw_ids) if row >= FIRST_INDEX}
+
+    def of_domain(self, domain: str) -> "Recommender":
+        """The one that predicts that domain's items; "": this one. Raises RequestError."""
+        own = self.artifact.config.data.answered
+        if domain in ("", own):
+            return self
+        other = self._beside(domain)
+        if other is None:
+            raise RequestError(
+                f"domain: expected {own!r}, of which {self.version} predicts items, or one that has a champion of the "
+                f"same family or a patch beside it; found {domain!r}"
+            )
+        return other
+
+    def answer(self, requests: Sequence[Request], k: int = DEFAULT_K) -> list[Answer]:
+        """One answer for each request, in order. Raises RequestError."""
+        if not 1 <= k <= MAX_K:
+            raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {k}")
+        for place, request in enumerate(requests):
+            if (request.baskets is not None) != self._baskets:
+                wanted, found = ("baskets", "items") if self._baskets else ("items", "baskets")
+                raise RequestError(f"record {place}: expected `{wanted}`, which {self.version} reads, found `{found}`")
+        answers: list[Answer] = []
+        for start in range(0, len(requests), BATCH_SIZE):
+            answers += self._answer(requests[start : start + BATCH_SIZE], k)
+        unread = [place for place, answer in enumerate(answers) if answer.basis == POPULAR and answer.unknown]
+        if unread and not self._baskets and (companion := self._companion()) is not None:
+            others = companion.answer([requests[place] for place in unread], k)
+            for place, other in zip(unread, others, strict=True):
+                if other.basis == MODEL:
+                    answers[place] = other
+        return answers
+
+    def _answer(self, requests: Sequence[Request], k: int) -> list[Answer]:
+        read = [_read(request) for request in requests]
+        rows = [[SEP if item is None else self._row_of.get(item, UNK) for item in items] for items in read]
+        users = self.artifact.users or {}
+        given = np.array([row for history in rows for row in history], dtype=np.int64)
+        whole = Histories(
+            np.array([users.get(request.user or "", UNK) for request in requests], dtype=np.int64),
+            np.concatenate([[0], np.cumsum([len(history) for history in rows])]).astype(np.int64),
+            given,
+            np.empty(0, dtype=np.int64),
+            self._event_types(requests),
+        )
+        histories = whole.keep(given != UNK)
+        has_history = has_items(histories)
+        best_rows, best = self._shortlist.best(histories, k)
+        return [
+            self._one(items, history, best_rows[place], best[place], MODEL if has_history[place] else POPULAR)
+            for place, (items, history) in enumerate(zip(read, rows, strict=True))
+        ]
+
+    def _event_types(self, requests: Sequence[Request]) -> Int8Array:
+        """Places among the names that the model tells apart, 0 for others; empty where it reads none."""
+        if not self._place_of:
+            return np.empty(0, np.int8)
+        kinds = [request.event_types or [""] * len(request.items) for request in requests]
+        return np.array([self._place_of.get(kind, 0) for of_one in kinds for kind in of_one], dtype=np.int8)
+
+    def _one(
+        self, items: Sequence[str | None], history: Sequence[int], rows: IntArray, scores: Tensor, basis: str
+    ) -> Answer:
+        count = int(torch.isfinite(scores).sum())
+        raw_ids = self.artifact.catalogue.raw_ids
+        unknown = [item for item, row in zip(items, history, strict=True) if row == UNK and item is not None]
+        return Answer([raw_ids[row] for row in rows[:count]], scores[:count].tolist(), basis, unknown, self.version)
+
+
+def _read(request: Request) -> Sequence[str | None]:
+    """Raw ids, oldest first; None where a basket ends."""
+    if request.baskets is None:
+        return request.items
+    return [item for basket in request.baskets for item in (*basket, None)]
+
+
+def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
+    """Requests of records with `items` or `baskets`, and perhaps `user`. Raises RequestError."""
+    if not records:
+        raise RequestError("expected one record at least, with `items` or `baskets`, found none")
+    return [_parse(record, place) for place, record in enumerate(records)]
+
+
+def _parse(record: Mapping[str, Any], place: int) -> Request:
+    items, user, kinds, baskets = (_plain(record.get(name)) for name in ("items", "user", "event_types", "baskets"))
+    if baskets is not None:
+        if items is not None or not isinstance(baskets, list) or not all(map(_is_texts, baskets)):
+            raise RequestError(
+                f"record {place}: `baskets`, in the place of `items`, is a list of lists of raw item ids (strings), "
+                f"found {str(baskets)[:100]!r}"
+            )
+        items = []
+    if not _is_texts(items):
+        raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {str(items)[:100]!r}")
+    if user is not None and not isinstance(user, str):
+        raise RequestError(f"record {place}: `user` is a raw user id (a string), found {str(user)[:100]!r}")
+    if kinds is not None and (not _is_texts(kinds) or len(kinds) != len(items)):
+        raise RequestError(
+            f"record {place}: `event_types` is a list of strings as long as `items`, found {str(kinds)[:100]!r}"
+        )
+    return Request(items, user, kinds, baskets)
+
+
+def _plain(given: Any) -> Any:
+    """What pandas and numpy made of JSON, as it was; NaN is pandas' word for what is not there."""
+    if isinstance(given, np.ndarray | list | tuple):
+        return [_plain(one) for one in given]
+    return None if isinstance(given, float) and given != given else given
+
+
+def _is_texts(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(isinstance(text, str) for text in given)

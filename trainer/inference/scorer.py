@@ -1,0 +1,231 @@
+"""The one way a model is asked: at validation, at test, by the served model and by the batch recommender.
+
+The catalogue is scored a block of rows at a time, so that a large one costs time and not memory.
+
+Shape letters: ``B`` users, ``T`` positions, ``D`` width, ``C`` candidates, ``V`` catalogue rows, ``K`` best rows,
+``N`` rows asked about (ragged, padded by -1).
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from etl.tables import FIRST_INDEX, PAD, SEP
+from trainer.arrays import IntArray
+from trainer.data.batch import Batch
+from trainer.data.histories import Histories
+from trainer.models import SequenceModel
+from trainer.parallel.cores import torch_threads_for
+from trainer.tasks import Click, Task
+
+SCORES_PER_BLOCK = 1 << 24  # made at once, 4 bytes each
+HISTORIES_PER_BATCH = 256  # read at once
+ROWS_PER_BLOCK = 1 << 16  # of the item table, made at once where it is not the embedding itself
+PAIRS_AT_ONCE = 1 << 16  # of a user and an item, told by a small network each
+
+
+class Scores:
+    """Scores [B, V] of B users for V rows, made a block of columns at a time whenever they are asked for.
+
+    `columns(start, stop)` gives those of rows `start` to `stop`, [B, stop - start] floating, always the same ones.
+    """
+
+    def __init__(self, num_users: int, num_rows: int, columns: Callable[[int, int], Tensor]) -> None:
+        self.num_users, self.num_rows, self.columns = num_users, num_rows, columns
+        self._last: tuple[int, int, Tensor] | None = None  # kept: most catalogues are one block, which is asked twice
+
+    @classmethod
+    def of(cls, scores_BV: Tensor) -> "Scores":
+        """Those that are there already."""
+        num_users, num_rows = scores_BV.shape
+        return cls(num_users, num_rows, lambda start, stop: scores_BV[:, start:stop])
+
+    def blocks(self, first: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """(its first row, its scores) of each block of rows from `first`; no more than SCORES_PER_BLOCK scores each."""
+        width = max(1, SCORES_PER_BLOCK // max(1, self.num_users))
+        for start in range(first, self.num_rows, width):
+            stop = min(start + width, self.num_rows)
+            if self._last is None or self._last[:2] != (start, stop):
+                self._last = None  # first given up, then made anew
+                self._last = (start, stop, self.columns(start, stop))
+            yield start, self._last[2]
+
+    def whole(self) -> Tensor:
+        """All of them, [B, V]."""
+        return self.columns(0, self.num_rows)
+
+    @torch.inference_mode()
+    def gather(self, rows_BN: Tensor, first: int = 0) -> Tensor:
+        """Scores [B, N] of rows int64 [B, N], bit for bit those of `blocks(first)`; 0 for rows below `first`."""
+        found: Tensor | None = None
+        for start, block in self.blocks(first):
+            rows = rows_BN.to(block.device) - start
+            here = block.gather(1, rows.clamp(0, block.shape[1] - 1))
+            found = torch.zeros_like(here) if found is None else found
+            found = torch.where((rows >= 0) & (rows < block.shape[1]), here, found)
+        return torch.zeros(rows_BN.shape) if found is None else found
+
+
+def has_items(histories: Histories) -> npt.NDArray[np.bool_]:
+    """[B] whether there is anything in a history but the ends of baskets."""
+    flags: npt.NDArray[np.bool_] = histories.keep(histories.items != SEP).lengths > 0
+    return flags
+
+
+@torch.inference_mode()
+def top_k(scores: Scores, seen: Histories, k: int) -> tuple[IntArray, Tensor]:
+    """Rows [B, K] and scores [B, K], on the CPU, of the best rows not in `seen` (rows), K = min(k, V), best first.
+
+    Equal scores are in order of rows. -inf where there are no more; a score that is NaN is as good as -inf. The scores
+    of `seen` are overwritten. Memory: one block of scores, whatever the catalogue.
+    """
+    B, wanted = scores.num_users, min(k, scores.num_rows)
+    owner = torch.from_numpy(np.repeat(np.arange(len(seen)), seen.lengths))
+    items = torch.from_numpy(seen.items)
+    best_BK, rows_BK = torch.empty(B, 0), torch.empty(B, 0, dtype=torch.long)
+    for start, block in scores.blocks(FIRST_INDEX):
+        here = (items >= start) & (items < start + block.shape[1])
+        block[owner[here].to(block.device), items[here].to(block.device) - start] = -torch.inf
+        with torch_threads_for(block.numel()):
+            best, rows = _best_columns(block, wanted)
+        # Those of earlier blocks stand first, and the sort is stable.
+        best, order = torch.cat([best_BK, best.cpu()], 1).sort(dim=1, descending=True, stable=True)
+        rows_BK = torch.cat([rows_BK, rows.cpu() + start], 1).gather(1, order[:, :wanted])
+        best_BK = best[:, :wanted]
+    lacking = wanted - best_BK.shape[1]  # as many as there are reserved rows, at most
+    best_BK = torch.nn.functional.pad(best_BK, (0, lacking), value=-torch.inf)
+    return torch.nn.functional.pad(rows_BK, (0, lacking)).numpy(), best_BK
+
+
+def _best_columns(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best scores of each user and their columns, best first, equal ones in order of columns."""
+    if k >= block.shape[1]:
+        best, columns = block.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).sort(
+            dim=1, descending=True, stable=True
+        )
+        return best, columns
+    best, columns = block.topk(k + 1, sorted=False)
+    columns, order = columns.sort(dim=1)
+    best, order = best.gather(1, order).sort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, order)
+    # `topk` says nothing of which of several equal scores it takes, and takes NaN for the largest.
+    unsure = (~(best[:, k] < best[:, k - 1]) & (best[:, k] > -torch.inf)) | best[:, 0].isnan()
+    for user in unsure.nonzero()[:, 0].tolist():
+        best[user], columns[user] = (part[0, : k + 1] for part in _best_columns(block[user, None], block.shape[1]))
+    return best[:, :k], columns[:, :k]
+
+
+class Scorer:
+    """Scores of catalogue rows for histories; -inf for rows that are not `among` (bool [V]; None: all that the model
+    predicts). Make a new one when the weights change: the item table is kept."""
+
+    def __init__(
+        self, model: SequenceModel, task: Task, *, device: torch.device | str = "cpu", among: Tensor | None = None
+    ) -> None:
+        self.model, self.task, self.device = model, task, torch.device(device)
+        among = model.predicted_V if among is None else among
+        self._left_out_V = None if among is None else ~among.to(self.device)
+
+    def scores(self, histories: Histories, candidates: IntArray | None = None) -> Scores:
+        """Scores [B, C] float32 on the model's device; items and candidates are catalogue rows, users global indices.
+
+        Candidates None: every row. The newest items that fit the model are read, the rest is cut. Users beyond the
+        model's table, and UNK, are asked as unknown users. A history may be empty.
+        """
+        hidden_BD = self.hidden(histories)
+        rows_C = None if candidates is None else torch.from_numpy(np.ascontiguousarray(candidates)).to(self.device)
+
+        @torch.inference_mode()
+        def columns(start: int, stop: int) -> Tensor:
+            with torch_threads_for(len(hidden_BD) * (stop - start)):
+                return block(start, stop)
+
+        def block(start: int, stop: int) -> Tensor:
+            rows: slice | Tensor = slice(start, stop) if rows_C is None else rows_C[start:stop]
+            if rows_C is None and (self._table_VD is None or isinstance(self.task, Click)):
+                rows = torch.arange(start, stop, device=self.device)
+            if isinstance(self.task, Click):
+                assert isinstance(rows, Tensor)
+                scores = self._told(self.task, hidden_BD, rows)
+            else:
+                scores = self.model.scores(hidden_BD, rows, self._table_VD, self._bias_V).float()
+            if self._left_out_V is not None:
+                scores.masked_fill_(self._left_out_V[rows], -torch.inf)
+            return scores
+
+        return Scores(len(histories), self.model.num_items if candidates is None else len(candidates), columns)
+
+    def _told(self, task: Click, hidden_BD: Tensor, rows_C: Tensor) -> Tensor:
+        """Logits [B, C], some pairs at a time."""
+        width = max(1, PAIRS_AT_ONCE // max(1, len(hidden_BD)))
+        blocks_C = torch.split(rows_C, width)
+        told = [task.told(self.model, hidden_BD[:, None], rows.expand(len(hidden_BD), -1)) for rows in blocks_C]
+        return torch.cat(told, dim=1).float()
+
+    @torch.inference_mode()
+    def score(self, histories: Histories, candidates: IntArray | None = None) -> Tensor:
+        """As `scores`, all of them [B, C] on the CPU; without candidates, the reserved rows at -inf."""
+        whole = self.scores(histories, candidates).whole()
+        if candidates is None:
+            whole[:, :FIRST_INDEX] = -torch.inf
+        return whole.cpu()
+
+    @functools.cached_property
+    def _table_VD(self) -> Tensor | None:
+        """The item table: the embedding itself where items have no knowledge, else made once, and in blocks. None where
+        row-wise tables are there to spare a second one: its rows are then asked for block by block, each time."""
+        model = self.model
+        if model.num_items <= ROWS_PER_BLOCK:
+            return model.item_vectors()
+        if model.tables is not None and (not model.scores_with_table or model.tables.world.size > 1):
+            return None
+        if model.scores_with_table:
+            return model.item_vectors()
+        table_VD: Tensor | None = None
+        for start in range(0, model.num_items, ROWS_PER_BLOCK):
+            rows = torch.arange(start, min(start + ROWS_PER_BLOCK, model.num_items), device=self.device)
+            vectors = model.item_vectors(rows)
+            if table_VD is None:
+                table_VD = vectors.new_empty(model.num_items, vectors.shape[1])
+            table_VD[start : start + len(rows)] = vectors
+        return table_VD
+
+    @functools.cached_property
+    def _bias_V(self) -> Tensor | None:
+        return None if self._table_VD is None else self.model.bias()
+
+    @torch.inference_mode()
+    def hidden(self, histories: Histories) -> Tensor:
+        """How the model is asked about each user, [B, D]. Users of like lengths are read together: less padding."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            recent = histories.newest(self.model.config.max_length - 1)  # the query adds a position of its own
+            order = np.argsort(recent.lengths, kind="stable")
+            parts = [
+                self.task.query(self.model, self._batch(recent.take(users)), self._table_VD)
+                for users in np.split(order, range(HISTORIES_PER_BATCH, len(order), HISTORIES_PER_BATCH))
+            ]
+            return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(self.device)]
+        finally:
+            self.model.train(was_training)
+
+    def _batch(self, histories: Histories) -> Batch:
+        """Padded at the end to the longest."""
+        lengths = histories.lengths
+        width = int(lengths.max(initial=0))
+        items = np.full((len(histories), width), PAD, dtype=np.int64)
+        items[np.arange(width) < lengths[:, None]] = histories.items
+        batch = Batch(
+            torch.from_numpy(items), torch.from_numpy(lengths.astype(np.int64)),
+            torch.from_numpy(histories.users.astype(np.int64)), len(histories), slice(0, len(histories)), (),
+        )  # fmt: skip
+        if len(histories.event_types):
+            kinds = np.zeros(items.shape, dtype=np.int64)
+            kinds[np.arange(width) < lengths[:, None]] = histories.event_types
+            batch.event_types = torch.from_numpy(kinds)
+        return batch.to(self.device)

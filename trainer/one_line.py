@@ -1,0 +1,9 @@
+"""An error as one line."""
+
+from etl.redaction import redact
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error as one short line without secrets, which are taken out before it is cut."""
+    text = " ".join(redact(str(error)).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

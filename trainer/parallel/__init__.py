@@ -1,0 +1,1 @@
+"""Cores of a process, and processes of a training run."""

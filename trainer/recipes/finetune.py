@@ -1,0 +1,49 @@
+"""Train on a target domain, grafted on a pre-trained model by `transfer` (survey 4.3)."""
+
+import os
+from collections.abc import Callable
+
+from etl.plain_path import absolute
+from trainer.config import FinetuneConfig
+from trainer.data.release import pin
+from trainer.inference.model_folder import Artifact, load_artifact
+from trainer.recipes.pretrain import Result, fit, unjudged
+from trainer.training.empty_transfer import ADVICE, empty_by_data, empty_by_settings
+from trainer.training.loop import Progress
+from trainer.training.transfer import TransferError
+
+
+def run(config: FinetuneConfig, *, judge: Callable[[Progress], None] = unjudged) -> Result:
+    """The recipe `finetune`; `judge` as in `fit`. Raises GraftrecError."""
+    if config.transfer == "none":
+        return fit(config, parent=None, judge=judge)
+    if config.parent is None:
+        raise TransferError(f"transfer {config.transfer} needs a pre-trained model; set parent to its `model` folder")
+    parent = load_artifact(config.parent)
+    refuse_empty(config, parent)
+    if os.environ.get("RANK", "0") == "0" and (note := seen_by_parent(config, parent)):
+        print(note, flush=True)
+    return fit(config, parent=parent, judge=judge)
+
+
+def refuse_empty(config: FinetuneConfig, parent: Artifact) -> None:
+    """Raises TransferError where the transfer would copy nothing. Of a parent from another lake, only settings say."""
+    reason = empty_by_settings(config)
+    if not reason and config.transfer == "shallow" and config.data.lake == parent.lake:
+        reason = empty_by_data(config, pin(config.data.lake, config.data.release), parent.config.data.domain)
+    if reason:
+        raise TransferError(f"{reason}; {ADVICE}")
+
+
+def seen_by_parent(config: FinetuneConfig, parent: Artifact) -> str:
+    """A note where the parent was trained on the domain that is fine-tuned on; "" where that is new to it."""
+    own, seen = config.data, parent.config.data
+    if absolute(own.lake) != parent.lake or own.domain != seen.domain:
+        return ""
+    note = (
+        f"note: {config.name} fine-tunes on domain {own.domain}, on which its parent {parent.folder} was trained "
+        f"already (release {parent.release}, split {seen.split})"
+    )
+    if own.split != seen.split:
+        note += f"; what split {own.split} holds out may have been in its training, so scores may be too good"
+    return note

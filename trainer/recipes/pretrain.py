@@ -1,0 +1,414 @@
+"""Pre-train a model on one domain, or train it from scratch on any: read top to bottom.
+
+`fit` is the whole recipe; `finetune.py` calls it with a parent to graft on.
+"""
+
+import json
+import math
+import re
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from etl import tables
+from etl.redaction import redact
+from etl.settings import ConfigError, GraftrecError, config_hash, replaced
+from etl.tables import FIRST_INDEX
+from trainer import figures, tracking
+from trainer.arrays import Int32Array
+from trainer.code_hash import code_hash
+from trainer.config import ClickConfig, FinetuneConfig, MultiConfig, PretrainConfig, patch_of, reads_baskets
+from trainer.data.baskets import BasketDataset
+from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
+from trainer.data.loader import Loader
+from trainer.data.release import Release, pin, vocabulary_size
+from trainer.data.sequences import SequenceDataset, training_interactions
+from trainer.evaluation.validation import Validation, read_validation, score_of
+from trainer.inference.model_folder import Artifact, artifact_hash, load_artifact, save_artifact
+from trainer.models import RowTables, SequenceModel, build_model
+from trainer.parallel.distributed import World, join
+from trainer.recipes.run_folder import DONE, MLFLOW_UID, RunError, alone, clear_other
+from trainer.registry import descriptions
+from trainer.tracking import Run
+from trainer.training import checkpoint
+from trainer.training.loop import Epoch, NonFiniteLoss, Progress, Training, train
+from trainer.training.transfer import Account, graft
+
+
+class NonFiniteScore(NonFiniteLoss):
+    """No epoch has a validation score that is a number, so none is the best."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run leaves. `metrics`: best validation metrics, epochs, seconds."""
+
+    folder: Path  # of the run; the model is in <folder>/model
+    metrics: dict[str, float]
+    reused: bool  # nothing had changed: the earlier result stands
+    run_id: str = ""  # of the MLflow run that trained it; "" where that is unknown
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+
+def unjudged(progress: Progress) -> None:
+    """Let a run go on as its settings say."""
+
+
+def run(config: PretrainConfig, *, judge: Callable[[Progress], None] = unjudged) -> Result:
+    """The recipe `pretrain`; `judge` as in `fit`. Raises GraftrecError."""
+    return fit(config, parent=None, judge=judge)
+
+
+def fit(config: PretrainConfig, *, parent: Artifact | None, judge: Callable[[Progress], None] = unjudged) -> Result:
+    """Train `config` on its domain, grafted on `parent` where there is one. Resumes a run of the same identity.
+
+    `judge` sees the progress after each epoch, and may raise Pruned to end the run there. The model of a judged run is
+    not copied to MLflow: it is one of many tried, and lies in the run's folder.
+    """
+    world = join(config.runtime)
+    with alone(Path(config.output) / config.name, world) as folder:
+        return _fit(config, parent, judge, world, folder)
+
+
+def _fit(
+    config: PretrainConfig, parent: Artifact | None, judge: Callable[[Progress], None], world: World, folder: Path
+) -> Result:
+    say: Callable[[str], None] = print if world.first else lambda line: None
+    release = _pinned(config, world)
+    identity = ":".join(_agreed(run_identity(config, release, parent), world).values())
+    if (finished := world.of_first(_finished(folder, identity) if world.first else None)) is not None:
+        say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
+        tracking.note_reused(config.name, finished.run_id)
+        tracking.settle(config.tracking)
+        _tidy(folder, world)
+        return finished
+
+    catalogue = read_catalogue(release, config.data.domain)
+    knowledge = read_knowledge(release, catalogue, config.model.knowledge)
+    dataset = _dataset(config, release)
+    validation = read_validation(config, release, catalogue)
+    model, account = _model(config, release, catalogue, knowledge, parent, validation, world)
+    clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
+    loader = Loader(
+        dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
+        seed=config.train.seed, rank=world.rank, world_size=world.size,
+        everyone=config.task.kind == "basket_pair",
+    )  # fmt: skip
+    training = Training(model, validation.task, loader, config.train, world)
+    score = score_of(config.task)
+    say(_introduction(config, release, catalogue, dataset, validation, account))
+    say(account.text())
+
+    data = f"release {release.number} of `{redact(release.lake)}`, {_size(config, catalogue, dataset, validation)}"
+    copied = parent.hash if parent is not None and account.transfer != "none" else None
+    description = descriptions.training(config, parent=copied, counts=account.counts(), data=data)
+    with _noted(folder, world), tracking.start_run(
+        config.tracking, name=config.name, resolved=config, release=release, description=description,
+        tables=[table.name for table in _read_tables(config)], uid=_uid(folder, world), told_again=True,
+    ) as tracked:  # fmt: skip
+        told = json.dumps(account.as_dict(), indent=1)
+        tracked.log_params({f"parameters.{name}": count for name, count in account.counts().items()})
+        tracked.log_text(told, "transfer.json")
+        if world.first:
+            (folder / "transfer.json").write_text(told)
+        tracked.set_tags({"graftrec.recipe": _recipe(config), "graftrec.transfer": account.transfer})
+        train(
+            training,
+            validate=lambda: validation.measure(model, world),
+            score=score,
+            checkpoints=folder / "checkpoints",
+            on_epoch=lambda epoch: _tell(epoch, score, tracked, say),
+            on_resume=lambda epochs: tracked.log_history([(epoch.epoch, _curves(epoch)) for epoch in epochs]),
+            judge=judge,
+            show_progress=config.runtime.progress,
+            say=say,
+        )
+        if not training.progress.best_epoch:
+            tried = len(training.progress.history)
+            raise NonFiniteScore(
+                f"expected a validation {score} that is a number, found none in {tried} epochs; "
+                "validate more users, or lower train.learning_rate"
+            )
+        world.doing(lambda: "training is over, the model is written")
+        metrics = _summary(training, parent)
+        done: dict[str, Any] = {}
+        if world.first:
+            done = _finish(
+                folder, config, release, catalogue, knowledge, training, metrics, parent, identity, tracked,
+                validation,
+            )  # fmt: skip
+            tracked.describe(descriptions.paragraphs(descriptions.outcome(metrics, score), description))
+            if judge is unjudged:
+                tracked.log_artifact(folder / "model")
+                _log_model(tracked, done["hash"], config, release, account, metrics)
+        world.wait()
+    say(
+        f"{config.name}: best epoch {training.progress.best_epoch} of {len(training.progress.history)}, validation "
+        f"{score} {training.progress.best_score:.4f}, {metrics['seconds']:.0f} s; model in {folder / 'model'}"
+    )
+    return Result(folder, metrics, reused=False, run_id=done.get("mlflow_run", ""))
+
+
+def _pinned(config: PretrainConfig, world: World) -> Release:
+    """The release of the first process: another may come to the lake a moment later, when there is a newer one."""
+    release = pin(config.data.lake, config.data.release)
+    number = world.of_first(release.number)
+    return release if number == release.number else pin(config.data.lake, number)
+
+
+def _agreed(identity: dict[str, str], world: World) -> dict[str, str]:
+    """The identity, which all processes must have alike. Raises RunError."""
+    for rank, other in enumerate(world.objects(identity)):
+        if differing := [name for name in identity if identity[name] != other[name]]:
+            raise RunError(
+                f"expected the same settings, code, data and parent in all processes, found another {differing[0]} in "
+                f"process {rank} than in process {world.rank}; give all hosts the same configuration and code"
+            )
+    return identity
+
+
+def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
+    split, domain = config.data.split, config.data.domain
+    if reads_baskets(config.task):
+        return BasketDataset(release, split, domain)
+    values = isinstance(config.task, MultiConfig) and "value" in config.task.tells
+    if isinstance(config.task, ClickConfig):
+        setting, kinds = "task.impressions", config.task.impressions
+    else:
+        setting, kinds = "data.event_types", config.data.event_types
+    dataset = SequenceDataset(release, split, domain, values=values, event_types=kinds)
+    _check_event_types(dataset, setting)
+    return dataset
+
+
+def _check_event_types(dataset: SequenceDataset, setting: str) -> None:
+    """Raises ConfigError for a name that no event of the training parts has."""
+    found = np.zeros(len(dataset.event_types) + 1, dtype=np.int64)
+    for group in range(len(dataset.groups)):
+        if found[1:].all():  # as a rule after the first
+            return
+        sequences = dataset.read([group])
+        trained = sequences.positions < sequences.valid_start[sequences.owners]
+        found += np.bincount(sequences.event_types[trained], minlength=len(found))
+    if lacking := [name for name, count in zip(dataset.event_types, found[1:], strict=True) if not count]:
+        raise ConfigError(
+            f"{setting}: expected kinds that events of the training parts have, found none of "
+            f"{', '.join(lacking)} in split {dataset.split!r}, domain {dataset.domain!r} of {dataset.release.lake} "
+            f"({int(found[0]):,} events are of other kinds, or of none); mend the names, or name the log's column of "
+            "event types in the source"
+        )
+
+
+def _model(
+    config: PretrainConfig, release: Release, catalogue: Catalogue, knowledge: Int32Array, parent: Artifact | None,
+    validation: Validation, world: World,
+) -> tuple[SequenceModel, Account]:  # fmt: skip
+    model = build_model(
+        config.model, num_users=vocabulary_size(release, tables.USERS),
+        num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
+        knowledge_VS=torch.from_numpy(knowledge), seed=config.train.seed,
+        tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None, patch=patch_of(config),
+        task_heads=validation.task_heads, num_event_types=len(config.data.event_types),
+    )  # fmt: skip
+    model.to(device=world.device, dtype=world.dtype)
+    if validation.content is not None:
+        model.describe(torch.from_numpy(validation.content.vectors_VF))
+    if config.data.predicted is not None:
+        model.predict_only(torch.from_numpy(rows_of_domain(release, catalogue, config.data.predicted)))
+    if isinstance(config, FinetuneConfig):
+        shared = None
+        if parent is not None and config.shared_items:
+            shared = rows_by_raw_id(parent.catalogue, catalogue)
+        return model, graft(
+            model, config.model, parent, config.transfer, config.freeze, shared, layer_norm=config.patch.layer_norm,
+            unused=validation.unused, event_types=config.data.event_types,
+        )  # fmt: skip
+    return model, graft(model, config.model, None, "none", unused=validation.unused)
+
+
+def _summary(training: Training, parent: Artifact | None) -> dict[str, float]:
+    progress = training.progress
+    seconds = sum(epoch.seconds for epoch in progress.history)
+    best = {f"validation/{name}": value for name, value in progress.history[progress.best_epoch - 1].metrics.items()}
+    cost = {
+        "seconds": seconds, "epochs": len(progress.history), "best_epoch": progress.best_epoch,
+        "peak_gb": training.world.peak_gb(),
+    }  # fmt: skip
+    inherited = 0.0 if parent is None else parent.metrics["seconds"] + parent.metrics.get("pretrain_seconds", 0.0)
+    return best | cost | {"pretrain_seconds": inherited}
+
+
+def _finish(
+    folder: Path, config: PretrainConfig, release: Release, catalogue: Catalogue, knowledge: Int32Array,
+    training: Training, metrics: dict[str, float], parent: Artifact | None, identity: str, tracked: Run,
+    validation: Validation,
+) -> dict[str, Any]:  # fmt: skip
+    """Model folder, curves, and the note that all is done (`_noted` gives it its name), which is returned."""
+    others = isinstance(config.task, ClickConfig)  # what was shown only has not been taken
+    popularity = training_interactions(training.loader.dataset, catalogue, others=others)
+    digest = save_artifact(
+        folder / "model", config=config, release=release, catalogue=catalogue, popularity=popularity,
+        knowledge=knowledge, weights=training.best, metrics=metrics, parent=parent.hash if parent else None,
+        users=release.read(tables.USERS, ["user", "index"]),
+        predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
+        classes=validation.classes, task_heads=validation.task_heads, content=validation.content,
+    )  # fmt: skip
+    history = [vars(epoch) for epoch in training.progress.history]
+    (folder / "history.json").write_text(json.dumps(history, indent=1))
+    score = score_of(config.task)
+    curve = figures.Curve(
+        config.name, [epoch["loss"] for epoch in history], [epoch["metrics"][score] for epoch in history]
+    )
+    tracked.log_figure(figures.learning_curves([curve], title=config.name, score=score), "pictures/learning_curve.png")
+    tracked.log_metrics(_final(metrics))
+    tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
+    done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
+    (folder / (DONE + ".new")).write_text(json.dumps(done, indent=1))
+    return done
+
+
+@contextmanager
+def _noted(folder: Path, world: World) -> Iterator[None]:
+    """Note that all is done when MLflow's run is over: told, or kept for the next run to send. A process that is killed
+    before leaves a finished checkpoint, and the next one tells MLflow again."""
+    yield
+    if world.first:
+        (folder / (DONE + ".new")).replace(folder / DONE)
+    _tidy(folder, world)
+
+
+def _tidy(folder: Path, world: World) -> None:
+    """Remove what a run that is done needs no more; a kill may have left it."""
+    if world.first:
+        (folder / MLFLOW_UID).unlink(missing_ok=True)
+        checkpoint.clear(folder / "checkpoints")
+
+
+def _uid(folder: Path, world: World) -> str:
+    """The uid of the MLflow run in which this one is told."""
+    if not world.first:
+        return ""
+    place = folder / MLFLOW_UID
+    try:
+        uid = place.read_text()
+    except FileNotFoundError:
+        uid = ""
+    if not re.fullmatch("[0-9a-f]{32}", uid):
+        uid = uuid.uuid4().hex
+        place.write_text(uid)
+    return uid
+
+
+def _final(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A run's result under names that no curve has: the best epoch's metrics (`best/NDCG@10`) and what it cost."""
+    costs = {"seconds", "epochs", "peak_gb", "pretrain_seconds"}
+    return {
+        f"cost/{name}" if name in costs else f"best/{name.removeprefix('validation/').removeprefix('best_')}": value
+        for name, value in metrics.items()
+    }
+
+
+def _log_model(
+    tracked: Run, digest: str, config: PretrainConfig, release: Release, account: Account, metrics: Mapping[str, float]
+) -> None:
+    """The run's logged model: what it is, and its validation metrics on the snapshot that it was trained on."""
+    facts = {
+        "recipe": _recipe(config), "model": config.model.kind, "task": config.task.kind, "transfer": account.transfer,
+        "domain": config.data.domain, "predicts": config.data.answered, "split": config.data.split,
+        "seed": config.train.seed, "release": release.number, "parameters": account.counts()["total"],
+    }  # fmt: skip
+    tracked.log_model(config.name, digest, kind=config.model.kind, params=facts)
+    best = {name: value for name, value in _final(metrics).items() if name.startswith("best/") and name != "best/epoch"}
+    tracked.log_model_metrics(digest, best, release, _sequence_table(config).name)
+
+
+def _curves(epoch: Epoch) -> dict[str, float]:
+    return {f"validation/{name}": value for name, value in epoch.metrics.items()} | {
+        "train/loss": epoch.loss,
+        "train/items_per_second": epoch.items_per_second,
+        "train/epoch_seconds": epoch.seconds,
+    }
+
+
+def _tell(epoch: Epoch, score: str, tracked: Run, say: Callable[[str], None]) -> None:
+    tracked.log_metrics(_curves(epoch), step=epoch.epoch)
+    say(
+        f"epoch {epoch.epoch:>3}  loss {epoch.loss:.4f}  validation {score} {epoch.metrics[score]:.4f}  "
+        f"{epoch.items_per_second:,.0f} items/s  {epoch.seconds:.1f} s"
+    )
+
+
+def _introduction(
+    config: PretrainConfig, release: Release, catalogue: Catalogue, dataset: SequenceDataset, validation: Validation,
+    account: Account,
+) -> str:  # fmt: skip
+    size = sum(math.prod(line.shape) for line in account.lines)
+    return (
+        f"{config.name}: {config.model.kind}, {size:,} parameters; release {release.number} of {release.lake}, "
+        + _size(config, catalogue, dataset, validation)
+    )
+
+
+def _size(config: PretrainConfig, catalogue: Catalogue, dataset: SequenceDataset, validation: Validation) -> str:
+    return (
+        f"domain {config.data.domain}: {len(catalogue) - FIRST_INDEX:,} items, {dataset.num_rows:,} users, "
+        f"{len(validation):,} of them validated"
+    )
+
+
+_READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS)
+
+
+def _sequence_table(config: PretrainConfig) -> tables.Table:
+    return tables.BASKETS if reads_baskets(config.task) else tables.SEQUENCES
+
+
+def _read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:
+    return (_sequence_table(config), *_READ_TABLES)
+
+
+def _recipe(config: PretrainConfig) -> str:
+    return "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+
+
+def run_identity(config: PretrainConfig, release: Release, parent: Artifact | None) -> dict[str, str]:
+    """Settings, code, data and parent as short texts, one of which changes with whatever could change the weights; none
+    with where or how the run runs."""
+    runtime, tracked = type(config.runtime)(precision=config.runtime.precision), type(config.tracking)()
+    settings = replaced(config, runtime=runtime, tracking=tracked)
+    versions = {table.name: release.versions.get(table.name) for table in _read_tables(config)}
+    return {
+        "settings": config_hash(settings),
+        "code": code_hash(f"trainer.{_recipe(config)}"),
+        "data": json.dumps(versions, sort_keys=True),
+        "parent": parent.hash if parent else "",
+    }
+
+
+def finished(config: PretrainConfig) -> Result | None:
+    """What this run left, where it is done and its settings, code, data and parent are unchanged. Raises GraftrecError
+    for a lake or parent that is not there."""
+    grafted = config.parent if isinstance(config, FinetuneConfig) and config.transfer != "none" else None
+    parent = load_artifact(grafted, users=False) if grafted else None
+    release = pin(config.data.lake, config.data.release)
+    identity = ":".join(run_identity(config, release, parent).values())
+    return _finished(Path(config.output) / config.name, identity)
+
+
+def _finished(folder: Path, identity: str) -> Result | None:
+    try:
+        done = json.loads((folder / DONE).read_text())
+        if done["identity"] == identity and artifact_hash(folder / "model") == done["hash"]:
+            return Result(folder, done["metrics"], reused=True, run_id=done.get("mlflow_run", ""))
+    except (OSError, ValueError, KeyError, GraftrecError):
+        pass
+    return None

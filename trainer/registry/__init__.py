@@ -1,0 +1,39 @@
+"""Registered model versions, their aliases, and the lock that promoters take."""
+
+from trainer.registry.promotion_lock import LEASE_SECONDS
+from trainer.registry.versions import (
+    AUDIT_CHARACTERS,
+    CANDIDATE,
+    CHAMPION,
+    COMPANION,
+    MODEL_FOLDER,
+    PREVIOUS,
+    TAG_DOMAIN,
+    TAG_FAMILY,
+    TAG_HASH,
+    TAG_KIND,
+    TAG_PARENT,
+    Promotion,
+    Registry,
+    Version,
+    audit_trail,
+)
+
+__all__ = [
+    "AUDIT_CHARACTERS",
+    "CANDIDATE",
+    "CHAMPION",
+    "COMPANION",
+    "LEASE_SECONDS",
+    "MODEL_FOLDER",
+    "PREVIOUS",
+    "TAG_DOMAIN",
+    "TAG_FAMILY",
+    "TAG_HASH",
+    "TAG_KIND",
+    "TAG_PARENT",
+    "Promotion",
+    "Registry",
+    "Version",
+    "audit_trail",
+]

@@ -1,0 +1,72 @@
+"""The code that MLflow runs when it loads a registered model ("models from code"): nothing is unpickled."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from etl.settings import GraftrecError
+from trainer import tracking
+from trainer.inference.delta_folder import is_patch, load_patch, parent_of
+from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.inference.recommender import DEFAULT_K, Recommender, parse
+from trainer.registry import Registry, Version
+from trainer.tracking.queue import warn
+
+
+def load(folder: Path, label: str) -> Recommender:
+    """What the store holds of a version, ready to answer. The backbone is read once, and patches for other domains
+    stand on it; champions of other domains are read when first asked for. Raises GraftrecError."""
+    name, _, number = label.rpartition("/")
+    if not name and is_patch(folder):
+        raise ArtifactError("a patch is loaded by its registered name, models:/<name>@<alias>, for it needs its parent")
+    registry = Registry(name) if name else None
+    parent = None
+    if is_patch(folder):
+        assert registry is not None
+        version = registry.version(number)
+        known = registry.of_hash(version.tags["graftrec.parent"])
+        if known is None:
+            raise ArtifactError(f"{label} is a patch, and its parent is no version of {name} any more")
+        parent = load_artifact(registry.stored(known))
+    own = load_patch(folder, parent) if parent is not None else load_artifact(folder)
+    backbone = parent or own
+
+    def beside(domain: str) -> Recommender | None:
+        if registry is None:
+            return None
+        other = registry.for_domain(registry.version(number), domain)
+        if other.label == label:
+            return None
+        stored = registry.stored(other)
+        if not is_patch(stored):
+            artifact = backbone if other.hash == backbone.hash else load_artifact(stored)
+        elif parent_of(stored) == backbone.hash:
+            artifact = load_patch(stored, backbone)
+        else:
+            artifact = load_artifact(registry.folder(other))
+        return Recommender(artifact, other.label, companion=lambda: _companion(registry, other))
+
+    def companion() -> Recommender | None:
+        return None if registry is None else _companion(registry, registry.version(number))
+
+    return Recommender(own, label, beside, companion)
+
+
+def _companion(registry: Registry, version: Version) -> Recommender | None:
+    """The companion of a version, ready to answer. None if there is none, and, with a warning, if it can't be read."""
+    try:
+        found = registry.companion(version)
+        return None if found is None else Recommender(load_artifact(registry.folder(found)), found.label)
+    except GraftrecError as error:
+        warn(f"no companion of {version.label}, so users new in its domain get popular items: {error}")
+        return None
+
+
+def answer(recommender: Recommender, records: list[dict[str, Any]], params: dict[str, Any]) -> list[dict[str, Any]]:
+    """Answers as plain records."""
+    asked = recommender.of_domain(str(params.get("domain") or ""))
+    answers = asked.answer(parse(records), int(params.get("k", DEFAULT_K)))
+    return [dataclasses.asdict(one) for one in answers]
+
+
+tracking.offer(load, answer)

@@ -1,0 +1,1 @@
+"""An experiment's results as a page for people."""

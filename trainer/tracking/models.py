@@ -1,0 +1,169 @@
+"""Models in MLflow: found, packed, described, downloaded."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote
+
+import yaml
+
+from etl.settings import GraftrecError
+
+if TYPE_CHECKING:  # both are slow to import
+    pass
+from trainer.tracking.connection import FINAL
+from trainer.tracking.datasets import dataset_of
+
+MODEL_HASH = "graftrec.hash"  # tag of a logged model: the hash of its model folder
+
+
+VERSIONS = "mlflow.modelVersions"  # tag of a logged model: the registered versions made of it, as JSON
+
+
+def models_of(client: Any, digest: str) -> list[Any]:
+    """Logged models of a model folder by its hash, newest first."""
+    experiments = [found.experiment_id for found in client.search_experiments(max_results=1_000)]
+    found = client.search_logged_models(experiments, filter_string=f"tags.`{MODEL_HASH}` = '{digest}'", max_results=50)
+    return sorted(found, key=lambda model: -model.creation_timestamp)
+
+
+def log_model_metrics(
+    client: Any, digest: str, values: Sequence[Sequence[Any]], dataset: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Metrics [name, value, time, step] of the newest logged model of a hash, on a snapshot {table, version, lake}; of
+    the run that trained it too. What it has already is not logged again. Nothing where there is no such model, or its
+    run is unknown."""
+    from mlflow.entities import Metric
+
+    model = next((model for model in models_of(client, digest) if model.source_run_id), None)
+    if model is None:
+        return
+    on = dataset_of(dataset)
+    known = {(metric.key, metric.dataset_digest, metric.value) for metric in model.metrics or ()}
+    metrics = [
+        Metric(*value, model_id=model.model_id, dataset_name=on.name, dataset_digest=on.digest)
+        for value in values
+        if (value[0], on.digest, value[1]) not in known
+    ]
+    if metrics:
+        client.log_batch(model.source_run_id, metrics=metrics)
+
+
+def resolved(client: Any, markdown: str, run_id: str = "") -> str:
+    """Markdown with addresses that a browser knows: `model:<hash>` of a logged model (plain text where there is none),
+    `artifact:<path>` of the run."""
+    from mlflow.exceptions import MlflowException
+
+    def link(match: re.Match[str]) -> str:
+        name, digest = match.groups()
+        found = []
+        try:
+            found = models_of(client, digest)
+        except MlflowException as error:
+            if error.error_code not in FINAL:  # else a server that knows no logged models
+                raise
+        return f"[{name}](#/experiments/{found[0].experiment_id}/models/{found[0].model_id})" if found else name
+
+    text = re.sub(r"\[([^\]]*)\]\(model:(\w+)\)", link, markdown)
+    return re.sub(r"\]\(artifact:([^)]+)\)", lambda m: f"](get-artifact?path={quote(m[1])}&run_uuid={run_id})", text)
+
+
+def model_name(text: str) -> str:
+    """A name that a logged model may have."""
+    return re.sub(r"[/:.%\"']", "_", text) or "model"
+
+
+_REQUIREMENTS = (  # of scoring: what trainer.inference.recommender imports
+    "mlflow", "torch", "numpy", "pandas", "pyarrow", "deltalake", "scipy", "safetensors", "pydantic", "pyyaml",
+    "psutil",
+)  # fmt: skip
+
+
+def pack(
+    folder: Path, target: Path, *, artifact: str, model_id: str, run_id: str | None, example: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """Write an MLflow model around a model folder: a copy of the folder, of our sources, and no pickle. `example`: one
+    request, by column.
+
+    The sources travel with it (`code_paths`), so that a served version runs the code that it was made by, on a machine
+    that has only the packages of its requirements.txt.
+    """
+    import pandas as pd
+    from mlflow.models import Model, ModelSignature
+    from mlflow.pyfunc import save_model
+    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+
+    package = Path(__file__).parent.parent
+    texts, numbers = Array(DataType.string), Array(DataType.double)
+    signature = ModelSignature(
+        Schema(
+            [
+                ColSpec(DataType.string, "user", required=False),
+                ColSpec(texts, "items", required=False),
+                ColSpec(texts, "event_types", required=False),
+                ColSpec(Array(texts), "baskets", required=False),
+            ]
+        ),
+        Schema(
+            [
+                ColSpec(texts, "items"),
+                ColSpec(numbers, "scores"),
+                ColSpec(DataType.string, "basis"),
+                ColSpec(texts, "unknown"),
+                ColSpec(DataType.string, "version"),
+            ]
+        ),
+        ParamSchema([ParamSpec("k", DataType.long, 10), ParamSpec("domain", DataType.string, "")]),
+    )
+    requirements = [f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS]
+    save_model(
+        str(target), python_model=str(package / "registry" / "pyfunc.py"),
+        artifacts={artifact: str(folder)}, signature=signature,
+        code_paths=[str(package.parent / "etl"), str(package)], pip_requirements=requirements,
+        mlflow_model=Model(model_id=model_id, run_id=run_id), input_example=pd.DataFrame([dict(example)]),
+    )  # fmt: skip
+
+
+def offer(load: Callable[[Path, str], Any], answer: Callable[[Any, list[dict[str, Any]], dict[str, Any]], Any]) -> None:
+    """Tell MLflow what the model being loaded is: `load(folder, version label)`, then `answer` for each request.
+
+    A GraftrecError of `answer` becomes a 400.
+    """
+    import pandas as pd
+    from mlflow.exceptions import MlflowException
+    from mlflow.models import set_model
+    from mlflow.pyfunc import PythonModel
+
+    class Served(PythonModel):  # type: ignore[misc]
+        def load_context(self, context: Any) -> None:
+            folder = Path(next(iter(context.artifacts.values())))
+            self._state = load(folder, _label(folder))
+
+        def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+            try:
+                return answer(self._state, cast(list[dict[str, Any]], model_input.to_dict("records")), params or {})
+            except GraftrecError as error:
+                raise MlflowException.invalid_parameter_value(str(error)) from None
+
+    set_model(Served())
+
+
+def _label(folder: Path) -> str:
+    """Registered name and version, which MLflow writes beside a model that it fetches by models:/<name>."""
+    for parent in folder.parents:
+        file = parent / "registered_model_meta"
+        if file.is_file():
+            meta = yaml.safe_load(file.read_text())
+            return f"{meta['model_name']}/{meta['model_version']}"
+        if (parent / "MLmodel").is_file():
+            break
+    return "unregistered"
+
+
+def download(uri: str, target: str, store: str) -> str:
+    """Fetch an artifact folder into `target`; returns where it is."""
+    from mlflow.artifacts import download_artifacts
+
+    return str(download_artifacts(artifact_uri=uri, dst_path=target, tracking_uri=store, registry_uri=store))
