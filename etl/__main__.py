@@ -17,9 +17,17 @@ from etl.config import EtlConfig
 from etl.settings import ConfigError, load, texts, without_credentials
 
 JOBS = (
-    tables.INTERACTIONS, tables.ITEMS, tables.USERS, tables.DOMAINS, tables.ENTITIES, tables.KNOWLEDGE, tables.SOCIAL,
-    tables.SEQUENCES, tables.BASKETS, tables.NEGATIVES,
-)  # fmt: skip
+    tables.INTERACTIONS,
+    tables.ITEMS,
+    tables.USERS,
+    tables.DOMAINS,
+    tables.ENTITIES,
+    tables.KNOWLEDGE,
+    tables.SOCIAL,
+    tables.SEQUENCES,
+    tables.BASKETS,
+    tables.NEGATIVES,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,10 +80,10 @@ def _run(command: str, config: EtlConfig) -> None:
     if command == "report":
         _report(config.lake)
         return
-    from etl.jobs.job import Engine
+    from etl.jobs.job import RunContext
     from etl.pipeline.run import run_all, run_one
 
-    engine = Engine(config)
+    engine = RunContext(config)
     if command != "all":
         run_one(engine, command)
         return

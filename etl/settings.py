@@ -321,9 +321,14 @@ def _entries(annotation: Any) -> type[Section] | None:
 
 
 _EXPECTED = {
-    "int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false", "tuple": "a list",
-    "dict": "a mapping", "model": "a section: settings, or the name of its file",
-}  # fmt: skip
+    "int": "a whole number",
+    "float": "a number",
+    "string": "a text",
+    "bool": "true or false",
+    "tuple": "a list",
+    "dict": "a mapping",
+    "model": "a section: settings, or the name of its file",
+}
 
 
 def _explain(kind: type[Section], error: pydantic.ValidationError) -> str:

@@ -46,8 +46,10 @@ def seaweed(folder: Path) -> Iterator[str]:
     with (folder / "weed.log").open("wb") as log:
         process = subprocess.Popen(
             [command, "-logtostderr=true", "server", "-master.telemetry=false", *options],
-            cwd=folder, stdout=log, stderr=log,
-        )  # fmt: skip
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+        )
         try:
             endpoint = f"http://127.0.0.1:{ports['-s3.port']}"
             _make_bucket(endpoint, process)

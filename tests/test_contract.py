@@ -9,7 +9,6 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import get_args
 
 import pydantic
@@ -18,12 +17,52 @@ import yaml
 
 import etl.config
 import trainer.config
-from etl.settings import Section, load, replaced
+from etl.settings import ConfigError, Section, load, replaced
+from trainer.experiment.plan import ExperimentConfig
+from trainer.recipes.pipeline_plan import PipelineConfig
 
 ROOT = Path(__file__).parent.parent
-TRAINER_MAY_IMPORT = {
-    "etl",
+# In the order of imports: a room imports itself and rooms above it only.
+ROOMS = (
+    "etl.stopping",
+    "etl.plain_path",
     "etl.tables",
+    "etl.source_hash",
+    "etl.redaction",
+    "etl.settings",
+    "etl.config",
+    "etl.command",
+    "etl.session",
+    "etl.lake",
+    "etl.histories",
+    "etl.sources",
+    "etl.generator",
+    "etl.jobs",
+    "etl.pipeline",
+    "etl.__main__",
+    "trainer.arrays",
+    "trainer.one_line",
+    "trainer.code_hash",
+    "trainer.config",
+    "trainer.parallel",
+    "trainer.data",
+    "trainer.figures",
+    "trainer.tracking",
+    "trainer.models",
+    "trainer.tasks",
+    "trainer.inference",
+    "trainer.training",
+    "trainer.evaluation",
+    "trainer.registry",
+    "trainer.report",
+    "trainer.recipes",
+    "trainer.experiment",
+    "trainer.__main__",
+)
+# What any room of trainer may import of etl, and what single rooms may besides.
+OF_ETL = {
+    "etl.tables",
+    "etl.settings",
     "etl.config",
     "etl.command",
     "etl.plain_path",
@@ -31,19 +70,12 @@ TRAINER_MAY_IMPORT = {
     "etl.source_hash",
     "etl.stopping",
 }
-MAY_IMPORT_MORE = {
-    "trainer/recipes/recommend.py": {"etl.lake.spark_io", "etl.lake.file_reader", "etl.lake.snapshots", "etl.session"},
-    "trainer/data/release.py": {
-        "etl.lake.datafile",
-        "etl.lake.delta_log",
-        "etl.lake.file_reader",
-        "etl.lake.snapshots",
-    },
+MORE_OF_ETL = {
+    "trainer.data": {"etl.lake"},
+    "trainer.recipes.recommend": {"etl.lake", "etl.session"},
+    "trainer.recipes.alone": {"etl.lake"},  # who holds a lock
+    "trainer.recipes.run_etl": {"etl.jobs", "etl.pipeline"},
 }
-MLFLOW_USERS = {
-    "trainer/tracking/",
-    "trainer/inference/recommender.py",
-}  # serving: MLflow loads it as the code of a model
 
 
 def modules(package: str) -> list[Path]:
@@ -74,34 +106,63 @@ def is_module(name: str) -> bool:
 # --- import edges -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", modules("trainer"), ids=lambda path: path.relative_to(ROOT).as_posix())
+def room_of(module: str) -> str:
+    found = [room for room in ROOMS if module == room or module.startswith(f"{room}.")]
+    assert found, f"{module}: no room of ROOMS"
+    return found[0]
+
+
+def our_imports(path: Path) -> set[str]:
+    """Modules of ours that a file imports; not a package where only modules of it are meant."""
+    found = {name for package in ("etl", "trainer") for name in of(imports(path), package) if is_module(name)}
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+ALL = [path for path in [*modules("etl"), *modules("trainer")] if name_of(path) not in ("etl", "trainer")]
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_a_room_imports_only_rooms_above_it(path: Path) -> None:
+    above = ROOMS[: ROOMS.index(room_of(name_of(path))) + 1]
+    assert {room_of(name) for name in our_imports(path)} <= set(above)
+
+
+@pytest.mark.parametrize("path", modules("trainer"), ids=name_of)
 def test_trainer_imports_only_the_contract_of_etl(path: Path) -> None:
-    allowed = TRAINER_MAY_IMPORT | MAY_IMPORT_MORE.get(path.relative_to(ROOT).as_posix(), set())
-    found = {name for name in of(imports(path), "etl") if is_module(name)}
-    assert found <= allowed
-    if path.name != "recommend.py":
+    allowed = OF_ETL.union(*(more for name, more in MORE_OF_ETL.items() if name_of(path).startswith(name)))
+    assert {room_of(name) for name in our_imports(path) if name.startswith("etl.")} <= allowed
+    if name_of(path) != "trainer.recipes.recommend":
         assert not of(imports(path), "pyspark")
 
 
-@pytest.mark.parametrize("path", modules("etl"), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_etl_imports_nothing_of_ours_nor_torch(path: Path) -> None:
+@pytest.mark.parametrize("path", modules("etl"), ids=name_of)
+def test_etl_imports_nothing_of_trainer_nor_torch(path: Path) -> None:
     for package in ("trainer", "torch", "mlflow"):
         assert not of(imports(path), package)
 
 
-def test_mlflow_is_imported_in_one_place() -> None:
-    users = {path.relative_to(ROOT).as_posix() for path in modules("trainer") if of(imports(path), "mlflow")}
-    assert users <= MLFLOW_USERS
+def test_only_tracking_imports_mlflow() -> None:
+    users = {room_of(name_of(path)) for path in ALL if of(imports(path), "mlflow")}
+    assert users == {"trainer.tracking"}
+
+
+def test_few_files_lie_outside_rooms() -> None:
+    assert len(list((ROOT / "trainer").glob("*.py"))) <= 8
 
 
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
         ("etl.tables", ("pyspark", "torch", "deltalake")),
+        ("etl.settings", ("pyspark", "torch")),
         ("etl.config", ("pyspark", "torch")),
         ("etl.command", ("pyspark", "torch")),
         ("trainer.config", ("pyspark", "torch", "mlflow")),
-        ("trainer.data.dataset", ("pyspark", "mlflow")),
+        ("trainer.data.release", ("pyspark", "mlflow")),
     ],
 )
 def test_importing_stays_light(module: str, unwanted: tuple[str, ...]) -> None:
@@ -129,24 +190,11 @@ def test_no_file_is_a_drawer_of_odds_and_ends() -> None:
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def script(name: str) -> ModuleType:
-    """A file of mlflow_projects/, which is no package, as a module."""
-    if str(ROOT / "mlflow_projects") not in sys.path:  # its files import each other by name
-        sys.path.insert(0, str(ROOT / "mlflow_projects"))
-    spec = importlib.util.spec_from_file_location(f"mlflow_projects_{name}", ROOT / "mlflow_projects" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def kinds() -> dict[str, type[Section]]:
     """Folder of conf/ -> what its files build."""
     found: dict[str, type[Section]] = {
-        "pipeline": script("pipeline").PipelineConfig,
-        "experiment": script("experiment").ExperimentConfig,
+        "pipeline": PipelineConfig,
+        "experiment": ExperimentConfig,
     }
     for module in (etl.config, trainer.config):
         for name in dir(module):
@@ -180,7 +228,7 @@ def test_every_yaml_builds(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 def sections(kind: type[Section] = Section) -> Iterator[type[Section]]:
     for below in kind.__subclasses__():
-        if below.__module__.startswith(("etl.", "trainer.", "mlflow_projects_")):
+        if below.__module__.startswith(("etl.", "trainer.")):
             yield below
             yield from sections(below)
 
@@ -202,7 +250,7 @@ def test_every_number_is_finite(value: object) -> None:
 
 @pytest.mark.parametrize("values", ["[.nan, 0.1]", "[1e-3, inf]", "{low: 0.1, high: .inf}"])
 def test_a_search_space_is_finite(values: str) -> None:
-    with pytest.raises(etl.config.ConfigError, match="finite number"):
+    with pytest.raises(ConfigError, match="finite number"):
         load(trainer.config.SearchConfig, "search/demo", ["--space", "{train.learning_rate: " + values + "}"])
 
 
@@ -220,7 +268,7 @@ def test_a_changed_configuration_is_validated_again() -> None:
         ({"train": {"clip_norm": math.inf}}, "train.clip_norm: expected a finite number"),
         ({"nmae": "x"}, "unknown setting nmae; did you mean name"),
     ):
-        with pytest.raises(etl.config.ConfigError, match=told):
+        with pytest.raises(ConfigError, match=told):
             replaced(config, **changes)
 
 

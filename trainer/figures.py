@@ -270,9 +270,13 @@ def score_overview(scores: Sequence[Score], *, metric: str = "NDCG@10") -> Figur
             axes.plot(score.seeds, [place] * len(score.seeds), "o", markersize=3, color=colour, alpha=0.45)
         axes.plot([score.mean], [place], marker, markersize=5 if score.is_baseline else 6.5, color=colour)
         axes.annotate(
-            f"{score.mean:.2f}", (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL,
+            f"{score.mean:.2f}",
+            (1.02, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=SMALL,
             color=INK,
-        )  # fmt: skip
+        )
     _plain(axes, "", grid="both")
     _name_rows(axes, rows, names, size=SMALL)
     axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -301,8 +305,8 @@ def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10"
         _name_rows(axes, gains, own, size=SMALL)
         _signed(axes.xaxis, ticks=6)
         _narrow(axes)
-    told = f"gain in {metric} over from scratch" + (f", {unit}" if unit else "")
-    figure.supxlabel(f"{told} (hollow: interval holds zero)", fontsize=SMALL, color=INK)
+    heading = f"gain in {metric} over from scratch" + (f", {unit}" if unit else "")
+    figure.supxlabel(f"{heading} (hollow: interval holds zero)", fontsize=SMALL, color=INK)
     return figure
 
 
@@ -426,9 +430,14 @@ def _legend(figure: Figure, colours: Mapping[str, str]) -> None:
     lines = [Line2D([], [], color=colour, linewidth=2.5) for colour in colours.values()]
     if lines:
         figure.legend(
-            lines, list(colours), loc="outside lower center", ncols=_beside(colours), frameon=False,
-            fontsize=SMALL, labelcolor=INK,
-        )  # fmt: skip
+            lines,
+            list(colours),
+            loc="outside lower center",
+            ncols=_beside(colours),
+            frameon=False,
+            fontsize=SMALL,
+            labelcolor=INK,
+        )
 
 
 def _beside(colours: Mapping[str, str]) -> int:
@@ -484,9 +493,13 @@ def _plain(axes: Axes, title: str, *, grid: str = "y", colour: str = INK) -> Non
 
 
 def _label_ends(
-    axes: Axes, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str], *,
-    texts: Mapping[str, str] | None = None, lines: int = 1,
-) -> None:  # fmt: skip
+    axes: Axes,
+    ends: Mapping[str, tuple[float, float]],
+    colours: Mapping[str, str],
+    *,
+    texts: Mapping[str, str] | None = None,
+    lines: int = 1,
+) -> None:
     """A label right of the axes for each line, led to from its end, moved apart where labels would overlap."""
     axes.get_xlim(), axes.get_ylim()  # settles the limits, which the transform below does not
     to_axes = axes.transData + axes.transAxes.inverted()
@@ -500,9 +513,15 @@ def _label_ends(
     for name, height in placed.items():
         x, y = tips[name]
         lead = Line2D(
-            [x, 1.015], [y, height - surplus], transform=axes.transAxes, color=colours[name], linewidth=0.8, alpha=0.5,
-            linestyle=":", clip_on=False,
-        )  # fmt: skip
+            [x, 1.015],
+            [y, height - surplus],
+            transform=axes.transAxes,
+            color=colours[name],
+            linewidth=0.8,
+            alpha=0.5,
+            linestyle=":",
+            clip_on=False,
+        )
         axes.add_artist(lead)
         text, place = texts[name] if texts else name, (1.025, height - surplus)
         axes.annotate(text, place, xycoords="axes fraction", va="center", fontsize=11, color=colours[name])

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from etl.config import GeneratorSource
-from etl.generator.synthetic_catalogue import Floats, Ints, Shelf, World, generator, unit
+from etl.generator.synthetic_catalogue import DomainItems, Floats, Ints, World, generator, unit
 
 COMMUNITY = 32  # users
 _ALIKE = 0.5  # share of a user's taste that is the community's
@@ -69,14 +69,14 @@ def draw_tastes(config: GeneratorSource, place: World, users: Ints) -> UserTaste
     return UserTastes(early.astype(np.float32), late.astype(np.float32), step, favour_DBZ / favour_DBZ[..., -1:])
 
 
-def most_picks(shelf: Shelf) -> int:
+def most_picks(shelf: DomainItems) -> int:
     """The most items that a user takes in a domain: half of it, or half of the candidates in a large one."""
     return max(1, min(len(shelf.items), _CANDIDATES) // 2)
 
 
 def pick(
     config: GeneratorSource,
-    shelf: Shelf,
+    shelf: DomainItems,
     tastes: UserTastes,
     domain: int,
     counts: Ints,
@@ -117,7 +117,7 @@ class _Candidates:
     liking_BC: Floats  # popularity and chance
 
 
-def _candidates(shelf: Shelf, num_users: int, draws: list[np.random.Generator]) -> _Candidates:
+def _candidates(shelf: DomainItems, num_users: int, draws: list[np.random.Generator]) -> _Candidates:
     num_items = len(shelf.items)
     if num_items <= _CANDIDATES:
         gumbel_BC = np.stack([draw.gumbel(size=num_items) for draw in draws]).astype(np.float32)
@@ -157,9 +157,14 @@ def _sessions(config: GeneratorSource, uniform_BT: Uniforms) -> npt.NDArray[np.b
 
 
 def _pick_by_taste(
-    config: GeneratorSource, shelf: Shelf, candidates: _Candidates, taste_2BK: Floats, topic_BT: Ints, ages_BT: Floats,
+    config: GeneratorSource,
+    shelf: DomainItems,
+    candidates: _Candidates,
+    taste_2BK: Floats,
+    topic_BT: Ints,
+    ages_BT: Floats,
     uniform_2BT: Uniforms,
-) -> tuple[Ints, npt.NDArray[np.bool_]]:  # fmt: skip
+) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """[B, T] items by series, topic, taste and popularity; and which picks found an item."""
     item_BC = candidates.item_BC
     strength = np.float32(config.taste_strength * np.sqrt(config.tastes))

@@ -27,7 +27,7 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Shelf:
+class DomainItems:
     """The items of one domain, most popular first. `V` items, `K` tastes."""
 
     items: Ints  # [V] index in the catalogue
@@ -53,7 +53,7 @@ class World:
     year_V: Ints
     word_VW: Ints
     topic_ZK: Floats  # unit vectors
-    shelves: tuple[Shelf, Shelf]
+    shelves: tuple[DomainItems, DomainItems]
 
 
 @functools.lru_cache(maxsize=4)
@@ -152,7 +152,7 @@ def _actors(draw: np.random.Generator, director: Ints, num_actors: int, num_topi
 
 def _shelf(
     draw: np.random.Generator, items: Ints, taste: Floats, topic: Ints, first: Ints, part: Ints, config: GeneratorSource
-) -> Shelf:
+) -> DomainItems:
     items = draw.permutation(items)
     popularity = np.arange(1, len(items) + 1, dtype=np.float64) ** -config.popularity_exponent
     cumulative = np.cumsum(popularity) / popularity.sum()
@@ -161,7 +161,7 @@ def _shelf(
     sequel = np.full(len(items), -1)
     follows = first[items[by_part[1:]]] == first[items[by_part[:-1]]]
     sequel[by_part[:-1][follows]] = by_part[1:][follows]
-    return Shelf(
+    return DomainItems(
         items=items,
         taste_VK=taste[items],
         topic_V=topic[items],

@@ -18,7 +18,16 @@ from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import GeneratorSource
 from etl.generator.behaviour import COMMUNITY, Picks, draw_tastes, most_picks, pick
-from etl.generator.synthetic_catalogue import ACTORS, Ints, Shelf, categories, generator, person_name, title, world
+from etl.generator.synthetic_catalogue import (
+    ACTORS,
+    DomainItems,
+    Ints,
+    categories,
+    generator,
+    person_name,
+    title,
+    world,
+)
 from etl.settings import config_hash
 from etl.source_hash import source_hash
 from etl.sources.entity_keys import person_key
@@ -45,7 +54,7 @@ class Generator:
         return "timestamp"
 
     @property
-    def flawless(self) -> bool:
+    def never_rejects(self) -> bool:
         return True
 
     def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
@@ -145,7 +154,12 @@ def edges(config: GeneratorSource, users: Ints) -> pa.Table:
 
 
 def _timed(
-    config: GeneratorSource, picks: Picks, shelf: Shelf, begins: Ints, draws: list[np.random.Generator], domain: int
+    config: GeneratorSource,
+    picks: Picks,
+    shelf: DomainItems,
+    begins: Ints,
+    draws: list[np.random.Generator],
+    domain: int,
 ) -> dict[str, npt.NDArray[Any]]:
     """The kept picks as flat columns, with times, baskets and values."""
     num_picks = picks.kept_BT.sum(axis=1)

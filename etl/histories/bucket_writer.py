@@ -19,7 +19,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from etl.command import is_full
-from etl.histories.incremental import Before, renewed
+from etl.histories.incremental import PreviousState, refresh_bucket
 from etl.histories.reader import PART_EVENTS, Inputs, Key, Rows, histories, read_catalogue, runs
 from etl.lake.datafile import DataFile
 from etl.lake.snapshots import local_path, make_folder, table_filesystem, table_uri
@@ -42,7 +42,7 @@ def write(
     *,
     buckets: int,
     tasks: int,
-    before: Before | None = None,
+    before: PreviousState | None = None,
 ) -> list[DataFile]:
     """Write data files of `table`, partitioned by split, domain and bucket, from the histories of the kept `users`.
 
@@ -87,7 +87,7 @@ def write_task(
     lake: str,
     table: Table,
     read: Inputs,
-    before: Before | None = None,
+    before: PreviousState | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """One task: the users (bucket, user, index, degree) of some buckets, in any order, to these buckets' files."""
     write = partial(_write_buckets, rows=rows, lake=lake, table=table, read=read, before=before)
@@ -124,13 +124,13 @@ def in_turn(
 
 
 def _write_buckets(
-    users: pa.Table, rows: Rows, lake: str, table: Table, read: Inputs, before: Before | None
+    users: pa.Table, rows: Rows, lake: str, table: Table, read: Inputs, before: PreviousState | None
 ) -> Iterator[pa.RecordBatch]:
     filesystem = table_filesystem(lake, table)
     catalogue = read_catalogue(read)
     for bucket, start, stop in runs(users["bucket"].to_numpy()):
         mine = users.slice(start, stop - start)
-        copied = None if before is None else renewed(mine, bucket, rows, catalogue, read, before)
+        copied = None if before is None else refresh_bucket(mine, bucket, rows, catalogue, read, before)
         if copied is not None:
             yield from _write_merged(copied, filesystem, table, bucket)
             continue

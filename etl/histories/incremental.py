@@ -39,7 +39,7 @@ _LISTS = {"event_type": "event_types", "value": "values"}
 
 
 @dataclass(frozen=True)
-class Before:
+class PreviousState:
     """What was there: files of the table by bucket, split and domain, and what the log has gained since by bucket."""
 
     files: Mapping[int, Mapping[Key, Sequence[str]]]
@@ -47,16 +47,18 @@ class Before:
     whole: frozenset[str]  # splits whose rows of the domain `all` are in time order
 
 
-def before_of(lake: str, version: int | None, appended: Sequence[DataFile], whole: Sequence[str]) -> Before | None:
+def previous_state(
+    lake: str, version: int | None, appended: Sequence[DataFile], whole: Sequence[str]
+) -> PreviousState | None:
     """What of SEQUENCES at `version` can be copied, where the log has gained the files `appended` since. `whole`:
     the splits whose rows of the domain `all` are in time order. None where its files don't each hold a run of
     neighbouring users.
     """
     actions = pa.table(existing_table(lake, SEQUENCES, version).get_add_actions(flatten=True))
-    told = [actions[name].to_pylist() for name in ("path", "min.user", "max.user") if name in actions.column_names]
-    if len(told) < 3:
+    columns = [actions[name].to_pylist() for name in ("path", "min.user", "max.user") if name in actions.column_names]
+    if len(columns) < 3:
         return None
-    spans = {unquote(path): (low, high) for path, low, high in zip(*told, strict=True)}
+    spans = {unquote(path): (low, high) for path, low, high in zip(*columns, strict=True)}
     files: dict[int, dict[Key, list[str]]] = {}
     for file in sorted(snapshot_files(lake, SEQUENCES, version), key=lambda file: spans[file.path]):
         split, domain, bucket = (str(file.partition[name]) for name in ("split", "domain", "bucket"))
@@ -67,11 +69,11 @@ def before_of(lake: str, version: int | None, appended: Sequence[DataFile], whol
     log: dict[int, list[str]] = {}
     for file in appended:
         log.setdefault(int(file.partition["bucket"] or 0), []).append(file.path)
-    return Before(files, {bucket: tuple(paths) for bucket, paths in log.items()}, frozenset(whole))
+    return PreviousState(files, {bucket: tuple(paths) for bucket, paths in log.items()}, frozenset(whole))
 
 
-def renewed(
-    users: pa.Table, bucket: int, rows: Rows, catalogue: Catalogue, read: Inputs, before: Before
+def refresh_bucket(
+    users: pa.Table, bucket: int, rows: Rows, catalogue: Catalogue, read: Inputs, before: PreviousState
 ) -> Iterator[tuple[Key, pa.RecordBatch]] | None:
     """SEQUENCES, less its partition columns, of the kept `users` (user, index, degree; by index) of a bucket: for each
     split and domain in turn batches in the table's order. None where so many are affected that all should be made anew.
@@ -121,9 +123,13 @@ def _old_rows(groups: Iterable[pa.Table], index: Ints, wanted: npt.NDArray[np.bo
 
 
 def _histories(
-    users: pa.Table, old: list[pa.Table], events: pa.RecordBatch, mine: npt.NDArray[np.bool_], catalogue: Catalogue,
+    users: pa.Table,
+    old: list[pa.Table],
+    events: pa.RecordBatch,
+    mine: npt.NDArray[np.bool_],
+    catalogue: Catalogue,
     read: Inputs,
-) -> Histories:  # fmt: skip
+) -> Histories:
     """Of the users at the places `mine` of `users`: the events of their `old` rows, and the appended `events`."""
     old = [table.filter(pa.array(mine[table["place"].to_numpy()])) for table in old]
     events = events.filter(pa.array(mine[events["user"].to_numpy()]))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pyspark.sql import DataFrame
 
 from etl.histories import bucket_writer
-from etl.histories.incremental import before_of
+from etl.histories.incremental import previous_state
 from etl.histories.reader import Inputs, Rows, inputs, item_bits
 from etl.jobs.domains import names_of
 from etl.jobs.job import Outcome, Run
@@ -41,7 +41,7 @@ def write(
     users = run.read(USERS)
     before = None
     if appended is not None and touched is not None:
-        before = before_of(run.lake, run.base, appended, whole) if whole else None
+        before = previous_state(run.lake, run.base, appended, whole) if whole else None
         run.notes.append(f"{len(touched)} of {buckets} buckets {'written' if before else 'made'} anew")
         if len(touched) < buckets:
             users = users.where(spark_io.bucket_of(buckets).isin(touched))

@@ -32,8 +32,8 @@ def transform(items: DataFrame, domains: Sequence[DomainConfig]) -> DataFrame:
 def rule(domain: DomainConfig) -> str:
     """A rule as text, e.g. ``none of Action, Crime``."""
     conditions = (("any of", domain.any_of), ("all of", domain.all_of), ("none of", domain.none_of))
-    told = [f"{how} {', '.join(names)}" for how, names in conditions if names]
-    text = "; ".join(told) or "every item"
+    rules = [f"{how} {', '.join(names)}" for how, names in conditions if names]
+    text = "; ".join(rules) or "every item"
     return text if domain.attribute is None else f"{domain.attribute}: {text}"
 
 

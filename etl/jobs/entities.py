@@ -14,9 +14,9 @@ from etl.tables import ENTITIES, ITEMS
 _PEOPLE = ("director", "actor", "writer", "producer", "composer", "author", "artist", "person")  # relations to persons
 
 
-def transform(told: DataFrame, old: DataFrame | None, *, first: int | None = None) -> DataFrame:
-    """ENTITIES named by `told` (relation, name, key), and those of `old`, the table as it was."""
-    named = told.groupBy(entity().alias("entity")).agg(
+def transform(facts: DataFrame, old: DataFrame | None, *, first: int | None = None) -> DataFrame:
+    """ENTITIES named by `facts` (relation, name, key), and those of `old`, the table as it was."""
+    named = facts.groupBy(entity().alias("entity")).agg(
         F.min(kind()).alias("kind"),
         F.min("name").alias("name"),  # of several spellings the first by its bytes
     )
@@ -39,7 +39,7 @@ def entity() -> Column:
     return F.concat(kind(), F.lit(":"), F.col("key"))
 
 
-def told(run: Run) -> DataFrame:
+def facts(run: Run) -> DataFrame:
     """item, relation, rank, name, key, source: what the source itself tells, then what the knowledge files add."""
     own = run.engine.raw("people")
     items = run.read(ITEMS).select("item", "title", "year")
@@ -66,7 +66,7 @@ def fingerprint(source: Source, config: EtlConfig) -> str:
 
 
 def run(run: Run) -> Outcome:
-    named = run.engine.kept("told", lambda: told(run))
+    named = run.engine.kept("told", lambda: facts(run))
     then = past(run, ITEMS, "entity", [named.select(entity().alias("entity"))])
     return run.commit(transform(named, then.old, first=then.first), metadata=then.metadata)
 

@@ -132,7 +132,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     names = [file.name for file in table.files()]
     raw = _events(run, names, before)
     events, counted, bulk = _without_strays(run, raw, None)
-    good = quarantine.set_aside(run, events, kind="interactions", counted=counted)
+    good = quarantine.reject_rows(run, events, kind="interactions", counted=counted)
     if good == 0:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     current = held(transform(events, None, buckets=run.config.buckets))
@@ -179,7 +179,7 @@ def _deliver(
     raw = _events(run, names, before)
     events, counted, bulk = _without_strays(run, raw, old)
     files = None if old is None else list(names)
-    good = quarantine.set_aside(run, events, kind="interactions", files=files, counted=counted)
+    good = quarantine.reject_rows(run, events, kind="interactions", files=files, counted=counted)
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}

@@ -72,7 +72,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-class Engine:
+class RunContext:
     """What the jobs of one command share: the configuration, and, made when first asked for, Spark and the source."""
 
     def __init__(self, config: EtlConfig) -> None:
@@ -104,11 +104,11 @@ class Run:
     """One run of a job, given to its `run`."""
 
     job: Job
-    engine: Engine
+    engine: RunContext
     inputs: Mapping[str, int]  # pinned versions of the tables it reads
     base: int | None  # its own table's version before the run
     last: Mapping[str, Any]  # its own table's last commit
-    provenance: Mapping[str, str]  # what its commit records; see `due`
+    provenance: Mapping[str, str]  # what its commit records; see `plan_run`
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -230,7 +230,7 @@ class Run:
             )
 
 
-def due(job: Job, engine: Engine) -> Run | Outcome:
+def plan_run(job: Job, engine: RunContext) -> Run | Outcome:
     """The run that is to be made, or, where nothing it depends on has changed, what the last one left.
 
     Raises MissingInput.

@@ -57,14 +57,14 @@ def peel(edges: DataFrame, items: DataFrame, config: KCoreConfig, *, num_items: 
         alive = alive.join(broadcast(dropped, num_dropped), "user", "left_anti")
         counts = alive.where("free_item").groupBy("item").agg(F.count(F.lit(1)).alias("count"))
         counts = held(counts.where(F.col("count") >= config.min_item))
-        told = counts.agg(F.count(F.lit(1)), F.sum("count")).first()
-        assert told is not None
-        items, left = counts.select("item"), int(told[0])
+        totals = counts.agg(F.count(F.lit(1)), F.sum("count")).first()
+        assert totals is not None
+        items, left = counts.select("item"), int(totals[0])
         if left in (0, num_items):
             return items
         num_items = left
-        if int(told[1]) < num_edges / 2:
-            edges, num_edges = held(alive), int(told[1])
+        if int(totals[1]) < num_edges / 2:
+            edges, num_edges = held(alive), int(totals[1])
 
 
 def grown_items(
@@ -112,9 +112,9 @@ def _open_edges(
     edges, any_free = appended.select("user", "item"), F.lit(False)
     sizes, num_old = {}, {}
     for column, ids in free.items():
-        told = ids.agg(F.count(F.lit(1)), F.count_if(F.expr(_OF_LOG))).first()
-        assert told is not None
-        sizes[column], num_old[column] = int(told[0]), int(told[1])
+        totals = ids.agg(F.count(F.lit(1)), F.count_if(F.expr(_OF_LOG))).first()
+        assert totals is not None
+        sizes[column], num_old[column] = int(totals[0]), int(totals[1])
     if any(num_old.values()):
         if not num_old.get("item"):
             rows = free["user"].where(_OF_LOG).select(bucket_of(buckets).alias("bucket")).distinct().collect()

@@ -8,12 +8,12 @@ from etl.jobs.job import Job, Outcome, Run
 from etl.tables import ENTITIES, ITEMS, KNOWLEDGE
 
 
-def transform(told: DataFrame, items: DataFrame, entities_table: DataFrame) -> DataFrame:
-    """KNOWLEDGE of what is `told` (item, relation, rank, name, key, source) about `items`.
+def transform(facts: DataFrame, items: DataFrame, entities_table: DataFrame) -> DataFrame:
+    """KNOWLEDGE of what is `facts` (item, relation, rank, name, key, source) about `items`.
 
     An entity that an item names twice in one relation counts once, at the better rank.
     """
-    named = told.withColumn("tail", entities.entity()).groupBy("item", "relation", "tail")
+    named = facts.withColumn("tail", entities.entity()).groupBy("item", "relation", "tail")
     triples = named.agg(F.min(F.struct("rank", "source")).alias("_best"))
     heads = items.select("item", F.col("index").alias("head_index"))
     tails = entities_table.select(F.col("entity").alias("tail"), F.col("index").alias("tail_index"))
@@ -23,8 +23,8 @@ def transform(told: DataFrame, items: DataFrame, entities_table: DataFrame) -> D
 
 
 def run(run: Run) -> Outcome:
-    told = run.engine.kept("told", lambda: entities.told(run))
-    return run.commit(transform(told, run.read(ITEMS), run.read(ENTITIES)))
+    facts = run.engine.kept("told", lambda: entities.facts(run))
+    return run.commit(transform(facts, run.read(ITEMS), run.read(ENTITIES)))
 
 
 JOB = Job(

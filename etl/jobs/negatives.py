@@ -301,8 +301,8 @@ def _groups(
         with open_parquet(read.lake, table, path) as file:
             place = file.schema.names.index("user")
             for number in range(file.num_row_groups):
-                told = file.metadata.row_group(number).column(place).statistics
-                if span is None or told is None or (told.min <= span[1] and told.max >= span[0]):
+                statistics = file.metadata.row_group(number).column(place).statistics
+                if span is None or statistics is None or (statistics.min <= span[1] and statistics.max >= span[0]):
                     yield file.read_row_group(number, columns=columns, use_threads=False)
 
 

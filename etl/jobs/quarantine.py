@@ -42,7 +42,7 @@ def transform(raw: DataFrame) -> DataFrame:
     return raw.where(F.col("reason").isNotNull()).select(*QUARANTINE.schema.names)
 
 
-def set_aside(
+def reject_rows(
     run: Run, raw: DataFrame, *, kind: str, files: Sequence[str] | None = None, counted: tuple[int, int] | None = None
 ) -> int:
     """Count the rows of `raw` (persisted by the caller) and write the rejected ones; gives the number of good rows.
@@ -73,10 +73,10 @@ def set_aside(
 
 def set_aside_if_any(run: Run, raw: DataFrame, *, kind: str) -> None:
     """As set_aside, of a kind whose good rows nobody counts: a source that rejects nothing is spared the count."""
-    if run.engine.source.flawless:
+    if run.engine.source.never_rejects:
         _clear(run, {"kind": [kind]})
     else:
-        set_aside(run, raw, kind=kind)
+        reject_rows(run, raw, kind=kind)
 
 
 def _replace(run: Run, rows: DataFrame, scope: dict[str, Sequence[Any]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import EtlConfig
-from etl.jobs.job import Engine, Outcome
+from etl.jobs.job import Outcome, RunContext
 from etl.lake import spark_io
 from etl.lake.file_reader import check_files
 from etl.lake.snapshots import local_path
@@ -38,7 +38,7 @@ def checked(lake: str, versions: Mapping[str, int]) -> dict[str, str]:
     return {name: spark_io.log_digest(lake, TABLES[name], version) for name, version in versions.items()}
 
 
-def release(engine: Engine, versions: Mapping[str, int], *, code: str) -> tuple[int, Outcome]:
+def release(engine: RunContext, versions: Mapping[str, int], *, code: str) -> tuple[int, Outcome]:
     """The number of the release that holds `versions`: the last one, or, where they differ from its, a new one.
 
     Raises CommitConflict where they weren't made from each other.

@@ -11,17 +11,21 @@ _ADVICE = (
         "|valid authentication credentials|ExpiredToken",
         "mend AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or the rights of the account",
     ),
-    ("169.254.169.254|instance metadata|no providers in chain|CredentialsNotLoaded", "set AWS_ACCESS_KEY_ID and "
-     "AWS_SECRET_ACCESS_KEY"),
+    (
+        "169.254.169.254|instance metadata|no providers in chain|CredentialsNotLoaded",
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    ),
     ("NoSuchBucket", "make the bucket, or mend the lake's URI or AWS_ENDPOINT_URL"),
     (
         r"conditional put|PutMode|S3PutConditional|LockClient|NotImplemented|not (?:yet )?implemented",
         "set AWS_CONDITIONAL_PUT=etag; where the store itself knows no conditional put, use another one",
     ),
     ("PermanentRedirect|AuthorizationHeaderMalformed|[Mm]issing region", "set AWS_REGION to the bucket's region"),
-    ("Connect|dns error|error sending request|timed out|timeout", "set AWS_ENDPOINT_URL to the address of a store that "
-     "answers, or run again when it does"),
-)  # fmt: skip
+    (
+        "Connect|dns error|error sending request|timed out|timeout",
+        "set AWS_ENDPOINT_URL to the address of a store that answers, or run again when it does",
+    ),
+)
 _OF_A_STORE = re.compile(r"Generic (?:S3|GCS|MicrosoftAzure|HTTP|Config) error|Error performing|PutMode")
 _OTHERS = {"gs": "GOOGLE_…", "az": "AZURE_…", "abfs": "AZURE_…", "abfss": "AZURE_…"}
 

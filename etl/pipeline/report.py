@@ -244,9 +244,10 @@ def _histogram(report: Report) -> list[str]:
         return []
     first, last = report.times
     outside = sum(
-        count for (kind, reason), count in report.rejected.items()
+        count
+        for (kind, reason), count in report.rejected.items()
         if kind == "interactions" and reason.startswith("time ")
-    )  # fmt: skip
+    )
     share = outside / (report.events + report.duplicates + sum(report.rejected.values()))
     span = max(report.days) - min(report.days) + 1
     width = -(-span // _BARS)

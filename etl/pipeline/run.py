@@ -20,7 +20,7 @@ from etl.jobs import (
     social,
     users,
 )
-from etl.jobs.job import Engine, Job, Outcome, digest, due, job_code_version
+from etl.jobs.job import Job, Outcome, RunContext, digest, job_code_version, plan_run
 from etl.lake import spark_io
 from etl.session import user_errors
 from etl.settings import ConfigError, GraftrecError
@@ -44,7 +44,7 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
     return ordered
 
 
-def run_all(engine: Engine) -> int:
+def run_all(engine: RunContext) -> int:
     """Run every job that is due, then release what they left. Gives the release's number. Raises LakeBusy."""
     config = engine.config
     domains.check(config.domains)
@@ -53,7 +53,7 @@ def run_all(engine: Engine) -> int:
         return _run_and_release(engine)
 
 
-def _run_and_release(engine: Engine) -> int:
+def _run_and_release(engine: RunContext) -> int:
     began = time.monotonic()
     ordered = in_order(JOBS)
     versions: dict[str, int] = {}
@@ -75,7 +75,7 @@ def _run_and_release(engine: Engine) -> int:
     return number
 
 
-def run_one(engine: Engine, name: str) -> None:
+def run_one(engine: RunContext, name: str) -> None:
     """Run the job `name` if it is due. Raises ConfigError where there is none of that name; LakeBusy, LeaseLost."""
     job = next((job for job in JOBS if job.name == name), None)
     if job is None:
@@ -85,11 +85,11 @@ def run_one(engine: Engine, name: str) -> None:
         run_job(job, engine)
 
 
-def run_job(job: Job, engine: Engine, *, label: str = "") -> Outcome:
+def run_job(job: Job, engine: RunContext, *, label: str = "") -> Outcome:
     """Run `job` if it is due, and print a line on what came of it."""
     began = time.monotonic()
     with user_errors(), _full_disk(engine):
-        found = due(job, engine)
+        found = plan_run(job, engine)
         if isinstance(found, Outcome):
             print(f"{label}{job.name:<13}unchanged, skipped (version {found.version})", flush=True)
             return found
@@ -101,15 +101,15 @@ def run_job(job: Job, engine: Engine, *, label: str = "") -> Outcome:
     rate = outcome.rows / seconds if seconds > 0 else 0.0
     notes = "".join(f"; {note}" for note in outcome.notes)
     if outcome.committed:
-        told = f"{outcome.rows:>12,} rows {seconds:>6.1f} s {rate:>10,.0f} rows/s (version {outcome.version})"
+        summary = f"{outcome.rows:>12,} rows {seconds:>6.1f} s {rate:>10,.0f} rows/s (version {outcome.version})"
     else:
-        told = f"nothing new (version {outcome.version})"
-    print(f"{label}{job.name:<13}{told}{notes}", flush=True)
+        summary = f"nothing new (version {outcome.version})"
+    print(f"{label}{job.name:<13}{summary}{notes}", flush=True)
     return outcome
 
 
 @contextmanager
-def _full_disk(engine: Engine) -> Iterator[None]:
+def _full_disk(engine: RunContext) -> Iterator[None]:
     try:
         yield
     except (PySparkException, OSError) as error:

@@ -44,7 +44,7 @@ class FileLog:
         return "ordinal" if ordered else "timestamp"
 
     @property
-    def flawless(self) -> bool:
+    def never_rejects(self) -> bool:
         return False
 
     def fingerprint(self, kinds: Sequence[str] = KINDS) -> str:
@@ -85,9 +85,14 @@ class FileLog:
             chosen = [file for file in found if file.name in only]
             found = [replace(file, index=before + place) for place, file in enumerate(chosen)]
         rows = RawRows(
-            config, self.config.root, self._wanted("events"), setting="source.events.path", found=found,
-            range_bytes=self.range_bytes, table=table,
-        )  # fmt: skip
+            config,
+            self.config.root,
+            self._wanted("events"),
+            setting="source.events.path",
+            found=found,
+            range_bytes=self.range_bytes,
+            table=table,
+        )
         return rows.frame(spark, kind="interactions", shape=shape, schema=RAW_EVENTS)
 
     def items(self, spark: SparkSession) -> DataFrame | None:

@@ -72,7 +72,7 @@ class Source(Protocol):
         ...
 
     @property
-    def flawless(self) -> bool:
+    def never_rejects(self) -> bool:
         """Whether no row is ever rejected, so that none need be looked for."""
         ...
 

@@ -65,9 +65,12 @@ def _training(num_items: int, table_optimizer: str) -> Training:
     task = build_task(MaskedItemConfig(loss=LossConfig(kind="sampled", num_negatives=NEGATIVES)))
     model = build_model(
         Bert4RecConfig(blocks=2, width=WIDTH, heads=4, max_length=LENGTH, user_width=0, knowledge={}),
-        num_users=0, num_entities=0, knowledge_VS=torch.zeros(FIRST_INDEX + num_items, 0), seed=0,
+        num_users=0,
+        num_entities=0,
+        knowledge_VS=torch.zeros(FIRST_INDEX + num_items, 0),
+        seed=0,
         tables=RowTables(ALONE) if table_optimizer == "rowwise" else None,
-    )  # fmt: skip
+    )
     return Training(model, task, _Endless(), config, ALONE)
 
 
@@ -92,10 +95,13 @@ def measure(report: Report, options: object) -> None:
     times = alternate([Case("turns", "tests.benchmarks.catalogue:by_turns")])["turns"]
     shown = [*((size, "rowwise") for size in SIZES), ("1 M", "adamw")]  # dense at 10 M: 20 GB
     cases = {
-        chosen: Case(f"{chosen[1]}, {chosen[0]}", "tests.benchmarks.catalogue:alone",
-                     {"num_items": SIZES[chosen[0]], "table_optimizer": chosen[1]})
+        chosen: Case(
+            f"{chosen[1]}, {chosen[0]}",
+            "tests.benchmarks.catalogue:alone",
+            {"num_items": SIZES[chosen[0]], "table_optimizer": chosen[1]},
+        )
         for chosen in shown
-    }  # fmt: skip
+    }
     found = alternate(list(cases.values()), rounds=1)
     rows = []
     for (size, table_optimizer), case in cases.items():

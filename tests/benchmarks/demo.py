@@ -72,9 +72,21 @@ RUNS = (
     *(Run(seed, 1, "fp32", teaches=False) for seed in SEEDS),
 )
 COLUMNS = (
-    "run", "champion", METRIC, "from scratch", "gain %", "p", "best baseline", METRIC, "its p", "of champion",
-    TRANSITIONS, "its p", "gate", "seconds",
-)  # fmt: skip
+    "run",
+    "champion",
+    METRIC,
+    "from scratch",
+    "gain %",
+    "p",
+    "best baseline",
+    METRIC,
+    "its p",
+    "of champion",
+    TRANSITIONS,
+    "its p",
+    "gate",
+    "seconds",
+)
 
 
 def measure(report: Report, options: Options) -> None:
@@ -89,8 +101,11 @@ def measure(report: Report, options: Options) -> None:
     null = [run for run in chosen if not run.teaches]
     for title, runs in (("The demo", taught), ("Its source drawn by popularity alone, in random order", null)):
         if runs:
-            report.table(f"{title}: {METRIC} of {_protocol(found[runs[0].name])}", COLUMNS,
-                         [_row(run.name, found[run.name]) for run in runs])  # fmt: skip
+            report.table(
+                f"{title}: {METRIC} of {_protocol(found[runs[0].name])}",
+                COLUMNS,
+                [_row(run.name, found[run.name]) for run in runs],
+            )
     if _is_chosen("statistics", options.only):
         _show_statistics(report, folder, [run for run in chosen if run.teaches][:1], options.data)
     _hold(report, [found[run.name] for run in taught], [found[run.name] for run in null])
@@ -116,8 +131,7 @@ def _hold(report: Report, taught: Sequence[Numbers], null: Sequence[Numbers]) ->
         bar("gain over from-scratch, %, least", min(gains), at_least=5)
         bar("gain over from-scratch, %, most", max(gains), at_most=40)
     if null:
-        bar("runs that the gate passes, of a source that teaches nothing", sum(r["passed"] for r in null),
-                   at_most=1)  # fmt: skip
+        bar("runs that the gate passes, of a source that teaches nothing", sum(r["passed"] for r in null), at_most=1)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -217,11 +231,21 @@ def _validation(runs: Path) -> dict[str, list[float]]:
 def _row(name: str, found: Numbers) -> list[object]:
     best, directed = found["baselines"][found["best_baseline"]], found["baselines"][TRANSITIONS]
     return [
-        name, found["champion"], _four(found["mean"]), _four(found["scratch"]),
-        f"{100 * found['gain'] / found['scratch']:+.1f}", f"{found['p']:.1g}", found["best_baseline"],
-        _four(best["mean"]), f"{best['p']:.1g}", f"{best['mean'] / found['mean']:.2f}", _four(directed["mean"]),
-        f"{directed['p']:.1g}", _verdict(found), f"{found['seconds']:.0f}",
-    ]  # fmt: skip
+        name,
+        found["champion"],
+        _four(found["mean"]),
+        _four(found["scratch"]),
+        f"{100 * found['gain'] / found['scratch']:+.1f}",
+        f"{found['p']:.1g}",
+        found["best_baseline"],
+        _four(best["mean"]),
+        f"{best['p']:.1g}",
+        f"{best['mean'] / found['mean']:.2f}",
+        _four(directed["mean"]),
+        f"{directed['p']:.1g}",
+        _verdict(found),
+        f"{found['seconds']:.0f}",
+    ]
 
 
 def _four(value: float) -> str:

@@ -58,9 +58,15 @@ def peers_table(
         title,
         ["library", "version", "torch", what, "graftrec is faster by", "peak GB"],
         [
-            [name, rounds[0]["version"], rounds[0]["torch"], speed[name], speed["graftrec"] / speed[name],
-             median(rounds, "peak_bytes") / 2**30]
+            [
+                name,
+                rounds[0]["version"],
+                rounds[0]["torch"],
+                speed[name],
+                speed["graftrec"] / speed[name],
+                median(rounds, "peak_bytes") / 2**30,
+            ]
             for name, rounds in found.items()
         ],
-    )  # fmt: skip
+    )
     return speed

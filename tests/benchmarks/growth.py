@@ -28,9 +28,7 @@ SPARK: dict[str, object] = {"engine": "spark", "driver_memory": "3g", "shuffle_p
 def measure(report: Report, options: Options, *, sizes: tuple[int, ...] = EVENTS) -> None:
     found: list[Numbers] = []
     for events in sizes:
-        log = write_log(
-            options.work / f"log-{events}", events=events, users=events // EVENTS_PER_USER, items=ITEMS
-        )  # fmt: skip
+        log = write_log(options.work / f"log-{events}", events=events, users=events // EVENTS_PER_USER, items=ITEMS)
         lake = options.work / f"lake-growth-{events}"
         shutil.rmtree(lake, ignore_errors=True)
         arguments = {"log": str(log), "lake": str(lake), "spark": SPARK}
@@ -46,11 +44,16 @@ def measure(report: Report, options: Options, *, sizes: tuple[int, ...] = EVENTS
         f"ETL to every table, engine spark, {SPARK['driver_memory']} heap: seconds",
         ["interactions", "seconds", "interactions/s", "peak GB", *jobs],
         [
-            [n["events"], n["seconds"], n["events"] / n["seconds"], n["peak_bytes"] / GIGABYTE,
-             *(n["jobs"].get(job, 0.0) for job in jobs)]
+            [
+                n["events"],
+                n["seconds"],
+                n["events"] / n["seconds"],
+                n["peak_bytes"] / GIGABYTE,
+                *(n["jobs"].get(job, 0.0) for job in jobs),
+            ]
             for n in found
         ],
-    )  # fmt: skip
+    )
     tables = list(found[0]["tables"])
     report.table(
         "Bytes of each table per interaction, and written in all, scratch files too",

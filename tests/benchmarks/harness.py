@@ -72,18 +72,23 @@ class Report:
         self.lines.append(line)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        cells = [[_text(cell) for cell in row] for row in rows]
+        trainings = [[_text(training) for training in row] for row in rows]
         self.say(f"\n{title}\n")
         self.say("| " + " | ".join(columns) + " |")
         self.say("|" + "---|" * len(columns))
-        for row in cells:
+        for row in trainings:
             self.say("| " + " | ".join(row) + " |")
         self.say()
 
     def bar(
-        self, what: str, found: float, *, at_least: float | None = None, at_most: float | None = None,
+        self,
+        what: str,
+        found: float,
+        *,
+        at_least: float | None = None,
+        at_most: float | None = None,
         seen_on: Sequence[str] = (SEEN_ON,),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Exactly one of `at_least` and `at_most`. `seen_on`: machine classes on which the bar is known to hold."""
         wanted = at_least if at_least is not None else at_most
         assert wanted is not None
@@ -153,8 +158,10 @@ def machine(packages: Sequence[str]) -> str:
     if cpuinfo.exists():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    facts = [f"class {machine_class()}: {model}, {os.cpu_count()} cores ({usable_cores()} usable), "
-            f"{psutil.virtual_memory().total / 2**30:.0f} GB"]  # fmt: skip
+    facts = [
+        f"class {machine_class()}: {model}, {os.cpu_count()} cores ({usable_cores()} usable), "
+        f"{psutil.virtual_memory().total / 2**30:.0f} GB"
+    ]
     facts.append(f"Python {platform.python_version()}")
     for package in packages:
         try:
@@ -176,9 +183,14 @@ def run(case: Case, *, timeout: float = 3_600) -> Numbers:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **case.environment}
     begun = time.monotonic()
     process = subprocess.Popen(
-        [*command, json.dumps(dict(case.arguments))], cwd=ROOT, env=environment, text=True, errors="replace",
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [*command, json.dumps(dict(case.arguments))],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     peak = _Peak(process.pid)
     try:
         output, errors = process.communicate(timeout=timeout)
@@ -259,10 +271,16 @@ def _written(process: psutil.Process) -> int:
         return 0
 
 
-def _text(cell: object) -> str:
-    if isinstance(cell, float):
-        return f"{cell:,.0f}" if abs(cell) >= 1_000 else f"{cell:.3g}" if abs(cell) < 100 else f"{cell:.0f}"
-    return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else str(cell)
+def _text(training: object) -> str:
+    if isinstance(training, float):
+        return (
+            f"{training:,.0f}"
+            if abs(training) >= 1_000
+            else f"{training:.3g}"
+            if abs(training) < 100
+            else f"{training:.0f}"
+        )
+    return f"{training:,}" if isinstance(training, int) and not isinstance(training, bool) else str(training)
 
 
 def main() -> None:

@@ -60,9 +60,15 @@ def write_lake(lake: Path, *, events: int, users: int, items: int, buckets: int,
 
 
 def _write_bucket(
-    lake: Path, bucket: int, user: np.ndarray, users: pa.Array, items: pa.Array, popularity: np.ndarray, first: int,
+    lake: Path,
+    bucket: int,
+    user: np.ndarray,
+    users: pa.Array,
+    items: pa.Array,
+    popularity: np.ndarray,
+    first: int,
     random: np.random.Generator,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     (lake / INTERACTIONS.name).mkdir(parents=True, exist_ok=True)
     writer = FileWriter(table_filesystem(str(lake), INTERACTIONS), INTERACTIONS, (bucket,))
     chances = np.cumsum(popularity)

@@ -107,31 +107,77 @@ def _write_lake(lake: Path, items: Ints, offsets: Ints) -> None:
     empty = pa.array([[]] * len(item), pa.list_(pa.string()))
     attributes = pa.array([[]] * max(len(item), len(user)), tables.ITEMS.schema.field("attributes").type)
     versions = {
-        "items": _commit(lake, tables.ITEMS, {}, {
-            "item": names, "index": index, "kept": [True] * len(item), "degree": np.bincount(items), "title": names,
-            "year": [None] * len(item), "categories": empty, "attributes": attributes[: len(item)],
-        }),
-        "users": _commit(lake, tables.USERS, {}, {
-            "user": [f"u{n}" for n in user], "index": FIRST_INDEX + user, "kept": [True] * len(user), "degree": lengths,
-            "attributes": attributes[: len(user)],
-        }),
-        "domains": _commit(lake, tables.DOMAINS, {"domain": tables.DOMAIN_ALL}, {
-            "item": names, "index": index, "rule": ["all"] * len(item),
-        }),
-    }  # fmt: skip
+        "items": _commit(
+            lake,
+            tables.ITEMS,
+            {},
+            {
+                "item": names,
+                "index": index,
+                "kept": [True] * len(item),
+                "degree": np.bincount(items),
+                "title": names,
+                "year": [None] * len(item),
+                "categories": empty,
+                "attributes": attributes[: len(item)],
+            },
+        ),
+        "users": _commit(
+            lake,
+            tables.USERS,
+            {},
+            {
+                "user": [f"u{n}" for n in user],
+                "index": FIRST_INDEX + user,
+                "kept": [True] * len(user),
+                "degree": lengths,
+                "attributes": attributes[: len(user)],
+            },
+        ),
+        "domains": _commit(
+            lake,
+            tables.DOMAINS,
+            {"domain": tables.DOMAIN_ALL},
+            {
+                "item": names,
+                "index": index,
+                "rule": ["all"] * len(item),
+            },
+        ),
+    }
     for bucket in range(BUCKETS):
         mine = np.flatnonzero(user % BUCKETS == bucket)
         lists = [FIRST_INDEX + items[offsets[n] : offsets[n + 1]] for n in mine]
         parts = {"split": SPLIT, "domain": tables.DOMAIN_ALL, "bucket": str(bucket)}
-        versions["sequences"] = _commit(lake, tables.SEQUENCES, parts, {
-            "user": FIRST_INDEX + mine, "items": lists, "times": [np.arange(len(one)) for one in lists],
-            "event_types": [None] * len(mine), "values": [None] * len(mine), "valid_start": lengths[mine] - 2,
-            "test_start": lengths[mine] - 1, "end": lengths[mine],
-        })  # fmt: skip
+        versions["sequences"] = _commit(
+            lake,
+            tables.SEQUENCES,
+            parts,
+            {
+                "user": FIRST_INDEX + mine,
+                "items": lists,
+                "times": [np.arange(len(one)) for one in lists],
+                "event_types": [None] * len(mine),
+                "values": [None] * len(mine),
+                "valid_start": lengths[mine] - 2,
+                "test_start": lengths[mine] - 1,
+                "end": lengths[mine],
+            },
+        )
     told = [{"table": table, "version": version} for table, version in versions.items()]
-    _commit(lake, tables.RELEASES, {}, {
-        "release": [1], "created": [0], "tables": [told], "config": ["{}"], "config_hash": [""], "code_version": [""],
-    })  # fmt: skip
+    _commit(
+        lake,
+        tables.RELEASES,
+        {},
+        {
+            "release": [1],
+            "created": [0],
+            "tables": [told],
+            "config": ["{}"],
+            "config_hash": [""],
+            "code_version": [""],
+        },
+    )
 
 
 def _commit(lake: Path, table: Table, partition: dict[str, str], columns: dict[str, object]) -> int:
@@ -143,8 +189,13 @@ def _commit(lake: Path, table: Table, partition: dict[str, str], columns: dict[s
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(arrays, schema=schema), path, compression="zstd")
     written = commit_files(
-        str(lake), table, [DataFile(name, partition, path.stat().st_size)], mode="append", app=f"bench-{name}",
-        app_version=1, metadata={},
+        str(lake),
+        table,
+        [DataFile(name, partition, path.stat().st_size)],
+        mode="append",
+        app=f"bench-{name}",
+        app_version=1,
+        metadata={},
         properties={tables.PROPERTY_BUCKETS: str(BUCKETS), tables.PROPERTY_TIME: tables.TIME_ORDINAL},
-    )  # fmt: skip
+    )
     return written.version

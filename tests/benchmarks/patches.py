@@ -19,7 +19,7 @@ from trainer.config import Bert4RecConfig, DataConfig, FinetuneConfig, NextItemC
 from trainer.data.catalogue import read_catalogue
 from trainer.data.release import pin
 from trainer.inference.delta_folder import bytes_of, load_patch, write_patch
-from trainer.inference.model_folder import load_artifact, save_artifact
+from trainer.inference.model_folder import load_model, save_model
 from trainer.models import build_model
 from trainer.parallel.cores import use_threads
 
@@ -50,9 +50,17 @@ def measure(report: Report, options: Options) -> None:
         f"{DOMAINS} domains on one backbone of {MODEL.blocks} × {MODEL.width}, {log.name}; a patch is "
         f"{np.mean(small) / 2**20:.2f} MB, a whole copy {whole / DOMAINS / 2**20:.1f} MB",
         ["models", "MB on disk", "seconds to load", "peak GB", "ms to answer a request"],
-        [[name, stored[name] / 2**20, median(rounds, "load_seconds"), median(rounds, "peak_bytes") / 2**30,
-          median(rounds, "answer_ms")] for name, rounds in found.items()],
-    )  # fmt: skip
+        [
+            [
+                name,
+                stored[name] / 2**20,
+                median(rounds, "load_seconds"),
+                median(rounds, "peak_bytes") / 2**30,
+                median(rounds, "answer_ms"),
+            ]
+            for name, rounds in found.items()
+        ],
+    )
     report.bar("patches: bytes over whole copies'", stored["patches"] / whole, at_most=0.5)
     times = {name: median(rounds, "load_seconds") for name, rounds in found.items()}
     report.bar("patches: time to load over whole copies'", times["patches"] / times["whole copies"], at_most=1.0)
@@ -66,19 +74,29 @@ def _make(folder: Path, lake: str) -> None:
     random = np.random.default_rng(0)
 
     def save(name: str, config: PretrainConfig, weights: dict[str, torch.Tensor], parent: str | None) -> str:
-        return save_artifact(
-            folder / name, config=config, release=release, catalogue=catalogue, knowledge=nothing.numpy(),
-            popularity=np.ones(len(catalogue), dtype=np.int64), weights=weights, metrics={"seconds": 0.0},
-            parent=parent, users=None,
-        )  # fmt: skip
+        return save_model(
+            folder / name,
+            config=config,
+            release=release,
+            catalogue=catalogue,
+            knowledge=nothing.numpy(),
+            popularity=np.ones(len(catalogue), dtype=np.int64),
+            weights=weights,
+            metrics={"seconds": 0.0},
+            parent=parent,
+            users=None,
+        )
 
     plain = PretrainConfig(model=MODEL, task=NextItemConfig(), data=DataConfig.model_validate(data))
     given = build_model(MODEL, num_users=0, num_entities=0, knowledge_VS=nothing, seed=0).state_dict()
     parent = save("parent", plain, dict(given), None)
     config = FinetuneConfig(
-        model=MODEL, task=NextItemConfig(), transfer="patch", parent=str(folder / "parent"),
+        model=MODEL,
+        task=NextItemConfig(),
+        transfer="patch",
+        parent=str(folder / "parent"),
         data=TargetDataConfig.model_validate(data),
-    )  # fmt: skip
+    )
     for n in range(DOMAINS):
         own = build_model(MODEL, num_users=0, num_entities=0, knowledge_VS=nothing, seed=n, patch=config.patch)
         weights = {name: given.get(name, tensor).clone() for name, tensor in own.state_dict().items()}
@@ -97,9 +115,9 @@ def serve(*, folder: str, how: str) -> Numbers:
     use_threads(1)
     place, begun = Path(folder), time.perf_counter()
     if how == "patches":
-        backbone = load_artifact(place / "parent")
+        backbone = load_model(place / "parent")
         models = [load_patch(place / f"small-{n}", backbone) for n in range(DOMAINS)]
     else:
-        models = [load_artifact(place / f"whole-{n}") for n in range(DOMAINS)]
+        models = [load_model(place / f"whole-{n}") for n in range(DOMAINS)]
     loaded = time.perf_counter() - begun
     return {"load_seconds": loaded, "answer_ms": patch_sizes.milliseconds_to_answer(models, REQUESTS)}

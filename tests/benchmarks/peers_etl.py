@@ -86,14 +86,14 @@ def _all_tables(report: Report, options: Options, events: int) -> None:
 
 def ours(*, lake: str, engine: str) -> Numbers:
     from etl.config import EtlConfig
-    from etl.jobs.job import Engine, Run, due
+    from etl.jobs.job import Run, RunContext, due
     from etl.jobs.sequences import JOB
 
     shutil.rmtree(Path(lake) / "sequences", ignore_errors=True)
     config = EtlConfig.model_validate(
         yaml.safe_load(f"{{lake: {lake!r}, source: {{kind: generator}}, spark: {{engine: {engine}}}}}")
     )
-    made = Engine(config)
+    made = RunContext(config)
     made.spark.range(1).collect()
     begun = time.perf_counter()
     run = due(JOB, made)

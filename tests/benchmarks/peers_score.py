@@ -16,7 +16,7 @@ from tests.benchmarks.harness import Case, Numbers, Report, alternate
 from tests.benchmarks.movielens import movielens
 from tests.benchmarks.peers_train import ARCHITECTURE, ours
 from trainer.data.histories import Histories
-from trainer.inference.scorer import Scorer, top_k
+from trainer.inference.scorer import ModelScorer, top_k
 
 K = 100
 USERS_PER_BATCH = 512
@@ -47,7 +47,7 @@ def score(*, lake: str, k: int) -> Numbers:
     read = made.loader.dataset.read_all()
     rows = made.catalogue.rows(read.items).astype(np.int64)
     everyone = Histories(read.users, read.offsets, rows, np.empty(0, np.int64)).until(read.valid_start)
-    scorer = Scorer(made.training.model, made.training.task)
+    scorer = ModelScorer(made.training.model, made.training.task)
 
     def answer(histories: Histories) -> int:
         """Global index and score of each user's best; their number."""
@@ -64,6 +64,8 @@ def score(*, lake: str, k: int) -> Numbers:
     answers = answer(everyone)
     spent = time.perf_counter() - begun
     return {
-        "users_per_second": len(everyone) / spent, "rows": answers, "version": version("graftrec"),
+        "users_per_second": len(everyone) / spent,
+        "rows": answers,
+        "version": version("graftrec"),
         "torch": torch.__version__,
-    }  # fmt: skip
+    }

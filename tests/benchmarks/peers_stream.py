@@ -28,9 +28,7 @@ def measure(report: Report, options: Options) -> None:
         return
     table = make_lake(options.work / "stream", USERS)
     files = [str(file) for file in SequenceDataset(pin(table, None), SPLIT, "all").files]
-    told = {
-        "files": files, "batch_size": BATCH, "length": LENGTH, "partition_rows": PARTITION_ROWS, "epochs": EPOCHS
-    }  # fmt: skip
+    told = {"files": files, "batch_size": BATCH, "length": LENGTH, "partition_rows": PARTITION_ROWS, "epochs": EPOCHS}
     cases = [
         Case("graftrec", "tests.benchmarks.stream:loader", {"lake": table}),
         Case("replay", "tests/benchmarks/peers/replay_stream.py", told, python),
@@ -42,9 +40,16 @@ def measure(report: Report, options: Options) -> None:
         f"{USERS:,} sequences in padded batches of {BATCH} × {LENGTH}, one torch thread",
         ["library", "version", "torch", "rows/s", "items/s", "graftrec is faster by", "peak GB"],
         [
-            [name, (here | rounds[0])["version"], (here | rounds[0])["torch"], speed[name], median(rounds, "items"),
-             speed["graftrec"] / speed[name], median(rounds, "peak_bytes") / 2**30]
+            [
+                name,
+                (here | rounds[0])["version"],
+                (here | rounds[0])["torch"],
+                speed[name],
+                median(rounds, "items"),
+                speed["graftrec"] / speed[name],
+                median(rounds, "peak_bytes") / 2**30,
+            ]
             for name, rounds in found.items()
         ],
-    )  # fmt: skip
+    )
     report.bar(what, speed["graftrec"] / speed["replay"], at_least=BAR)

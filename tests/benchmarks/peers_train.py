@@ -29,9 +29,15 @@ from trainer.tasks import build_task
 from trainer.training.loop import Training, train_step
 
 ARCHITECTURE = {
-    "blocks": 2, "heads": 2, "width": 64, "length": 200, "dropout": 0.1, "mask_probability": 0.2, "batch_size": 128,
+    "blocks": 2,
+    "heads": 2,
+    "width": 64,
+    "length": 200,
+    "dropout": 0.1,
+    "mask_probability": 0.2,
+    "batch_size": 128,
     "threads": 2,
-}  # fmt: skip
+}
 SECONDS = 20.0
 BARS = {"rectools": 8.0, "replay": 5.0, "recbole": 5.0}
 WARM_STEPS = 5
@@ -71,17 +77,31 @@ class Ours:
 
 
 def ours(
-    *, lake: str, blocks: int, heads: int, width: int, length: int, dropout: float, mask_probability: float,
-    batch_size: int, threads: int,
-) -> Ours:  # fmt: skip
+    *,
+    lake: str,
+    blocks: int,
+    heads: int,
+    width: int,
+    length: int,
+    dropout: float,
+    mask_probability: float,
+    batch_size: int,
+    threads: int,
+) -> Ours:
     """The architecture, with fresh weights, and what trains it; in fp32, as the peers compute."""
     world = join(RuntimeConfig(device="cpu", precision="fp32", threads=threads))
     release = pin(lake, None)
     catalogue = read_catalogue(release, DOMAIN_ALL)
     architecture = Bert4RecConfig(
-        blocks=blocks, width=width, heads=heads, max_length=length, positions="learned", dropout=dropout, user_width=0,
+        blocks=blocks,
+        width=width,
+        heads=heads,
+        max_length=length,
+        positions="learned",
+        dropout=dropout,
+        user_width=0,
         knowledge={},
-    )  # fmt: skip
+    )
     no_knowledge_VS = torch.empty(len(catalogue), 0, dtype=torch.int32)
     model = build_model(architecture, num_users=0, num_entities=0, knowledge_VS=no_knowledge_VS, seed=0)
     data = DataConfig(lake=lake, split=SPLIT, domain=DOMAIN_ALL, window="last", unknown_users=0.0)
@@ -105,5 +125,7 @@ def train(*, lake: str, seconds: float) -> Numbers:
             train_step(training, batch, stop=False)
     spent = time.perf_counter() - begun
     return {
-        "items_per_second": training.progress.items / spent, "version": version("graftrec"), "torch": torch.__version__,
-    }  # fmt: skip
+        "items_per_second": training.progress.items / spent,
+        "version": version("graftrec"),
+        "torch": torch.__version__,
+    }

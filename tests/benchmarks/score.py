@@ -22,7 +22,7 @@ from tests.benchmarks.harness import Case, Numbers, Report, alternate, median, r
 from tests.benchmarks.movielens import movielens
 from trainer.config import Bert4RecConfig, MaskedItemConfig
 from trainer.data.histories import Histories
-from trainer.inference.scorer import Scorer, top_k
+from trainer.inference.scorer import ModelScorer, top_k
 from trainer.models import Bert4Rec, build_model
 from trainer.tasks import build_task
 
@@ -68,7 +68,7 @@ def measure(report: Report, options: Options) -> None:
 
 def ours(*, train: str) -> Numbers:
     histories, model = _asked(train)
-    scorer = Scorer(model, build_task(MaskedItemConfig()))
+    scorer = ModelScorer(model, build_task(MaskedItemConfig()))
     _best(scorer, histories.take(np.arange(64)))
     begun = time.perf_counter()
     _best(scorer, histories)
@@ -88,7 +88,7 @@ def same(*, train: str) -> Numbers:
     own."""
     histories, model = _asked(train)
     some = histories.take(np.arange(500))
-    rows, _ = _best(Scorer(model, build_task(MaskedItemConfig())), some)
+    rows, _ = _best(ModelScorer(model, build_task(MaskedItemConfig())), some)
     their_rows, their_best, their_scores = _plain(model, some)
     furthest = np.abs(np.take_along_axis(their_scores, rows, 1) - their_best).max()
     return {"same": float((rows == their_rows).all(1).mean()), "furthest": float(furthest)}
@@ -98,7 +98,7 @@ def large(*, users: int, items: int) -> Numbers:
     random = np.random.default_rng(0)
     lengths = random.integers(5, 40, users)
     histories = _histories(random.integers(FIRST_INDEX, items, lengths.sum()), lengths)
-    scorer = Scorer(_model(items), build_task(MaskedItemConfig()))
+    scorer = ModelScorer(_model(items), build_task(MaskedItemConfig()))
     Path("/proc/self/clear_refs").write_text("5")  # to make the model took more: the peak begins anew
     before = _resident("VmRSS")
     begun = time.perf_counter()
@@ -113,7 +113,7 @@ def _resident(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def _best(scorer: Scorer, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+def _best(scorer: ModelScorer, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
     """Rows and scores [U, K], users in batches of like lengths."""
     order = np.argsort(histories.lengths, kind="stable")
     rows, best = np.empty((len(order), K), np.int64), np.empty((len(order), K), np.float32)

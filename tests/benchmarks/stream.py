@@ -199,9 +199,15 @@ def make(folder: str, users: int) -> Numbers:
     index = FIRST_INDEX + np.arange(ITEMS)
     raw, nothing = [f"i{n}" for n in index], [[]] * ITEMS
     items = {
-        "item": raw, "index": index, "kept": [True] * ITEMS, "degree": [1] * ITEMS, "title": raw,
-        "year": [2000] * ITEMS, "categories": nothing, "attributes": nothing,
-    }  # fmt: skip
+        "item": raw,
+        "index": index,
+        "kept": [True] * ITEMS,
+        "degree": [1] * ITEMS,
+        "title": raw,
+        "year": [2000] * ITEMS,
+        "categories": nothing,
+        "attributes": nothing,
+    }
     members = {"domain": [DOMAIN_ALL] * ITEMS, "item": raw, "index": index, "rule": ["all"] * ITEMS}
     filesystem = table_filesystem(folder, SEQUENCES)
     Path(folder, SEQUENCES.name).mkdir()
@@ -220,8 +226,13 @@ def make(folder: str, users: int) -> Numbers:
     }
     named = [{"table": name, "version": version} for name, version in versions.items()]
     release = {
-        "release": [1], "created": [0], "tables": [named], "config": ["{}"], "config_hash": [""], "code_version": [""]
-    }  # fmt: skip
+        "release": [1],
+        "created": [0],
+        "tables": [named],
+        "config": ["{}"],
+        "config_hash": [""],
+        "code_version": [""],
+    }
     _commit(folder, tables.RELEASES, _whole(folder, tables.RELEASES, release))
     return {"users": users}
 
@@ -236,11 +247,15 @@ def _sequences(random: np.random.Generator, user: np.ndarray, *, with_times: boo
     if with_times:
         times = 1_700_000_000_000_000 + np.cumsum(random.integers(0, 10**9, offsets[-1]))
     columns = {
-        "user": user, "items": pa.ListArray.from_arrays(offsets, pa.array(items)),
+        "user": user,
+        "items": pa.ListArray.from_arrays(offsets, pa.array(items)),
         "times": pa.ListArray.from_arrays(offsets, pa.array(times)),
-        "event_types": pa.nulls(n, pa.list_(pa.string())), "values": pa.nulls(n, pa.list_(pa.float32())),
-        "valid_start": lengths - 2, "test_start": lengths - 1, "end": lengths,
-    }  # fmt: skip
+        "event_types": pa.nulls(n, pa.list_(pa.string())),
+        "values": pa.nulls(n, pa.list_(pa.float32())),
+        "valid_start": lengths - 2,
+        "test_start": lengths - 1,
+        "end": lengths,
+    }
     schema = pa.schema([SEQUENCES.schema.field(name) for name in columns])
     arrays = [pa.array(column, field.type) for column, field in zip(columns.values(), schema, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)

@@ -57,8 +57,9 @@ def measure(report: Report, options: Options) -> None:
                 bars.append((what, ratio, 0.8 if busy else 0.95))
     report.table(
         "Training, fp32, items/s; the ratio is the median over rounds of the default's over the other's",
-        ["model", "cores", "threads by default", "1 thread", f"{cores} threads", "ratio"], rows,
-    )  # fmt: skip
+        ["model", "cores", "threads by default", "1 thread", f"{cores} threads", "ratio"],
+        rows,
+    )
     for what, ratio, least in bars:
         report.bar(what, ratio, at_least=least)
 

@@ -42,9 +42,11 @@ def measure(report: Report, options: Options) -> None:
             f"BERT4Rec {size}, 200 positions, batches of {batch_size}, bf16, on {log.name}, "
             f"{torch.cuda.get_device_name()}",
             ["step", "items/s", "faster by", "peak GB"],
-            [[name, speed[name], speed[name] / speed["plain torch"], median(rounds, "device_bytes") / 2**30]
-             for name, rounds in found.items()],
-        )  # fmt: skip
+            [
+                [name, speed[name], speed[name] / speed["plain torch"], median(rounds, "device_bytes") / 2**30]
+                for name, rounds in found.items()
+            ],
+        )
         report.bar(f"{size}: items/s over a plain padded step", speed["graftrec"] / speed["plain torch"], at_least=1)
 
 
@@ -57,10 +59,11 @@ def step(*, train: str, blocks: int, width: int, heads: int, batch_size: int, pl
     batches = [
         padded(
             [lists[row] for row in random.choice(len(lists), batch_size, replace=False)],
-            step=number, width=LENGTH if plainly else None,
+            step=number,
+            width=LENGTH if plainly else None,
         )
         for number in range(BATCHES)
-    ]  # fmt: skip
+    ]
     num_items = int(item.max()) + 1
     one_step = _plain(num_items, blocks, width, heads) if plainly else _ours(num_items, blocks, width, heads)
     for batch in batches[:3]:  # not counted

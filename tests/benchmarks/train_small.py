@@ -53,9 +53,11 @@ def measure(report: Report, options: Options) -> None:
     report.table(
         f"BERT4Rec 2 × 64, 200 positions, batches of {ARCHITECTURE['batch_size']}, fp32, on {log.name}",
         ["step", "items/s", "faster by", "peak GB"],
-        [[name, speed[name], speed[name] / speed["plain torch"], median(rounds, "peak_bytes") / 2**30]
-         for name, rounds in found.items()],
-    )  # fmt: skip
+        [
+            [name, speed[name], speed[name] / speed["plain torch"], median(rounds, "peak_bytes") / 2**30]
+            for name, rounds in found.items()
+        ],
+    )
     report.bar(
         "training items/s over a plain padded full-logit step", speed["graftrec"] / speed["plain torch"], at_least=5
     )
@@ -70,9 +72,16 @@ def measure(report: Report, options: Options) -> None:
     report.table(
         f"Validation NDCG@10 after {EPOCHS} epochs on a generated log of {USERS} users and {ITEMS} items",
         ["step", "NDCG@10", "95 % interval of the gain, paired over users", "seconds"],
-        [[name, scores[name].mean(), f"{gain.mean():+.3f} ± {noise:.3f}" if name == "graftrec" else "",
-          learned[name]["seconds"]] for name in scores],
-    )  # fmt: skip
+        [
+            [
+                name,
+                scores[name].mean(),
+                f"{gain.mean():+.3f} ± {noise:.3f}" if name == "graftrec" else "",
+                learned[name]["seconds"],
+            ]
+            for name in scores
+        ],
+    )
     report.bar("NDCG@10 over the plain run's, upper end of the 95 % interval", float(gain.mean() + noise), at_least=0)
 
 
@@ -142,9 +151,14 @@ def padded(lists: Lists, *, step: int, width: int | None = None) -> Batch:
     items[np.arange(items.shape[1]) < lengths[:, None]] = np.concatenate(lists)
     users = torch.full((len(lists),), UNK)
     return Batch(
-        torch.from_numpy(items), torch.from_numpy(lengths), users, len(lists), slice(0, len(lists)), (0, 0, step),
+        torch.from_numpy(items),
+        torch.from_numpy(lengths),
+        users,
+        len(lists),
+        slice(0, len(lists)),
+        (0, 0, step),
         int(lengths.sum()),
-    )  # fmt: skip
+    )
 
 
 # --- what is learned ---------------------------------------------
@@ -185,15 +199,15 @@ def learn(*, plainly: bool) -> Numbers:
     scores = []
     with torch.inference_mode():
         for start in range(0, USERS, BATCH):
-            asked = padded(histories[start : start + BATCH], step=0, width=LENGTH - 1)
+            examples = padded(histories[start : start + BATCH], step=0, width=LENGTH - 1)
             if plainly:
                 plain.eval()
-                newest_BT = torch.arange(LENGTH) == asked.lengths[:, None]
-                items_BT = torch.where(newest_BT, MASK, F.pad(asked.items, (0, 1), value=PAD))
-                scores.append(plain(items_BT, asked.lengths + 1)[newest_BT])
+                newest_BT = torch.arange(LENGTH) == examples.lengths[:, None]
+                items_BT = torch.where(newest_BT, MASK, F.pad(examples.items, (0, 1), value=PAD))
+                scores.append(plain(items_BT, examples.lengths + 1)[newest_BT])
             else:
                 training.model.eval()
-                scores.append(training.model.scores(task.query(training.model, asked)))
+                scores.append(training.model.scores(task.query(training.model, examples)))
     scores_BV = torch.cat(scores)[:, FIRST_INDEX:]
     target_B1 = torch.tensor([one[-1] for one in lists])[:, None] - FIRST_INDEX
     rank_B = (scores_BV >= scores_BV.gather(1, target_B1)).sum(1)  # from 1

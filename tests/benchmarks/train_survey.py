@@ -48,15 +48,23 @@ def measure(report: Report, options: Options) -> None:
     report.table(
         f"BERT4Rec 6 × 128, 200 positions, batches of {BATCH}, on {log.name}: a training step",
         ["step", "items/s", "useful GFLOP/s", "products alone, GFLOP/s", "share of the time", "peak GB"],
-        [[name, *(median(rounds, key) for key in ("items_per_second", "rate", "bare_rate", "share")),
-          median(rounds, "peak_bytes") / 2**30] for name, rounds in found.items()],
-    )  # fmt: skip
+        [
+            [
+                name,
+                *(median(rounds, key) for key in ("items_per_second", "rate", "bare_rate", "share")),
+                median(rounds, "peak_bytes") / 2**30,
+            ]
+            for name, rounds in found.items()
+        ],
+    )
     fp32, bf16, _ = found.values()
     share = SHARE.get(str(report.machine_class), min(SHARE.values()))
     report.bar(
-        "share of the measured matmul rate, whole step, fp32", median(fp32, "share"), at_least=share,
+        "share of the measured matmul rate, whole step, fp32",
+        median(fp32, "share"),
+        at_least=share,
         seen_on=tuple(SHARE),
-    )  # fmt: skip
+    )
     faster = median(bf16, "items_per_second") / median(fp32, "items_per_second")
     report.bar("a step in bf16 faster than in fp32 by", faster, at_least=1.0)
 
@@ -92,9 +100,11 @@ def step(*, train: str, kind: str) -> Numbers:
         torch.set_num_threads(THREADS)
         bare += bare_seconds(flops, torch.bfloat16 if kind == "bf16" else torch.float32) / ALTERNATIONS
     return {
-        "items_per_second": sum(batch.global_items for batch in batches) / seconds, "rate": total / seconds / 1e9,
-        "bare_rate": total / bare / 1e9, "share": bare / seconds,
-    }  # fmt: skip
+        "items_per_second": sum(batch.global_items for batch in batches) / seconds,
+        "rate": total / seconds / 1e9,
+        "bare_rate": total / bare / 1e9,
+        "share": bare / seconds,
+    }
 
 
 def _ours(task: MaskedItem, num_items: int, *, autocast: bool) -> Callable[[Batch], object]:
@@ -117,15 +127,18 @@ def needed(task: MaskedItem, batches: Sequence[Batch], num_items: int, *, last_w
     for batch in batches:
         _, lengths_B, chosen_BT = task.mask(batch, num_items)
         T, asked_B = int(lengths_B.max()), chosen_BT.sum(1)
-        real, asked = int(lengths_B.sum()), int(asked_B.sum())
+        real, examples = int(lengths_B.sum()), int(asked_B.sum())
         asking_B = lengths_B if last_whole else asked_B
         asking = int(asking_B.sum())
         for inputs, outputs, positions in (
-            (D, 3 * D, (BLOCKS - 1) * real), (D, D, asking), (D, 2 * D, real),
-            *((i, o, (BLOCKS - 1) * real + asking) for i, o in ((D, D), (D, 4 * D), (4 * D, D))), (D, D, asked),
-        ):  # fmt: skip
+            (D, 3 * D, (BLOCKS - 1) * real),
+            (D, D, asking),
+            (D, 2 * D, real),
+            *((i, o, (BLOCKS - 1) * real + asking) for i, o in ((D, D), (D, 4 * D), (4 * D, D))),
+            (D, D, examples),
+        ):
             flops["layer", inputs, outputs] += 3 * 2 * inputs * outputs * positions
-        flops["output", D, num_items] += 3 * 2 * D * num_items * asked
+        flops["output", D, num_items] += 3 * 2 * D * num_items * examples
         pairs = (BLOCKS - 1) * int(lengths_B.square().sum()) + int((lengths_B * asking_B).sum())
         flops["attention", T, D // HEADS] += 3 * 4 * D * pairs
     return flops

@@ -128,8 +128,13 @@ def _settings() -> dict[str, dict[str, object]]:
             "kind": "log",
             "events": {"path": "days", "columns": {"user": "user", "item": "item", "time": "ts"}},
             "items": {
-                "path": "items.txt", "separator": "|", "id": "id", "title": "title", "year": "year",
-                "categories": "genres", "people": {"director": ["director"]},
+                "path": "items.txt",
+                "separator": "|",
+                "id": "id",
+                "title": "title",
+                "year": "year",
+                "categories": "genres",
+                "people": {"director": ["director"]},
             },
             "users": {"path": "users.csv", "id": "id", "attributes": {"group": "group"}},
         },
@@ -138,48 +143,86 @@ def _settings() -> dict[str, dict[str, object]]:
         "baskets": {"gap_minutes": 30},
         "buckets": 2,
         "spark": {"engine": "sail", "shuffle_partitions": 2},
-    }  # fmt: skip
+    }
     tracking = {"system_metrics": False, "close_seconds": CLOSE_SECONDS}
     runtime = {"threads": 1, "precision": "fp32", "progress": False}
     pretrain = {
         "name": "pretrain",
         "data": {"lake": "lake", "domain": "source"},
         "model": {
-            "width": 16, "blocks": 1, "max_length": 24, "user_width": 8, "knowledge_width": 4,
+            "width": 16,
+            "blocks": 1,
+            "max_length": 24,
+            "user_width": 8,
+            "knowledge_width": 4,
             "knowledge": {"director": 1},
         },
         "task": {"kind": "next_item"},
         "train": {
-            "epochs": 3, "min_epochs": 1, "patience": 3, "batch_size": 64, "learning_rate": 0.01, "warmup_steps": 5,
+            "epochs": 3,
+            "min_epochs": 1,
+            "patience": 3,
+            "batch_size": 64,
+            "learning_rate": 0.01,
+            "warmup_steps": 5,
             "checkpoint_seconds": 0.2,
         },
         "evaluation": {"protocols": ["full"]},
         "runtime": runtime,
         "tracking": tracking,
-    }  # fmt: skip
+    }
     finetune = pretrain | {"name": "finetune", "data": {"lake": "lake", "domain": "target"}}
     gate = {
-        "level": 0.99, "min_seeds": 1, "min_users": 10, "champion_margin": 10.0, "slice_margin": 10.0, "must_beat": [],
-    }  # fmt: skip
+        "level": 0.99,
+        "min_seeds": 1,
+        "min_users": 10,
+        "champion_margin": 10.0,
+        "slice_margin": 10.0,
+        "must_beat": [],
+    }
     promote = {
-        "registered_model": "chaos", "gate": gate, "baselines": {"enabled": False}, "runtime": runtime,
+        "registered_model": "chaos",
+        "gate": gate,
+        "baselines": {"enabled": False},
+        "runtime": runtime,
         "tracking": tracking,
-    }  # fmt: skip
+    }
     recommend = {"registered_model": "chaos", "spark": etl["spark"], "tracking": tracking}
     evaluate = {"name": "evaluate", "runtime": runtime, "tracking": tracking, "evaluation": {"protocols": ["full"]}}
     search = {
-        "name": "search", "pretrain": pretrain, "trials": 2, "random_trials": 1, "tracking": tracking,
+        "name": "search",
+        "pretrain": pretrain,
+        "trials": 2,
+        "random_trials": 1,
+        "tracking": tracking,
         "space": {"train.learning_rate": {"low": 0.001, "high": 0.01}},
-    }  # fmt: skip
+    }
     pipeline = {
-        "runs": "runs/pipeline", "registered_model": "piped", "etl": etl, "pretrain": pretrain, "finetune": finetune,
-        "promote": promote, "evaluate": evaluate, "recommend": recommend, "transfers": ["none", "deep"], "seeds": [0],
-        "reads_all": False, "cold_users": False, "jobs": 1, "tracking": tracking,
-    }  # fmt: skip
+        "runs": "runs/pipeline",
+        "registered_model": "piped",
+        "etl": etl,
+        "pretrain": pretrain,
+        "finetune": finetune,
+        "promote": promote,
+        "evaluate": evaluate,
+        "recommend": recommend,
+        "transfers": ["none", "deep"],
+        "seeds": [0],
+        "reads_all": False,
+        "cold_users": False,
+        "jobs": 1,
+        "tracking": tracking,
+    }
     return {
-        "etl": etl, "pretrain": pretrain, "finetune": finetune, "promote": promote, "recommend": recommend,
-        "evaluate": evaluate, "search": search, "pipeline": pipeline,
-    }  # fmt: skip
+        "etl": etl,
+        "pretrain": pretrain,
+        "finetune": finetune,
+        "promote": promote,
+        "recommend": recommend,
+        "evaluate": evaluate,
+        "search": search,
+        "pipeline": pipeline,
+    }
 
 
 def add_files(command: Command, folder: Path) -> None:
@@ -217,10 +260,14 @@ class Running:
         self._begun, self.killed = time.monotonic(), False
         with self._logs[0].open("wb") as out, self._logs[1].open("wb") as err:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, *command.arguments], cwd=folder, stdout=out, stderr=err,
-                stdin=subprocess.DEVNULL, env=_environment() | dict(command.environment) | dict(more or {}),
+                [*prefix, sys.executable, *command.arguments],
+                cwd=folder,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                env=_environment() | dict(command.environment) | dict(more or {}),
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to the whole group."""

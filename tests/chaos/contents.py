@@ -128,8 +128,9 @@ def registry(store: Path, models: str = "") -> dict[str, Any]:
     for name in sorted({name for name, _, _ in hashes if name.startswith(models)}):
         of_name = {version: digest for found_name, version, digest in hashes if found_name == name}
         found[name.removeprefix(models)] = {
-            "versions": sorted(map(str, of_name.values())), "champion": of_name.get(champions.get(name)),
-        }  # fmt: skip
+            "versions": sorted(map(str, of_name.values())),
+            "champion": of_name.get(champions.get(name)),
+        }
     return found
 
 

@@ -24,9 +24,15 @@ PAGE = 4096
 _PLENTY = 1 << 30
 _SERVER_SECONDS = 60.0  # of requests that are repeated
 _NAMES = (
-    "CHAOS_API_TOKEN", "CHAOS_JWT_TOKEN", "CHAOS_DB_PWD", "CHAOS_BASIC_AUTH", "CHAOS_PG_DSN", "CHAOS_BLOB_SAS",
-    "CHAOS_ACCOUNT_KEY", "CHAOS_CLIENT_SECRET",
-)  # fmt: skip
+    "CHAOS_API_TOKEN",
+    "CHAOS_JWT_TOKEN",
+    "CHAOS_DB_PWD",
+    "CHAOS_BASIC_AUTH",
+    "CHAOS_PG_DSN",
+    "CHAOS_BLOB_SAS",
+    "CHAOS_ACCOUNT_KEY",
+    "CHAOS_CLIENT_SECRET",
+)
 _WITH_SPARK = ("etl", "etl-day", "etl-kcore", "etl-interactions", "recommend", "recommend-5")
 
 
@@ -323,7 +329,17 @@ def _children(parent: int, what: str) -> list[psutil.Process]:
 FAULTS: dict[str, Callable[[Round], None]] = {
     function.__name__: function
     for function in (
-        kill, terminate, flip, flip_checkpoint, flip_unchecked, cut_log, twice, full_disk, mlflow, secrets, kill_rank,
+        kill,
+        terminate,
+        flip,
+        flip_checkpoint,
+        flip_unchecked,
+        cut_log,
+        twice,
+        full_disk,
+        mlflow,
+        secrets,
+        kill_rank,
         kill_executor,
     )
-}  # fmt: skip
+}

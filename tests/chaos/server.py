@@ -40,16 +40,27 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         arguments = [
-            "--host", "127.0.0.1", "--port", str(self._port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{self.store}",
-            "--artifacts-destination", str(self._folder / "artifacts"),
-        ]  # fmt: skip
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self._port),
+            "--workers",
+            "1",
+            "--backend-store-uri",
+            f"sqlite:///{self.store}",
+            "--artifacts-destination",
+            str(self._folder / "artifacts"),
+        ]
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self._folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *arguments], cwd=self._folder, stdout=log, stderr=log,
-                env=os.environ | quiet, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-m", "mlflow", "server", *arguments],
+                cwd=self._folder,
+                stdout=log,
+                stderr=log,
+                env=os.environ | quiet,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline:
             try:

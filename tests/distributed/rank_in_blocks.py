@@ -14,7 +14,7 @@ from trainer.data.histories import Histories
 from trainer.evaluation.item_ranking import FULL, HeldOut
 from trainer.evaluation.validation import full_ranking
 from trainer.inference import scorer
-from trainer.inference.scorer import Scorer
+from trainer.inference.scorer import ModelScorer
 from trainer.models import RowTables, build_model
 from trainer.parallel.distributed import ALONE, join, leave
 from trainer.tasks import build_task
@@ -55,9 +55,9 @@ def main():
 
     scorer.Scores.blocks = counted
     told = {
-        "whole": full_ranking(Scorer(model_of(ALONE), task), held_out(), ALONE, batch_size=8),
+        "whole": full_ranking(ModelScorer(model_of(ALONE), task), held_out(), ALONE, batch_size=8),
         "blocks": len(blocks),
-        "shared_out": full_ranking(Scorer(model_of(world), task), held_out(), world, batch_size=8),
+        "shared_out": full_ranking(ModelScorer(model_of(world), task), held_out(), world, batch_size=8),
     }
     (Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
     leave()

@@ -18,10 +18,13 @@ RUNTIME = {"progress": False, "device": "cpu", "precision": "fp32", "threads": 1
 
 def configured(folder, lake, *, checkpoint_seconds, epochs=1, collective_seconds=60):
     settings = {
-        **SETTINGS, "name": "run", "output": str(folder / "runs"), "data": {"lake": lake, "domain": "source"},
+        **SETTINGS,
+        "name": "run",
+        "output": str(folder / "runs"),
+        "data": {"lake": lake, "domain": "source"},
         "train": SETTINGS["train"] | {"checkpoint_seconds": checkpoint_seconds, "epochs": epochs, "min_epochs": epochs},
         "runtime": RUNTIME | {"collective_seconds": collective_seconds},
-    }  # fmt: skip
+    }
     path = folder / "run.yaml"
     path.write_text(json.dumps(settings))
     return path

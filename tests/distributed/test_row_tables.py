@@ -15,12 +15,16 @@ SETTINGS = {
     "model": {"width": 16, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4, "dropout": 0.0},
     "task": {"kind": "masked_item", "loss": {"kind": "sampled", "num_negatives": 16}},
     "train": {
-        "batch_size": 7, "epochs": 2, "min_epochs": 2, "warmup_steps": 0, "checkpoint_seconds": 600,
+        "batch_size": 7,
+        "epochs": 2,
+        "min_epochs": 2,
+        "warmup_steps": 0,
+        "checkpoint_seconds": 600,
         "table_optimizer": "rowwise",
     },
     "runtime": {"progress": False, "threads": 1, "precision": "fp64"},
     "tracking": {"enabled": False},
-}  # fmt: skip
+}
 TABLES = ("item_embedding.weight", "output_bias", "user_embedding.weight", "entity_embedding.weight")
 
 

@@ -21,9 +21,15 @@ class ForeignTable:
     """A Delta table whose log a test writes by itself. `mapping`: none, name or id (delta.columnMapping.mode)."""
 
     def __init__(
-        self, folder: Path, schema: pa.Schema, *, mapping: str = "none", partition_by: Sequence[str] = (),
-        features: Sequence[str] = ("deletionVectors",), table_id: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        folder: Path,
+        schema: pa.Schema,
+        *,
+        mapping: str = "none",
+        partition_by: Sequence[str] = (),
+        features: Sequence[str] = ("deletionVectors",),
+        table_id: str | None = None,
+    ) -> None:
         self.folder, self.schema, self.mapping, self.partition_by = folder, schema, mapping, partition_by
         self.version = -1
         self.live: dict[str, dict[str, Any]] = {}  # path -> its add action
@@ -55,8 +61,13 @@ class ForeignTable:
             )
             for place, field in enumerate(rows.schema)
         ]
-        pq.write_table(rows.cast(pa.schema([f.with_name(o) for f, o in zip(fields, rows.schema.names, strict=True)]))
-                       .rename_columns([f.name for f in fields]), self.folder / path, row_group_size=3)  # fmt: skip
+        pq.write_table(
+            rows.cast(
+                pa.schema([f.with_name(o) for f, o in zip(fields, rows.schema.names, strict=True)])
+            ).rename_columns([f.name for f in fields]),
+            self.folder / path,
+            row_group_size=3,
+        )
         values = {self.physical(key): value for key, value in (partition or {}).items()}
         size = (self.folder / path).stat().st_size
         stats = json.dumps({"numRecords": rows.num_rows})

@@ -190,18 +190,25 @@ def test_etl_that_reads_a_damaged_table_ends_with_2_and_makes_no_release(
 ) -> None:
     """A second day makes every job read what the first one left."""
     config = {
-        "lake": str(tmp_path / "lake"), "spark": {"engine": engine, "master": "local[2]", "shuffle_partitions": 2},
+        "lake": str(tmp_path / "lake"),
+        "spark": {"engine": engine, "master": "local[2]", "shuffle_partitions": 2},
         "source": {
-            "kind": "log", "root": str(tmp_path),
+            "kind": "log",
+            "root": str(tmp_path),
             "events": {"path": "days", "columns": {"user": "user", "item": "item", "time": "ts"}},
         },
-        "kcore": {"min_user": 2, "min_item": 2}, "splits": [{"name": "last-2", "validation": 1, "test": 1}],
-    }  # fmt: skip
+        "kcore": {"min_user": 2, "min_item": 2},
+        "splits": [{"name": "last-2", "validation": 1, "test": 1}],
+    }
     (tmp_path / "etl.yaml").write_text(yaml.safe_dump(config))
     done = subprocess.run(
-        [sys.executable, "-c", _RUNS, str(tmp_path), *damaged], cwd=Path(__file__).parent, capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", _RUNS, str(tmp_path), *damaged],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert lines[-1] == repr([0, *[2] * len(damaged)]), done.stderr
     for said, refused in zip(lines[:-1:2], lines[1:-1:2], strict=True):

@@ -200,7 +200,8 @@ import os, signal, sys
 from pathlib import Path
 from pyspark.sql import functions as F
 from shows import SHOWS
-from etl import commit, delta
+from etl.lake import commit
+from etl.lake import spark_io as delta
 from etl.config import SparkConfig
 from etl.session import spark_session
 lake, moment, marks = sys.argv[1:]

@@ -279,8 +279,14 @@ def test_files_in_partitions_with_odd_names_are_found_again(tmp_path: Path) -> N
         commit(tmp_path, [file_of(tmp_path, [number], domain, 1)])
     files = active_files(existing_table(str(tmp_path), SHOWS), SHOWS)
     assert {file.partition["domain"] for file in files} == {
-        "Children's & Co/50%", "%2F", "a=b/c", "é ü", None, "#?*[x]{y}", "007"
-    }  # fmt: skip
+        "Children's & Co/50%",
+        "%2F",
+        "a=b/c",
+        "é ü",
+        None,
+        "#?*[x]{y}",
+        "007",
+    }
     assert users_of(tmp_path) == list(range(7))
     for domain in ("Children's & Co/50%", "%2F", None):
         commit(tmp_path, [], "partitions", partition_scope={"domain": [domain]})

@@ -130,13 +130,29 @@ def test_missing_and_changed_data_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("protocol", "configuration", "feature"),
     [
-        ({"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["deletionVectors"],
-          "writerFeatures": ["deletionVectors"]}, {}, "deletionVectors"),
+        (
+            {
+                "minReaderVersion": 3,
+                "minWriterVersion": 7,
+                "readerFeatures": ["deletionVectors"],
+                "writerFeatures": ["deletionVectors"],
+            },
+            {},
+            "deletionVectors",
+        ),
         ({"minReaderVersion": 2, "minWriterVersion": 5}, {"delta.columnMapping.mode": "name"}, "columnMapping"),
-        ({"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["v2Checkpoint"],
-          "writerFeatures": ["v2Checkpoint"]}, {}, "v2Checkpoint"),
+        (
+            {
+                "minReaderVersion": 3,
+                "minWriterVersion": 7,
+                "readerFeatures": ["v2Checkpoint"],
+                "writerFeatures": ["v2Checkpoint"],
+            },
+            {},
+            "v2Checkpoint",
+        ),
     ],
-)  # fmt: skip
+)
 def test_unsupported_features_are_refused_by_name(
     protocol: dict[str, object], configuration: dict[str, str], feature: str, tmp_path: Path
 ) -> None:

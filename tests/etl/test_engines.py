@@ -69,20 +69,35 @@ def _log(folder: Path) -> dict[str, Any]:
             "root": str(folder),
             "events": {"path": "days", "separator": "::", "header": False, "columns": columns},
             "items": {
-                "path": "items.jsonl", "format": "json", "id": "id", "title": "name", "year": "title",
-                "categories": "tags", "attributes": {"studio": "studio"},
+                "path": "items.jsonl",
+                "format": "json",
+                "id": "id",
+                "title": "name",
+                "year": "title",
+                "categories": "tags",
+                "attributes": {"studio": "studio"},
             },
             "users": {"path": "users.parquet", "format": "parquet", "id": "user", "attributes": {"age": "age"}},
             "edges": {
-                "path": "edges.tsv", "separator": "\t", "header": False, "user": 0, "friend": 1, "weight": 2,
+                "path": "edges.tsv",
+                "separator": "\t",
+                "header": False,
+                "user": 0,
+                "friend": 1,
+                "weight": 2,
             },
         },
         "knowledge": {
             "root": str(folder),
             "files": [
                 {
-                    "name": "films", "path": "films.txt", "separator": "|", "by": "title", "title": "title",
-                    "year": "year", "relations": {"director": ["director"], "actor": ["first", "second"]},
+                    "name": "films",
+                    "path": "films.txt",
+                    "separator": "|",
+                    "by": "title",
+                    "title": "title",
+                    "year": "year",
+                    "relations": {"director": ["director"], "actor": ["first", "second"]},
                 }
             ],
         },
@@ -100,7 +115,7 @@ def _log(folder: Path) -> dict[str, Any]:
         ],
         "negatives": {"protocols": ["uniform-100", "popular-100", "top-100"]},
         "buckets": 3,
-    }  # fmt: skip
+    }
 
 
 def _day(day: int, users: range) -> str:

@@ -153,10 +153,11 @@ def test_a_source_that_teaches_nothing_differs_in_the_source_only():
     chance = float(np.square(sizes / sizes.sum()).sum())
     pairs = [
         shelf.topic_V[a] == shelf.topic_V[b]
-        for (_, domain), parts in sessions.items() if domain == 0
+        for (_, domain), parts in sessions.items()
+        if domain == 0
         for items in parts
         for a, b in itertools.pairwise(items)
-    ]  # fmt: skip
+    ]
     assert np.mean(pairs) == pytest.approx(chance, abs=0.02), "a session has no topic"
     first = [items[: len(items) // 2] for (_, domain), items in flat.items() if domain == 0]
     last = [items[len(items) // 2 :] for (_, domain), items in flat.items() if domain == 0]

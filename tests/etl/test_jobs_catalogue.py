@@ -49,8 +49,11 @@ def test_domains_follow_their_rules(spark: SparkSession) -> None:
 
 
 def test_what_items_have_is_named_beside_a_rule_that_none_meets(spark: SparkSession) -> None:
-    rows = [("a", ["War"], [("market", "de"), ("year", "1")]), ("b", ["War", "Action"], [("market", "fr")]),
-            ("c", [], [("market", "fr")])]  # fmt: skip
+    rows = [
+        ("a", ["War"], [("market", "de"), ("year", "1")]),
+        ("b", ["War", "Action"], [("market", "fr")]),
+        ("c", [], [("market", "fr")]),
+    ]
     items = frame(
         spark, rows, "item string, categories array<string>, attributes array<struct<name: string, value: string>>"
     )
@@ -86,8 +89,10 @@ def test_entities_are_people_or_things_and_keep_their_index(spark: SparkSession)
     }
     second = entities.transform(frame(spark, [("k", "actor", 1, "Ann", "ann", "x")], TOLD), first)
     assert {row["entity"]: row["index"] for row in second.collect()} == {
-        "keyword:ship": 5, "person:james cameron": 6, "person:ann": 7,
-    }  # fmt: skip
+        "keyword:ship": 5,
+        "person:james cameron": 6,
+        "person:ann": 7,
+    }
 
 
 def test_knowledge_joins_both_ends_and_counts_a_name_once(spark: SparkSession) -> None:

@@ -15,9 +15,14 @@ from etl.tables import INTERACTIONS, ITEMS, QUARANTINE, USERS, Table
 def made(lake: Path, table: Table, inputs: str) -> None:
     """A new version of a table, made from `inputs`."""
     commit_files(
-        str(lake), table, [], mode="overwrite", app="x", app_version=(current_version(str(lake), table) or 0) + 1,
+        str(lake),
+        table,
+        [],
+        mode="overwrite",
+        app="x",
+        app_version=(current_version(str(lake), table) or 0) + 1,
         metadata={"inputs": inputs},
-    )  # fmt: skip
+    )
 
 
 def test_a_release_holds_only_tables_made_from_each_other(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from written_lakes import BUCKETS, events, vocabulary, write_lake, write_table
 from etl.config import DomainConfig, EtlConfig, GeneratorSource, SplitConfig
 from etl.histories import bucket_writer, incremental, reader
 from etl.jobs import baskets, sequences
-from etl.jobs.job import Engine, Outcome, Run, due
+from etl.jobs.job import Outcome, Run, RunContext, plan_run
 from etl.lake.commit import commit_files
 from etl.lake.snapshots import snapshot_files
 from etl.lake.spark_io import data_files
@@ -130,10 +130,20 @@ def test_sequences_carry_types_and_values_of_users_that_have_them(tmp_path: Path
 
 def test_causal_split_cuts_other_domains_at_the_first_held_out_target_item(tmp_path: Path) -> None:
     log = [
-        ("u", "c", 1), ("u", "a", 2), ("u", "b", 3), ("u", "a", 4), ("u", "b", 5), ("u", "d", 5), ("u", "a", 5),
-        ("u", "c", 8), ("u", "b", 9),
-        ("v", "a", 1), ("v", "b", 2), ("v", "a", 3), ("v", "c", 1),
-    ]  # fmt: skip
+        ("u", "c", 1),
+        ("u", "a", 2),
+        ("u", "b", 3),
+        ("u", "a", 4),
+        ("u", "b", 5),
+        ("u", "d", 5),
+        ("u", "a", 5),
+        ("u", "c", 8),
+        ("u", "b", 9),
+        ("v", "a", 1),
+        ("v", "b", 2),
+        ("v", "a", 3),
+        ("v", "c", 1),
+    ]
     found = _sequences(tmp_path, log, [LAST, CAUSAL], {"u": True, "v": True})
     # u's target items are at 1, 5 and 8; the first held out is d at 5, after b at 5 and before a at 5.
     assert _offsets(found["causal", "target", 5]) == _offsets(found["last-2", "target", 5]) == (1, 2, 3)
@@ -148,9 +158,17 @@ def test_causal_split_cuts_other_domains_at_the_first_held_out_target_item(tmp_p
 
 def test_joint_split_moves_what_the_target_holds_out_to_the_end_of_all(tmp_path: Path) -> None:
     log = [
-        ("u", "c", 1), ("u", "a", 2), ("u", "d", 3), ("u", "b", 4), ("u", "c", 5), ("u", "a", 6),
-        ("v", "a", 1), ("v", "b", 2), ("v", "a", 3), ("v", "c", 4),
-    ]  # fmt: skip
+        ("u", "c", 1),
+        ("u", "a", 2),
+        ("u", "d", 3),
+        ("u", "b", 4),
+        ("u", "c", 5),
+        ("u", "a", 6),
+        ("v", "a", 1),
+        ("v", "b", 2),
+        ("v", "a", 3),
+        ("v", "c", 4),
+    ]
     joint = SplitConfig(name="joint", validation=1, test=1, joint_target="target")
     causal = SplitConfig(name="both", validation=1, test=1, joint_target="target", causal_target="target")
     found = _sequences(tmp_path, log, [LAST, joint, causal], {"u": True, "v": True})
@@ -172,8 +190,11 @@ COLD = SplitConfig(name="cold", validation=1, test=1, cold_users=0.1, joint_targ
 
 def test_cold_users_hold_out_their_whole_target_history(tmp_path: Path) -> None:
     tested, validated, trained = COLD_NAMES
-    log = [(user, item, time) for user in COLD_NAMES for item, time in
-           [("a", 1), ("b", 2), ("c", 3), ("a", 4), ("d", 5), ("b", 6), ("b", 7)]]  # fmt: skip
+    log = [
+        (user, item, time)
+        for user in COLD_NAMES
+        for item, time in [("a", 1), ("b", 2), ("c", 3), ("a", 4), ("d", 5), ("b", 6), ("b", 7)]
+    ]
     users = dict.fromkeys(COLD_NAMES, True)
     whole = COLD.model_copy(update={"name": "cold-whole", "causal_target": None})
     found = _sequences(tmp_path, log, [COLD, whole], users)
@@ -220,11 +241,17 @@ def test_cold_user_hashs_are_fixed_uniform_and_independent_of_domain_and_bucket(
 
 def test_baskets_are_in_order_with_the_last_held_out(tmp_path: Path) -> None:
     log = [
-        ("u", "a", 1, None, None, "k"), ("u", "c", 1, None, None, "k"), ("u", "b", 2, None, None, "k"),
-        ("u", "d", 3, None, None, "m"), ("u", "x", 4, None, None, "gone"), ("u", "a", 5, None, None, "n"),
-        ("u", "c", 6, None, None, "o"), ("u", "a", 7, None, None, "p"),
-        ("v", "a", 1, None, None, "k"), ("v", "b", 1),
-    ]  # fmt: skip
+        ("u", "a", 1, None, None, "k"),
+        ("u", "c", 1, None, None, "k"),
+        ("u", "b", 2, None, None, "k"),
+        ("u", "d", 3, None, None, "m"),
+        ("u", "x", 4, None, None, "gone"),
+        ("u", "a", 5, None, None, "n"),
+        ("u", "c", 6, None, None, "o"),
+        ("u", "a", 7, None, None, "p"),
+        ("v", "a", 1, None, None, "k"),
+        ("v", "b", 1),
+    ]
     made = _made(tmp_path, log, BASKETS, [LAST, CAUSAL], {"u": True, "v": True})
     found = {
         key: [tuple(row[name] for name in ("basket", "time", "part", "items")) for row in rows]
@@ -453,7 +480,7 @@ def test_rows_copied_or_renewed_equal_plain_loops(
         (_random_log(3, size=60, times=times, full=full), everyone | {"u30": True, "u2": False}, "abcxd", False),
         ([], everyone | {"u30": True, "u2": False, "u1": False}, "abcxd", False),
         (_random_log(4, size=20, times=times, full=full), everyone | more, "abcxd", True),
-    ]  # fmt: skip
+    ]
     log: list[tuple[Any, ...]] = []
     before = None
     for number, (day, users, known, needed) in enumerate(days):
@@ -482,7 +509,7 @@ def test_rows_copied_or_renewed_equal_plain_loops(
         read = reader.inputs(str(tmp_path), versions, names=names, columns=("event_type", "value"), max_events=most)
         if number:
             appended = [file for file in snapshot_files(str(tmp_path), INTERACTIONS) if file.path not in held]
-            before = incremental.before_of(str(tmp_path), None, appended, [LAST.name, CAUSAL.name])
+            before = incremental.previous_state(str(tmp_path), None, appended, [LAST.name, CAUSAL.name])
             assert before is not None
             if not needed and most > len(log) and part > len(log):
                 read = replace(read, log={})
@@ -551,9 +578,7 @@ def test_a_damaged_file_of_the_log_is_named(tmp_path: Path) -> None:
     read = reader.inputs(str(tmp_path), versions, names=list(DOMAINS), columns=(), max_events=9)
     (path,) = (tmp_path / INTERACTIONS.name).rglob("*.parquet")
     path.write_bytes(path.read_bytes()[:-50] + b"\0" * 50)
-    users = pa.RecordBatch.from_pylist(
-        [{"bucket": bucket_of("u", BUCKETS), "user": "u", "index": 5, "degree": 2}]
-    )  # fmt: skip
+    users = pa.RecordBatch.from_pylist([{"bucket": bucket_of("u", BUCKETS), "user": "u", "index": 5, "degree": 2}])
     rows = partial(sequences.rows, names=list(DOMAINS), splits=[LAST])
     with pytest.raises(GraftrecError, match=r"bucket=\d/part-[\w.]+: expected the bytes once written"):
         list(bucket_writer.write_task([users], rows=rows, lake=str(tmp_path), table=SEQUENCES, read=read))
@@ -582,11 +607,11 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
 def _run(spark: SparkSession, lake: Path) -> dict[str, Outcome]:
     """The two jobs on a lake, with splits that look across domains."""
     domains = (DomainConfig(name="source"), DomainConfig(name="target"))
-    made = Engine(EtlConfig(lake=str(lake), source=GeneratorSource(), domains=domains, splits=(LAST, CAUSAL)))
+    made = RunContext(EtlConfig(lake=str(lake), source=GeneratorSource(), domains=domains, splits=(LAST, CAUSAL)))
     made.spark = spark
     found = {}
     for job in (sequences.JOB, baskets.JOB):
-        due_run = due(job, made)
+        due_run = plan_run(job, made)
         found[job.name] = job.run(due_run) if isinstance(due_run, Run) else due_run
     return found
 

@@ -87,9 +87,15 @@ def test_items_are_those_of_the_log_and_of_the_file_described_anew(spark: SparkS
     assert rows["b"]["title"] == "New"
     assert rows["z"]["categories"] == ["w"]
     assert rows["c"] | {"index": 0} == {
-        "item": "c", "index": 0, "kept": False, "degree": 1, "title": None, "year": None, "categories": [],
+        "item": "c",
+        "index": 0,
+        "kept": False,
+        "degree": 1,
+        "title": None,
+        "year": None,
+        "categories": [],
         "attributes": [],
-    }  # fmt: skip
+    }
     assert rows["a"]["attributes"] == [{"name": "k", "value": "v"}]
 
 

@@ -573,19 +573,23 @@ def test_number_spellings() -> None:
 @pytest.mark.parametrize(
     ("cells", "ids"),
     [
-        (pa.array([" 5", "5.0", "28.00", "007", "12e45", "9007199254740993.0", "-0.0", ""]),
-         ["5", "5", "28", "007", "12e45", "9007199254740993", "0", None]),
+        (
+            pa.array([" 5", "5.0", "28.00", "007", "12e45", "9007199254740993.0", "-0.0", ""]),
+            ["5", "5", "28", "007", "12e45", "9007199254740993", "0", None],
+        ),
         (pa.array([5, -(2**63), 2**63 - 1], pa.int64()), ["5", str(-(2**63)), str(2**63 - 1)]),
         (pa.array([2**64 - 1], pa.uint64()), [str(2**64 - 1)]),
-        (pa.array([5.0, 2.0**53 - 1, 12.5, -0.0, float("nan"), float("inf")]),
-         ["5", str(2**53 - 1), "12.5", "0", None, None]),
+        (
+            pa.array([5.0, 2.0**53 - 1, 12.5, -0.0, float("nan"), float("inf")]),
+            ["5", str(2**53 - 1), "12.5", "0", None, None],
+        ),
         (pa.array([Decimal("28.00"), Decimal("123456789012345678.00")]), ["28", "123456789012345678"]),
         (pa.array([Decimal("28.00")]).dictionary_encode(), ["28"]),
         (pa.array([b"a"], pa.large_binary()), ["a"]),
         (pa.array(["nan", "-INF", "Infinity"]), [None, None, None]),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_identifier_is_one_rule_for_every_type(cells: pa.Array, ids: list[str | None]) -> None:
     found, refused = values.identifier(cells)
     assert found.to_pylist() == ids

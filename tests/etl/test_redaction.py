@@ -17,13 +17,34 @@ SHORT, LONG = "tell-nobody1", "a+/Z" * 75
 @pytest.mark.parametrize(
     "name",
     [
-        "AWS_SECRET_ACCESS_KEY", "DB_PWD", "MYSQL_PASS", "PROXY_AUTHORIZATION", "SENTRY_DSN", "AZURE_STORAGE_SAS",
-        "AZURE_STORAGE_CONNECTION_STRING", "OPENAI_API_KEY", "GPG_KEY", "KEY_PASSPHRASE", "JWT", "sig",
-        "spark.hadoop.fs.azure.account.key.me.dfs.core.windows.net", "fs.azure.sas.container.me", "AccountKey",
-        "spark.hadoop.fs.s3a.secret.key", "kafka.sasl.jaas.config", "X-Amz-Signature", "auth",
-        "DBPASS", "BLOB_SASURL", "BLOBSAS", "MYDSN", "SSHKEY", "DB_CONN_STR", "SLACK_WEBHOOK",
+        "AWS_SECRET_ACCESS_KEY",
+        "DB_PWD",
+        "MYSQL_PASS",
+        "PROXY_AUTHORIZATION",
+        "SENTRY_DSN",
+        "AZURE_STORAGE_SAS",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "OPENAI_API_KEY",
+        "GPG_KEY",
+        "KEY_PASSPHRASE",
+        "JWT",
+        "sig",
+        "spark.hadoop.fs.azure.account.key.me.dfs.core.windows.net",
+        "fs.azure.sas.container.me",
+        "AccountKey",
+        "spark.hadoop.fs.s3a.secret.key",
+        "kafka.sasl.jaas.config",
+        "X-Amz-Signature",
+        "auth",
+        "DBPASS",
+        "BLOB_SASURL",
+        "BLOBSAS",
+        "MYDSN",
+        "SSHKEY",
+        "DB_CONN_STR",
+        "SLACK_WEBHOOK",
     ],
-)  # fmt: skip
+)
 def test_names_of_secrets(name: str) -> None:
     assert is_secret(name)
 

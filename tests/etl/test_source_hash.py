@@ -63,8 +63,16 @@ def test_job_code_version_follows_imports_and_sources(copied: Path) -> None:
 
 
 def test_every_module_without_effect_is_there() -> None:
-    names = {name for module in ("trainer.recipes.pretrain", "trainer.recipes.evaluate", "trainer.recipes.recommend", "trainer.__main__")
-             for name in imported_sources(module)}  # fmt: skip
+    names = {
+        name
+        for module in (
+            "trainer.recipes.pretrain",
+            "trainer.recipes.evaluate",
+            "trainer.recipes.recommend",
+            "trainer.__main__",
+        )
+        for name in imported_sources(module)
+    }
     assert names >= WITHOUT_EFFECT
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 HOLD = """
 import os, sys, time
-from etl import lease
+from etl.lake import lease
 from shows import SHOWS
 lease.RENEW_SECONDS = 0.3
 lake, children = sys.argv[1], int(sys.argv[2])
@@ -35,9 +35,12 @@ def holder(lake: str, *, children: int = 0) -> Iterator[subprocess.Popen[str]]:
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, lake, str(children)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
         env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     try:
         assert process.stdout.readline().startswith("holding")

@@ -131,8 +131,9 @@ def test_days_append_and_what_is_unchanged_is_skipped(
     assert report.shared_items == {("comedy", "drama"): 0}
     assert (report.events, report.duplicates) == (68, 2)
     assert dict(report.rejected) == {
-        ("interactions", "unknown item"): 1, ("interactions", "expected 3 fields, found 1"): 5,
-    }  # fmt: skip
+        ("interactions", "unknown item"): 1,
+        ("interactions", "expected 3 fields, found 1"): 5,
+    }
     assert any("6 rows in quarantine" in line for line in lines(report))
 
     # A file that was delivered may go; to read the log anew without it is refused.

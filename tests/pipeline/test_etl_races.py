@@ -125,8 +125,12 @@ def test_a_run_ends_with_5_where_another_is_writing(tmp_path: Path) -> None:
         for job in ("all", "items"):
             done = subprocess.run(
                 [sys.executable, "-m", "etl", job, "--config", str(config), "--wait_seconds", "0.1"],
-                capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ},
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                timeout=120,
+                cwd=ROOT,
+                env={**os.environ},
+            )
             assert done.returncode == 5
             assert f"found process {holder.pid} of" in done.stderr
             assert done.stderr.count("\n") == 1

@@ -20,18 +20,16 @@ from tests.trainer.folders import write_model
 from tests.trainer.lakes import build_tiny_lake
 from trainer.config import FinetuneConfig
 from trainer.data.release import pin
-from trainer.evaluation.comparison import evaluate_contenders
+from trainer.evaluation.comparison import evaluate_scorers
 from trainer.evaluation.ranking_metrics import means
-from trainer.evaluation.scorers import model_contender, read_evaluation_set
-from trainer.inference.model_folder import load_artifact
+from trainer.evaluation.scorers import model_scorer, read_evaluation_set
+from trainer.experiment import plan as experiment_plan
+from trainer.experiment import results, run
+from trainer.experiment.plan import ExperimentConfig, Row, planned, training_jobs
+from trainer.experiment.run import load_experiment
+from trainer.inference.model_folder import load_model
 from trainer.report import survey
 from trainer.report.hypotheses import from_scratch_of
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
-
-from trainer.experiment import plan, results, run
-from trainer.experiment.plan import ExperimentConfig, Row, cells_of, planned
-from trainer.experiment.run import load_experiment
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"width": 8, "max_length": 24, "user_width": 4, "knowledge_width": 4}
@@ -82,39 +80,39 @@ def test_presets_differ_and_unknown_ones_are_refused_by_name() -> None:
 def test_cells_are_shared_seeded_and_in_folders_of_their_own() -> None:
     config = load_experiment("table2", "small")
     rows = planned(config, "elsewhere", 7)
-    cells = cells_of(rows)
-    assert len({cell.folder for cell in cells}) == len(cells) == 3 * (28 + 8 + 2)
-    place = {cell.name: number for number, cell in enumerate(cells)}
+    trainings = training_jobs(rows)
+    assert len({training.folder for training in trainings}) == len(trainings) == 3 * (28 + 8 + 2)
+    place = {training.name: number for number, training in enumerate(trainings)}
     parents: dict[str, set[tuple[str, int]]] = {}
     for row, seed in itertools.product(rows, config.seeds):
-        cell = row.cells[seed]
-        data, train = cell.config.data, cell.config.train
+        training = row.trainings[seed]
+        data, train = training.config.data, training.config.train
         assert (data.lake, data.release, train.seed) == ("elsewhere", 7, seed)
         where = ("all", "joint-5", "target") if row.kind == "joint" else ("target", "last-5", None)
         assert (data.domain, data.split, data.ranked) == where
-        assert bool(cell.config.model.knowledge) == row.knowledge
-        assert cell.config.task.kind == row.task
-        assert (cell.parent is None) == (row.transfer == "none")
-        if cell.parent is not None:
-            trained = cell.parent.config
-            assert place[cell.parent.name] < place[cell.name]
+        assert bool(training.config.model.knowledge) == row.knowledge
+        assert training.config.task.kind == row.task
+        assert (training.parent is None) == (row.transfer == "none")
+        if training.parent is not None:
+            trained = training.parent.config
+            assert place[training.parent.name] < place[training.name]
             assert trained.data.domain == "source"
             assert (trained.task.kind, trained.train.seed, trained.model.kind) == (row.pretrain_task, seed, row.model)
-            assert trained.model.knowledge == cell.config.model.knowledge
-            parents.setdefault(cell.parent.name, set()).add((row.transfer, seed))
+            assert trained.model.knowledge == training.config.model.knowledge
+            parents.setdefault(training.parent.name, set()).add((row.transfer, seed))
     assert len(parents) == 3 * 8
     assert {frozenset(given) for given in parents.values()} == {
         frozenset({("shallow", seed), ("deep", seed)}) for seed in config.seeds
     }
     # the first seed's table is whole before the second's begins
-    seeds = [cell.config.train.seed for cell in cells]
+    seeds = [training.config.train.seed for training in trainings]
     assert seeds == sorted(seeds)
 
 
 def test_only_the_rows_asked_for_are_trained() -> None:
     wanted = "bert4rec/deep/next_item/plain"
     rows = planned(load_experiment("table2", "small", ["--rows", f"[{wanted}]", "--seeds", "[4]"]), "lake", 1)
-    assert [cell.name for cell in cells_of(rows)] == [
+    assert [training.name for training in training_jobs(rows)] == [
         "bert4rec-pretrain-next_item-plain-4",
         "bert4rec-deep-next_item-plain-4",
     ]
@@ -134,12 +132,12 @@ def test_a_searchs_winners_are_for_the_rows_of_their_transfer(tmp_path: Path) ->
     expected = {"none": 0.4, "shallow": own, "deep": 0.1}
     for row in planned(config, "lake", 1):
         if row.model == "bert4rec" and row.kind != "own":
-            trained = row.cells[0].config
+            trained = row.trainings[0].config
             assert isinstance(trained, FinetuneConfig)
             assert trained.model.dropout == expected[row.transfer]
             assert trained.transfer == row.transfer
-            if row.cells[0].parent is not None:  # pre-training is the same for all
-                assert row.cells[0].parent.config.model.dropout == config.bert4rec.pretrain.model.dropout
+            if row.trainings[0].parent is not None:  # pre-training is the same for all
+                assert row.trainings[0].parent.config.model.dropout == config.bert4rec.pretrain.model.dropout
     files["none"].write_text("model: {kind: bert4rec}\ntask: {kind: next_item}\n")
     with pytest.raises(ConfigError, match=r"tuned.none: expected .* by masked_item, .*found bert4rec by next_item"):
         load_experiment("table2", "small", given)
@@ -157,11 +155,12 @@ OWN = {
         "against": "alone",
         "pretrain": {"data": {"domain": "all", "ranked": "target", "split": "joint-5"}, "task": {"kind": "next_item"}},
         "finetune": {
-            "shared_items": True, "task": {"kind": "next_item"},
+            "shared_items": True,
+            "task": {"kind": "next_item"},
             "data": {"domain": "all", "predicted": "target", "split": "joint-5"},
         },
     },
-}  # fmt: skip
+}
 
 
 def own_rows() -> dict[str, Any]:
@@ -176,13 +175,13 @@ def own_rows() -> dict[str, Any]:
 def test_rows_of_ones_own_share_what_they_are_grafted_on(tmp_path: Path) -> None:
     config = ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, own=own_rows(), seeds=[0, 3]))
     rows = {row.id: row for row in planned(config, "lake", 7)}
-    assert len(cells_of(list(rows.values()))) == 2 * 3
+    assert len(training_jobs(list(rows.values()))) == 2 * 3
     for seed in (0, 3):
-        alone, joint, grafted = (rows[name].cells[seed] for name in OWN)
+        alone, joint, grafted = (rows[name].trainings[seed] for name in OWN)
         assert grafted.parent is joint
         assert grafted.config.model_dump()["parent"] == str(joint.folder / "model")
-        assert {cell.config.train.seed for cell in (alone, joint, grafted)} == {seed}
-        assert [cell.config.data.predicted for cell in (alone, joint, grafted)] == [None, None, "target"]
+        assert {training.config.train.seed for training in (alone, joint, grafted)} == {seed}
+        assert [training.config.data.predicted for training in (alone, joint, grafted)] == [None, None, "target"]
     told = [vars(row) for row in rows.values()]
     assert [(from_scratch_of(row, told) or {}).get("id") for row in told] == [None, "alone", "alone"]
 
@@ -315,14 +314,14 @@ def test_rows_whose_transfer_would_copy_nothing_are_left_out(capsys: pytest.Capt
     rows = planned(load_experiment("table2", "small", BARE), "lake", 1)
     empty = [row for row in rows if row.reason]
     assert {row.transfer for row in empty} == {"shallow"}
-    assert not any(row.cells for row in empty)
-    plan.check_rows(rows)
+    assert not any(row.trainings for row in empty)
+    experiment_plan.check_rows(rows)
     assert capsys.readouterr().out.splitlines() == [f"{row.id} is left out: {row.reason}" for row in empty]
 
 
 def test_an_experiment_of_such_rows_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--rows", "[bert4rec/shallow/next_item/plain]"]
-    assert run.main(["--experiment", "table2", "--preset", "small", *BARE, *asked]) == 2
+    examples = ["--rows", "[bert4rec/shallow/next_item/plain]"]
+    assert run.main(["--experiment", "table2", "--preset", "small", *BARE, *examples]) == 2
     assert re.fullmatch(r"experiment: rows: bert4rec/shallow.*transfer deep.*\n", capsys.readouterr().err)
 
 
@@ -330,15 +329,15 @@ def test_scores_equal_those_of_evaluate_also_when_read_again(lake: str, tmp_path
     config = ExperimentConfig.model_validate(settings(lake, tmp_path))
     config.folder.mkdir()
     release = pin(lake, None)
-    asked = read_evaluation_set(release, "last-5", "target", "test", config.evaluation)
+    examples = read_evaluation_set(release, "last-5", "target", "test", config.evaluation)
     row: Row = next(row for row in planned(config, lake, release.number) if row.transfer == "none")
-    cell = row.cells[0]
-    artifact = load_artifact(write_model(cell.folder / "model", lake, skill=1.0))
-    expected = evaluate_contenders([model_contender(artifact, asked, label="x", seed=0)], asked)
+    training = row.trainings[0]
+    artifact = load_model(write_model(training.folder / "model", lake, skill=1.0))
+    expected = evaluate_scorers([model_scorer(artifact, examples, label="x", seed=0)], examples)
     found = []
     for _ in range(2):
-        scored = results.Scored(asked, config)
-        scored.add_model(row, 0, cell)
+        scored = results.Scored(examples, config)
+        scored.add_model(row, 0, training)
         found.append(scored.metrics(row.id))
         for protocol, convention in itertools.product(config.evaluation.protocols, results.CONVENTIONS):
             told = means(expected.metrics(("x", 0), protocol))
@@ -348,9 +347,9 @@ def test_scores_equal_those_of_evaluate_also_when_read_again(lake: str, tmp_path
                 assert values["mean"] == values["seeds"][0] == pytest.approx(told[prefix + metric])
     assert found[0] == found[1]
     assert len(list((config.folder / "ranks").iterdir())) == 1
-    write_model(cell.folder / "model", lake, skill=-1.0)  # another model in that place is scored anew
-    scored = results.Scored(asked, config)
-    scored.add_model(row, 0, cell)
+    write_model(training.folder / "model", lake, skill=-1.0)  # another model in that place is scored anew
+    scored = results.Scored(examples, config)
+    scored.add_model(row, 0, training)
     assert scored.metrics(row.id) != found[0]
 
 

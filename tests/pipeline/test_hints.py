@@ -20,9 +20,19 @@ from trainer.recipes import pipeline
 from trainer.recipes.pipeline_plan import PipelineConfig, Trained
 
 SETTINGS = [
-    "--etl.lake", "my lake", "--runs", "my runs", "--registered_model", "shop", "--recommend.k", "7",
-    "--etl.spark.engine", "sail", "--etl.spark.settings", '{spark.a: "b \'c\'", spark.password: hidden-word}',
-]  # fmt: skip
+    "--etl.lake",
+    "my lake",
+    "--runs",
+    "my runs",
+    "--registered_model",
+    "shop",
+    "--recommend.k",
+    "7",
+    "--etl.spark.engine",
+    "sail",
+    "--etl.spark.settings",
+    "{spark.a: \"b 'c'\", spark.password: hidden-word}",
+]
 SHORT = Check("from-scratch", "refused", "no", refusal="not shown", seeds=(0, 1, 2, 3))
 
 

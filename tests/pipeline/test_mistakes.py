@@ -105,7 +105,7 @@ MISTAKES = [
     (["etl", "report", "--lake", "{}/file"], "expected a lake .*found a file"),
     (["etl", "report", "--lake", "{}/empty", "--kcore", "3"], "expected --lake FOLDER, or --config, found lake, kcore"),
     (["report", "{}/nowhere.json", "--folder", "{}/page"], "expected an experiment's results in"),
-]  # fmt: skip
+]
 
 
 def experiment(arguments: Sequence[str]) -> int:

@@ -42,8 +42,8 @@ def trained(**scores: list[float]) -> list[Trained]:
 def test_lake_and_release_flow_through_every_step() -> None:
     config, planned = pipeline_plan.plan(demo("--etl.lake", "elsewhere"))
     models = trained(none=[0.1, 0.1], deep=[0.2, 0.3])
-    cells, _ = pipeline_plan.cells_of(config, planned, 7)
-    assert {(cell.config.data.lake, cell.config.data.release) for cell in cells} == {("elsewhere", 7)}
+    trainings, _ = pipeline_plan.training_jobs(config, planned, 7)
+    assert {(training.config.data.lake, training.config.data.release) for training in trainings} == {("elsewhere", 7)}
     for made in (
         pipeline_plan.evaluate_config(config, "target", 7, models),
         pipeline_plan.promote_config(config, "target", 7, models),
@@ -63,12 +63,16 @@ def test_gate_takes_its_thresholds_from_its_yaml(name: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (("--finetune.model", "caser_small", "--pretrain.model", "caser_small", "--transfers", "[none, patch]"),
-         "transfer patch: expected a model with blocks"),
-        (("--finetune.task", "{kind: target_item}", "--finetune.data", "{domain: all, predicted: target}"),
-         "task target_item tells one domain's items by what was done elsewhere"),
+        (
+            ("--finetune.model", "caser_small", "--pretrain.model", "caser_small", "--transfers", "[none, patch]"),
+            "transfer patch: expected a model with blocks",
+        ),
+        (
+            ("--finetune.task", "{kind: target_item}", "--finetune.data", "{domain: all, predicted: target}"),
+            "task target_item tells one domain's items by what was done elsewhere",
+        ),
     ],
-)  # fmt: skip
+)
 def test_settings_that_go_with_no_training_are_refused_before_tables_are_made(
     overrides: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,29 +85,29 @@ def test_settings_that_go_with_no_training_are_refused_before_tables_are_made(
 
 def test_only_transfers_share_items_with_a_parent() -> None:
     config, planned = pipeline_plan.plan(demo("--finetune.shared_items", "true"))
-    _, of_target = pipeline_plan.cells_of(config, planned, 1)
-    shared = {label: cell.config.shared_items for (label, _), cell in of_target["target"].items()}
+    _, of_target = pipeline_plan.training_jobs(config, planned, 1)
+    shared = {label: training.config.shared_items for (label, _), training in of_target["target"].items()}
     assert shared == {"none": False, "shallow": True, "deep": True, "all-domains": False, "cold-users": False}
 
 
 def test_each_training_has_a_folder_of_its_own() -> None:
     config, planned = pipeline_plan.plan(shop("music", "films", targets="[music, films]"))
-    cells, of_target = pipeline_plan.cells_of(config, planned, 1)
+    trainings, of_target = pipeline_plan.training_jobs(config, planned, 1)
     assert (
-        len({cell.folder for cell in cells})
-        == len(cells)
+        len({training.folder for training in trainings})
+        == len(trainings)
         == 1 + 2 * (len(config.seeds) * (len(config.transfers) + 1) + 1)
     )
     deep = of_target["films"]["deep", 2]
     assert (deep.config.train.seed, deep.config.transfer, deep.config.data.domain) == (2, "deep", "films")
-    assert deep.parent is of_target["music"]["shallow", 0].parent is cells[0]
-    assert deep.config.parent == str(cells[0].model)
-    assert (cells[0].config.data.domain, of_target["films"]["none", 2].parent) == ("books", None)
+    assert deep.parent is of_target["music"]["shallow", 0].parent is trainings[0]
+    assert deep.config.parent == str(trainings[0].model)
+    assert (trainings[0].config.data.domain, of_target["films"]["none", 2].parent) == ("books", None)
 
 
 def test_a_model_of_all_domains_predicts_the_target_on_a_split_that_holds_its_items_out() -> None:
     config, planned = pipeline_plan.plan(shop("music", "films", targets="[music, films]"))
-    _, of_target = pipeline_plan.cells_of(config, planned, 1)
+    _, of_target = pipeline_plan.training_jobs(config, planned, 1)
     for target in ("music", "films"):
         data = of_target[target]["all-domains", 0].config.data
         split = next(split for split in config.etl.splits if split.name == data.split)
@@ -134,7 +138,7 @@ def test_a_transfer_that_would_copy_nothing_is_left_out_of_several() -> None:
     assert planned.transfers == ("none", "deep")
     assert len(planned.notes) == 1
     assert planned.notes[0].startswith("shallow is left out: transfer shallow copies user and knowledge embeddings")
-    _, of_target = pipeline_plan.cells_of(config, planned, 1)
+    _, of_target = pipeline_plan.training_jobs(config, planned, 1)
     assert {label for label, _ in of_target["target"]} == {"none", "deep", "all-domains", "cold-users"}
     assert pipeline_plan.plan(demo())[1].notes == ()
 
@@ -160,7 +164,7 @@ def test_a_transfer_is_left_out_where_domains_share_nothing(
     release = SimpleNamespace(number=1)
     found = pipeline_plan.without_empty(config, planned, release)
     assert capsys.readouterr().out == "music/shallow is left out: they share no user\n"
-    _, of_target = pipeline_plan.cells_of(config, found, 1)
+    _, of_target = pipeline_plan.training_jobs(config, found, 1)
     assert {label for label, _ in of_target["films"]} - {label for label, _ in of_target["music"]} == {"shallow"}
     alone = replaced(config, transfers=("none", "shallow"))
     with pytest.raises(ConfigError, match="transfers: they share no user; transfer deep"):
@@ -177,8 +181,8 @@ def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scra
     config = demo("--etl.domains", "[{name: music, any_of: [music]}]")
     config, planned = pipeline_plan.plan(config)
     assert (planned.source, planned.targets, planned.transfers) == (None, ("music",), ("none",))
-    asked = pipeline_plan.promote_config(config, "music", 1, trained(none=[0.1, 0.3]))
-    assert (asked.candidate, asked.from_scratch) == (str(Path("runs/none-1/model")), ())
+    examples = pipeline_plan.promote_config(config, "music", 1, trained(none=[0.1, 0.3]))
+    assert (examples.candidate, examples.from_scratch) == (str(Path("runs/none-1/model")), ())
 
 
 @pytest.mark.parametrize(
@@ -225,10 +229,10 @@ def test_each_target_has_a_registered_model_and_folders_of_its_own() -> None:
 def test_candidate_is_the_best_seed_of_the_transfer_that_is_best_on_the_whole() -> None:
     models = trained(none=[0.9, 0.9], shallow=[0.1, 0.6], deep=[0.4, 0.5])
     assert [(model.label, model.seed) for model in pipeline_plan.choose(models)] == [("deep", 1), ("deep", 0)]
-    asked = pipeline_plan.promote_config(demo(), "target", 1, models)
-    assert asked.candidate == str(Path("runs/deep-1/model"))
-    assert asked.replicas == (str(Path("runs/deep-0/model")),)
-    assert len(asked.from_scratch) == 2
+    examples = pipeline_plan.promote_config(demo(), "target", 1, models)
+    assert examples.candidate == str(Path("runs/deep-1/model"))
+    assert examples.replicas == (str(Path("runs/deep-0/model")),)
+    assert len(examples.from_scratch) == 2
 
 
 def test_from_scratch_is_the_candidate_only_where_it_is_alone() -> None:
@@ -295,10 +299,15 @@ def test_a_companion_that_chance_may_have_lifted_is_refused() -> None:
 def test_columns_of_the_table_stay_apart_however_large_a_gain_is() -> None:
     def row(label: str, metric: str, mean: float, gain: float | None) -> dict[str, Any]:
         return {
-            "label": label, "metric": metric, "protocol": "full", "mean": mean, "is_model": label != "popularity",
-            "is_candidate": label == "deep", "p_value": None if gain is None else 1e-9,
+            "label": label,
+            "metric": metric,
+            "protocol": "full",
+            "mean": mean,
+            "is_model": label != "popularity",
+            "is_candidate": label == "deep",
+            "p_value": None if gain is None else 1e-9,
             "gain": None if gain is None else {"gain": 0.5, "relative_gain": gain},
-        }  # fmt: skip
+        }
 
     gains = {"none": None, "deep": 12_345.678, "popularity": float("nan")}
     table = pipeline.gain_table(
@@ -423,10 +432,18 @@ def write_shop(folder: Path, *, users: int = 300, apart: bool = False) -> None:
     (folder / "etl.yaml").write_text(json.dumps(etl))
     pretrain = {"model": "demo", "task": "masked_item", "train": {"epochs": 3, "learning_rate": 0.003}}
     settings = {
-        "name": "shop", "registered_model": "shop", "runs": "runs", "etl": str(folder / "etl.yaml"),
-        "pretrain": pretrain, "finetune": pretrain, "promote": "default", "source": "books",
-        "transfers": ["none", "patch"], "seeds": [0, 1, 2], "targets": ["music", "films"],
-    }  # fmt: skip
+        "name": "shop",
+        "registered_model": "shop",
+        "runs": "runs",
+        "etl": str(folder / "etl.yaml"),
+        "pretrain": pretrain,
+        "finetune": pretrain,
+        "promote": "default",
+        "source": "books",
+        "transfers": ["none", "patch"],
+        "seeds": [0, 1, 2],
+        "targets": ["music", "films"],
+    }
     (folder / "shop.yaml").write_text(json.dumps(settings))
 
 
@@ -458,9 +475,19 @@ def test_two_targets_one_domain_and_none_each_keep_their_own(tmp_path: Path) -> 
 
     for domains, target in (("[{name: music, any_of: [music]}]", "music"), ("[]", "all")):
         alone = run(
-            tmp_path, "--etl.domains", domains, "--etl.lake", f"lake-{target}", "--targets", "[]",
-            "--runs", f"runs-{target}", "--registered_model", "alone", config=base,
-        )  # fmt: skip
+            tmp_path,
+            "--etl.domains",
+            domains,
+            "--etl.lake",
+            f"lake-{target}",
+            "--targets",
+            "[]",
+            "--runs",
+            f"runs-{target}",
+            "--registered_model",
+            "alone",
+            config=base,
+        )
         assert alone.returncode in (0, 3), alone.stdout + alone.stderr
         assert "nothing is transferred" in alone.stdout
         assert {Path(name).name for name in models_in(tmp_path / f"runs-{target}")} == {"none-0", "none-1", "none-2"}

@@ -30,9 +30,14 @@ def _started(command: Sequence[str], folder: Path, *path: Path) -> "subprocess.P
     """A command in a process group of its own; modules in `path` come before others."""
     environment: Mapping[str, str] = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
     return subprocess.Popen(
-        [sys.executable, *command], cwd=folder, env=environment, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [sys.executable, *command],
+        cwd=folder,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def _configure(folder: Path, *, users: int) -> None:
@@ -43,11 +48,12 @@ def _configure(folder: Path, *, users: int) -> None:
     config = {
         "lake": "lake",
         "source": {
-            "kind": "log", "events": {"path": "events.csv", "columns": {"user": "user", "item": "item", "time": "ts"}},
+            "kind": "log",
+            "events": {"path": "events.csv", "columns": {"user": "user", "item": "item", "time": "ts"}},
         },
         "kcore": {"min_user": 2, "min_item": 2},
         "spark": {"engine": "sail", "shuffle_partitions": 2},
-    }  # fmt: skip
+    }
     (folder / "etl.yaml").write_text(yaml.safe_dump(config))
 
 
@@ -105,9 +111,14 @@ stopping.leave(run_command("work", work))
 def test_a_command_ends_while_a_task_of_sail_still_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _ENDS_BESIDE_A_TASK]
     ended = subprocess.Popen(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert ended.stdout is not None
     assert ended.stdout.readline() == "running\n"
     _, errors = ended.communicate("\n", timeout=WAIT_SECONDS)

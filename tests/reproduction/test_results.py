@@ -64,10 +64,16 @@ def test_one_row_comes_out_again(path: Path, tmp_path: Path) -> None:
     row = next(row for row in kept["rows"] if row["seeds"] and row["transfer"] == "none")
     seed = row["seeds"][0]["seed"]
     command = [
-        sys.executable, str(ROOT / "mlflow_projects" / "experiment.py"),
-        "--experiment", str(file), "--rows", f"[{row['id']}]", "--seeds", f"[{seed}]",
+        sys.executable,
+        str(ROOT / "mlflow_projects" / "experiment.py"),
+        "--experiment",
+        str(file),
+        "--rows",
+        f"[{row['id']}]",
+        "--seeds",
+        f"[{seed}]",
         *(["--data", str(DATA)] if needs_data else []),
-    ]  # fmt: skip
+    ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,7 +12,7 @@ from trainer.config import FinetuneConfig
 from trainer.data.catalogue import read_catalogue, read_knowledge
 from trainer.data.release import pin, vocabulary_size
 from trainer.data.sequences import SequenceDataset
-from trainer.inference.model_folder import load_artifact, save_artifact
+from trainer.inference.model_folder import load_model, save_model
 from trainer.models import build_model
 
 MODEL = {"width": 8, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4, "dropout": 0.0}
@@ -31,9 +31,18 @@ def popularity_of(lake, domain="target", split="last-5"):
 
 
 def write_model(
-    folder, lake, *, skill=0.0, domain="target", predicted=None, split="last-5", seed=0, transfer="none", poison=False,
+    folder,
+    lake,
+    *,
+    skill=0.0,
+    domain="target",
+    predicted=None,
+    split="last-5",
+    seed=0,
+    transfer="none",
+    poison=False,
     noise=1.0,
-):  # fmt: skip
+):
     """A model whose scores are `noise` plus `skill` times the popularity's logarithm. Returns its folder."""
     release = pin(lake, None)
     catalogue = read_catalogue(release, domain)
@@ -49,25 +58,35 @@ def write_model(
     knowledge = read_knowledge(release, catalogue, config.model.knowledge)
     popularity = popularity_of(lake, domain, split)
     model = build_model(
-        config.model, num_users=vocabulary_size(release, tables.USERS),
-        num_entities=vocabulary_size(release, tables.ENTITIES), knowledge_VS=torch.from_numpy(knowledge), seed=seed,
-    )  # fmt: skip
+        config.model,
+        num_users=vocabulary_size(release, tables.USERS),
+        num_entities=vocabulary_size(release, tables.ENTITIES),
+        knowledge_VS=torch.from_numpy(knowledge),
+        seed=seed,
+    )
     weights = dict(model.state_dict())
     bias = noise * np.random.default_rng(seed).normal(size=len(catalogue)) + skill * np.log1p(popularity)
     bias[:FIRST_INDEX] = 0
     if poison:
         bias[-1] = np.nan
     weights["output_bias"] = torch.from_numpy(bias).float()
-    save_artifact(
-        Path(folder), config=config, release=release, catalogue=catalogue, popularity=popularity, knowledge=knowledge,
-        weights=weights, metrics={"seconds": 10.0 + seed, "pretrain_seconds": 5.0, "validation/NDCG@10": 0.1},
-        parent=None, users=release.read(tables.USERS, ["user", "index"]),
-    )  # fmt: skip
+    save_model(
+        Path(folder),
+        config=config,
+        release=release,
+        catalogue=catalogue,
+        popularity=popularity,
+        knowledge=knowledge,
+        weights=weights,
+        metrics={"seconds": 10.0 + seed, "pretrain_seconds": 5.0, "validation/NDCG@10": 0.1},
+        parent=None,
+        users=release.read(tables.USERS, ["user", "index"]),
+    )
     return str(folder)
 
 
 def alike(scores, folder):
     """Equal to `scores` of a model of `write_model`, but for rounding of what they are sums of, where the bias is the
     largest: a sum itself may be near zero."""
-    largest = load_artifact(Path(folder)).model.state_dict()["output_bias"].abs().max()
+    largest = load_model(Path(folder)).model.state_dict()["output_bias"].abs().max()
     return pytest.approx(scores, rel=0, abs=1e-5 * float(largest))

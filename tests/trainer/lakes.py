@@ -42,38 +42,76 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS, d
     users = [{"raw": f"u{user:03d}", "index": FIRST_INDEX + user} for user in range(num_users)]
 
     write = _Writer(str(folder))
-    write("items", [
-        {"item": i["raw"], "index": i["index"], "kept": i["kept"], "degree": sum(i["index"] in log[0] for log in logs),
-         "title": f"Title {i['raw']}", "year": 1990 + i["taste"], "attributes": [],
-         "categories": [f"kind {i['taste']}", i["domain"]] if described else [i["domain"]]}
-        for i in sorted(items, key=lambda i: i["index"])
-    ])  # fmt: skip
-    write("users", [
-        {"user": u["raw"], "index": u["index"], "kept": True, "degree": len(log[0]),
-         "attributes": [{"name": "taste", "value": f"t{(u['index'] - FIRST_INDEX) % NUM_TASTES}"},
-                        {"name": "born", "value": str(1990 + (u["index"] - FIRST_INDEX) // 58)}]}
-        for u, log in zip(users, logs, strict=True)
-    ])  # fmt: skip
+    write(
+        "items",
+        [
+            {
+                "item": i["raw"],
+                "index": i["index"],
+                "kept": i["kept"],
+                "degree": sum(i["index"] in log[0] for log in logs),
+                "title": f"Title {i['raw']}",
+                "year": 1990 + i["taste"],
+                "attributes": [],
+                "categories": [f"kind {i['taste']}", i["domain"]] if described else [i["domain"]],
+            }
+            for i in sorted(items, key=lambda i: i["index"])
+        ],
+    )
+    write(
+        "users",
+        [
+            {
+                "user": u["raw"],
+                "index": u["index"],
+                "kept": True,
+                "degree": len(log[0]),
+                "attributes": [
+                    {"name": "taste", "value": f"t{(u['index'] - FIRST_INDEX) % NUM_TASTES}"},
+                    {"name": "born", "value": str(1990 + (u["index"] - FIRST_INDEX) // 58)},
+                ],
+            }
+            for u, log in zip(users, logs, strict=True)
+        ],
+    )
     people = [f"person:p{n}" for n in range(3 * NUM_TASTES)]
-    write("entities", [
-        {"entity": p, "index": FIRST_INDEX + n, "kind": "person", "name": p.removeprefix("person:")}
-        for n, p in enumerate(people)
-    ])  # fmt: skip
-    write("domains", [
-        {"domain": domain, "item": i["raw"], "index": i["index"], "rule": "tiny"}
-        for domain in DOMAINS for i in items if domain in (i["domain"], "all")
-    ])  # fmt: skip
-    write("knowledge", [
-        {"head": i["raw"], "relation": relation, "tail": people[person], "rank": rank, "source": "tiny",
-         "head_index": i["index"], "tail_index": FIRST_INDEX + person}
-        for i in items
-        for relation, rank, person in (
-            ("director", 1, i["taste"]),
-            ("actor", 1, NUM_TASTES + i["taste"]),
-            ("actor", 2, 2 * NUM_TASTES + i["taste"]),
-        )
-        if i["index"] % 7  # some items without metadata
-    ])  # fmt: skip
+    write(
+        "entities",
+        [
+            {"entity": p, "index": FIRST_INDEX + n, "kind": "person", "name": p.removeprefix("person:")}
+            for n, p in enumerate(people)
+        ],
+    )
+    write(
+        "domains",
+        [
+            {"domain": domain, "item": i["raw"], "index": i["index"], "rule": "tiny"}
+            for domain in DOMAINS
+            for i in items
+            if domain in (i["domain"], "all")
+        ],
+    )
+    write(
+        "knowledge",
+        [
+            {
+                "head": i["raw"],
+                "relation": relation,
+                "tail": people[person],
+                "rank": rank,
+                "source": "tiny",
+                "head_index": i["index"],
+                "tail_index": FIRST_INDEX + person,
+            }
+            for i in items
+            for relation, rank, person in (
+                ("director", 1, i["taste"]),
+                ("actor", 1, NUM_TASTES + i["taste"]),
+                ("actor", 2, 2 * NUM_TASTES + i["taste"]),
+            )
+            if i["index"] % 7  # some items without metadata
+        ],
+    )
     sequences, negatives = [], []
     for split in ("last-5", "causal", "joint-5", "cold-users"):
         for user, log in zip(users, logs, strict=True):
@@ -93,10 +131,19 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS, d
         ],
     )
     write("negatives", negatives)
-    write("releases", [
-        {"release": 1, "created": 0, "config": "{}", "config_hash": "tiny", "code_version": "tiny",
-         "tables": [{"table": name, "version": version} for name, version in write.written.items()]}
-    ])  # fmt: skip
+    write(
+        "releases",
+        [
+            {
+                "release": 1,
+                "created": 0,
+                "config": "{}",
+                "config_hash": "tiny",
+                "code_version": "tiny",
+                "tables": [{"table": name, "version": version} for name, version in write.written.items()],
+            }
+        ],
+    )
     return str(folder)
 
 
@@ -110,9 +157,12 @@ class _Writer:
         properties = {tables.PROPERTY_BUCKETS: str(BUCKETS), tables.PROPERTY_TIME: tables.TIME_TIMESTAMP}
         place = f"{self.lake}/{name}"
         DeltaTable.create(
-            place, table.schema, partition_by=list(table.partition_by) or None, configuration=properties,
+            place,
+            table.schema,
+            partition_by=list(table.partition_by) or None,
+            configuration=properties,
             raise_if_key_not_exists=False,  # the properties are ours, not Delta's
-        )  # fmt: skip
+        )
         write_deltalake(place, data, mode="append")
         self.written[name] = DeltaTable(place).version()
 
@@ -150,11 +200,21 @@ def _sequences(split, user, log, items):
             continue
         held_out = first_held_out is not None if (split, domain) == ("joint-5", "all") else len(own) > 5
         end = len(own)
-        rows.append({
-            "split": split, "domain": domain, "bucket": bucket_of(user["raw"], BUCKETS), "user": user["index"],
-            "items": [i for i, _ in own], "times": [t for _, t in own], "event_types": None, "values": None,
-            "valid_start": end - 5 if held_out else end, "test_start": end - 3 if held_out else end, "end": end,
-        })  # fmt: skip
+        rows.append(
+            {
+                "split": split,
+                "domain": domain,
+                "bucket": bucket_of(user["raw"], BUCKETS),
+                "user": user["index"],
+                "items": [i for i, _ in own],
+                "times": [t for _, t in own],
+                "event_types": None,
+                "values": None,
+                "valid_start": end - 5 if held_out else end,
+                "test_start": end - 3 if held_out else end,
+                "end": end,
+            }
+        )
     return rows
 
 
@@ -171,11 +231,21 @@ def _cold_sequences(user, log, target, domain_of):
             continue
         valid_start = end - 5 if domain == "source" and end > 5 else len(own)
         test_start = end - 3 if domain == "source" and end > 5 else len(own) if draw < 0.2 else end
-        rows.append({
-            "split": "cold-users", "domain": domain, "bucket": bucket_of(user["raw"], BUCKETS), "user": user["index"],
-            "items": [i for i, _ in own + held], "times": [t for _, t in own + held], "event_types": None,
-            "values": None, "valid_start": valid_start, "test_start": test_start, "end": end,
-        })  # fmt: skip
+        rows.append(
+            {
+                "split": "cold-users",
+                "domain": domain,
+                "bucket": bucket_of(user["raw"], BUCKETS),
+                "user": user["index"],
+                "items": [i for i, _ in own + held],
+                "times": [t for _, t in own + held],
+                "event_types": None,
+                "values": None,
+                "valid_start": valid_start,
+                "test_start": test_start,
+                "end": end,
+            }
+        )
     return rows
 
 
@@ -201,19 +271,28 @@ def _baskets(user, domain, log, items):
         own = own[size:]
     parts = ["train"] * len(lists) if len(lists) < 3 else [*["train"] * (len(lists) - 2), "validation", "test"]
     return [
-        {"split": "last-5", "domain": domain, "bucket": bucket_of(user["raw"], BUCKETS), "user": user["index"],
-         "basket": number, "time": events[0][1], "part": part, "items": [i for i, _ in events]}
+        {
+            "split": "last-5",
+            "domain": domain,
+            "bucket": bucket_of(user["raw"], BUCKETS),
+            "user": user["index"],
+            "basket": number,
+            "time": events[0][1],
+            "part": part,
+            "items": [i for i, _ in events],
+        }
         for number, (events, part) in enumerate(zip(lists, parts, strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def _negatives(random, sequence, log, items):
     if sequence["valid_start"] == sequence["end"]:
         return []
     unseen = [
-        i["index"] for i in items
+        i["index"]
+        for i in items
         if i["kept"] and sequence["domain"] in (i["domain"], "all") and i["index"] not in log[0]
-    ]  # fmt: skip
+    ]
     return [
         {key: sequence[key] for key in ("split", "domain", "bucket", "user")}
         | {"protocol": protocol, "part": part, "items": random.permutation(unseen)[:100].tolist()}

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 
 
 def trained_by(processes, config, folder):
@@ -15,14 +15,14 @@ def trained_by(processes, config, folder):
     command = [sys.executable, *launcher, "-m", "trainer", "pretrain", "--config", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    return load_artifact(folder / "runs" / config.name / "model")
+    return load_model(folder / "runs" / config.name / "model")
 
 
 def recommended_on_sail(config):
     """Run the recipe `recommend` on Sail: in a process of its own, since this one has a Spark session."""
     settings = config.model_copy(update={"spark": config.spark.model_copy(update={"engine": "sail"})})
     script = (
-        "import sys; from trainer import recommend; from trainer.config import RecommendConfig;"
+        "import sys; from trainer.recipes import recommend; from trainer.config import RecommendConfig;"
         "recommend.run(RecommendConfig.model_validate_json(sys.argv[1]))"
     )
     command = [sys.executable, "-c", script, settings.model_dump_json()]

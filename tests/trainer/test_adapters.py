@@ -12,12 +12,12 @@ from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX
 from tests.trainer.networks import NUM_ITEMS, batch_of
 from trainer.config import Bert4RecConfig, FinetuneConfig, PatchConfig, PeterRecConfig, PretrainConfig
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.models import build_model
 from trainer.models.adapters import Adapter
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
-from trainer.training.transfer import TransferError, graft
+from trainer.training.transfer import TransferError, initialise_from
 
 NETWORKS = {
     "bert4rec": Bert4RecConfig(blocks=2, width=16, heads=2, max_length=12, dropout=0.0, user_width=0, knowledge={}),
@@ -92,7 +92,7 @@ def test_two_patches_a_block_add_what_they_should(divisor, share):
     added = sum(p.numel() for name, p in model.named_parameters() if name.startswith("patches."))
     block = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks."))
     assert added / block == pytest.approx(share, abs=5e-4)
-    account = graft(model, config, None, "none")
+    account = initialise_from(model, config, None, "none")
     counts = account.counts()
     assert counts["added"] == added
     assert counts["total"] == sum(p.numel() for p in model.parameters())
@@ -102,7 +102,7 @@ def test_two_patches_a_block_add_what_they_should(divisor, share):
 
 def test_the_default_adds_less_than_a_tenth():
     for config in (PeterRecConfig(), Bert4RecConfig(user_width=0, knowledge={})):
-        counts = graft(network(config, patch=PatchConfig()), config, None, "none").counts()
+        counts = initialise_from(network(config, patch=PatchConfig()), config, None, "none").counts()
         assert 0 < counts["added"] < 0.1 * counts["backbone"]
 
 
@@ -115,19 +115,27 @@ def parents(tiny_lake, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parents")
     return {
         name: pretrain(
-            tiny(PretrainConfig, folder, tiny_lake, name=name, task={"kind": "next_item"})
-            .model_copy(update={"model": type(NETWORKS[name]).model_validate(model)})
+            tiny(PretrainConfig, folder, tiny_lake, name=name, task={"kind": "next_item"}).model_copy(
+                update={"model": type(NETWORKS[name]).model_validate(model)}
+            )
         ).model
         for name, model in MODELS.items()
-    }  # fmt: skip
+    }
 
 
 def settings(folder, lake, parents, kind, **more):
     given = {
-        **TINY, "name": f"patched-{kind}", "output": str(folder / "runs"), "transfer": "patch",
-        "parent": str(parents[kind]), "shared_items": True, "model": MODELS[kind], "task": {"kind": "target_item"},
-        "data": {"lake": str(lake), "domain": "all", "predicted": "target", "split": "joint-5"}, **more,
-    }  # fmt: skip
+        **TINY,
+        "name": f"patched-{kind}",
+        "output": str(folder / "runs"),
+        "transfer": "patch",
+        "parent": str(parents[kind]),
+        "shared_items": True,
+        "model": MODELS[kind],
+        "task": {"kind": "target_item"},
+        "data": {"lake": str(lake), "domain": "all", "predicted": "target", "split": "joint-5"},
+        **more,
+    }
     return FinetuneConfig.model_validate(given)
 
 
@@ -149,7 +157,7 @@ def test_nothing_but_patches_and_the_targets_items_is_trained(name, kind, parent
     assert after.keys() == before.keys() | patches
     assert all(after[tensor].abs().max() > 0 for tensor in patches if "up" in tensor)
     # the source's items are the parent's, byte for byte; the target's are trained
-    old, new = load_artifact(parents[name]).catalogue, load_artifact(folder / "model").catalogue
+    old, new = load_model(parents[name]).catalogue, load_model(folder / "model").catalogue
     place = {item: row for row, item in enumerate(old.raw_ids) if row >= FIRST_INDEX}
     shared = [(place[item], row) for row, item in enumerate(new.raw_ids) if item in place]
     assert len(shared) == len(place)
@@ -198,12 +206,14 @@ def test_a_patched_run_goes_on_where_it_was_stopped(parents, tiny_lake, tmp_path
         ({"model": {"kind": "caser"}}, "transfer patch: expected a model with blocks .*found caser"),
         ({"patch": {"bottleneck": 16}}, "patch.bottleneck: expected less than the model's width, 16, found 16"),
         ({"patch": {"kind": "lora", "rank": 99}}, "patch.rank: expected less than .*, 16, found 99"),
-        ({"train": {"table_optimizer": "rowwise"}, "task": {"kind": "target_item", "loss": {"kind": "sampled"}}},
-         "table_optimizer=adamw"),
+        (
+            {"train": {"table_optimizer": "rowwise"}, "task": {"kind": "target_item", "loss": {"kind": "sampled"}}},
+            "table_optimizer=adamw",
+        ),
         ({"data": {"domain": "source"}}, "task target_item .*set data.domain=all"),
         ({"parent": None}, "needs a pre-trained model"),
     ],
-)  # fmt: skip
+)
 def test_patches_that_do_not_fit_are_refused_before_anything_runs(more, told, parents, tiny_lake, tmp_path):
     with pytest.raises((GraftrecError, ValueError), match=told):
         finetune(settings(tmp_path, tiny_lake, parents, "peterrec", **more))

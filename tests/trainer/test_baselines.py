@@ -108,10 +108,10 @@ def test_item_to_item_without_a_history_is_popularity():
 @pytest.mark.parametrize(("last", "decay"), [(1, 1.0), (3, 1.0), (None, 1.0), (4, 0.5), (None, 0.7)])
 def test_item_to_item_equals_the_sum_of_cosines(last, decay):
     rng = np.random.default_rng(1)
-    log, asked = random_log(rng, 40, 12, 9), random_log(rng, 15, 12, 9)
+    log, examples = random_log(rng, 40, 12, 9), random_log(rng, 15, 12, 9)
     candidates = np.array([11, 3, 0, 7])
-    scores = item_to_item(histories(log), 12, last=last, decay=decay).score(histories(asked), candidates)
-    for user, items in enumerate(asked):
+    scores = item_to_item(histories(log), 12, last=last, decay=decay).score(histories(examples), candidates)
+    for user, items in enumerate(examples):
         newest_first = items[::-1][:last]
         for column, candidate in enumerate(candidates):
             expected = sum(decay**age * cosine(log, item, candidate) for age, item in enumerate(newest_first))
@@ -121,12 +121,12 @@ def test_item_to_item_equals_the_sum_of_cosines(last, decay):
 @pytest.mark.parametrize("per_block", [1, 5 * 23, 1 << 23])
 def test_item_to_item_is_the_same_in_any_blocks_and_towards_any_candidates(per_block, monkeypatch):
     rng = np.random.default_rng(2)
-    log, asked = histories(random_log(rng, 60, 23, 12)), histories(random_log(rng, 9, 23, 12))
+    log, examples = histories(random_log(rng, 60, 23, 12)), histories(random_log(rng, 9, 23, 12))
     candidates = np.array([1, 20, 4])
-    expected = item_to_item(log, 23).score(asked, candidates)
-    monkeypatch.setattr("trainer.baselines.SIMILARITIES_PER_BLOCK", per_block)
+    expected = item_to_item(log, 23).score(examples, candidates)
+    monkeypatch.setattr("trainer.evaluation.baselines.sequences.SIMILARITIES_PER_BLOCK", per_block)
     for towards in (None, candidates):
-        found = item_to_item(log, 23, towards=towards).score(asked, candidates)
+        found = item_to_item(log, 23, towards=towards).score(examples, candidates)
         torch.testing.assert_close(found, expected)
 
 
@@ -153,8 +153,8 @@ def test_item_to_item_never_learns_from_held_out_items():
     log = random_log(rng, 30, 10, 8)
     ends = np.array([max(len(items) - 2, 0) for items in log])
     other = [items[:end] + rng.integers(0, 10, len(items) - end).tolist() for items, end in zip(log, ends, strict=True)]
-    asked = histories([[0, 1, 2], [5]])
-    scores = [item_to_item(histories(each).until(ends), 10).score(asked, np.arange(10)) for each in (log, other)]
+    examples = histories([[0, 1, 2], [5]])
+    scores = [item_to_item(histories(each).until(ends), 10).score(examples, np.arange(10)) for each in (log, other)]
     assert torch.equal(*scores)
 
 
@@ -204,15 +204,15 @@ def test_transitions_know_the_direction():
 @pytest.mark.parametrize("per_block", [1, 40, 1 << 22])
 @pytest.mark.parametrize(("steps", "decay"), [(1, 1.0), (3, 0.5), (8, 0.8), (8, 1.0)])
 def test_transitions_equal_pairs_counted_one_by_one(steps, decay, per_block, monkeypatch):
-    monkeypatch.setattr("trainer.baselines.PAIRS_PER_BLOCK", per_block)
+    monkeypatch.setattr("trainer.evaluation.baselines.sequences.PAIRS_PER_BLOCK", per_block)
     rng = np.random.default_rng(1)
-    log, asked = random_log(rng, 40, 12, 20), random_log(rng, 15, 12, 20)
+    log, examples = random_log(rng, 40, 12, 20), random_log(rng, 15, 12, 20)
     counts, popular = followers(log, steps, decay), Counter(item for items in log for item in items)
     candidates = np.array([11, 3, 0, 7])
     for towards in (None, candidates):
         model = transitions(histories(log), 12, steps=steps, decay=decay, towards=towards)
-        scores = model.score(histories(asked), candidates)
-        for user, items in enumerate(asked):
+        scores = model.score(histories(examples), candidates)
+        for user, items in enumerate(examples):
             newest_first = items[::-1][:steps]
             for column, candidate in enumerate(candidates.tolist()):
                 total = sum(decay**age * counts[item, candidate] for age, item in enumerate(newest_first))
@@ -237,7 +237,7 @@ def test_transitions_of_nothing_score_nothing():
 
 def test_scoring_in_batches_changes_nothing():
     rng = np.random.default_rng(5)
-    asked = histories(random_log(rng, 20, 30, 10))
+    examples = histories(random_log(rng, 20, 30, 10))
     model = item_to_item(histories(random_log(rng, 50, 30, 10)), 30)
-    parts = [model.score(asked.take(np.arange(start, start + 5)), np.arange(30)) for start in range(0, 20, 5)]
-    torch.testing.assert_close(torch.cat(parts), model.score(asked, np.arange(30)))
+    parts = [model.score(examples.take(np.arange(start, start + 5)), np.arange(30)) for start in range(0, 20, 5)]
+    torch.testing.assert_close(torch.cat(parts), model.score(examples, np.arange(30)))

@@ -40,7 +40,7 @@ from trainer.evaluation.baselines import next_basket
 from trainer.evaluation.item_ranking import ranks, read_held_out
 from trainer.evaluation.ranking_metrics import metrics_from_ranks
 from trainer.evaluation.scorers import EvaluateError
-from trainer.inference.model_folder import ArtifactError, digest_of, load_artifact
+from trainer.inference.model_folder import ModelFolderError, digest_of, load_model
 from trainer.inference.scorer import Scores
 from trainer.recipes import promote
 from trainer.recipes.evaluate import run as evaluate
@@ -118,13 +118,13 @@ def test_a_table_that_lacks_them_is_named(tiny_lake):
 def test_the_next_basket_is_held_out(tiny_lake):
     release = pin(tiny_lake, None)
     catalogue = read_catalogue(release, "target")
-    asked = read_held_out(release, "last-5", "target", catalogue, "test", baskets=True)
+    examples = read_held_out(release, "last-5", "target", catalogue, "test", baskets=True)
     rows = pl.read_delta(f"{tiny_lake}/baskets").filter((pl.col("split") == "last-5") & (pl.col("domain") == "target"))
     held = {row["user"]: row["items"] for row in rows.filter(pl.col("part") == "test").to_dicts()}
-    assert asked.users.tolist() == sorted(held)
-    for user, targets, history in zip(asked.users, asked.targets, range(len(asked)), strict=True):
+    assert examples.users.tolist() == sorted(held)
+    for user, targets, history in zip(examples.users, examples.targets, range(len(examples)), strict=True):
         assert catalogue.global_index[targets[targets >= 0]].tolist() == held[user]
-        read = asked.histories.items[asked.histories.offsets[history] : asked.histories.offsets[history + 1]]
+        read = examples.histories.items[examples.histories.offsets[history] : examples.histories.offsets[history + 1]]
         assert read[-1] == SEP
         assert len(read[read != SEP]) == sum(
             map(len, rows.filter((pl.col("user") == user) & (pl.col("part") != "test"))["items"])
@@ -241,11 +241,11 @@ LISTS = [[[0], [1, 2], [3]], [[10, 11], [12]], [[20], [21], [22], [23, 24]], [[2
 
 def test_pairs_are_of_the_user_or_of_another():
     task = BasketPair(BasketPairConfig(baskets=3, asked_probability=0.3))
-    adjacent, total, asked, firsts = 0, 0, 0, Counter()
+    adjacent, total, examples, firsts = 0, 0, 0, Counter()
     for step in range(200):
         batch = batch_of(LISTS, draw=(1, 0, step))
         drawn = task.draw(batch, max_length=16)
-        asked += len(drawn.asked_A)
+        examples += len(drawn.asked_A)
         for items, owner, is_next in zip(
             rows_of(drawn.pairs.items_PW), drawn.pairs.owner_P.tolist(), drawn.adjacent_P.tolist(), strict=True
         ):
@@ -262,9 +262,9 @@ def test_pairs_are_of_the_user_or_of_another():
                 firsts[tuple(second)] += 1
             adjacent, total = adjacent + is_next, total + 1
     drawn_pairs = 200 * 3 * 3  # three users have two baskets
-    assert asked / drawn_pairs == pytest.approx(0.5 * 0.3, abs=0.03)
-    assert total == drawn_pairs - asked
-    assert (adjacent + asked) / drawn_pairs == pytest.approx(0.5, abs=0.05)
+    assert examples / drawn_pairs == pytest.approx(0.5 * 0.3, abs=0.03)
+    assert total == drawn_pairs - examples
+    assert (adjacent + examples) / drawn_pairs == pytest.approx(0.5, abs=0.05)
     assert len(firsts) == sum(map(len, LISTS))  # anybody's any basket
 
 
@@ -298,9 +298,14 @@ def test_a_rank_draws_what_one_process_would():
     halves = []
     for rows in (slice(0, 2), slice(2, 4)):
         half = Batch(
-            whole.items[rows], whole.lengths[rows], whole.users[rows], len(LISTS), rows, whole.draw,
+            whole.items[rows],
+            whole.lengths[rows],
+            whole.users[rows],
+            len(LISTS),
+            rows,
+            whole.draw,
             everyone=whole.items,
-        )  # fmt: skip
+        )
         halves.append(task.loss(model, half))
     assert sum(part[0].item() for part in halves) == pytest.approx(loss.item())
     assert sum(int(part[1]) for part in halves) == int(count)
@@ -362,9 +367,9 @@ def test_a_planted_pattern_is_found(kind, name):
         drawn = task.draw(batch_of(lists, draw=(9, 9, 9)), max_length=16)
         cls = torch.zeros_like(drawn.pairs.items_PW, dtype=torch.bool)
         cls[:, 0] = True
-        scores = model.task_heads[HEAD](model(
-            drawn.pairs.items_PW, drawn.pairs.lengths_P, drawn.pairs.owner_P, cls, causal=False
-        ))[:, 0]  # fmt: skip
+        scores = model.task_heads[HEAD](
+            model(drawn.pairs.items_PW, drawn.pairs.lengths_P, drawn.pairs.owner_P, cls, causal=False)
+        )[:, 0]
         of_next, of_others = scores[drawn.adjacent_P], scores[~drawn.adjacent_P]
         assert (of_next[:, None] > of_others).float().mean() > 0.7  # a third of others' baskets are of the right kind
 
@@ -444,21 +449,22 @@ def trained(tiny_lake, tmp_path_factory):
 
 def test_the_pairs_head_is_kept_and_not_transferred(trained):
     _, parent, models = trained
-    assert HEAD in load_artifact(parent).model.task_heads
-    assert not load_artifact(models["deep"]).model.task_heads
-    again = load_artifact(parent)
+    assert HEAD in load_model(parent).model.task_heads
+    assert not load_model(models["deep"]).model.task_heads
+    again = load_model(parent)
     batch = batch_of([[[0, 1], [2]]])
-    torch.testing.assert_close(
-        again.task.query(again.model, batch), load_artifact(parent).task.query(again.model, batch)
-    )
+    torch.testing.assert_close(again.task.query(again.model, batch), load_model(parent).task.query(again.model, batch))
 
 
 def test_models_are_compared_by_the_next_basket(trained, tiny_lake, tmp_path):
     _, _, models = trained
     config = EvaluateConfig(
-        name="asked", output=str(tmp_path), tracking={"enabled": False}, runtime={"progress": False},
+        name="asked",
+        output=str(tmp_path),
+        tracking={"enabled": False},
+        runtime={"progress": False},
         models=tuple(EvaluatedModel(model=str(model), label=label) for label, model in models.items()),
-    )  # fmt: skip
+    )
     report = evaluate(config)
     labels = {row["label"] for row in report.rows}
     assert labels == {*models, "popularity", "personal frequency", "Markov chain"}
@@ -494,9 +500,9 @@ def test_what_was_had_can_be_left_out(tiny_lake):
 
     found = {}
     for repeats in (False, True):
-        asked = read_held_out(release, "last-5", "target", catalogue, "test", baskets=True, repeats=repeats)
-        found[repeats] = ranks(by_frequency, asked)["full"]
-    had = np.array([len(set(asked.histories.take(np.array([row])).items) - {SEP}) for row in range(len(asked))])
+        examples = read_held_out(release, "last-5", "target", catalogue, "test", baskets=True, repeats=repeats)
+        found[repeats] = ranks(by_frequency, examples)["full"]
+    had = np.array([len(set(examples.histories.take(np.array([row])).items) - {SEP}) for row in range(len(examples))])
     num_items = len(catalogue) - FIRST_INDEX
     assert (found[True][:, 0] > had).all()  # behind all that was had
     assert (found[False].max(1) == num_items - had).all()  # all others are tied: the last of them
@@ -515,31 +521,31 @@ def test_evaluate_and_promote_obey_the_models_own_repeats(trained, tmp_path, mon
         (folder / "manifest.json").write_text(json.dumps(digests | {"config.json": digest_of(folder / "config.json")}))
         return str(folder)
 
-    def asked(*folders, **more):
+    def examples(*folders, **more):
         given = {"output": str(tmp_path / "runs"), "tracking": {"enabled": False}, "runtime": {"progress": False}}
         named = [{"model": str(folder), "label": f"m{place}"} for place, folder in enumerate(folders)]
         return evaluate(EvaluateConfig.model_validate(given | {"models": named} | more))
 
     other = without_repeats("deep")
-    assert "what a user has had is a candidate too" in asked(models["deep"]).text
-    assert "what a user has had" not in asked(other).text
-    assert "what a user has had" in asked(other, evaluation={"repeats": True}).text
+    assert "what a user has had is a candidate too" in examples(models["deep"]).text
+    assert "what a user has had" not in examples(other).text
+    assert "what a user has had" in examples(other, evaluation={"repeats": True}).text
     with pytest.raises(EvaluateError, match=r"trained with the same, found true in .* set --evaluation.repeats"):
-        asked(models["deep"], other)
-    assert "what a user has had" not in asked(models["deep"], other, evaluation={"repeats": False}).text
+        examples(models["deep"], other)
+    assert "what a user has had" not in examples(models["deep"], other, evaluation={"repeats": False}).text
     enter_store(tmp_path / "store", monkeypatch)
     gate = {"metric": "basket/NDCG@10", "min_seeds": 1, "min_users": 2, "must_beat": []}
     scratch = {"candidate": other, "from_scratch": [str(models["none"])], "gate": gate}
     with pytest.raises(EvaluateError, match="trained with the same"):
-        promote.run(PromoteConfig.model_validate(
-            scratch | {"tracking": {"enabled": False}, "runtime": {"progress": False}}
-        ))  # fmt: skip
+        promote.run(
+            PromoteConfig.model_validate(scratch | {"tracking": {"enabled": False}, "runtime": {"progress": False}})
+        )
 
 
 def test_baskets_are_no_sequences(trained, tiny_lake, tmp_path):
     _, _, models = trained
-    with pytest.raises(ArtifactError, match="expected a model of item sequences"):
-        load_artifact(models["deep"]).scorer()
+    with pytest.raises(ModelFolderError, match="expected a model of item sequences"):
+        load_model(models["deep"]).scorer()
     with pytest.raises(ValueError, match="expected a model that reads whole sequences"):
         PretrainConfig(model=CaserConfig(), task=NextBasketConfig())
     with pytest.raises(ValueError, match="predicts the domain that it reads"):
@@ -552,10 +558,15 @@ def test_two_processes_see_what_one_sees(kind, tiny_lake, tmp_path):
     found = {}
     for processes in (1, 2):
         config = settings(
-            PretrainConfig, tmp_path, tiny_lake, name=f"by{processes}", model=SMALL | {"dropout": 0.0},
-            train={**TRAINED, "epochs": 2}, task={"kind": kind, "loss": {"kind": "sampled", "num_negatives": 20}},
+            PretrainConfig,
+            tmp_path,
+            tiny_lake,
+            name=f"by{processes}",
+            model=SMALL | {"dropout": 0.0},
+            train={**TRAINED, "epochs": 2},
+            task={"kind": kind, "loss": {"kind": "sampled", "num_negatives": 20}},
             runtime={"progress": False, "threads": 1, "precision": "fp64"},
-        )  # fmt: skip
+        )
         found[processes] = trained_by(processes, config, tmp_path)
     for name, one in found[1].model.state_dict().items():
         torch.testing.assert_close(found[2].model.state_dict()[name], one)

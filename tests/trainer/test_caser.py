@@ -12,7 +12,7 @@ from tests.trainer.networks import NUM_ITEMS, batch_of, descend
 from trainer.config import CaserConfig, FinetuneConfig, LossConfig, MaskedItemConfig, NextItemConfig, PretrainConfig
 from trainer.data.batch import Batch
 from trainer.data.histories import Histories
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.models import Caser, RowTables, build_model, caser, group_of
 from trainer.parallel.distributed import ALONE
 from trainer.recipes import finetune, pretrain
@@ -95,9 +95,13 @@ def test_the_query_reads_the_newest_items_and_an_empty_history_too(task):
     model = model_of()
     batch = batch_of([6, 2])
     batch = Batch(
-        torch.cat([batch.items, torch.full((1, 6), PAD)]), torch.tensor([6, 2, 0]), torch.tensor([7, 8, UNK]), 3,
-        slice(0, 3), (),
-    )  # fmt: skip
+        torch.cat([batch.items, torch.full((1, 6), PAD)]),
+        torch.tensor([6, 2, 0]),
+        torch.tensor([7, 8, UNK]),
+        3,
+        slice(0, 3),
+        (),
+    )
     query_BD = task.query(model, batch)
     begin = [CLS] if task.causal else [PAD]
     end = [] if task.causal else [MASK]
@@ -161,17 +165,19 @@ def test_learns_a_planted_order(task):
 
     for step in range(150):
         descend(task, model.train(), batch(step), optimizer)
-    asked = batch(0)
-    best = model.scores(task.query(model.eval(), asked))[:, FIRST_INDEX:].argmax(1)
-    expected = (asked.items[:, -1] - FIRST_INDEX + 1) % num_items
+    examples = batch(0)
+    best = model.scores(task.query(model.eval(), examples))[:, FIRST_INDEX:].argmax(1)
+    expected = (examples.items[:, -1] - FIRST_INDEX + 1) % num_items
     assert (best == expected).float().mean() > 0.8  # seen over 5 seeds, in fp32 and bf16: 0.89 to 1
 
 
 def test_every_tensor_has_a_group_and_items_have_two_tables():
     groups = group_of(model_of(), SMALL)
     assert {name for name, group in groups.items() if group == "item"} == {
-        "item_embedding.weight", "item_weights.weight", "output_bias",
-    }  # fmt: skip
+        "item_embedding.weight",
+        "item_weights.weight",
+        "output_bias",
+    }
     assert set(groups.values()) == {"item", "user", "knowledge", "body"}
 
 
@@ -180,11 +186,15 @@ def test_tables_looked_up_by_row_have_the_rows_of_the_dense_gradient():
     task, losses = NextItem(NextItemConfig(targets=2, loss=LossConfig(kind="bce", num_negatives=9))), []
     rowwise, dense = (
         build_model(
-            SMALL.model_copy(update={"dropout": 0.0}), num_users=50, num_entities=20, knowledge_VS=knowledge, seed=0,
+            SMALL.model_copy(update={"dropout": 0.0}),
+            num_users=50,
+            num_entities=20,
+            knowledge_VS=knowledge,
+            seed=0,
             tables=tables,
         ).double()
         for tables in (RowTables(ALONE), None)
-    )  # fmt: skip
+    )
     for weight in (rowwise.item_embedding.weight, dense.item_embedding.weight):
         assert weight.std().item() == pytest.approx(1 / SMALL.width, rel=0.2)
     dense.load_state_dict(rowwise.state_dict())
@@ -204,22 +214,25 @@ def test_tables_looked_up_by_row_have_the_rows_of_the_dense_gradient():
 
 def settings(lake, folder, **more):
     return {
-        "output": str(folder), "data": {"lake": lake}, "train": {"epochs": 2, "min_epochs": 0, "batch_size": 32},
+        "output": str(folder),
+        "data": {"lake": lake},
+        "train": {"epochs": 2, "min_epochs": 0, "batch_size": 32},
         "model": {"kind": "caser", "width": 8, "user_width": 4, "knowledge_width": 4, "max_length": 24},
         "task": {"kind": "next_item", "targets": 3, "loss": {"kind": "bce", "num_negatives": 20}},
-        "tracking": {"enabled": False}, "runtime": {"progress": False},
-    } | more  # fmt: skip
+        "tracking": {"enabled": False},
+        "runtime": {"progress": False},
+    } | more
 
 
 def test_trains_transfers_and_scores_after_loading_as_before(tiny_lake, tmp_path):
     source = settings(tiny_lake, tmp_path, name="source")
     source["data"] = {"lake": tiny_lake, "domain": "source"}
     pretrained = pretrain.run(PretrainConfig.model_validate(source))
-    parent = load_artifact(pretrained.model)
+    parent = load_model(pretrained.model)
     for transfer, copied in (("shallow", {"user", "knowledge"}), ("deep", {"user", "knowledge", "body"})):
         more = settings(tiny_lake, tmp_path, name=transfer, transfer=transfer, parent=str(pretrained.model))
         more["train"] = more["train"] | {"epochs": 1, "learning_rate": 1e-12, "warmup_steps": 0, "weight_decay": 0.0}
-        child = load_artifact(finetune.run(FinetuneConfig.model_validate(more)).model)
+        child = load_model(finetune.run(FinetuneConfig.model_validate(more)).model)
         before, groups = dict(parent.model.named_parameters()), group_of(child.model, child.config.model)
         for name, tensor in child.model.named_parameters():
             same = tensor.shape == before[name].shape and torch.allclose(tensor, before[name], atol=1e-8)
@@ -227,7 +240,7 @@ def test_trains_transfers_and_scores_after_loading_as_before(tiny_lake, tmp_path
     users, offsets = np.array([7, 9]), np.array([0, 4, 6])
     items = np.arange(FIRST_INDEX, FIRST_INDEX + 6)
     histories = Histories(users, offsets, items, np.zeros(6, np.int64))
-    both = [load_artifact(pretrained.model).scorer().score(histories) for _ in range(2)]
+    both = [load_model(pretrained.model).scorer().score(histories) for _ in range(2)]
     assert torch.equal(*both)
     again = pretrain.run(PretrainConfig.model_validate(source))
     assert again.reused

@@ -37,7 +37,7 @@ from trainer.data.item_features import read_content
 from trainer.data.release import pin
 from trainer.evaluation import click_table, clicks
 from trainer.evaluation.scorers import EvaluateError
-from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
@@ -52,8 +52,13 @@ NETWORKS = {
 WIDTH = 6  # of content
 SMALL = {"kind": "peterrec", "width": 16, "dilations": [1, 2], "max_length": 24}
 TRAINED = {
-    "batch_size": 16, "epochs": 8, "learning_rate": 0.01, "warmup_steps": 0, "min_epochs": 8, "checkpoint_seconds": 0,
-}  # fmt: skip
+    "batch_size": 16,
+    "epochs": 8,
+    "learning_rate": 0.01,
+    "warmup_steps": 0,
+    "min_epochs": 8,
+    "checkpoint_seconds": 0,
+}
 TASK = {"kind": "click", "content": ["categories", "text"], "layers": [8], "negatives": 3}
 
 
@@ -233,12 +238,12 @@ def test_what_was_shown_is_told_by_what_was_taken_before(name):
             if kind and item in all_taken:
                 again += 1
                 continue
-            asked = [(item, not kind)]
-            asked += [] if kind else [(i, False) for i in drawn_BTK[row, place].tolist() if i not in all_taken]
-            for one, yes in asked:
+            examples = [(item, not kind)]
+            examples += [] if kind else [(i, False) for i in drawn_BTK[row, place].tolist() if i not in all_taken]
+            for one, yes in examples:
                 logit = plain_logit(model, hidden_D, one)
                 expected += F.softplus(-logit if yes else logit).item()
-            pairs += len(asked)
+            pairs += len(examples)
     assert again
     assert int(count) == pairs
     assert loss.item() == pytest.approx(expected)
@@ -309,9 +314,13 @@ def test_pairs_are_what_was_taken_and_what_was_shown(negatives, lake_of_kinds):
         kinds = row["event_types"] or [None] * len(row["items"])
         events = list(zip(row["items"], kinds, strict=True))
         history = [item for item, kind in events[: row["test_start"]] if kind != "look"]
-        asked = events[row["test_start"] : row["end"]]
-        if asked:
-            expected[row["user"]] = history, [i for i, k in asked if k != "look"], [i for i, k in asked if k == "look"]
+        examples = events[row["test_start"] : row["end"]]
+        if examples:
+            expected[row["user"]] = (
+                history,
+                [i for i, k in examples if k != "look"],
+                [i for i, k in examples if k == "look"],
+            )
     found = {}
     for place, user in enumerate(pairs.histories.users.tolist()):
         own, history = pairs.owner_N == place, pairs.histories.take(np.array([place]))
@@ -329,9 +338,12 @@ def test_models_are_asked_about_what_was_shown(lake_of_kinds, tmp_path):
     made = settings(FinetuneConfig, tmp_path, lake_of_kinds, name="made", transfer="none", task=task)
     model = finetune(made).model
     config = EvaluateConfig(
-        name="asked", output=str(tmp_path), tracking={"enabled": False}, runtime={"progress": False},
+        name="asked",
+        output=str(tmp_path),
+        tracking={"enabled": False},
+        runtime={"progress": False},
         models=(EvaluatedModel(model=str(model)),),
-    )  # fmt: skip
+    )
     report = evaluate(config)
     own = {row["label"]: row["mean"] for row in report.rows if row["metric"] == "AUC"}
     assert own["none"] > 0.7  # what is bought is of the user's taste, which categories tell
@@ -354,9 +366,11 @@ def test_pairs_are_held_out_items_and_fixed_negatives(tiny_lake):
         (pl.col("split") == "last-5") & (pl.col("domain") == "target")
     )
     drawn = pl.read_delta(f"{tiny_lake}/negatives").filter(
-        (pl.col("split") == "last-5") & (pl.col("domain") == "target") & (pl.col("protocol") == "uniform-100")
+        (pl.col("split") == "last-5")
+        & (pl.col("domain") == "target")
+        & (pl.col("protocol") == "uniform-100")
         & (pl.col("part") == "test")
-    )  # fmt: skip
+    )
     negatives = {row["user"]: row["items"] for row in drawn.to_dicts()}
     held = {r["user"]: r["items"][r["test_start"] : r["end"]] for r in rows.to_dicts() if r["end"] > r["test_start"]}
     assert pairs.histories.users.tolist() == sorted(held)
@@ -418,23 +432,26 @@ def trained(tmp_path_factory):
 
 def test_a_model_keeps_what_items_are(trained):
     lake, _, models = trained
-    artifact = load_artifact(models["deep"])
+    trained_model = load_model(models["deep"])
     release = pin(lake, None)
     told = read_content(release, read_catalogue(release, "target"), ("categories", "text"))
     expected = told.vectors_VF
-    assert artifact.categories == told.categories
-    torch.testing.assert_close(artifact.model.content_VF, torch.from_numpy(expected), atol=1e-3, rtol=1e-2)
-    assert 0 < artifact.metrics["validation/log loss"] < np.log(2)
-    with pytest.raises(ArtifactError, match=r"expected a model that ranks items, found .* tells a user's clicks"):
-        artifact.scorer()
+    assert trained_model.categories == told.categories
+    torch.testing.assert_close(trained_model.model.content_VF, torch.from_numpy(expected), atol=1e-3, rtol=1e-2)
+    assert 0 < trained_model.metrics["validation/log loss"] < np.log(2)
+    with pytest.raises(ModelFolderError, match=r"expected a model that ranks items, found .* tells a user's clicks"):
+        trained_model.scorer()
 
 
 def test_models_are_compared_on_held_out_items(trained, tmp_path):
     _, _, models = trained
     config = EvaluateConfig(
-        name="asked", output=str(tmp_path), tracking={"enabled": False}, runtime={"progress": False},
+        name="asked",
+        output=str(tmp_path),
+        tracking={"enabled": False},
+        runtime={"progress": False},
         models=tuple(EvaluatedModel(model=str(model)) for model in models.values()),
-    )  # fmt: skip
+    )
     report = evaluate(config)
     told = pl.read_parquet(report.folder / "users.parquet")
     labels = {*models, "popularity", "popularity and item-to-item"}
@@ -454,23 +471,26 @@ def test_models_are_compared_on_held_out_items(trained, tmp_path):
 def test_an_item_that_a_model_does_not_know_is_told_by_what_it_is(trained):
     """As a newer release asks for: it is read by nobody, and asked about like one that the model knows."""
     lake, _, models = trained
-    release, artifact = pin(lake, None), load_artifact(models["none"])
+    release, trained_model = pin(lake, None), load_model(models["none"])
     catalogue = read_catalogue(release, "target")
     strange = FIRST_INDEX + 2
-    ids = list(artifact.catalogue.raw_ids)
+    ids = list(trained_model.catalogue.raw_ids)
     ids[strange] = "not there"
-    stranger = dataclasses.replace(artifact, catalogue=dataclasses.replace(artifact.catalogue, raw_ids=ids))
+    stranger = dataclasses.replace(trained_model, catalogue=dataclasses.replace(trained_model.catalogue, raw_ids=ids))
     given = Histories(
-        np.array([tables.FIRST_INDEX, tables.FIRST_INDEX + 1]), np.array([0, 2, 5]),
-        np.array([FIRST_INDEX, FIRST_INDEX + 1, FIRST_INDEX + 4, strange, FIRST_INDEX + 5]), np.empty(0, np.int64),
-    )  # fmt: skip
+        np.array([tables.FIRST_INDEX, tables.FIRST_INDEX + 1]),
+        np.array([0, 2, 5]),
+        np.array([FIRST_INDEX, FIRST_INDEX + 1, FIRST_INDEX + 4, strange, FIRST_INDEX + 5]),
+        np.empty(0, np.int64),
+    )
     row = np.array([strange, FIRST_INDEX + 3, strange, FIRST_INDEX + 6])
     pairs = clicks.Pairs(given, np.array([0, 0, 1, 1]), row, np.array([True, False, True, False]))
     users = ["u000", "u001"]
-    asked = {
-        name: (artifact, users, release, catalogue, 8) for name, artifact in (("known", artifact), ("not", stranger))
+    examples = {
+        name: (trained_model, users, release, catalogue, 8)
+        for name, trained_model in (("known", trained_model), ("not", stranger))
     }
-    found = {name: click_table._told(one, pairs, *rest) for name, (one, *rest) in asked.items()}
+    found = {name: click_table._told(one, pairs, *rest) for name, (one, *rest) in examples.items()}
     np.testing.assert_allclose(found["not"][:2], found["known"][:2], rtol=1e-3)  # what is known was kept in 16 bits
     assert abs(found["not"][3] - found["known"][3]) > 1e-5  # the second user's history lacks an item
     unlike = item_features._flags([["new", "target"], ["new"]], ("source", "target"))
@@ -482,9 +502,10 @@ def test_models_of_other_questions_are_not_compared(trained, tmp_path):
     task = TASK | {"negatives": 5}
     other = finetune(settings(FinetuneConfig, tmp_path, lake, name="other", transfer="none", task=task)).model
     config = EvaluateConfig(
-        output=str(tmp_path), tracking={"enabled": False},
+        output=str(tmp_path),
+        tracking={"enabled": False},
         models=tuple(EvaluatedModel(model=str(model)) for model in (models["none"], other)),
-    )  # fmt: skip
+    )
     with pytest.raises(EvaluateError, match="with 3 negatives for each item and impressions none"):
         evaluate(config)
 
@@ -506,10 +527,15 @@ def test_two_processes_see_what_one_sees(causal, tiny_lake, tmp_path):
     found = {}
     for processes in (1, 2):
         config = settings(
-            PretrainConfig, tmp_path, tiny_lake, name=f"by{processes}", model=SMALL | {"dropout": 0.0},
+            PretrainConfig,
+            tmp_path,
+            tiny_lake,
+            name=f"by{processes}",
+            model=SMALL | {"dropout": 0.0},
             train={**TRAINED, "epochs": 2, "table_optimizer": "rowwise" if causal else "adamw"},
-            task=TASK | {"causal": causal}, runtime={"progress": False, "threads": 1, "precision": "fp64"},
-        )  # fmt: skip
+            task=TASK | {"causal": causal},
+            runtime={"progress": False, "threads": 1, "precision": "fp64"},
+        )
         found[processes] = trained_by(processes, config, tmp_path)
     for name, one in found[1].model.state_dict().items():
         torch.testing.assert_close(found[2].model.state_dict()[name], one)

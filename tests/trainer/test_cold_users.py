@@ -11,10 +11,10 @@ from trainer.config import BaselinesConfig, EvaluationConfig, PretrainConfig
 from trainer.data.catalogue import read_catalogue
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
-from trainer.evaluation.comparison import evaluate_contenders
+from trainer.evaluation.comparison import evaluate_scorers
 from trainer.evaluation.ranking_metrics import means
-from trainer.evaluation.scorers import EvaluateError, baseline_contenders, model_contender, read_evaluation_set
-from trainer.inference.model_folder import load_artifact
+from trainer.evaluation.scorers import EvaluateError, baseline_scorers, model_scorer, read_evaluation_set
+from trainer.inference.model_folder import load_model
 from trainer.recipes.pretrain import run as pretrain
 
 FULL = EvaluationConfig(protocols=("full",))
@@ -22,7 +22,7 @@ READS_ALL = {"domain": "all", "predicted": "target", "split": "cold-users"}
 
 
 @pytest.fixture(scope="module")
-def asked(tiny_lake):
+def examples(tiny_lake):
     return read_evaluation_set(pin(tiny_lake, None), "cold-users", "target", "test", FULL)
 
 
@@ -38,64 +38,64 @@ def whole_histories(lake):
     return {int(u): list(zip(sequences.items[a:b], sequences.times[a:b], strict=True)) for u, a, b in bounds}
 
 
-def test_held_out_is_the_whole_target_history_and_read_is_what_came_before(tiny_lake, asked):
+def test_held_out_is_the_whole_target_history_and_read_is_what_came_before(tiny_lake, examples):
     histories = whole_histories(tiny_lake)
-    target = set(read_catalogue(asked.release, "target").global_index[FIRST_INDEX:].tolist())
-    assert 5 <= len(asked.users) <= 20
-    assert all(cold_user_hash(raw, "target") < 0.2 for raw in asked.raw_users)
-    assert not asked.held_out.histories.lengths.any()
-    for place, user in enumerate(asked.users):
+    target = set(read_catalogue(examples.release, "target").global_index[FIRST_INDEX:].tolist())
+    assert 5 <= len(examples.users) <= 20
+    assert all(cold_user_hash(raw, "target") < 0.2 for raw in examples.raw_users)
+    assert not examples.held_out.histories.lengths.any()
+    for place, user in enumerate(examples.users):
         own = [item for item, _ in histories[int(user)] if item in target]
-        held = asked.held_out.targets[place]
-        assert asked.catalogue.global_index[held[held >= 0]].tolist() == own
+        held = examples.held_out.targets[place]
+        assert examples.catalogue.global_index[held[held >= 0]].tolist() == own
         first = next(time for item, time in histories[int(user)] if item in target)
-        elsewhere = asked.elsewhere.take(np.array([place])).items
+        elsewhere = examples.elsewhere.take(np.array([place])).items
         expected = [item for item, time in histories[int(user)] if time < first]
-        assert asked.everything.global_index[elsewhere].tolist() == expected
+        assert examples.everything.global_index[elsewhere].tolist() == expected
         assert expected
 
 
-def test_a_model_that_reads_the_target_alone_has_the_popular_items_to_say(tiny_lake, asked, tmp_path):
+def test_a_model_that_reads_the_target_alone_has_the_popular_items_to_say(tiny_lake, examples, tmp_path):
     """Also one whose own training counted what these users did."""
     for split in ("cold-users", "last-5"):
-        artifact = load_artifact(write_model(tmp_path / split, tiny_lake, split=split, seed=4))
-        contenders = [
-            model_contender(artifact, asked, label="target"),
-            baseline_contenders(asked, BaselinesConfig())[0],
+        trained_model = load_model(write_model(tmp_path / split, tiny_lake, split=split, seed=4))
+        scorers = [
+            model_scorer(trained_model, examples, label="target"),
+            baseline_scorers(examples, BaselinesConfig())[0],
         ]
-        evaluation = evaluate_contenders(contenders, asked)
-        model, popular = (evaluation.metrics(key, "full") for key in evaluation.contenders)
+        evaluation = evaluate_scorers(scorers, examples)
+        model, popular = (evaluation.metrics(key, "full") for key in evaluation.scorers)
         for name, values in popular.items():
             np.testing.assert_array_equal(model[name], values)
 
 
 def test_a_model_is_asked_about_those_it_knows_something_of_and_no_others(tiny_lake, tmp_path):
     """One user of last-5 has items that the model lacks, all of them: it gets the popular ones, others the model's."""
-    asked = read_evaluation_set(pin(tiny_lake, None), "last-5", "target", "test", FULL)
-    artifact = load_artifact(write_model(tmp_path / "model", tiny_lake, seed=4))
-    lengths = asked.held_out.histories.lengths.copy()
+    examples = read_evaluation_set(pin(tiny_lake, None), "last-5", "target", "test", FULL)
+    trained_model = load_model(write_model(tmp_path / "model", tiny_lake, seed=4))
+    lengths = examples.held_out.histories.lengths.copy()
     lengths[0] = 0
-    given = asked.held_out.histories.until(lengths)
-    contender = model_contender(artifact, asked)
-    scores = contender.score(given).whole().numpy()
-    np.testing.assert_array_equal(scores[0, FIRST_INDEX:], asked.training_interactions[FIRST_INDEX:])
-    np.testing.assert_array_equal(scores[1:], contender.score(asked.held_out.histories).whole().numpy()[1:])
+    given = examples.held_out.histories.until(lengths)
+    scorer = model_scorer(trained_model, examples)
+    scores = scorer.score(given).whole().numpy()
+    np.testing.assert_array_equal(scores[0, FIRST_INDEX:], examples.training_interactions[FIRST_INDEX:])
+    np.testing.assert_array_equal(scores[1:], scorer.score(examples.held_out.histories).whole().numpy()[1:])
 
 
 def test_validation_is_what_evaluation_of_that_part_finds(trained, tiny_lake):
-    asked = read_evaluation_set(pin(tiny_lake, None), "cold-users", "target", "validation", FULL)
-    assert all(0.2 <= cold_user_hash(raw, "target") < 0.4 for raw in asked.raw_users)
-    contender = model_contender(load_artifact(trained.model), asked, label="both")
-    found = means(evaluate_contenders([contender], asked).metrics(("both", 0), "full"))
+    examples = read_evaluation_set(pin(tiny_lake, None), "cold-users", "target", "validation", FULL)
+    assert all(0.2 <= cold_user_hash(raw, "target") < 0.4 for raw in examples.raw_users)
+    scorer = model_scorer(load_model(trained.model), examples, label="both")
+    found = means(evaluate_scorers([scorer], examples).metrics(("both", 0), "full"))
     for metric in ("NDCG@10", "Recall@5", "MRR"):
         assert trained.metrics[f"validation/{metric}"] == pytest.approx(found[metric])
 
 
-def test_a_model_that_has_seen_the_users_target_history_is_refused(tiny_lake, asked, tmp_path):
+def test_a_model_that_has_seen_the_users_target_history_is_refused(tiny_lake, examples, tmp_path):
     data = READS_ALL | {"split": "joint-5"}
     seen = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, data=data))
     with pytest.raises(EvaluateError, match="expected a model that has not seen what it is asked"):
-        model_contender(load_artifact(seen.model), asked)
+        model_scorer(load_model(seen.model), examples)
 
 
 def test_training_needs_something_to_read_of_the_users_held_out(tiny_lake, tmp_path):

@@ -10,7 +10,7 @@ from stores import enter_store
 from test_recommend import config, histories_of, rows_of
 
 from etl.settings import GraftrecError
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request
 from trainer.recipes import recommend
 from trainer.registry import CHAMPION, COMPANION, Registry
@@ -35,8 +35,8 @@ def done(spark, tiny_lake, tmp_path_factory):
 
 def together(done):
     """As the two are served."""
-    beside = Recommender(load_artifact(done.both), "graftrec/2")
-    return Recommender(load_artifact(done.champion), "graftrec/1", companion=lambda: beside)
+    beside = Recommender(load_model(done.both), "graftrec/2")
+    return Recommender(load_model(done.champion), "graftrec/1", companion=lambda: beside)
 
 
 def test_each_user_gets_what_is_answered_for_all_that_the_user_did(done):
@@ -62,8 +62,8 @@ def test_known_users_rows_are_the_champions_own(done):
     for user, rows in rows_of(done.lake).items():
         if user != "u000":
             assert [row["item"] for row in rows] == [row["item"] for row in alone[user]]
-    artifact = load_artifact(done.champion)
-    popular = Recommender(artifact, "x").answer([Request([])], k=4)[0].items
+    trained_model = load_model(done.champion)
+    popular = Recommender(trained_model, "x").answer([Request([])], k=4)[0].items
     assert [row["item"] for row in alone["u000"]] == popular  # without a companion
 
 
@@ -74,7 +74,7 @@ def test_a_rerun_knows_both_models(done):
     shutil.copytree(done.lake, lake)
     again = recommend.run(config(lake, companion=other))
     assert again.committed
-    assert again.by_model == {"graftrec/1": 59, f"unregistered/{load_artifact(other).hash[:12]}": 1}
+    assert again.by_model == {"graftrec/1": 59, f"unregistered/{load_model(other).hash[:12]}": 1}
 
 
 def test_rows_are_the_same_on_sail(done):
@@ -96,9 +96,7 @@ def test_a_champion_that_reads_all_domains_needs_none(done):
     result = recommend.run(config(lake, model="2"))
     assert result.by_model == {"graftrec/2": 60}
     histories = histories_of(lake, "all")
-    answers = Recommender(load_artifact(done.both), "graftrec/2").answer(
-        [Request(i, u) for u, i in histories.items()], 4
-    )
+    answers = Recommender(load_model(done.both), "graftrec/2").answer([Request(i, u) for u, i in histories.items()], 4)
     found = rows_of(lake)
     for user, answer in zip(histories, answers, strict=True):
         assert [row["item"] for row in found[user]] == answer.items
@@ -139,8 +137,8 @@ def ids_of(done, domain):
 
 def test_a_history_of_other_domains_is_answered_by_the_companion(done, served):
     elsewhere, here = ids_of(done, "source")[:3], ids_of(done, "target")[:2]
-    alone = Recommender(load_artifact(done.both), "graftrec/2").answer([Request(elsewhere)], k=4)[0]
-    known = Recommender(load_artifact(done.champion), "graftrec/1").answer([Request(here)], k=4)[0]
+    alone = Recommender(load_model(done.both), "graftrec/2").answer([Request(elsewhere)], k=4)[0]
+    known = Recommender(load_model(done.champion), "graftrec/1").answer([Request(here)], k=4)[0]
     answers = served.answer([Request(elsewhere), Request(here), Request([*elsewhere, *here])], k=4)
     assert answers[0] == alone
     assert (alone.basis, alone.version, alone.unknown) == ("model", "graftrec/2", [])

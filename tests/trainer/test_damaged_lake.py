@@ -42,8 +42,14 @@ def made(tmp_path_factory):
         rows = DeltaTable(f"{lake}/{name}").to_pyarrow_table().to_pylist()
         versions[name] = commit_rows(lake, TABLES[name], rows)
     digests = {name: log_digest(lake, TABLES[name], version) for name, version in versions.items()}
-    row = {"release": 2, "created": 0, "config": "{}", "config_hash": "tiny", "code_version": "tiny",
-           "tables": [{"table": name, "version": version} for name, version in versions.items()]}  # fmt: skip
+    row = {
+        "release": 2,
+        "created": 0,
+        "config": "{}",
+        "config_hash": "tiny",
+        "code_version": "tiny",
+        "tables": [{"table": name, "version": version} for name, version in versions.items()],
+    }
     commit_rows(lake, tables.RELEASES, [row], release="2", digests=json.dumps(digests))
     return lake
 
@@ -140,8 +146,12 @@ def test_renamed_columns_are_refused_by_name(lake):
 def test_deletion_vectors_are_refused_by_name(lake):
     def delete(action):
         if "add" in action:
-            action["add"]["deletionVector"] = {"storageType": "i", "pathOrInlineDv": "x", "sizeInBytes": 1,
-                                               "cardinality": 1}  # fmt: skip
+            action["add"]["deletionVector"] = {
+                "storageType": "i",
+                "pathOrInlineDv": "x",
+                "sizeInBytes": 1,
+                "cardinality": 1,
+            }
 
     alter(entry(lake, "items"), delete)
     refuse(lake, "deletionVectors")

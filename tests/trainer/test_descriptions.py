@@ -6,9 +6,14 @@ from trainer.registry import descriptions
 def row(label, metric, mean, *, is_model=True, gain=None, p_value=None, protocol="full"):
     given = None if gain is None else {"gain": gain[0], "relative_gain": gain[1]}
     return {
-        "label": label, "protocol": protocol, "metric": metric, "mean": mean, "is_model": is_model, "gain": given,
+        "label": label,
+        "protocol": protocol,
+        "metric": metric,
+        "mean": mean,
+        "is_model": is_model,
+        "gain": given,
         "p_value": p_value,
-    }  # fmt: skip
+    }
 
 
 ROWS = [
@@ -41,11 +46,16 @@ def test_results_begin_with_the_best_and_set_models_before_baselines():
 def test_metrics_of_results_are_named_by_protocol_metric_and_label():
     found = descriptions.result_metrics(ROWS, "test")
     assert found == {
-        "test/full/NDCG@10/none": 0.2, "test/full/NDCG@10/popularity": 0.21, "test/full/NDCG@10/deep": 0.25,
-        "test/full/NDCG@10/gain/deep": 0.05, "test/full/NDCG@10/p/deep": 0.0004,
-        "test/full/MRR/none": 0.3, "test/full/MRR/popularity": 0.1, "test/full/MRR/deep": 0.4,
+        "test/full/NDCG@10/none": 0.2,
+        "test/full/NDCG@10/popularity": 0.21,
+        "test/full/NDCG@10/deep": 0.25,
+        "test/full/NDCG@10/gain/deep": 0.05,
+        "test/full/NDCG@10/p/deep": 0.0004,
+        "test/full/MRR/none": 0.3,
+        "test/full/MRR/popularity": 0.1,
+        "test/full/MRR/deep": 0.4,
         "test/uniform-100/NDCG@10/deep": 0.5,
-    }  # fmt: skip
+    }
 
 
 def test_an_outcome_is_one_line():

@@ -21,11 +21,11 @@ from trainer.config import (
 )
 from trainer.data.catalogue import read_catalogue, rows_by_raw_id
 from trainer.data.release import DataError, pin
-from trainer.evaluation.comparison import evaluate_contenders
+from trainer.evaluation.comparison import evaluate_scorers
 from trainer.evaluation.item_ranking import read_held_out
 from trainer.evaluation.ranking_metrics import means
-from trainer.evaluation.scorers import model_contender, read_evaluation_set
-from trainer.inference.model_folder import load_artifact
+from trainer.evaluation.scorers import model_scorer, read_evaluation_set
+from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
@@ -38,8 +38,11 @@ EVEN = (torch.arange(NUM_ITEMS) >= FIRST_INDEX) & (torch.arange(NUM_ITEMS) % 2 =
 
 
 def tasks_of(loss):
-    return [MaskedItem(MaskedItemConfig(loss=loss, mask_probability=0.5)), NextItem(NextItemConfig(loss=loss)),
-            NextItem(NextItemConfig(loss=loss, targets=3))]  # fmt: skip
+    return [
+        MaskedItem(MaskedItemConfig(loss=loss, mask_probability=0.5)),
+        NextItem(NextItemConfig(loss=loss)),
+        NextItem(NextItemConfig(loss=loss, targets=3)),
+    ]
 
 
 @pytest.mark.parametrize("config", [BERT, CASER])
@@ -48,7 +51,7 @@ def test_items_that_are_not_predicted_are_no_answers_and_no_negatives(config, lo
     for task in tasks_of(loss):
         model, batch = model_of(config), batch_of([9, 4, 12, 7])
         _, everywhere = task.loss(model, batch)
-        model.predict_only(EVEN)
+        model.restrict_targets(EVEN)
         total, positions = task.loss(model, batch)
         assert 0 < int(positions) < int(everywhere)
         (slopes_V,) = torch.autograd.grad(total, model.output_bias)
@@ -64,9 +67,10 @@ def test_full_loss_is_the_likelihood_among_what_is_predicted():
     scores_NV, targets_N = model.scores(hidden_ND).detach(), batch.items[batch.mask_BT]
     expected = -sum(
         (scores[target] - scores[EVEN].logsumexp(0)).item()
-        for scores, target in zip(scores_NV, targets_N.tolist(), strict=True) if EVEN[target]
-    )  # fmt: skip
-    model.predict_only(EVEN)
+        for scores, target in zip(scores_NV, targets_N.tolist(), strict=True)
+        if EVEN[target]
+    )
+    model.restrict_targets(EVEN)
     total, positions = task.loss(model, batch)
     assert int(positions) == int(EVEN[targets_N].sum())
     assert total.item() == pytest.approx(expected, rel=1e-12)
@@ -78,7 +82,7 @@ def test_a_batch_without_anything_predicted_costs_nothing(loss):
     rows_V = torch.ones(NUM_ITEMS, dtype=torch.bool)
     rows_V[:FIRST_INDEX] = False
     rows_V[batch.items] = False
-    model.predict_only(rows_V)
+    model.restrict_targets(rows_V)
     for task in tasks_of(loss):
         total, positions = task.loss(model, batch)
         assert int(positions) == 0
@@ -93,17 +97,23 @@ def runs(tiny_lake, tmp_path_factory):
     grafted = {}
     for shared in (True, False):
         config = tiny(
-            FinetuneConfig, folder, tiny_lake, name=f"both-{shared}", transfer="deep", parent=str(parent),
-            shared_items=shared, data={"domain": "all", "predicted": "target", "split": "joint-5"},
+            FinetuneConfig,
+            folder,
+            tiny_lake,
+            name=f"both-{shared}",
+            transfer="deep",
+            parent=str(parent),
+            shared_items=shared,
+            data={"domain": "all", "predicted": "target", "split": "joint-5"},
             train={"epochs": 1, "min_epochs": 0, "learning_rate": 1e-30},
-        )  # fmt: skip
+        )
         grafted[shared] = finetune(config)
-    return load_artifact(parent), grafted
+    return load_model(parent), grafted
 
 
 def test_shared_items_keep_their_rows(runs, tiny_lake):
     parent, grafted = runs
-    shared, apart = (load_artifact(grafted[flag].model) for flag in (True, False))
+    shared, apart = (load_model(grafted[flag].model) for flag in (True, False))
     rows = rows_by_raw_id(parent.catalogue, shared.catalogue)
     known = torch.from_numpy((rows != UNK) & (np.arange(len(rows)) >= FIRST_INDEX))
     assert int(known.sum()) == len(read_catalogue(pin(tiny_lake, None), "source")) - FIRST_INDEX
@@ -119,22 +129,24 @@ def test_validation_is_what_evaluation_of_that_part_finds(runs, tiny_lake):
     """Which reads what the user did elsewhere before the first held-out item, and ranks the target's items alone."""
     _, grafted = runs
     release = pin(tiny_lake, None)
-    asked = read_evaluation_set(release, "joint-5", "target", "validation", EvaluationConfig(protocols=("full",)))
-    contender = model_contender(load_artifact(grafted[True].model), asked, label="both")
-    found = means(evaluate_contenders([contender], asked).metrics(("both", 0), "full"))
+    examples = read_evaluation_set(release, "joint-5", "target", "validation", EvaluationConfig(protocols=("full",)))
+    scorer = model_scorer(load_model(grafted[True].model), examples, label="both")
+    found = means(evaluate_scorers([scorer], examples).metrics(("both", 0), "full"))
     for metric in ("NDCG@10", "Recall@5", "MRR"):
         assert grafted[True].metrics[f"validation/{metric}"] == pytest.approx(found[metric])
-    artifact = load_artifact(grafted[True].model)
-    target = np.isin(artifact.catalogue.global_index, read_catalogue(release, "target").global_index[FIRST_INDEX:])
-    held_out = read_held_out(release, "joint-5", "all", artifact.catalogue, "validation", times=True)
+    trained_model = load_model(grafted[True].model)
+    target = np.isin(trained_model.catalogue.global_index, read_catalogue(release, "target").global_index[FIRST_INDEX:])
+    held_out = read_held_out(release, "joint-5", "all", trained_model.catalogue, "validation", times=True)
     given = held_out.histories
     owner = np.repeat(np.arange(len(given)), given.lengths)
-    was_known = np.array([
-        target[item] or time < held_out.first_time[n]
-        for n, item, time in zip(owner, given.items, given.times, strict=True)
-    ])  # fmt: skip
+    was_known = np.array(
+        [
+            target[item] or time < held_out.first_time[n]
+            for n, item, time in zip(owner, given.items, given.times, strict=True)
+        ]
+    )
     assert not was_known.all()  # the split's training part holds later events of the other domain
-    whole = artifact.scorer().score(given.keep(was_known))
+    whole = trained_model.scorer().score(given.keep(was_known))
     assert torch.isinf(whole[:, ~target]).all()
     gains = []
     for n in range(len(held_out)):
@@ -148,9 +160,9 @@ def test_validation_is_what_evaluation_of_that_part_finds(runs, tiny_lake):
 
 def test_answers_are_of_the_predicted_domain_whatever_is_read(runs, tiny_lake):
     _, grafted = runs
-    artifact, release = load_artifact(grafted[True].model), pin(tiny_lake, None)
+    trained_model, release = load_model(grafted[True].model), pin(tiny_lake, None)
     read, answered = (list(read_catalogue(release, name).raw_ids[FIRST_INDEX:]) for name in ("source", "target"))
-    served = Recommender(artifact, "x/1")
+    served = Recommender(trained_model, "x/1")
     for items in (read[:4], answered[:3], [*read[:2], answered[0]], []):
         answer = served.answer([Request(items)], k=100)[0]
         assert set(answer.items) == set(answered) - set(items)
@@ -176,7 +188,7 @@ def test_a_joint_model_learns_from_all_and_is_judged_by_one_domain(tiny_lake, tm
     ranked = {"domain": "all", "ranked": "target", "split": "joint-5"}
     judged = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="judged", data=ranked))
     plain = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="plain", data=ranked | {"ranked": None}))
-    ours, theirs = load_artifact(judged.model), load_artifact(plain.model)
+    ours, theirs = load_model(judged.model), load_model(plain.model)
     if judged.metrics["best_epoch"] == plain.metrics["best_epoch"]:
         assert torch.equal(ours.model.state_dict()["output_bias"], theirs.model.state_dict()["output_bias"])
     assert judged.metrics["validation/NDCG@10"] >= plain.metrics["validation/NDCG@10"]  # fewer items to rank among

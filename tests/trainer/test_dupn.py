@@ -17,7 +17,7 @@ from trainer.config import (
     TargetItemConfig,
 )
 from trainer.data.batch import Batch
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.models.dupn import MOST
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
@@ -41,9 +41,9 @@ def plain_hidden(model, items, user):
         into, forget, new, out = gates.chunk(4)
         cell = forget.sigmoid() * cell + into.sigmoid() * new.tanh()
         state = out.sigmoid() * cell.tanh()
-        asked = model.attention_state.weight @ state + model.attention_state.bias
-        asked = asked + model.attention_user.weight @ model.user_embedding.weight[user]
-        scores.append(MOST * torch.tanh((model.attention.weight[0] @ asked.tanh()) / MOST))
+        examples = model.attention_state.weight @ state + model.attention_state.bias
+        examples = examples + model.attention_user.weight @ model.user_embedding.weight[user]
+        scores.append(MOST * torch.tanh((model.attention.weight[0] @ examples.tanh()) / MOST))
         states.append(state)
         weights = torch.stack(scores).softmax(0)
         attended = (weights[:, None] * torch.stack(states)).sum(0)
@@ -77,11 +77,11 @@ def test_users_ask_differently_and_strangers_alike():
     model, batch = model_of(SMALL), batch_of([6, 6])
     batch.items[1] = batch.items[0]
     torch.nn.init.normal_(model.user_embedding.weight)
-    asked = NextItem(NextItemConfig()).query(model, batch)
-    assert not torch.allclose(asked[0], asked[1])
+    examples = NextItem(NextItemConfig()).query(model, batch)
+    assert not torch.allclose(examples[0], examples[1])
     batch.users[:] = torch.tensor([UNK, 10_000])
-    asked = NextItem(NextItemConfig()).query(model, batch)
-    torch.testing.assert_close(asked[0], asked[1])
+    examples = NextItem(NextItemConfig()).query(model, batch)
+    torch.testing.assert_close(examples[0], examples[1])
 
 
 def test_it_learns_a_successor():
@@ -100,9 +100,10 @@ def test_it_learns_a_successor():
 
 def settings(kind, folder, lake, **more):
     given = {
-        "data": {"lake": str(lake), "domain": "source"}, "task": {"kind": "next_item"},
+        "data": {"lake": str(lake), "domain": "source"},
+        "task": {"kind": "next_item"},
         "model": {"kind": "dupn", "width": 8, "max_length": 24, "user_width": 4},
-    }  # fmt: skip
+    }
     return kind.model_validate({**TINY, "output": str(folder / "runs"), **given, **more})
 
 
@@ -113,7 +114,7 @@ def test_it_is_trained_saved_and_transferred(tiny_lake, tmp_path):
     more = {"data": {"lake": str(tiny_lake), "domain": "target"}, "transfer": "deep", "parent": str(parent.model)}
     frozen = {**TINY["train"], "learning_rate": 1e-12}
     child = finetune(settings(FinetuneConfig, tmp_path, tiny_lake, name="child", train=frozen, **more)).model
-    before, after = (load_artifact(folder).model.state_dict() for folder in (parent.model, child))
+    before, after = (load_model(folder).model.state_dict() for folder in (parent.model, child))
     for name in ("lstm.weight_hh_l0", "attention.weight", "merged.weight", "user_embedding.weight"):
         torch.testing.assert_close(after[name], before[name])
     assert after["item_embedding.weight"].shape != before["item_embedding.weight"].shape

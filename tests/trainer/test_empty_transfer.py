@@ -64,9 +64,15 @@ def test_finetune_refuses_a_transfer_of_nothing_before_it_trains(tiny_lake, tmp_
         finetune(shallow(tmp_path, tiny_lake, name="child", parent=str(parent), **BARE))
     assert not (tmp_path / "runs" / "child").exists()
     process = start(
-        tmp_path, tiny_lake, recipe="finetune", name="child", parent=str(parent), transfer="shallow",
-        data={"domain": "target"}, **BARE,
-    )  # fmt: skip
+        tmp_path,
+        tiny_lake,
+        recipe="finetune",
+        name="child",
+        parent=str(parent),
+        transfer="shallow",
+        data={"domain": "target"},
+        **BARE,
+    )
     output, _ = process.communicate()
     assert process.returncode == 2, output
     assert output.splitlines()[-1].startswith("finetune: transfer shallow copies user and knowledge embeddings")

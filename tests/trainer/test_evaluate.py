@@ -18,19 +18,19 @@ from trainer.data.catalogue import Catalogue
 from trainer.data.histories import Histories
 from trainer.data.release import pin
 from trainer.evaluation.baselines.names import baseline_names
-from trainer.evaluation.comparison import compare_table, evaluate_contenders, gain_over, render
+from trainer.evaluation.comparison import compare_table, evaluate_scorers, gain_over, render
 from trainer.evaluation.ranking_metrics import means
 from trainer.evaluation.scorers import (
-    Contender,
     EvaluateError,
+    Scorer,
     aligned,
-    baseline_contenders,
-    model_contender,
+    baseline_scorers,
+    model_scorer,
     read_evaluation_set,
     rows_by_raw_id,
 )
 from trainer.evaluation.significance import compare, holm
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.inference.scorer import Scores
 from trainer.recipes import evaluate
 
@@ -38,7 +38,7 @@ FAST = EvaluationConfig(protocols=("full", "uniform-100"))
 
 
 @pytest.fixture(scope="module")
-def asked(tiny_lake):
+def examples(tiny_lake):
     return read_evaluation_set(pin(tiny_lake, None), "last-5", "target", "test", FAST)
 
 
@@ -58,45 +58,45 @@ def models(tiny_lake, tmp_path_factory):
 def fixed(label, seed, values, *, is_model=True):
     """A contender that gives every user the scores [V] `values`."""
     scores = torch.as_tensor(values, dtype=torch.float32)
-    return Contender(label, seed, lambda histories: Scores.of(scores.expand(len(histories), -1)), "nothing", is_model)
+    return Scorer(label, seed, lambda histories: Scores.of(scores.expand(len(histories), -1)), "nothing", is_model)
 
 
-def noise(asked, seed):
-    return np.random.default_rng(seed).normal(size=len(asked.catalogue))
+def noise(examples, seed):
+    return np.random.default_rng(seed).normal(size=len(examples.catalogue))
 
 
 # --- what contenders read ---------------------------------------------
 
 
-def test_elsewhere_is_what_came_before_in_other_domains(tiny_lake, asked):
+def test_elsewhere_is_what_came_before_in_other_domains(tiny_lake, examples):
     held_out = literal(tiny_lake, "last-5", "target", "test")
     sequences = {row["user"]: row for row in rows_of(tiny_lake, "sequences", split="last-5", domain="all")}
     own = {row["user"]: row for row in rows_of(tiny_lake, "sequences", split="last-5", domain="target")}
     met = 0
-    for n, user in enumerate(asked.users.tolist()):
+    for n, user in enumerate(examples.users.tolist()):
         wanted = held_out[user][1]
         first = own[user]["times"][own[user]["items"].index(wanted[0])]
         row = sequences[user]
         pairs = zip(row["items"], row["times"], strict=True)
         expected = [item for item, time in pairs if time < first and item not in own[user]["items"]]
-        found = asked.elsewhere.take(np.array([n]))
-        assert asked.everything.global_index[found.items].tolist() == expected
+        found = examples.elsewhere.take(np.array([n]))
+        assert examples.everything.global_index[found.items].tolist() == expected
         met += len(expected)
     assert met > 100
 
 
-def test_training_elsewhere_is_the_other_domains_training_part(tiny_lake, asked):
+def test_training_elsewhere_is_the_other_domains_training_part(tiny_lake, examples):
     source = {row["user"]: row for row in rows_of(tiny_lake, "sequences", split="last-5", domain="source")}
-    for n, user in enumerate(asked.users.tolist()):
+    for n, user in enumerate(examples.users.tolist()):
         expected = source[user]["items"][: source[user]["valid_start"]]
-        found = asked.training_elsewhere.take(np.array([n]))
-        assert asked.everything.global_index[found.items].tolist() == expected
+        found = examples.training_elsewhere.take(np.array([n]))
+        assert examples.everything.global_index[found.items].tolist() == expected
 
 
-def test_raw_users_and_training_interactions(tiny_lake, asked):
+def test_raw_users_and_training_interactions(tiny_lake, examples):
     raw = {row["index"]: row["user"] for row in rows_of(tiny_lake, "users")}
-    assert asked.raw_users == [raw[user] for user in asked.users.tolist()]
-    assert asked.training_interactions.tolist() == popularity_of(tiny_lake).tolist()
+    assert examples.raw_users == [raw[user] for user in examples.users.tolist()]
+    assert examples.training_interactions.tolist() == popularity_of(tiny_lake).tolist()
 
 
 def test_aligned_gives_empty_histories_to_strangers():
@@ -122,9 +122,9 @@ def cosine_scores(training, history, candidates):
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
-def test_item_to_item_is_the_sum_of_cosines_counted_by_hand(tiny_lake, asked, everywhere):
+def test_item_to_item_is_the_sum_of_cosines_counted_by_hand(tiny_lake, examples, everywhere):
     label = "item-to-item, all domains" if everywhere else "item-to-item"
-    (found,) = [c for c in baseline_contenders(asked, BaselinesConfig()) if c.label == label]
+    (found,) = [c for c in baseline_scorers(examples, BaselinesConfig()) if c.label == label]
     training = {}
     for domain in ("target", "source") if everywhere else ("target",):
         for row in rows_of(tiny_lake, "sequences", split="last-5", domain=domain):
@@ -134,26 +134,26 @@ def test_item_to_item_is_the_sum_of_cosines_counted_by_hand(tiny_lake, asked, ev
         for row in rows_of(tiny_lake, "sequences", split="last-5", domain="all")
         for item, time in zip(row["items"], row["times"], strict=True)
     }
-    scores = found.score(asked.held_out.histories).whole()
-    candidates = asked.catalogue.global_index[FIRST_INDEX:].tolist()
+    scores = found.score(examples.held_out.histories).whole()
+    candidates = examples.catalogue.global_index[FIRST_INDEX:].tolist()
     for n in (0, 17, 53):
-        user = int(asked.users[n])
-        read = asked.catalogue.global_index[asked.held_out.histories.take(np.array([n])).items].tolist()
+        user = int(examples.users[n])
+        read = examples.catalogue.global_index[examples.held_out.histories.take(np.array([n])).items].tolist()
         if everywhere:
-            other = asked.everything.global_index[asked.elsewhere.take(np.array([n])).items].tolist()
+            other = examples.everything.global_index[examples.elsewhere.take(np.array([n])).items].tolist()
             read = sorted(read + other, key=lambda item: times[user, item])
         expected = cosine_scores(training, read[-5:], candidates)
         assert scores[n, FIRST_INDEX:].numpy() == pytest.approx(expected, abs=2e-6), "popularity breaks ties by 1e-6"
 
 
-def test_popularity_is_the_training_parts_count(tiny_lake, asked):
-    (popular,) = [c for c in baseline_contenders(asked, BaselinesConfig()) if c.label == "popularity"]
-    assert popular.score(asked.held_out.histories).whole()[0].tolist() == popularity_of(tiny_lake).tolist()
+def test_popularity_is_the_training_parts_count(tiny_lake, examples):
+    (popular,) = [c for c in baseline_scorers(examples, BaselinesConfig()) if c.label == "popularity"]
+    assert popular.score(examples.held_out.histories).whole()[0].tolist() == popularity_of(tiny_lake).tolist()
 
 
 def test_baselines_of_a_lone_domain_have_no_other_to_read(tiny_lake):
     every = read_evaluation_set(pin(tiny_lake, None), "last-5", "all", "test", EvaluationConfig(protocols=("full",)))
-    assert [c.label for c in baseline_contenders(every, BaselinesConfig())] == [
+    assert [c.label for c in baseline_scorers(every, BaselinesConfig())] == [
         "popularity",
         "item-to-item",
         "item-to-item, decayed",
@@ -164,57 +164,57 @@ def test_baselines_of_a_lone_domain_have_no_other_to_read(tiny_lake):
 # --- models ---------------------------------------------
 
 
-def test_model_is_scored_as_its_own_scorer_scores_it(asked, models):
-    artifact = load_artifact(models["deep-0"])
-    contender = model_contender(artifact, asked)
-    assert (contender.label, contender.seed) == ("deep", 0)
-    assert contender.facts["seconds"] == 10.0
-    histories = asked.held_out.histories
-    rows = np.array([artifact.users[raw] for raw in asked.raw_users])
-    expected = artifact.scorer().score(dataclasses.replace(histories, users=rows))
-    assert torch.equal(contender.score(histories).whole()[:, FIRST_INDEX:], expected[:, FIRST_INDEX:])
+def test_model_is_scored_as_its_own_scorer_scores_it(examples, models):
+    trained_model = load_model(models["deep-0"])
+    scorer = model_scorer(trained_model, examples)
+    assert (scorer.label, scorer.seed) == ("deep", 0)
+    assert scorer.facts["seconds"] == 10.0
+    histories = examples.held_out.histories
+    rows = np.array([trained_model.users[raw] for raw in examples.raw_users])
+    expected = trained_model.scorer().score(dataclasses.replace(histories, users=rows))
+    assert torch.equal(scorer.score(histories).whole()[:, FIRST_INDEX:], expected[:, FIRST_INDEX:])
 
 
-def test_model_meets_items_and_users_by_raw_id(asked, models):
+def test_model_meets_items_and_users_by_raw_id(examples, models):
     """The same model with its rows in another order, and its users under other numbers, scores the same."""
-    artifact = load_artifact(models["deep-0"])
-    order = np.concatenate([np.arange(FIRST_INDEX), np.arange(len(artifact.catalogue) - 1, FIRST_INDEX - 1, -1)])
-    shuffled = load_artifact(models["deep-0"])
+    trained_model = load_model(models["deep-0"])
+    order = np.concatenate([np.arange(FIRST_INDEX), np.arange(len(trained_model.catalogue) - 1, FIRST_INDEX - 1, -1)])
+    shuffled = load_model(models["deep-0"])
     with torch.no_grad():
-        shuffled.model.item_embedding.weight.copy_(artifact.model.item_embedding.weight[order])
-        shuffled.model.output_bias.copy_(artifact.model.output_bias[order])
-        shuffled.model.knowledge_VS.copy_(artifact.model.knowledge_VS[order])
+        shuffled.model.item_embedding.weight.copy_(trained_model.model.item_embedding.weight[order])
+        shuffled.model.output_bias.copy_(trained_model.model.output_bias[order])
+        shuffled.model.knowledge_VS.copy_(trained_model.model.knowledge_VS[order])
     renamed = Catalogue(
-        artifact.catalogue.global_index,
-        [artifact.catalogue.raw_ids[row] for row in order],
-        artifact.catalogue.titles,
+        trained_model.catalogue.global_index,
+        [trained_model.catalogue.raw_ids[row] for row in order],
+        trained_model.catalogue.titles,
     )
     other = dataclasses.replace(shuffled, catalogue=renamed)
-    histories = asked.held_out.histories
-    scores = model_contender(artifact, asked).score(histories).whole()
-    assert model_contender(other, asked).score(histories).whole().numpy() == pytest.approx(scores.numpy(), abs=1e-6)
+    histories = examples.held_out.histories
+    scores = model_scorer(trained_model, examples).score(histories).whole()
+    assert model_scorer(other, examples).score(histories).whole().numpy() == pytest.approx(scores.numpy(), abs=1e-6)
 
 
-def test_model_that_lacks_items_ranks_them_last(asked, models):
-    artifact = load_artifact(models["deep-0"])
+def test_model_that_lacks_items_ranks_them_last(examples, models):
+    trained_model = load_model(models["deep-0"])
     lacking = dataclasses.replace(
-        artifact,
+        trained_model,
         catalogue=dataclasses.replace(
-            artifact.catalogue,
+            trained_model.catalogue,
             raw_ids=[
-                raw if n % 2 or n < FIRST_INDEX else f"gone{n}" for n, raw in enumerate(artifact.catalogue.raw_ids)
+                raw if n % 2 or n < FIRST_INDEX else f"gone{n}" for n, raw in enumerate(trained_model.catalogue.raw_ids)
             ],
         ),
     )
-    scores = model_contender(lacking, asked).score(asked.held_out.histories).whole()
-    known = np.arange(FIRST_INDEX, len(asked.catalogue)) % 2 == 1
+    scores = model_scorer(lacking, examples).score(examples.held_out.histories).whole()
+    known = np.arange(FIRST_INDEX, len(examples.catalogue)) % 2 == 1
     assert torch.isneginf(scores[:, FIRST_INDEX:][:, ~known]).all()
     assert torch.isfinite(scores[:, FIRST_INDEX:][:, known]).all()
 
 
-def test_model_without_a_user_table_is_scored_with_the_unknown_user(asked, models):
-    without = load_artifact(models["deep-0"], users=False)
-    scores = model_contender(without, asked).score(asked.held_out.histories).whole()
+def test_model_without_a_user_table_is_scored_with_the_unknown_user(examples, models):
+    without = load_model(models["deep-0"], users=False)
+    scores = model_scorer(without, examples).score(examples.held_out.histories).whole()
     assert torch.isfinite(scores[:, FIRST_INDEX:]).all()
 
 
@@ -224,9 +224,9 @@ def test_rows_by_raw_id():
     assert rows_by_raw_id(own, wanted).tolist() == [0, 1, 2, 3, 4, FIRST_INDEX + 2, UNK, FIRST_INDEX]
 
 
-def test_model_of_all_domains_reads_what_came_before_everywhere(tiny_lake, asked, tmp_path):
+def test_model_of_all_domains_reads_what_came_before_everywhere(tiny_lake, examples, tmp_path):
     folder = write_model(tmp_path / "joint", tiny_lake, domain="all", split="causal")
-    artifact = load_artifact(folder)
+    trained_model = load_model(folder)
     met = {}
 
     class Watching:
@@ -235,20 +235,20 @@ def test_model_of_all_domains_reads_what_came_before_everywhere(tiny_lake, asked
                 met[user] = histories.items[histories.offsets[n] : histories.offsets[n + 1]].tolist()
             return Scores.of(torch.zeros(len(histories), len(candidates)))
 
-    watched = dataclasses.replace(artifact)
+    watched = dataclasses.replace(trained_model)
     object.__setattr__(watched, "scorer", lambda device, baskets: Watching())
-    contender = model_contender(watched, asked, label="joint")
-    contender.score(asked.held_out.histories)
+    scorer = model_scorer(watched, examples, label="joint")
+    scorer.score(examples.held_out.histories)
     sequences = {row["user"]: row for row in rows_of(tiny_lake, "sequences", split="last-5", domain="all")}
     held_out = literal(tiny_lake, "last-5", "target", "test")
-    for user in asked.users.tolist():
+    for user in examples.users.tolist():
         items = sequences[user]["items"]
         expected = items[: items.index(held_out[user][1][0])]
-        assert artifact.catalogue.global_index[met[user]].tolist() == expected
-    assert "all domains" in contender.reads
+        assert trained_model.catalogue.global_index[met[user]].tolist() == expected
+    assert "all domains" in scorer.reads
 
 
-def test_model_trained_on_what_is_held_out_is_refused(tiny_lake, asked, tmp_path):
+def test_model_trained_on_what_is_held_out_is_refused(tiny_lake, examples, tmp_path):
     folder = write_model(tmp_path / "leaky", tiny_lake, domain="all", split="last-5")
     held_out, leaked = literal(tiny_lake, "last-5", "target", "test"), 0
     for row in rows_of(tiny_lake, "sequences", split="last-5", domain="all"):
@@ -256,41 +256,41 @@ def test_model_trained_on_what_is_held_out_is_refused(tiny_lake, asked, tmp_path
         leaked += sum(item in trained for item in held_out.get(row["user"], ((), ()))[1])
     assert leaked > 0
     with pytest.raises(EvaluateError, match=f"found {leaked} held-out interactions"):
-        model_contender(load_artifact(folder), asked)
+        model_scorer(load_model(folder), examples)
 
 
-def test_model_of_another_domain_is_refused(tiny_lake, asked, tmp_path):
+def test_model_of_another_domain_is_refused(tiny_lake, examples, tmp_path):
     folder = write_model(tmp_path / "pre", tiny_lake, domain="source")
     with pytest.raises(EvaluateError, match="fine-tune it on the domain first"):
-        model_contender(load_artifact(folder), asked)
-    nothing = model_contender(load_artifact(folder), asked, must_know=False)
-    evaluation = evaluate_contenders([nothing], asked)
+        model_scorer(load_model(folder), examples)
+    nothing = model_scorer(load_model(folder), examples, must_know=False)
+    evaluation = evaluate_scorers([nothing], examples)
     assert means(evaluation.metrics((nothing.label, 0), "full"))["NDCG@1"] == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_scores_that_are_not_finite_are_counted(asked, value):
-    scores = noise(asked, 0)
+def test_scores_that_are_not_finite_are_counted(examples, value):
+    scores = noise(examples, 0)
     scores[..., -1] = value
-    evaluation = evaluate_contenders([fixed("m", 0, noise(asked, 0)), fixed("popularity", None, scores)], asked)
+    evaluation = evaluate_scorers([fixed("m", 0, noise(examples, 0)), fixed("popularity", None, scores)], examples)
     assert evaluation.broken["m", 0] == 0
     assert evaluation.broken["popularity", None] > 0
 
 
-def test_model_of_a_newer_release_is_refused(asked, models):
-    newer = dataclasses.replace(load_artifact(models["none-0"]), release=2)
+def test_model_of_a_newer_release_is_refused(examples, models):
+    newer = dataclasses.replace(load_model(models["none-0"]), release=2)
     with pytest.raises(EvaluateError, match="release at least as new as 2"):
-        model_contender(newer, asked)
+        model_scorer(newer, examples)
 
 
 # --- the comparison ---------------------------------------------
 
 
-def test_matrix_and_gain_are_those_of_the_users(asked):
-    values = [noise(asked, seed) for seed in range(4)]
-    contenders = [fixed("none", 0, values[0]), fixed("none", 1, values[1])]
-    contenders += [fixed("deep", 1, values[3]), fixed("deep", 0, values[2])]  # in another order
-    evaluation = evaluate_contenders(contenders, asked, batch_size=13)
+def test_matrix_and_gain_are_those_of_the_users(examples):
+    values = [noise(examples, seed) for seed in range(4)]
+    scorers = [fixed("none", 0, values[0]), fixed("none", 1, values[1])]
+    scorers += [fixed("deep", 1, values[3]), fixed("deep", 0, values[2])]  # in another order
+    evaluation = evaluate_scorers(scorers, examples, batch_size=13)
     ours = np.stack([evaluation.metrics(("deep", seed), "full")["NDCG@10"] for seed in (0, 1)])
     theirs = np.stack([evaluation.metrics(("none", seed), "full")["NDCG@10"] for seed in (0, 1)])
     gain, diff = gain_over(evaluation, "deep", "none", "full", "NDCG@10")
@@ -302,9 +302,9 @@ def test_matrix_and_gain_are_those_of_the_users(asked):
     )
 
 
-def test_matrix_of_some_held_out_items_asks_about_them_alone(asked):
-    evaluation = evaluate_contenders([fixed("m", 0, noise(asked, 0))], asked)
-    only = np.zeros(asked.held_out.targets.shape, dtype=bool)
+def test_matrix_of_some_held_out_items_asks_about_them_alone(examples):
+    evaluation = evaluate_scorers([fixed("m", 0, noise(examples, 0))], examples)
+    only = np.zeros(examples.held_out.targets.shape, dtype=bool)
     only[:30, 1] = True
     found = evaluation.matrix("m", "full", "single/NDCG@10", only_UR=only)[0]
     assert np.isnan(found[30:]).all()
@@ -314,33 +314,37 @@ def test_matrix_of_some_held_out_items_asks_about_them_alone(asked):
         assert found[n] == pytest.approx(1 / np.log2(alone + 1) if alone <= 10 else 0.0)
 
 
-def test_table_adjusts_p_values_over_models_and_metrics(asked):
-    contenders = [fixed(label, seed, noise(asked, hash_)) for hash_, (label, seed) in enumerate(
-        (label, seed) for label in ("none", "shallow", "deep") for seed in (0, 1)
-    )] + [fixed("popularity", None, noise(asked, 9), is_model=False)]  # fmt: skip
-    evaluation = evaluate_contenders(contenders, asked)
+def test_table_adjusts_p_values_over_models_and_metrics(examples):
+    scorers = [
+        fixed(label, seed, noise(examples, hash_))
+        for hash_, (label, seed) in enumerate((label, seed) for label in ("none", "shallow", "deep") for seed in (0, 1))
+    ] + [fixed("popularity", None, noise(examples, 9), is_model=False)]
+    evaluation = evaluate_scorers(scorers, examples)
     rows = compare_table(evaluation, against="none", protocols=("full",), metrics=("NDCG@10", "MRR"))
     tested = [row for row in rows if row.p_value is not None]
     assert [(row.label, row.metric) for row in tested] == [
-        ("shallow", "NDCG@10"), ("deep", "NDCG@10"), ("shallow", "MRR"), ("deep", "MRR"),
-    ]  # fmt: skip
+        ("shallow", "NDCG@10"),
+        ("deep", "NDCG@10"),
+        ("shallow", "MRR"),
+        ("deep", "MRR"),
+    ]
     least = min(tested, key=lambda row: row.gain.p_value)
     assert least.p_value == pytest.approx(min(1.0, 4 * least.gain.p_value))
     for row in rows:
         assert row.mean == pytest.approx(evaluation.matrix(row.label, "full", row.metric).mean())
         assert (row.gain is None) == (row.label == "none")
-    text = render(rows, asked, against="none")
+    text = render(rows, examples, against="none")
     assert "Holm over 4 tests" in text
     assert all(len(line) < 160 for line in text.splitlines())
 
 
-def test_the_candidates_gain_is_the_one_planned_test(asked):
-    contenders = [
-        fixed(label, seed, noise(asked, 2 * place + seed))
+def test_the_candidates_gain_is_the_one_planned_test(examples):
+    scorers = [
+        fixed(label, seed, noise(examples, 2 * place + seed))
         for place, label in enumerate(("none", "shallow", "deep"))
         for seed in (0, 1)
-    ] + [fixed("popularity", None, noise(asked, 9), is_model=False)]
-    evaluation = evaluate_contenders(contenders, asked)
+    ] + [fixed("popularity", None, noise(examples, 9), is_model=False)]
+    evaluation = evaluate_scorers(scorers, examples)
     protocols, metrics = ("full", "uniform-100"), ("NDCG@10", "MRR")
     plain = compare_table(evaluation, against="none", protocols=protocols, metrics=metrics)
     rows = compare_table(evaluation, against="none", protocols=protocols, metrics=metrics, candidate="deep")
@@ -356,39 +360,41 @@ def test_the_candidates_gain_is_the_one_planned_test(asked):
     ]
     assert [r.gain for r in rows] == [r.gain for r in plain]
     assert not any(r.planned or r.is_candidate for r in plain)
-    text = render(rows, asked, against="none")
+    text = render(rows, examples, against="none")
     (note,) = [line for line in text.splitlines() if "planned test" in line]
     assert "* candidate, chosen on the validation part: its NDCG@10 is the one planned test, not adjusted" in note
     assert "Holm over 3 tests" in note
     assert next(line.split()[:2] for line in text.splitlines() if line.startswith("deep ")) == ["deep", "*"]
     alone = compare_table(evaluation, against="none", protocols=protocols, metrics=metrics, candidate="none")
-    assert "* candidate, chosen on the validation part" in render(alone, asked, against="none")
+    assert "* candidate, chosen on the validation part" in render(alone, examples, against="none")
     assert not any(row.planned for row in alone), "it is not compared with itself"
 
 
-def test_models_that_share_no_seed_are_not_compared(asked):
-    evaluation = evaluate_contenders([fixed("none", 0, noise(asked, 0)), fixed("deep", 1, noise(asked, 1))], asked)
+def test_models_that_share_no_seed_are_not_compared(examples):
+    evaluation = evaluate_scorers(
+        [fixed("none", 0, noise(examples, 0)), fixed("deep", 1, noise(examples, 1))], examples
+    )
     with pytest.raises(EvaluateError, match="share a seed"):
         gain_over(evaluation, "deep", "none", "full", "NDCG@10")
 
 
-def test_two_models_of_one_label_and_seed_are_refused(asked):
-    twice = [fixed("deep", 0, noise(asked, 0)), fixed("deep", 0, noise(asked, 1))]
+def test_two_models_of_one_label_and_seed_are_refused(examples):
+    twice = [fixed("deep", 0, noise(examples, 0)), fixed("deep", 0, noise(examples, 1))]
     with pytest.raises(EvaluateError, match="two of 'deep', seed 0"):
-        evaluate_contenders(twice, asked)
+        evaluate_scorers(twice, examples)
 
 
-def test_unknown_metric_names_the_known(asked):
-    evaluation = evaluate_contenders([fixed("none", 0, noise(asked, 0))], asked)
+def test_unknown_metric_names_the_known(examples):
+    evaluation = evaluate_scorers([fixed("none", 0, noise(examples, 0))], examples)
     with pytest.raises(EvaluateError, match="NDCG@10"):
         evaluation.matrix("none", "full", "HR@10")
 
 
-def test_scores_that_are_not_numbers_are_counted(asked):
-    broken = noise(asked, 0)
+def test_scores_that_are_not_numbers_are_counted(examples):
+    broken = noise(examples, 0)
     broken[FIRST_INDEX] = np.nan
-    evaluation = evaluate_contenders([fixed("none", 0, broken)], asked)
-    assert evaluation.broken["none", 0] == len(asked.users)
+    evaluation = evaluate_scorers([fixed("none", 0, broken)], examples)
+    assert evaluation.broken["none", 0] == len(examples.users)
 
 
 # --- the recipe ---------------------------------------------
@@ -455,10 +461,10 @@ def test_run_refuses_a_candidate_that_is_no_label(tmp_path, models):
         evaluate.run(config(tmp_path, models, candidate="patch"))
 
 
-def test_baselines_have_the_names_that_are_listed(tiny_lake, asked):
+def test_baselines_have_the_names_that_are_listed(tiny_lake, examples):
     """What the gate accepts before training is what is scored later."""
     listed = baseline_names(MaskedItemConfig())
-    assert sorted(c.label for c in baseline_contenders(asked, BaselinesConfig())) == sorted(listed)
+    assert sorted(c.label for c in baseline_scorers(examples, BaselinesConfig())) == sorted(listed)
 
 
 def test_run_of_one_model_stands_beside_the_baselines(tmp_path, models):

@@ -34,8 +34,8 @@ from trainer.data.loader import Loader
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
 from trainer.evaluation.item_ranking import read_held_out
-from trainer.evaluation.scorers import model_contender, read_evaluation_set
-from trainer.inference.model_folder import load_artifact
+from trainer.evaluation.scorers import model_scorer, read_evaluation_set
+from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request, RequestError, parse
 from trainer.models import build_model
 from trainer.recipes import promote, recommend
@@ -126,9 +126,12 @@ def test_batches_hold_the_kinds_of_their_items(lake):
 
 def test_histories_keep_the_kinds_of_what_is_kept():
     given = Histories(
-        np.array([3, 4]), np.array([0, 3, 5]), np.array([10, 11, 12, 13, 14]), np.empty(0, np.int64),
+        np.array([3, 4]),
+        np.array([0, 3, 5]),
+        np.array([10, 11, 12, 13, 14]),
+        np.empty(0, np.int64),
         np.array([1, 2, 0, 1, 2], np.int8),
-    )  # fmt: skip
+    )
     assert given.until(np.array([2, 1])).event_types.tolist() == [1, 2, 1]
     assert given.newest(1).event_types.tolist() == [0, 2]
     assert given.take(np.array([1])).event_types.tolist() == [1, 2]
@@ -143,8 +146,8 @@ def test_held_out_users_have_the_kinds_of_their_input(lake):
         row, own = by_user[user], held_out.histories.take(np.array([place]))
         codes = [code_of(kind) for kind in kinds_in(row)]
         assert own.event_types.tolist() == codes[: row["test_start"]]
-        asked = codes[row["test_start"] : row["end"]]
-        assert held_out.event_types[place, : len(asked)].tolist() == asked
+        examples = codes[row["test_start"] : row["end"]]
+        assert held_out.event_types[place, : len(examples)].tolist() == examples
 
 
 # --- the network ---------------------------------------------
@@ -270,12 +273,12 @@ def test_a_trained_model_is_asked_with_kinds(trained, lake, tmp_path):
     users = pl.read_parquet(report.folder / "users.parquet").filter(
         (pl.col("label") == "none") & (pl.col("protocol") == "full") & (pl.col("convention") == "list")
     )
-    artifact, release = load_artifact(child), pin(lake, None)
+    trained_model, release = load_model(child), pin(lake, None)
     catalogue = read_catalogue(release, "target")
     held_out = read_held_out(release, "last-5", "target", catalogue, "test", event_types=KINDS)
     found, without = [], []
     for given, ndcg in ((held_out.histories, found), (bare(held_out.histories), without)):
-        scores = artifact.scorer().score(given)
+        scores = trained_model.scorer().score(given)
         for place, targets in enumerate(held_out.targets):
             row = scores[place].clone()
             row[torch.from_numpy(held_out.histories.take(np.array([place])).items)] = -torch.inf
@@ -312,23 +315,30 @@ def test_kinds_are_told_beside_the_users_own_past(trained, lake, tmp_path):
 
 
 def test_a_server_takes_kinds_where_it_is_given_them(trained):
-    artifact = load_artifact(trained[2])
-    items = list(artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 3])
-    server = Recommender(artifact, "graftrec/1")
+    trained_model = load_model(trained[2])
+    items = list(trained_model.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 3])
+    server = Recommender(trained_model, "graftrec/1")
     plain, same, other, strange = server.answer(
-        [Request(items), Request(items, None, ["", "x", ""]), Request(items, None, ["buy", "look", "buy"]),
-         Request([*items, "nothing"], None, ["buy", "look", "buy", "look"])],
+        [
+            Request(items),
+            Request(items, None, ["", "x", ""]),
+            Request(items, None, ["buy", "look", "buy"]),
+            Request([*items, "nothing"], None, ["buy", "look", "buy", "look"]),
+        ],
         k=5,
-    )  # fmt: skip
+    )
     assert plain == same
     assert plain.scores != other.scores
     assert (strange.items, strange.scores) == (other.items, other.scores)
-    rows = artifact.catalogue
+    rows = trained_model.catalogue
     history = Histories(
-        np.array([UNK]), np.array([0, 3]), np.arange(FIRST_INDEX, FIRST_INDEX + 3), np.empty(0, np.int64),
+        np.array([UNK]),
+        np.array([0, 3]),
+        np.arange(FIRST_INDEX, FIRST_INDEX + 3),
+        np.empty(0, np.int64),
         np.array([2, 1, 2], np.int8),
-    )  # fmt: skip
-    scores = artifact.scorer().score(history)[0]
+    )
+    scores = trained_model.scorer().score(history)[0]
     by_raw = dict(zip(rows.raw_ids, scores.tolist(), strict=True))
     assert other.scores == pytest.approx([by_raw[item] for item in other.items], abs=1e-6)
     parsed = parse([{"items": np.array(["1"], dtype=object), "event_types": np.array(["buy"], dtype=object)}])
@@ -341,8 +351,8 @@ def test_a_server_takes_kinds_where_it_is_given_them(trained):
 def test_recommendations_are_what_the_server_answers(spark, trained, lake, tmp_path, monkeypatch):
     enter_store(tmp_path / "store", monkeypatch)
     recommend.run(RecommendConfig.model_validate({"lake": lake, "model": str(trained[2]), "k": 3}))
-    artifact = load_artifact(trained[2])
-    server, found = Recommender(artifact, "graftrec/1"), recommended(lake)
+    trained_model = load_model(trained[2])
+    server, found = Recommender(trained_model, "graftrec/1"), recommended(lake)
     raw = dict(pl.read_delta(f"{lake}/items").select("index", "item").iter_rows())
     users = dict(pl.read_delta(f"{lake}/users").select("index", "user").iter_rows())
     for row in rows_of(lake, "target"):
@@ -409,25 +419,25 @@ def test_a_model_of_all_domains_reads_the_kinds_of_all(lake, tmp_path):
     """What it is asked with, by hand: all events before the first held-out one, in time order, with their kinds."""
     more = {"data": {"domain": "all", "predicted": "target", "split": "joint-5"}}
     model = finetune(settings(FinetuneConfig, tmp_path, lake, name="all", transfer="none", **more)).model
-    artifact, release = load_artifact(model), pin(lake, None)
+    trained_model, release = load_model(model), pin(lake, None)
     protocols = EvaluationConfig(protocols=("full",))
-    asked = read_evaluation_set(release, "joint-5", "target", "test", protocols, event_types=KINDS)
-    contender, some = model_contender(artifact, asked), np.arange(0, len(asked.users), 7)
-    scores = contender.score(asked.held_out.histories.take(some)).whole()
+    examples = read_evaluation_set(release, "joint-5", "target", "test", protocols, event_types=KINDS)
+    scorer, some = model_scorer(trained_model, examples), np.arange(0, len(examples.users), 7)
+    scores = scorer.score(examples.held_out.histories.take(some)).whole()
     rows = {
         (row["domain"], row["user"]): row
         for row in pl.read_delta(f"{lake}/sequences").filter(pl.col("split") == "joint-5").to_dicts()
     }
-    for place, user in enumerate(asked.users[some].tolist()):
+    for place, user in enumerate(examples.users[some].tolist()):
         own, target = rows["all", user], rows["target", user]
         first = target["times"][target["test_start"]]
         events = zip(own["times"], own["items"], kinds_in(own), strict=True)
         read = sorted((time, item, code_of(kind)) for time, item, kind in events if time < first)
-        items = artifact.catalogue.rows(np.array([item for _, item, _ in read], dtype=np.int64)).astype(np.int64)
+        items = trained_model.catalogue.rows(np.array([item for _, item, _ in read], dtype=np.int64)).astype(np.int64)
         codes = np.array([code for *_, code in read], dtype=np.int8)
         history = Histories(np.array([UNK]), np.array([0, len(read)]), items, np.empty(0, np.int64), codes)
-        expected = artifact.scorer().score(history)[0]
-        of_target = artifact.catalogue.rows(asked.catalogue.global_index[FIRST_INDEX:])
+        expected = trained_model.scorer().score(history)[0]
+        of_target = trained_model.catalogue.rows(examples.catalogue.global_index[FIRST_INDEX:])
         torch.testing.assert_close(scores[place, FIRST_INDEX:], expected[torch.from_numpy(of_target.copy()).long()])
 
 

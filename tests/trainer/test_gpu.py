@@ -24,8 +24,8 @@ from trainer.config import (
     RuntimeConfig,
 )
 from trainer.data.histories import Histories
-from trainer.inference.model_folder import load_artifact
-from trainer.inference.scorer import Scorer, top_k
+from trainer.inference.model_folder import load_model
+from trainer.inference.scorer import ModelScorer, top_k
 from trainer.parallel.distributed import join
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
@@ -87,7 +87,7 @@ def test_scores_and_the_best_rows_are_the_cpus(name):
     histories = Histories(np.array([3, 4, 5, 99]), np.cumsum([0, *lengths]), items, np.empty(0, np.int64))
     task, found = build_task(TASKS["next"]), []
     for device in ("cpu", "cuda"):
-        scorer = Scorer(model_of(MODELS[name]).to(device), task, device=device)
+        scorer = ModelScorer(model_of(MODELS[name]).to(device), task, device=device)
         rows, best = top_k(scorer.scores(histories), histories, 7)
         found.append((scorer.score(histories), torch.from_numpy(rows), best))
     torch.testing.assert_close(found[1], found[0])
@@ -123,8 +123,8 @@ def test_what_a_graft_copies_gets_there(tiny_lake, tmp_path):
     parent = pretrain(tiny(PretrainConfig, tmp_path, tiny_lake, name="parent", data={"domain": "all"})).folder
     reads_all = {"domain": "all", "predicted": "target", "split": "joint-5"}
     told = {"name": "graft", "parent": str(parent / "model"), "shared_items": True, "data": reads_all}
-    graft = finetune(tiny(FinetuneConfig, tmp_path, tiny_lake, train={"learning_rate": 1e-12}, **told)).folder
-    before, after = (load_artifact(folder / "model").model.state_dict() for folder in (parent, graft))
+    initialise_from = finetune(tiny(FinetuneConfig, tmp_path, tiny_lake, train={"learning_rate": 1e-12}, **told)).folder
+    before, after = (load_model(folder / "model").model.state_dict() for folder in (parent, initialise_from))
     first = {name: slice(FIRST_INDEX, None) for name in ("item_embedding.weight", "output_bias")}
     for name, tensor in before.items():
         torch.testing.assert_close(after[name][first.get(name, ...)], tensor[first.get(name, ...)])
@@ -135,7 +135,7 @@ def test_a_model_trained_there_scores_alike_on_a_cpu(uninterrupted):
     histories = Histories(np.array([FIRST_INDEX]), np.array([0, 3]), items, np.empty(0, np.int64))
     found = []
     for device in ("cpu", "cuda"):
-        artifact = load_artifact(uninterrupted / "model", device=device)
-        scorer = Scorer(artifact.model, artifact.task, device=device)
+        trained_model = load_model(uninterrupted / "model", device=device)
+        scorer = ModelScorer(trained_model.model, trained_model.task, device=device)
         found.append(scorer.score(histories))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)

@@ -46,7 +46,7 @@ class World:
     def __init__(self, rows, truth=lambda _: 0.0, *, num_users=260, luck=0.002, noise=0.05, random=0):
         rng = np.random.default_rng(random)
         users = rng.normal(0.3, 0.1, num_users)
-        self.asked = []
+        self.examples = []
         self.values = {}
         for one in rows:
             num_seeds = max(len(one["seeds"]), 1)
@@ -54,7 +54,7 @@ class World:
             self.values[one["id"]] = truth(one) + users + seeds + rng.normal(0, noise, (num_seeds, num_users))
 
     def __call__(self, name, protocol, convention, metric):
-        self.asked.append((name, protocol, convention, metric))
+        self.examples.append((name, protocol, convention, metric))
         return self.values[name]
 
 
@@ -127,7 +127,7 @@ def test_p_values_are_adjusted_within_a_protocol_and_convention():
             raw = sorted(one["p_value"] for one in group)
             by_hand = [max(min(1, (size - j) * raw[j]) for j in range(i + 1)) for i in range(size)]
             assert sorted(one["p_holm"] for one in group) == pytest.approx(by_hand)
-    assert len(set(world.asked)) == len(world.asked) == 20 * 4, "each row is asked for its metric once"
+    assert len(set(world.examples)) == len(world.examples) == 20 * 4, "each row is asked for its metric once"
 
 
 def test_a_missing_row_is_a_hole_with_its_reason_and_the_rest_is_judged():
@@ -154,8 +154,10 @@ def test_a_model_without_a_row_that_is_done_is_unknown_and_one_without_any_is_no
     both = [*rows, *(one | {"status": "missing", "reason": "no room"} for one in grid(models=("caser",)))]
     judged = by_name(judge(both, World(rows, survey_was_right), LENGTHS, **ONE))
     assert {name for name, one in judged.items() if one["verdict"] == "unknown"} == {
-        "caser-pretraining", "caser-transfer", "caser-task",
-    }  # fmt: skip
+        "caser-pretraining",
+        "caser-transfer",
+        "caser-task",
+    }
     caser = judged["caser-task"]
     assert caser["gain"] is caser["p_value"] is caser["p_holm"] is None
     assert caser["rows"][0]["reason"].endswith("no room")

@@ -89,8 +89,9 @@ def test_default_threads_are_the_usable_cores_shared(variables, threads, monkeyp
 def test_a_process_tied_to_one_core_has_one_thread_and_torch_always():
     script = (
         "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
-        "from trainer.config import RuntimeConfig; from trainer.parallel.distributed import join; join(RuntimeConfig());"
-        "import torch; from trainer import cores; print(cores._number, torch.get_num_threads());"
+        "from trainer.config import RuntimeConfig; from trainer.parallel.distributed import join;"
+        "join(RuntimeConfig());"
+        "import torch; from trainer.parallel import cores; print(cores._number, torch.get_num_threads());"
         "join(RuntimeConfig(threads=3)); print(cores._number, torch.get_num_threads(), os.environ['OMP_WAIT_POLICY'])"
     )
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY",)}

@@ -106,16 +106,23 @@ def recipes(folder, lake, store):
     configs = {
         "pretrain": {**shared, "name": "source", "data": {"lake": lake, "domain": "source"}},
         "finetune": {
-            **shared, "name": "target", "parent": "runs/source/model", "transfer": "deep",
+            **shared,
+            "name": "target",
+            "parent": "runs/source/model",
+            "transfer": "deep",
             "data": {"lake": lake, "domain": "target"},
         },
         "evaluate": {**quiet, "output": "runs", "name": "eval", "models": [model], "runtime": TINY["runtime"]},
         "recommend": {**quiet, **model, "k": 4, "spark": {"engine": "sail", "master": "local[1]"}},
-    }  # fmt: skip
+    }
     for recipe, changed in configs.items():
         (folder / f"{recipe}.yaml").write_text(json.dumps(changed))
     commands = [[recipe, "--config", f"{recipe}.yaml"] for recipe in configs]
     return subprocess.Popen(
-        [sys.executable, "-c", COMMANDS, json.dumps(commands)], cwd=folder, env=os.environ | store, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [sys.executable, "-c", COMMANDS, json.dumps(commands)],
+        cwd=folder,
+        env=os.environ | store,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )

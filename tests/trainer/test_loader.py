@@ -81,9 +81,15 @@ def catalogue():
 def loader_of(made, catalogue, *, batch_size=8, max_length=12, rank=0, world_size=1, seed=3, **settings):
     config = DataConfig(split=SPLIT, domain=DOMAIN, **({"block_rows": 30} | settings))
     return Loader(
-        made[0], catalogue, config, batch_size=batch_size, max_length=max_length, seed=seed, rank=rank,
+        made[0],
+        catalogue,
+        config,
+        batch_size=batch_size,
+        max_length=max_length,
+        seed=seed,
+        rank=rank,
         world_size=world_size,
-    )  # fmt: skip
+    )
 
 
 def epoch_of(loader):
@@ -220,9 +226,12 @@ def test_a_rank_without_rows_in_a_short_batch_has_a_loss_of_nothing(task, made, 
     assert short
     kind = {"masked_item": MaskedItemConfig, "next_item": NextItemConfig}[task]
     model = build_model(
-        Bert4RecConfig(width=8, blocks=1, max_length=16, user_width=4, knowledge={}), num_users=200, num_entities=0,
-        knowledge_VS=torch.zeros(len(catalogue), 0, dtype=torch.int32), seed=0,
-    )  # fmt: skip
+        Bert4RecConfig(width=8, blocks=1, max_length=16, user_width=4, knowledge={}),
+        num_users=200,
+        num_entities=0,
+        knowledge_VS=torch.zeros(len(catalogue), 0, dtype=torch.int32),
+        seed=0,
+    )
     for loss in (LossConfig(), LossConfig(kind="sampled", num_negatives=8)):
         total, positions = build_task(kind(loss=loss)).loss(model, short[0])
         total.backward()
@@ -392,10 +401,10 @@ def test_a_table_without_rows_is_refused_by_name(tmp_path, catalogue):
 
 
 def test_rows_of_a_catalogue(catalogue):
-    asked = np.array([0, PAD, MASK, 5, 6, 7, 43, 44, 45, 10_000, -1, 2**31 - 1])
+    examples = np.array([0, PAD, MASK, 5, 6, 7, 43, 44, 45, 10_000, -1, 2**31 - 1])
     expected = [0, PAD, MASK, 5, UNK, 6, 24, UNK, UNK, UNK, UNK, UNK]
     for kind in (np.int64, np.int32):
-        assert catalogue.rows(asked.astype(kind)).tolist() == expected
+        assert catalogue.rows(examples.astype(kind)).tolist() == expected
     assert catalogue.rows(np.empty(0, np.int32)).tolist() == []
 
 
@@ -412,7 +421,7 @@ def test_texts_are_a_sequence_of_strings():
 
 def test_a_command_that_ends_right_after_pinning_a_release_ends_cleanly(tiny_lake):
     """Through deltalake's own dataset, reading aborts about every other such process at its exit."""
-    script = f"from trainer.data.dataset import pin\nassert pin({tiny_lake!r}, None).number == 1\nraise SystemExit(2)"
+    script = f"from trainer.data.release import pin\nassert pin({tiny_lake!r}, None).number == 1\nraise SystemExit(2)"
     assert [subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode for _ in range(4)] == [
         2
     ] * 4
@@ -422,7 +431,9 @@ def test_the_catalogue_of_a_lake(tmp_path):
     lake = build_tiny_lake(tmp_path / "lake")
     read = read_catalogue(pin(lake, None), "source")
     shutil.rmtree(lake)  # nothing is read later
-    assert all(raw == f"{raw[:1]}{raw[1:]}" and title == f"Title {raw}" for raw, title in
-               list(zip(read.raw_ids, read.titles, strict=True))[FIRST_INDEX:])  # fmt: skip
+    assert all(
+        raw == f"{raw[:1]}{raw[1:]}" and title == f"Title {raw}"
+        for raw, title in list(zip(read.raw_ids, read.titles, strict=True))[FIRST_INDEX:]
+    )
     assert list(read.raw_ids[:FIRST_INDEX]) == [""] * FIRST_INDEX
     assert len(set(read.raw_ids)) == len(read) - FIRST_INDEX + 1

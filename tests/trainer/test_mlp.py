@@ -9,7 +9,7 @@ from etl.tables import FIRST_INDEX, UNK
 from tests.trainer.networks import NUM_ITEMS, batch_of, descend, model_of
 from trainer.config import FinetuneConfig, LossConfig, MlpConfig, NextItemConfig, PretrainConfig
 from trainer.data.batch import Batch
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.models import mlp
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
@@ -83,7 +83,7 @@ def test_shallow_transfer_begins_with_the_sources_users(tiny_lake, tmp_path):
     config = settings(FinetuneConfig, "child", "target", transfer="shallow", parent=str(parent))
     config = config.model_copy(update={"train": config.train.model_copy(update={"learning_rate": 1e-12})})
     child = finetune(config).model
-    before, after = (load_artifact(folder).model.state_dict() for folder in (parent, child))
+    before, after = (load_model(folder).model.state_dict() for folder in (parent, child))
     torch.testing.assert_close(after["user_embedding.weight"], before["user_embedding.weight"])
     assert not torch.allclose(after["of_user.weight"], before["of_user.weight"])
 

@@ -72,9 +72,13 @@ def test_network_is_torchs_own_encoder(causal):
     layer = torch.nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True, norm_first=True)
     encoder = torch.nn.TransformerEncoder(layer, 2, model.output_norm, enable_nested_tensor=False).double().eval()
     names = {
-        "attention_norm": "norm1", "qkv": "self_attn.in_proj_", "attention_out": "self_attn.out_proj",
-        "feed_norm": "norm2", "feed_in": "linear1", "feed_out": "linear2",
-    }  # fmt: skip
+        "attention_norm": "norm1",
+        "qkv": "self_attn.in_proj_",
+        "attention_out": "self_attn.out_proj",
+        "feed_norm": "norm2",
+        "feed_in": "linear1",
+        "feed_out": "linear2",
+    }
     for ours, theirs in zip(model.blocks, encoder.layers, strict=True):
         told = {}
         for name, tensor in ours.state_dict().items():
@@ -272,8 +276,10 @@ def test_masked_query_is_the_training_sample_with_the_last_item_masked():
     task = MaskedItem(MaskedItemConfig(last_only_probability=1.0))
     corrupted, lengths, chosen = task.mask(batch, NUM_ITEMS)
     trained = hidden_of(model, corrupted, lengths, batch.users, causal=False)[chosen]
-    asked = Batch(torch.where(corrupted == MASK, PAD, corrupted)[:, :-1], lengths - 1, batch.users, 5, slice(0, 5), ())
-    torch.testing.assert_close(task.query(model, asked), trained)
+    examples = Batch(
+        torch.where(corrupted == MASK, PAD, corrupted)[:, :-1], lengths - 1, batch.users, 5, slice(0, 5), ()
+    )
+    torch.testing.assert_close(task.query(model, examples), trained)
 
 
 def test_next_item_query_is_the_trained_position():

@@ -35,7 +35,7 @@ from trainer.data.sequences import SequenceDataset
 from trainer.evaluation import next_events
 from trainer.evaluation.item_ranking import read_held_out
 from trainer.evaluation.scorers import EvaluateError
-from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
@@ -50,8 +50,13 @@ NETWORKS = {
 }
 SMALL = {"kind": "dupn", "width": 16, "max_length": 24, "user_width": 4, "dropout": 0.0}
 TRAINED = {
-    "batch_size": 16, "epochs": 8, "learning_rate": 0.02, "warmup_steps": 0, "min_epochs": 8, "checkpoint_seconds": 0,
-}  # fmt: skip
+    "batch_size": 16,
+    "epochs": 8,
+    "learning_rate": 0.02,
+    "warmup_steps": 0,
+    "min_epochs": 8,
+    "checkpoint_seconds": 0,
+}
 TASK = {"kind": "multi", "tells": ["next_item", "category", "value"]}
 
 
@@ -120,16 +125,16 @@ def test_classes_are_first_categories_and_levels(lake):
         assert found.names["category"][found.class_V[row]] == categories[catalogue.global_index[row]]
     assert (found.class_V[:FIRST_INDEX] == NOTHING).all()
     held_out = read_held_out(release, "last-5", "source", catalogue, "test", values=True)
-    asked = {name: next_events.asked_of(held_out, found, name) for name in found.names}
+    examples = {name: next_events.examples_of(held_out, found, name) for name in found.names}
     first = {
         r["user"]: (r["items"][r["test_start"]], r["values"][r["test_start"]])
         for r in rows_of(lake, "source").to_dicts()
     }
-    for user, one in zip(asked["category"].histories.users, asked["category"].class_N, strict=True):
+    for user, one in zip(examples["category"].histories.users, examples["category"].class_N, strict=True):
         assert categories[first[user][0]] == found.names["category"][one]
     valued = {user for user in held_out.users.tolist() if first[user][1] is not None}
-    assert set(asked["value"].histories.users.tolist()) == valued
-    for user, one in zip(asked["value"].histories.users, asked["value"].class_N, strict=True):
+    assert set(examples["value"].histories.users.tolist()) == valued
+    for user, one in zip(examples["value"].histories.users, examples["value"].class_N, strict=True):
         assert f"{first[user][1]:g}" == found.names["value"][one]
 
 
@@ -150,7 +155,7 @@ def test_what_can_not_be_told_is_named(lake, tiny_lake):
     held_out = read_held_out(described, "last-5", "source", read_catalogue(described, "source"), "test", values=True)
     fewer = next_events.Classes({"value": ("5",)}, known.class_V, known.levels_L[1:])
     with pytest.raises(ConfigError, match="found 2, which no training event has"):
-        next_events.asked_of(held_out, fewer, "value")
+        next_events.examples_of(held_out, fewer, "value")
 
 
 def test_values_that_are_no_levels_are_refused(lake, monkeypatch):
@@ -199,9 +204,10 @@ def plain_losses(model, task, batch):
             scores |= {name: model.task_heads[name](hidden_TD[place]) for name in ("category", "value")}
             value = batch.values[row, place].item()
             classes = {
-                "next_item": item - FIRST_INDEX, "category": int(task.class_V[item]),
+                "next_item": item - FIRST_INDEX,
+                "category": int(task.class_V[item]),
                 "value": {1.0: 0, 3.0: 1}.get(value, NOTHING),
-            }  # fmt: skip
+            }
             for name, one in classes.items():
                 if one != NOTHING:
                     found[name][0] -= scores[name].log_softmax(0)[one].item()
@@ -291,13 +297,13 @@ def trained(lake, tmp_path_factory):
 
 def test_each_thing_is_validated_by_itself(trained):
     folder, parent, models = trained
-    metrics = load_artifact(parent).metrics
+    metrics = load_model(parent).metrics
     assert {"validation/NDCG@10", "validation/category/AUC", "validation/category/accuracy"} <= metrics.keys()
     history = json.loads((folder / "runs" / "deep" / "history.json").read_text())
     best = max(line["metrics"]["value/AUC"] for line in history)  # what early stopping watches
-    assert load_artifact(models["deep"]).metrics["validation/value/AUC"] == best
-    assert set(load_artifact(parent).model.task_heads) == {"category", WEIGHTS}
-    assert set(load_artifact(models["deep"]).model.task_heads) == {"value"}
+    assert load_model(models["deep"]).metrics["validation/value/AUC"] == best
+    assert set(load_model(parent).model.task_heads) == {"category", WEIGHTS}
+    assert set(load_model(models["deep"]).model.task_heads) == {"value"}
     account = json.loads((folder / "runs" / "deep" / "transfer.json").read_text())
     origins = {line["tensor"]: line["origin"] for line in account["tensors"]}
     assert origins["lstm.weight_hh_l0"] == "copied"
@@ -306,16 +312,22 @@ def test_each_thing_is_validated_by_itself(trained):
 
 def test_a_model_that_tells_items_ranks_them_and_others_do_not(trained):
     _, parent, models = trained
-    assert load_artifact(parent).scorer()
-    with pytest.raises(ArtifactError, match=r"expected a model that ranks items, found .* tells a user's next events"):
-        load_artifact(models["deep"]).scorer()
+    assert load_model(parent).scorer()
+    with pytest.raises(
+        ModelFolderError, match=r"expected a model that ranks items, found .* tells a user's next events"
+    ):
+        load_model(models["deep"]).scorer()
 
 
 def evaluated(tmp_path, models, name):
     config = EvaluateConfig(
-        name=name, output=str(tmp_path), tracking={"enabled": False}, runtime={"progress": False},
-        models=tuple(EvaluatedModel(model=str(model), label=label) for label, model in models.items()), against="none",
-    )  # fmt: skip
+        name=name,
+        output=str(tmp_path),
+        tracking={"enabled": False},
+        runtime={"progress": False},
+        models=tuple(EvaluatedModel(model=str(model), label=label) for label, model in models.items()),
+        against="none",
+    )
     return evaluate(config), config
 
 
@@ -376,10 +388,14 @@ def test_two_processes_see_what_one_sees(lake, tmp_path):
     found = {}
     for processes in (1, 2):
         config = settings(
-            PretrainConfig, tmp_path, lake, name=f"by{processes}", train={**TRAINED, "epochs": 2},
+            PretrainConfig,
+            tmp_path,
+            lake,
+            name=f"by{processes}",
+            train={**TRAINED, "epochs": 2},
             task=TASK | {"weighting": "uncertainty"},
             runtime={"progress": False, "threads": 1, "precision": "fp64"},
-        )  # fmt: skip
+        )
         found[processes] = trained_by(processes, config, tmp_path)
     for name, one in found[1].model.state_dict().items():
         torch.testing.assert_close(found[2].model.state_dict()[name], one)

@@ -12,7 +12,7 @@ from etl.settings import ConfigError, load
 from etl.tables import FIRST_INDEX, UNK
 from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, NextItemConfig, PretrainConfig, TrainConfig
 from trainer.data.batch import Batch
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.models import RowTables, build_model
 from trainer.models.row_table import BLOCK_ROWS, RowTable, interleave, take_rows
 from trainer.parallel.distributed import ALONE, World
@@ -32,9 +32,7 @@ def part_of(rank, size):
 
 def model_of(tables):
     knowledge = torch.from_numpy(np.random.default_rng(7).integers(UNK, 20, (NUM_ITEMS, 2)))
-    model = build_model(
-        CONFIG, num_users=NUM_USERS, num_entities=20, knowledge_VS=knowledge, seed=0, tables=tables
-    )  # fmt: skip
+    model = build_model(CONFIG, num_users=NUM_USERS, num_entities=20, knowledge_VS=knowledge, seed=0, tables=tables)
     return model.double()
 
 
@@ -206,10 +204,13 @@ def test_what_follows_what_is_learnt_from_few_rows_a_step_too(table_optimizer, k
     order = torch.from_numpy(FIRST_INDEX + np.random.default_rng(0).permutation(150))
     config = TrainConfig(table_optimizer=table_optimizer, learning_rate=5e-3, warmup_steps=0)
     model = build_model(
-        CONFIG.model_copy(update={"width": 16, "user_width": 0}), num_users=0, num_entities=0, seed=0,
+        CONFIG.model_copy(update={"width": 16, "user_width": 0}),
+        num_users=0,
+        num_entities=0,
+        seed=0,
         knowledge_VS=torch.zeros(FIRST_INDEX + 150, 0),
         tables=RowTables(ALONE) if table_optimizer == "rowwise" else None,
-    )  # fmt: skip
+    )
     task = NextItem(NextItemConfig(loss=LossConfig(kind=kind, num_negatives=32)))
     training = Training(model, task, Steps(), config, ALONE)
 
@@ -223,9 +224,9 @@ def test_what_follows_what_is_learnt_from_few_rows_a_step_too(table_optimizer, k
 
     for step in range(250):
         train_step(training, histories(step, 8)[0], stop=False)
-    asked, following = histories(1_000, 5)
+    examples, following = histories(1_000, 5)
     with torch.inference_mode():
-        scores = model.scores(task.query(model, asked))
+        scores = model.scores(task.query(model, examples))
     assert (scores[:, FIRST_INDEX:].argmax(1) + FIRST_INDEX == following).float().mean() > 0.9
 
 
@@ -236,6 +237,6 @@ def test_the_model_kept_is_the_best_epochs_not_the_last(table_optimizer, tmp_pat
     best = int(long.metrics["best_epoch"])
     assert best < 12
     short = trained(tmp_path, tiny_lake, "short", epochs=best, min_epochs=best, **settings)
-    weights = load_artifact(short.model).model.state_dict()
-    for name, tensor in load_artifact(long.model).model.state_dict().items():
+    weights = load_model(short.model).model.state_dict()
+    for name, tensor in load_model(long.model).model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name

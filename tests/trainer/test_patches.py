@@ -16,7 +16,7 @@ from trainer import registry
 from trainer.config import PretrainConfig, RecommendConfig
 from trainer.data.histories import Histories
 from trainer.inference import delta_folder
-from trainer.inference.model_folder import ArtifactError, artifact_hash, load_artifact
+from trainer.inference.model_folder import ModelFolderError, load_model, model_hash
 from trainer.inference.recommender import Recommender, Request, RequestError
 from trainer.recipes import recommend
 from trainer.recipes.finetune import run as finetune
@@ -55,8 +55,8 @@ def test_put_together_it_is_the_folder_it_was_made_of(domain, made, tmp_path):
     folder = small(made, tmp_path, domain)
     assert delta_folder.is_patch(folder)
     assert not delta_folder.is_patch(children[domain])
-    assert delta_folder.parent_of(folder) == artifact_hash(parent)
-    assert delta_folder.assemble(folder, parent, tmp_path / "whole") == artifact_hash(children[domain])
+    assert delta_folder.parent_of(folder) == model_hash(parent)
+    assert delta_folder.assemble(folder, parent, tmp_path / "whole") == model_hash(children[domain])
     for file in children[domain].iterdir():
         assert (tmp_path / "whole" / file.name).read_bytes() == file.read_bytes()
     assert not (folder / "users.safetensors").exists()  # nobody's vector was trained
@@ -68,47 +68,47 @@ def test_it_holds_what_was_trained_and_no_more(made, tmp_path):
     held = delta_folder.load_file(folder / delta_folder.TENSORS)
     assert sum(tensor.numel() for name, tensor in held.items() if name.startswith("patches.")) == told["added"]
     assert {name for name in held if not name.startswith("patches.")} == {"item_embedding.weight", "output_bias"}
-    target = [row for row, item in enumerate(load_artifact(children["target"]).model.predicted_V.tolist()) if item]
+    target = [row for row, item in enumerate(load_model(children["target"]).model.predicted_V.tolist()) if item]
     assert set(json.loads((folder / delta_folder.PATCH).read_text())["rows"]["output_bias"]) <= set(target)
 
 
-def scores_of(artifact):
+def scores_of(trained_model):
     items = np.array([FIRST_INDEX, FIRST_INDEX + 3, FIRST_INDEX + 5])
     histories = Histories(np.array([FIRST_INDEX + 1]), np.array([0, 3]), items, np.empty(0, np.int64))
-    return artifact.scorer().score(histories)
+    return trained_model.scorer().score(histories)
 
 
 def test_many_patches_stand_on_one_backbone(made, tmp_path):
     _, parent, children = made
-    backbone = load_artifact(parent)
+    backbone = load_model(parent)
     theirs = {name: tensor.data_ptr() for name, tensor in backbone.model.state_dict().items()}
     for domain in children:
         (tmp_path / domain).mkdir()
         patched, whole = (
             delta_folder.load_patch(small(made, tmp_path / domain, domain), backbone),
-            load_artifact(children[domain]),
+            load_model(children[domain]),
         )
         torch.testing.assert_close(scores_of(patched), scores_of(whole))  # tensors may be aligned differently
         assert (patched.hash, patched.users, patched.parent) == (whole.hash, whole.users, backbone.hash)
         shared = {name for name, tensor in patched.model.state_dict().items() if tensor.data_ptr() == theirs.get(name)}
         own = {"item_embedding.weight", "output_bias"}
         assert shared == {name for name in patched.model.state_dict() if not name.startswith("patches.")} - own
-    torch.testing.assert_close(scores_of(backbone), scores_of(load_artifact(parent)))  # and it is what it was
+    torch.testing.assert_close(scores_of(backbone), scores_of(load_model(parent)))  # and it is what it was
 
 
 def test_a_patch_refuses_another_parent_and_damage(made, tmp_path):
     _, parent, children = made
     folder = small(made, tmp_path)
-    with pytest.raises(ArtifactError, match="is for the model"):
-        delta_folder.load_patch(folder, load_artifact(children["all"]))
-    with pytest.raises(ArtifactError, match="is for the model"):
+    with pytest.raises(ModelFolderError, match="is for the model"):
+        delta_folder.load_patch(folder, load_model(children["all"]))
+    with pytest.raises(ModelFolderError, match="is for the model"):
         delta_folder.assemble(folder, children["all"], tmp_path / "whole")
     data = bytearray((folder / delta_folder.TENSORS).read_bytes())
     data[-1] ^= 1
     (folder / delta_folder.TENSORS).write_bytes(data)
-    with pytest.raises(ArtifactError, match="damaged"):
-        delta_folder.load_patch(folder, load_artifact(parent))
-    with pytest.raises(ArtifactError, match="damaged"):
+    with pytest.raises(ModelFolderError, match="damaged"):
+        delta_folder.load_patch(folder, load_model(parent))
+    with pytest.raises(ModelFolderError, match="damaged"):
         delta_folder.assemble(folder, parent, tmp_path / "other")
 
 
@@ -125,30 +125,30 @@ def store(tmp_path, monkeypatch):
 def test_small_versions_name_their_parent_and_are_picked_by_domain(made, store):
     _, parent, children = made
     versions = {domain: store.register(children[domain], alias=domain) for domain in children}
-    backbone = store.of_hash(artifact_hash(parent))  # registered along with the first
+    backbone = store.of_hash(model_hash(parent))  # registered along with the first
     assert backbone.aliases == ()
     assert len(store.versions()) == 3
     for domain, version in versions.items():
         assert version.tags[registry.TAG_KIND] == "patch"
         assert version.tags[registry.TAG_PARENT] == backbone.hash
-        assert version.hash == artifact_hash(children[domain]) == artifact_hash(store.folder(version))
+        assert version.hash == model_hash(children[domain]) == model_hash(store.folder(version))
         assert delta_folder.bytes_of(store.stored(version)) < 0.8 * delta_folder.bytes_of(store.folder(version))
-        for asked in (backbone, *versions.values()):
-            assert store.for_domain(asked, domain).number == version.number
+        for examples in (backbone, *versions.values()):
+            assert store.for_domain(examples, domain).number == version.number
     assert store.for_domain(versions["target"], "source").number == backbone.number
     with pytest.raises(TrackingError, match="is the parent of"):
         store.delete(backbone.number)
 
-    asked = RecommendConfig(registered_model="patched", model=str(backbone.number), domain="target")
-    folder, label, _ = recommend._model(asked, asked.model)
-    assert (artifact_hash(folder), label) == (versions["target"].hash, versions["target"].label)
+    examples = RecommendConfig(registered_model="patched", model=str(backbone.number), domain="target")
+    folder, label, _ = recommend._model(examples, examples.model)
+    assert (model_hash(folder), label) == (versions["target"].hash, versions["target"].label)
 
     from trainer.registry import pyfunc  # as MLflow runs it
 
     recommender = pyfunc.load(store.stored(versions["target"]), versions["target"].label)
-    history = [item for item in recommender.artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 4]]
+    history = [item for item in recommender.trained_model.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 4]]
     for domain, version in versions.items():
-        whole = Recommender(load_artifact(children[domain]), version.label).answer([Request(history)])[0]
+        whole = Recommender(load_model(children[domain]), version.label).answer([Request(history)])[0]
         answer = recommender.of_domain(domain).answer([Request(history)])[0]
         assert dataclasses.replace(answer, scores=[]) == dataclasses.replace(whole, scores=[])
         assert answer.scores == pytest.approx(whole.scores, abs=1e-5)
@@ -163,27 +163,27 @@ def test_targets_of_a_family_share_their_parent_and_answer_for_each_other(made, 
     of = {domain: Registry(f"shop-{domain}", family="shop") for domain in ("source", *children)}
     versions = {domain: of[domain].register(children[domain], alias=registry.CHAMPION) for domain in children}
     (backbone,) = of["source"].versions()  # registered once, as the model of the domain that it was trained on
-    assert backbone.hash == artifact_hash(parent)
+    assert backbone.hash == model_hash(parent)
     for domain, version in versions.items():
         assert [one.label for one in of[domain].versions()] == [f"shop-{domain}/1"]
-        assert artifact_hash(of[domain].folder(version)) == artifact_hash(children[domain])
+        assert model_hash(of[domain].folder(version)) == model_hash(children[domain])
         for other, expected in versions.items():
             assert of[domain].for_domain(version, other).label == expected.label
         assert of[domain].for_domain(version, "source").label == version.label  # the parent is no champion
     with pytest.raises(TrackingError, match="is the parent of shop-all/1, shop-target/1"):
         of["source"].delete(backbone.number)
 
-    asked = RecommendConfig(registered_model="shop-target", model="champion", domain="all")
-    folder, label, _ = recommend._model(asked, asked.model)
-    assert (artifact_hash(folder), label) == (versions["all"].hash, "shop-all/1")
+    examples = RecommendConfig(registered_model="shop-target", model="champion", domain="all")
+    folder, label, _ = recommend._model(examples, examples.model)
+    assert (model_hash(folder), label) == (versions["all"].hash, "shop-all/1")
 
     from trainer.registry import pyfunc  # as MLflow runs it
 
     of["source"].set_alias(registry.CHAMPION, backbone.number)  # whole models answer beside patches
     recommender = pyfunc.load(of["target"].stored(versions["target"]), "shop-target/1")
-    history = [item for item in recommender.artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 4]]
+    history = [item for item in recommender.trained_model.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 4]]
     for domain, folder in {**children, "source": parent}.items():
-        whole = Recommender(load_artifact(folder), f"shop-{domain}/1").answer([Request(history)])[0]
+        whole = Recommender(load_model(folder), f"shop-{domain}/1").answer([Request(history)])[0]
         answer = recommender.of_domain(domain).answer([Request(history)])[0]
         assert dataclasses.replace(answer, scores=[]) == dataclasses.replace(whole, scores=[])
 

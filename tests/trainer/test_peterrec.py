@@ -94,7 +94,7 @@ def told_apart(model):
     """Predicts every other item; gives which."""
     predicted_V = torch.zeros(NUM_ITEMS, dtype=torch.bool)
     predicted_V[FIRST_INDEX::2] = True
-    model.predict_only(predicted_V)
+    model.restrict_targets(predicted_V)
     return predicted_V
 
 
@@ -128,8 +128,8 @@ def test_the_loss_is_one_row_a_target(kind):
     predicted_V = told_apart(model)
     task = TargetItem(TargetItemConfig(loss=LossConfig(kind=kind, num_negatives=5)))
     loss, count = task.loss(model, batch)
-    asked = batch.items[batch.mask_BT]
-    assert int(count) == int(predicted_V[asked].sum())
+    examples = batch.items[batch.mask_BT]
+    assert int(count) == int(predicted_V[examples].sum())
     if kind != "full":
         assert torch.isfinite(loss)
         return
@@ -176,7 +176,7 @@ def test_a_planted_pattern_is_found_and_holds_for_new_users(causal):
     model = model_of().float().train()
     predicted_V = torch.zeros(NUM_ITEMS, dtype=torch.bool)
     predicted_V[FIRST_TARGET : FIRST_TARGET + KINDS * OF_TARGET] = True
-    model.predict_only(predicted_V)
+    model.restrict_targets(predicted_V)
     task, random = TargetItem(TargetItemConfig(causal=causal)), np.random.default_rng(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(60):

@@ -31,7 +31,7 @@ from trainer.data.release import pin
 from trainer.evaluation import profiles
 from trainer.evaluation.class_metrics import example_metrics, metrics_of
 from trainer.evaluation.scorers import EvaluateError
-from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
@@ -127,7 +127,7 @@ def test_who_is_held_out_stays_so_when_users_come(lake, tmp_path):
         ({"attribute": "born", "min_users": 100}, r"expected two values at least that 100 users or more have, found"),
         ({"attribute": "taste", "test": 0.01}, r"in each part, found none of .* in the test part"),
     ],
-)  # fmt: skip
+)
 def test_labels_that_can_not_be_told_are_refused(more, message, tiny_lake):
     with pytest.raises(ConfigError, match=message):
         profiles.read_classes(pin(tiny_lake, None), ProfileConfig.model_validate(TASTE | more))
@@ -190,8 +190,15 @@ def test_a_planted_pattern_is_found(name):
         stray = random.random((32, 5)) < 0.1
         items[stray] = random.integers(FIRST_INDEX, NUM_ITEMS, stray.sum())
         users = torch.arange(32)
-        batch = Batch(torch.from_numpy(items), torch.full((32,), 5), torch.zeros(32).long(), 32, slice(0, 32),
-                      (0, 0, step), owners=users)  # fmt: skip
+        batch = Batch(
+            torch.from_numpy(items),
+            torch.full((32,), 5),
+            torch.zeros(32).long(),
+            32,
+            slice(0, 32),
+            (0, 0, step),
+            owners=users,
+        )
         descend(Profile(ProfileConfig(attribute="x"), torch.from_numpy(kind)), model, batch, optimizer)
     model.eval()
     told = model.task_heads[HEAD](Profile(ProfileConfig(attribute="x")).query(model, batch)).argmax(1)
@@ -217,18 +224,18 @@ def trained(lake, tmp_path_factory):
 @pytest.mark.parametrize(("transfer", "least"), [("none", 0.68), ("deep", 0.68), ("patch", 0.55)])
 def test_a_model_tells_and_says_what(transfer, least, trained):
     folder, _, models = trained
-    artifact = load_artifact(models[transfer])
-    assert artifact.classes == {HEAD: ("t0", "t1", "t2", "t3")}
-    assert artifact.metrics["validation/AUC"] > least
+    trained_model = load_model(models[transfer])
+    assert trained_model.classes == {HEAD: ("t0", "t1", "t2", "t3")}
+    assert trained_model.metrics["validation/AUC"] > least
     history = json.loads((folder / "runs" / transfer / "history.json").read_text())
-    assert max(line["metrics"]["AUC"] for line in history) == artifact.metrics["validation/AUC"]
-    with pytest.raises(ArtifactError, match=r"expected a model that ranks items, found .* tells a user's taste"):
-        artifact.scorer()
+    assert max(line["metrics"]["AUC"] for line in history) == trained_model.metrics["validation/AUC"]
+    with pytest.raises(ModelFolderError, match=r"expected a model that ranks items, found .* tells a user's taste"):
+        trained_model.scorer()
 
 
 def test_a_patch_leaves_all_else_as_it_was(trained):
     _, parent, models = trained
-    before, after = (load_artifact(folder).model.state_dict() for folder in (parent, models["patch"]))
+    before, after = (load_model(folder).model.state_dict() for folder in (parent, models["patch"]))
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed <= {"item_embedding.weight", "output_bias"}  # the row of UNK, which the parent's is not shared of
     new = set(after) - set(before)
@@ -238,9 +245,12 @@ def test_a_patch_leaves_all_else_as_it_was(trained):
 def test_evaluation_is_of_users_nobody_was_trained_on(trained, lake, tmp_path):
     _, _, models = trained
     config = EvaluateConfig(
-        name="told", output=str(tmp_path), models=tuple(EvaluatedModel(model=str(model)) for model in models.values()),
-        tracking={"enabled": False}, runtime={"progress": False},
-    )  # fmt: skip
+        name="told",
+        output=str(tmp_path),
+        models=tuple(EvaluatedModel(model=str(model)) for model in models.values()),
+        tracking={"enabled": False},
+        runtime={"progress": False},
+    )
     report = evaluate(config)
     users = pl.read_parquet(report.folder / "users.parquet")
     classes = profiles.read_classes(pin(lake, None), ProfileConfig.model_validate(TASTE))
@@ -270,9 +280,10 @@ def test_models_of_other_questions_are_not_compared(trained, lake, tmp_path):
     ).model
     for model, message in ((other, "the same users held out"), (parent, "models that tell a profile")):
         config = EvaluateConfig(
-            output=str(tmp_path), models=tuple(EvaluatedModel(model=str(m)) for m in (models["none"], model)),
+            output=str(tmp_path),
+            models=tuple(EvaluatedModel(model=str(m)) for m in (models["none"], model)),
             tracking={"enabled": False},
-        )  # fmt: skip
+        )
         with pytest.raises(EvaluateError, match=message):
             evaluate(config)
 
@@ -283,10 +294,14 @@ def test_two_processes_see_what_one_sees(tables_kept, lake, tmp_path):
     found = {}
     for processes in (1, 2):
         config = settings(
-            PretrainConfig, tmp_path, lake, name=f"by{processes}", model=SMALL | {"dropout": 0.0},
+            PretrainConfig,
+            tmp_path,
+            lake,
+            name=f"by{processes}",
+            model=SMALL | {"dropout": 0.0},
             train={**TRAINED, "epochs": 2, "table_optimizer": tables_kept},
             runtime={"progress": False, "threads": 1, "precision": "fp64"},
-        )  # fmt: skip
+        )
         found[processes] = trained_by(processes, config, tmp_path)
     for name, one in found[1].model.state_dict().items():
         torch.testing.assert_close(found[2].model.state_dict()[name], one)

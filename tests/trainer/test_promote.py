@@ -18,9 +18,9 @@ from etl.settings import GraftrecError
 from trainer.__main__ import main
 from trainer.config import EvaluateConfig, EvaluationConfig, GateConfig, PromoteConfig
 from trainer.data.release import pin
-from trainer.evaluation.comparison import evaluate_contenders
+from trainer.evaluation.comparison import evaluate_scorers
 from trainer.evaluation.gate import GateError
-from trainer.evaluation.scorers import model_contender, read_evaluation_set
+from trainer.evaluation.scorers import model_scorer, read_evaluation_set
 from trainer.evaluation.significance import p_text
 from trainer.recipes import evaluate, promote
 from trainer.recipes.promote import GateRefused, PromoteError
@@ -38,11 +38,15 @@ def models(tiny_lake, tmp_path_factory):
     skills = {"weak-0": -3.0, "weak-1": -3.0, "weak-2": -3.0, "good": 0.7, "better": 6.0, "broken": 6.0}
     made = {
         name: write_model(
-            folder / name, tiny_lake, skill=skill, noise=0.2, seed=int(name[-1]) if name[-1].isdigit() else 0,
+            folder / name,
+            tiny_lake,
+            skill=skill,
+            noise=0.2,
+            seed=int(name[-1]) if name[-1].isdigit() else 0,
             poison=name == "broken",
         )
         for name, skill in skills.items()
-    }  # fmt: skip
+    }
     for seed in range(3):  # one recipe, whose seeds are lucky by different amounts, and from-scratch
         for transfer, skill in (("none", 0.2), ("deep", 0.6 + 0.2 * seed)):
             name = f"{transfer}-{seed}"
@@ -148,8 +152,11 @@ def test_what_is_known_before_scoring_ends_with_two(store, models, candidate, se
 def test_a_baseline_that_the_log_does_not_have_ends_with_two(store, models):
     """`all` is every domain: there is no other to read."""
     with pytest.raises(GateError, match="must_beat: expected simple baselines among best, popularity"):
-        promote.run(config(models, "deep-0", domain="all", split="last-5",
-                           gate=GATE | {"must_beat": ["item-to-item, all domains"]}))  # fmt: skip
+        promote.run(
+            config(
+                models, "deep-0", domain="all", split="last-5", gate=GATE | {"must_beat": ["item-to-item, all domains"]}
+            )
+        )
 
 
 def recipe(models, transfer):
@@ -162,10 +169,17 @@ def test_table_picture_gate_and_metrics_show_one_contrast(store, models, monkeyp
     shown = []
     drawn = evaluate.transfer_gains
     monkeypatch.setattr(evaluate, "transfer_gains", lambda gains, **more: shown.extend(gains) or drawn(gains, **more))
-    report = evaluate.run(EvaluateConfig.model_validate({
-        "name": "compared", "models": [{"model": m} for m in (*recipe(models, "none"), *recipe(models, "deep"))],
-        "candidate": "deep", "runtime": {"progress": False, "device": "cpu"}, "tracking": tracking,
-    }))  # fmt: skip
+    report = evaluate.run(
+        EvaluateConfig.model_validate(
+            {
+                "name": "compared",
+                "models": [{"model": m} for m in (*recipe(models, "none"), *recipe(models, "deep"))],
+                "candidate": "deep",
+                "runtime": {"progress": False, "device": "cpu"},
+                "tracking": tracking,
+            }
+        )
+    )
     row = next(r for r in report.rows if (r["label"], r["protocol"], r["metric"]) == ("deep", "full", "NDCG@10"))
     assert row["planned"]
     assert row["p_value"] == row["gain"]["p_value"], "not adjusted"
@@ -225,9 +239,9 @@ def test_where_nothing_is_transferred_the_gate_asks_baselines_and_champion(store
 
 def test_a_model_of_all_domains_is_compared_with_from_scratch_on_the_target(store, models, tiny_lake, tmp_path):
     folder = write_model(tmp_path / "joint", tiny_lake, domain="all", split="causal", skill=-3.0)
-    asked = config(models, folder, domain="target", split="last-5", from_scratch=[models["good"], models["weak-1"]])
+    examples = config(models, folder, domain="target", split="last-5", from_scratch=[models["good"], models["weak-1"]])
     with pytest.raises(GateRefused, match="than from-scratch"):
-        promote.run(asked)
+        promote.run(examples)
 
 
 def test_promote_says_what_seeds_and_users_can_show(store, models, capsys):
@@ -262,24 +276,26 @@ def test_champion_of_another_domain_is_scored_and_replaced(store, models, tiny_l
 
 
 def test_cold_slices_are_what_the_tables_say(tiny_lake, models):
-    asked = read_evaluation_set(pin(tiny_lake, None), "last-5", "target", "test", EvaluationConfig(protocols=("full",)))
+    examples = read_evaluation_set(
+        pin(tiny_lake, None), "last-5", "target", "test", EvaluationConfig(protocols=("full",))
+    )
     given = config(models, "better")
-    contenders = [
-        model_contender(promote.load_artifact(models[name]), asked, label=label)
+    scorers = [
+        model_scorer(promote.load_model(models[name]), examples, label=label)
         for label, name in ((promote.VERSION, "better"), (promote.SCRATCH, "weak-0"), (promote.SCRATCH, "weak-1"))
     ]
-    evaluation = evaluate_contenders(contenders, asked)
+    evaluation = evaluate_scorers(scorers, examples)
     gate = given.gate.model_copy(update={"cold_user_items": 2, "cold_item_interactions": 10})
     evidence = evidence_of(evaluation, None, gate)
     users, items = evidence.slices
     expected = literal(tiny_lake, "last-5", "target", "test")
-    cold = [n for n, user in enumerate(asked.users.tolist()) if len(expected[user][0]) - 2 <= 2]
-    assert 0 < len(cold) < len(asked.users)
+    cold = [n for n, user in enumerate(examples.users.tolist()) if len(expected[user][0]) - 2 <= 2]
+    assert 0 < len(cold) < len(examples.users)
     ndcg = evaluation.metrics((promote.VERSION, 0), "full")["NDCG@10"]
     assert users.version_C.tolist() == ndcg[cold].tolist()
-    counts = asked.training_interactions
-    rare = [n for n, row in enumerate(asked.held_out.targets) if any(counts[item] <= 10 for item in row)]
-    assert 0 < len(rare) < len(asked.users)
+    counts = examples.training_interactions
+    rare = [n for n, row in enumerate(examples.held_out.targets) if any(counts[item] <= 10 for item in row)]
+    assert 0 < len(rare) < len(examples.users)
     assert len(items.version_C) == len(items.reference_C) == len(rare)
     assert np.isfinite(items.version_C).all()
     assert (evidence.recipe_seeds, evidence.scratch_seeds) == ([0], [0, 1])
@@ -287,8 +303,9 @@ def test_cold_slices_are_what_the_tables_say(tiny_lake, models):
 
 RACER = """
 import sys
-from trainer import promote
-from trainer.config import PromoteConfig, GraftrecError
+from trainer.recipes import promote
+from etl.settings import GraftrecError
+from trainer.config import PromoteConfig
 try:
     done = promote.run(PromoteConfig.model_validate_json(open(sys.argv[1]).read()))
     print("CHAMPION", done.version.number)
@@ -316,7 +333,7 @@ def test_two_promoters_race_and_the_better_one_stays(store, models):
         )
     said = [process.communicate(timeout=240)[0] for process in processes]
     by_hash = {version.hash: version for version in Registry().versions()}
-    good, better = (by_hash[promote.load_artifact(models[name]).hash] for name in ("good", "better"))
+    good, better = (by_hash[promote.load_model(models[name]).hash] for name in ("good", "better"))
     assert CHAMPION in Registry().version(str(better.number)).aliases, said
     assert "CHAMPION" in said[1], said
     if "ERROR" in said[0]:

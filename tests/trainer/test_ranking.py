@@ -41,7 +41,7 @@ def literal(lake, split, domain, part):
     return found
 
 
-def asked(lake, part="test", protocols=("full",), domain="target", **settings):
+def examples(lake, part="test", protocols=("full",), domain="target", **settings):
     release = pin(lake, None)
     catalogue = read_catalogue(release, domain)
     return catalogue, read_held_out(release, "last-5", domain, catalogue, part, protocols, **settings)
@@ -59,7 +59,7 @@ def random_score(num_rows, seed=0):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("domain", ["source", "target", "all"])
 def test_read_held_out_is_what_the_tables_say(tiny_lake, part, domain):
-    catalogue, held_out = asked(tiny_lake, part, EVERY, domain, times=True)
+    catalogue, held_out = examples(tiny_lake, part, EVERY, domain, times=True)
     expected = literal(tiny_lake, "last-5", domain, part)
     assert held_out.users.tolist() == sorted(expected)
     assert min(len(held_out.histories.items), held_out.targets.size) > 0
@@ -79,15 +79,15 @@ def test_read_held_out_is_what_the_tables_say(tiny_lake, part, domain):
 
 
 def test_read_held_out_leaves_out_users_without_a_hold_out(tiny_lake):
-    _, held_out = asked(tiny_lake)
+    _, held_out = examples(tiny_lake)
     assert len(held_out) == 54
     assert held_out.users.min() == FIRST_INDEX + 6, "user 0 has no target item, users 1 to 5 too few"
 
 
 def test_read_held_out_of_some_users_is_part_of_all(tiny_lake):
-    _, every = asked(tiny_lake, protocols=EVERY)
-    _, some = asked(tiny_lake, protocols=EVERY, max_users=25)
-    _, again = asked(tiny_lake, "validation", protocols=EVERY, max_users=25)
+    _, every = examples(tiny_lake, protocols=EVERY)
+    _, some = examples(tiny_lake, protocols=EVERY, max_users=25)
+    _, again = examples(tiny_lake, "validation", protocols=EVERY, max_users=25)
     assert 10 < len(some) < 40
     assert some.users.tolist() == again.users.tolist(), "the same users at validation and test"
     place = np.searchsorted(every.users, some.users)
@@ -126,7 +126,7 @@ def test_read_held_out_of_an_unknown_split_names_the_known(tiny_lake):
 @pytest.mark.parametrize("protocol", EVERY)
 @pytest.mark.parametrize("part", PARTS)
 def test_rank_agrees_with_ranx(tiny_lake, protocol, part):
-    catalogue, held_out = asked(tiny_lake, part, (protocol,), "all")
+    catalogue, held_out = examples(tiny_lake, part, (protocol,), "all")
     scores = torch.from_numpy(np.random.default_rng(3).normal(size=(200, len(catalogue))))
     ours = means(rank(dense(lambda h: scores[torch.from_numpy(h.users)]), held_out, batch_size=7)[protocol])
     expected = literal(tiny_lake, "last-5", "all", part)
@@ -149,7 +149,7 @@ def test_rank_agrees_with_ranx(tiny_lake, protocol, part):
 
 def test_rank_of_a_known_order_is_the_fraction_made_by_hand(tiny_lake):
     """Held-out items score 3, 2, 1 below exactly one competitor each: ranks 2, 4, 6 of the list."""
-    catalogue, held_out = asked(tiny_lake)
+    catalogue, held_out = examples(tiny_lake)
     one = held_out.take(np.array([0]))
     wanted = one.targets[0]
     seen = set(one.histories.items.tolist()) | set(wanted.tolist())
@@ -170,7 +170,7 @@ def test_rank_of_a_known_order_is_the_fraction_made_by_hand(tiny_lake):
 
 
 def test_rank_is_the_same_in_batches_of_any_size(tiny_lake):
-    catalogue, held_out = asked(tiny_lake, protocols=EVERY)
+    catalogue, held_out = examples(tiny_lake, protocols=EVERY)
     score = random_score(len(catalogue))
     whole = ranks(score, held_out, batch_size=1_000)
     for batch_size in (1, 5, 54):
@@ -182,7 +182,7 @@ def test_rank_is_the_same_in_batches_of_any_size(tiny_lake):
 
 
 def test_rank_scores_each_user_once_with_its_own_history(tiny_lake):
-    catalogue, held_out = asked(tiny_lake, protocols=EVERY)
+    catalogue, held_out = examples(tiny_lake, protocols=EVERY)
     expected = literal(tiny_lake, "last-5", "target", "test")
     met = []
 
@@ -199,14 +199,14 @@ def test_rank_scores_each_user_once_with_its_own_history(tiny_lake):
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("-inf")])
 def test_rank_of_a_scorer_that_says_nothing_finds_nothing(tiny_lake, value):
-    catalogue, held_out = asked(tiny_lake, protocols=EVERY)
+    catalogue, held_out = examples(tiny_lake, protocols=EVERY)
     ranked = rank(dense(lambda h: torch.full((len(h), len(catalogue)), value)), held_out)
     assert all(means(metrics)["NDCG@1"] == 0 for metrics in ranked.values())
 
 
 def test_rank_misses_a_held_out_item_that_was_read(tiny_lake):
     """A repeat is no candidate of `full` ranking: not found at any rank, though it scores highest."""
-    catalogue, held_out = asked(tiny_lake)
+    catalogue, held_out = examples(tiny_lake)
     one = held_out.take(np.array([0]))
     one.targets[0, 0] = one.histories.items[-1]
     scores = torch.zeros(1, len(catalogue))
@@ -215,7 +215,7 @@ def test_rank_misses_a_held_out_item_that_was_read(tiny_lake):
 
 
 def test_rank_by_popularity_is_the_baseline_counted_by_hand(tiny_lake):
-    catalogue, held_out = asked(tiny_lake)
+    catalogue, held_out = examples(tiny_lake)
     counts = popularity_of(tiny_lake)
     ranked = ranks(dense(lambda h: torch.from_numpy(counts).float().expand(len(h), -1)), held_out)["full"]
     for user, (given, wanted, _) in literal(tiny_lake, "last-5", "target", "test").items():
@@ -247,7 +247,7 @@ def test_ranks_are_places_in_a_list_however_the_catalogue_is_cut(monkeypatch, ki
 
 
 def test_ranks_hold_no_more_scores_than_a_block(tiny_lake, monkeypatch):
-    catalogue, held_out = asked(tiny_lake, protocols=EVERY)
+    catalogue, held_out = examples(tiny_lake, protocols=EVERY)
     whole = ranks(random_score(len(catalogue)), held_out)
     monkeypatch.setattr(scorer, "SCORES_PER_BLOCK", 16 * 5)
     widths = set()

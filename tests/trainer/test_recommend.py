@@ -19,7 +19,7 @@ from etl.tables import UNK, bucket_of
 from trainer.config import RecommendConfig
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request
 from trainer.recipes import recommend
 from trainer.registry import CHAMPION, Registry
@@ -79,7 +79,7 @@ def test_every_user_gets_what_the_served_model_answers(done):
     assert strangers == {"u000"}
     histories |= {user: [] for user in strangers}
     assert found.keys() == histories.keys()
-    server = Recommender(load_artifact(done.folder), "graftrec/1")
+    server = Recommender(load_model(done.folder), "graftrec/1")
     answers = server.answer([Request(items, user) for user, items in histories.items()], k=4)
     for (user, items), answer in zip(histories.items(), answers, strict=True):
         rows = found[user]
@@ -121,7 +121,7 @@ def test_another_setting_replaces_the_domains_rows_and_no_others(done):
     before = rows_of(lake, "source")
     assert before.keys() == histories_of(lake, "source").keys()
     assert {row["model_version"] for rows in before.values() for row in rows} == {
-        f"unregistered/{load_artifact(source).hash[:12]}"
+        f"unregistered/{load_model(source).hash[:12]}"
     }
     assert recommend.run(config(lake, k=1)).committed
     assert {len(rows) for rows in rows_of(lake).values()} == {1}
@@ -157,8 +157,8 @@ def test_of_two_runs_at_once_the_one_that_lost_says_so(done, monkeypatch):
 
 
 def test_unknown_and_missing_items_are_no_obstacle(done):
-    artifact = load_artifact(done.folder, users=False)
-    catalogue = artifact.catalogue
+    trained_model = load_model(done.folder, users=False)
+    catalogue = trained_model.catalogue
     index = catalogue.global_index
     beyond = int(index.max()) + 1_000
     batch = pa.RecordBatch.from_arrays(
@@ -173,7 +173,7 @@ def test_unknown_and_missing_items_are_no_obstacle(done):
     settings = {"count": None, "k": 3, "batch_size": 2, "domain": "d", "release": 9}
     settings["models"] = [(str(done.folder), "l")]
     rows = pa.Table.from_batches(recommend._score_batches(iter([batch]), **settings)).to_pylist()
-    popular = sorted(range(5, len(catalogue)), key=lambda row: (-artifact.popularity[row], row))[:3]
+    popular = sorted(range(5, len(catalogue)), key=lambda row: (-trained_model.popularity[row], row))[:3]
     for user in "acd":
         assert [row["item"] for row in rows if row["user"] == user] == [catalogue.raw_ids[row] for row in popular]
     own = [row["item"] for row in rows if row["user"] == "b"]
@@ -216,7 +216,7 @@ def test_a_model_folder_replaces_no_registered_versions_rows_unless_told_to(done
     assert raised.value.exit_code == 2
     assert "\n" not in str(raised.value)
     assert rows_of(lake) == rows_of(done.lake)
-    labels = [f"unregistered/{load_artifact(folder).hash[:12]}" for folder in folders]
+    labels = [f"unregistered/{load_model(folder).hash[:12]}" for folder in folders]
     assert recommend.run(config(lake, model=folders[0], replace=True)).by_model == {labels[0]: 60}
     assert recommend.run(config(lake, model=folders[1])).by_model == {labels[1]: 60}  # over rows of a folder
     assert recommend.run(config(lake)).by_model == {"graftrec/1": 60}

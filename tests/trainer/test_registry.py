@@ -15,7 +15,7 @@ from stores import enter_store
 
 from trainer import tracking
 from trainer.config import PretrainConfig, TrackingConfig
-from trainer.inference.model_folder import artifact_hash, load_artifact
+from trainer.inference.model_folder import load_model, model_hash
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, TAG_KIND, TAG_PARENT, Registry, audit_trail
 from trainer.registry.promotion_lock import ServerLock
 from trainer.tracking import TrackingError
@@ -41,7 +41,7 @@ def test_versions_are_numbered_and_a_model_is_registered_once(store, models):
     second = registry.register(models[1])
     again = registry.register(models[0], tags={"note": "seen before"}, alias=None)
     assert (first.label, second.label, again.label) == ("shop/1", "shop/2", "shop/1")
-    assert first.hash == artifact_hash(models[0])
+    assert first.hash == model_hash(models[0])
     assert first.tags["graftrec.transfer"] == "none"
     assert again.tags["note"] == "seen before"
     assert registry.find(CANDIDATE) == second
@@ -54,7 +54,7 @@ def test_the_model_folder_comes_back_whole(store, models):
     registry = Registry()
     version = registry.register(models[0])
     folder = registry.folder(version)
-    assert load_artifact(folder).hash == version.hash == artifact_hash(models[0])
+    assert load_model(folder).hash == version.hash == model_hash(models[0])
 
 
 def test_a_version_is_code_and_json_with_a_signature_over_raw_ids(store, models):
@@ -73,7 +73,7 @@ def test_a_version_is_code_and_json_with_a_signature_over_raw_ids(store, models)
 def test_a_version_is_of_the_logged_model_of_its_run_and_says_what_it_is(store, models):
     quiet = TrackingConfig(system_metrics=False, close_seconds=60)
     with tracking.start_run(quiet, name="trains", resolved=PretrainConfig()) as run:
-        run.log_model("trains", artifact_hash(models[0]))
+        run.log_model("trains", model_hash(models[0]))
         trained = run.id
     shop, other = Registry("shop"), Registry("other")
     version, again = shop.register(models[0]), other.register(models[0])
@@ -310,9 +310,12 @@ def registering(folder, model, gate):
         "print(registry.register(sys.argv[1]).label)"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", script, model, str(gate)], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", script, model, str(gate)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.mark.slow
@@ -327,20 +330,20 @@ def test_a_folder_that_two_processes_register_at_once_is_one_version(store, mode
 
 def test_of_two_versions_that_a_server_took_at_once_the_first_stays(store, models, monkeypatch):
     monkeypatch.setattr("trainer.tracking.local_folder", lambda uri: None)  # as if it were a server
-    registry, digest = Registry(), artifact_hash(models[0])
+    registry, digest = Registry(), model_hash(models[0])
     first = registry.register(models[0])
-    own, asked = registry._own, []
+    own, examples = registry._own, []
 
     def late(wanted):  # the first question is answered as it was before the other process had registered it
-        asked.append(wanted)
-        return None if len(asked) <= 2 else own(wanted)
+        examples.append(wanted)
+        return None if len(examples) <= 2 else own(wanted)
 
     monkeypatch.setattr(registry, "_own", late)
     assert registry.register(models[0], tags={"note": "late"}).number == first.number
-    assert len(asked) == 3
+    assert len(examples) == 3
     (left,) = registry.versions()
     assert (left.number, left.hash, left.tags["note"]) == (first.number, digest, "late")
-    assert artifact_hash(registry.folder(left)) == digest
+    assert model_hash(registry.folder(left)) == digest
 
 
 @pytest.mark.parametrize(
@@ -351,8 +354,8 @@ def test_names_that_look_alike_are_not_confused(store, models, name, other):
     own = Registry(name)
     assert own.versions() == []
     assert own.register(models[1]).label == f"{name}/1"
-    assert [version.hash for version in own.versions()] == [artifact_hash(models[1])]
-    assert own.of_hash(artifact_hash(models[1])).name == name
+    assert [version.hash for version in own.versions()] == [model_hash(models[1])]
+    assert own.of_hash(model_hash(models[1])).name == name
     client = own._client
     foreign, lock = ServerLock(client, other), ServerLock(client, name)
     assert foreign.acquire()

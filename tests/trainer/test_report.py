@@ -60,7 +60,9 @@ def results_of(rows, truth=survey_was_right, *, protocols=PROTOCOLS, conventions
             "target_domain": "tgt",
             "evaluated_users": len(LENGTHS),
             "domains": [
-                domain("all", 6_040, 3_416, 165.5), domain("src", 6_040, 2_300, 120.0), domain("tgt", 6_038, 1_116, 45),
+                domain("all", 6_040, 3_416, 165.5),
+                domain("src", 6_040, 2_300, 120.0),
+                domain("tgt", 6_038, 1_116, 45),
             ],
         },
         "protocols": protocols,
@@ -69,14 +71,18 @@ def results_of(rows, truth=survey_was_right, *, protocols=PROTOCOLS, conventions
         "seeds": [1, 2, 3],
         "rows": written,
         **judge(rows, matrix, LENGTHS, protocols=protocols, conventions=conventions, metric="NDCG@10"),
-    }  # fmt: skip
+    }
 
 
 def domain(name, users, items, length):
     return {
-        "domain": name, "users": users, "items": items, "items_with_knowledge": items // 2,
-        "interactions": int(users * length), "average_length": length,
-    }  # fmt: skip
+        "domain": name,
+        "users": users,
+        "items": items,
+        "items_with_knowledge": items // 2,
+        "interactions": int(users * length),
+        "average_length": length,
+    }
 
 
 def trained(seed, one, rng):
@@ -84,15 +90,23 @@ def trained(seed, one, rng):
     scores = 0.2 * (1 - np.exp(-np.arange(1, epochs + 1) / 5)) + rng.normal(0, 0.003, epochs)
     losses = 4 + 3 * np.exp(-np.arange(1, epochs + 1) / 6) + rng.normal(0, 0.02, epochs)
     return {
-        "seed": seed, "run": f"run{seed}", "folder": "runs/x", "model_hash": "ab" * 32, "parent_hash": "cd" * 32,
-        "parameters": 1_234_567, "epochs": epochs, "best_epoch": int(scores.argmax()) + 1, "seconds": 754.0,
-        "pretrain_seconds": 4_000.0 if one["transfer"] not in (None, "none") else None, "items_per_second": 150_000.0,
+        "seed": seed,
+        "run": f"run{seed}",
+        "folder": "runs/x",
+        "model_hash": "ab" * 32,
+        "parent_hash": "cd" * 32,
+        "parameters": 1_234_567,
+        "epochs": epochs,
+        "best_epoch": int(scores.argmax()) + 1,
+        "seconds": 754.0,
+        "pretrain_seconds": 4_000.0 if one["transfer"] not in (None, "none") else None,
+        "items_per_second": 150_000.0,
         "validation": float(scores.max()),
         "curve": [
             {"epoch": n + 1, "loss": float(losses[n]), "validation": float(scores[n]) if n % 2 else None}
             for n in range(epochs)
         ],
-    }  # fmt: skip
+    }
 
 
 def whole_grid():
@@ -308,8 +322,12 @@ def test_page_pictures_and_tables_have_one_minus_sign(written):
 
 def test_a_gain_that_rounds_to_zero_has_no_sign():
     assert [report._points(value) for value in (0.00004, -0.00004, 0.0, 0.01, -0.01)] == [
-        "0.00", "0.00", "0.00", "+1.00", "-1.00",
-    ]  # fmt: skip
+        "0.00",
+        "0.00",
+        "0.00",
+        "+1.00",
+        "-1.00",
+    ]
 
 
 def test_the_overview_shows_the_best_of_many_rows(written, results):
@@ -372,8 +390,9 @@ def test_patches_stand_beside_whole_copies(small_results, tmp_path):
     write(told, tmp_path / "with")
     table = table_under((tmp_path / "with" / "report.md").read_text(encoding="utf-8"), "## Patches beside whole copies")
     assert [row[1:] for row in table[-2:]] == [
-        ["363.00 MB", "", "", "4.20 s", "45.0 ms"], ["53.14 MB", "2.00 MB", "1.50 MB", "3.30 s", "46.2 ms"],
-    ]  # fmt: skip
+        ["363.00 MB", "", "", "4.20 s", "45.0 ms"],
+        ["53.14 MB", "2.00 MB", "1.50 MB", "3.30 s", "46.2 ms"],
+    ]
     write(small_results | {"patches": []}, tmp_path / "without")
     assert "Patches beside" not in (tmp_path / "without" / "report.md").read_text(encoding="utf-8")
 
@@ -425,9 +444,22 @@ def test_blocks_as_markdown_and_html():
         Fold("more", [Table(["name", "x"], ["title", ["a_b", Cell("1.0", "2.0", "up")]])]),
     ]
     assert to_markdown("T", blocks).splitlines() == [
-        "# T", "", r"## A \| b", "", r"1 \< 2", "", "- one", "- two", "", "**more**", "", "| name | x |",
-        "| :-- | --: |", "| **title** |  |", r"| a\_b | **1.0** (2.0) |",
-    ]  # fmt: skip
+        "# T",
+        "",
+        r"## A \| b",
+        "",
+        r"1 \< 2",
+        "",
+        "- one",
+        "- two",
+        "",
+        "**more**",
+        "",
+        "| name | x |",
+        "| :-- | --: |",
+        "| **title** |  |",
+        r"| a\_b | **1.0** (2.0) |",
+    ]
     page = to_html("T", blocks)
     parsed(page)
     assert "<p>1 &lt; 2</p>" in page

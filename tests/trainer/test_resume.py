@@ -29,18 +29,21 @@ RUNS = {  # model, task, data
     "bert4rec next basket": (BERT4REC, {"kind": "next_basket"}, {}),
     "peterrec next item": (PETERREC, {"kind": "next_item"}, {}),
     "peterrec target item": (
-        PETERREC, {"kind": "target_item"}, {"domain": "all", "predicted": "target", "split": "joint-5"},
+        PETERREC,
+        {"kind": "target_item"},
+        {"domain": "all", "predicted": "target", "split": "joint-5"},
     ),
     "peterrec profile": (PETERREC, {"kind": "profile", "attribute": "taste"}, {}),
     "peterrec pairs of baskets": (PETERREC, {"kind": "basket_pair"}, {}),
     "peterrec clicks": (PETERREC, {"kind": "click", "content": ["categories"], "impressions": ["look"]}, {}),
     "caser next items": (CASER, {"kind": "next_item", "targets": 3, "loss": BCE}, {}),
     "dupn several": (
-        DUPN, {"kind": "multi", "tells": ["next_item", "category", "event_type", "value"], "weighting": "uncertainty"},
+        DUPN,
+        {"kind": "multi", "tells": ["next_item", "category", "event_type", "value"], "weighting": "uncertainty"},
         KINDS,
     ),
     "mlp next item": (MLP, {"kind": "next_item", "loss": BCE}, {}),
-}  # fmt: skip
+}
 PATCHES = {"serial": {"kind": "adapter"}, "lora": {"kind": "lora"}}
 TRAIN = {"batch_size": 16, "epochs": 2, "warmup_steps": 0, "checkpoint_seconds": 0, "min_epochs": 2}
 
@@ -57,9 +60,13 @@ def lake(tmp_path_factory):
 def settings(kind, lake, folder, name, **more):
     model, task, data = RUNS[name]
     given = {
-        "name": "run", "output": str(folder / "runs"), "model": model, "task": task, "train": TRAIN,
+        "name": "run",
+        "output": str(folder / "runs"),
+        "model": model,
+        "task": task,
+        "train": TRAIN,
         "data": {"lake": str(lake), "domain": "source"} | data,
-    }  # fmt: skip
+    }
     return kind.model_validate({**TINY, **given, **more})
 
 
@@ -111,9 +118,11 @@ def test_patches_too(patch, lake, tmp_path, monkeypatch):
     name = "peterrec next item"
     parent = pretrain(settings(PretrainConfig, lake, tmp_path / "parent", name)).model
     more = {
-        "transfer": "patch", "patch": {"bottleneck": 4, **PATCHES[patch]}, "parent": str(parent),
+        "transfer": "patch",
+        "patch": {"bottleneck": 4, **PATCHES[patch]},
+        "parent": str(parent),
         "data": {"lake": str(lake), "domain": "target"},
-    }  # fmt: skip
+    }
     whole = finetune(settings(FinetuneConfig, lake, tmp_path / "whole", name, **more))
     config = settings(FinetuneConfig, lake, tmp_path / "died", name, **more)
     result, deaths = gone_on_with(finetune, config, monkeypatch, after=5)

@@ -11,8 +11,8 @@ from etl.tables import FIRST_INDEX, UNK
 from trainer.config import Bert4RecConfig, MaskedItemConfig, NextItemConfig
 from trainer.data.histories import Histories
 from trainer.inference import scorer
-from trainer.inference.model_folder import load_artifact
-from trainer.inference.scorer import Scorer, Scores, top_k
+from trainer.inference.model_folder import load_model
+from trainer.inference.scorer import ModelScorer, Scores, top_k
 from trainer.models import build_model
 from trainer.tasks import build_task
 
@@ -59,38 +59,38 @@ def test_no_users_have_no_best_rows():
 
 
 @pytest.fixture(scope="module", params=["masked item", "next item"])
-def artifact(request, tiny_lake, tmp_path_factory):
+def trained_model(request, tiny_lake, tmp_path_factory):
     folder = write_model(tmp_path_factory.mktemp("scored") / "model", tiny_lake, seed=3, skill=0.3)
-    found = load_artifact(folder)
+    found = load_model(folder)
     if request.param == "next item":
         found = dataclasses.replace(found, task=build_task(NextItemConfig()))
     return found
 
 
-def some_histories(artifact, num_users=150):
+def some_histories(trained_model, num_users=150):
     random = np.random.default_rng(1)
-    lengths = random.integers(0, 2 * artifact.config.model.max_length, num_users)
-    rows = [random.integers(FIRST_INDEX, len(artifact.catalogue), length).tolist() for length in lengths]
+    lengths = random.integers(0, 2 * trained_model.config.model.max_length, num_users)
+    rows = [random.integers(FIRST_INDEX, len(trained_model.catalogue), length).tolist() for length in lengths]
     return seen_rows(*rows)
 
 
-def test_every_user_is_scored_as_if_alone(artifact):
+def test_every_user_is_scored_as_if_alone(trained_model):
     """Whatever is read beside it: histories are sorted and cut to the longest of some only."""
-    histories = some_histories(artifact)
-    together = artifact.scorer().score(histories)
+    histories = some_histories(trained_model)
+    together = trained_model.scorer().score(histories)
     for user in (0, 1, 77, 149):
-        alone = artifact.scorer().score(histories.take(np.array([user])))[0]
+        alone = trained_model.scorer().score(histories.take(np.array([user])))[0]
         torch.testing.assert_close(together[user], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_scores_of_blocks_and_of_candidates_are_those_of_the_whole(artifact, monkeypatch):
-    histories = some_histories(artifact)
-    whole = artifact.scorer().score(histories)
-    candidates = np.array([FIRST_INDEX + 3, FIRST_INDEX, len(artifact.catalogue) - 1])
-    torch.testing.assert_close(artifact.scorer().score(histories, candidates), whole[:, candidates])
+def test_scores_of_blocks_and_of_candidates_are_those_of_the_whole(trained_model, monkeypatch):
+    histories = some_histories(trained_model)
+    whole = trained_model.scorer().score(histories)
+    candidates = np.array([FIRST_INDEX + 3, FIRST_INDEX, len(trained_model.catalogue) - 1])
+    torch.testing.assert_close(trained_model.scorer().score(histories, candidates), whole[:, candidates])
     monkeypatch.setattr(scorer, "SCORES_PER_BLOCK", 150 * 4)
     monkeypatch.setattr(scorer, "ROWS_PER_BLOCK", 3)
-    parts = dict(artifact.scorer().scores(histories).blocks())
+    parts = dict(trained_model.scorer().scores(histories).blocks())
     assert len(parts) > 2
     joined = torch.cat(list(parts.values()), 1)
     torch.testing.assert_close(joined[:, FIRST_INDEX:], whole[:, FIRST_INDEX:])
@@ -98,7 +98,7 @@ def test_scores_of_blocks_and_of_candidates_are_those_of_the_whole(artifact, mon
 
 def test_an_item_table_without_knowledge_is_not_copied():
     bare = build_model(Bert4RecConfig(), num_users=9, num_entities=0, knowledge_VS=torch.zeros(50, 0), seed=0)
-    scorer = Scorer(bare, build_task(MaskedItemConfig()))
+    scorer = ModelScorer(bare, build_task(MaskedItemConfig()))
     scores = scorer.scores(seen_rows([7, 8]))
     assert scores.whole().shape == (1, 50)
     assert scorer._table_VD.data_ptr() == bare.item_embedding.weight.data_ptr()

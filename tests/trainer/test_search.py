@@ -15,7 +15,7 @@ from stores import enter_store, runs_of
 from etl.settings import ConfigError, GraftrecError, conf_root, load
 from trainer import tracking
 from trainer.config import FinetuneConfig, PretrainConfig, RangeConfig, SearchConfig
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.recipes import search, trials
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
@@ -40,9 +40,15 @@ def search_file(folder, lake, *, recipe="finetune", **settings):
     if recipe == "finetune":
         base = {"transfer": "none"} | base
     whole = {
-        "name": "tiny", "output": str(folder / "runs"), recipe: base, "space": SPACE, "trials": 6, "random_trials": 3,
-        "pruner": {"full_trials": 2, "warmup_epochs": 2}, "tracking": {"enabled": False},
-    } | settings  # fmt: skip
+        "name": "tiny",
+        "output": str(folder / "runs"),
+        recipe: base,
+        "space": SPACE,
+        "trials": 6,
+        "random_trials": 3,
+        "pruner": {"full_trials": 2, "warmup_epochs": 2},
+        "tracking": {"enabled": False},
+    } | settings
     path = Path(folder) / "search.yaml"
     path.write_text(json.dumps(whole))
     return path
@@ -94,9 +100,10 @@ def test_a_trial_is_given_up_exactly_where_it_is_below_the_median(whole):
         before = [other["scores"] for other in rows[:number] if other["outcome"] == "done"]
         told = row["scores"]
         below = [
-            epoch for epoch in range(2, 4)  # of four: none before the second, and the last ends it anyhow
+            epoch
+            for epoch in range(2, 4)  # of four: none before the second, and the last ends it anyhow
             if len(before) >= 2 and max(told[:epoch]) < median(max(scores[:epoch]) for scores in before)
-        ]  # fmt: skip
+        ]
         assert len(told) == (below[0] if below else 4)
         assert row["outcome"] == ("pruned" if below else "done")
         assert ("given up after epoch" in row["reason"]) == bool(below)
@@ -113,7 +120,7 @@ def test_winner_is_a_configuration_that_gives_the_winning_score(whole, tiny_lake
     assert again.metrics["validation/NDCG@10"] == best["score"]
     kept = list((whole / "runs" / "tiny" / "trials").glob("*/model"))
     assert [folder.parent.name for folder in kept] == [f"none-{best['trial'] - 1:04}"]
-    assert load_artifact(kept[0]).metrics["validation/NDCG@10"] == best["score"]
+    assert load_model(kept[0]).metrics["validation/NDCG@10"] == best["score"]
 
 
 def test_winner_can_stand_where_a_section_is_named(whole, tmp_path):
@@ -214,7 +221,7 @@ def test_arms_are_even(tiny_lake, parent, tmp_path, monkeypatch):
     assert len({tuple(told) for told in scores}) == 3, "the arms trained the same thing"
     for winner in winners:
         assert load(FinetuneConfig, winner.file).transfer == winner.arm
-        assert load_artifact(winner.model).parent == (None if winner.arm == "none" else load_artifact(parent).hash)
+        assert load_model(winner.model).parent == (None if winner.arm == "none" else load_model(parent).hash)
 
 
 def test_a_failed_trial_is_one_line_and_the_others_go_on(tiny_lake, tmp_path, capsys):
@@ -405,7 +412,8 @@ def test_trials_are_children_of_one_run_however_often_the_search_stops(tiny_lake
     assert whole.data.metrics["none/NDCG_10"] == max(row["score"] for row in done)
     client = tracking.connect(f"sqlite:///{tmp_path}/mlflow.db")
     assert {file.path for file in client.list_artifacts(whole.info.run_id, "none")} == {
-        "none/best.yaml", "none/trials.json"
-    }  # fmt: skip
+        "none/best.yaml",
+        "none/trials.json",
+    }
     assert {file.path for file in client.list_artifacts(whole.info.run_id, "pictures")} == {"pictures/search.png"}
     assert not any(client.list_artifacts(run.info.run_id, "model") for run in runs.values())

@@ -16,7 +16,7 @@ from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.config import EvaluateConfig, EvaluatedModel, FinetuneConfig, PromoteConfig, RecommendConfig
 from trainer.data.histories import Histories
 from trainer.evaluation.gate import GateError
-from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.inference.recommender import Recommender, Request, RequestError, parse
 from trainer.recipes import promote, recommend
 from trainer.recipes.evaluate import run as evaluate
@@ -64,9 +64,9 @@ def baskets_of(lake):
     return found
 
 
-def in_rows(artifact, *lists):
+def in_rows(trained_model, *lists):
     """One user's history of raw ids; a SEP behind each list."""
-    row_of = {raw: row for row, raw in enumerate(artifact.catalogue.raw_ids)}
+    row_of = {raw: row for row, raw in enumerate(trained_model.catalogue.raw_ids)}
     rows = np.array([row for items in lists for row in (*(row_of[item] for item in items), SEP)], dtype=np.int64)
     return Histories(np.array([UNK]), np.array([0, len(rows)]), rows, np.empty(0, np.int64))
 
@@ -76,25 +76,25 @@ def in_rows(artifact, *lists):
 
 @pytest.mark.parametrize("name", ["baskets", "once"])
 def test_next_baskets_are_answered_from_baskets(name, models):
-    artifact = load_artifact(models[name])
-    items = list(artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 5])
+    trained_model = load_model(models[name])
+    items = list(trained_model.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 5])
     given = [items[:2], items[2:]]
-    answer = Recommender(artifact, "graftrec/1").answer([Request([], baskets=given)], k=1_000)[0]
-    scores = artifact.scorer(baskets=True).score(in_rows(artifact, *given))[0]
+    answer = Recommender(trained_model, "graftrec/1").answer([Request([], baskets=given)], k=1_000)[0]
+    scores = trained_model.scorer(baskets=True).score(in_rows(trained_model, *given))[0]
     left_out = [] if name == "baskets" else range(FIRST_INDEX, FIRST_INDEX + 5)
-    rows = [row for row in range(FIRST_INDEX, len(artifact.catalogue)) if row not in left_out]
+    rows = [row for row in range(FIRST_INDEX, len(trained_model.catalogue)) if row not in left_out]
     rows.sort(key=lambda row: -float(scores[row]))
-    assert answer.items == [artifact.catalogue.raw_ids[row] for row in rows]
+    assert answer.items == [trained_model.catalogue.raw_ids[row] for row in rows]
     assert answer.scores == pytest.approx([float(scores[row]) for row in rows], abs=1e-6)
     assert (answer.basis, answer.unknown) == ("model", [])
 
 
 def test_what_is_not_known_of_a_basket_is_passed_over(models):
-    artifact = load_artifact(models["baskets"])
-    items = list(artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 3])
-    asked = [[items[0], "x"], items[1:]], [[items[0]], items[1:]], [], [["x"], []]
-    server = Recommender(artifact, "graftrec/1")
-    mixed, known, none, strange = server.answer([Request([], baskets=baskets) for baskets in asked], k=3)
+    trained_model = load_model(models["baskets"])
+    items = list(trained_model.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 3])
+    examples = [[items[0], "x"], items[1:]], [[items[0]], items[1:]], [], [["x"], []]
+    server = Recommender(trained_model, "graftrec/1")
+    mixed, known, none, strange = server.answer([Request([], baskets=baskets) for baskets in examples], k=3)
     assert mixed.items == known.items
     assert mixed.scores == pytest.approx(known.scores, abs=1e-6)
     assert (mixed.unknown, strange.unknown) == (["x"], ["x"])
@@ -109,7 +109,7 @@ def test_a_model_says_what_it_reads(models):
     ]:
         fine = Request([]) if name == "items" else Request([], baskets=[])
         with pytest.raises(RequestError, match=message):
-            Recommender(load_artifact(models[name]), "graftrec/1").answer([fine, request])
+            Recommender(load_model(models[name]), "graftrec/1").answer([fine, request])
 
 
 def test_records_of_baskets_are_parsed():
@@ -123,17 +123,17 @@ def test_records_of_baskets_are_parsed():
 
 
 def test_clicks_are_answered_by_how_likely_each_item_is(models):
-    artifact = load_artifact(models["clicks"])
-    items = list(artifact.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 4])
+    trained_model = load_model(models["clicks"])
+    items = list(trained_model.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 4])
     kinds = ["buy", "look", "", "look"]
-    server = Recommender(artifact, "graftrec/1")
+    server = Recommender(trained_model, "graftrec/1")
     answer, taken = server.answer([Request(items, None, kinds), Request([items[0], items[2]])], k=1_000)
     read = Histories(np.array([UNK]), np.array([0, 2]), np.array([FIRST_INDEX, FIRST_INDEX + 2]), np.empty(0, np.int64))
-    hidden = artifact.teller().hidden(read)
-    rows = torch.arange(FIRST_INDEX, len(artifact.catalogue))
+    hidden = trained_model.teller().hidden(read)
+    rows = torch.arange(FIRST_INDEX, len(trained_model.catalogue))
     with torch.inference_mode():
-        logits = artifact.task.told(artifact.model, hidden, rows[None])[0]
-    by_raw = {artifact.catalogue.raw_ids[row]: float(logit) for row, logit in zip(rows, logits, strict=True)}
+        logits = trained_model.task.told(trained_model.model, hidden, rows[None])[0]
+    by_raw = {trained_model.catalogue.raw_ids[row]: float(logit) for row, logit in zip(rows, logits, strict=True)}
     assert answer.scores == pytest.approx([by_raw[item] for item in answer.items], abs=1e-6)
     assert answer.scores == sorted(answer.scores, reverse=True)
     assert set(answer.items) == set(by_raw) - set(items), "what was shown is left out as well"
@@ -141,19 +141,19 @@ def test_clicks_are_answered_by_how_likely_each_item_is(models):
     assert {
         item: s for item, s in zip(taken.items, taken.scores, strict=True) if item in answer.items
     } == pytest.approx(dict(zip(answer.items, answer.scores, strict=True)), abs=1e-6)
-    with pytest.raises(ArtifactError, match="expected a model that ranks items"):
-        artifact.scorer()
+    with pytest.raises(ModelFolderError, match="expected a model that ranks items"):
+        trained_model.scorer()
 
 
 def test_popular_is_what_was_taken(lake, models):
-    artifact = load_artifact(models["clicks"])
+    trained_model = load_model(models["clicks"])
     rows = pl.read_delta(f"{lake}/sequences").filter((pl.col("split") == "last-5") & (pl.col("domain") == "source"))
-    counts = np.zeros(len(artifact.catalogue), dtype=np.int64)
+    counts = np.zeros(len(trained_model.catalogue), dtype=np.int64)
     for row in rows.to_dicts():
         kinds = row["event_types"] or [None] * len(row["items"])
         taken = [i for i, kind in list(zip(row["items"], kinds, strict=True))[: row["valid_start"]] if kind != "look"]
-        np.add.at(counts, artifact.catalogue.rows(np.array(taken, dtype=np.int64)), 1)
-    assert artifact.popularity.tolist() == counts.tolist()
+        np.add.at(counts, trained_model.catalogue.rows(np.array(taken, dtype=np.int64)), 1)
+    assert trained_model.popularity.tolist() == counts.tolist()
 
 
 # --- recommended, judged ---------------------------------------------
@@ -163,13 +163,13 @@ def test_popular_is_what_was_taken(lake, models):
 def test_every_user_gets_what_the_server_answers(name, spark, lake, models, tmp_path, monkeypatch):
     enter_store(tmp_path / "store", monkeypatch)
     recommend.run(RecommendConfig.model_validate({"lake": lake, "model": models[name], "k": 4, "batch_size": 16}))
-    server, found = Recommender(load_artifact(models[name]), "graftrec/1"), recommended(lake, "source")
+    server, found = Recommender(load_model(models[name]), "graftrec/1"), recommended(lake, "source")
     if name == "baskets":
-        asked = {user: Request([], user, baskets=baskets) for user, baskets in baskets_of(lake).items()}
+        examples = {user: Request([], user, baskets=baskets) for user, baskets in baskets_of(lake).items()}
     else:
-        asked = clicks_of(lake)
-    assert found.keys() == asked.keys()
-    for (user, request), answer in zip(asked.items(), server.answer(list(asked.values()), k=4), strict=True):
+        examples = clicks_of(lake)
+    assert found.keys() == examples.keys()
+    for (user, request), answer in zip(examples.items(), server.answer(list(examples.values()), k=4), strict=True):
         assert [row["item"] for row in found[user]] == answer.items, request
         assert [row["score"] for row in found[user]] == pytest.approx(answer.scores, rel=1e-5, abs=1e-6)
 
@@ -180,22 +180,27 @@ def clicks_of(lake):
     rows = pl.read_delta(f"{lake}/sequences").filter((pl.col("split") == "last-5") & (pl.col("domain") == "source"))
     return {
         users[row["user"]]: Request(
-            [raw[item] for item in row["items"]], users[row["user"]],
+            [raw[item] for item in row["items"]],
+            users[row["user"]],
             None if row["event_types"] is None else [kind or "" for kind in row["event_types"]],
         )
         for row in rows.to_dicts()
-    }  # fmt: skip
+    }
 
 
 def test_the_gate_judges_next_baskets(models, tmp_path, monkeypatch, capsys):
     enter_store(tmp_path / "store", monkeypatch)
 
     def judged(**gate):
-        return PromoteConfig.model_validate({
-            "candidate": models["baskets"], "from_scratch": [models["other"]], "runtime": {"progress": False},
-            "tracking": {"enabled": False},
-            "gate": {"min_seeds": 1, "min_users": 20, "metric": "basket/F1@5", "must_beat": []} | gate,
-        })  # fmt: skip
+        return PromoteConfig.model_validate(
+            {
+                "candidate": models["baskets"],
+                "from_scratch": [models["other"]],
+                "runtime": {"progress": False},
+                "tracking": {"enabled": False},
+                "gate": {"min_seeds": 1, "min_users": 20, "metric": "basket/F1@5", "must_beat": []} | gate,
+            }
+        )
 
     with pytest.raises(promote.GateRefused, match=r"than from-scratch: basket/F1@5 0\."):
         promote.run(judged())
@@ -244,11 +249,15 @@ def test_the_gate_judges_what_is_told(name, told, tmp_path, monkeypatch):
     _, metric, simple = TOLD[name]
 
     def judged(candidate, scratch, **gate):
-        return PromoteConfig.model_validate({
-            "candidate": told[name][candidate], "from_scratch": [told[name][scratch]],
-            "runtime": {"progress": False}, "tracking": {"enabled": False},
-            "gate": {"min_seeds": 1, "min_users": 10, "level": 0.2, "metric": metric, "must_beat": [simple]} | gate,
-        })  # fmt: skip
+        return PromoteConfig.model_validate(
+            {
+                "candidate": told[name][candidate],
+                "from_scratch": [told[name][scratch]],
+                "runtime": {"progress": False},
+                "tracking": {"enabled": False},
+                "gate": {"min_seeds": 1, "min_users": 10, "level": 0.2, "metric": metric, "must_beat": [simple]} | gate,
+            }
+        )
 
     learns = name != "several"  # of 150 users too little is learned to pass
     with nullcontext() if learns else pytest.raises(promote.GateRefused):
@@ -257,9 +266,13 @@ def test_the_gate_judges_what_is_told(name, told, tmp_path, monkeypatch):
     assert (CHAMPION in version.aliases) == learns
     decision = json.loads((tmp_path / "store" / "runs" / "promote" / "decision.json").read_text())
     config = EvaluateConfig(
-        name="asked", output=str(tmp_path), tracking={"enabled": False}, runtime={"progress": False},
-        models=(EvaluatedModel(model=told[name]["good"], label="good"),), against="good",
-    )  # fmt: skip
+        name="asked",
+        output=str(tmp_path),
+        tracking={"enabled": False},
+        runtime={"progress": False},
+        models=(EvaluatedModel(model=told[name]["good"], label="good"),),
+        against="good",
+    )
     rows = evaluate(config).rows
     wanted = metric.rpartition("/")[2]
     places = "users", metric.partition("/")[0]
@@ -283,10 +296,10 @@ def test_the_smaller_loss_is_the_better(told, tmp_path, monkeypatch):
     given = {"runtime": {"progress": False}, "tracking": {"enabled": False}}
     gate = {"min_seeds": 1, "min_users": 10, "metric": "log loss", "must_beat": ["popularity"]}
     models = told["clicks"]
-    asked = given | {"candidate": models["good"], "from_scratch": [models["poor"]], "gate": gate}
-    decision = promote.run(PromoteConfig.model_validate(asked)).decision
+    examples = given | {"candidate": models["good"], "from_scratch": [models["poor"]], "gate": gate}
+    decision = promote.run(PromoteConfig.model_validate(examples)).decision
     numbers = {check.name: check.numbers for check in decision.checks}["from-scratch"]
     assert numbers["scratch"] < numbers["version"] < 0
     strict = gate | {"min_gain": 0.9, "must_beat": []}
     with pytest.raises(promote.GateRefused, match="needs more than"):
-        promote.run(PromoteConfig.model_validate(asked | {"gate": strict, "registered_model": "other"}))
+        promote.run(PromoteConfig.model_validate(examples | {"gate": strict, "registered_model": "other"}))

@@ -17,7 +17,7 @@ from stores import enter_store
 
 from etl.tables import FIRST_INDEX, UNK
 from trainer.data.histories import Histories
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request, RequestError, parse
 from trainer.registry import CHAMPION, Registry
 
@@ -28,69 +28,71 @@ def folder(tiny_lake, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def artifact(folder):
-    return load_artifact(folder)
+def trained_model(folder):
+    return load_model(folder)
 
 
 @pytest.fixture(scope="module")
-def recommender(artifact):
-    return Recommender(artifact, "graftrec/3")
+def recommender(trained_model):
+    return Recommender(trained_model, "graftrec/3")
 
 
-def histories(artifact, *rows, users=None):
+def histories(trained_model, *rows, users=None):
     """Histories of catalogue rows."""
     return Histories(
-        np.array(users or [UNK] * len(rows)), np.cumsum([0, *map(len, rows)]),
-        np.array([row for history in rows for row in history], dtype=np.int64), np.empty(0, dtype=np.int64),
-    )  # fmt: skip
+        np.array(users or [UNK] * len(rows)),
+        np.cumsum([0, *map(len, rows)]),
+        np.array([row for history in rows for row in history], dtype=np.int64),
+        np.empty(0, dtype=np.int64),
+    )
 
 
-def raw(artifact, *rows):
-    return [artifact.catalogue.raw_ids[row] for row in rows]
+def raw(trained_model, *rows):
+    return [trained_model.catalogue.raw_ids[row] for row in rows]
 
 
 # --- answers ---------------------------------------------
 
 
-def test_scores_are_the_scorers_and_what_was_seen_is_left_out(artifact, recommender):
+def test_scores_are_the_scorers_and_what_was_seen_is_left_out(trained_model, recommender):
     seen = [7, 12, 9]
-    answer = recommender.answer([Request(raw(artifact, *seen))], k=1_000)[0]
-    scores = artifact.scorer().score(histories(artifact, seen))[0]
-    rows = [row for row in range(FIRST_INDEX, len(artifact.catalogue)) if row not in seen]
+    answer = recommender.answer([Request(raw(trained_model, *seen))], k=1_000)[0]
+    scores = trained_model.scorer().score(histories(trained_model, seen))[0]
+    rows = [row for row in range(FIRST_INDEX, len(trained_model.catalogue)) if row not in seen]
     rows.sort(key=lambda row: -float(scores[row]))
-    assert answer.items == raw(artifact, *rows)
+    assert answer.items == raw(trained_model, *rows)
     assert answer.scores == [float(scores[row]) for row in rows]
     assert (answer.basis, answer.unknown, answer.version) == ("model", [], "graftrec/3")
 
 
-def test_k_cuts_the_list(artifact, recommender):
-    request = Request(raw(artifact, 6, 8))
+def test_k_cuts_the_list(trained_model, recommender):
+    request = Request(raw(trained_model, 6, 8))
     whole, cut = recommender.answer([request], k=1_000)[0], recommender.answer([request], k=3)[0]
     assert cut.items == whole.items[:3]
     assert cut.scores == whole.scores[:3]
 
 
-def test_unknown_ids_are_ignored_and_reported(artifact, recommender):
-    known = raw(artifact, 6, 8)
+def test_unknown_ids_are_ignored_and_reported(trained_model, recommender):
+    known = raw(trained_model, 6, 8)
     mixed = recommender.answer([Request(["nothing", known[0], "", known[1], "nothing"])])[0]
     assert mixed.unknown == ["nothing", "", "nothing"]
     assert mixed.scores == recommender.answer([Request(known)])[0].scores
 
 
 @pytest.mark.parametrize("items", [[], ["nothing", "never"]])
-def test_without_a_known_item_the_popular_ones_are_answered(artifact, recommender, items):
+def test_without_a_known_item_the_popular_ones_are_answered(trained_model, recommender, items):
     answer = recommender.answer([Request(items)], k=4)[0]
-    counts = artifact.popularity
+    counts = trained_model.popularity
     best = sorted(range(FIRST_INDEX, len(counts)), key=lambda row: (-counts[row], row))[:4]
-    assert answer.items == raw(artifact, *best)
+    assert answer.items == raw(trained_model, *best)
     assert answer.scores == [float(counts[row]) for row in best]
     assert (answer.basis, answer.unknown) == ("popular", items)
 
 
-def test_a_known_user_is_asked_as_that_user(artifact, recommender):
-    items, user = raw(artifact, 6, 8), artifact.users["u007"]
+def test_a_known_user_is_asked_as_that_user(trained_model, recommender):
+    items, user = raw(trained_model, 6, 8), trained_model.users["u007"]
     as_user = recommender.answer([Request(items, "u007")], k=5)[0]
-    scores = artifact.scorer().score(histories(artifact, [6, 8], users=[user]))[0]
+    scores = trained_model.scorer().score(histories(trained_model, [6, 8], users=[user]))[0]
     assert as_user.scores == pytest.approx(
         sorted(scores[FIRST_INDEX:].tolist(), reverse=True)[: len(as_user.scores)], abs=2
     )
@@ -100,8 +102,8 @@ def test_a_known_user_is_asked_as_that_user(artifact, recommender):
     assert as_user.scores != anyone.scores
 
 
-def test_many_requests_are_answered_in_order_and_like_one(folder, artifact, recommender):
-    requests = [Request(raw(artifact, *range(FIRST_INDEX, FIRST_INDEX + n % 5))) for n in range(600)]
+def test_many_requests_are_answered_in_order_and_like_one(folder, trained_model, recommender):
+    requests = [Request(raw(trained_model, *range(FIRST_INDEX, FIRST_INDEX + n % 5))) for n in range(600)]
     answers = recommender.answer(requests, k=3)
     assert len(answers) == 600
     for n in (0, 1, 4, 599):
@@ -110,9 +112,9 @@ def test_many_requests_are_answered_in_order_and_like_one(folder, artifact, reco
         assert answers[n].scores == alike(alone.scores, folder)
 
 
-def test_a_model_without_its_user_table_answers(folder, artifact):
-    anonymous = Recommender(load_artifact(folder, users=False), "graftrec/3")
-    answer = anonymous.answer([Request(raw(artifact, 6, 8), "u007")])[0]
+def test_a_model_without_its_user_table_answers(folder, trained_model):
+    anonymous = Recommender(load_model(folder, users=False), "graftrec/3")
+    answer = anonymous.answer([Request(raw(trained_model, 6, 8), "u007")])[0]
     assert len(answer.items) == 10
 
 
@@ -156,8 +158,12 @@ def scoring_server(folder, tmp_path_factory):
         with (store / "server.log").open("w") as log:
             server = subprocess.Popen(
                 [sys.executable, "-m", *command, "--port", str(port)],
-                cwd=store, env=without_sources(), stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                cwd=store,
+                env=without_sources(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         try:
             deadline = time.monotonic() + 400
             while not answers(port):
@@ -198,9 +204,9 @@ def ask(port, body):
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_the_scoring_server_answers_raw_ids_with_the_scorers_scores(scoring_server, folder, artifact, recommender):
+def test_the_scoring_server_answers_raw_ids_with_the_scorers_scores(scoring_server, folder, trained_model, recommender):
     port, _ = scoring_server
-    items = raw(artifact, 6, 8)
+    items = raw(trained_model, 6, 8)
     records = [{"user": "u007", "items": items}, {"items": ["zzz", *items]}, {"items": []}]
     status, answer = ask(port, {"dataframe_records": records, "params": {"k": 4}})
     assert status == 200
@@ -215,7 +221,7 @@ def test_the_scoring_server_answers_raw_ids_with_the_scorers_scores(scoring_serv
 
 @pytest.mark.slow
 @pytest.mark.ci
-def test_a_loaded_version_runs_the_sources_that_travel_with_it(scoring_server, artifact):
+def test_a_loaded_version_runs_the_sources_that_travel_with_it(scoring_server, trained_model):
     _, store = scoring_server
     script = (
         "import json, sys, mlflow, pandas as pd\n"
@@ -225,9 +231,13 @@ def test_a_loaded_version_runs_the_sources_that_travel_with_it(scoring_server, a
         "print(json.dumps([answer['version'], len(answer['items']), etl.__file__, trainer.__file__]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(raw(artifact, 6, 8))],
-        cwd=store, env=without_sources(), capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+        [sys.executable, "-c", script, json.dumps(raw(trained_model, 6, 8))],
+        cwd=store,
+        env=without_sources(),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr
     version, count, *sources = json.loads(done.stdout.splitlines()[-1])
     assert (version, count) == ("graftrec/1", 2)

@@ -21,15 +21,16 @@ TRACKED = {"enabled": True, "system_metrics": False, "close_seconds": 60}
 # `trainer` with a function that kills its process, when it is called for the n-th time.
 DYING = """
 import os, signal, sys
-from trainer import {module}
+from importlib import import_module
+module = import_module("trainer.{module}")
 calls = []
 def dies(*given, **more):
     calls.append(1)
     if len(calls) == {number}:
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(*given, **more)
-whole = {module}.{function}
-{module}.{function} = dies
+whole = module.{function}
+module.{function} = dies
 from trainer.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -46,10 +47,10 @@ def killed(folder, recipe, path, module, function, number=1):
 @pytest.mark.parametrize(
     ("module", "function", "number"),
     [
-        ("checkpoint", "clear", 1),  # just behind done.json
-        pytest.param("outbox", "Outbox.close", 1, marks=[pytest.mark.slow]),  # nothing is sent, maybe
-        ("loop", "_finish_epoch", 3),  # in mid-run
-        pytest.param("pretrain", "_tell", 3, marks=[pytest.mark.slow]),  # behind the last checkpoint
+        ("training.checkpoint", "clear", 1),  # just behind done.json
+        pytest.param("tracking.queue", "SendQueue.close", 1, marks=[pytest.mark.slow]),  # nothing is sent, maybe
+        ("training.loop", "_finish_epoch", 3),  # in mid-run
+        pytest.param("recipes.pretrain", "_tell", 3, marks=[pytest.mark.slow]),  # behind the last checkpoint
     ],
 )
 def test_a_killed_run_that_is_run_again_is_one_finished_run(module, function, number, tiny_lake, tmp_path, monkeypatch):
@@ -108,7 +109,7 @@ def test_what_was_neither_taken_nor_kept_is_told_again(tiny_lake, tmp_path, monk
         elsewhere = whole.rename(tmp_path / "elsewhere.db")
         whole.mkdir()  # MLflow can't open it
         (store / "mlflow-unsent").write_text("no folder")
-        with pytest.raises(tracking.Untold, match="expected room to keep what MLflow did not take") as found:
+        with pytest.raises(tracking.Unrecorded, match="expected room to keep what MLflow did not take") as found:
             work(impatient)
         assert found.value.exit_code == 2
         whole.rmdir()
@@ -143,7 +144,7 @@ def test_an_evaluation_killed_before_it_was_told_is_not_skipped(tiny_lake, tmp_p
         f"{{models: [{{model: {model}}}], name: told, output: {tmp_path / 'runs'}, tracking: "
         "{system_metrics: false, close_seconds: 60}, evaluation: {protocols: [full]}}"
     )
-    killed(store, "evaluate", path, "outbox", "Outbox.close")
+    killed(store, "evaluate", path, "tracking.queue", "SendQueue.close")
     assert not evaluate(load(EvaluateConfig, path)).skipped
     assert evaluate(load(EvaluateConfig, path)).skipped
     client = tracking.connect()

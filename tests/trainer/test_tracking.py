@@ -16,7 +16,7 @@ from trainer import tracking
 from trainer.config import PretrainConfig, TrackingConfig
 from trainer.data.release import Release
 from trainer.tracking import child_environment, queue, start_run
-from trainer.tracking.queue import Outbox, Refused
+from trainer.tracking.queue import Refused, SendQueue
 
 ROOT = Path(__file__).parent.parent.parent
 QUIET = TrackingConfig(system_metrics=False, close_seconds=60)
@@ -39,9 +39,13 @@ def in_process(script: str, folder: Path, **environment: str) -> subprocess.Pope
         "from trainer.tracking import start_run\nconfig = TrackingConfig(system_metrics=False, close_seconds=90)\n"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", head + script], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", head + script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 # --- what a run holds ---------------------------------------------
@@ -354,7 +358,7 @@ def test_other_ranks_and_disabled_tracking_touch_nothing(tmp_path, monkeypatch, 
 
 def test_outbox_keeps_order_and_batches_metrics():
     sent = []
-    box = Outbox(sent.append, interval_seconds=0.2)
+    box = SendQueue(sent.append, interval_seconds=0.2)
     box.add({"kind": "tags", "values": {"a": "b"}})
     for step in range(2_500):
         box.add({"kind": "metrics", "values": [["loss", 1.0, 0, step]]})
@@ -375,7 +379,7 @@ def test_outbox_tries_again_until_the_server_answers_and_says_so_once(capfd):
             raise ConnectionError("connection\nrefused")
         sent.append(entry["n"])
 
-    box = Outbox(send, interval_seconds=0.01)
+    box = SendQueue(send, interval_seconds=0.01)
     for n in range(5):
         box.add({"kind": "tags", "n": n})
     assert box.close(20) == []
@@ -393,7 +397,7 @@ def test_outbox_drops_what_is_refused(capfd):
             raise Refused("changed a parameter")
         sent.append(entry["n"])
 
-    box = Outbox(send, interval_seconds=0.01)
+    box = SendQueue(send, interval_seconds=0.01)
     for n in range(3):
         box.add({"kind": "params", "n": n})
     assert box.close(5) == []
@@ -405,7 +409,7 @@ def test_outbox_gives_up_on_a_dead_server_and_returns_what_is_left():
     def send(entry):
         raise ConnectionError
 
-    box = Outbox(send, interval_seconds=0.01)
+    box = SendQueue(send, interval_seconds=0.01)
     box.add({"kind": "tags", "n": 0})
     begun = time.monotonic()
     assert [entry["n"] for entry in box.close(0.5)] == [0]
@@ -466,9 +470,7 @@ def test_answers_that_get_lost_duplicate_nothing(store, monkeypatch):
         run.describe("Once.")
         run.log_model("once", "e" * 32)
         run.log_model_metrics("e" * 32, {"best/NDCG@10": 0.5}, Release("lake", 1, {"items": 2}), "items")
-    assert lost >= {
-        "metrics", "params", "tags", "artifact", "datasets", "description", "model", "model_metrics", "end"
-    }  # fmt: skip
+    assert lost >= {"metrics", "params", "tags", "artifact", "datasets", "description", "model", "model_metrics", "end"}
     (model,) = tracking.models_of(client_of(store), "e" * 32)
     assert len(model.metrics) == len(found_outputs(store)) == 1
     found = runs_of(store)
@@ -540,9 +542,13 @@ def test_a_server_killed_and_started_again_gets_everything_once(tmp_path, monkey
         ]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # mlflow looks for uvicorn there
         process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            command,
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
             env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PATH": path},
-        )  # fmt: skip
+        )
         wait_for(lambda: _answers(port), 120)
         return process
 

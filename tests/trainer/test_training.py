@@ -21,7 +21,7 @@ from trainer.config import FinetuneConfig, PretrainConfig, TrainConfig
 from trainer.data.histories import Histories
 from trainer.data.release import pin
 from trainer.evaluation.validation import read_validation
-from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.finetune import seen_by_parent
 from trainer.recipes.pretrain import run as pretrain
@@ -80,7 +80,7 @@ def test_pretrain_learns_and_leaves_a_model(uninterrupted):
     history = json.loads((uninterrupted / "history.json").read_text())
     assert [line["epoch"] for line in history] == [1, 2, 3]
     assert history[-1]["loss"] < history[0]["loss"]
-    model = load_artifact(uninterrupted / "model")
+    model = load_model(uninterrupted / "model")
     best = max(line["metrics"]["NDCG@10"] for line in history)
     assert model.metrics["validation/NDCG@10"] == best
     assert not (uninterrupted / "checkpoints").exists()
@@ -214,10 +214,17 @@ def initial(tmp_path, lake, transfer, parent, **sections):
     train = {"epochs": 1, "min_epochs": 0, "learning_rate": 1e-30, "seed": 5}
     data = {"domain": "target"}
     config = tiny(
-        FinetuneConfig, tmp_path, lake, name=f"graft-{transfer}", transfer=transfer, parent=str(parent / "model"),
-        train=train, data=data, **sections,
-    )  # fmt: skip
-    return load_artifact(finetune(config).model)
+        FinetuneConfig,
+        tmp_path,
+        lake,
+        name=f"graft-{transfer}",
+        transfer=transfer,
+        parent=str(parent / "model"),
+        train=train,
+        data=data,
+        **sections,
+    )
+    return load_model(finetune(config).model)
 
 
 ITEM = {"item_embedding.weight", "output_bias"}
@@ -226,7 +233,7 @@ SHARED = {"user_embedding.weight", "entity_embedding.weight"}
 
 @pytest.mark.parametrize("transfer", ["none", "shallow", "deep"])
 def test_transfer_copies_exactly_its_groups(transfer, tiny_lake, tmp_path, uninterrupted):
-    parent = load_artifact(uninterrupted / "model").model.state_dict()
+    parent = load_model(uninterrupted / "model").model.state_dict()
     grafted = initial(tmp_path, tiny_lake, transfer, uninterrupted).model.state_dict()
     scratch = initial(tmp_path, tiny_lake, "none", uninterrupted).model.state_dict()
     copied = {"none": set(), "shallow": SHARED, "deep": set(parent) - ITEM}[transfer]
@@ -239,14 +246,21 @@ def test_transfer_copies_exactly_its_groups(transfer, tiny_lake, tmp_path, unint
 
 def test_frozen_groups_do_not_move_and_the_others_do(tiny_lake, tmp_path, uninterrupted):
     config = tiny(
-        FinetuneConfig, tmp_path, tiny_lake, transfer="deep", parent=str(uninterrupted / "model"),
-        freeze=["body", "user"], data={"domain": "target"}, train={"epochs": 1, "min_epochs": 0},
-    )  # fmt: skip
-    before, after = load_artifact(uninterrupted / "model"), load_artifact(finetune(config).model)
+        FinetuneConfig,
+        tmp_path,
+        tiny_lake,
+        transfer="deep",
+        parent=str(uninterrupted / "model"),
+        freeze=["body", "user"],
+        data={"domain": "target"},
+        train={"epochs": 1, "min_epochs": 0},
+    )
+    before, after = load_model(uninterrupted / "model"), load_model(finetune(config).model)
     moved = {
-        name for name, tensor in after.model.state_dict().items()
+        name
+        for name, tensor in after.model.state_dict().items()
         if name not in ITEM and not torch.equal(tensor, before.model.state_dict()[name])
-    }  # fmt: skip
+    }
     assert moved
     assert all(name.startswith(("entity_embedding", "position_embedding", "head")) for name in moved)
     assert after.parent == before.hash
@@ -255,7 +269,7 @@ def test_frozen_groups_do_not_move_and_the_others_do(tiny_lake, tmp_path, uninte
 
 def test_fine_tuning_on_the_parents_own_domain_is_noted_at_the_start(tiny_lake, tmp_path, uninterrupted, capsys):
     settings = {"transfer": "deep", "parent": str(uninterrupted / "model"), "train": {"epochs": 1, "min_epochs": 0}}
-    own = load_artifact(uninterrupted / "model").config.data
+    own = load_model(uninterrupted / "model").config.data
     finetune(tiny(FinetuneConfig, tmp_path, tiny_lake, **settings, data={"domain": own.domain}))
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith("note: ")
@@ -266,7 +280,7 @@ def test_fine_tuning_on_the_parents_own_domain_is_noted_at_the_start(tiny_lake, 
 
 
 def test_a_parent_trained_on_another_split_may_have_seen_what_is_held_out(tiny_lake, tmp_path):
-    parent = load_artifact(write_model(tmp_path / "parent", tiny_lake, domain="target"))
+    parent = load_model(write_model(tmp_path / "parent", tiny_lake, domain="target"))
     config = FinetuneConfig.model_validate({"data": {"lake": tiny_lake, "domain": "target", "split": "causal"}})
     assert "what split causal holds out may have been in its training" in seen_by_parent(config, parent)
     elsewhere = config.model_copy(update={"data": config.data.model_copy(update={"lake": "another"})})
@@ -309,7 +323,7 @@ def test_bars_are_for_terminals_only(tiny_lake, tmp_path, capfd):
 )
 def test_a_parent_that_does_not_fit_is_refused_in_one_line(change, said, tiny_lake, tmp_path, uninterrupted):
     settings = {"transfer": "deep", "parent": str(uninterrupted / "model"), "data": {"domain": "target"}} | change
-    with pytest.raises((TransferError, ArtifactError), match=said) as error:
+    with pytest.raises((TransferError, ModelFolderError), match=said) as error:
         finetune(tiny(FinetuneConfig, tmp_path, tiny_lake, **settings))
     assert "\n" not in str(error.value)
 
@@ -324,17 +338,17 @@ def test_a_damaged_model_file_is_refused_by_name(name, uninterrupted, tmp_path):
     data = bytearray((copy / name).read_bytes())
     data[len(data) // 2] ^= 1
     (copy / name).write_bytes(data)
-    with pytest.raises(ArtifactError, match=f"{name} is damaged"):
-        load_artifact(copy)
+    with pytest.raises(ModelFolderError, match=f"{name} is damaged"):
+        load_model(copy)
 
 
 def test_a_model_without_its_user_table_serves_everybody_as_unknown(uninterrupted, tmp_path):
     copy = tmp_path / "model"
     subprocess.run(["cp", "-r", str(uninterrupted / "model"), str(copy)], check=True)
-    whole = load_artifact(copy)
+    whole = load_model(copy)
     for name in ("users.safetensors", "users.parquet"):
         (copy / name).unlink()
-    bare = load_artifact(copy)
+    bare = load_model(copy)
     assert bare.users is None
     assert bare.hash == whole.hash, "the user table is no part of a version's identity"
     item = len(whole.catalogue) - 1

@@ -41,9 +41,22 @@ class PrunerConfig(Section):
 
 # What decides what a score means, or where a run lies, and so is not for a search to choose.
 _FIXED = (
-    "name", "output", "parent", "transfer", "runtime", "tracking", "evaluation", "data.lake", "data.release",
-    "data.split", "data.domain", "data.predicted", "data.ranked", "train.seed", "train.validation_users",
-)  # fmt: skip
+    "name",
+    "output",
+    "parent",
+    "transfer",
+    "runtime",
+    "tracking",
+    "evaluation",
+    "data.lake",
+    "data.release",
+    "data.split",
+    "data.domain",
+    "data.predicted",
+    "data.ranked",
+    "train.seed",
+    "train.validation_users",
+)
 
 
 class SearchConfig(Section):

@@ -25,10 +25,10 @@ class BasketDataset(SequenceDataset):
         self.files = release.files(tables.BASKETS, {"split": split, "domain": domain}) if has_any else []
         if not self.files:
             known = known_sequences(release, tables.BASKETS) if has_any else []
-            told = f"it has {', '.join('/'.join(pair) for pair in known)}" if known else "it has none at all"
+            has = f"it has {', '.join('/'.join(pair) for pair in known)}" if known else "it has none at all"
             raise DataError(
                 f"no baskets of split {split!r} and domain {domain!r} in release {release.number} of {release.lake}; "
-                f"{told}; name the log's basket column, or set baskets.gap_minutes, and run "
+                f"{has}; name the log's basket column, or set baskets.gap_minutes, and run "
                 f"{etl_command(release.lake)} again"
             )
         self.groups = [(file, 0) for file in self.files]

@@ -106,9 +106,12 @@ class BlockReader:
         return found
 
     def _block(
-        self, waiting: Sequence[Future[Group]], buffers: list[Int32Array], number: int,
+        self,
+        waiting: Sequence[Future[Group]],
+        buffers: list[Int32Array],
+        number: int,
         order_of: Callable[[int, int], IntArray],
-    ) -> Block:  # fmt: skip
+    ) -> Block:
         groups = [group.result() for group in waiting]
         users, lengths, trained = (
             np.concatenate([getattr(group, name) for group in groups]) for name in ("users", "lengths", "trained")
@@ -127,7 +130,10 @@ class BlockReader:
             return sliding_window_view(np.concatenate([*parts, np.zeros(self.window, parts[0].dtype)]), self.window)
 
         return Block(
-            users[order], trained[order], (np.cumsum(lengths) - lengths)[order], sliding_window_view(rows, self.window),
+            users[order],
+            trained[order],
+            (np.cumsum(lengths) - lengths)[order],
+            sliding_window_view(rows, self.window),
             windows("values") if self.dataset.values else None,
             windows("event_types") if self.dataset.event_types else None,
-        )  # fmt: skip
+        )

@@ -30,9 +30,12 @@ class Histories:
         """Only the interactions whose flag is set."""
         kept = np.concatenate([[0], np.cumsum(flags)])[self.offsets]
         return Histories(
-            self.users, kept, self.items[flags], self.times[flags] if len(self.times) else self.times,
+            self.users,
+            kept,
+            self.items[flags],
+            self.times[flags] if len(self.times) else self.times,
             self.event_types[flags] if len(self.event_types) else self.event_types,
-        )  # fmt: skip
+        )
 
     def until(self, ends: IntArray) -> "Histories":
         """The first ``ends[b]`` items of each user: a training part, or what is read at a validation or test."""
@@ -57,9 +60,12 @@ class Histories:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         flat = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Histories(
-            self.users[rows], offsets, self.items[flat], self.times[flat] if len(self.times) else self.times,
+            self.users[rows],
+            offsets,
+            self.items[flat],
+            self.times[flat] if len(self.times) else self.times,
             self.event_types[flat] if len(self.event_types) else self.event_types,
-        )  # fmt: skip
+        )
 
     def require_times(self) -> None:
         if len(self.times) != len(self.items):

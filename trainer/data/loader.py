@@ -37,9 +37,18 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: SequenceDataset, catalogue: Catalogue, config: DataConfig, *,
-        batch_size: int, max_length: int, seed: int, rank: int = 0, world_size: int = 1, everyone: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        dataset: SequenceDataset,
+        catalogue: Catalogue,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        max_length: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        everyone: bool = False,
+    ) -> None:
         _check_sizes(dataset, config, batch_size, max_length, rank, world_size)
         self.dataset, self.catalogue, self.config = dataset, catalogue, config
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed

@@ -80,9 +80,13 @@ class Release:
         return files
 
     def read(
-        self, table: Table, columns: Sequence[str], partitions: dict[str, str] | None = None,
-        *, indices: IntArray | None = None,
-    ) -> pa.Table:  # fmt: skip
+        self,
+        table: Table,
+        columns: Sequence[str],
+        partitions: dict[str, str] | None = None,
+        *,
+        indices: IntArray | None = None,
+    ) -> pa.Table:
         """`columns` (no partition columns) of a table, in the order of its files; `indices`: only the rows whose
         column `index` is one of these. For vocabulary-sized tables."""
         schema = pa.schema([table.schema.field(name).with_nullable(True) for name in columns])
@@ -176,8 +180,10 @@ def blamed(file: TableFile) -> Iterator[None]:
     except GraftrecError as error:
         raise DataError(str(error)) from None
     except (OSError, pa.ArrowException, Damage) as error:
-        told = " ".join(str(error).split())
-        raise DataError(f"can't read {file}: {told}; restore it, or write its table anew by `python -m etl`") from None
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"can't read {file}: {reason}; restore it, or write its table anew by `python -m etl`"
+        ) from None
 
 
 class Damage(Exception):

@@ -69,11 +69,16 @@ class Sequences:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         flat = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Sequences(
-            self.users[rows], offsets, self.items[flat], self.times[flat] if len(self.times) else self.times,
-            self.valid_start[rows], self.test_start[rows], self.end[rows],
+            self.users[rows],
+            offsets,
+            self.items[flat],
+            self.times[flat] if len(self.times) else self.times,
+            self.valid_start[rows],
+            self.test_start[rows],
+            self.end[rows],
             self.values[flat] if len(self.values) else self.values,
             self.event_types[flat] if len(self.event_types) else self.event_types,
-        )  # fmt: skip
+        )
 
 
 class SequenceDataset:
@@ -230,7 +235,13 @@ def _concatenated(parts: Sequence[Sequences]) -> Sequences:
         return np.concatenate([np.empty(0, kind), *(getattr(part, name) for part in parts)])
 
     return Sequences(
-        together("users", np.int64), np.concatenate([[0], np.cumsum(lengths)]), together("items", np.int32),
-        together("times", np.int64), together("valid_start", np.int64), together("test_start", np.int64),
-        together("end", np.int64), together("values", np.float32), together("event_types", np.int8),
-    )  # fmt: skip
+        together("users", np.int64),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        together("items", np.int32),
+        together("times", np.int64),
+        together("valid_start", np.int64),
+        together("test_start", np.int64),
+        together("end", np.int64),
+        together("values", np.float32),
+        together("event_types", np.int8),
+    )

@@ -42,10 +42,10 @@ def metrics_of(classes_N: IntArray, probabilities_NC: FloatArray) -> dict[str, f
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a class that nobody has
         f1 = scored.f1_score(classes_N, told_N, labels=range(num_classes), average="macro", zero_division=0)
-    asked = range(num_classes) if num_classes > 2 else [1]
+    examples = range(num_classes) if num_classes > 2 else [1]
     areas = [
         float(scored.roc_auc_score(classes_N == one, probabilities_NC[:, one]))
-        for one in asked
+        for one in examples
         if 0 < (classes_N == one).sum() < len(classes_N)
     ]
     return {

@@ -34,15 +34,15 @@ from trainer.evaluation.clicks import (
     user_auc,
 )
 from trainer.evaluation.comparison import Row
-from trainer.evaluation.predictions import Key, Told, as_known, keys_of
+from trainer.evaluation.predictions import Key, Predictions, as_known, keys_of
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.evaluation.scorers import EvaluateError, raw_users, training_histories
-from trainer.inference.model_folder import Artifact
+from trainer.inference.model_folder import TrainedModel
 from trainer.tasks.click import Click
 
 
 @dataclass(frozen=True)
-class ToldClicks(Told):
+class ClickPredictions(Predictions):
     """Probabilities [N] that a user takes an item."""
 
     METRICS: ClassVar = (AUC, OF_USER, "log loss", ERROR)
@@ -69,34 +69,37 @@ class ToldClicks(Told):
     def curve(self, label: str) -> FloatArray:
         """`reliability` of a label, its seeds together."""
         seeds = self.seeds(label)
-        told = np.concatenate([self.probabilities[label, seed] for seed in seeds])
-        return reliability(np.tile(self.pairs.taken_N, len(seeds)), told)
+        predictions = np.concatenate([self.probabilities[label, seed] for seed in seeds])
+        return reliability(np.tile(self.pairs.taken_N, len(seeds)), predictions)
 
 
 def tell(
-    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], release: Release
-) -> ToldClicks:
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[TrainedModel], release: Release
+) -> ClickPredictions:
     """Ask every model, and the baselines. Raises EvaluateError for models that were not trained for one question."""
     first, data = models[0].config.task, models[0].config.data
     assert isinstance(first, ClickConfig)
     split, domain = config.split or data.split, config.domain or data.domain
-    for artifact in models:
-        task, own = artifact.config.task, artifact.config.data
+    for trained_model in models:
+        task, own = trained_model.config.task, trained_model.config.data
         if not isinstance(task, ClickConfig) or (task.negatives, task.impressions, own.split, own.domain) != (
-            first.negatives, first.impressions, split, domain,
-        ):  # fmt: skip
+            first.negatives,
+            first.impressions,
+            split,
+            domain,
+        ):
             raise EvaluateError(
                 f"expected models of task click that read domain {domain!r} of split {split!r} with {first.negatives} "
                 f"negatives for each item and impressions {', '.join(first.impressions) or 'none'}, found "
-                f"{artifact.folder} of task {task.kind}, domain {own.domain!r}, split {own.split!r}"
+                f"{trained_model.folder} of task {task.kind}, domain {own.domain!r}, split {own.split!r}"
             )
     catalogue = read_catalogue(release, domain)
     pairs = _read(release, split, domain, catalogue, config, first, config.part)
     keys, costs = keys_of(chosen, models)
     users = raw_users(release, pairs.histories.users)
     found = {
-        key: _told(artifact, pairs, users, release, catalogue, config.evaluation.batch_size)
-        for key, artifact in zip(keys, models, strict=True)
+        key: _told(trained_model, pairs, users, release, catalogue, config.evaluation.batch_size)
+        for key, trained_model in zip(keys, models, strict=True)
     }
     if config.baselines.enabled:
         checked = _read(release, split, domain, catalogue, config, first, "validation")
@@ -108,44 +111,64 @@ def tell(
                 .fit(features.of(checked)[:, :width], checked.taken_N)
             )
             found[label, None] = model.predict_proba(features.of(pairs)[:, :width])[:, 1]
-    return ToldClicks(found, config.part, domain, split, costs, pairs, first.impressions)
+    return ClickPredictions(found, config.part, domain, split, costs, pairs, first.impressions)
 
 
 def _read(
-    release: Release, split: str, domain: str, catalogue: Catalogue, config: EvaluateConfig, task: ClickConfig,
+    release: Release,
+    split: str,
+    domain: str,
+    catalogue: Catalogue,
+    config: EvaluateConfig,
+    task: ClickConfig,
     part: str,
-) -> Pairs:  # fmt: skip
+) -> Pairs:
     return read_pairs(
-        release, split, domain, catalogue, "validation" if part == "validation" else "test", task,
+        release,
+        split,
+        domain,
+        catalogue,
+        "validation" if part == "validation" else "test",
+        task,
         max_users=config.evaluation.max_users,
-    )  # fmt: skip
+    )
 
 
 def _told(
-    artifact: Artifact, pairs: Pairs, users: Sequence[str], release: Release, catalogue: Catalogue, batch_size: int
+    trained_model: TrainedModel,
+    pairs: Pairs,
+    users: Sequence[str],
+    release: Release,
+    catalogue: Catalogue,
+    batch_size: int,
 ) -> FloatArray:
     """Items that the model doesn't know are passed over in histories, and asked about by what they are."""
-    task, model = artifact.task, artifact.model
+    task, model = trained_model.task, trained_model.model
     assert isinstance(task, Click)
     assert model.content_VF is not None, "items have been described"
-    own, rows = as_known(artifact, pairs.histories, users, catalogue)
+    own, rows = as_known(trained_model, pairs.histories, users, catalogue)
     asked_about = np.zeros(len(catalogue), dtype=bool)
     asked_about[pairs.row_N] = True
     if len(new := np.flatnonzero((rows == UNK) & asked_about)):
-        content = read_content(release, catalogue, task.config.content, known=artifact.categories).vectors_VF[new]
+        content = read_content(release, catalogue, task.config.content, known=trained_model.categories).vectors_VF[new]
         rows[new] = len(model.content_VF) + np.arange(len(new))  # behind those it knows
         model.describe(torch.cat([model.content_VF, torch.from_numpy(content).to(model.content_VF)]))
-    asked = Pairs(own, pairs.owner_N, rows[pairs.row_N], pairs.taken_N)
-    return probabilities(artifact.teller(), model, task, asked, batch_size=batch_size)
+    examples = Pairs(own, pairs.owner_N, rows[pairs.row_N], pairs.taken_N)
+    return probabilities(trained_model.teller(), model, task, examples, batch_size=batch_size)
 
 
 class _Features:
     """[N, 2] of pairs: logarithms of the item's popularity, and of its item-to-item score, in training parts."""
 
     def __init__(
-        self, release: Release, split: str, domain: str, catalogue: Catalogue, config: EvaluateConfig,
+        self,
+        release: Release,
+        split: str,
+        domain: str,
+        catalogue: Catalogue,
+        config: EvaluateConfig,
         impressions: Sequence[str],
-    ) -> None:  # fmt: skip
+    ) -> None:
         dataset = SequenceDataset(release, split, domain, event_types=impressions)
         training = training_histories(dataset, catalogue, max_users=config.baselines.max_users)
         if impressions:
@@ -164,12 +187,12 @@ class _Features:
         return np.stack([np.log1p(self._popular[pairs.row_N]), np.log(near + 1e-4)], axis=1)
 
 
-def render(told: ToldClicks, rows: Sequence[Row], *, against: str) -> str:
+def render(predictions: ClickPredictions, rows: Sequence[Row], *, against: str) -> str:
     """The table for people."""
-    taken, shown = int(told.pairs.taken_N.sum()), ", ".join(told.impressions)
+    taken, shown = int(predictions.pairs.taken_N.sum()), ", ".join(predictions.impressions)
     others = f"drawn uniformly or shown and not taken ({shown})" if shown else "drawn uniformly, which were not"
     notes = [
-        f"{taken:,} items taken and {len(told.pairs.taken_N) - taken:,} {others}",
+        f"{taken:,} items taken and {len(predictions.pairs.taken_N) - taken:,} {others}",
         "popularity and item-to-item are calibrated by a logistic regression on the validation part",
     ]
-    return told.table("clicks", rows, f"{len(told.pairs):,} users", notes, against=against)
+    return predictions.table("clicks", rows, f"{len(predictions.pairs):,} users", notes, against=against)

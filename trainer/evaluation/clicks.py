@@ -17,7 +17,7 @@ from trainer.evaluation.class_metrics import AUC
 from trainer.evaluation.class_metrics import metrics_of as of_classes
 from trainer.evaluation.item_ranking import Part, read_held_out
 from trainer.evaluation.ranking_metrics import FloatArray
-from trainer.inference.scorer import Scorer
+from trainer.inference.scorer import ModelScorer
 from trainer.models import SequenceModel
 from trainer.parallel.distributed import World
 from trainer.tasks.click import Click
@@ -54,31 +54,37 @@ class Pairs:
 
 
 def read_pairs(
-    release: Release, split: str, domain: str, catalogue: Catalogue, part: Part, task: ClickConfig, *,
+    release: Release,
+    split: str,
+    domain: str,
+    catalogue: Catalogue,
+    part: Part,
+    task: ClickConfig,
+    *,
     max_users: int | None = None,
-) -> Pairs:  # fmt: skip
+) -> Pairs:
     """Held-out items that were taken; for each so many of the user's `uniform-100`, the same ones for every model; and
     what the log says was shown, and not taken in this part. Raises GraftrecError."""
     protocols = (NEGATIVES,) if task.negatives else ()
-    asked = read_held_out(
+    examples = read_held_out(
         release, split, domain, catalogue, part, protocols, max_users=max_users, event_types=task.impressions
     )
-    is_event = asked.targets >= 0
-    is_taken = is_event & (asked.event_types == 0) if task.impressions else is_event
-    taken = np.where(is_taken, asked.targets, -1)
-    is_shown = is_event & ~(asked.targets[:, :, None] == taken[:, None, :]).any(2)
-    histories = asked.histories
+    is_event = examples.targets >= 0
+    is_taken = is_event & (examples.event_types == 0) if task.impressions else is_event
+    taken = np.where(is_taken, examples.targets, -1)
+    is_shown = is_event & ~(examples.targets[:, :, None] == taken[:, None, :]).any(2)
+    histories = examples.histories
     if task.impressions:
         histories = histories.keep(histories.event_types == 0)
-    fixed = asked.negatives.get(NEGATIVES, np.full((len(asked), 1), -1))
+    fixed = examples.negatives.get(NEGATIVES, np.full((len(examples), 1), -1))
     wanted = np.minimum(is_taken.sum(1) * task.negatives, (fixed >= 0).sum(1))
     # Which of them: by a draw of the user's own, for they lie in an order that may mean something.
-    order = np.stack([np.random.default_rng([int(user), 9]).permutation(fixed.shape[1]) for user in asked.users])
+    order = np.stack([np.random.default_rng([int(user), 9]).permutation(fixed.shape[1]) for user in examples.users])
     shuffled = np.take_along_axis(fixed, order, axis=1)
     known_first = np.argsort(shuffled < 0, axis=1, kind="stable")
     shuffled = np.take_along_axis(shuffled, known_first, axis=1)
     is_chosen = np.arange(shuffled.shape[1]) < wanted[:, None]
-    items = np.concatenate([asked.targets, shuffled], axis=1)
+    items = np.concatenate([examples.targets, shuffled], axis=1)
     owner, place = np.concatenate([is_taken | is_shown, is_chosen], axis=1).nonzero()
     yes = np.concatenate([is_taken, np.zeros_like(is_chosen)], axis=1)
     pairs = Pairs(histories, owner, items[owner, place], yes[owner, place])
@@ -91,7 +97,9 @@ def read_pairs(
     return pairs.take(np.flatnonzero(np.bincount(owner, minlength=len(pairs))))
 
 
-def probabilities(scorer: Scorer, model: SequenceModel, task: Click, pairs: Pairs, *, batch_size: int) -> FloatArray:
+def probabilities(
+    scorer: ModelScorer, model: SequenceModel, task: Click, pairs: Pairs, *, batch_size: int
+) -> FloatArray:
     """[N] that the user takes the item."""
     found = []
     for start in range(0, len(pairs), batch_size):
@@ -104,7 +112,7 @@ def probabilities(scorer: Scorer, model: SequenceModel, task: Click, pairs: Pair
 
 
 def validate(
-    scorer: Scorer, model: SequenceModel, task: Click, pairs: Pairs, world: World, *, batch_size: int
+    scorer: ModelScorer, model: SequenceModel, task: Click, pairs: Pairs, world: World, *, batch_size: int
 ) -> dict[str, float]:
     """As `metrics_of`; each process asks about its share of the users."""
     share = world.share(len(pairs))

@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.data.histories import Histories
 from trainer.evaluation.item_ranking import BASKET, SINGLE, Score, convention_of, metrics_of, ranks
 from trainer.evaluation.ranking_metrics import FloatArray, metrics_from_ranks
-from trainer.evaluation.scorers import Contender, EvaluateError, EvaluationSet
+from trainer.evaluation.scorers import EvaluateError, EvaluationSet, Scorer
 from trainer.evaluation.significance import (
     Comparison,
     bootstrap_interval,
@@ -41,29 +41,34 @@ Key = tuple[str, int | None]  # label, seed
 class Evaluation:
     """Ranks of every contender's held-out items, from which any metric of any user follows."""
 
-    asked: EvaluationSet
-    contenders: Mapping[Key, Contender]
+    examples: EvaluationSet
+    scorers: Mapping[Key, Scorer]
     ranks: Mapping[Key, Mapping[str, RankArray]]  # protocol -> [U, R]
     broken: Mapping[Key, int]  # scores that were not a number, or +inf (-inf is what must not be taken)
 
     @property
     def labels(self) -> list[str]:
-        return list(dict.fromkeys(label for label, _ in self.contenders))
+        return list(dict.fromkeys(label for label, _ in self.scorers))
 
     def seeds(self, label: str) -> list[int | None]:
-        return [seed for name, seed in self.contenders if name == label]
+        return [seed for name, seed in self.scorers if name == label]
 
     def is_model(self, label: str) -> bool:
-        return any(contender.is_model for (name, _), contender in self.contenders.items() if name == label)
+        return any(scorer.is_model for (name, _), scorer in self.scorers.items() if name == label)
 
     def metrics(self, key: Key, protocol: str) -> dict[str, FloatArray]:
         """Per-user metrics [U] of one contender, in all conventions."""
-        return metrics_of(self.ranks[key][protocol].astype(np.int64), baskets=self.asked.baskets)
+        return metrics_of(self.ranks[key][protocol].astype(np.int64), baskets=self.examples.baskets)
 
     def matrix(
-        self, label: str, protocol: str, metric: str, *, seeds: Sequence[int | None] | None = None,
+        self,
+        label: str,
+        protocol: str,
+        metric: str,
+        *,
+        seeds: Sequence[int | None] | None = None,
         only_UR: npt.NDArray[np.bool_] | None = None,
-    ) -> FloatArray:  # fmt: skip
+    ) -> FloatArray:
         """A metric [S, U] of a label's seeds. `only_UR`: of these held-out items alone, NaN for users without."""
         convention, name = convention_of(metric)
         rows = []
@@ -78,28 +83,28 @@ class Evaluation:
         return np.stack(rows)
 
 
-def evaluate_contenders(
-    contenders: Sequence[Contender], asked: EvaluationSet, *, batch_size: int = 256, progress: bool = False
+def evaluate_scorers(
+    scorers: Sequence[Scorer], examples: EvaluationSet, *, batch_size: int = 256, progress: bool = False
 ) -> Evaluation:
     """Rank what the users held out, once by each contender. Raises EvaluateError for two of one label and seed."""
-    by_key: dict[Key, Contender] = {}
+    by_key: dict[Key, Scorer] = {}
     found: dict[Key, Mapping[str, RankArray]] = {}
     broken: dict[Key, int] = {}
-    for contender in contenders:
-        key = (contender.label, contender.seed)
+    for scorer in scorers:
+        key = (scorer.label, scorer.seed)
         if key in by_key:
             raise EvaluateError(
-                f"expected one model of each label and seed, found two of {contender.label!r}, seed {contender.seed}; "
+                f"expected one model of each label and seed, found two of {scorer.label!r}, seed {scorer.seed}; "
                 "give `label` or `seed` in models"
             )
-        by_key[key] = contender
+        by_key[key] = scorer
         broken[key] = 0
 
         given = ranks(
-            _counting_broken(contender.score, broken, key), asked.held_out, batch_size=batch_size, progress=progress
+            _counting_broken(scorer.score, broken, key), examples.held_out, batch_size=batch_size, progress=progress
         )
         found[key] = {protocol: ranks_UR.astype(np.int32) for protocol, ranks_UR in given.items()}
-    return Evaluation(asked, by_key, found, broken)
+    return Evaluation(examples, by_key, found, broken)
 
 
 def _counting_broken(score: Score, broken: dict[Key, int], key: Key) -> Score:
@@ -141,9 +146,14 @@ class Row:
 
 
 def compare_table(
-    evaluation: Evaluation, *, against: str, protocols: Sequence[str], metrics: Sequence[str], seed: int = 0,
+    evaluation: Evaluation,
+    *,
+    against: str,
+    protocols: Sequence[str],
+    metrics: Sequence[str],
+    seed: int = 0,
     candidate: str | None = None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Every label under every protocol and metric. Gains are left out where no label is `against`."""
     rows: list[Row] = []
     for protocol in protocols:
@@ -178,18 +188,27 @@ def adjust(rows: Sequence[Row]) -> list[Row]:
 
 def _row(evaluation: Evaluation, label: str, against: str, protocol: str, metric: str, seed: int) -> Row:
     values_SU = evaluation.matrix(label, protocol, metric, seeds=in_order(evaluation.seeds(label)))
-    own = [c for (name, _), c in evaluation.contenders.items() if name == label]
+    own = [c for (name, _), c in evaluation.scorers.items() if name == label]
     of_seed = np.nanmean(values_SU, axis=1)
     gain = interval = None
     if against in evaluation.labels and label != against:
         gain, diff_U = gain_over(evaluation, label, against, protocol, metric)
         interval = bootstrap_interval(diff_U, seed=seed) if evaluation.is_model(label) else None
     return Row(
-        label, protocol, metric, mean_over_seeds(values_SU),
+        label,
+        protocol,
+        metric,
+        mean_over_seeds(values_SU),
         float(of_seed.std(ddof=1)) if len(own) > 1 else float("nan"),
-        len(own), evaluation.is_model(label), own[0].reads, gain, None, interval,
-        _mean_fact(own, "seconds"), _mean_fact(own, "pretrain_seconds"),
-    )  # fmt: skip
+        len(own),
+        evaluation.is_model(label),
+        own[0].reads,
+        gain,
+        None,
+        interval,
+        _mean_fact(own, "seconds"),
+        _mean_fact(own, "pretrain_seconds"),
+    )
 
 
 def in_order(seeds: Sequence[int | None]) -> list[int | None]:
@@ -197,8 +216,8 @@ def in_order(seeds: Sequence[int | None]) -> list[int | None]:
     return sorted(seeds, key=lambda seed: (seed is not None, seed))
 
 
-def _mean_fact(contenders: Sequence[Contender], name: str) -> float:
-    return float(np.mean([float(contender.facts.get(name, 0.0)) for contender in contenders]))
+def _mean_fact(scorers: Sequence[Scorer], name: str) -> float:
+    return float(np.mean([float(scorer.facts.get(name, 0.0)) for scorer in scorers]))
 
 
 def gain_over(
@@ -231,12 +250,12 @@ def gain_over(
 # --- the table as text ---------------------------------------------
 
 
-def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:
+def render(rows: Sequence[Row], examples: EvaluationSet, *, against: str) -> str:
     """The table for people: every metric of the first protocol, then the first metric of the others."""
     protocols, metrics = (
         list(dict.fromkeys(names)) for names in zip(*((r.protocol, r.metric) for r in rows), strict=True)
     )
-    where = f"{asked.part} · domain {asked.domain} · split {asked.split} · {len(asked.users):,} users"
+    where = f"{examples.part} · domain {examples.domain} · split {examples.split} · {len(examples.users):,} users"
     blocks = [f"{protocols[0]} ranking · {where}\n" + block(rows, [(protocols[0], metric) for metric in metrics])]
     if protocols[1:]:
         columns = [(protocol, metrics[0]) for protocol in protocols[1:]]
@@ -244,11 +263,11 @@ def render(rows: Sequence[Row], asked: EvaluationSet, *, against: str) -> str:
     headline = [row for row in rows if (row.protocol, row.metric) == (protocols[0], metrics[0])]
     convention = convention_of(metrics[0])[0]
     notes = [f"several held-out items are relevant in one list (convention `{convention}`)"]
-    if asked.held_out.repeats:
+    if examples.held_out.repeats:
         notes.append("what a user has had is a candidate too")
     notes += notes_on_tests([row for row in rows if row.protocol == protocols[0]], f"gains over {against}")
     notes += [_account(row) for row in headline if row.is_model and row.gain is not None]
-    notes += [f"{row.label} reads {row.reads}" for row in headline if not row.is_model or row.reads != asked.domain]
+    notes += [f"{row.label} reads {row.reads}" for row in headline if not row.is_model or row.reads != examples.domain]
     notes += _beside_baselines(headline)
     return "\n\n".join(blocks) + "\n\n" + "\n".join(notes)
 

@@ -272,10 +272,17 @@ def _against_scratch(evidence: Evidence, config: GateConfig) -> list[Check]:
     bar = mean_over_seeds(theirs)
     checks = [
         _is_better(
-            FROM_SCRATCH, gain, over="from-scratch", key="scratch", recipe=recipe, bar=bar, margin=config.min_gain,
-            evidence=evidence, config=config,
+            FROM_SCRATCH,
+            gain,
+            over="from-scratch",
+            key="scratch",
+            recipe=recipe,
+            bar=bar,
+            margin=config.min_gain,
+            evidence=evidence,
+            config=config,
         )
-    ]  # fmt: skip
+    ]
     own = float(evidence.version_U.mean())
     if both and own <= bar + ROUNDING:
         text = (
@@ -300,9 +307,16 @@ def _against_baseline(evidence: Evidence, name: str, config: GateConfig) -> Chec
     over = f"the {'best ' if name == BEST else ''}simple baseline, {label}"
     gain = compare(recipe[0] if len(recipe) == 1 else recipe, base_U)
     return _is_better(
-        check, gain, over=over, key="baseline", recipe=recipe, bar=float(base_U.mean()), margin=0.0,
-        evidence=evidence, config=config,
-    )  # fmt: skip
+        check,
+        gain,
+        over=over,
+        key="baseline",
+        recipe=recipe,
+        bar=float(base_U.mean()),
+        margin=0.0,
+        evidence=evidence,
+        config=config,
+    )
 
 
 def _is_better(
@@ -324,9 +338,12 @@ def _is_better(
     enough = gain.gain > margin * abs(bar) + ROUNDING
     relative = _relative(gain, bar)
     numbers = _numbers(gain) | {
-        "version": version, "recipe": own, key: bar, "relative_gain": relative,
+        "version": version,
+        "recipe": own,
+        key: bar,
+        "relative_gain": relative,
         "detectable": gain.least_shown(config.level) / abs(bar) if bar else float("nan"),
-    }  # fmt: skip
+    }
     of = f" (mean of {len(recipe)} seeds; {_this(evidence)}: {version:.4f})" if len(recipe) > 1 else ""
     varied = f"users and {gain.num_seeds} seeds" if gain.seeds_varied else "users"
     needs = f"more than {100 * margin:+.1f} %" if margin else "a gain"
@@ -347,8 +364,9 @@ def _is_better(
         least = f"not shown to be {100 * margin:g} % better than {over}: {text}"
         return Check(name, "refused", least, numbers, "not shown")
     remedy, seeds = _remedy(gain, evidence, config)
-    return Check(name, "refused", f"not shown to be better than {over}: {text}; {remedy}", numbers, "not shown", remedy,
-                 seeds)  # fmt: skip
+    return Check(
+        name, "refused", f"not shown to be better than {over}: {text}; {remedy}", numbers, "not shown", remedy, seeds
+    )
 
 
 def _remedy(gain: Comparison, evidence: Evidence, config: GateConfig) -> tuple[str, tuple[int, ...]]:
@@ -435,9 +453,13 @@ def _relative(gain: Comparison, bar: float) -> float:
 
 def _numbers(gain: Comparison) -> dict[str, float]:
     return {
-        "gain": gain.gain, "p": gain.p_value, "low": gain.low, "high": gain.high, "seeds": gain.num_seeds,
+        "gain": gain.gain,
+        "p": gain.p_value,
+        "low": gain.low,
+        "high": gain.high,
+        "seeds": gain.num_seeds,
         "users": gain.num_users,
-    }  # fmt: skip
+    }
 
 
 # --- after it --------------------------------------------------------------------------------------------------------

@@ -123,8 +123,8 @@ def read_held_out(
         start, stop = _bounds(sequences, part)
         return (stop > start) & sampled(sequences.users, share)
 
-    asked = read_users(dataset, holds_out, times=times)
-    if asked is None:
+    examples = read_users(dataset, holds_out, times=times)
+    if examples is None:
         raise DataError(
             f"no user of split {split!r} and domain {domain!r} holds out {'a basket' if baskets else 'items'} for "
             f"{part} in release {release.number} of {release.lake}; "
@@ -134,35 +134,39 @@ def read_held_out(
                 else "shorten the split's hold-out, or give more interactions per user"
             )
         )
-    start, stop = _bounds(asked, part)
-    rows = catalogue.rows(asked.items).astype(np.int64)
-    position, owner = asked.positions, asked.owners
+    start, stop = _bounds(examples, part)
+    rows = catalogue.rows(examples.items).astype(np.int64)
+    position, owner = examples.positions, examples.owners
     is_target = (position >= start[owner]) & (position < stop[owner]) & (rows != SEP)
     if (unknown := int((rows[is_target] == UNK).sum())) > 0:
         raise DataError(
             f"expected a catalogue of domain {domain!r} in release {release.number}, found one that lacks {unknown:,} "
             f"of {int(is_target.sum()):,} held-out items; read the catalogue from the same release and domain"
         )
-    targets = np.full((len(asked), int((stop - start).max())), -1, dtype=np.int64)
+    targets = np.full((len(examples), int((stop - start).max())), -1, dtype=np.int64)
     targets[owner[is_target], (position - start[owner])[is_target]] = rows[is_target]
     kinds = np.empty((0, 0), np.int8)
-    if len(asked.event_types):
+    if len(examples.event_types):
         kinds = np.zeros(targets.shape, np.int8)
-        kinds[owner[is_target], (position - start[owner])[is_target]] = asked.event_types[is_target]
-    histories = Histories(asked.users, asked.offsets, rows, asked.times, asked.event_types).until(start)
-    first = asked.offsets[:-1] + start
+        kinds[owner[is_target], (position - start[owner])[is_target]] = examples.event_types[is_target]
+    histories = Histories(examples.users, examples.offsets, rows, examples.times, examples.event_types).until(start)
+    first = examples.offsets[:-1] + start
     return HeldOut(
-        asked.users,
+        examples.users,
         histories,
         targets,
-        {p: _read_negatives(release, split, domain, catalogue, part, p, asked.users) for p in protocols if p != FULL},
+        {
+            p: _read_negatives(release, split, domain, catalogue, part, p, examples.users)
+            for p in protocols
+            if p != FULL
+        },
         tuple(protocols),
         len(catalogue),
-        np.bincount(owner[(position < asked.valid_start[owner]) & (rows != SEP)], minlength=len(asked)),
-        asked.times[first] if len(asked.times) else asked.times,
+        np.bincount(owner[(position < examples.valid_start[owner]) & (rows != SEP)], minlength=len(examples)),
+        examples.times[first] if len(examples.times) else examples.times,
         baskets,
         baskets and repeats,
-        asked.values[first] if len(asked.values) else asked.values,
+        examples.values[first] if len(examples.values) else examples.values,
         kinds,
     )
 
@@ -197,12 +201,12 @@ def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: b
         users = order[start : start + batch_size]
         histories = held_out.histories.take(users)
         scores = score(histories)
-        asked = [torch.from_numpy(held_out.negatives[protocol][users]) for protocol in drawn]
+        examples = [torch.from_numpy(held_out.negatives[protocol][users]) for protocol in drawn]
         targets_BR = torch.from_numpy(held_out.targets[users])
-        widths = [num_targets, *(negatives_BN.shape[1] for negatives_BN in asked)]
-        gathered = scores.gather(torch.cat([targets_BR, *asked], 1), FIRST_INDEX)
+        widths = [num_targets, *(negatives_BN.shape[1] for negatives_BN in examples)]
+        gathered = scores.gather(torch.cat([targets_BR, *examples], 1), FIRST_INDEX)
         parts = gathered.tensor_split(np.cumsum(widths)[:-1].tolist(), dim=1)
-        for protocol, negatives_BN, scores_BN in zip(drawn, asked, parts[1:], strict=True):
+        for protocol, negatives_BN, scores_BN in zip(drawn, examples, parts[1:], strict=True):
             device = scores_BN.device
             ranks_BR = rank_among(parts[0], targets_BR.to(device), scores_BN, negatives_BN.to(device))
             found[protocol][users] = ranks_BR.cpu().numpy()
@@ -303,11 +307,16 @@ def read_users(
         return None
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(s.offsets) for s in kept]))])
     together = Sequences(
-        np.concatenate([s.users for s in kept]), offsets, np.concatenate([s.items for s in kept]),
-        np.concatenate([s.times for s in kept]), np.concatenate([s.valid_start for s in kept]),
-        np.concatenate([s.test_start for s in kept]), np.concatenate([s.end for s in kept]),
-        np.concatenate([s.values for s in kept]), np.concatenate([s.event_types for s in kept]),
-    )  # fmt: skip
+        np.concatenate([s.users for s in kept]),
+        offsets,
+        np.concatenate([s.items for s in kept]),
+        np.concatenate([s.times for s in kept]),
+        np.concatenate([s.valid_start for s in kept]),
+        np.concatenate([s.test_start for s in kept]),
+        np.concatenate([s.end for s in kept]),
+        np.concatenate([s.values for s in kept]),
+        np.concatenate([s.event_types for s in kept]),
+    )
     return together.take(np.argsort(together.users, kind="stable"))
 
 
@@ -333,8 +342,8 @@ def _read_negatives(
     owner = np.concatenate([np.empty(0, np.int64), *owners])
     lengths = np.concatenate([np.empty(0, np.int64), *counts])
     place = np.searchsorted(users, owner)
-    asked = (place < len(users)) & (users[np.minimum(place, len(users) - 1)] == owner)
-    if missing := len(users) - len(np.unique(owner[asked])):
+    examples = (place < len(users)) & (users[np.minimum(place, len(users) - 1)] == owner)
+    if missing := len(users) - len(np.unique(owner[examples])):
         raise DataError(
             f"expected negatives of protocol {protocol!r} for {len(users):,} users of split {split!r}, domain "
             f"{domain!r}, part {part}, found none for {missing:,} in release {release.number} of {release.lake}; add "
@@ -342,8 +351,8 @@ def _read_negatives(
         )
     rows = catalogue.rows(np.concatenate([np.empty(0, np.int32), *items])).astype(np.int64)
     position = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    of_asked = np.repeat(asked, lengths)
-    negatives = np.full((len(users), int(lengths[asked].max(initial=0))), -1, dtype=np.int64)
+    of_asked = np.repeat(examples, lengths)
+    negatives = np.full((len(users), int(lengths[examples].max(initial=0))), -1, dtype=np.int64)
     negatives[np.repeat(place, lengths)[of_asked], position[of_asked]] = np.where(rows == UNK, -1, rows)[of_asked]
     return negatives
 

@@ -17,7 +17,7 @@ from trainer.data.catalogue import Catalogue
 from trainer.data.release import Release
 from trainer.data.sequences import SequenceDataset
 from trainer.evaluation.item_ranking import HeldOut
-from trainer.evaluation.profiles import Asked
+from trainer.evaluation.profiles import LabelledUsers
 from trainer.tasks.multi import NOTHING
 
 IntArray = npt.NDArray[np.int64]
@@ -106,7 +106,7 @@ def _levels(dataset: SequenceDataset, most: int) -> npt.NDArray[np.float32]:
     return found
 
 
-def asked_of(held_out: HeldOut, classes: Classes, name: str) -> Asked:
+def examples_of(held_out: HeldOut, classes: Classes, name: str) -> LabelledUsers:
     """The users whose first held-out event has a class, and which. Raises ConfigError for one that training lacks."""
     given = held_out.first_value
     class_U = classes.of(name, held_out.targets[:, 0], given, held_out.event_types[:, :1].ravel())
@@ -116,4 +116,4 @@ def asked_of(held_out: HeldOut, classes: Classes, name: str) -> Asked:
             "which no training event has; leave such events out of the log, or values out of task.tells"
         )
     known = np.flatnonzero(class_U != NOTHING)
-    return Asked(held_out.histories.take(known), class_U[known])
+    return LabelledUsers(held_out.histories.take(known), class_U[known])

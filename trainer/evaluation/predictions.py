@@ -17,11 +17,11 @@ from trainer.data.catalogue import Catalogue, rows_by_raw_id
 from trainer.data.histories import Histories
 from trainer.evaluation.class_metrics import AUC, example_metrics, metrics_of
 from trainer.evaluation.comparison import Row, adjust, block, in_order, mark_candidate, notes_on_tests
-from trainer.evaluation.profiles import Asked, probabilities
+from trainer.evaluation.profiles import LabelledUsers, probabilities
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.evaluation.scorers import EvaluateError, user_rows
 from trainer.evaluation.significance import compare
-from trainer.inference.model_folder import Artifact
+from trainer.inference.model_folder import TrainedModel
 
 IntArray = npt.NDArray[np.int64]
 Key = tuple[str, int | None]  # label, seed
@@ -29,7 +29,7 @@ Costs = Mapping[str, tuple[float, float]]  # label -> seconds of training and of
 
 
 @dataclass(frozen=True)
-class Told(ABC):
+class Predictions(ABC):
     """Probabilities of every contender for the same examples."""
 
     METRICS: ClassVar[tuple[str, ...]]
@@ -78,7 +78,7 @@ class Told(ABC):
 
 
 @dataclass(frozen=True)
-class ToldClasses(Told):
+class ClassPredictions(Predictions):
     """Probabilities [N, C] of the classes of something that each user is one of."""
 
     METRICS: ClassVar = ("accuracy", "macro-F1", AUC, "log loss")
@@ -86,71 +86,79 @@ class ToldClasses(Told):
 
     name: str
     names: tuple[str, ...]  # of the classes
-    asked: Asked
+    examples: LabelledUsers
 
     @property
     def histories(self) -> Histories:
-        return self.asked.histories
+        return self.examples.histories
 
     def metrics(self, key: Key) -> dict[str, float]:
-        return metrics_of(self.asked.class_N, self.probabilities[key])
+        return metrics_of(self.examples.class_N, self.probabilities[key])
 
     def of_users(self, key: Key, metric: str) -> FloatArray:
-        return example_metrics(self.asked.class_N, self.probabilities[key])[metric]
+        return example_metrics(self.examples.class_N, self.probabilities[key])[metric]
 
     def confusion(self, label: str) -> FloatArray:
         """[C, C], its seeds together: share of the users of each class (row) who are told to be of another."""
         counted = np.zeros((len(self.names), len(self.names)))
         for seed in self.seeds(label):
-            np.add.at(counted, (self.asked.class_N, self.probabilities[label, seed].argmax(1)), 1)
+            np.add.at(counted, (self.examples.class_N, self.probabilities[label, seed].argmax(1)), 1)
         shares: FloatArray = counted / np.maximum(counted.sum(1, keepdims=True), 1)
         return shares
 
     def render(self, rows: Sequence[Row], notes: Sequence[str], *, against: str, users: str = "") -> str:
         """The table for people. `users`: more of them, in brackets."""
-        return self.table(self.name, rows, f"{len(self.asked):,} users{users}", notes, against=against)
+        return self.table(self.name, rows, f"{len(self.examples):,} users{users}", notes, against=against)
 
 
 def as_known(
-    artifact: Artifact, given: Histories, raw_users: Sequence[str], catalogue: Catalogue
+    trained_model: TrainedModel, given: Histories, raw_users: Sequence[str], catalogue: Catalogue
 ) -> tuple[Histories, IntArray]:
     """(Histories of a catalogue's rows as a model knows users and items, others passed over; [V] its row of each row of
     the catalogue, UNK where it has none)."""
-    rows = rows_by_raw_id(artifact.catalogue, catalogue)
-    own = Histories(user_rows(artifact, raw_users), given.offsets, rows[given.items], given.times, given.event_types)
+    rows = rows_by_raw_id(trained_model.catalogue, catalogue)
+    own = Histories(
+        user_rows(trained_model, raw_users), given.offsets, rows[given.items], given.times, given.event_types
+    )
     return own.keep(own.items != UNK), rows
 
 
 def told_by(
-    artifact: Artifact, asked: Asked, raw_users: Sequence[str], catalogue: Catalogue, *, batch_size: int, head: str
+    trained_model: TrainedModel,
+    examples: LabelledUsers,
+    raw_users: Sequence[str],
+    catalogue: Catalogue,
+    *,
+    batch_size: int,
+    head: str,
 ) -> FloatArray:
     """[N, C] by one of a model's heads."""
-    own, _ = as_known(artifact, asked.histories, raw_users, catalogue)
-    return probabilities(artifact.teller(), artifact.model, own, batch_size=batch_size, head=head)
+    own, _ = as_known(trained_model, examples.histories, raw_users, catalogue)
+    return probabilities(trained_model.teller(), trained_model.model, own, batch_size=batch_size, head=head)
 
 
-def keys_of(chosen: Sequence[EvaluatedModel], models: Sequence[Artifact]) -> tuple[list[Key], Costs]:
+def keys_of(chosen: Sequence[EvaluatedModel], models: Sequence[TrainedModel]) -> tuple[list[Key], Costs]:
     """Label and seed of each model. Raises EvaluateError for two of the same."""
     keys: list[Key] = []
     seconds: dict[str, list[tuple[float, float]]] = {}
-    for named, artifact in zip(chosen, models, strict=True):
-        label = named.label or str(getattr(artifact.config, "transfer", artifact.config.name))
-        key = label, artifact.config.train.seed if named.seed is None else named.seed
+    for named, trained_model in zip(chosen, models, strict=True):
+        label = named.label or str(getattr(trained_model.config, "transfer", trained_model.config.name))
+        key = label, trained_model.config.train.seed if named.seed is None else named.seed
         if key in keys:
             raise EvaluateError(
                 f"expected one model of each label and seed, found two of {label!r}, seed {key[1]}; give `label` or "
                 "`seed` in models"
             )
         keys.append(key)
-        spent = artifact.metrics.get("seconds", 0.0), artifact.metrics.get("pretrain_seconds", 0.0)
+        spent = trained_model.metrics.get("seconds", 0.0), trained_model.metrics.get("pretrain_seconds", 0.0)
         seconds.setdefault(label, []).append(spent)
     costs = {label: tuple(np.mean(of, axis=0).tolist()) for label, of in seconds.items()}
     return keys, costs
 
 
-def _row(told: Told, label: str, against: str, metric: str, tested: bool) -> Row:
-    seeds, others = in_order(told.seeds(label)), in_order(told.seeds(against))
-    values = [told.metrics((label, seed))[metric] for seed in seeds]
+def _row(predictions: Predictions, label: str, against: str, metric: str, tested: bool) -> Row:
+    seeds, others = in_order(predictions.seeds(label)), in_order(predictions.seeds(against))
+    values = [predictions.metrics((label, seed))[metric] for seed in seeds]
     gain = None
     if tested and label != against and others:
         paired = seeds
@@ -158,18 +166,27 @@ def _row(told: Told, label: str, against: str, metric: str, tested: bool) -> Row
             paired = others = [seed for seed in seeds if seed in others]
             if not paired:
                 raise EvaluateError(f"expected {label!r} and {against!r} to share a seed; train both with the same")
-        gain = compare(_of_users(told, label, paired, metric), _of_users(told, against, others, metric))
+        gain = compare(_of_users(predictions, label, paired, metric), _of_users(predictions, against, others, metric))
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    seconds, before = told.costs.get(label, (0.0, 0.0))
+    seconds, before = predictions.costs.get(label, (0.0, 0.0))
     return Row(
-        label, "users", metric, float(np.mean(values)), spread, len(values), label in told.costs, told.domain, gain,
-        seconds=seconds, pretrain_seconds=before,
-    )  # fmt: skip
+        label,
+        "users",
+        metric,
+        float(np.mean(values)),
+        spread,
+        len(values),
+        label in predictions.costs,
+        predictions.domain,
+        gain,
+        seconds=seconds,
+        pretrain_seconds=before,
+    )
 
 
-def _of_users(told: Told, label: str, seeds: Sequence[int | None], metric: str) -> FloatArray:
+def _of_users(predictions: Predictions, label: str, seeds: Sequence[int | None], metric: str) -> FloatArray:
     """[S, U]; [U] where there are no seeds. Of the users of whom something can be said."""
-    found = np.stack([told.of_users((label, seed), metric) for seed in seeds])
+    found = np.stack([predictions.of_users((label, seed), metric) for seed in seeds])
     found = found[:, ~np.isnan(found).any(0)]
     return found[0] if list(seeds) == [None] else found
 

@@ -1,6 +1,6 @@
 """Which user has which class of an attribute, who of them is trained on and who is asked, and how a model answers.
 
-Shape letters: ``U`` users by global index, ``N`` users asked, ``C`` classes, ``V`` rows of the catalogue.
+Shape letters: ``U`` users by global index, ``N`` users examples, ``C`` classes, ``V`` rows of the catalogue.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from trainer.data.sequences import SequenceDataset
 from trainer.evaluation.class_metrics import metrics_of
 from trainer.evaluation.item_ranking import read_users, sampled
 from trainer.evaluation.ranking_metrics import FloatArray
-from trainer.inference.scorer import Scorer
+from trainer.inference.scorer import ModelScorer
 from trainer.models import SequenceModel
 from trainer.parallel.distributed import World
 from trainer.tasks.profile import HEAD
@@ -108,7 +108,7 @@ def _check_parts(classes: Classes) -> None:
 
 
 @dataclass(frozen=True)
-class Asked:
+class LabelledUsers:
     """Users of a part, what is read of each, and their classes. Users ascend."""
 
     histories: Histories  # in rows
@@ -118,7 +118,9 @@ class Asked:
         return len(self.class_N)
 
 
-def read_asked(release: Release, split: str, domain: str, catalogue: Catalogue, classes: Classes, part: Part) -> Asked:
+def read_examples(
+    release: Release, split: str, domain: str, catalogue: Catalogue, classes: Classes, part: Part
+) -> LabelledUsers:
     """What is read is the training part of the split, as in training. Raises DataError where no such user has any."""
     class_U = classes.of(part)
 
@@ -135,11 +137,11 @@ def read_asked(release: Release, split: str, domain: str, catalogue: Catalogue, 
         )
     rows = catalogue.rows(found.items).astype(np.int64)
     histories = Histories(found.users, found.offsets, rows, found.times).until(found.valid_start)
-    return Asked(histories, class_U[found.users])
+    return LabelledUsers(histories, class_U[found.users])
 
 
 def probabilities(
-    scorer: Scorer, model: SequenceModel, histories: Histories, *, batch_size: int, head: str = HEAD
+    scorer: ModelScorer, model: SequenceModel, histories: Histories, *, batch_size: int, head: str = HEAD
 ) -> FloatArray:
     """[N, C] that a model gives each class for each user, by one of its task's heads."""
     parts = []
@@ -152,10 +154,16 @@ def probabilities(
 
 
 def validate(
-    scorer: Scorer, model: SequenceModel, asked: Asked, world: World, *, batch_size: int, head: str = HEAD
+    scorer: ModelScorer,
+    model: SequenceModel,
+    examples: LabelledUsers,
+    world: World,
+    *,
+    batch_size: int,
+    head: str = HEAD,
 ) -> dict[str, float]:
     """Metrics of `trainer.evaluation.class_metrics`; each process asks about its share of the users."""
-    share = world.share(len(asked))
-    told = probabilities(scorer, model, asked.histories.take(share), batch_size=batch_size, head=head)
-    probabilities_NC = world.gather(torch.from_numpy(told))[: len(asked)].numpy()
-    return metrics_of(asked.class_N, probabilities_NC)
+    share = world.share(len(examples))
+    predictions = probabilities(scorer, model, examples.histories.take(share), batch_size=batch_size, head=head)
+    probabilities_NC = world.gather(torch.from_numpy(predictions))[: len(examples)].numpy()
+    return metrics_of(examples.class_N, probabilities_NC)

@@ -38,7 +38,7 @@ from trainer.evaluation.baselines.names import (
 )
 from trainer.evaluation.baselines.sequences import item_to_item, popularity, transitions
 from trainer.evaluation.item_ranking import HeldOut, Part, Score, read_held_out, read_users, sampled
-from trainer.inference.model_folder import Artifact
+from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, has_items
 
 IntArray = npt.NDArray[np.int64]
@@ -157,19 +157,34 @@ def raw_users(release: Release, users: IntArray) -> list[str]:
 
 
 def read_evaluation_set(
-    release: Release, split: str, domain: str, part: Part, config: EvaluationConfig, *, baskets: bool = False,
+    release: Release,
+    split: str,
+    domain: str,
+    part: Part,
+    config: EvaluationConfig,
+    *,
+    baskets: bool = False,
     event_types: Sequence[str] = (),
-) -> EvaluationSet:  # fmt: skip
+) -> EvaluationSet:
     """Pin what is asked. `event_types`: kinds of event that models read. Raises GraftrecError."""
     catalogue = read_catalogue(release, domain)
     held_out = read_held_out(
-        release, split, domain, catalogue, part, config.protocols, times=True, max_users=config.max_users,
-        baskets=baskets, repeats=config.ranks_repeats, event_types=event_types,
-    )  # fmt: skip
+        release,
+        split,
+        domain,
+        catalogue,
+        part,
+        config.protocols,
+        times=True,
+        max_users=config.max_users,
+        baskets=baskets,
+        repeats=config.ranks_repeats,
+        event_types=event_types,
+    )
     return EvaluationSet(release, split, domain, part, catalogue, held_out, tuple(event_types))
 
 
-def repeats_of(config: EvaluationConfig, models: Sequence[Artifact]) -> bool:
+def repeats_of(config: EvaluationConfig, models: Sequence[TrainedModel]) -> bool:
     """Whether what a user has had is a candidate: as configured, else as the models of next baskets were trained.
 
     Raises EvaluateError where these differ.
@@ -199,7 +214,7 @@ def _is_among(users: IntArray) -> Callable[[Sequences], npt.NDArray[np.bool_]]:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Scorer:
     """One scorer in the ranking, and what a reader of the table must know of it."""
 
     label: str
@@ -213,15 +228,15 @@ class Contender:
 # --- models ---------------------------------------------
 
 
-def model_contender(
-    artifact: Artifact,
-    asked: EvaluationSet,
+def model_scorer(
+    trained_model: TrainedModel,
+    examples: EvaluationSet,
     *,
     label: str | None = None,
     seed: int | None = None,
     device: str = "cpu",
     must_know: bool = True,
-) -> Contender:
+) -> Scorer:
     """A model, scored on the evaluated domain's items whatever it was trained on.
 
     A model of the evaluated domain reads that domain's items; a model of the domain `all` also reads what the user did
@@ -231,49 +246,49 @@ def model_contender(
     Raises EvaluateError: it was trained on what is held out here, or (`must_know`) knows none of the items; without
     `must_know` such a model finds nothing.
     """
-    reads_all = artifact.config.data.domain == DOMAIN_ALL != asked.domain and bool(asked.other_domains)
-    if asked.baskets and artifact.config.data.domain != asked.domain:
+    reads_all = trained_model.config.data.domain == DOMAIN_ALL != examples.domain and bool(examples.other_domains)
+    if examples.baskets and trained_model.config.data.domain != examples.domain:
         raise EvaluateError(
-            f"expected a model that reads domain {asked.domain!r}, whose next baskets are asked for, found "
-            f"{artifact.folder}, which reads {artifact.config.data.domain!r}"
+            f"expected a model that reads domain {examples.domain!r}, whose next baskets are asked for, found "
+            f"{trained_model.folder}, which reads {trained_model.config.data.domain!r}"
         )
-    own_kinds = _kinds_as_known(artifact, asked)
-    rows = rows_by_raw_id(artifact.catalogue, asked.catalogue)
+    own_kinds = _kinds_as_known(trained_model, examples)
+    rows = rows_by_raw_id(trained_model.catalogue, examples.catalogue)
     known = np.flatnonzero(rows != UNK)
     known = known[known >= FIRST_INDEX]
-    if (predicted_V := artifact.model.predicted_V) is not None:
+    if (predicted_V := trained_model.model.predicted_V) is not None:
         known = known[predicted_V.cpu().numpy()[rows[known]]]
     if must_know and not len(known):
         raise EvaluateError(
-            f"expected a model that predicts items of domain {asked.domain!r}, found none of its "
-            f"{len(asked.catalogue) - FIRST_INDEX:,} items in {artifact.folder} (trained on domain "
-            f"{artifact.config.data.domain!r}, to predict {artifact.config.data.answered!r}); "
+            f"expected a model that predicts items of domain {examples.domain!r}, found none of its "
+            f"{len(examples.catalogue) - FIRST_INDEX:,} items in {trained_model.folder} (trained on domain "
+            f"{trained_model.config.data.domain!r}, to predict {trained_model.config.data.answered!r}); "
             "fine-tune it on the domain first"
         )
-    _refuse_leak(artifact, asked)
-    own_users = user_rows(artifact, asked.raw_users)
-    item_rows = rows_by_raw_id(artifact.catalogue, asked.everything) if reads_all else rows
-    source = merge(asked.input_anywhere, asked.elsewhere) if reads_all else asked.held_out.histories
-    scorer = artifact.scorer(device=device, baskets=asked.baskets)
-    reads_pauses = reads_baskets(artifact.config.task)
+    _refuse_leak(trained_model, examples)
+    own_users = user_rows(trained_model, examples.raw_users)
+    item_rows = rows_by_raw_id(trained_model.catalogue, examples.everything) if reads_all else rows
+    source = merge(examples.input_anywhere, examples.elsewhere) if reads_all else examples.held_out.histories
+    scorer = trained_model.scorer(device=device, baskets=examples.baskets)
+    reads_pauses = reads_baskets(trained_model.config.task)
     candidates = rows[known]
-    width = len(asked.catalogue)
+    width = len(examples.catalogue)
 
     def score(histories: Histories) -> Scores:
-        place = np.searchsorted(asked.users, histories.users)
+        place = np.searchsorted(examples.users, histories.users)
         given = source.take(place) if reads_all else histories
         kinds = own_kinds[given.event_types] if len(own_kinds) else own_kinds
         own = Histories(own_users[place], given.offsets, item_rows[given.items], given.times, kinds)
         if len(known) == 0:
             return Scores.of(torch.full((1, 1), -torch.inf).expand(len(histories), width))
         is_read = own.items != UNK
-        if asked.baskets and not reads_pauses:  # the same items, without what stands between baskets
+        if examples.baskets and not reads_pauses:  # the same items, without what stands between baskets
             is_read &= own.items != SEP
         read = own.keep(is_read)
         scores, nothing_B = scorer.scores(read, candidates), torch.from_numpy(~has_items(read))
         popular_C = None
         if nothing_B.any():
-            popular_C = torch.from_numpy(asked.training_interactions[known].astype(np.float32))
+            popular_C = torch.from_numpy(examples.training_interactions[known].astype(np.float32))
 
         def columns(start: int, stop: int) -> Tensor:
             first, last = np.searchsorted(known, [start, stop])
@@ -286,116 +301,133 @@ def model_contender(
 
         return Scores(len(histories), width, columns)
 
-    reads = "all domains, others until the first held-out item" if reads_all else asked.domain
-    return Contender(
-        label or str(getattr(artifact.config, "transfer", artifact.config.name)),
-        artifact.config.train.seed if seed is None else seed,
+    reads = "all domains, others until the first held-out item" if reads_all else examples.domain
+    return Scorer(
+        label or str(getattr(trained_model.config, "transfer", trained_model.config.name)),
+        trained_model.config.train.seed if seed is None else seed,
         score,
         reads,
         is_model=True,
-        facts={"folder": str(artifact.folder), "hash": artifact.hash, "parent": artifact.parent} | artifact.metrics,
+        facts={"folder": str(trained_model.folder), "hash": trained_model.hash, "parent": trained_model.parent}
+        | trained_model.metrics,
     )
 
 
-def _kinds_as_known(artifact: Artifact, asked: EvaluationSet) -> Int8Array:
+def _kinds_as_known(trained_model: TrainedModel, examples: EvaluationSet) -> Int8Array:
     """The model's place of each kind of event that inputs tell apart; empty where it reads none. Raises EvaluateError
     for a model that reads what they don't tell."""
-    own = artifact.event_types
+    own = trained_model.event_types
     if not own:
         return np.empty(0, np.int8)
-    if not set(own) <= set(asked.event_types):
+    if not set(own) <= set(examples.event_types):
         raise EvaluateError(
-            f"expected models that read at most the kinds of event {', '.join(asked.event_types) or 'none'}, found "
-            f"{artifact.folder}, which reads {', '.join(own)}; ask again, it was not there when the kinds were read"
+            f"expected models that read at most the kinds of event {', '.join(examples.event_types) or 'none'}, found "
+            f"{trained_model.folder}, which reads {', '.join(own)}; run "
+            "again, it was not there when the kinds were read"
         )
     places = {name: place for place, name in enumerate(own, 1)}
-    return np.array([0, *(places.get(name, 0) for name in asked.event_types)], dtype=np.int8)
+    return np.array([0, *(places.get(name, 0) for name in examples.event_types)], dtype=np.int8)
 
 
-def user_rows(artifact: Artifact, raw_users: Sequence[str]) -> IntArray:
+def user_rows(trained_model: TrainedModel, raw_users: Sequence[str]) -> IntArray:
     """[U] rows of the model's user table, UNK for users that it does not know."""
-    known = artifact.users or {}
+    known = trained_model.users or {}
     return np.array([known.get(raw, UNK) for raw in raw_users], dtype=np.int64)
 
 
-def _refuse_leak(artifact: Artifact, asked: EvaluationSet) -> None:
+def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
     """A domain's training part may hold what another holds out: that of `all` under `last-5` does, not so `causal`; and
     a sequence's may hold the last basket, where that is longer than what the split holds out."""
-    data, release = artifact.config.data, asked.release
-    if artifact.lake == release.lake and artifact.release > release.number:
+    data, release = trained_model.config.data, examples.release
+    if trained_model.lake == release.lake and trained_model.release > release.number:
         raise EvaluateError(
-            f"expected a release at least as new as {artifact.release}, which {artifact.folder} was trained on, found "
-            f"{release.number}, which may hold out what the model has seen; evaluate on a newer release"
+            f"expected a release at least as new as {trained_model.release}, which {trained_model.folder} was "
+            f"trained on, found {release.number}, which may hold out what the model has seen; evaluate on a newer "
+            "release"
         )
-    same = data.domain == asked.domain and asked.baskets == reads_baskets(artifact.config.task)
-    if same or data.domain not in domains_with_sequences(asked.release, data.split):
+    same = data.domain == examples.domain and examples.baskets == reads_baskets(trained_model.config.task)
+    if same or data.domain not in domains_with_sequences(examples.release, data.split):
         return
-    dataset = SequenceDataset(asked.release, data.split, data.domain)
-    trained = aligned(asked._rows(read_users(dataset, _is_among(asked.users)), training=True), asked.users)
+    dataset = SequenceDataset(examples.release, data.split, data.domain)
+    trained = aligned(examples._rows(read_users(dataset, _is_among(examples.users)), training=True), examples.users)
     owner = np.repeat(np.arange(len(trained)), trained.lengths)
-    own = np.bincount(owner[np.isin(trained.items, asked.own_rows)], minlength=len(trained))
-    given = asked.held_out.histories
+    own = np.bincount(owner[np.isin(trained.items, examples.own_rows)], minlength=len(trained))
+    given = examples.held_out.histories
     leaked = int(np.maximum(own - given.keep(given.items != SEP).lengths, 0).sum())
-    if leaked and asked.baskets:
+    if leaked and examples.baskets:
         raise EvaluateError(
             f"expected a model that has not seen what it is asked, found {leaked:,} items of last baskets in what "
-            f"{artifact.folder} was trained on (split {data.split!r}); train it on a split that holds out more"
+            f"{trained_model.folder} was trained on (split {data.split!r}); train it on a split that holds out more"
         )
     if leaked:
         raise EvaluateError(
             f"expected a model that has not seen what it is asked, found {leaked:,} held-out interactions of domain "
-            f"{asked.domain!r} in what {artifact.folder} was trained on (split {data.split!r}, domain "
-            f"{data.domain!r}); train it on a split that is causal for {asked.domain!r}"
+            f"{examples.domain!r} in what {trained_model.folder} was trained on (split {data.split!r}, domain "
+            f"{data.domain!r}); train it on a split that is causal for {examples.domain!r}"
         )
 
 
 # --- baselines ---------------------------------------------
 
 
-def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[Contender]:
+def baseline_scorers(examples: EvaluationSet, config: BaselinesConfig) -> list[Scorer]:
     """Popularity; item-to-item and transitions of the evaluated domain's last items; item-to-item of all domains'."""
-    own_rows = asked.own_rows
-    num_items = len(asked.everything)
-    own = asked.training(asked.domain, max_users=config.max_users)
+    own_rows = examples.own_rows
+    num_items = len(examples.everything)
+    own = examples.training(examples.domain, max_users=config.max_users)
     popular = popularity(own, num_items)
     within = item_to_item(own, num_items, last=config.last, towards=own_rows)
     decayed = dataclasses.replace(within, last=None, decay=config.decay)
     steps, fading = config.transition_steps, config.transition_decay
     following = transitions(own, num_items, steps=steps, decay=fading, towards=own_rows)
-    here = asked.input_anywhere
+    here = examples.input_anywhere
     last = f"last {config.last}"
-    contenders = [
-        Contender(POPULARITY, None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing"),
-        _over(ITEM_TO_ITEM, within, here, f"{last} of {asked.domain}", asked),
-        _over(ITEM_TO_ITEM_DECAYED, decayed, here, f"{asked.domain}, the n-th last weighs {config.decay}^n", asked),
-        _over(TRANSITIONS, following, here, f"last {steps} of {asked.domain}, the n-th last weighs {fading}^n", asked),
+    scorers = [
+        Scorer(POPULARITY, None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing"),
+        _over(ITEM_TO_ITEM, within, here, f"{last} of {examples.domain}", examples),
+        _over(
+            ITEM_TO_ITEM_DECAYED, decayed, here, f"{examples.domain}, the n-th last weighs {config.decay}^n", examples
+        ),
+        _over(
+            TRANSITIONS,
+            following,
+            here,
+            f"last {steps} of {examples.domain}, the n-th last weighs {fading}^n",
+            examples,
+        ),
     ]
-    if asked.other_domains:
-        rest = [asked.training(domain, max_users=config.max_users) for domain in asked.other_domains]
+    if examples.other_domains:
+        rest = [examples.training(domain, max_users=config.max_users) for domain in examples.other_domains]
         joined = functools.reduce(_side_by_side, [own, *rest])
         across = item_to_item(joined, num_items, last=config.last, towards=own_rows)
         across = dataclasses.replace(across, popularity=popular)
         decayed = dataclasses.replace(across, last=None, decay=config.decay)
-        training, prior = merge(here, asked.training_elsewhere), merge(here, asked.elsewhere)
+        training, prior = merge(here, examples.training_elsewhere), merge(here, examples.elsewhere)
         before = "others: until the first held-out item"
-        contenders += [
-            _over(ITEM_TO_ITEM_ALL_TRAINING, across, training,
-                  f"{last} of all domains (others: training part)", asked),
-            _over(ITEM_TO_ITEM_ALL, across, prior, f"{last} of all domains ({before})", asked),
-            _over(ITEM_TO_ITEM_ALL_DECAYED, decayed, prior,
-                  f"all domains ({before}), the n-th last weighs {config.decay}^n", asked),
-        ]  # fmt: skip
-    return contenders
+        scorers += [
+            _over(
+                ITEM_TO_ITEM_ALL_TRAINING, across, training, f"{last} of all domains (others: training part)", examples
+            ),
+            _over(ITEM_TO_ITEM_ALL, across, prior, f"{last} of all domains ({before})", examples),
+            _over(
+                ITEM_TO_ITEM_ALL_DECAYED,
+                decayed,
+                prior,
+                f"all domains ({before}), the n-th last weighs {config.decay}^n",
+                examples,
+            ),
+        ]
+    return scorers
 
 
-def _over(label: str, scorer: Any, histories: Histories, reads: str, asked: EvaluationSet) -> Contender:
+def _over(label: str, scorer: Any, histories: Histories, reads: str, examples: EvaluationSet) -> Scorer:
     """A baseline that reads its own histories of the asked users, as rows of all domains' catalogue."""
 
     def score(given: Histories) -> Scores:
-        own, rows = histories.take(np.searchsorted(asked.users, given.users)), asked.own_rows
+        own, rows = histories.take(np.searchsorted(examples.users, given.users)), examples.own_rows
         return Scores(len(own), len(rows), lambda start, stop: scorer.score(own, rows[start:stop]))
 
-    return Contender(label, None, score, reads)
+    return Scorer(label, None, score, reads)
 
 
 def _side_by_side(first: Histories, second: Histories) -> Histories:

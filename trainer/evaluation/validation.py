@@ -33,7 +33,7 @@ from trainer.evaluation import clicks, next_events, profiles
 from trainer.evaluation.class_metrics import AUC
 from trainer.evaluation.item_ranking import FULL, SINGLE, HeldOut, rank, read_held_out
 from trainer.evaluation.ranking_metrics import means
-from trainer.inference.scorer import Scorer, has_items
+from trainer.inference.scorer import ModelScorer, has_items
 from trainer.models import SequenceModel
 from trainer.parallel.distributed import World
 from trainer.tasks import Click, Multi, Profile, Task, build_task
@@ -102,11 +102,11 @@ class Ranking:
         return len(self._held_out)
 
     def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
-        scorer = Scorer(model, self.task, device=world.device, among=self._among)
+        scorer = ModelScorer(model, self.task, device=world.device, among=self._among)
         return full_ranking(scorer, self._held_out, world, batch_size=self._batch_size)
 
 
-def full_ranking(scorer: Scorer, held_out: HeldOut, world: World, *, batch_size: int) -> dict[str, float]:
+def full_ranking(scorer: ModelScorer, held_out: HeldOut, world: World, *, batch_size: int) -> dict[str, float]:
     """Mean metrics; each process ranks its share of the users."""
     ranked = rank(scorer.scores, held_out.take(world.share(len(held_out))), batch_size=batch_size)[FULL]
     names = [name for name in ranked if not name.startswith(SINGLE)]
@@ -127,14 +127,14 @@ class Telling:
         self.task: Task = Profile(task, torch.from_numpy(known.of("train")))
         self.classes, self.task_heads = {HEAD: known.names}, {HEAD: len(known.names)}
         data = config.data
-        self._asked = profiles.read_asked(release, data.split, data.domain, catalogue, known, "validation")
+        self._asked = profiles.read_examples(release, data.split, data.domain, catalogue, known, "validation")
         self._batch_size = config.evaluation.batch_size
 
     def __len__(self) -> int:
         return len(self._asked)
 
     def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
-        scorer = Scorer(model, self.task, device=world.device)
+        scorer = ModelScorer(model, self.task, device=world.device)
         return profiles.validate(scorer, model, self._asked, world, batch_size=self._batch_size)
 
 
@@ -158,10 +158,16 @@ class TellingSeveral:
         self.task_heads = heads
         self.unused = () if ranks_items(task) else SCORES_ITEMS
         self._held_out = read_held_out(
-            release, data.split, data.domain, catalogue, "validation", max_users=config.train.validation_users,
-            values=values, event_types=data.event_types,
-        )  # fmt: skip
-        self._asked = {name: next_events.asked_of(self._held_out, known, name) for name in known.names}
+            release,
+            data.split,
+            data.domain,
+            catalogue,
+            "validation",
+            max_users=config.train.validation_users,
+            values=values,
+            event_types=data.event_types,
+        )
+        self._asked = {name: next_events.examples_of(self._held_out, known, name) for name in known.names}
         self._ranks, self._batch_size = ranks_items(task), config.evaluation.batch_size
 
     def __len__(self) -> int:
@@ -169,12 +175,12 @@ class TellingSeveral:
 
     def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
         """Of the item as bare names, of what else is told with its name before."""
-        scorer, found = Scorer(model, self.task, device=world.device), {}
+        scorer, found = ModelScorer(model, self.task, device=world.device), {}
         if self._ranks:
             found = full_ranking(scorer, self._held_out, world, batch_size=self._batch_size)
-        for name, asked in self._asked.items():
-            told = profiles.validate(scorer, model, asked, world, batch_size=self._batch_size, head=name)
-            found |= {f"{name}/{metric}": value for metric, value in told.items()}
+        for name, examples in self._asked.items():
+            predictions = profiles.validate(scorer, model, examples, world, batch_size=self._batch_size, head=name)
+            found |= {f"{name}/{metric}": value for metric, value in predictions.items()}
         return found
 
 
@@ -192,16 +198,21 @@ class Clicking:
         self.task_heads = {CLICK: PairHeadConfig(content=self.content.width, layers=task.layers)}
         data = config.data
         self._pairs = clicks.read_pairs(
-            release, data.split, data.domain, catalogue, "validation", task,
+            release,
+            data.split,
+            data.domain,
+            catalogue,
+            "validation",
+            task,
             max_users=config.train.validation_users,
-        )  # fmt: skip
+        )
         self._batch_size = config.evaluation.batch_size
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def measure(self, model: SequenceModel, world: World) -> dict[str, float]:
-        scorer = Scorer(model, self.task, device=world.device)
+        scorer = ModelScorer(model, self.task, device=world.device)
         return clicks.validate(scorer, model, self.task, self._pairs, world, batch_size=self._batch_size)
 
 
@@ -215,10 +226,17 @@ def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tu
     data = config.data
     reads_more = data.answered != data.domain
     held_out = read_held_out(
-        release, config.data.split, config.data.domain, catalogue, "validation", times=reads_more,
-        max_users=config.train.validation_users, baskets=reads_baskets(config.task),
-        repeats=config.evaluation.ranks_repeats, event_types=config.data.event_types,
-    )  # fmt: skip
+        release,
+        config.data.split,
+        config.data.domain,
+        catalogue,
+        "validation",
+        times=reads_more,
+        max_users=config.train.validation_users,
+        baskets=reads_baskets(config.task),
+        repeats=config.evaluation.ranks_repeats,
+        event_types=config.data.event_types,
+    )
     if not has_items(held_out.histories).any():
         raise ConfigError(
             f"expected users with something to read before what split {data.split!r} holds out, found none in domain "
@@ -228,11 +246,11 @@ def _asked(config: PretrainConfig, release: Release, catalogue: Catalogue) -> tu
     if not reads_more:
         return held_out, None
     among = rows_of_domain(release, catalogue, config.data.answered)
-    asked = held_out.targets[held_out.targets >= 0]
-    if strange := int((~among[asked]).sum()):
+    examples = held_out.targets[held_out.targets >= 0]
+    if strange := int((~among[examples]).sum()):
         raise ConfigError(
             f"expected split {config.data.split!r} to hold out items of domain {config.data.answered!r} from domain "
-            f"{config.data.domain!r}, found {strange:,} of {len(asked):,} that are none; take a split with a "
+            f"{config.data.domain!r}, found {strange:,} of {len(examples):,} that are none; take a split with a "
             f"joint_target: {config.data.answered} (etl.splits)"
         )
     given = held_out.histories

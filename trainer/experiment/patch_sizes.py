@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from etl.tables import FIRST_INDEX
 from trainer.config import patch_of
 from trainer.inference.delta_folder import TENSORS, bytes_of, load_patch, write_patch
-from trainer.inference.model_folder import Artifact, config_of, load_artifact
+from trainer.inference.model_folder import TrainedModel, config_of, load_model
 from trainer.inference.recommender import Recommender, Request
 from trainer.models import groups_of
 
@@ -32,9 +32,11 @@ def beside_copies(rows: Sequence["Row"]) -> list[dict[str, Any]]:
     request; MB of the patches, and of the item tables in them. Rows that are holes are left out."""
     together: dict[Path, list[tuple[str, int, Path]]] = {}
     for row in rows:
-        for seed, cell in row.cells.items():
-            if cell.parent is not None and not cell.failure and patch_of(cell.config) is not None:
-                together.setdefault(cell.parent.folder / "model", []).append((row.id, seed, cell.folder / "model"))
+        for seed, training in row.trainings.items():
+            if training.parent is not None and not training.failure and patch_of(training.config) is not None:
+                together.setdefault(training.parent.folder / "model", []).append(
+                    (row.id, seed, training.folder / "model")
+                )
     return [
         {"seed": models[0][1], "rows": [row for row, _, _ in models]} | _measured(parent, [m for _, _, m in models])
         for parent, models in together.items()
@@ -47,18 +49,18 @@ def _measured(parent: Path, models: Sequence[Path]) -> dict[str, Any]:
         for model, patch in zip(models, patches, strict=True):
             write_patch(model, parent, patch)
 
-        def on_one_backbone() -> list[Artifact]:
-            backbone = load_artifact(parent)
+        def on_one_backbone() -> list[TrainedModel]:
+            backbone = load_model(parent)
             return [load_patch(patch, backbone) for patch in patches]
 
         small = [bytes_of(patch) for patch in patches]
-        whole = {"mb": sum(map(bytes_of, models)) / 1e6} | _timed(lambda: [load_artifact(model) for model in models])
+        whole = {"mb": sum(map(bytes_of, models)) / 1e6} | _timed(lambda: [load_model(model) for model in models])
         patched = {"mb": (bytes_of(parent) + sum(small)) / 1e6} | _timed(on_one_backbone)
         items = sum(map(_item_bytes, patches, models))
         return {"whole": whole, "patched": patched, "patches_mb": sum(small) / 1e6, "items_mb": items / 1e6}
 
 
-def _timed(load: Callable[[], list[Artifact]]) -> dict[str, float]:
+def _timed(load: Callable[[], list[TrainedModel]]) -> dict[str, float]:
     seconds = []
     for _ in range(ROUNDS):
         begun = time.perf_counter()
@@ -67,7 +69,7 @@ def _timed(load: Callable[[], list[Artifact]]) -> dict[str, float]:
     return {"seconds": float(np.median(seconds)), "ms": milliseconds_to_answer(models, REQUESTS)}
 
 
-def milliseconds_to_answer(models: Sequence[Artifact], requests: int) -> float:
+def milliseconds_to_answer(models: Sequence[TrainedModel], requests: int) -> float:
     """The median of one request of HISTORY items, the models in turns; each one's first doesn't count."""
     servers = [Recommender(model, "measured/1") for model in models]
     random, times = np.random.default_rng(0), []

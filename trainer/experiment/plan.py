@@ -22,7 +22,7 @@ from trainer.config import (
     TransferName,
     with_transfer,
 )
-from trainer.recipes.training_jobs import Cell
+from trainer.recipes.training_jobs import TrainingJob
 from trainer.report.survey import NAMES, row_id
 from trainer.training.empty_transfer import ADVICE, empty_by_settings
 
@@ -198,7 +198,7 @@ class Row:
     label: str
     against: str | None = None  # what its gain is counted over, of kind `own`
     reason: str = ""  # why it can't be trained at all
-    cells: dict[int, Cell] = field(default_factory=dict)  # by seed
+    trainings: dict[int, TrainingJob] = field(default_factory=dict)  # by seed
 
 
 def rows_of(config: ExperimentConfig) -> list[Row]:
@@ -241,14 +241,14 @@ def _own_row(name: str, own: RowPlan) -> Row:
 
 def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
     """The rows with their cells. Rows that need the same pre-trained model share its cell, seed by seed."""
-    pretrained: dict[str, Cell] = {}
+    pretrained: dict[str, TrainingJob] = {}
     rows = rows_of(config)
     for row in rows:
         if config.rows and row.id not in config.rows:
             row.reason = f"{NOT_ASKED} (`rows`)"
             continue
         if row.kind == "own":
-            row.cells = {seed: _own_cell(config, row, seed, lake, release, pretrained) for seed in config.seeds}
+            row.trainings = {seed: _own_cell(config, row, seed, lake, release, pretrained) for seed in config.seeds}
             continue
         plan = config.plans[row.model]
         for seed in config.seeds:
@@ -263,30 +263,32 @@ def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
                         model=_network(plan.pretrain, row),
                         data=replaced(plan.pretrain.data, domain=config.source, split=config.split),
                     )
-                    pretrained[name] = Cell(name, "pretrain", _placed(trained, config, name, seed, lake, release))
+                    pretrained[name] = TrainingJob(
+                        name, "pretrain", _placed(trained, config, name, seed, lake, release)
+                    )
                 parent = pretrained[name]
-            row.cells[seed] = _cell(config, plan, row, seed, lake, release, parent)
+            row.trainings[seed] = _cell(config, plan, row, seed, lake, release, parent)
     for row in rows:
-        cell = next(iter(row.cells.values()), None)
-        if cell is not None and isinstance(cell.config, FinetuneConfig):
-            row.reason = empty_by_settings(cell.config)
-        row.cells = {} if row.reason else row.cells
+        training = next(iter(row.trainings.values()), None)
+        if training is not None and isinstance(training.config, FinetuneConfig):
+            row.reason = empty_by_settings(training.config)
+        row.trainings = {} if row.reason else row.trainings
     return rows
 
 
 def check_rows(rows: Sequence[Row]) -> None:
     """Print a line on each row whose transfer would copy nothing. Raises ConfigError where no other was asked for."""
-    asked = [row for row in rows if not row.reason.startswith(NOT_ASKED)]
-    if empty := [row for row in asked if row.reason]:
-        if len(empty) == len(asked):
+    examples = [row for row in rows if not row.reason.startswith(NOT_ASKED)]
+    if empty := [row for row in examples if row.reason]:
+        if len(empty) == len(examples):
             raise ConfigError(f"rows: {empty[0].id}: {empty[0].reason}; {ADVICE}")
         for row in empty:
             print(f"{row.id} is left out: {row.reason}", flush=True)
 
 
 def _cell(
-    config: ExperimentConfig, plan: ModelPlan, row: Row, seed: int, lake: str, release: int, parent: Cell | None
-) -> Cell:
+    config: ExperimentConfig, plan: ModelPlan, row: Row, seed: int, lake: str, release: int, parent: TrainingJob | None
+) -> TrainingJob:
     where: dict[str, str | None] = {"domain": config.target, "split": config.split}
     given = plan.settings_of(row.transfer)
     changed: dict[str, Any] = {"freeze": (), "model": _network(given, row)}
@@ -298,18 +300,18 @@ def _cell(
     changed["data"] = replaced(given.data, **where)
     settings = with_transfer(given, row.transfer, str(parent.folder / "model") if parent else None, **changed)
     name = _cell_name(row, seed)
-    return Cell(name, "finetune", _placed(settings, config, name, seed, lake, release), parent)
+    return TrainingJob(name, "finetune", _placed(settings, config, name, seed, lake, release), parent)
 
 
 def _own_cell(
-    config: ExperimentConfig, row: Row, seed: int, lake: str, release: int, pretrained: dict[str, Cell]
-) -> Cell:
+    config: ExperimentConfig, row: Row, seed: int, lake: str, release: int, pretrained: dict[str, TrainingJob]
+) -> TrainingJob:
     """The cell of a row of one's own; rows whose sections `pretrain` are equal share that cell."""
     plan, parent = config.own[row.id], None
     if plan.pretrain is not None:
         name = f"own-pretrain-{config_hash(plan.pretrain)[:8]}-{seed}"
         if name not in pretrained:
-            pretrained[name] = Cell(name, "pretrain", _placed(plan.pretrain, config, name, seed, lake, release))
+            pretrained[name] = TrainingJob(name, "pretrain", _placed(plan.pretrain, config, name, seed, lake, release))
         parent = pretrained[name]
     if plan.finetune is None:
         assert parent is not None
@@ -317,7 +319,7 @@ def _own_cell(
     folder = str(parent.folder / "model") if parent else None
     settings = replaced(plan.finetune, parent=folder)
     name = _cell_name(row, seed)
-    return Cell(name, "finetune", _placed(settings, config, name, seed, lake, release), parent)
+    return TrainingJob(name, "finetune", _placed(settings, config, name, seed, lake, release), parent)
 
 
 def _cell_name(row: Row, seed: int) -> str:
@@ -339,17 +341,22 @@ def _placed(
     data = replaced(section.data, lake=lake, release=release)
     runtime = replaced(section.runtime, threads=config.threads, progress=False)
     return replaced(
-        section, name=name, output=str(config.folder / "cells"), data=data, runtime=runtime,
-        train=replaced(section.train, seed=seed), tracking=config.tracking,
-    )  # fmt: skip
+        section,
+        name=name,
+        output=str(config.folder / "cells"),
+        data=data,
+        runtime=runtime,
+        train=replaced(section.train, seed=seed),
+        tracking=config.tracking,
+    )
 
 
-def cells_of(rows: Sequence[Row]) -> list[Cell]:
+def training_jobs(rows: Sequence[Row]) -> list[TrainingJob]:
     """Every cell once: pre-training before what is grafted on it, and the first seed of all rows before the second, so
     that a run which is cut short has whole tables of fewer seeds."""
-    found: dict[int, Cell] = {}
-    for seed in sorted({seed for row in rows for seed in row.cells}):
-        own = [row.cells[seed] for row in rows if seed in row.cells]
-        for cell in [*(cell.parent for cell in own if cell.parent), *own]:
-            found.setdefault(id(cell), cell)
+    found: dict[int, TrainingJob] = {}
+    for seed in sorted({seed for row in rows for seed in row.trainings}):
+        own = [row.trainings[seed] for row in rows if seed in row.trainings]
+        for training in [*(training.parent for training in own if training.parent), *own]:
+            found.setdefault(id(training), training)
     return list(found.values())

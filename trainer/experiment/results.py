@@ -27,14 +27,14 @@ from trainer.data.sequences import SequenceDataset
 from trainer.evaluation.item_ranking import SINGLE, metrics_of, ranks
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.evaluation.scorers import (
-    Contender,
     EvaluationSet,
-    baseline_contenders,
-    model_contender,
+    Scorer,
+    baseline_scorers,
+    model_scorer,
     read_evaluation_set,
 )
 from trainer.experiment import patch_sizes
-from trainer.inference.model_folder import artifact_hash, load_artifact
+from trainer.inference.model_folder import load_model, model_hash
 from trainer.parallel.distributed import join
 from trainer.recipes.run_folder import DONE
 from trainer.report import hypotheses
@@ -42,7 +42,7 @@ from trainer.tracking import provenance
 
 if TYPE_CHECKING:
     from trainer.experiment.plan import ExperimentConfig, Row
-    from trainer.recipes.training_jobs import Cell
+    from trainer.recipes.training_jobs import TrainingJob
 
 SCORE = "NDCG@10"  # of the validation part
 CONVENTIONS = ("list", "single")
@@ -75,11 +75,16 @@ def data_facts(release: Release, config: "ExperimentConfig") -> DataFacts:
         sequences = SequenceDataset(release, config.split, domain).read_all()
         users[domain] = sequences.users
         known = (read_knowledge(release, catalogue, slots)[FIRST_INDEX:] != UNK).any(1).sum() if slots else 0
-        domains.append({
-            "domain": domain, "users": len(sequences), "items": len(catalogue) - FIRST_INDEX,
-            "items_with_knowledge": int(known), "interactions": len(sequences.items),
-            "average_length": len(sequences.items) / max(len(sequences), 1),
-        })  # fmt: skip
+        domains.append(
+            {
+                "domain": domain,
+                "users": len(sequences),
+                "items": len(catalogue) - FIRST_INDEX,
+                "items_with_knowledge": int(known),
+                "interactions": len(sequences.items),
+                "average_length": len(sequences.items) / max(len(sequences), 1),
+            }
+        )
     return DataFacts(domains, len(np.intersect1d(users[config.source], users[config.target])))
 
 
@@ -101,36 +106,36 @@ class Scored:
     """Per-user metrics of every row and seed. Ranks are kept in a folder, by what they depend on: a second run scores
     only models that are new."""
 
-    def __init__(self, asked: EvaluationSet, config: "ExperimentConfig") -> None:
-        self.asked, self.config = asked, config
+    def __init__(self, examples: EvaluationSet, config: "ExperimentConfig") -> None:
+        self.examples, self.config = examples, config
         self.rows: dict[str, list[Scores]] = {}
         self.reads: dict[str, str] = {}
         self._folder = config.folder / "ranks"
         self._folder.mkdir(exist_ok=True)
 
-    def add_model(self, row: "Row", seed: int, cell: "Cell") -> None:
+    def add_model(self, row: "Row", seed: int, training: "TrainingJob") -> None:
         """Raises GraftrecError where the model can't be scored here."""
 
-        def contender() -> Contender:
-            device = str(join(cell.config.runtime).device)
-            artifact = load_artifact(cell.folder / "model", device=device)
-            return model_contender(artifact, self.asked, label=row.id, seed=seed, device=device)
+        def scorer() -> Scorer:
+            device = str(join(training.config.runtime).device)
+            artifact = load_model(training.folder / "model", device=device)
+            return model_scorer(artifact, self.examples, label=row.id, seed=seed, device=device)
 
-        kept = self._folder / f"{self._key(artifact_hash(cell.folder / 'model'))}.npz"
+        kept = self._folder / f"{self._key(model_hash(training.folder / 'model'))}.npz"
         if kept.is_file():
             with np.load(kept) as found:
                 given = {name: found[name] for name in found.files}
             reads = str(given.pop("reads"))
         else:
-            scored = contender()
+            scored = scorer()
             given, reads = self._ranks(scored), scored.reads
             unfinished = kept.with_suffix(".new.npz")
             np.savez(unfinished, **{**given, "reads": np.array(reads)})  # type: ignore[arg-type]
             unfinished.replace(kept)
         self._add(row.id, given, reads)
 
-    def add(self, contender: Contender) -> None:
-        self._add(contender.label, self._ranks(contender), contender.reads)
+    def add(self, scorer: Scorer) -> None:
+        self._add(scorer.label, self._ranks(scorer), scorer.reads)
 
     def matrix(self, name: str, protocol: str, convention: str, metric: str) -> FloatArray:
         """[S, U]"""
@@ -151,8 +156,8 @@ class Scored:
         seeds = np.nanmean(self.matrix(name, protocol, convention, metric), axis=1)
         return {"mean": float(seeds.mean()), "seeds": seeds.tolist()}
 
-    def _ranks(self, contender: Contender) -> dict[str, npt.NDArray[np.int64]]:
-        return ranks(contender.score, self.asked.held_out, batch_size=self.config.evaluation.batch_size)
+    def _ranks(self, scorer: Scorer) -> dict[str, npt.NDArray[np.int64]]:
+        return ranks(scorer.score, self.examples.held_out, batch_size=self.config.evaluation.batch_size)
 
     def _add(self, name: str, given: dict[str, npt.NDArray[np.int64]], reads: str) -> None:
         scores = {(p, metric): values for p, r in given.items() for metric, values in metrics_of(r).items()}
@@ -160,12 +165,18 @@ class Scored:
         self.reads[name] = reads
 
     def _key(self, model: str) -> str:
-        asked, code = self.asked, code_hash("trainer.evaluation.scorers")
-        told = [
-            model, asked.release.lake, asked.release.versions, asked.split, asked.domain, asked.part, code,
+        examples, code = self.examples, code_hash("trainer.evaluation.scorers")
+        parts = [
+            model,
+            examples.release.lake,
+            examples.release.versions,
+            examples.split,
+            examples.domain,
+            examples.part,
+            code,
             self.config.evaluation.model_dump(mode="json", exclude={"batch_size"}),
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:32]
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -176,16 +187,20 @@ def collect(
 ) -> dict[str, Any]:
     """Scores all models and the simple baselines, judges them, and gives results.json. A model that can't be scored
     leaves its run missing. Raises GraftrecError where nothing can be asked at all."""
-    asked = read_evaluation_set(release, config.split, config.target, config.part, config.evaluation)
-    scored = Scored(asked, config)
+    examples = read_evaluation_set(release, config.split, config.target, config.part, config.evaluation)
+    scored = Scored(examples, config)
     written = [_row(row, scored) for row in rows]
-    for contender in baseline_contenders(asked, config.baselines) if config.baselines.enabled else []:
-        scored.add(contender)
-        written.append(_baseline(contender, scored))
+    for scorer in baseline_scorers(examples, config.baselines) if config.baselines.enabled else []:
+        scored.add(scorer)
+        written.append(_baseline(scorer, scored))
     judged = hypotheses.judge(
-        written, scored.matrix, asked.held_out.histories.lengths, protocols=config.evaluation.protocols,
-        conventions=CONVENTIONS, metric=config.metric,
-    )  # fmt: skip
+        written,
+        scored.matrix,
+        examples.held_out.histories.lengths,
+        protocols=config.evaluation.protocols,
+        conventions=CONVENTIONS,
+        metric=config.metric,
+    )
     commit = provenance.code_version()
     found = {
         "experiment": config.name,
@@ -198,10 +213,17 @@ def collect(
         "started": started,
         "finished": time.strftime("%Y-%m-%d %H:%M"),
         "data": {
-            "dataset": dataset_name(config), "held_out": int(asked.held_out.targets.shape[1]),
-            "lake": redact(release.lake), "release": release.number, "versions": release.versions,
-            "split": config.split, "part": config.part, "source_domain": config.source, "target_domain": config.target,
-            "evaluated_users": len(asked.users), "domains": facts.domains,
+            "dataset": dataset_name(config),
+            "held_out": int(examples.held_out.targets.shape[1]),
+            "lake": redact(release.lake),
+            "release": release.number,
+            "versions": release.versions,
+            "split": config.split,
+            "part": config.part,
+            "source_domain": config.source,
+            "target_domain": config.target,
+            "evaluated_users": len(examples.users),
+            "domains": facts.domains,
         },
         "protocols": list(config.evaluation.protocols),
         "conventions": list(CONVENTIONS),
@@ -209,59 +231,85 @@ def collect(
         "seeds": list(config.seeds),
         "rows": written,
         "patches": patch_sizes.beside_copies(rows),
-    }  # fmt: skip
+    }
     plain: dict[str, Any] = _finite(found | judged)
     return plain
 
 
 def _row(row: "Row", scored: Scored) -> dict[str, Any]:
     seeds, lost = [], []
-    for seed, cell in row.cells.items():
-        if not cell.failure:
+    for seed, training in row.trainings.items():
+        if not training.failure:
             try:
-                scored.add_model(row, seed, cell)
-                seeds.append(_seed(seed, cell))
+                scored.add_model(row, seed, training)
+                seeds.append(_seed(seed, training))
             except GraftrecError as error:
-                cell.failure = str(error)
-        if cell.failure:
-            lost.append(f"seed {seed}: {cell.failure}")
+                training.failure = str(error)
+        if training.failure:
+            lost.append(f"seed {seed}: {training.failure}")
     return {
-        "id": row.id, "kind": row.kind, "against": row.against, "model": row.model, "transfer": row.transfer,
-        "pretrain_task": row.pretrain_task, "task": row.task, "knowledge": row.knowledge, "label": row.label,
-        "reads": scored.reads.get(row.id, ""), "status": "done" if seeds else "missing",
+        "id": row.id,
+        "kind": row.kind,
+        "against": row.against,
+        "model": row.model,
+        "transfer": row.transfer,
+        "pretrain_task": row.pretrain_task,
+        "task": row.task,
+        "knowledge": row.knowledge,
+        "label": row.label,
+        "reads": scored.reads.get(row.id, ""),
+        "status": "done" if seeds else "missing",
         "reason": row.reason or "; ".join(dict.fromkeys(lost)),
-        "metrics": scored.metrics(row.id) if seeds else {}, "seeds": seeds,
-    }  # fmt: skip
+        "metrics": scored.metrics(row.id) if seeds else {},
+        "seeds": seeds,
+    }
 
 
-def _baseline(contender: Contender, scored: Scored) -> dict[str, Any]:
+def _baseline(scorer: Scorer, scored: Scored) -> dict[str, Any]:
     return {
-        "id": contender.label, "kind": "baseline", "against": None, "model": None, "transfer": None,
-        "pretrain_task": None, "task": None,
-        "knowledge": False, "label": contender.label, "reads": contender.reads, "status": "done", "reason": "",
-        "metrics": scored.metrics(contender.label), "seeds": [],
-    }  # fmt: skip
+        "id": scorer.label,
+        "kind": "baseline",
+        "against": None,
+        "model": None,
+        "transfer": None,
+        "pretrain_task": None,
+        "task": None,
+        "knowledge": False,
+        "label": scorer.label,
+        "reads": scorer.reads,
+        "status": "done",
+        "reason": "",
+        "metrics": scored.metrics(scorer.label),
+        "seeds": [],
+    }
 
 
-def _seed(seed: int, cell: "Cell") -> dict[str, Any]:
+def _seed(seed: int, training: "TrainingJob") -> dict[str, Any]:
     """What one training run was, from what it left in its folder."""
     done, history, account = (
-        json.loads((cell.folder / name).read_text()) for name in (DONE, "history.json", "transfer.json")
+        json.loads((training.folder / name).read_text()) for name in (DONE, "history.json", "transfer.json")
     )
     trained = sum(epoch["seconds"] for epoch in history)
     items = sum(epoch["items_per_second"] * epoch["seconds"] for epoch in history)
     return {
-        "seed": seed, "run": done["mlflow_run"], "folder": str(cell.folder), "model_hash": done["hash"],
-        "parent_hash": artifact_hash(cell.parent.folder / "model") if cell.parent else None,
+        "seed": seed,
+        "run": done["mlflow_run"],
+        "folder": str(training.folder),
+        "model_hash": done["hash"],
+        "parent_hash": model_hash(training.parent.folder / "model") if training.parent else None,
         "parameters": sum(math.prod(tensor["shape"]) for tensor in account["tensors"]),
-        "trained": account["parameters"]["trained"], "peak_gb": done["metrics"].get("peak_gb"),
-        "epochs": int(done["metrics"]["epochs"]), "best_epoch": int(done["metrics"]["best_epoch"]),
-        "seconds": done["metrics"]["seconds"], "pretrain_seconds": done["metrics"]["pretrain_seconds"] or None,
-        "items_per_second": items / trained if trained else None, "validation": done["metrics"][f"validation/{SCORE}"],
+        "trained": account["parameters"]["trained"],
+        "peak_gb": done["metrics"].get("peak_gb"),
+        "epochs": int(done["metrics"]["epochs"]),
+        "best_epoch": int(done["metrics"]["best_epoch"]),
+        "seconds": done["metrics"]["seconds"],
+        "pretrain_seconds": done["metrics"]["pretrain_seconds"] or None,
+        "items_per_second": items / trained if trained else None,
+        "validation": done["metrics"][f"validation/{SCORE}"],
         "curve": [
             {"epoch": epoch["epoch"], "loss": epoch["loss"], "validation": epoch["metrics"][SCORE]} for epoch in history
         ],
-    }  # fmt: skip
+    }
 
 
 def dataset_name(config: "ExperimentConfig") -> str:
@@ -278,8 +326,8 @@ def dataset_name(config: "ExperimentConfig") -> str:
 
 def machine() -> str:
     """What the numbers of cost were seen on; no name of it."""
-    told = f"{os.cpu_count()} {platform.machine()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
-    return told + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
+    parts = f"{os.cpu_count()} {platform.machine()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
+    return parts + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
 
 
 def _finite(value: Any) -> Any:
@@ -308,8 +356,8 @@ def text_table(found: dict[str, Any], metric: str) -> str:
     width = max(len(row["id"]) for row in found["rows"]) + 2
     lines = [f"{metric:<{width}}" + "".join(f"{f'{p}, {c}':>22}" for p, c in places)]
     for row in sorted(found["rows"], key=lambda row: row["status"] != "done"):
-        cells = (
+        trainings = (
             [f"{row['metrics'][p][c][metric]['mean']:>22.4f}" for p, c in places] if row["metrics"] else ["  missing"]
         )
-        lines.append(f"{row['id']:<{width}}" + "".join(cells))
+        lines.append(f"{row['id']:<{width}}" + "".join(trainings))
     return "\n".join(lines)

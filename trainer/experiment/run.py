@@ -28,7 +28,7 @@ from trainer.training.empty_transfer import empty_by_data
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
-from trainer.experiment.plan import NOT_ASKED, ExperimentConfig, Row, cells_of, check_rows, planned
+from trainer.experiment.plan import NOT_ASKED, ExperimentConfig, Row, check_rows, planned, training_jobs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEPT = ROOT / "tests" / "reproduction" / "results"
@@ -59,9 +59,9 @@ def run(config: ExperimentConfig) -> int:
             facts = results.data_facts(release, config)
             for row in rows:
                 row.reason = row.reason or results.why_not(row, facts, config) or _empty(row, release)
-                row.cells = {} if row.reason else row.cells
+                row.trainings = {} if row.reason else row.trainings
             environment = tracking.child_environment(tracked)
-            runner.run(cells_of(rows), folder=folder, jobs=jobs_of(config), environment=environment)
+            runner.run(training_jobs(rows), folder=folder, jobs=jobs_of(config), environment=environment)
             found = results.collect(config, release, rows, facts, started=started["started"])
             kept = folder / "results.json"
             kept.write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
@@ -78,10 +78,10 @@ def run(config: ExperimentConfig) -> int:
 
 def _empty(row: Row, release: "Release") -> str:
     """Why the row's transfer would copy nothing on this release; "" where it copies something."""
-    cell = next(iter(row.cells.values()))
-    if cell.parent is None or not isinstance(cell.config, FinetuneConfig):
+    training = next(iter(row.trainings.values()))
+    if training.parent is None or not isinstance(training.config, FinetuneConfig):
         return ""
-    return empty_by_data(cell.config, release, cell.parent.config.data.domain)
+    return empty_by_data(training.config, release, training.parent.config.data.domain)
 
 
 def _missing(rows: Sequence[Row]) -> Iterator[str]:
@@ -89,9 +89,9 @@ def _missing(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if row.reason and not row.reason.startswith(NOT_ASKED):
             yield f"{row.id}: {row.reason}"
-        for seed, cell in row.cells.items():
-            if cell.failure:
-                yield f"{row.id}, seed {seed}: {cell.failure}"
+        for seed, training in row.trainings.items():
+            if training.failure:
+                yield f"{row.id}, seed {seed}: {training.failure}"
 
 
 def build_tables(config: ExperimentConfig) -> tuple[str, int | None]:

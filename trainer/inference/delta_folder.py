@@ -1,6 +1,6 @@
 """A patched model as a small folder: what it has beside its parent (survey 3.3).
 
-A run's model folder is whole (`artifact.py`). Of one that was fine-tuned by patches most is its parent's, byte for
+A run's model folder is whole (`trained_model.py`). Of one that was fine-tuned by patches most is its parent's, byte for
 byte: `write_patch` leaves that out, `assemble` puts it back, and checks that the folder is the one it was; `load_patch`
 takes it from a parent in memory, so that many patches stand on one backbone.
 
@@ -30,12 +30,12 @@ from trainer.inference.model_folder import (
     USER_TABLE,
     USERS,
     WEIGHTS,
-    Artifact,
-    ArtifactError,
-    artifact_hash,
+    ModelFolderError,
+    TrainedModel,
     catalogue_of,
     digest_of,
-    read_artifact,
+    model_hash,
+    read_model,
 )
 
 PATCH, TENSORS, WHOLE = "patch.json", "patch.safetensors", "whole.json"
@@ -70,9 +70,12 @@ def write_patch(folder: Path, parent: Path, target: Path) -> None:
     files = [name for name in _FILES if _same(folder / name, parent / name)]
     save_file(kept, target / TENSORS)
     described = {
-        "parent": artifact_hash(parent), "tensors": inherited, "rows": of_rows, "files": files,
+        "parent": model_hash(parent),
+        "tensors": inherited,
+        "rows": of_rows,
+        "files": files,
         "digest": digest_of(target / TENSORS),
-    }  # fmt: skip
+    }
     (target / PATCH).write_text(json.dumps(described))
     shutil.copyfile(folder / MANIFEST, target / WHOLE)
     for file in folder.iterdir():
@@ -84,7 +87,7 @@ def assemble(patch: Path, parent: Path, target: Path) -> str:
     """Write the whole model folder of a patch to `target`; returns its hash. Raises ArtifactError where `parent` is
     another model's, or what comes out is not what the patch was made of."""
     described = _described(patch)
-    _check(described, artifact_hash(parent), patch)
+    _check(described, model_hash(parent), patch)
     target.mkdir(parents=True)
     rows_V = rows_by_raw_id(catalogue_of(parent), catalogue_of(patch))
     save_file(_whole(described, load_file(patch / TENSORS), load_file(parent / WEIGHTS), rows_V), target / WEIGHTS)
@@ -94,10 +97,10 @@ def assemble(patch: Path, parent: Path, target: Path) -> str:
         if file.name not in (PATCH, TENSORS, WHOLE):
             shutil.copyfile(file, target / file.name)
     shutil.copyfile(patch / WHOLE, target / MANIFEST)
-    return artifact_hash(target)
+    return model_hash(target)
 
 
-def load_patch(patch: str | Path, parent: Artifact) -> Artifact:
+def load_patch(patch: str | Path, parent: TrainedModel) -> TrainedModel:
     """The patched model, on the tensors of `parent` that it shares: what is loaded and kept is the patch. Raises
     ArtifactError where `parent` is another model."""
     patch = Path(patch)
@@ -107,7 +110,7 @@ def load_patch(patch: str | Path, parent: Artifact) -> Artifact:
     if described["digest"] != digest_of(patch / TENSORS) or any(
         digests[name] != digest_of(patch / name) for name in (CONFIG, CATALOGUE)
     ):
-        raise ArtifactError(f"the patch in {patch} is damaged: a SHA-256 is not the one noted; register it again")
+        raise ModelFolderError(f"the patch in {patch} is damaged: a SHA-256 is not the one noted; register it again")
     theirs = parent.model.state_dict()
     device = str(next(iter(theirs.values())).device)
     own = {name: tensor.to(device) for name, tensor in load_file(patch / TENSORS).items()}
@@ -118,14 +121,14 @@ def load_patch(patch: str | Path, parent: Artifact) -> Artifact:
     elif (patch / USERS).is_file():
         weights |= load_file(patch / USERS, device=device)
         users = None
-    return read_artifact(patch, weights, digests, users=users, device=device)
+    return read_model(patch, weights, digests, users=users, device=device)
 
 
 def _described(folder: Path) -> dict[str, Any]:
     try:
         described: dict[str, Any] = json.loads((folder / PATCH).read_text())
     except (OSError, ValueError):
-        raise ArtifactError(
+        raise ModelFolderError(
             f"no patch in {folder}: expected {PATCH} and the files it names; register it again"
         ) from None
     return described
@@ -133,7 +136,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 def _check(described: Mapping[str, Any], found: str, patch: Path) -> None:
     if described["parent"] != found:
-        raise ArtifactError(
+        raise ModelFolderError(
             f"the patch in {patch} is for the model {described['parent'][:12]}, found {found[:12]}; give its parent"
         )
 

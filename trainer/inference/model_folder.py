@@ -45,7 +45,7 @@ from trainer.config import (
 from trainer.data.catalogue import Catalogue, Texts
 from trainer.data.item_features import Content
 from trainer.data.release import Release
-from trainer.inference.scorer import Scorer
+from trainer.inference.scorer import ModelScorer
 from trainer.models import SequenceModel, build_saved
 from trainer.models.row_table import interleave
 from trainer.tasks import Task, build_task
@@ -57,12 +57,12 @@ CONTENT = "content"
 USER_TABLE = "user_embedding.weight"
 
 
-class ArtifactError(GraftrecError):
+class ModelFolderError(GraftrecError):
     """A model folder that is not there, incomplete, or damaged."""
 
 
 @dataclass(frozen=True)
-class Artifact:
+class TrainedModel:
     """A trained model with what it was trained on."""
 
     folder: Path
@@ -87,35 +87,45 @@ class Artifact:
         """The kinds of event that the model reads, or passes over."""
         return event_types_read(self.config)
 
-    def scorer(self, *, device: str = "cpu", baskets: bool = False, clicks: bool = False) -> Scorer:
+    def scorer(self, *, device: str = "cpu", baskets: bool = False, clicks: bool = False) -> ModelScorer:
         """`baskets`: histories are of baskets. `clicks`: items may be scored by whether a user takes each. Raises
         ArtifactError for a model that ranks no items for such."""
         if reads_baskets(self.config.task) and not baskets:
-            raise ArtifactError(
+            raise ModelFolderError(
                 f"expected a model of item sequences, found {self.folder}, which reads baskets; `python -m trainer "
                 "evaluate` scores it"
             )
         if not ranks_items(self.config.task) and not (clicks and isinstance(self.config.task, ClickConfig)):
-            told = {"click": "clicks", "multi": "next events"}.get(self.config.task.kind, "")
-            told = told or getattr(self.config.task, "attribute", "profile")
-            raise ArtifactError(
-                f"expected a model that ranks items, found {self.folder}, which tells a user's {told}; `python -m "
+            predicts = {"click": "clicks", "multi": "next events"}.get(self.config.task.kind, "")
+            predicts = predicts or getattr(self.config.task, "attribute", "profile")
+            raise ModelFolderError(
+                f"expected a model that ranks items, found {self.folder}, which tells a user's {predicts}; `python -m "
                 "trainer evaluate` scores it"
             )
-        return Scorer(self.model, self.task, device=device)
+        return ModelScorer(self.model, self.task, device=device)
 
-    def teller(self) -> Scorer:
+    def teller(self) -> ModelScorer:
         """Hidden states of users, for a model that ranks no items."""
-        return Scorer(self.model, self.task, device=next(self.model.parameters()).device)
+        return ModelScorer(self.model, self.task, device=next(self.model.parameters()).device)
 
 
-def save_artifact(
-    folder: Path, *, config: PretrainConfig, release: Release, catalogue: Catalogue, popularity: npt.NDArray[np.int64],
-    knowledge: Int32Array, weights: Mapping[str, Tensor | Sequence[Tensor]], metrics: dict[str, float],
-    parent: str | None, users: pa.Table | None, predicted: npt.NDArray[np.bool_] | None = None,
-    classes: Mapping[str, Sequence[str]] | None = None, task_heads: Mapping[str, TaskHead] | None = None,
+def save_model(
+    folder: Path,
+    *,
+    config: PretrainConfig,
+    release: Release,
+    catalogue: Catalogue,
+    popularity: npt.NDArray[np.int64],
+    knowledge: Int32Array,
+    weights: Mapping[str, Tensor | Sequence[Tensor]],
+    metrics: dict[str, float],
+    parent: str | None,
+    users: pa.Table | None,
+    predicted: npt.NDArray[np.bool_] | None = None,
+    classes: Mapping[str, Sequence[str]] | None = None,
+    task_heads: Mapping[str, TaskHead] | None = None,
     content: Content | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index.
     `predicted`: the rows that are ever an answer; None: all real ones. `classes`: what the task's heads tell, if any;
     `task_heads`: the task's layers; `content`: what items are, where the task reads it.
@@ -184,7 +194,7 @@ def _whole(parts: Tensor | Sequence[Tensor], scratch: Path) -> Tensor:
     return whole
 
 
-def load_artifact(folder: str | Path, *, device: str = "cpu", users: bool = True) -> Artifact:
+def load_model(folder: str | Path, *, device: str = "cpu", users: bool = True) -> TrainedModel:
     """Read a model folder. `users` False: without the user table (every user is then unknown). Raises ArtifactError."""
     folder = Path(folder)
     digests = _verified(folder)
@@ -196,12 +206,12 @@ def load_artifact(folder: str | Path, *, device: str = "cpu", users: bool = True
     if with_users and USER_IDS in digests:
         named = pq.read_table(folder / USER_IDS)
         ids = dict(zip(named["user"].to_pylist(), named["index"].to_pylist(), strict=True))
-    return read_artifact(folder, weights, digests, users=ids, device=device)
+    return read_model(folder, weights, digests, users=ids, device=device)
 
 
-def read_artifact(
+def read_model(
     folder: Path, weights: dict[str, Tensor], digests: dict[str, str], *, users: dict[str, int] | None, device: str
-) -> Artifact:
+) -> TrainedModel:
     """The model of a folder's settings and catalogue, and of tensors that were read already, which it takes as they
     are; `digests` of the whole folder's files."""
     described = json.loads((folder / CONFIG).read_text())
@@ -214,24 +224,39 @@ def read_artifact(
         nobody = torch.zeros(UNK + 1, config.model.user_width)
         weights[USER_TABLE] = nobody.to(next(iter(weights.values())))
     model = build_saved(
-        config.model, num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
-        num_entities=described["num_entities"], knowledge_VS=torch.from_numpy(knowledge.copy()), weights=weights,
-        patch=patch_of(config), num_event_types=len(config.data.event_types),
+        config.model,
+        num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
+        num_entities=described["num_entities"],
+        knowledge_VS=torch.from_numpy(knowledge.copy()),
+        weights=weights,
+        patch=patch_of(config),
+        num_event_types=len(config.data.event_types),
         task_heads={
             name: TypeAdapter(TaskHead).validate_python(head) for name, head in described.get("task_heads", {}).items()
         },
-    )  # fmt: skip
-    if (told := folder / f"{CONTENT}.safetensors").is_file():
-        model.describe(load_file(told)[CONTENT].float())
+    )
+    if (predicts := folder / f"{CONTENT}.safetensors").is_file():
+        model.describe(load_file(predicts)[CONTENT].float())
     if "predicted" in rows.column_names:
-        model.predict_only(torch.from_numpy(rows["predicted"].to_numpy()))
-    return Artifact(
-        folder=folder, config=config, lake=absolute(described["lake"]), release=described["release"],
-        versions=described["versions"], catalogue=_catalogue(rows),
-        popularity=rows["popularity"].to_numpy().astype(np.int64), knowledge=knowledge, model=model.to(device).eval(),
-        task=build_task(config.task), parent=parent, hash=_hash(digests), metrics=described["metrics"],
-        classes=classes, categories=tuple(described.get("categories", ())), users=users,
-    )  # fmt: skip
+        model.restrict_targets(torch.from_numpy(rows["predicted"].to_numpy()))
+    return TrainedModel(
+        folder=folder,
+        config=config,
+        lake=absolute(described["lake"]),
+        release=described["release"],
+        versions=described["versions"],
+        catalogue=_catalogue(rows),
+        popularity=rows["popularity"].to_numpy().astype(np.int64),
+        knowledge=knowledge,
+        model=model.to(device).eval(),
+        task=build_task(config.task),
+        parent=parent,
+        hash=_hash(digests),
+        metrics=described["metrics"],
+        classes=classes,
+        categories=tuple(described.get("categories", ())),
+        users=users,
+    )
 
 
 def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
@@ -255,7 +280,7 @@ def _catalogue(rows: pa.Table) -> Catalogue:
     return Catalogue(rows["index"].to_numpy().astype(np.int64), Texts(rows["item"]), Texts(rows["title"]))
 
 
-def artifact_hash(folder: str | Path) -> str:
+def model_hash(folder: str | Path) -> str:
     """The hash of a model folder, its files verified. Raises ArtifactError."""
     return _hash(_verified(Path(folder)))
 
@@ -263,22 +288,22 @@ def artifact_hash(folder: str | Path) -> str:
 def _verified(folder: Path) -> dict[str, str]:
     """Digests of the files that are there. Raises ArtifactError for one that is missing or differs."""
     if not (folder / MANIFEST).is_file():
-        raise ArtifactError(
+        raise ModelFolderError(
             f"no model in {folder}: expected {MANIFEST} and the files it names; give a finished run's `model` folder"
         )
     try:
         digests: dict[str, str] = json.loads((folder / MANIFEST).read_text())
     except ValueError:
-        raise ArtifactError(f"{folder / MANIFEST} is damaged; train the model again or restore the folder") from None
+        raise ModelFolderError(f"{folder / MANIFEST} is damaged; train the model again or restore the folder") from None
     for name in list(digests):
         path = folder / name
         if not path.is_file():
             if name in OPTIONAL:
                 del digests[name]
                 continue
-            raise ArtifactError(f"{path} is missing; train the model again or restore the folder")
+            raise ModelFolderError(f"{path} is missing; train the model again or restore the folder")
         if digest_of(path) != digests[name]:
-            raise ArtifactError(f"{path} is damaged: its SHA-256 is not the manifest's; train again or restore it")
+            raise ModelFolderError(f"{path} is damaged: its SHA-256 is not the manifest's; train again or restore it")
     return digests
 
 

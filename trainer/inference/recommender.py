@@ -37,7 +37,7 @@ from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array, IntArray
 from trainer.config import reads_baskets
 from trainer.data.histories import Histories
-from trainer.inference.model_folder import Artifact
+from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, has_items, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
@@ -70,16 +70,16 @@ class Answer:
     version: str
 
 
-class Shortlist:
+class TopK:
     """The best rows for histories: the model's, and for an empty history the popular ones."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        baskets = reads_baskets(artifact.config.task)
-        self._scorer = artifact.scorer(baskets=baskets, clicks=True)
-        self._repeats = baskets and artifact.config.evaluation.ranks_repeats
-        popularity = torch.from_numpy(artifact.popularity.astype(np.float32))
-        if artifact.model.predicted_V is not None:
-            popularity.masked_fill_(~artifact.model.predicted_V, -torch.inf)
+    def __init__(self, trained_model: TrainedModel) -> None:
+        baskets = reads_baskets(trained_model.config.task)
+        self._scorer = trained_model.scorer(baskets=baskets, clicks=True)
+        self._repeats = baskets and trained_model.config.evaluation.ranks_repeats
+        popularity = torch.from_numpy(trained_model.popularity.astype(np.float32))
+        if trained_model.model.predicted_V is not None:
+            popularity.masked_fill_(~trained_model.model.predicted_V, -torch.inf)
         self._popularity = Scores.of(popularity[None])
         self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
 
@@ -88,11 +88,11 @@ class Shortlist:
         `trainer.inference.scorer.top_k`."""
         rows, scores = self._popular(k)
         rows_BK, scores_BK = rows.repeat(len(histories), axis=0), scores.repeat(len(histories), 1)
-        asked = np.flatnonzero(has_items(histories))
-        if len(asked):
-            own = histories.take(asked)
+        examples = np.flatnonzero(has_items(histories))
+        if len(examples):
+            own = histories.take(examples)
             left_out = own.until(np.zeros(len(own), np.int64)) if self._repeats else own
-            rows_BK[asked], scores_BK[torch.from_numpy(asked)] = top_k(self._scorer.scores(own), left_out, k)
+            rows_BK[examples], scores_BK[torch.from_numpy(examples)] = top_k(self._scorer.scores(own), left_out, k)
         return rows_BK, scores_BK
 
     def _popular_rows(self, k: int) -> tuple[IntArray, Tensor]:
@@ -106,20 +106,20 @@ class Recommender:
 
     def __init__(
         self,
-        artifact: Artifact,
+        trained_model: TrainedModel,
         version: str,
         beside: "Callable[[str], Recommender | None]" = lambda domain: None,
         companion: "Callable[[], Recommender | None]" = lambda: None,
     ) -> None:
-        self.artifact, self.version, self._beside = artifact, version, functools.cache(beside)
+        self.trained_model, self.version, self._beside = trained_model, version, functools.cache(beside)
         self._companion = functools.cache(companion)
-        self._shortlist, self._baskets = Shortlist(artifact), reads_baskets(artifact.config.task)
-        self._place_of = {name: place for place, name in enumerate(artifact.event_types, 1)}
-        self._row_of = {raw: row for row, raw in enumerate(artifact.catalogue.raw_ids) if row >= FIRST_INDEX}
+        self._shortlist, self._baskets = TopK(trained_model), reads_baskets(trained_model.config.task)
+        self._place_of = {name: place for place, name in enumerate(trained_model.event_types, 1)}
+        self._row_of = {raw: row for row, raw in enumerate(trained_model.catalogue.raw_ids) if row >= FIRST_INDEX}
 
     def of_domain(self, domain: str) -> "Recommender":
         """The one that predicts that domain's items; "": this one. Raises RequestError."""
-        own = self.artifact.config.data.answered
+        own = self.trained_model.config.data.answered
         if domain in ("", own):
             return self
         other = self._beside(domain)
@@ -152,7 +152,7 @@ class Recommender:
     def _answer(self, requests: Sequence[Request], k: int) -> list[Answer]:
         read = [_read(request) for request in requests]
         rows = [[SEP if item is None else self._row_of.get(item, UNK) for item in items] for items in read]
-        users = self.artifact.users or {}
+        users = self.trained_model.users or {}
         given = np.array([row for history in rows for row in history], dtype=np.int64)
         whole = Histories(
             np.array([users.get(request.user or "", UNK) for request in requests], dtype=np.int64),
@@ -180,7 +180,7 @@ class Recommender:
         self, items: Sequence[str | None], history: Sequence[int], rows: IntArray, scores: Tensor, basis: str
     ) -> Answer:
         count = int(torch.isfinite(scores).sum())
-        raw_ids = self.artifact.catalogue.raw_ids
+        raw_ids = self.trained_model.catalogue.raw_ids
         unknown = [item for item, row in zip(items, history, strict=True) if row == UNK and item is not None]
         return Answer([raw_ids[row] for row in rows[:count]], scores[:count].tolist(), basis, unknown, self.version)
 

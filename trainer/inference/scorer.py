@@ -119,7 +119,7 @@ def _best_columns(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best[:, :k], columns[:, :k]
 
 
-class Scorer:
+class ModelScorer:
     """Scores of catalogue rows for histories; -inf for rows that are not `among` (bool [V]; None: all that the model
     predicts). Make a new one when the weights change: the item table is kept."""
 
@@ -221,9 +221,13 @@ class Scorer:
         items = np.full((len(histories), width), PAD, dtype=np.int64)
         items[np.arange(width) < lengths[:, None]] = histories.items
         batch = Batch(
-            torch.from_numpy(items), torch.from_numpy(lengths.astype(np.int64)),
-            torch.from_numpy(histories.users.astype(np.int64)), len(histories), slice(0, len(histories)), (),
-        )  # fmt: skip
+            torch.from_numpy(items),
+            torch.from_numpy(lengths.astype(np.int64)),
+            torch.from_numpy(histories.users.astype(np.int64)),
+            len(histories),
+            slice(0, len(histories)),
+            (),
+        )
         if len(histories.event_types):
             kinds = np.zeros(items.shape, dtype=np.int64)
             kinds[np.arange(width) < lengths[:, None]] = histories.event_types

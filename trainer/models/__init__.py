@@ -27,16 +27,32 @@ from trainer.models.row_table import RowTable, RowTables
 from trainer.parallel.distributed import ALONE
 
 __all__ = [
-    "Bert4Rec", "Caser", "Dupn", "Mlp", "PeterRec", "RowTables", "SequenceModel", "build_model", "build_saved",
-    "group_of", "groups_of",
-]  # fmt: skip
+    "Bert4Rec",
+    "Caser",
+    "Dupn",
+    "Mlp",
+    "PeterRec",
+    "RowTables",
+    "SequenceModel",
+    "build_model",
+    "build_saved",
+    "group_of",
+    "groups_of",
+]
 
 
 def build_model(
-    config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, seed: int,
-    tables: RowTables | None = None, patch: PatchConfig | None = None, task_heads: Mapping[str, TaskHead] | None = None,
+    config: ModelConfig,
+    *,
+    num_users: int,
+    num_entities: int,
+    knowledge_VS: Tensor,
+    seed: int,
+    tables: RowTables | None = None,
+    patch: PatchConfig | None = None,
+    task_heads: Mapping[str, TaskHead] | None = None,
     num_event_types: int = 0,
-) -> SequenceModel:  # fmt: skip
+) -> SequenceModel:
     """A new model, its weights a function of `seed` alone (the global random state is left as it was).
 
     `patch`: patches that it has beside its blocks. `task_heads`: what tasks tell beside items. `tables`: its item,
@@ -53,9 +69,16 @@ def build_model(
 
 
 def build_saved(
-    config: ModelConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor, weights: Mapping[str, Tensor],
-    patch: PatchConfig | None = None, task_heads: Mapping[str, TaskHead] | None = None, num_event_types: int = 0,
-) -> SequenceModel:  # fmt: skip
+    config: ModelConfig,
+    *,
+    num_users: int,
+    num_entities: int,
+    knowledge_VS: Tensor,
+    weights: Mapping[str, Tensor],
+    patch: PatchConfig | None = None,
+    task_heads: Mapping[str, TaskHead] | None = None,
+    num_event_types: int = 0,
+) -> SequenceModel:
     """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
     with torch.device("meta"):  # nothing is drawn that would be overwritten
         model = _new(
@@ -68,9 +91,15 @@ def build_saved(
 
 
 def _new(
-    config: ModelConfig, num_users: int, num_entities: int, knowledge_VS: Tensor, tables: RowTables | None,
-    patch: PatchConfig | None, task_heads: Mapping[str, TaskHead] | None, num_event_types: int,
-) -> SequenceModel:  # fmt: skip
+    config: ModelConfig,
+    num_users: int,
+    num_entities: int,
+    knowledge_VS: Tensor,
+    tables: RowTables | None,
+    patch: PatchConfig | None,
+    task_heads: Mapping[str, TaskHead] | None,
+    num_event_types: int,
+) -> SequenceModel:
     sizes: dict[str, Any] = {"num_users": num_users, "num_entities": num_entities, "knowledge_VS": knowledge_VS}
     model: SequenceModel
     match config:

@@ -68,9 +68,16 @@ class SequenceModel(nn.Module):
         return nn.Parameter(torch.zeros(self.num_items if self.tables is None else self.tables.share(self.num_items)))
 
     def forward(
-        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
-        table_VD: Tensor | None = None, event_types_BT: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        items_BT: Tensor,
+        lengths_B: Tensor,
+        users_B: Tensor,
+        wanted_BT: Tensor,
+        *,
+        causal: bool,
+        table_VD: Tensor | None = None,
+        event_types_BT: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states [N, D] of the positions that are wanted (bool [B, T], real ones), row after row.
 
         items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows of the user table (those
@@ -83,7 +90,7 @@ class SequenceModel(nn.Module):
         """The vectors that score catalogue rows, [V, Q] or [*rows.shape, Q]."""
         raise NotImplementedError
 
-    def predict_only(self, rows_V: Tensor) -> None:
+    def restrict_targets(self, rows_V: Tensor) -> None:
         """Predict these catalogue rows only (bool [V], at least one real item): others are read, and never an
         answer."""
         self.predicted_V = rows_V.to(self.knowledge_VS.device)
@@ -121,9 +128,12 @@ class SequenceModel(nn.Module):
         return self.rows_of(self.output_bias, rows)
 
     def scores(
-        self, hidden_ND: Tensor, rows: Tensor | slice = _EVERY, table_VD: Tensor | None = None,
+        self,
+        hidden_ND: Tensor,
+        rows: Tensor | slice = _EVERY,
+        table_VD: Tensor | None = None,
         bias_V: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Scores [N, C] of catalogue rows for hidden states; all of them, reserved ones included, where none are named.
 
         `table_VD`, `bias_V`: item_vectors() and bias(), where the caller has them already: a slice of rows copies

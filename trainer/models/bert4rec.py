@@ -47,9 +47,16 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(
-        self, x_BTD: Tensor, mask: Tensor | None, rotation_TE: Tensor | None, *, causal: bool,
-        wanted: "Wanted | None" = None, random: torch.Generator | None = None, patches: Patches = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        x_BTD: Tensor,
+        mask: Tensor | None,
+        rotation_TE: Tensor | None,
+        *,
+        causal: bool,
+        wanted: "Wanted | None" = None,
+        random: torch.Generator | None = None,
+        patches: Patches = None,
+    ) -> Tensor:
         """[B, T, D] to [B, T, D]; to [N, D], those `wanted`, where not all are. `mask` [B, 1, 1 or Q, T]: what a
         position may look at; None: everything, or with `causal` what doesn't stand behind it."""
         D = x_BTD.shape[2]
@@ -108,9 +115,14 @@ class Bert4Rec(TiedModel):
     rotation_TE: Tensor
 
     def __init__(
-        self, config: Bert4RecConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
+        self,
+        config: Bert4RecConfig,
+        *,
+        num_users: int,
+        num_entities: int,
+        knowledge_VS: Tensor,
         tables: RowTables | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(
             config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
         )

@@ -39,16 +39,24 @@ class Caser(SequenceModel):
         "body": ("horizontal.", "vertical.", "merged.", "knowledge_projection."),
     }
     ROW_TABLES: ClassVar = (
-        "item_embedding.weight", "item_weights.weight", "output_bias", "user_embedding.weight",
+        "item_embedding.weight",
+        "item_weights.weight",
+        "output_bias",
+        "user_embedding.weight",
         "entity_embedding.weight",
-    )  # fmt: skip
+    )
 
     config: CaserConfig
 
     def __init__(
-        self, config: CaserConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
+        self,
+        config: CaserConfig,
+        *,
+        num_users: int,
+        num_entities: int,
+        knowledge_VS: Tensor,
         tables: RowTables | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
         num_slots = knowledge_VS.shape[1]
         L, D = config.window, config.width + num_slots * config.knowledge_width
@@ -84,9 +92,16 @@ class Caser(SequenceModel):
         return self.knowledge_projection is None
 
     def forward(
-        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
-        table_VD: Tensor | None = None, event_types_BT: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        items_BT: Tensor,
+        lengths_B: Tensor,
+        users_B: Tensor,
+        wanted_BT: Tensor,
+        *,
+        causal: bool,
+        table_VD: Tensor | None = None,
+        event_types_BT: Tensor | None = None,
+    ) -> Tensor:
         order_B = lengths_B.argsort(stable=True)
         lengths, wanted = lengths_B[order_B], wanted_BT[order_B]
         ends_BT = self._ends(lengths, wanted, causal=causal)

@@ -46,15 +46,24 @@ class Dupn(SequenceModel):
         "head": ("head.",),
     }
     ROW_TABLES: ClassVar = (
-        "item_embedding.weight", "output_bias", "user_embedding.weight", "entity_embedding.weight",
-    )  # fmt: skip
+        "item_embedding.weight",
+        "output_bias",
+        "user_embedding.weight",
+        "entity_embedding.weight",
+    )
 
     config: DupnConfig
 
     def __init__(
-        self, config: DupnConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
-        tables: RowTables | None = None, num_event_types: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        config: DupnConfig,
+        *,
+        num_users: int,
+        num_entities: int,
+        knowledge_VS: Tensor,
+        tables: RowTables | None = None,
+        num_event_types: int = 0,
+    ) -> None:
         """`num_event_types`: kinds that are told apart, where they are read."""
         super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
         width, num_slots = config.width, knowledge_VS.shape[1]
@@ -90,9 +99,16 @@ class Dupn(SequenceModel):
         return self.knowledge_projection is None
 
     def forward(
-        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
-        table_VD: Tensor | None = None, event_types_BT: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        items_BT: Tensor,
+        lengths_B: Tensor,
+        users_B: Tensor,
+        wanted_BT: Tensor,
+        *,
+        causal: bool,
+        table_VD: Tensor | None = None,
+        event_types_BT: Tensor | None = None,
+    ) -> Tensor:
         assert causal, "settings refuse tasks that look ahead"
         vectors_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
         if self.config.event_types:

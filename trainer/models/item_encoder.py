@@ -34,13 +34,21 @@ class TiedModel(SequenceModel):
         "position": ("position_embedding.",),
         "patch": ("patches.",),
         "body": (
-            "item_projection.", "knowledge_projection.", "user_projection.", "input_norm.", "blocks.", "output_norm.",
+            "item_projection.",
+            "knowledge_projection.",
+            "user_projection.",
+            "input_norm.",
+            "blocks.",
+            "output_norm.",
         ),
         "head": ("head.",),
-    }  # fmt: skip
+    }
     ROW_TABLES: ClassVar = (
-        "item_embedding.weight", "output_bias", "user_embedding.weight", "entity_embedding.weight",
-    )  # fmt: skip
+        "item_embedding.weight",
+        "output_bias",
+        "user_embedding.weight",
+        "entity_embedding.weight",
+    )
 
     LINEARS: ClassVar[tuple[str, ...]]  # of a block: what LoRA changes
 
@@ -49,9 +57,14 @@ class TiedModel(SequenceModel):
     patches: nn.ModuleList | None  # one a block, where there are any
 
     def __init__(
-        self, config: Bert4RecConfig | PeterRecConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
+        self,
+        config: Bert4RecConfig | PeterRecConfig,
+        *,
+        num_users: int,
+        num_entities: int,
+        knowledge_VS: Tensor,
         tables: RowTables | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
         num_slots = knowledge_VS.shape[1]
         width = config.width
@@ -89,9 +102,16 @@ class TiedModel(SequenceModel):
         return self.item_projection is None
 
     def forward(
-        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
-        table_VD: Tensor | None = None, event_types_BT: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        items_BT: Tensor,
+        lengths_B: Tensor,
+        users_B: Tensor,
+        wanted_BT: Tensor,
+        *,
+        causal: bool,
+        table_VD: Tensor | None = None,
+        event_types_BT: Tensor | None = None,
+    ) -> Tensor:
         order_B = lengths_B.argsort(stable=True)
         items_BT, lengths_B, wanted_BT = items_BT[order_B], lengths_B[order_B], wanted_BT[order_B]
         # Tables are read once for the whole batch; what follows is done chunk by chunk.

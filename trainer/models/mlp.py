@@ -40,9 +40,14 @@ class Mlp(SequenceModel):
     config: MlpConfig
 
     def __init__(
-        self, config: MlpConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
+        self,
+        config: MlpConfig,
+        *,
+        num_users: int,
+        num_entities: int,
+        knowledge_VS: Tensor,
         tables: RowTables | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
         first, *others = config.layers
         self.item_embedding = self.table(self.num_items, config.width)
@@ -68,9 +73,16 @@ class Mlp(SequenceModel):
         return False
 
     def forward(
-        self, items_BT: Tensor, lengths_B: Tensor, users_B: Tensor, wanted_BT: Tensor, *, causal: bool,
-        table_VD: Tensor | None = None, event_types_BT: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        items_BT: Tensor,
+        lengths_B: Tensor,
+        users_B: Tensor,
+        wanted_BT: Tensor,
+        *,
+        causal: bool,
+        table_VD: Tensor | None = None,
+        event_types_BT: Tensor | None = None,
+    ) -> Tensor:
         user_BH: Tensor = self.of_user(self.user_vectors(users_B))
         return user_BH[wanted_BT.nonzero()[:, 0]]
 

@@ -41,9 +41,14 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(
-        self, x_BTD: Tensor, real_BT1: Tensor | None, *, causal: bool, random: torch.Generator | None = None,
+        self,
+        x_BTD: Tensor,
+        real_BT1: Tensor | None,
+        *,
+        causal: bool,
+        random: torch.Generator | None = None,
         patches: Patches = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """`real` [B, T, 1]: which positions there are; None: all, or, with `causal`, it doesn't matter."""
         h_BTD = x_BTD
         layers = (("first", self.first, self.first_norm, 1), ("second", self.second, self.second_norm, 2))
@@ -65,9 +70,14 @@ class PeterRec(TiedModel):
     config: PeterRecConfig
 
     def __init__(
-        self, config: PeterRecConfig, *, num_users: int, num_entities: int, knowledge_VS: Tensor,
+        self,
+        config: PeterRecConfig,
+        *,
+        num_users: int,
+        num_entities: int,
+        knowledge_VS: Tensor,
         tables: RowTables | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(
             config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
         )

@@ -29,23 +29,23 @@ from trainer.config import EvaluateConfig, EvaluatedModel, PretrainConfig, ranks
 from trainer.data.release import Release, pin
 from trainer.evaluation import click_table, next_event_table, profile_table
 from trainer.evaluation.baselines import next_basket
-from trainer.evaluation.click_table import ToldClicks
-from trainer.evaluation.comparison import Evaluation, Row, compare_table, evaluate_contenders, render
+from trainer.evaluation.click_table import ClickPredictions
+from trainer.evaluation.comparison import Evaluation, Row, compare_table, evaluate_scorers, render
 from trainer.evaluation.item_ranking import BASKET, FULL, SINGLE, convention_of
-from trainer.evaluation.predictions import Told, ToldClasses
+from trainer.evaluation.predictions import ClassPredictions, Predictions
 from trainer.evaluation.ranking_metrics import FloatArray, means
 from trainer.evaluation.scorers import (
-    Contender,
     EvaluationSet,
-    baseline_contenders,
-    model_contender,
+    Scorer,
+    baseline_scorers,
+    model_scorer,
     raw_users,
     read_evaluation_set,
     repeats_of,
 )
 from trainer.evaluation.significance import gain_text, p_text
 from trainer.figures import Gain, confusions, reliability_curves, transfer_gains
-from trainer.inference.model_folder import Artifact, artifact_hash, config_of, load_artifact
+from trainer.inference.model_folder import TrainedModel, config_of, load_model, model_hash
 from trainer.parallel.distributed import join
 from trainer.registry import descriptions
 
@@ -70,7 +70,7 @@ class EvaluationReport:
 def run(config: EvaluateConfig) -> EvaluationReport:
     """Evaluate as configured. Raises GraftrecError (a model, lake, release or protocol that is not there…)."""
     chosen = _chosen(config)
-    first = load_artifact(chosen[0].model)
+    first = load_model(chosen[0].model)
     release = pin(config.lake or first.lake, config.release if config.release or config.lake else first.release)
     settings = [config_of(Path(model.model))[0] for model in chosen]
     _check_candidate(config, chosen, settings)
@@ -78,7 +78,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
     config = replaced(config, name=config.name or _name(config, chosen, settings, identity))
     assert config.name is not None
     folder = Path(config.output) / config.name / "evaluation"
-    key = _key(config, [artifact_hash(model.model) for model in chosen], release.versions)
+    key = _key(config, [model_hash(model.model) for model in chosen], release.versions)
     if (done := _done(folder, key)) is not None:
         print(f"evaluate: nothing has changed since the last run, skipped ({folder})")
         print(done.text)
@@ -86,12 +86,21 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         tracking.settle(config.tracking)
         return done
     baskets = reads_baskets(first.config.task)
-    with _noted(folder), tracking.start_run(
-        config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "evaluate"},
-        tables=_read_tables(baskets), context="evaluation", told_again=True,
-    ) as run:  # fmt: skip
+    with (
+        _noted(folder),
+        tracking.start_run(
+            config.tracking,
+            name=config.name,
+            resolved=config,
+            release=release,
+            tags={"graftrec.recipe": "evaluate"},
+            tables=_read_tables(baskets),
+            context="evaluation",
+            must_record=True,
+        ) as run,
+    ):
         device = str(join(config.runtime).device)
-        models = [load_artifact(model.model, device=device) for model in chosen]
+        models = [load_model(model.model, device=device) for model in chosen]
         if not ranks_items(first.config.task):
             return _evaluate_told(config, chosen, models, release, run, folder, {"key": key, "of": identity})
         if baskets:  # no others are drawn for them
@@ -99,20 +108,29 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             config = replaced(config, evaluation=replaced(config.evaluation, protocols=(FULL,), repeats=repeats))
         events: list[Row] = []  # of what is told beside items
         metrics = config.metrics or (BASKET_METRICS if baskets else ITEM_METRICS)
-        asked = read_evaluation_set(
-            release, config.split or first.config.data.split, config.domain or first.config.data.answered, config.part,
-            config.evaluation, baskets=baskets,
+        examples = read_evaluation_set(
+            release,
+            config.split or first.config.data.split,
+            config.domain or first.config.data.answered,
+            config.part,
+            config.evaluation,
+            baskets=baskets,
             event_types=list(dict.fromkeys(name for one in models for name in one.event_types)),
-        )  # fmt: skip
-        evaluation = evaluate_contenders(
-            _contenders(config, chosen, models, asked), asked, batch_size=config.evaluation.batch_size,
+        )
+        evaluation = evaluate_scorers(
+            _contenders(config, chosen, models, examples),
+            examples,
+            batch_size=config.evaluation.batch_size,
             progress=config.runtime.progress,
-        )  # fmt: skip
+        )
         rows = compare_table(
-            evaluation, against=config.against, protocols=config.evaluation.protocols, metrics=metrics,
+            evaluation,
+            against=config.against,
+            protocols=config.evaluation.protocols,
+            metrics=metrics,
             candidate=config.candidate,
-        )  # fmt: skip
-        text = render(rows, asked, against=config.against)
+        )
+        text = render(rows, examples, against=config.against)
         if first.config.task.kind == "multi":
             for _, own, table in _next_events(config, chosen, models, release):
                 text += f"\n\n{table}"
@@ -121,7 +139,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         _begin(folder)
         write_users(evaluation, folder / USERS)
         (folder / TABLE).write_text(text + "\n", encoding="utf-8")
-        gains = _picture(rows, asked, config.against)
+        gains = _picture(rows, examples, config.against)
         if gains is not None:
             gains.savefig(folder / GAINS, dpi=130)
             run.log_figure(gains, f"evaluation/{GAINS}")
@@ -129,16 +147,25 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         summary = {"key": key, "of": identity, "run": run.id, "rows": data} | _summary(evaluation, config)
         _keep(summary, folder, run)
         report = EvaluationReport(folder, data, text, skipped=False, run_id=summary["run"])
-        _describe(run, report, config.part, drawn=GAINS if gains is not None else "", where=(
-            f"{len(asked.users):,} users of domain {asked.domain}, split {asked.split}, release {release.number}"
-        ))  # fmt: skip
-        for artifact, ((label, seed), contender) in zip(models, evaluation.contenders.items(), strict=False):
-            if artifact.config.data.answered == asked.domain:
+        _describe(
+            run,
+            report,
+            config.part,
+            drawn=GAINS if gains is not None else "",
+            where=(
+                f"{len(examples.users):,} users of domain {examples.domain}, split {examples.split}, "
+                f"release {release.number}"
+            ),
+        )
+        for trained_model, ((label, seed), scorer) in zip(models, evaluation.scorers.items(), strict=False):
+            if trained_model.config.data.answered == examples.domain:
                 numbers = {
-                    f"{config.part}/{protocol}/{name}": value for protocol in asked.held_out.protocols
-                    for name, value in means(evaluation.metrics((label, seed), protocol)).items() if name in metrics
-                }  # fmt: skip
-                run.log_model_metrics(contender.facts["hash"], numbers, release, _read_tables(baskets)[0])
+                    f"{config.part}/{protocol}/{name}": value
+                    for protocol in examples.held_out.protocols
+                    for name, value in means(evaluation.metrics((label, seed), protocol)).items()
+                    if name in metrics
+                }
+                run.log_model_metrics(scorer.facts["hash"], numbers, release, _read_tables(baskets)[0])
     return report
 
 
@@ -177,10 +204,12 @@ def show(run: tracking.Run, reports: Mapping[str, EvaluationReport], *, notes: M
         run.log_text(descriptions.results(report.rows), f"{inside}table.md")
         parts.append(
             descriptions.results(
-                report.rows, heading=f"### {domain}" if inside else "", notes=(notes or {}).get(domain, ""),
+                report.rows,
+                heading=f"### {domain}" if inside else "",
+                notes=(notes or {}).get(domain, ""),
                 picture=f"{inside}{SMALL}{drawn}" if drawn else "",
             )
-        )  # fmt: skip
+        )
     run.describe(descriptions.paragraphs(*parts))
 
 
@@ -206,29 +235,37 @@ def _noted(folder: Path) -> Iterator[None]:
 
 
 def _evaluate_told(
-    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], release: Release,
-    run: tracking.Run, folder: Path, about: dict[str, str],
-) -> EvaluationReport:  # fmt: skip
+    config: EvaluateConfig,
+    chosen: Sequence[EvaluatedModel],
+    models: Sequence[TrainedModel],
+    release: Release,
+    run: tracking.Run,
+    folder: Path,
+    about: dict[str, str],
+) -> EvaluationReport:
     """Models that rank no items: they tell what users are, or what they take."""
-    told: Told
+    predictions: Predictions
     if models[0].config.task.kind == "multi":
         tables = _next_events(config, chosen, models, release)
-        told, rows = tables[-1][0], [row for _, own, _ in tables for row in own]
+        predictions, rows = tables[-1][0], [row for _, own, _ in tables for row in own]
         text = "\n\n".join(table for *_, table in tables)
-        picture, drawn = _confusions(told), CONFUSIONS  # of what is told last, value where it is told: fewest classes
+        picture, drawn = (
+            _confusions(predictions),
+            CONFUSIONS,
+        )  # of what is told last, value where it is told: fewest classes
         users = pa.concat_tables(_events_told(one, release) for one, *_ in tables)
     elif models[0].config.task.kind == "click":
-        told = click_table.tell(config, chosen, models, release)
-        rows = told.rows(against=config.against, candidate=config.candidate)
-        text = click_table.render(told, rows, against=config.against)
-        picture, drawn = _reliability(told), RELIABILITY
-        users = _pairs_told(told, release)
+        predictions = click_table.tell(config, chosen, models, release)
+        rows = predictions.rows(against=config.against, candidate=config.candidate)
+        text = click_table.render(predictions, rows, against=config.against)
+        picture, drawn = _reliability(predictions), RELIABILITY
+        users = _pairs_told(predictions, release)
     else:
-        told = profile_table.tell(config, chosen, models, release)
-        rows = told.rows(against=config.against, candidate=config.candidate)
-        text = profile_table.render(told, rows, against=config.against)
-        picture, drawn = _confusions(told), CONFUSIONS
-        users = _users_told(told, release)
+        predictions = profile_table.tell(config, chosen, models, release)
+        rows = predictions.rows(against=config.against, candidate=config.candidate)
+        text = profile_table.render(predictions, rows, against=config.against)
+        picture, drawn = _confusions(predictions), CONFUSIONS
+        users = _users_told(predictions, release)
     print(text)
     _begin(folder)
     pq.write_table(users, folder / USERS, compression="zstd")
@@ -238,63 +275,76 @@ def _evaluate_told(
     data = [asdict(row) for row in rows]
     run_id = run.id
     summary = {
-        **about, "run": run_id, "rows": data, "lake": release.lake, "release": release.number,
+        **about,
+        "run": run_id,
+        "rows": data,
+        "lake": release.lake,
+        "release": release.number,
         "versions": release.versions,
-        "split": told.split, "domain": told.domain, "part": told.part, "against": config.against,
+        "split": predictions.split,
+        "domain": predictions.domain,
+        "part": predictions.part,
+        "against": config.against,
         "task": models[0].config.task.model_dump(mode="json"),
-    }  # fmt: skip
+    }
     _keep(summary, folder, run)
     report = EvaluationReport(folder, data, text, skipped=False, run_id=run_id)
-    where = f"domain {told.domain}, split {told.split}, release {release.number}"
+    where = f"domain {predictions.domain}, split {predictions.split}, release {release.number}"
     _describe(run, report, config.part, where=where, drawn=drawn)
-    for artifact, one in zip(models, told.probabilities, strict=False):
-        numbers = {f"{config.part}/{name}": value for name, value in told.metrics(one).items()}
-        run.log_model_metrics(artifact.hash, numbers, release, SEQUENCES.name)
+    for trained_model, one in zip(models, predictions.probabilities, strict=False):
+        numbers = {f"{config.part}/{name}": value for name, value in predictions.metrics(one).items()}
+        run.log_model_metrics(trained_model.hash, numbers, release, SEQUENCES.name)
     return report
 
 
 def _next_events(
-    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], release: Release
-) -> list[tuple[ToldClasses, list[Row], str]]:
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[TrainedModel], release: Release
+) -> list[tuple[ClassPredictions, list[Row], str]]:
     """Of each thing that is told beside the item: what was told, its rows, its table."""
     found = []
     candidate = None if ranks_items(models[0].config.task) else config.candidate  # items' test is the planned one
-    for told in next_event_table.tell(config, chosen, models, release):
-        rows, candidate = told.rows(against=config.against, candidate=candidate), None
-        table = next_event_table.render(told, rows, against=config.against)
-        found.append((told, [replace(row, protocol=told.name) for row in rows], table))
+    for predictions in next_event_table.tell(config, chosen, models, release):
+        rows, candidate = predictions.rows(against=config.against, candidate=candidate), None
+        table = next_event_table.render(predictions, rows, against=config.against)
+        found.append((predictions, [replace(row, protocol=predictions.name) for row in rows], table))
     return found
 
 
-def _users_told(told: ToldClasses, release: Release) -> pa.Table:
+def _users_told(predictions: ClassPredictions, release: Release) -> pa.Table:
     """Label, seed, user (raw id), what the user is, and a column of probabilities for each class."""
 
     def columns(given: FloatArray) -> dict[str, Any]:
-        of_class = {f"is {name}": given[:, place] for place, name in enumerate(told.names)}
-        return {told.name: [told.names[one] for one in told.asked.class_N], **of_class}
+        of_class = {f"is {name}": given[:, place] for place, name in enumerate(predictions.names)}
+        return {predictions.name: [predictions.names[one] for one in predictions.examples.class_N], **of_class}
 
-    return _told_table(told, raw_users(release, told.asked.histories.users), columns)
+    return _told_table(predictions, raw_users(release, predictions.examples.histories.users), columns)
 
 
-def _events_told(told: ToldClasses, release: Release) -> pa.Table:
+def _events_told(predictions: ClassPredictions, release: Release) -> pa.Table:
     """Label, seed, user (raw id), what is told, what it was, and the probability given to that."""
-    is_N = told.asked.class_N
+    is_N = predictions.examples.class_N
 
     def columns(given: FloatArray) -> dict[str, Any]:
         of_that = given[np.arange(len(is_N)), is_N]
-        return {"told": [told.name] * len(is_N), "is": [told.names[one] for one in is_N], "probability": of_that}
+        return {
+            "told": [predictions.name] * len(is_N),
+            "is": [predictions.names[one] for one in is_N],
+            "probability": of_that,
+        }
 
-    return _told_table(told, raw_users(release, told.asked.histories.users), columns)
+    return _told_table(predictions, raw_users(release, predictions.examples.histories.users), columns)
 
 
-def _pairs_told(told: ToldClicks, release: Release) -> pa.Table:
+def _pairs_told(predictions: ClickPredictions, release: Release) -> pa.Table:
     """Label, seed, user (raw id), whether an item of the user's pairs was taken, and what was told of it."""
-    users = pa.array(raw_users(release, told.pairs.histories.users), pa.string()).take(pa.array(told.pairs.owner_N))
-    return _told_table(told, users, lambda given: {"taken": told.pairs.taken_N, "probability": given})
+    users = pa.array(raw_users(release, predictions.pairs.histories.users), pa.string()).take(
+        pa.array(predictions.pairs.owner_N)
+    )
+    return _told_table(predictions, users, lambda given: {"taken": predictions.pairs.taken_N, "probability": given})
 
 
 def _told_table(
-    told: Told, users: Sequence[str] | pa.Array, columns: Callable[[FloatArray], dict[str, Any]]
+    predictions: Predictions, users: Sequence[str] | pa.Array, columns: Callable[[FloatArray], dict[str, Any]]
 ) -> pa.Table:
     """A row for each example and contender: label, seed, user, and `columns` of what it told."""
     return pa.concat_tables(
@@ -306,18 +356,18 @@ def _told_table(
                 **columns(given),
             }
         )
-        for (label, seed), given in told.probabilities.items()
+        for (label, seed), given in predictions.probabilities.items()
     )
 
 
-def _confusions(told: ToldClasses) -> Figure:
-    shares = {label: told.confusion(label) for label in told.labels}
-    return confusions(shares, told.names, title=f"{told.name}, {len(told.asked):,} users, %")
+def _confusions(predictions: ClassPredictions) -> Figure:
+    shares = {label: predictions.confusion(label) for label in predictions.labels}
+    return confusions(shares, predictions.names, title=f"{predictions.name}, {len(predictions.examples):,} users, %")
 
 
-def _reliability(told: ToldClicks) -> Figure:
-    curves = {label: told.curve(label) for label in told.labels}
-    return reliability_curves(curves, title=f"{told.domain}, {len(told.pairs):,} users")
+def _reliability(predictions: ClickPredictions) -> Figure:
+    curves = {label: predictions.curve(label) for label in predictions.labels}
+    return reliability_curves(curves, title=f"{predictions.domain}, {len(predictions.pairs):,} users")
 
 
 def _chosen(config: EvaluateConfig) -> list[EvaluatedModel]:
@@ -330,18 +380,18 @@ def _chosen(config: EvaluateConfig) -> list[EvaluatedModel]:
 
 
 def _contenders(
-    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[Artifact], asked: EvaluationSet
-) -> list[Contender]:
+    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[TrainedModel], examples: EvaluationSet
+) -> list[Scorer]:
     device = str(join(config.runtime).device)
     found = [
-        model_contender(artifact, asked, label=named.label, seed=named.seed, device=device)
-        for named, artifact in zip(chosen, models, strict=True)
+        model_scorer(trained_model, examples, label=named.label, seed=named.seed, device=device)
+        for named, trained_model in zip(chosen, models, strict=True)
     ]
     if not config.baselines.enabled:
         return found
-    if asked.baskets:
-        return found + next_basket.baseline_contenders(asked, config.baselines)
-    return found + baseline_contenders(asked, config.baselines)
+    if examples.baskets:
+        return found + next_basket.baseline_scorers(examples, config.baselines)
+    return found + baseline_scorers(examples, config.baselines)
 
 
 # --- what is written ---------------------------------------------
@@ -349,8 +399,8 @@ def _contenders(
 
 def write_users(evaluation: Evaluation, path: Path) -> None:
     """Per-user metrics as Parquet: label, seed, protocol, convention, user (raw id) and a column a metric."""
-    users = pa.array(evaluation.asked.raw_users, pa.string())
-    prefixes = {"list": "", "single": SINGLE} | ({"basket": BASKET} if evaluation.asked.baskets else {})
+    users = pa.array(evaluation.examples.raw_users, pa.string())
+    prefixes = {"list": "", "single": SINGLE} | ({"basket": BASKET} if evaluation.examples.baskets else {})
     lacking = np.full(len(users), np.nan)
     unfinished = path.with_name(path.name + ".new")
     writer: pq.ParquetWriter | None = None
@@ -375,41 +425,46 @@ def write_users(evaluation: Evaluation, path: Path) -> None:
 
 
 def _summary(evaluation: Evaluation, config: EvaluateConfig) -> dict[str, Any]:
-    asked = evaluation.asked
+    examples = evaluation.examples
     return {
-        "lake": asked.release.lake,
-        "release": asked.release.number,
-        "versions": asked.release.versions,
-        "split": asked.split,
-        "domain": asked.domain,
-        "part": asked.part,
-        "users": len(asked.users),
-        "items": len(asked.catalogue) - FIRST_INDEX,
+        "lake": examples.release.lake,
+        "release": examples.release.number,
+        "versions": examples.release.versions,
+        "split": examples.split,
+        "domain": examples.domain,
+        "part": examples.part,
+        "users": len(examples.users),
+        "items": len(examples.catalogue) - FIRST_INDEX,
         "against": config.against,
         "contenders": [
-            {"label": label, "seed": seed, "reads": contender.reads, "is_model": contender.is_model}
-            | {"facts": contender.facts, "scores_not_a_number": evaluation.broken[label, seed]}
-            | {"means": {p: means(evaluation.metrics((label, seed), p)) for p in asked.held_out.protocols}}
-            for (label, seed), contender in evaluation.contenders.items()
+            {"label": label, "seed": seed, "reads": scorer.reads, "is_model": scorer.is_model}
+            | {"facts": scorer.facts, "scores_not_a_number": evaluation.broken[label, seed]}
+            | {"means": {p: means(evaluation.metrics((label, seed), p)) for p in examples.held_out.protocols}}
+            for (label, seed), scorer in evaluation.scorers.items()
         ],
     }
 
 
-def _picture(rows: Sequence[Row], asked: EvaluationSet, against: str) -> Figure | None:
+def _picture(rows: Sequence[Row], examples: EvaluationSet, against: str) -> Figure | None:
     """Gains in the first metric of the first protocol; None where nothing was compared."""
     shown = [r for r in rows if r.gain and (r.protocol, r.metric) == (rows[0].protocol, rows[0].metric)]
     gains = [
         Gain(
-            row.label, row.gain.gain, row.gain.low, row.gain.high,
+            row.label,
+            row.gain.gain,
+            row.gain.low,
+            row.gain.high,
             gain_text(row.gain.gain, row.gain.relative_gain) + (f", p {p_text(row.p_value)}" if row.is_model else ""),
-            is_baseline=not row.is_model, marked=row.is_candidate,
+            is_baseline=not row.is_model,
+            marked=row.is_candidate,
         )
-        for row in shown if row.gain
-    ]  # fmt: skip
+        for row in shown
+        if row.gain
+    ]
     if not gains:
         return None
     over = "from scratch" if against == "none" else against
-    title = f"{asked.domain}, {rows[0].protocol} ranking, {len(asked.users):,} users"
+    title = f"{examples.domain}, {rows[0].protocol} ranking, {len(examples.users):,} users"
     return transfer_gains(gains, metric=rows[0].metric, over=over, title=title)
 
 
@@ -466,8 +521,8 @@ def _read_summary(summary: Path) -> dict[str, Any]:
 def _key(config: EvaluateConfig, hashes: Sequence[str], versions: dict[str, int]) -> str:
     """Of everything that the results depend on."""
     settings = config.model_dump(mode="json", exclude={"tracking", "runtime", "output", "name"})
-    told = json.dumps([settings, list(hashes), versions, code_hash("trainer.recipes.evaluate")], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:32]
+    predictions = json.dumps([settings, list(hashes), versions, code_hash("trainer.recipes.evaluate")], sort_keys=True)
+    return hashlib.sha256(predictions.encode()).hexdigest()[:32]
 
 
 def _done(folder: Path, key: str) -> EvaluationReport | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from etl.plain_path import absolute
 from trainer.config import FinetuneConfig
 from trainer.data.release import pin
-from trainer.inference.model_folder import Artifact, load_artifact
+from trainer.inference.model_folder import TrainedModel, load_model
 from trainer.recipes.pretrain import Result, fit, unjudged
 from trainer.training.empty_transfer import ADVICE, empty_by_data, empty_by_settings
 from trainer.training.loop import Progress
@@ -19,14 +19,14 @@ def run(config: FinetuneConfig, *, judge: Callable[[Progress], None] = unjudged)
         return fit(config, parent=None, judge=judge)
     if config.parent is None:
         raise TransferError(f"transfer {config.transfer} needs a pre-trained model; set parent to its `model` folder")
-    parent = load_artifact(config.parent)
+    parent = load_model(config.parent)
     refuse_empty(config, parent)
     if os.environ.get("RANK", "0") == "0" and (note := seen_by_parent(config, parent)):
         print(note, flush=True)
     return fit(config, parent=parent, judge=judge)
 
 
-def refuse_empty(config: FinetuneConfig, parent: Artifact) -> None:
+def refuse_empty(config: FinetuneConfig, parent: TrainedModel) -> None:
     """Raises TransferError where the transfer would copy nothing. Of a parent from another lake, only settings say."""
     reason = empty_by_settings(config)
     if not reason and config.transfer == "shallow" and config.data.lake == parent.lake:
@@ -35,7 +35,7 @@ def refuse_empty(config: FinetuneConfig, parent: Artifact) -> None:
         raise TransferError(f"{reason}; {ADVICE}")
 
 
-def seen_by_parent(config: FinetuneConfig, parent: Artifact) -> str:
+def seen_by_parent(config: FinetuneConfig, parent: TrainedModel) -> str:
     """A note where the parent was trained on the domain that is fine-tuned on; "" where that is new to it."""
     own, seen = config.data, parent.config.data
     if absolute(own.lake) != parent.lake or own.domain != seen.domain:

@@ -33,7 +33,6 @@ from trainer.recipes.pipeline_plan import (
     PipelineConfig,
     Plan,
     Trained,
-    cells_of,
     check_plan,
     cold_config,
     evaluate_config,
@@ -41,6 +40,7 @@ from trainer.recipes.pipeline_plan import (
     promote_config,
     recommend_config,
     registered_model,
+    training_jobs,
     without_empty,
 )
 
@@ -109,9 +109,10 @@ def _run(config: PipelineConfig, planned: Plan) -> int:
         for outcome in outcomes:
             tracked.set_tags({f"graftrec.gate.{outcome.target}": outcome.refusal or "promoted"})
         evaluation.show(
-            tracked, {outcome.target: outcome.report for outcome in outcomes},
+            tracked,
+            {outcome.target: outcome.report for outcome in outcomes},
             notes={outcome.target: f"Gate: {outcome.refusal or 'passed'}." for outcome in outcomes},
-        )  # fmt: skip
+        )
     print(f"\n== {config.name}, in {time.monotonic() - begun:.0f} s")
     for outcome in outcomes:
         print(f"\n{outcome.target}\n{outcome.table}\n")
@@ -140,22 +141,24 @@ def train_all(
     """
     from trainer.recipes import training_jobs as runner
 
-    cells, of_target = cells_of(config, planned, release)
+    trainings, of_target = training_jobs(config, planned, release)
     with step("train"):
-        runner.run(cells, folder=Path(config.runs), jobs=jobs_of(config, len(cells)), environment=environment)
+        runner.run(trainings, folder=Path(config.runs), jobs=jobs_of(config, len(trainings)), environment=environment)
     unmeasured = {
-        id(cell)
+        id(training)
         for of_label in of_target.values()
-        for (label, _), cell in of_label.items()
-        if label == COLD and cell.exit_code == GraftrecError.exit_code  # the log has no such users, or too few
+        for (label, _), training in of_label.items()
+        if label == COLD and training.exit_code == GraftrecError.exit_code  # the log has no such users, or too few
     }
-    if failed := next((cell for cell in cells if cell.failure and id(cell) not in unmeasured), None):
+    if failed := next(
+        (training for training in trainings if training.failure and id(training) not in unmeasured), None
+    ):
         raise TrainingFailed(f"{failed.name}: {failed.failure}", failed.exit_code)
     return {
         target: [
-            Trained(label, seed, cell.model, cell.metrics[SCORE])
-            for (label, seed), cell in of_label.items()
-            if cell.metrics is not None
+            Trained(label, seed, training.model, training.metrics[SCORE])
+            for (label, seed), training in of_label.items()
+            if training.metrics is not None
         ]
         for target, of_label in of_target.items()
     }
@@ -258,9 +261,11 @@ def promote(
         promote.run(promote_config(config, target, release, trained))
     except promote.GateRefused as refusal:
         again = replaced(
-            recommend_config(config, target, release), model=refusal.model, release=None,
+            recommend_config(config, target, release),
+            model=refusal.model,
+            release=None,
             replace=refusal.champion is not None,
-        )  # fmt: skip
+        )
         steps = next_steps(
             refusal.decision, recommend=recommend_command(again), champion=refusal.champion, results=str(results)
         )
@@ -295,7 +300,7 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
 
     shown = [row for row in rows if row["protocol"] == rows[0]["protocol"]]
     first, *others = dict.fromkeys(row["metric"] for row in shown)
-    cells = {(row["label"], row["metric"]): row for row in shown}
+    trainings = {(row["label"], row["metric"]): row for row in shown}
     labels = [row["label"] for row in shown if row["is_model"] and row["metric"] == first]
     baselines = [row for row in shown if not row["is_model"] and row["metric"] == first]
     best = max(baselines, key=lambda row: row["mean"], default=None)
@@ -303,15 +308,18 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     labels += [row["label"] for row in baselines if row["label"] == POPULARITY and row is not best]
     table = [["model", first, "gain", "p", *others]]
     for label in labels:
-        row = cells[label, first]
+        row = trainings[label, first]
         gain = gain_text(row["gain"]["gain"], row["gain"]["relative_gain"]) if row["gain"] else ""
-        means = [f"{cells[label, name]['mean']:.4f}" for name in others]
+        means = [f"{trainings[label, name]['mean']:.4f}" for name in others]
         name = label + (" *" if row["is_candidate"] else "")
         table.append([name, f"{row['mean']:.4f}", gain, p_text(row["p_value"]), *means])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "    ".join(
-            [f"{name:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(line, widths[1:], strict=True))]
+            [
+                f"{name:<{widths[0]}}",
+                *(f"{training:>{width}}" for training, width in zip(line, widths[1:], strict=True)),
+            ]
         )
         for name, *line in table
     ]

@@ -25,7 +25,7 @@ from trainer.config import (
     TransferName,
     with_transfer,
 )
-from trainer.recipes.training_jobs import Cell
+from trainer.recipes.training_jobs import TrainingJob
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
@@ -228,7 +228,7 @@ def check_plan(config: PipelineConfig, planned: Plan) -> None:
     don't go together, or the gate could never pass."""
     from trainer.evaluation.gate import check_gate
 
-    cells_of(config, planned, release=1)
+    training_jobs(config, planned, release=1)
 
     has_scratch = SCRATCH in planned.transfers and len(planned.transfers) + len(planned.joint_splits) > 1
     check_gate(
@@ -241,15 +241,15 @@ def check_plan(config: PipelineConfig, planned: Plan) -> None:
     )
 
 
-def cells_of(
+def training_jobs(
     config: PipelineConfig, planned: Plan, release: int
-) -> tuple[list[Cell], dict[str, dict[tuple[str, int], Cell]]]:
+) -> tuple[list[TrainingJob], dict[str, dict[tuple[str, int], TrainingJob]]]:
     """All trainings, parents first; and those of each target by label and seed."""
-    parents: dict[int, Cell] = {}
+    parents: dict[int, TrainingJob] = {}
     if planned.source is not None:
         for seed in config.seeds if config.pretrain_each_seed else config.seeds[:1]:
-            parents[seed] = Cell(f"pretrain-{seed}", "pretrain", pretrain_config(config, planned, release, seed))
-    of_target: dict[str, dict[tuple[str, int], Cell]] = {}
+            parents[seed] = TrainingJob(f"pretrain-{seed}", "pretrain", pretrain_config(config, planned, release, seed))
+    of_target: dict[str, dict[tuple[str, int], TrainingJob]] = {}
     for target in planned.targets:
         labels: list[str] = [label for label in planned.transfers if (target, label) not in planned.empty]
         labels += [*([READS_ALL] if target in planned.joint_splits else [])]
@@ -261,8 +261,8 @@ def cells_of(
                 if label not in (SCRATCH, READS_ALL, COLD):
                     parent = parents.get(seed, parents[config.seeds[0]])
                 made = finetune_config(config, planned, target, release, label, seed, parent.model if parent else None)
-                found[label, seed] = Cell(made.name, "finetune", made, parent)
-    fine_tuned = [cell for of_label in of_target.values() for cell in of_label.values()]
+                found[label, seed] = TrainingJob(made.name, "finetune", made, parent)
+    fine_tuned = [training for of_label in of_target.values() for training in of_label.values()]
     return [*parents.values(), *fine_tuned], of_target
 
 

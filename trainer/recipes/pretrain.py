@@ -30,7 +30,7 @@ from trainer.data.loader import Loader
 from trainer.data.release import Release, pin, vocabulary_size
 from trainer.data.sequences import SequenceDataset, training_interactions
 from trainer.evaluation.validation import Validation, read_validation, score_of
-from trainer.inference.model_folder import Artifact, artifact_hash, load_artifact, save_artifact
+from trainer.inference.model_folder import TrainedModel, load_model, model_hash, save_model
 from trainer.models import RowTables, SequenceModel, build_model
 from trainer.parallel.distributed import World, join
 from trainer.recipes.run_folder import DONE, MLFLOW_UID, RunError, alone, clear_other
@@ -38,7 +38,7 @@ from trainer.registry import descriptions
 from trainer.tracking import Run
 from trainer.training import checkpoint
 from trainer.training.loop import Epoch, NonFiniteLoss, Progress, Training, train
-from trainer.training.transfer import Account, graft
+from trainer.training.transfer import TransferReport, initialise_from
 
 
 class NonFiniteScore(NonFiniteLoss):
@@ -68,7 +68,7 @@ def run(config: PretrainConfig, *, judge: Callable[[Progress], None] = unjudged)
     return fit(config, parent=None, judge=judge)
 
 
-def fit(config: PretrainConfig, *, parent: Artifact | None, judge: Callable[[Progress], None] = unjudged) -> Result:
+def fit(config: PretrainConfig, *, parent: TrainedModel | None, judge: Callable[[Progress], None] = unjudged) -> Result:
     """Train `config` on its domain, grafted on `parent` where there is one. Resumes a run of the same identity.
 
     `judge` sees the progress after each epoch, and may raise Pruned to end the run there. The model of a judged run is
@@ -80,7 +80,7 @@ def fit(config: PretrainConfig, *, parent: Artifact | None, judge: Callable[[Pro
 
 
 def _fit(
-    config: PretrainConfig, parent: Artifact | None, judge: Callable[[Progress], None], world: World, folder: Path
+    config: PretrainConfig, parent: TrainedModel | None, judge: Callable[[Progress], None], world: World, folder: Path
 ) -> Result:
     say: Callable[[str], None] = print if world.first else lambda line: None
     release = _pinned(config, world)
@@ -99,10 +99,16 @@ def _fit(
     model, account = _model(config, release, catalogue, knowledge, parent, validation, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
-        dataset, catalogue, config.data, batch_size=config.train.batch_size, max_length=config.model.max_length,
-        seed=config.train.seed, rank=world.rank, world_size=world.size,
+        dataset,
+        catalogue,
+        config.data,
+        batch_size=config.train.batch_size,
+        max_length=config.model.max_length,
+        seed=config.train.seed,
+        rank=world.rank,
+        world_size=world.size,
         everyone=config.task.kind == "basket_pair",
-    )  # fmt: skip
+    )
     training = Training(model, validation.task, loader, config.train, world)
     score = score_of(config.task)
     say(_introduction(config, release, catalogue, dataset, validation, account))
@@ -111,15 +117,24 @@ def _fit(
     data = f"release {release.number} of `{redact(release.lake)}`, {_size(config, catalogue, dataset, validation)}"
     copied = parent.hash if parent is not None and account.transfer != "none" else None
     description = descriptions.training(config, parent=copied, counts=account.counts(), data=data)
-    with _noted(folder, world), tracking.start_run(
-        config.tracking, name=config.name, resolved=config, release=release, description=description,
-        tables=[table.name for table in _read_tables(config)], uid=_uid(folder, world), told_again=True,
-    ) as tracked:  # fmt: skip
-        told = json.dumps(account.as_dict(), indent=1)
+    with (
+        _noted(folder, world),
+        tracking.start_run(
+            config.tracking,
+            name=config.name,
+            resolved=config,
+            release=release,
+            description=description,
+            tables=[table.name for table in _read_tables(config)],
+            uid=_uid(folder, world),
+            must_record=True,
+        ) as tracked,
+    ):
+        account_text = json.dumps(account.as_dict(), indent=1)
         tracked.log_params({f"parameters.{name}": count for name, count in account.counts().items()})
-        tracked.log_text(told, "transfer.json")
+        tracked.log_text(account_text, "transfer.json")
         if world.first:
-            (folder / "transfer.json").write_text(told)
+            (folder / "transfer.json").write_text(account_text)
         tracked.set_tags({"graftrec.recipe": _recipe(config), "graftrec.transfer": account.transfer})
         train(
             training,
@@ -143,9 +158,18 @@ def _fit(
         done: dict[str, Any] = {}
         if world.first:
             done = _finish(
-                folder, config, release, catalogue, knowledge, training, metrics, parent, identity, tracked,
+                folder,
+                config,
+                release,
+                catalogue,
+                knowledge,
+                training,
+                metrics,
+                parent,
+                identity,
+                tracked,
                 validation,
-            )  # fmt: skip
+            )
             tracked.describe(descriptions.paragraphs(descriptions.outcome(metrics, score), description))
             if judge is unjudged:
                 tracked.log_artifact(folder / "model")
@@ -209,59 +233,94 @@ def _check_event_types(dataset: SequenceDataset, setting: str) -> None:
 
 
 def _model(
-    config: PretrainConfig, release: Release, catalogue: Catalogue, knowledge: Int32Array, parent: Artifact | None,
-    validation: Validation, world: World,
-) -> tuple[SequenceModel, Account]:  # fmt: skip
+    config: PretrainConfig,
+    release: Release,
+    catalogue: Catalogue,
+    knowledge: Int32Array,
+    parent: TrainedModel | None,
+    validation: Validation,
+    world: World,
+) -> tuple[SequenceModel, TransferReport]:
     model = build_model(
-        config.model, num_users=vocabulary_size(release, tables.USERS),
+        config.model,
+        num_users=vocabulary_size(release, tables.USERS),
         num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
-        knowledge_VS=torch.from_numpy(knowledge), seed=config.train.seed,
-        tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None, patch=patch_of(config),
-        task_heads=validation.task_heads, num_event_types=len(config.data.event_types),
-    )  # fmt: skip
+        knowledge_VS=torch.from_numpy(knowledge),
+        seed=config.train.seed,
+        tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
+        patch=patch_of(config),
+        task_heads=validation.task_heads,
+        num_event_types=len(config.data.event_types),
+    )
     model.to(device=world.device, dtype=world.dtype)
     if validation.content is not None:
         model.describe(torch.from_numpy(validation.content.vectors_VF))
     if config.data.predicted is not None:
-        model.predict_only(torch.from_numpy(rows_of_domain(release, catalogue, config.data.predicted)))
+        model.restrict_targets(torch.from_numpy(rows_of_domain(release, catalogue, config.data.predicted)))
     if isinstance(config, FinetuneConfig):
         shared = None
         if parent is not None and config.shared_items:
             shared = rows_by_raw_id(parent.catalogue, catalogue)
-        return model, graft(
-            model, config.model, parent, config.transfer, config.freeze, shared, layer_norm=config.patch.layer_norm,
-            unused=validation.unused, event_types=config.data.event_types,
-        )  # fmt: skip
-    return model, graft(model, config.model, None, "none", unused=validation.unused)
+        return model, initialise_from(
+            model,
+            config.model,
+            parent,
+            config.transfer,
+            config.freeze,
+            shared,
+            layer_norm=config.patch.layer_norm,
+            unused=validation.unused,
+            event_types=config.data.event_types,
+        )
+    return model, initialise_from(model, config.model, None, "none", unused=validation.unused)
 
 
-def _summary(training: Training, parent: Artifact | None) -> dict[str, float]:
+def _summary(training: Training, parent: TrainedModel | None) -> dict[str, float]:
     progress = training.progress
     seconds = sum(epoch.seconds for epoch in progress.history)
     best = {f"validation/{name}": value for name, value in progress.history[progress.best_epoch - 1].metrics.items()}
     cost = {
-        "seconds": seconds, "epochs": len(progress.history), "best_epoch": progress.best_epoch,
+        "seconds": seconds,
+        "epochs": len(progress.history),
+        "best_epoch": progress.best_epoch,
         "peak_gb": training.world.peak_gb(),
-    }  # fmt: skip
+    }
     inherited = 0.0 if parent is None else parent.metrics["seconds"] + parent.metrics.get("pretrain_seconds", 0.0)
     return best | cost | {"pretrain_seconds": inherited}
 
 
 def _finish(
-    folder: Path, config: PretrainConfig, release: Release, catalogue: Catalogue, knowledge: Int32Array,
-    training: Training, metrics: dict[str, float], parent: Artifact | None, identity: str, tracked: Run,
+    folder: Path,
+    config: PretrainConfig,
+    release: Release,
+    catalogue: Catalogue,
+    knowledge: Int32Array,
+    training: Training,
+    metrics: dict[str, float],
+    parent: TrainedModel | None,
+    identity: str,
+    tracked: Run,
     validation: Validation,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Model folder, curves, and the note that all is done (`_noted` gives it its name), which is returned."""
     others = isinstance(config.task, ClickConfig)  # what was shown only has not been taken
     popularity = training_interactions(training.loader.dataset, catalogue, others=others)
-    digest = save_artifact(
-        folder / "model", config=config, release=release, catalogue=catalogue, popularity=popularity,
-        knowledge=knowledge, weights=training.best, metrics=metrics, parent=parent.hash if parent else None,
+    digest = save_model(
+        folder / "model",
+        config=config,
+        release=release,
+        catalogue=catalogue,
+        popularity=popularity,
+        knowledge=knowledge,
+        weights=training.best,
+        metrics=metrics,
+        parent=parent.hash if parent else None,
         users=release.read(tables.USERS, ["user", "index"]),
         predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
-        classes=validation.classes, task_heads=validation.task_heads, content=validation.content,
-    )  # fmt: skip
+        classes=validation.classes,
+        task_heads=validation.task_heads,
+        content=validation.content,
+    )
     history = [vars(epoch) for epoch in training.progress.history]
     (folder / "history.json").write_text(json.dumps(history, indent=1))
     score = score_of(config.task)
@@ -318,14 +377,26 @@ def _final(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _log_model(
-    tracked: Run, digest: str, config: PretrainConfig, release: Release, account: Account, metrics: Mapping[str, float]
+    tracked: Run,
+    digest: str,
+    config: PretrainConfig,
+    release: Release,
+    account: TransferReport,
+    metrics: Mapping[str, float],
 ) -> None:
     """The run's logged model: what it is, and its validation metrics on the snapshot that it was trained on."""
     facts = {
-        "recipe": _recipe(config), "model": config.model.kind, "task": config.task.kind, "transfer": account.transfer,
-        "domain": config.data.domain, "predicts": config.data.answered, "split": config.data.split,
-        "seed": config.train.seed, "release": release.number, "parameters": account.counts()["total"],
-    }  # fmt: skip
+        "recipe": _recipe(config),
+        "model": config.model.kind,
+        "task": config.task.kind,
+        "transfer": account.transfer,
+        "domain": config.data.domain,
+        "predicts": config.data.answered,
+        "split": config.data.split,
+        "seed": config.train.seed,
+        "release": release.number,
+        "parameters": account.counts()["total"],
+    }
     tracked.log_model(config.name, digest, kind=config.model.kind, params=facts)
     best = {name: value for name, value in _final(metrics).items() if name.startswith("best/") and name != "best/epoch"}
     tracked.log_model_metrics(digest, best, release, _sequence_table(config).name)
@@ -348,9 +419,13 @@ def _tell(epoch: Epoch, score: str, tracked: Run, say: Callable[[str], None]) ->
 
 
 def _introduction(
-    config: PretrainConfig, release: Release, catalogue: Catalogue, dataset: SequenceDataset, validation: Validation,
-    account: Account,
-) -> str:  # fmt: skip
+    config: PretrainConfig,
+    release: Release,
+    catalogue: Catalogue,
+    dataset: SequenceDataset,
+    validation: Validation,
+    account: TransferReport,
+) -> str:
     size = sum(math.prod(line.shape) for line in account.lines)
     return (
         f"{config.name}: {config.model.kind}, {size:,} parameters; release {release.number} of {release.lake}, "
@@ -380,7 +455,7 @@ def _recipe(config: PretrainConfig) -> str:
     return "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
 
 
-def run_identity(config: PretrainConfig, release: Release, parent: Artifact | None) -> dict[str, str]:
+def run_identity(config: PretrainConfig, release: Release, parent: TrainedModel | None) -> dict[str, str]:
     """Settings, code, data and parent as short texts, one of which changes with whatever could change the weights; none
     with where or how the run runs."""
     runtime, tracked = type(config.runtime)(precision=config.runtime.precision), type(config.tracking)()
@@ -398,7 +473,7 @@ def finished(config: PretrainConfig) -> Result | None:
     """What this run left, where it is done and its settings, code, data and parent are unchanged. Raises GraftrecError
     for a lake or parent that is not there."""
     grafted = config.parent if isinstance(config, FinetuneConfig) and config.transfer != "none" else None
-    parent = load_artifact(grafted, users=False) if grafted else None
+    parent = load_model(grafted, users=False) if grafted else None
     release = pin(config.data.lake, config.data.release)
     identity = ":".join(run_identity(config, release, parent).values())
     return _finished(Path(config.output) / config.name, identity)
@@ -407,7 +482,7 @@ def finished(config: PretrainConfig) -> Result | None:
 def _finished(folder: Path, identity: str) -> Result | None:
     try:
         done = json.loads((folder / DONE).read_text())
-        if done["identity"] == identity and artifact_hash(folder / "model") == done["hash"]:
+        if done["identity"] == identity and model_hash(folder / "model") == done["hash"]:
             return Result(folder, done["metrics"], reused=True, run_id=done.get("mlflow_run", ""))
     except (OSError, ValueError, KeyError, GraftrecError):
         pass

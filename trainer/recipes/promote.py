@@ -44,11 +44,11 @@ from trainer.evaluation.gate import (
     next_steps,
 )
 from trainer.evaluation.item_ranking import SINGLE
-from trainer.inference.model_folder import ArtifactError, artifact_hash, config_of, lake_of, load_artifact
+from trainer.inference.model_folder import ModelFolderError, config_of, lake_of, load_model, model_hash
 from trainer.parallel.distributed import join
 from trainer.recipes.hints import recommend_command
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Promotion, Registry, Version, descriptions
-from trainer.registry.gate_evidence import SCRATCH, VERSION, Judged, Ranked, judged, was_transferred
+from trainer.registry.gate_evidence import SCRATCH, VERSION, GateEvidence, Ranked, judged, was_transferred
 from trainer.tracking import Run
 
 TAG_GATE = "graftrec.gate"  # what the gate said last: passed, or why not
@@ -94,15 +94,20 @@ def run(config: PromoteConfig) -> Promoted:
         return Promoted(version, None, None)
     release = pin(config.lake or lake_of(compared.candidate.folder), config.release)
     with tracking.start_run(
-        config.tracking, name=config.name, resolved=config, release=release, tags={"graftrec.recipe": "promote"},
-        tables=("sequences", "baskets", "items", "domains", "negatives"), context="evaluation",
-    ) as tracked:  # fmt: skip
+        config.tracking,
+        name=config.name,
+        resolved=config,
+        release=release,
+        tags={"graftrec.recipe": "promote"},
+        tables=("sequences", "baskets", "items", "domains", "negatives"),
+        context="evaluation",
+    ) as tracked:
         found, faults = _ask(registry, version, compared, config, release)
         decision, promoted = _judge_and_move(registry, version, found, faults, config, tracked)
-        told = {"version": version.label, "release": release.number, "lake": release.lake} | decision.as_dict()
+        record = {"version": version.label, "release": release.number, "lake": release.lake} | decision.as_dict()
         place = Path(config.output) / config.name / "decision.json"
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        place.write_text(json.dumps(record, indent=1), encoding="utf-8")
         tracked.log_artifact(place)
         tracked.set_tags({TAG_GATE: _verdict(decision), "graftrec.version": version.label})
         tracked.describe(descriptions.promotion(version.label, version.hash, decision, _examples(found)))
@@ -116,9 +121,11 @@ def run(config: PromoteConfig) -> Promoted:
     if promoted is None:
         model, champion = str(compared.candidate.folder), registry.find(CHAMPION)
         refusal = GateRefused(
-            f"{version.label} is not promoted: {'; '.join(decision.reasons)}", decision, model,
+            f"{version.label} is not promoted: {'; '.join(decision.reasons)}",
+            decision,
+            model,
             champion.label if champion else None,
-        )  # fmt: skip
+        )
         for step in next_steps(decision, recommend=_recommend(config, compared, refusal), champion=refusal.champion):
             print(f"  → {step}")
         raise refusal
@@ -165,9 +172,12 @@ def _recommend(config: PromoteConfig, compared: Compared, refusal: GateRefused) 
     if not (ranks_items(task) or isinstance(task, ClickConfig)):
         return None
     wanted = RecommendConfig(
-        registered_model=config.registered_model, model=refusal.model, lake=config.lake, domain=config.domain,
+        registered_model=config.registered_model,
+        model=refusal.model,
+        lake=config.lake,
+        domain=config.domain,
         replace=refusal.champion is not None,
-    )  # fmt: skip
+    )
     return recommend_command(wanted)
 
 
@@ -200,7 +210,7 @@ def _compared(registry: Registry, config: PromoteConfig) -> Compared:
 
 def _model_info(registry: Registry, name: str) -> ModelInfo:
     folder = registry.folder(registry.version(name)) if _is_version(name) else Path(name)
-    digest = artifact_hash(folder)
+    digest = model_hash(folder)
     return ModelInfo(folder, *config_of(folder), digest)
 
 
@@ -211,11 +221,11 @@ def _candidate(registry: Registry, config: PromoteConfig) -> Version:
         return registry.version(CANDIDATE)
     if _is_version(named):
         return registry.version(named)
-    artifact = load_artifact(named)
+    trained_model = load_model(named)
     tags = {
-        "graftrec.release": str(artifact.release),
-        "graftrec.transfer": str(getattr(artifact.config, "transfer", "none")),
-    } | ({"graftrec.parent": artifact.parent} if artifact.parent else {})
+        "graftrec.release": str(trained_model.release),
+        "graftrec.transfer": str(getattr(trained_model.config, "transfer", "none")),
+    } | ({"graftrec.parent": trained_model.parent} if trained_model.parent else {})
     version = registry.register(named, tags=tags, alias=None)
     if CHAMPION not in version.aliases:
         registry.set_alias(CANDIDATE, version.number)
@@ -232,17 +242,17 @@ def _is_version(name: str) -> bool:
 
 def _ask(
     registry: Registry, version: Version, compared: Compared, config: PromoteConfig, release: Release
-) -> tuple[Judged[Any] | None, list[str]]:
+) -> tuple[GateEvidence[Any] | None, list[str]]:
     """The version, its replicas and from-scratch, asked; and why their numbers can't be trusted. None: no need to."""
     device = str(join(config.runtime).device)
     named = [(VERSION, registry.folder(version)), *((VERSION, one.folder) for one in compared.replicas)]
     named += [(SCRATCH, one.folder) for one in compared.scratch]
     models, faults = [], []
     for label, path in named:
-        artifact = load_artifact(path, device=device)
-        if broken := _not_finite(artifact.model):
+        trained_model = load_model(path, device=device)
+        if broken := _not_finite(trained_model.model):
             faults.append(f"weights of {path} are not finite ({', '.join(broken)})")
-        models.append((label, artifact))
+        models.append((label, trained_model))
     if faults:
         return None, faults
     found = judged(models, _kinds_of_champion(registry), config, release)
@@ -262,23 +272,27 @@ def _kinds_of_champion(registry: Registry) -> tuple[str, ...]:
     return ()
 
 
-def _score_champion(registry: Registry, champion: Version, config: PromoteConfig, found: Judged[Any]) -> Any:
+def _score_champion(registry: Registry, champion: Version, config: PromoteConfig, found: GateEvidence[Any]) -> Any:
     """The champion on the same questions. None: its folder is gone or damaged."""
     try:
-        artifact = load_artifact(registry.folder(champion), device=str(join(config.runtime).device))
-    except ArtifactError as error:
+        trained_model = load_model(registry.folder(champion), device=str(join(config.runtime).device))
+    except ModelFolderError as error:
         print(f"the champion {champion.label} can't be scored, so it is no bar: {error}")
         return None
-    return found.champion(artifact)
+    return found.champion(trained_model)
 
 
 # --- aliases ---------------------------------------------
 
 
 def _judge_and_move(
-    registry: Registry, version: Version, found: Judged[Any] | None, faults: Sequence[str], config: PromoteConfig,
+    registry: Registry,
+    version: Version,
+    found: GateEvidence[Any] | None,
+    faults: Sequence[str],
+    config: PromoteConfig,
     run: Run,
-) -> tuple[Decision, Promoted | None]:  # fmt: skip
+) -> tuple[Decision, Promoted | None]:
     """Decide against the champion of the moment of moving. None: refused."""
     for _ in range(ATTEMPTS):
         champion = registry.find(CHAMPION)
@@ -308,9 +322,13 @@ def _judge_and_move(
 
 
 def _crown(
-    registry: Registry, promotion: Promotion, version: Version, champion: Version | None, decision: Decision,
+    registry: Registry,
+    promotion: Promotion,
+    version: Version,
+    champion: Version | None,
+    decision: Decision,
     entry: dict[str, Any],
-) -> Promoted:  # fmt: skip
+) -> Promoted:
     """Tags first: a champion without its papers is worse than papers of a promotion that did not happen."""
     before = str(champion.number) if champion else ""
     registry.set_tags(version.number, {TAG_GATE: _verdict(decision), TAG_BEFORE: before})
@@ -350,7 +368,7 @@ def _verdict(decision: Decision) -> str:
     return ("passed" if decision.passed else f"refused: {'; '.join(decision.reasons)}")[:TAG_CHARACTERS]
 
 
-def _means(found: Judged[Any]) -> dict[str, dict[str, float]]:
+def _means(found: GateEvidence[Any]) -> dict[str, dict[str, float]]:
     """The version's metrics by protocol or task, each held-out item counted once in one list."""
     return {
         name: {metric: value for metric, value in numbers.items() if not metric.startswith(SINGLE)}
@@ -358,36 +376,40 @@ def _means(found: Judged[Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def _table(found: Judged[Any]) -> str:
+def _table(found: GateEvidence[Any]) -> str:
     """The table that holds the evaluated histories."""
-    return (BASKETS if isinstance(found, Ranked) and found.asked.baskets else SEQUENCES).name
+    return (BASKETS if isinstance(found, Ranked) and found.examples.baskets else SEQUENCES).name
 
 
-def _gate_section(decision: Decision, found: Judged[Any] | None, run: Run) -> str:
+def _gate_section(decision: Decision, found: GateEvidence[Any] | None, run: Run) -> str:
     """The decision in a version's description."""
     link = tracking.run_link("The run that asked the gate", run.id) + " holds decision.json." if run.id else ""
     scores = f"This version:\n\n{descriptions.scores(found.part, _means(found))}" if found is not None else ""
     return descriptions.paragraphs(descriptions.gate(decision, _examples(found)), scores, link)
 
 
-def _examples(found: Judged[Any] | None) -> str:
+def _examples(found: GateEvidence[Any] | None) -> str:
     """What the gate's numbers were measured on, in words."""
     if found is None:
         return ""
     return f"release {found.release.number}, {found.num_users:,} users of domain {found.domain}, {found.part}"
 
 
-def _entry(decision: Decision, found: Judged[Any] | None, champion: Version | None, run: Run) -> dict[str, Any]:
-    asked: dict[str, Any] = {}
+def _entry(decision: Decision, found: GateEvidence[Any] | None, champion: Version | None, run: Run) -> dict[str, Any]:
+    examples: dict[str, Any] = {}
     if found is not None:
-        asked = {
-            "release": found.release.number, "split": found.split, "domain": found.domain, "part": found.part,
+        examples = {
+            "release": found.release.number,
+            "split": found.split,
+            "domain": found.domain,
+            "part": found.part,
             "users": found.num_users,
-        }  # fmt: skip
-    return asked | {
-        "champion": champion.label if champion else None, "run": run.id,
+        }
+    return examples | {
+        "champion": champion.label if champion else None,
+        "run": run.id,
         "checks": {check.name: check.verdict for check in decision.checks},  # numbers: the run's decision.json
-    }  # fmt: skip
+    }
 
 
 def _audit(action: str, entry: Mapping[str, Any]) -> dict[str, Any]:

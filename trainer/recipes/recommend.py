@@ -50,8 +50,8 @@ from trainer.data.baskets import BasketDataset, separated
 from trainer.data.histories import Histories
 from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, event_type_codes
-from trainer.inference.model_folder import MANIFEST, USER_IDS, Artifact, load_artifact
-from trainer.inference.recommender import Shortlist
+from trainer.inference.model_folder import MANIFEST, USER_IDS, TrainedModel, load_model
+from trainer.inference.recommender import TopK
 from trainer.inference.scorer import has_items
 from trainer.parallel.cores import use_threads
 from trainer.registry import COMPANION, Registry, Version
@@ -61,7 +61,7 @@ ROWS_SCHEMA = (
 )
 USERS_PER_TASK = 20_000
 UNREGISTERED = "unregistered/"  # what labels of model folders begin with
-Models = Sequence[tuple[Artifact, str]]  # each with its label: the model, and its companion if there is one
+Models = Sequence[tuple[TrainedModel, str]]  # each with its label: the model, and its companion if there is one
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,16 @@ class _Source:
 def run(config: RecommendConfig) -> Result:
     """The recipe `recommend`. Raises GraftrecError."""
     models = _models(config)
-    artifact = models[0][0]
+    trained_model = models[0][0]
     companion = models[1][1] if len(models) > 1 else ""
-    baskets = reads_baskets(artifact.config.task)
+    baskets = reads_baskets(trained_model.config.task)
     for one, _ in models:
         one.scorer(baskets=reads_baskets(one.config.task), clicks=True)  # refuses a model that ranks no items
-    own = artifact.config.data
+    own = trained_model.config.data
     predicts = own.predicted or own.domain
     split, domain = config.split or own.split, config.domain or predicts
     reads = own.domain if domain == predicts else domain  # rows are of what is predicted, whatever is read for it
-    release = pin(config.lake or artifact.lake, config.release)
+    release = pin(config.lake or trained_model.lake, config.release)
     num_users = (BasketDataset if baskets else SequenceDataset)(release, split, reads).num_rows
     if DOMAIN_ALL in domains_with_sequences(release, split):
         num_users = SequenceDataset(release, split, DOMAIN_ALL).num_rows
@@ -114,7 +114,7 @@ def run(config: RecommendConfig) -> Result:
 
 def _renew(config: RecommendConfig, models: Models, source: _Source, domain: str) -> Result:
     """Write the domain's rows, unless the table holds them already. Only the lake's writer may."""
-    release, (artifact, label), num_users = source.release, models[0], source.num_users
+    release, (trained_model, label), num_users = source.release, models[0], source.num_users
     companion = models[1][1] if len(models) > 1 else ""
     app, identity = f"recommend/{domain}", _identity(config, models, source, domain)
     recorded = spark_io.transactions(release.lake, tables.RECOMMENDATIONS, [app, identity])
@@ -126,7 +126,7 @@ def _renew(config: RecommendConfig, models: Models, source: _Source, domain: str
         tracking.settle(config.tracking)
         return Result(num_users, 0, version or 0, False, 0.0, _users_by_model(release.lake, domain))
     _refuse_replacement(config, label, release, domain)
-    by = tracking.model_link(label, artifact.hash)
+    by = tracking.model_link(label, trained_model.hash)
     if companion:
         by += f", and by {tracking.model_link(companion, models[1][0].hash)} where it knows nothing of a user"
     description = (
@@ -134,11 +134,15 @@ def _renew(config: RecommendConfig, models: Models, source: _Source, domain: str
         f"`{redact(release.lake)}`."
     )
     with tracking.start_run(
-        config.tracking, name=config.name, resolved=config, release=release, description=description,
+        config.tracking,
+        name=config.name,
+        resolved=config,
+        release=release,
+        description=description,
         tables=[(tables.BASKETS if source.baskets else tables.SEQUENCES).name, tables.ITEMS.name, tables.USERS.name],
-    ) as tracked:  # fmt: skip
+    ) as tracked:
         tracked.set_tags(
-            {"graftrec.recipe": "recommend", "graftrec.model_version": label, "graftrec.hash": artifact.hash}
+            {"graftrec.recipe": "recommend", "graftrec.model_version": label, "graftrec.hash": trained_model.hash}
             | ({"graftrec.companion": companion} if companion else {})
         )
         number = recorded.get(app, 0) + 1
@@ -157,35 +161,38 @@ def _renew(config: RecommendConfig, models: Models, source: _Source, domain: str
     return result
 
 
-def _models(config: RecommendConfig) -> list[tuple[Artifact, str]]:
+def _models(config: RecommendConfig) -> list[tuple[TrainedModel, str]]:
     """The model, and its companion if it has one, each with its label in `model_version`: "graftrec/3", or
     "unregistered/<hash>" for a folder."""
     folder, label, version = _model(config, config.model)
-    artifact = load_artifact(folder, users=False)
-    if artifact.config.data.domain == DOMAIN_ALL or reads_baskets(artifact.config.task):
-        return [(artifact, label)]
+    trained_model = load_model(folder, users=False)
+    if trained_model.config.data.domain == DOMAIN_ALL or reads_baskets(trained_model.config.task):
+        return [(trained_model, label)]
     if config.companion is not None:
         folder, name, _ = _model(config, config.companion)
     else:
         registry = Registry(config.registered_model) if version is not None else None
         found = registry.companion(version) if registry is not None and version is not None else None
         if registry is None or found is None:
-            return [(artifact, label)]
+            return [(trained_model, label)]
         folder, name = registry.folder(found), found.label
-    companion = load_artifact(folder, users=False)
-    if companion.config.data.domain != DOMAIN_ALL or companion.config.data.answered != artifact.config.data.answered:
+    companion = load_model(folder, users=False)
+    if (
+        companion.config.data.domain != DOMAIN_ALL
+        or companion.config.data.answered != trained_model.config.data.answered
+    ):
         raise GraftrecError(
-            f"expected a companion that reads domain {DOMAIN_ALL!r} and predicts {artifact.config.data.answered!r}, "
-            f"found {name}, which reads {companion.config.data.domain!r} and predicts "
-            f"{companion.config.data.answered!r}; name another, or move the alias {COMPANION!r}"
+            f"expected a companion that reads domain {DOMAIN_ALL!r} and predicts "
+            f"{trained_model.config.data.answered!r}, found {name}, which reads "
+            f"{companion.config.data.domain!r} and predicts {companion.config.data.answered!r}; name another, or move the alias {COMPANION!r}"
         )
-    return [(artifact, label), (companion, name)]
+    return [(trained_model, label), (companion, name)]
 
 
 def _model(config: RecommendConfig, named: str) -> tuple[Path, str, Version | None]:
     """The folder, label and version (of a folder: None) of a model by alias, number or folder."""
     if (Path(named) / MANIFEST).is_file() or "/" in named:
-        return Path(named), f"{UNREGISTERED}{load_artifact(named, users=False).hash[:12]}", None
+        return Path(named), f"{UNREGISTERED}{load_model(named, users=False).hash[:12]}", None
     registry = Registry(config.registered_model)
     version = registry.version(named)
     if config.domain is not None:  # a patch beside it may be for that domain
@@ -225,9 +232,9 @@ def _identity(config: RecommendConfig, models: Models, source: _Source, domain: 
     release = source.release
     read = [tables.BASKETS] if source.baskets else []
     versions = [release.versions.get(table.name) for table in (*read, tables.SEQUENCES, tables.USERS)]
-    asked = [(artifact.hash, label) for artifact, label in models]
-    told = [asked, release.number, versions, source.split, domain, config.k, code_hash("trainer.recipes.recommend")]
-    return f"recommend/{domain}/{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}"
+    examples = [(trained_model.hash, label) for trained_model, label in models]
+    parts = [examples, release.number, versions, source.split, domain, config.k, code_hash("trainer.recipes.recommend")]
+    return f"recommend/{domain}/{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def _place(release: Release) -> str:
@@ -240,20 +247,33 @@ def _write(
     release, (app, identity, number) = source.release, transaction
     start = time.monotonic()
     spark = spark_session(config.spark, name="graftrec recommend")
-    shipped = [(_shipped(spark, artifact), label) for artifact, label in models]
+    shipped = [(_shipped(spark, trained_model), label) for trained_model, label in models]
     metadata = {"job": "recommend", "model_version": models[0][1], "release": str(release.number), "k": str(config.k)}
     if len(models) > 1:
         metadata["companion"] = models[1][1]
     with _progress(spark, source.num_users) as count:
         score = functools.partial(
-            _score_batches, models=shipped, count=count, k=config.k, batch_size=config.batch_size, domain=domain,
+            _score_batches,
+            models=shipped,
+            count=count,
+            k=config.k,
+            batch_size=config.batch_size,
+            domain=domain,
             release=release.number,
-        )  # fmt: skip
+        )
         rows = _histories(spark, source, config.spark.shuffle_partitions).mapInArrow(score, ROWS_SCHEMA)
         written = spark_io.write(
-            spark, rows, release.lake, tables.RECOMMENDATIONS, mode="partitions", app=app, app_version=number,
-            metadata=metadata, partition_scope={"domain": [domain]}, transactions={identity: number},
-        )  # fmt: skip
+            spark,
+            rows,
+            release.lake,
+            tables.RECOMMENDATIONS,
+            mode="partitions",
+            app=app,
+            app_version=number,
+            metadata=metadata,
+            partition_scope={"domain": [domain]},
+            transactions={identity: number},
+        )
     if (
         not written.committed
         and spark_io.transactions(release.lake, tables.RECOMMENDATIONS, [identity]).get(identity) != number
@@ -301,11 +321,11 @@ def _histories(spark: SparkSession, source: _Source, parallel: int) -> DataFrame
 class _Model:
     """A model folder, ready to score; kept by a worker from task to task."""
 
-    def __init__(self, artifact: Artifact) -> None:
-        self.catalogue = artifact.catalogue
-        self.raw_ids = pa.array(artifact.catalogue.raw_ids, pa.string())
-        self.shortlist = Shortlist(artifact)
-        self.event_types = artifact.event_types
+    def __init__(self, trained_model: TrainedModel) -> None:
+        self.catalogue = trained_model.catalogue
+        self.raw_ids = pa.array(trained_model.catalogue.raw_ids, pa.string())
+        self.shortlist = TopK(trained_model)
+        self.event_types = trained_model.event_types
 
 
 _loading = threading.Lock()  # Sail's tasks are threads of one process
@@ -313,13 +333,19 @@ _loading = threading.Lock()  # Sail's tasks are threads of one process
 
 @functools.lru_cache(maxsize=2)  # the model and its companion
 def _loaded(model: str) -> _Model:
-    return _Model(load_artifact(Path(model) if "/" in model else Path(SparkFiles.getRootDirectory()) / model))
+    return _Model(load_model(Path(model) if "/" in model else Path(SparkFiles.getRootDirectory()) / model))
 
 
 def _score_batches(
-    batches: Iterator[pa.RecordBatch], *, models: Sequence[tuple[str, str]], count: Any, k: int, batch_size: int,
-    domain: str, release: int,
-) -> Iterator[pa.RecordBatch]:  # fmt: skip
+    batches: Iterator[pa.RecordBatch],
+    *,
+    models: Sequence[tuple[str, str]],
+    count: Any,
+    k: int,
+    batch_size: int,
+    domain: str,
+    release: int,
+) -> Iterator[pa.RecordBatch]:
     """Top-k rows of the users in `batches` (raw, index, bucket, items). `models`: place and label of the model, and of
     its companion, which scores users of whom only it knows an item."""
     use_threads(1)  # there are as many tasks at once as cores
@@ -399,19 +425,19 @@ def _in_a_row(baskets: pa.ListArray) -> pa.ListArray:
 # --- shipping and progress ---------------------------------------------
 
 
-def _shipped(spark: SparkSession, artifact: Artifact) -> str:
+def _shipped(spark: SparkSession, trained_model: TrainedModel) -> str:
     """Give executors the model folder, without raw user ids, which they don't need. Returns what `_loaded` finds it by.
 
     Sail takes no files: it runs in this process, or its server must see the folder under the same path.
     """
     if engine_of(spark) == "sail":
-        return str(artifact.folder.absolute())
+        return str(trained_model.folder.absolute())
     # As long as the session may still ask for it: it fetches what it was given whenever an executor begins.
     scratch = Path(tempfile.mkdtemp(prefix="graftrec-model-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     packed_model = scratch / "model.zip"
     with zipfile.ZipFile(packed_model, "w", zipfile.ZIP_STORED) as target:
-        for file in sorted(artifact.folder.iterdir()):
+        for file in sorted(trained_model.folder.iterdir()):
             if file.is_file() and file.name != USER_IDS:
                 entry = zipfile.ZipInfo(file.name)  # without a time: the same model is the same archive
                 with file.open("rb") as source, target.open(entry, "w", force_zip64=True) as packed:

@@ -22,14 +22,14 @@ PICTURED_USERS = 200_000  # about, of each domain; whole row groups are read
 
 def run(config: EtlConfig, track: TrackingConfig, *, job: str = "all") -> int:
     """Run one job, or all of them; gives the number of the release that stands then. Raises GraftrecError."""
-    from etl.jobs.job import Engine
+    from etl.jobs.job import RunContext
     from etl.pipeline.run import run_all, run_one
 
     with tracking.start_run(track, name="etl", resolved=config, tags={"graftrec.recipe": "etl"}) as tracked:
         if job != "all":
-            run_one(Engine(config), job)
+            run_one(RunContext(config), job)
             return pin(config.lake, None).number
-        release = pin(config.lake, run_all(Engine(config)))
+        release = pin(config.lake, run_all(RunContext(config)))
         tracked.log_release(release, context="output")
         written = ", ".join(f"{table}@{number}" for table, number in sorted(release.versions.items()))
         tracked.describe(f"Release {release.number} of `{redact(release.lake)}`, from the log.\n\nTables: {written}.")

@@ -78,7 +78,7 @@ def _search(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
         resolved=config,
         resumed=begun,
         tags={"graftrec.recipe": "search"},
-        told_again=True,
+        must_record=True,
     ) as tracked:
         first.set_user_attr(TOLD, False)
         if tracked.id:
@@ -105,21 +105,25 @@ def _try(config: SearchConfig, arm: Arm) -> None:
     values = {key: _propose(trial, key, admitted) for key, admitted in config.space.items()}
     number = f"{arm.name}: trial {trial.number + 1}"
     print(f"\n{number}{'' if config.trials is None else f' of {config.trials}'}: {_told(values)}", flush=True)
-    if (twin := arm.twin(values)) is not None:
-        arm.end(trial, "done", score(twin), reason=f"as trial {twin.number + 1}", seconds=0, epochs=0)
-        return print(f"{number} has the values of trial {twin.number + 1}, and so its score")
+    if (duplicate := arm.duplicate(values)) is not None:
+        arm.end(trial, "done", score(duplicate), reason=f"as trial {duplicate.number + 1}", seconds=0, epochs=0)
+        return print(f"{number} has the values of trial {duplicate.number + 1}, and so its score")
     judge = Judge(trial, score_of(arm.base.task))
     try:
-        told = _train(config, arm, trial.number, values, judge).metrics
+        metrics = _train(config, arm, trial.number, values, judge).metrics
     except (Pruned, NonFiniteLoss, ConfigError, TransferError, MemoryError, torch.OutOfMemoryError) as error:
         outcome: Outcome = "pruned" if isinstance(error, Pruned) else "failed"
         reason = one_line(error)
         arm.end(trial, outcome, None, reason=reason, seconds=judge.seconds, epochs=judge.epochs)
         return print(f"{number} {outcome}: {reason}", flush=True)
     arm.end(
-        trial, "done", told[f"validation/{score_of(arm.base.task)}"], reason="", seconds=told["seconds"],
-        epochs=int(told["epochs"]),
-    )  # fmt: skip
+        trial,
+        "done",
+        metrics[f"validation/{score_of(arm.base.task)}"],
+        reason="",
+        seconds=metrics["seconds"],
+        epochs=int(metrics["epochs"]),
+    )
 
 
 def _train(config: SearchConfig, arm: Arm, number: int, values: Mapping[str, Any], judge: "Judge") -> pretrain.Result:

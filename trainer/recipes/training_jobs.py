@@ -46,13 +46,13 @@ _LIBC: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass(eq=False)
-class Cell:
+class TrainingJob:
     """One training run."""
 
     name: str  # of its log
     recipe: Literal["pretrain", "finetune"]
     config: PretrainConfig
-    parent: "Cell | None" = None
+    parent: "TrainingJob | None" = None
     failure: str = ""  # why it has no model
     exit_code: int = 0  # of its process
     is_done: bool = False
@@ -68,7 +68,7 @@ class Cell:
         return self.folder / "model"
 
 
-def run(cells: Sequence[Cell], *, folder: Path, jobs: int, environment: Mapping[str, str]) -> None:
+def run(trainings: Sequence[TrainingJob], *, folder: Path, jobs: int, environment: Mapping[str, str]) -> None:
     """Train all cells, at most `jobs` at a time; sets `is_done` and `metrics`, or `failure`, of each. The output of a
     cell is in <folder>/logs. What has failed is tried again by the next call."""
     from trainer import tracking
@@ -76,61 +76,65 @@ def run(cells: Sequence[Cell], *, folder: Path, jobs: int, environment: Mapping[
     for name in ("logs", "settings"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     context = _context()
-    waiting, running = list(cells), dict[int, tuple[Cell, BaseProcess, float]]()
+    waiting, running = list(trainings), dict[int, tuple[TrainingJob, BaseProcess, float]]()
     finished, begun_all = 0, time.monotonic()
 
-    def end(cell: Cell, how: str) -> None:
+    def end(training: TrainingJob, how: str) -> None:
         nonlocal finished
         finished += 1
         each = (time.monotonic() - begun_all) / finished
-        left = f"  (about {each * (len(cells) - finished):.0f} s left)" if finished < len(cells) and each > 0.5 else ""
-        print(f"[{finished}/{len(cells)}] {cell.name}: {cell.failure or how}{left}", flush=True)
+        left = (
+            f"  (about {each * (len(trainings) - finished):.0f} s left)"
+            if finished < len(trainings) and each > 0.5
+            else ""
+        )
+        print(f"[{finished}/{len(trainings)}] {training.name}: {training.failure or how}{left}", flush=True)
 
     try:
         while waiting or running:
-            while len(running) < jobs and (cell := _ready(waiting)) is not None:
-                if cell.parent is not None and not cell.parent.is_done:
-                    cell.failure = f"its pre-training, {cell.parent.name}, failed: {cell.parent.failure}"
-                    end(cell, "")
-                elif (done := _finished(cell)) is not None:
-                    tracking.note_reused(cell.name, cell.run_id)
-                    end(cell, f"unchanged, {done}")
+            while len(running) < jobs and (training := _ready(waiting)) is not None:
+                if training.parent is not None and not training.parent.is_done:
+                    training.failure = f"its pre-training, {training.parent.name}, failed: {training.parent.failure}"
+                    end(training, "")
+                elif (done := _finished(training)) is not None:
+                    tracking.note_reused(training.name, training.run_id)
+                    end(training, f"unchanged, {done}")
                 else:
-                    running[id(cell)] = (cell, _start(context, cell, folder, environment), time.monotonic())
-            for key, (cell, process, begun) in list(running.items()):
+                    running[id(training)] = (training, _start(context, training, folder, environment), time.monotonic())
+            for key, (training, process, begun) in list(running.items()):
                 if process.exitcode is None:
                     continue
                 del running[key]
-                cell.exit_code = _exit_code(process.exitcode)
-                done = _finished(cell) if process.exitcode == 0 else None
+                training.exit_code = _exit_code(process.exitcode)
+                done = _finished(training) if process.exitcode == 0 else None
                 if done is None:
-                    cell.failure = _reason(folder / "logs" / f"{_file(cell)}.log", process.exitcode)
-                end(cell, f"{done}, {time.monotonic() - begun:.0f} s")
+                    training.failure = _reason(folder / "logs" / f"{_file(training)}.log", process.exitcode)
+                end(training, f"{done}, {time.monotonic() - begun:.0f} s")
             if running:
                 time.sleep(POLL_SECONDS)
     finally:
         _stop([process for _, process, _ in running.values()])
 
 
-def _ready(waiting: list[Cell]) -> Cell | None:
+def _ready(waiting: list[TrainingJob]) -> TrainingJob | None:
     """The first that waits for no other; it is taken out."""
-    for place, cell in enumerate(waiting):
-        if cell.parent is None or cell.parent.is_done or cell.parent.failure:
+    for place, training in enumerate(waiting):
+        if training.parent is None or training.parent.is_done or training.parent.failure:
             return waiting.pop(place)
     return None
 
 
-def _finished(cell: Cell) -> str | None:
+def _finished(training: TrainingJob) -> str | None:
     """How good its model is, where there is one of these settings, code and data; sets is_done."""
     from trainer.recipes import pretrain
 
     try:
-        done = pretrain.finished(cell.config)
+        done = pretrain.finished(training.config)
     except GraftrecError:
         return None  # its own process will say what is wrong
     if done is None:
         return None
-    cell.is_done, cell.metrics, cell.run_id = True, done.metrics, done.run_id
+    training.is_done, training.metrics, training.run_id = True, done.metrics, done.run_id
     epochs = f"best epoch {done.metrics['best_epoch']:.0f} of {done.metrics['epochs']:.0f}"
     return f"validation {_SCORE} {done.metrics[f'validation/{_SCORE}']:.4f}, {epochs}"
 
@@ -173,21 +177,23 @@ def _context() -> Any:
     return context
 
 
-def _file(cell: Cell) -> str:
-    return cell.name.replace("/", "-")
+def _file(training: TrainingJob) -> str:
+    return training.name.replace("/", "-")
 
 
-def _start(context: Any, cell: Cell, folder: Path, environment: Mapping[str, str]) -> BaseProcess:
+def _start(context: Any, training: TrainingJob, folder: Path, environment: Mapping[str, str]) -> BaseProcess:
     from trainer import tracking
 
-    settings = folder / "settings" / f"{_file(cell)}.yaml"
-    settings.write_text(yaml.safe_dump(cell.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    with tracking.file_lock(cell.folder / "lock"):  # a process of a killed pipeline may be ending
+    settings = folder / "settings" / f"{_file(training)}.yaml"
+    settings.write_text(yaml.safe_dump(training.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    training.folder.mkdir(parents=True, exist_ok=True)
+    with tracking.file_lock(training.folder / "lock"):  # a process of a killed pipeline may be ending
         pass
-    log = folder / "logs" / f"{_file(cell)}.log"
+    log = folder / "logs" / f"{_file(training)}.log"
     process: BaseProcess = context.Process(
-        target=_train, args=(cell.recipe, cell.config, str(log), dict(environment), os.getpid()), name=cell.name
+        target=_train,
+        args=(training.recipe, training.config, str(log), dict(environment), os.getpid()),
+        name=training.name,
     )
     with _unsignalled():
         process.start()

@@ -21,7 +21,7 @@ from etl.plain_path import plain_path
 from etl.settings import GraftrecError, RunAgain, load, replaced
 from trainer.config import FinetuneConfig, PretrainConfig, PrunerConfig, RangeConfig, SearchConfig, with_transfer
 from trainer.data.release import pin
-from trainer.inference.model_folder import load_artifact
+from trainer.inference.model_folder import load_model
 from trainer.recipes.pretrain import run_identity
 
 STORE = "study.db"
@@ -79,7 +79,7 @@ class Arm:
         ordered = sorted(values, key=lambda key: key.count("."))
         return load(type(self.base), self.file, [f"{key}={json.dumps(values[key])}" for key in ordered])
 
-    def twin(self, values: Mapping[str, Any]) -> FrozenTrial | None:
+    def duplicate(self, values: Mapping[str, Any]) -> FrozenTrial | None:
         """An earlier trial with the same values, which would give the same model."""
         return next((trial for trial in self.done if trial.params == values), None)
 
@@ -153,9 +153,12 @@ def _open(config: SearchConfig, folder: Path, name: str, base: PretrainConfig) -
     for key in config.space:
         _check(key, base, config.space)
     study = optuna.create_study(
-        storage=_storage(folder), study_name=name, direction="maximize", load_if_exists=True,
+        storage=_storage(folder),
+        study_name=name,
+        direction="maximize",
+        load_if_exists=True,
         pruner=_pruner(config.pruner, base.train.epochs),
-    )  # fmt: skip
+    )
     release = pin(base.data.lake, base.data.release or study.user_attrs.get("release"))
     before = study.user_attrs.get("identity", {})
     identity = _identity(config, base, release.number)
@@ -184,7 +187,7 @@ def _identity(config: SearchConfig, base: PretrainConfig, release: int) -> dict[
             raise SearchError(
                 f"transfer {base.transfer} needs a pre-trained model; set finetune.parent to its `model` folder"
             )
-        parent = load_artifact(base.parent)
+        parent = load_model(base.parent)
     # The release's number and the parent's folder may change while what is in them stays.
     bare = replaced(base, name="", output="", data=replaced(base.data, release=None))
     if isinstance(bare, FinetuneConfig):

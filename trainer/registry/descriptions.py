@@ -11,7 +11,7 @@ from etl.redaction import redact
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.evaluation.gate import Decision
 from trainer.evaluation.significance import gain_text, p_text
-from trainer.inference.model_folder import Artifact
+from trainer.inference.model_folder import TrainedModel
 from trainer.tracking import model_link
 
 SHOWN_METRICS = ("NDCG@10", "Recall@10", "MRR")  # of a model, where it has them
@@ -131,7 +131,7 @@ def registered_model(name: str, domain: str) -> str:
     )
 
 
-def version(artifact: Artifact) -> str:
+def version(artifact: TrainedModel) -> str:
     """What a registered version is."""
     config, metrics = artifact.config, artifact.metrics
     scores = {name: metrics[f"validation/{name}"] for name in SHOWN_METRICS if f"validation/{name}" in metrics}

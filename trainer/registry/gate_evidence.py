@@ -29,23 +29,23 @@ from trainer.data.release import Release
 from trainer.evaluation import click_table, next_event_table, profile_table
 from trainer.evaluation.baselines import next_basket
 from trainer.evaluation.class_metrics import LOG_LOSS
-from trainer.evaluation.comparison import Evaluation, evaluate_contenders, in_order
+from trainer.evaluation.comparison import Evaluation, evaluate_scorers, in_order
 from trainer.evaluation.gate import FROM_SCRATCH, Evidence, Slice, check_must_beat
 from trainer.evaluation.item_ranking import SINGLE, convention_of
-from trainer.evaluation.predictions import Told
+from trainer.evaluation.predictions import Predictions
 from trainer.evaluation.ranking_metrics import FloatArray, means
-from trainer.evaluation.scorers import baseline_contenders, model_contender, read_evaluation_set, repeats_of
-from trainer.inference.model_folder import Artifact
+from trainer.evaluation.scorers import baseline_scorers, model_scorer, read_evaluation_set, repeats_of
+from trainer.inference.model_folder import TrainedModel
 from trainer.parallel.distributed import join
 from trainer.registry import CHAMPION
 
 VERSION, SCRATCH = "candidate", FROM_SCRATCH  # labels, beside the registry's champion
 SCRATCH_TRANSFER = "none"
-Named = Sequence[tuple[str, Artifact]]  # labels and models; the version itself first
+Named = Sequence[tuple[str, TrainedModel]]  # labels and models; the version itself first
 Scored = TypeVar("Scored")  # what the champion said, asked the same
 
 
-class Judged(ABC, Generic[Scored]):
+class GateEvidence(ABC, Generic[Scored]):
     """A version, its replicas, from-scratch and the simple baselines."""
 
     release: Release
@@ -57,7 +57,7 @@ class Judged(ABC, Generic[Scored]):
     transferred: bool  # whether the version started from a parent
 
     @abstractmethod
-    def champion(self, artifact: Artifact) -> Scored:
+    def champion(self, trained_model: TrainedModel) -> Scored:
         """The champion on the same questions, whatever it was trained on. Raises GraftrecError."""
 
     @abstractmethod
@@ -69,15 +69,15 @@ class Judged(ABC, Generic[Scored]):
         """The version's own numbers, by protocol, or by what is told."""
 
 
-def judged(models: Named, kinds: Sequence[str], config: PromoteConfig, release: Release) -> Judged[Any]:
+def judged(models: Named, kinds: Sequence[str], config: PromoteConfig, release: Release) -> GateEvidence[Any]:
     """Ask all of `models`. `kinds`: those of events that the champion, who may be asked later, reads. Raises
     GraftrecError."""
     if ranks_items(models[0][1].config.task):
         return Ranked(models, kinds, config, release)
-    return ToldOf(models, config, release)
+    return EvidenceOfPredictions(models, config, release)
 
 
-class Ranked(Judged[Evaluation]):
+class Ranked(GateEvidence[Evaluation]):
     """Held-out items, or next baskets, ranked."""
 
     def __init__(self, models: Named, kinds: Sequence[str], config: PromoteConfig, release: Release) -> None:
@@ -86,20 +86,25 @@ class Ranked(Judged[Evaluation]):
         self.transferred = was_transferred(first.config, first.parent)
         own, baskets = first.config.data, reads_baskets(first.config.task)
         self.split, self.domain = config.split or own.split, config.domain or own.answered
-        self.asked = read_evaluation_set(
-            release, self.split, self.domain, config.part, _evaluation(config, models), baskets=baskets,
+        self.examples = read_evaluation_set(
+            release,
+            self.split,
+            self.domain,
+            config.part,
+            _evaluation(config, models),
+            baskets=baskets,
             event_types=list(dict.fromkeys([*first.event_types, *kinds])),
-        )  # fmt: skip
-        self.num_users = len(self.asked.users)
+        )
+        self.num_users = len(self.examples.users)
         device = str(join(config.runtime).device)
-        contenders = [model_contender(model, self.asked, label=label, device=device) for label, model in models]
+        scorers = [model_scorer(model, self.examples, label=label, device=device) for label, model in models]
         if config.gate.must_beat:
-            simple = next_basket.baseline_contenders if self.asked.baskets else baseline_contenders
-            found = simple(self.asked, config.baselines)
-            check_must_beat(config.gate, [contender.label for contender in found])
-            contenders += found
-        self.evaluation = evaluate_contenders(
-            contenders, self.asked, batch_size=config.evaluation.batch_size, progress=config.runtime.progress
+            simple = next_basket.baseline_scorers if self.examples.baskets else baseline_scorers
+            found = simple(self.examples, config.baselines)
+            check_must_beat(config.gate, [scorer.label for scorer in found])
+            scorers += found
+        self.evaluation = evaluate_scorers(
+            scorers, self.examples, batch_size=config.evaluation.batch_size, progress=config.runtime.progress
         )
         self.faults = [
             f"{count:,} scores of {label}, seed {seed}, are not numbers"
@@ -107,17 +112,19 @@ class Ranked(Judged[Evaluation]):
             if count
         ]
 
-    def champion(self, artifact: Artifact) -> Evaluation:
+    def champion(self, trained_model: TrainedModel) -> Evaluation:
         device = str(join(self.config.runtime).device)
-        contender = model_contender(artifact, self.asked, label=CHAMPION, device=device, must_know=False)
-        return evaluate_contenders([contender], self.asked, batch_size=self.config.evaluation.batch_size)
+        scorer = model_scorer(trained_model, self.examples, label=CHAMPION, device=device, must_know=False)
+        return evaluate_scorers([scorer], self.examples, batch_size=self.config.evaluation.batch_size)
 
     def evidence(self, champion: Evaluation | None, gate: GateConfig) -> Evidence:
         return evidence_of(self.evaluation, champion, gate, transferred=self.transferred)
 
     def means(self) -> dict[str, dict[str, float]]:
-        key = next(key for key in self.evaluation.contenders if key[0] == VERSION)
-        return {protocol: means(self.evaluation.metrics(key, protocol)) for protocol in self.asked.held_out.protocols}
+        key = next(key for key in self.evaluation.scorers if key[0] == VERSION)
+        return {
+            protocol: means(self.evaluation.metrics(key, protocol)) for protocol in self.examples.held_out.protocols
+        }
 
 
 def was_transferred(config: PretrainConfig, parent: str | None) -> bool:
@@ -128,9 +135,9 @@ def was_transferred(config: PretrainConfig, parent: str | None) -> bool:
 def _evaluation(config: PromoteConfig, models: Named) -> EvaluationConfig:
     """With the gate's protocol (next baskets are ranked in full only), and candidates as the models were trained."""
     baskets = reads_baskets(models[0][1].config.task)
-    asked = [config.gate.protocol] if baskets else [*config.evaluation.protocols, config.gate.protocol]
+    examples = [config.gate.protocol] if baskets else [*config.evaluation.protocols, config.gate.protocol]
     repeats = repeats_of(config.evaluation, [model for _, model in models])
-    return replaced(config.evaluation, protocols=tuple(dict.fromkeys(asked)), repeats=repeats)
+    return replaced(config.evaluation, protocols=tuple(dict.fromkeys(examples)), repeats=repeats)
 
 
 def evidence_of(
@@ -151,21 +158,19 @@ def evidence_of(
         scratch_SU=matrix(SCRATCH, scratch_seeds) if scratch_seeds else None,
         scratch_seeds=scratch_seeds,
         champion_U=champion.matrix(CHAMPION, gate.protocol, gate.metric)[0] if champion else None,
-        baselines={
-            label: matrix(label, [None])[0] for label in evaluation.labels if not evaluation.is_model(label)
-        },
+        baselines={label: matrix(label, [None])[0] for label in evaluation.labels if not evaluation.is_model(label)},
         slices=_slices(evaluation, champion, gate) if champion or scratch_seeds else (),
         transferred=transferred,
-    )  # fmt: skip
+    )
 
 
 def _slices(evaluation: Evaluation, champion: Evaluation | None, gate: GateConfig) -> list[Slice]:
     """Cold users: all that they hold out. Cold items: each ranked alone, in the convention `single`."""
-    asked = evaluation.asked
+    examples = evaluation.examples
     beside, label, name = (champion, CHAMPION, CHAMPION) if champion else (evaluation, SCRATCH, SCRATCH)
-    cold_U = asked.held_out.training_items <= gate.cold_user_items
-    targets_UR = asked.held_out.targets
-    cold_UR = (targets_UR >= 0) & (asked.training_interactions[targets_UR] <= gate.cold_item_interactions)
+    cold_U = examples.held_out.training_items <= gate.cold_user_items
+    targets_UR = examples.held_out.targets
+    cold_UR = (targets_UR >= 0) & (examples.training_interactions[targets_UR] <= gate.cold_item_interactions)
     alone = SINGLE + convention_of(gate.metric)[1].replace("HR@", "Recall@").replace("F1@", "Recall@")
     first = evaluation.seeds(VERSION)[:1]
     with_cold_U = cold_UR.any(1)
@@ -180,7 +185,7 @@ def _slices(evaluation: Evaluation, champion: Evaluation | None, gate: GateConfi
     ]
 
 
-class ToldOf(Judged[Told]):
+class EvidenceOfPredictions(GateEvidence[Predictions]):
     """What users are, what they do next, what they click: told."""
 
     def __init__(self, models: Named, config: PromoteConfig, release: Release) -> None:
@@ -195,36 +200,38 @@ class ToldOf(Judged[Told]):
             if not np.isfinite(given).all()
         ]
 
-    def champion(self, artifact: Artifact) -> Told:
-        return self._ask([self._models[0], (CHAMPION, artifact)], baselines=False)
+    def champion(self, trained_model: TrainedModel) -> Predictions:
+        return self._ask([self._models[0], (CHAMPION, trained_model)], baselines=False)
 
-    def evidence(self, champion: Told | None, gate: GateConfig) -> Evidence:
-        told, metric = self._told, gate.metric.rpartition("/")[2]
+    def evidence(self, champion: Predictions | None, gate: GateConfig) -> Evidence:
+        predictions, metric = self._told, gate.metric.rpartition("/")[2]
 
-        def of_label(told: Told, label: str, seeds: Sequence[int | None]) -> FloatArray:
-            found = np.stack([told.of_users((label, seed), metric) for seed in seeds])
+        def of_label(predictions: Predictions, label: str, seeds: Sequence[int | None]) -> FloatArray:
+            found = np.stack([predictions.of_users((label, seed), metric) for seed in seeds])
             return -found if metric == LOG_LOSS else found
 
-        first = told.seeds(VERSION)[0]
-        seeds, scratch_seeds = in_order(told.seeds(VERSION)), in_order(told.seeds(SCRATCH))
-        version_U = of_label(told, VERSION, [first])[0]
-        scratch_SU = of_label(told, SCRATCH, scratch_seeds) if scratch_seeds else None
+        first = predictions.seeds(VERSION)[0]
+        seeds, scratch_seeds = in_order(predictions.seeds(VERSION)), in_order(predictions.seeds(SCRATCH))
+        version_U = of_label(predictions, VERSION, [first])[0]
+        scratch_SU = of_label(predictions, SCRATCH, scratch_seeds) if scratch_seeds else None
         champion_U = of_label(champion, CHAMPION, champion.seeds(CHAMPION))[0] if champion else None
         known = ~np.isnan(version_U)  # what can't be said of a user, it can't of any model's answer
-        cold_U = told.histories.lengths <= gate.cold_user_items
+        cold_U = predictions.histories.lengths <= gate.cold_user_items
         beside_U, name = (champion_U, CHAMPION) if champion_U is not None else (None, SCRATCH)
         if beside_U is None and scratch_SU is not None:
             beside_U = scratch_SU.mean(0)
         return Evidence(
             version_U=version_U[known],
             version_seed=first,
-            recipe_SU=of_label(told, VERSION, seeds)[:, known],
+            recipe_SU=of_label(predictions, VERSION, seeds)[:, known],
             recipe_seeds=seeds,
             scratch_SU=None if scratch_SU is None else scratch_SU[:, known],
             scratch_seeds=scratch_seeds,
             champion_U=None if champion_U is None else champion_U[known],
             baselines={
-                label: of_label(told, label, [None])[0][known] for label in told.labels if told.seeds(label) == [None]
+                label: of_label(predictions, label, [None])[0][known]
+                for label in predictions.labels
+                if predictions.seeds(label) == [None]
             },
             slices=[] if beside_U is None else [Slice("cold users", version_U[cold_U], beside_U[cold_U], name)],
             transferred=self.transferred,
@@ -234,17 +241,23 @@ class ToldOf(Judged[Told]):
         key = next(key for key in self._told.probabilities if key[0] == VERSION)
         return {self._models[0][1].config.task.kind: self._told.metrics(key)}
 
-    def _ask(self, models: Named, *, baselines: bool) -> Told:
+    def _ask(self, models: Named, *, baselines: bool) -> Predictions:
         config, task = self.config, models[0][1].config.task
-        asked = EvaluateConfig(
-            split=config.split, domain=config.domain, part=config.part, evaluation=config.evaluation,
-            baselines=replaced(config.baselines, enabled=baselines), runtime=config.runtime,
-        )  # fmt: skip
+        examples = EvaluateConfig(
+            split=config.split,
+            domain=config.domain,
+            part=config.part,
+            evaluation=config.evaluation,
+            baselines=replaced(config.baselines, enabled=baselines),
+            runtime=config.runtime,
+        )
         chosen = [EvaluatedModel(model=str(model.folder), label=label) for label, model in models]
         artifacts = [model for _, model in models]
         if isinstance(task, MultiConfig):
-            several = next_event_table.tell(asked, chosen, artifacts, self.release)
-            return next(told for told in several if told.name == config.gate.metric.partition("/")[0])
+            several = next_event_table.tell(examples, chosen, artifacts, self.release)
+            return next(
+                predictions for predictions in several if predictions.name == config.gate.metric.partition("/")[0]
+            )
         if isinstance(task, ClickConfig):
-            return click_table.tell(asked, chosen, artifacts, self.release)
-        return profile_table.tell(asked, chosen, artifacts, self.release)
+            return click_table.tell(examples, chosen, artifacts, self.release)
+        return profile_table.tell(examples, chosen, artifacts, self.release)

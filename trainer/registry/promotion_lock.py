@@ -26,13 +26,13 @@ def all_pages(search: Any, wanted: str) -> list[Any]:
 
 
 def wait(acquire: Any, name: str, seconds: float) -> None:
-    start, told = time.monotonic(), False
+    start, announced = time.monotonic(), False
     while not acquire():
         if time.monotonic() - start > seconds:
             raise TrackingError(f"another promoter of {name} is still at work after {seconds:.0f} s; try again later")
-        if not told:
+        if not announced:
             warn(f"another promoter of {name} is at work; waiting for it")
-            told = True
+            announced = True
         time.sleep(0.2)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from etl.settings import GraftrecError
 from trainer import tracking
 from trainer.inference.delta_folder import is_patch, load_patch, parent_of
-from trainer.inference.model_folder import ArtifactError, load_artifact
+from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.inference.recommender import DEFAULT_K, Recommender, parse
 from trainer.registry import Registry, Version
 from trainer.tracking.queue import warn
@@ -18,7 +18,9 @@ def load(folder: Path, label: str) -> Recommender:
     stand on it; champions of other domains are read when first asked for. Raises GraftrecError."""
     name, _, number = label.rpartition("/")
     if not name and is_patch(folder):
-        raise ArtifactError("a patch is loaded by its registered name, models:/<name>@<alias>, for it needs its parent")
+        raise ModelFolderError(
+            "a patch is loaded by its registered name, models:/<name>@<alias>, for it needs its parent"
+        )
     registry = Registry(name) if name else None
     parent = None
     if is_patch(folder):
@@ -26,9 +28,9 @@ def load(folder: Path, label: str) -> Recommender:
         version = registry.version(number)
         known = registry.of_hash(version.tags["graftrec.parent"])
         if known is None:
-            raise ArtifactError(f"{label} is a patch, and its parent is no version of {name} any more")
-        parent = load_artifact(registry.stored(known))
-    own = load_patch(folder, parent) if parent is not None else load_artifact(folder)
+            raise ModelFolderError(f"{label} is a patch, and its parent is no version of {name} any more")
+        parent = load_model(registry.stored(known))
+    own = load_patch(folder, parent) if parent is not None else load_model(folder)
     backbone = parent or own
 
     def beside(domain: str) -> Recommender | None:
@@ -39,12 +41,12 @@ def load(folder: Path, label: str) -> Recommender:
             return None
         stored = registry.stored(other)
         if not is_patch(stored):
-            artifact = backbone if other.hash == backbone.hash else load_artifact(stored)
+            trained_model = backbone if other.hash == backbone.hash else load_model(stored)
         elif parent_of(stored) == backbone.hash:
-            artifact = load_patch(stored, backbone)
+            trained_model = load_patch(stored, backbone)
         else:
-            artifact = load_artifact(registry.folder(other))
-        return Recommender(artifact, other.label, companion=lambda: _companion(registry, other))
+            trained_model = load_model(registry.folder(other))
+        return Recommender(trained_model, other.label, companion=lambda: _companion(registry, other))
 
     def companion() -> Recommender | None:
         return None if registry is None else _companion(registry, registry.version(number))
@@ -56,7 +58,7 @@ def _companion(registry: Registry, version: Version) -> Recommender | None:
     """The companion of a version, ready to answer. None if there is none, and, with a warning, if it can't be read."""
     try:
         found = registry.companion(version)
-        return None if found is None else Recommender(load_artifact(registry.folder(found)), found.label)
+        return None if found is None else Recommender(load_model(registry.folder(found)), found.label)
     except GraftrecError as error:
         warn(f"no companion of {version.label}, so users new in its domain get popular items: {error}")
         return None

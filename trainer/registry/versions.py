@@ -28,7 +28,7 @@ from trainer import tracking
 from trainer.config import PretrainConfig, TrackingConfig, patch_of, reads_baskets
 from trainer.data.release import Release
 from trainer.inference.delta_folder import PATCH, assemble, write_patch
-from trainer.inference.model_folder import CATALOGUE, MANIFEST, artifact_hash, config_of, load_artifact
+from trainer.inference.model_folder import CATALOGUE, MANIFEST, config_of, load_model, model_hash
 from trainer.registry import descriptions
 from trainer.registry.promotion_lock import ServerLock, all_pages, wait
 from trainer.tracking import TrackingError, translated
@@ -95,7 +95,7 @@ class Registry:
         Of one that was fine-tuned by patches, a small version: what it has beside its parent, which is registered
         before it where it isn't yet.
         """
-        digest = artifact_hash(folder)
+        digest = model_hash(folder)
         known = self._own(digest)
         if known is None:
             parent = self._parent_of(Path(folder))
@@ -145,7 +145,7 @@ class Registry:
         every = own | {key: redact(value) for key, value in tags.items()}
         with self._asking(f"can't register {folder} as {self.name}"), tempfile.TemporaryDirectory() as scratch:
             example = _example(folder, config)
-            description = descriptions.version(load_artifact(folder, users=False))
+            description = descriptions.version(load_model(folder, users=False))
             self._create_registered_model(config)
             logged = self._logged_model(digest, run_id)
             run_id = logged.source_run_id or ""
@@ -159,9 +159,13 @@ class Registry:
             self._client.log_model_artifacts(logged.model_id, str(packed))
             self._client.finalize_logged_model(logged.model_id, "READY")
             made = self._client.create_model_version(
-                self.name, f"models:/{logged.model_id}", run_id=run_id or None, tags=every, model_id=logged.model_id,
+                self.name,
+                f"models:/{logged.model_id}",
+                run_id=run_id or None,
+                tags=every,
+                model_id=logged.model_id,
                 description=tracking.resolved(self._client, redact(description)),
-            )  # fmt: skip
+            )
             # A server has no lock: of two processes the one whose version came first keeps it.
             first = self._own(digest)
             if first is not None and first.number < int(made.version):
@@ -196,7 +200,7 @@ class Registry:
         known = self.of_hash(parent)
         if known is None:
             place = Path(trained_on)
-            if not (place / MANIFEST).is_file() or artifact_hash(place) != parent:
+            if not (place / MANIFEST).is_file() or model_hash(place) != parent:
                 raise TrackingError(
                     f"{folder} is a patch for the model {parent[:12]}, which is no version of {self.name} and isn't in "
                     f"{place} any more; register that model first"

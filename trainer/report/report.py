@@ -25,9 +25,22 @@ from trainer.report.hypotheses import LEVEL
 
 Row = Mapping[str, Any]
 KEYS = (
-    "experiment", "preset", "code", "machine", "started", "finished", "data", "protocols", "conventions", "metrics",
-    "seeds", "rows", "comparisons", "hypotheses", "slices",
-)  # fmt: skip
+    "experiment",
+    "preset",
+    "code",
+    "machine",
+    "started",
+    "finished",
+    "data",
+    "protocols",
+    "conventions",
+    "metrics",
+    "seeds",
+    "rows",
+    "comparisons",
+    "hypotheses",
+    "slices",
+)
 TONES: Mapping[str, Tone] = {"supported": "up", "reversed": "down"}
 FROM_SCRATCH = "from scratch"
 OWN = "Configurations of one's own"
@@ -165,11 +178,11 @@ class _Report:
             rows_of.setdefault(reason, []).append(_name_of(row))
         if not rows_of:
             return []
-        told = [
+        finding = [
             f"{why[0].upper()}{why[1:]} ({_count(len(rows), 'row')}): {'; '.join(rows)}"
             for why, rows in rows_of.items()
         ]
-        return [Heading("Missing runs"), Text("No number in this report stands for them."), Points(told)]
+        return [Heading("Missing runs"), Text("No number in this report stands for them."), Points(finding)]
 
     def at_a_glance(self) -> list[Block]:
         """The best rows as a picture, beside the findings."""
@@ -202,11 +215,11 @@ class _Report:
         points = []
         for name in dict.fromkeys(one["name"] for one in self.results["hypotheses"]):
             own = [one for one in self.results["hypotheses"] if one["name"] == name]
-            told = next((one for one in own if self.head.holds(one)), own[0])
-            agree = sum(one["verdict"] == told["verdict"] for one in own)
-            text = f"{told['claim']}: {told['verdict']}"
-            if told["gain"] is not None:
-                text += f", {_points(told['gain'])} {_interval(told)}, p {_equals(told['p_holm'])}"
+            finding = next((one for one in own if self.head.holds(one)), own[0])
+            agree = sum(one["verdict"] == finding["verdict"] for one in own)
+            text = f"{finding['claim']}: {finding['verdict']}"
+            if finding["gain"] is not None:
+                text += f", {_points(finding['gain'])} {_interval(finding)}, p {_equals(finding['p_holm'])}"
                 text += f"; the same under {agree} of {len(own)} ways of scoring"
             points.append(text + ".")
         blocks: list[Block] = [Heading("In short"), Points([*points, *self._beside_simple()])]
@@ -259,8 +272,8 @@ class _Report:
         rows = []
         for name in names:
             first = by_place[name, self.head]
-            told = first["survey"]
-            theirs = [Cell(_points(told["gain"]), told["verdict"])] if told else [Cell("–")]
+            finding = first["survey"]
+            theirs = [Cell(_points(finding["gain"]), finding["verdict"])] if finding else [Cell("–")]
             cells = [_verdict(by_place[name, place]) for place in self.places]
             rows.append([first["claim"], *cells, *theirs])
         return [
@@ -274,17 +287,17 @@ class _Report:
             *[self._single_rows(name, by_place[name, self.head]) for name in names],
         ]
 
-    def _single_rows(self, name: str, told: Row) -> Block:
-        pairs = f"{told['num_pairs']} of {len(told['rows'])} pairs"
+    def _single_rows(self, name: str, finding: Row) -> Block:
+        pairs = f"{finding['num_pairs']} of {len(finding['rows'])} pairs"
         rows: list[Sequence[Cell | str] | str] = []
-        for one in told["rows"]:
+        for one in finding["rows"]:
             pair = [self._name(one["row"]), self._name(one["against"])]
             if one["gain"] is None:
                 rows.append([pair[0], Cell(pair[1], one["reason"]), Cell("missing", tone="faint"), "", ""])
             else:
                 rows.append([*pair, _points(one["gain"]), _interval(one), p_text(one["p_value"])])
         table = Table(["row", "against", "gain", "95 % interval", "p of it alone"], rows, texts=2)
-        return Fold(f"{told['claim']}: {told['verdict']}, {pairs} ({self.head})", [table])
+        return Fold(f"{finding['claim']}: {finding['verdict']}, {pairs} ({self.head})", [table])
 
     def gains_pictured(self) -> list[Block]:
         blocks: list[Block] = []
@@ -418,14 +431,14 @@ class _Report:
         head = [f"{self.metric}, %", *(f"{name} items: {users:,} users" for name, users in slices.items())]
         target = self.results["data"]["target_domain"]
         text = f"Users by the items of {target} in their input, the coldest first ({self.head})."
-        told, metric = f"Gains in {self.metric} by length of the user's history", f"{self.metric}, %"
+        finding, metric = f"Gains in {self.metric} by length of the user's history", f"{self.metric}, %"
         shown = []
         for number, (family, panels) in enumerate(pictures.items()):
             names = [
                 name for name in self.series[1:] if not family or any(name in series for series in panels.values())
             ]
             file = f"lengths-{number}" if family else "lengths"
-            shown.append(Picture(file, slice_panels(panels, metric=metric, names=names), told))
+            shown.append(Picture(file, slice_panels(panels, metric=metric, names=names), finding))
         return [
             Heading("Gain by length of the user's target history"),
             Text(text),
@@ -473,13 +486,26 @@ class _Report:
 
     def cost(self) -> list[Block]:
         head = [
-            "mean over seeds", "parameters", "trained", "epochs", "best epoch", "training", "pre-training", "items/s",
+            "mean over seeds",
+            "parameters",
+            "trained",
+            "epochs",
+            "best epoch",
+            "training",
+            "pre-training",
+            "items/s",
             "peak memory",
-        ]  # fmt: skip
+        ]
         keys = (
-            "parameters", "trained", "epochs", "best_epoch", "seconds", "pretrain_seconds", "items_per_second",
+            "parameters",
+            "trained",
+            "epochs",
+            "best_epoch",
+            "seconds",
+            "pretrain_seconds",
+            "items_per_second",
             "peak_gb",
-        )  # fmt: skip
+        )
         runs = [run for row in self.done for run in row["seeds"]]
         shown = [place for place, key in enumerate(keys) if any(run.get(key) is not None for run in runs)]
         rows: list[Sequence[Cell | str] | str] = []
@@ -569,13 +595,19 @@ class _Report:
         head = ["row", "run", "folder", "seed", "epochs", f"validation {self.metric}", "model", "pre-trained model"]
         rows = [
             [
-                _name_of(row), str(run["run"] or ""), str(run["folder"] or ""), str(run["seed"]), str(run["epochs"]),
-                _percent(run["validation"]), _short(run["model_hash"]), _short(run["parent_hash"]),
+                _name_of(row),
+                str(run["run"] or ""),
+                str(run["folder"] or ""),
+                str(run["seed"]),
+                str(run["epochs"]),
+                _percent(run["validation"]),
+                _short(run["model_hash"]),
+                _short(run["parent_hash"]),
             ]
             for row in self.done
             for run in row["seeds"]
             if row["kind"] != "baseline"
-        ]  # fmt: skip
+        ]
         code = Text(f"Code: commit {self.results['code']['commit']}.", "faint")
         read = [f"{row['label']} reads {row['reads']}" for row in self.rows if row.get("reads")]
         blocks: list[Block] = [Table(head, rows, texts=3)] if rows else []
@@ -679,15 +711,15 @@ def _spread(scores: Mapping[str, Any] | None) -> str:
     return f"±{100 * np.std(seeds, ddof=1):.2f}" if len(seeds) > 1 else ""
 
 
-def _verdict(told: Row) -> Cell:
-    if told["gain"] is None:
+def _verdict(finding: Row) -> Cell:
+    if finding["gain"] is None:
         return Cell("unknown", "no pair of rows", "faint")
-    beside = f"{_points(told['gain'])} {_interval(told)}\np {_equals(told['p_holm'])}"
-    if told["num_pairs"] < len(told["rows"]):
-        beside += f"\n{told['num_pairs']} of {len(told['rows'])} pairs"
-    if told["num_seeds"] < 2:
+    beside = f"{_points(finding['gain'])} {_interval(finding)}\np {_equals(finding['p_holm'])}"
+    if finding["num_pairs"] < len(finding["rows"]):
+        beside += f"\n{finding['num_pairs']} of {len(finding['rows'])} pairs"
+    if finding["num_seeds"] < 2:
         beside += ", one seed"
-    return Cell(told["verdict"], beside, TONES.get(told["verdict"], "faint"))
+    return Cell(finding["verdict"], beside, TONES.get(finding["verdict"], "faint"))
 
 
 def _equals(p_value: float) -> str:

@@ -82,9 +82,10 @@ def join_pairs(first: Spans, second: Spans, *, max_length: int) -> Pairs:
     from_first = (place_W - 1 + start_P[:, None]).clamp(0, first.items_BT.shape[1] - 1)
     from_second = (place_W - second_P[:, None] + second.start_P[:, None]).clamp(0, second.items_BT.shape[1] - 1)
     items_PW = torch.where(
-        place_W < second_P[:, None], first.items_BT[first.row_P[:, None], from_first],
+        place_W < second_P[:, None],
+        first.items_BT[first.row_P[:, None], from_first],
         second.items_BT[second.row_P[:, None], from_second],
-    )  # fmt: skip
+    )
     items_PW = torch.where(place_W == 0, CLS, items_PW)
     return Pairs(torch.where(place_W < lengths_P[:, None], items_PW, PAD), lengths_P, second_P, first.row_P)
 
@@ -107,9 +108,14 @@ class _Asked:
         return self._of_mask(model, batch, torch.arange(len(none_B), device=none_B.device), start_B, stop_B, table_VD)
 
     def _told(
-        self, model: SequenceModel, batch: Batch, baskets: Baskets, owner_P: Tensor, told_P: Tensor,
+        self,
+        model: SequenceModel,
+        batch: Batch,
+        baskets: Baskets,
+        owner_P: Tensor,
+        told_P: Tensor,
         table_VD: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """(summed loss, number of items) of some baskets, each told by a MASK in its place."""
         if not len(owner_P):
             nothing = _nothing(model)
@@ -126,9 +132,14 @@ class _Asked:
         return loss, torch.tensor(len(targets_N), device=loss.device)
 
     def _of_mask(
-        self, model: SequenceModel, batch: Batch, owner_P: Tensor, start_P: Tensor, stop_P: Tensor,
+        self,
+        model: SequenceModel,
+        batch: Batch,
+        owner_P: Tensor,
+        start_P: Tensor,
+        stop_P: Tensor,
         table_VD: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """[P, D], of a MASK behind places `start` to `stop` of the owners' sequences."""
         none_P, items_BT = torch.zeros_like(owner_P), F.pad(batch.items, (0, 1))  # at least one place
         asked = Spans(torch.tensor([[MASK, SEP]], device=owner_P.device), none_P, none_P, none_P + 2)
@@ -181,9 +192,13 @@ class BasketPair(_Asked):
         score_P = wide(model.task_heads[HEAD](hidden_ND[is_cls_N])[:, 0])
         answer = F.binary_cross_entropy_with_logits(score_P, drawn.adjacent_P.to(score_P), reduction="sum")
         masked = summed_loss(
-            model, hidden_ND[~is_cls_N], pairs.items_PW[chosen_PW], self.config.loss, draw=batch.draw,
+            model,
+            hidden_ND[~is_cls_N],
+            pairs.items_PW[chosen_PW],
+            self.config.loss,
+            draw=batch.draw,
             table_VD=table_VD,
-        )  # fmt: skip
+        )
         return loss + masked + self.config.weight * answer, count + chosen_PW.sum()
 
     def draw(self, batch: Batch, *, max_length: int) -> "Drawn":
@@ -216,9 +231,13 @@ class BasketPair(_Asked):
         second = Spans(everyone_GT, other_P, everyone.start_S[second_P], everyone.stop_S[second_P] + 1)
         pairs = join_pairs(first.take(paired_P), second.take(paired_P), max_length=max_length)
         return Drawn(
-            mine, owner_P[is_asked_P], next_P[is_asked_P], pairs, is_adjacent_P[paired_P],
+            mine,
+            owner_P[is_asked_P],
+            next_P[is_asked_P],
+            pairs,
+            is_adjacent_P[paired_P],
             place_BK[drawn_BK][paired_P],
-        )  # fmt: skip
+        )
 
     def mask(self, batch: Batch, pairs: Pairs, places_P: Tensor, model: SequenceModel) -> tuple[Tensor, Tensor]:
         """(corrupted items, chosen places): a share of the items, and at least one of a pair; 80 % become MASK, 10 % a

@@ -12,9 +12,14 @@ from trainer.models import SequenceModel
 
 
 def user_vectors(
-    model: SequenceModel, items_BT: Tensor, read_BT: Tensor, users_B: Tensor, *, causal: bool,
+    model: SequenceModel,
+    items_BT: Tensor,
+    read_BT: Tensor,
+    users_B: Tensor,
+    *,
+    causal: bool,
     table_VD: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """[B, D], of the newest items that are flagged as read and fit the model; `table_VD`: as `forward`'s."""
     more = 1 if causal else 2
     items_BT, lengths_B = newest(items_BT, read_BT, at_most=model.config.max_length - more)

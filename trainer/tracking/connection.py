@@ -32,7 +32,7 @@ class TrackingError(GraftrecError):
     """MLflow can't do what was asked."""
 
 
-class Untold(TrackingError):
+class Unrecorded(TrackingError):
     """What MLflow did not take could not be kept either."""
 
 
@@ -137,6 +137,13 @@ _EXPERIMENT_DESCRIPTION = "Sort runs by `best/NDCG_10` (validation) or `test/ful
 
 # Errors that the same request will meet again; all others are tried again.
 FINAL = {
-    "INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_STATE",
-    "BAD_REQUEST", "ENDPOINT_NOT_FOUND", "RESOURCE_ALREADY_EXISTS", "MALFORMED_REQUEST",
-}  # fmt: skip
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "INVALID_STATE",
+    "BAD_REQUEST",
+    "ENDPOINT_NOT_FOUND",
+    "RESOURCE_ALREADY_EXISTS",
+    "MALFORMED_REQUEST",
+}

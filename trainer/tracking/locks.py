@@ -4,10 +4,6 @@ import contextlib
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # both are slow to import
-    pass
 
 
 @contextlib.contextmanager

@@ -29,9 +29,7 @@ def models_of(client: Any, digest: str) -> list[Any]:
     return sorted(found, key=lambda model: -model.creation_timestamp)
 
 
-def log_model_metrics(
-    client: Any, digest: str, values: Sequence[Sequence[Any]], dataset: Mapping[str, Any]
-) -> None:  # fmt: skip
+def log_model_metrics(client: Any, digest: str, values: Sequence[Sequence[Any]], dataset: Mapping[str, Any]) -> None:
     """Metrics [name, value, time, step] of the newest logged model of a hash, on a snapshot {table, version, lake}; of
     the run that trained it too. What it has already is not logged again. Nothing where there is no such model, or its
     run is unknown."""
@@ -76,14 +74,23 @@ def model_name(text: str) -> str:
 
 
 _REQUIREMENTS = (  # of scoring: what trainer.inference.recommender imports
-    "mlflow", "torch", "numpy", "pandas", "pyarrow", "deltalake", "scipy", "safetensors", "pydantic", "pyyaml",
+    "mlflow",
+    "torch",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "deltalake",
+    "scipy",
+    "safetensors",
+    "pydantic",
+    "pyyaml",
     "psutil",
-)  # fmt: skip
+)
 
 
 def pack(
     folder: Path, target: Path, *, artifact: str, model_id: str, run_id: str | None, example: Mapping[str, Any]
-) -> None:  # fmt: skip
+) -> None:
     """Write an MLflow model around a model folder: a copy of the folder, of our sources, and no pickle. `example`: one
     request, by column.
 
@@ -119,11 +126,15 @@ def pack(
     )
     requirements = [f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS]
     save_model(
-        str(target), python_model=str(package / "registry" / "pyfunc.py"),
-        artifacts={artifact: str(folder)}, signature=signature,
-        code_paths=[str(package.parent / "etl"), str(package)], pip_requirements=requirements,
-        mlflow_model=Model(model_id=model_id, run_id=run_id), input_example=pd.DataFrame([dict(example)]),
-    )  # fmt: skip
+        str(target),
+        python_model=str(package / "registry" / "pyfunc.py"),
+        artifacts={artifact: str(folder)},
+        signature=signature,
+        code_paths=[str(package.parent / "etl"), str(package)],
+        pip_requirements=requirements,
+        mlflow_model=Model(model_id=model_id, run_id=run_id),
+        input_example=pd.DataFrame([dict(example)]),
+    )
 
 
 def offer(load: Callable[[Path, str], Any], answer: Callable[[Any, list[dict[str, Any]], dict[str, Any]], Any]) -> None:

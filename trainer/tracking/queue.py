@@ -32,7 +32,7 @@ def warn(text: str) -> None:
     print(f"tracking: {redact(text)}", file=sys.stderr, flush=True)
 
 
-class Outbox:
+class SendQueue:
     """Entries waiting for `send`, which raises Refused for an entry to drop and anything else for one to keep."""
 
     def __init__(self, send: Callable[[Entry], None], *, interval_seconds: float = 1.0) -> None:

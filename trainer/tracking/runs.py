@@ -31,14 +31,14 @@ from etl.settings import GraftrecError, Section
 from trainer.config import TrackingConfig
 from trainer.one_line import one_line
 from trainer.tracking.provenance import code_version, cut, flatten
-from trainer.tracking.queue import METRICS_PER_BATCH, Entry, Outbox, keep, kept, warn
+from trainer.tracking.queue import METRICS_PER_BATCH, Entry, SendQueue, keep, kept, warn
 from trainer.tracking.store import has_running, sqlite_file
 
 if TYPE_CHECKING:  # both are slow to import
     from matplotlib.figure import Figure
 
     from trainer.data.release import Release
-from trainer.tracking.connection import ERROR, PARAM_CHARACTERS, TAG_CHARACTERS, Untold, quieten, tracking_uri
+from trainer.tracking.connection import ERROR, PARAM_CHARACTERS, TAG_CHARACTERS, Unrecorded, quieten, tracking_uri
 from trainer.tracking.sender import PARAMS_PER_BATCH, UNSENT, Sender, fingerprint, process
 
 JOINED_VARIABLE = "MLFLOW_RUN_ID"  # set by `mlflow run`
@@ -107,9 +107,7 @@ class Run:
         It holds no files until it is registered.
         """
 
-    def log_model_metrics(
-        self, digest: str, metrics: Mapping[str, float], release: "Release", table: str
-    ) -> None:  # fmt: skip
+    def log_model_metrics(self, digest: str, metrics: Mapping[str, float], release: "Release", table: str) -> None:
         """Metrics of a logged model on a snapshot, shown on its page and on the page of the run that trained it.
 
         Nothing happens where the store has no logged model of that hash.
@@ -149,7 +147,7 @@ def start_run(
     description: str = "",
     tables: Sequence[str] = (),
     context: str = "training",
-    told_again: bool = False,
+    must_record: bool = False,
 ) -> Iterator[Run]:
     """Track what happens inside: configuration, snapshots, code version, system metrics, and how it ended.
 
@@ -158,7 +156,7 @@ def start_run(
     which is known before the server answers. A run started inside another, or in a process given
     `child_environment()`, is its child. `description` as in `Run.describe`, `tables` (that the run reads) and
     `context` as in `Run.log_release`. An exception ends the run as FAILED with the error's line as the tag
-    `graftrec.error`; SIGTERM and Ctrl-C end it as KILLED. `told_again`: the same command tells all again unless this
+    `graftrec.error`; SIGTERM and Ctrl-C end it as KILLED. `must_record`: the same command tells all again unless this
     ends well, so it raises Untold where what MLflow did not take can't be kept.
     """
     if not config.enabled or int(os.environ.get("RANK", "0")) != 0:
@@ -190,8 +188,8 @@ def start_run(
     finally:
         _active.remove(run)
         lost = run.close(status)
-    if lost and told_again:
-        raise Untold(
+    if lost and must_record:
+        raise Unrecorded(
             f"expected room to keep what MLflow did not take, found none ({lost}); make room, and run the same command "
             "again: the work is done, and is told then"
         )
@@ -207,9 +205,9 @@ def settle(config: TrackingConfig) -> None:
         return  # without the seconds that importing MLflow takes
     quieten()
     sender = Sender(uri, config, {"uid": ""})
-    outbox = Outbox(lambda entry: sender.settle())
-    outbox.add({"kind": "settle"})
-    outbox.close(config.close_seconds)
+    send_queue = SendQueue(lambda entry: sender.settle())
+    send_queue.add({"kind": "settle"})
+    send_queue.close(config.close_seconds)
 
 
 def child_environment(run: Run) -> dict[str, str]:
@@ -254,7 +252,7 @@ class _TrackedRun(Run):
         self._header = header
         self._staging: Path | None = None
         self._sender = Sender(self._uri, config, self._header)
-        self._outbox = Outbox(self._sender.send)
+        self._outbox = SendQueue(self._sender.send)
         self._ended = threading.Event()
         self._curves: set[str] = set()
         self._description, self._reused = "", dict[str, str]()
@@ -350,9 +348,7 @@ class _TrackedRun(Run):
         self._outbox.add({"kind": "model", "name": name, "hash": digest, "type": kind, "params": texts})
         self._send_description()  # of the model too
 
-    def log_model_metrics(
-        self, digest: str, metrics: Mapping[str, float], release: "Release", table: str
-    ) -> None:  # fmt: skip
+    def log_model_metrics(self, digest: str, metrics: Mapping[str, float], release: "Release", table: str) -> None:
         now = _now()
         values = [[metric_name(k), float(v), now, 0] for k, v in metrics.items() if math.isfinite(v)]
         dataset = snapshot(release, table)

@@ -158,10 +158,13 @@ class Sender:
         made = next((m for m in models_of(self._client, entry["hash"]) if m.source_run_id == self.run_id), None)
         if made is None:
             made = self._client.create_logged_model(
-                self._client.get_run(self.run_id).info.experiment_id, name=model_name(entry["name"]),
-                source_run_id=self.run_id, tags={MODEL_HASH: entry["hash"]}, params=entry["params"],
+                self._client.get_run(self.run_id).info.experiment_id,
+                name=model_name(entry["name"]),
+                source_run_id=self.run_id,
+                tags={MODEL_HASH: entry["hash"]},
+                params=entry["params"],
                 model_type=entry["type"] or None,
-            )  # fmt: skip
+            )
         self._client.log_outputs(self.run_id, [LoggedModelOutput(made.model_id, 0)])
         self._client.finalize_logged_model(made.model_id, "READY")
         return str(made.model_id)

@@ -30,9 +30,7 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(found[1]).absolute() if found else None
 
 
-def prepare(
-    database: Path, make: Callable[[Path], None], lock: Callable[[], AbstractContextManager[bool]]
-) -> None:  # fmt: skip
+def prepare(database: Path, make: Callable[[Path], None], lock: Callable[[], AbstractContextManager[bool]]) -> None:
     """Have `database` whole; `make` writes a new one. `lock` yields whether this process may. Raises OSError, what
     `make` raises, and sqlite3.DatabaseError for a file that is no database."""
     if _is_whole(database):

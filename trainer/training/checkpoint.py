@@ -39,9 +39,15 @@ class Checkpoint:
 
 
 def save(
-    root: Path, step: int, checkpoint: Checkpoint, *, keep: int, world: World = ALONE, is_best: bool = False,
+    root: Path,
+    step: int,
+    checkpoint: Checkpoint,
+    *,
+    keep: int,
+    world: World = ALONE,
+    is_best: bool = False,
     before: Path | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write ``step-<step>`` under `root`, durably, then drop all but the newest `keep`. Called by all processes.
 
     `is_best`: its model is the best so far; otherwise the best is that of the checkpoint `before`. It is linked, not

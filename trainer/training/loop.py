@@ -154,10 +154,17 @@ class Training:
 
 
 def train(
-    training: Training, *, validate: Callable[[], dict[str, float]], score: str, checkpoints: Path,
-    on_epoch: Callable[[Epoch], None], on_resume: Callable[[list[Epoch]], None], judge: Callable[[Progress], None],
-    show_progress: bool, say: Callable[[str], None],
-) -> None:  # fmt: skip
+    training: Training,
+    *,
+    validate: Callable[[], dict[str, float]],
+    score: str,
+    checkpoints: Path,
+    on_epoch: Callable[[Epoch], None],
+    on_resume: Callable[[list[Epoch]], None],
+    judge: Callable[[Progress], None],
+    show_progress: bool,
+    say: Callable[[str], None],
+) -> None:
     """Train until the epochs are used up, or `score` (a metric that `validate` returns) has stopped rising.
 
     Resumes from `checkpoints` where there are any. Afterwards `training.best` holds the best epoch's weights.
@@ -273,9 +280,14 @@ def _save(training: Training, checkpoints: Path, *, is_best: bool = False) -> No
     """Write a checkpoint. The best epoch's weights are never held in memory: they are the `model` files of the
     checkpoint that ended it, which every later one links to."""
     training.saved = checkpoint.save(
-        checkpoints, training.progress.step, training.state(), keep=training.config.keep_checkpoints,
-        world=training.world, is_best=is_best, before=training.saved,
-    )  # fmt: skip
+        checkpoints,
+        training.progress.step,
+        training.state(),
+        keep=training.config.keep_checkpoints,
+        world=training.world,
+        is_best=is_best,
+        before=training.saved,
+    )
 
 
 def _shown(training: Training, show: bool) -> Iterator[Batch]:
@@ -285,9 +297,14 @@ def _shown(training: Training, show: bool) -> Iterator[Batch]:
     size = training.config.batch_size
     total, done = loader.num_steps * size, loader.step * size
     with tqdm(
-        total=total, initial=done, desc=label, unit=" seq", leave=False, mininterval=0.5,
+        total=total,
+        initial=done,
+        desc=label,
+        unit=" seq",
+        leave=False,
+        mininterval=0.5,
         disable=None if show and training.world.first else True,
-    ) as bar:  # fmt: skip
+    ) as bar:
         for batch in loader:
             yield batch
             bar.set_postfix_str(f"loss {progress.loss_sum / max(progress.positions, 1):.3f}", refresh=False)

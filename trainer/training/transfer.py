@@ -26,7 +26,7 @@ from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, UNK
 from trainer.arrays import IntArray
 from trainer.config import ModelConfig, TransferName
-from trainer.inference.model_folder import Artifact
+from trainer.inference.model_folder import TrainedModel
 from trainer.models import SequenceModel, group_of, groups_of
 
 COPIED_GROUPS: dict[str, tuple[str, ...]] = {
@@ -42,7 +42,7 @@ class TransferError(GraftrecError):
 
 
 @dataclass(frozen=True)
-class Line:
+class ParameterReport:
     """What became of one tensor."""
 
     tensor: str
@@ -57,12 +57,12 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Account:
+class TransferReport:
     """What was copied, frozen and re-initialised: printed and logged with each fine-tuning."""
 
     transfer: str
     parent: str | None
-    lines: tuple[Line, ...]
+    lines: tuple[ParameterReport, ...]
 
     def text(self) -> str:
         """One line per group: tensors, parameters, where they come from, whether they train."""
@@ -96,16 +96,18 @@ class Account:
 
     def as_dict(self) -> dict[str, object]:
         return {
-            "transfer": self.transfer, "parent": self.parent, "parameters": self.counts(),
+            "transfer": self.transfer,
+            "parent": self.parent,
+            "parameters": self.counts(),
             "tensors": [vars(line) for line in self.lines],
-        }  # fmt: skip
+        }
 
 
 @torch.no_grad()
-def graft(
+def initialise_from(
     model: SequenceModel,
     config: ModelConfig,
-    parent: Artifact | None,
+    parent: TrainedModel | None,
     transfer: TransferName,
     freeze: Sequence[str] = (),
     shared_V: IntArray | None = None,
@@ -113,7 +115,7 @@ def graft(
     layer_norm: bool = False,
     unused: tuple[str, ...] = (),
     event_types: tuple[str, ...] = (),
-) -> Account:
+) -> TransferReport:
     """Copy what `transfer` says from `parent` into `model`, freeze the groups `freeze`, and account for every tensor.
 
     `shared_V`: the parent's row of each catalogue row, UNK where it has none; those rows are copied too. None: no item.
@@ -162,11 +164,11 @@ def graft(
             origin = "added"
         is_kept = transfer == "patch" and origin == "copied" and name not in norms
         tensor.requires_grad_(group not in freeze and not is_kept and not name.startswith(unused))
-        lines.append(Line(name, group, shape, origin, tensor.requires_grad))
-    return Account(transfer, _named(parent) if given else None, tuple(lines))
+        lines.append(ParameterReport(name, group, shape, origin, tensor.requires_grad))
+    return TransferReport(transfer, _named(parent) if given else None, tuple(lines))
 
 
-def _check_event_types(config: ModelConfig, event_types: tuple[str, ...], parent: Artifact) -> None:
+def _check_event_types(config: ModelConfig, event_types: tuple[str, ...], parent: TrainedModel) -> None:
     """Row r of the table of kinds is the r-th name in both models, or the parent's rows would mean something else."""
     if not getattr(config, "event_types", False) or not getattr(parent.config.model, "event_types", False):
         return
@@ -222,5 +224,5 @@ def _layer_norms(model: SequenceModel) -> set[str]:
     }
 
 
-def _named(parent: Artifact | None) -> str:
+def _named(parent: TrainedModel | None) -> str:
     return "" if parent is None else f"{parent.folder} ({parent.hash[:8]})"

@@ -42,16 +42,28 @@ def model(arguments):
 
     def trainer():
         return lightning.Trainer(
-            max_epochs=-1, accelerator="cpu", devices=1, callbacks=[Clock(Steps(arguments["seconds"]))], logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            max_epochs=-1,
+            accelerator="cpu",
+            devices=1,
+            callbacks=[Clock(Steps(arguments["seconds"]))],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
             precision=arguments["precision"],
-        )  # fmt: skip
+        )
 
     return BERT4RecModel(
-        n_blocks=arguments["blocks"], n_heads=arguments["heads"], n_factors=arguments["width"],
-        dropout_rate=arguments["dropout"], mask_prob=arguments["mask_probability"], session_max_len=arguments["length"],
-        batch_size=arguments["batch_size"], loss="softmax", get_trainer_func=trainer,
-    )  # fmt: skip
+        n_blocks=arguments["blocks"],
+        n_heads=arguments["heads"],
+        n_factors=arguments["width"],
+        dropout_rate=arguments["dropout"],
+        mask_prob=arguments["mask_probability"],
+        session_max_len=arguments["length"],
+        batch_size=arguments["batch_size"],
+        loss="softmax",
+        get_trainer_func=trainer,
+    )
 
 
 def main():

@@ -29,10 +29,14 @@ def main():
     lists = sequences(arguments["train"])
     num_items = int(max(one.max() for one in lists)) + 1
     feature = TensorFeatureInfo(
-        name="item_id", is_seq=True, feature_type=FeatureType.CATEGORICAL, feature_hint=FeatureHint.ITEM_ID,
-        feature_sources=[TensorFeatureSource(FeatureSource.INTERACTIONS, "item_id")], cardinality=num_items,
+        name="item_id",
+        is_seq=True,
+        feature_type=FeatureType.CATEGORICAL,
+        feature_hint=FeatureHint.ITEM_ID,
+        feature_sources=[TensorFeatureSource(FeatureSource.INTERACTIONS, "item_id")],
+        cardinality=num_items,
         embedding_dim=arguments["width"],
-    )  # fmt: skip
+    )
     schema = TensorSchema(feature)
     frame = pd.DataFrame({"user_id": np.arange(len(lists)), "item_id": lists})
     dataset = Bert4RecTrainingDataset(
@@ -41,15 +45,27 @@ def main():
         mask_prob=arguments["mask_probability"],
     )
     model = Bert4Rec(
-        schema, block_count=arguments["blocks"], head_count=arguments["heads"], hidden_size=arguments["width"],
-        max_seq_len=arguments["length"], dropout_rate=arguments["dropout"], enable_embedding_tying=True,
+        schema,
+        block_count=arguments["blocks"],
+        head_count=arguments["heads"],
+        hidden_size=arguments["width"],
+        max_seq_len=arguments["length"],
+        dropout_rate=arguments["dropout"],
+        enable_embedding_tying=True,
         loss_type=arguments["loss"],
-    )  # fmt: skip
+    )
     steps = Steps(arguments["seconds"])
     trainer = lightning.Trainer(
-        max_epochs=-1, accelerator="cpu", devices=1, callbacks=[Clock(steps)], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, precision=arguments["precision"],
-    )  # fmt: skip
+        max_epochs=-1,
+        accelerator="cpu",
+        devices=1,
+        callbacks=[Clock(steps)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        precision=arguments["precision"],
+    )
     trainer.fit(model, torch.utils.data.DataLoader(dataset, batch_size=arguments["batch_size"], shuffle=True))
     tell(steps, lists, arguments, "replay-rec")
 

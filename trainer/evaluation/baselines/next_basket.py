@@ -19,15 +19,15 @@ from trainer.data.histories import Histories
 from trainer.evaluation.baselines.names import MARKOV_CHAIN, PERSONAL_FREQUENCY, POPULARITY
 from trainer.evaluation.baselines.sequences import TIE_BREAK
 from trainer.evaluation.ranking_metrics import FloatArray
-from trainer.evaluation.scorers import Contender, EvaluationSet, training_histories
+from trainer.evaluation.scorers import EvaluationSet, Scorer, training_histories
 from trainer.inference.scorer import Scores
 
 
-def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[Contender]:
+def baseline_scorers(examples: EvaluationSet, config: BaselinesConfig) -> list[Scorer]:
     """Counted on the training baskets of about `config.max_users` users."""
-    dataset = BasketDataset(asked.release, asked.split, asked.domain)
-    training = training_histories(dataset, asked.catalogue, max_users=config.max_users)
-    num_rows = len(asked.catalogue)
+    dataset = BasketDataset(examples.release, examples.split, examples.domain)
+    training = training_histories(dataset, examples.catalogue, max_users=config.max_users)
+    num_rows = len(examples.catalogue)
     popular = popularity(training, num_rows)
     chain = markov_chain(training, num_rows)
 
@@ -38,9 +38,9 @@ def baseline_contenders(asked: EvaluationSet, config: BaselinesConfig) -> list[C
         return Scores.of(personal_frequency(given, popular))
 
     return [
-        Contender(POPULARITY, None, of_everyone, "nothing"),
-        Contender(PERSONAL_FREQUENCY, None, of_user, f"all baskets of {asked.domain}"),
-        Contender(MARKOV_CHAIN, None, lambda given: Scores.of(chain.score(given)), f"last basket of {asked.domain}"),
+        Scorer(POPULARITY, None, of_everyone, "nothing"),
+        Scorer(PERSONAL_FREQUENCY, None, of_user, f"all baskets of {examples.domain}"),
+        Scorer(MARKOV_CHAIN, None, lambda given: Scores.of(chain.score(given)), f"last basket of {examples.domain}"),
     ]
 
 

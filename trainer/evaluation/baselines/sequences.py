@@ -151,9 +151,14 @@ def transitions(
 
 
 def _followers(
-    items: IntArray, owner: IntArray, positions: IntArray, first: int, steps: int, decay: float,
+    items: IntArray,
+    owner: IntArray,
+    positions: IntArray,
+    first: int,
+    steps: int,
+    decay: float,
     wanted: npt.NDArray[np.bool_],
-) -> tuple[npt.NDArray[np.float32], tuple[IntArray, IntArray]]:  # fmt: skip
+) -> tuple[npt.NDArray[np.float32], tuple[IntArray, IntArray]]:
     """Weights and (row, column) of pairs: items at `positions`, as rows from `first` on, and up to `steps` behind."""
     rows, columns, weights = [], [], []
     for step in range(1, steps + 1):
