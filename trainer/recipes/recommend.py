@@ -184,7 +184,8 @@ def _models(config: RecommendConfig) -> list[tuple[TrainedModel, str]]:
         raise GraftrecError(
             f"expected a companion that reads domain {DOMAIN_ALL!r} and predicts "
             f"{trained_model.config.data.answered!r}, found {name}, which reads "
-            f"{companion.config.data.domain!r} and predicts {companion.config.data.answered!r}; name another, or move the alias {COMPANION!r}"
+            f"{companion.config.data.domain!r} and predicts "
+            f"{companion.config.data.answered!r}; name another, or move the alias {COMPANION!r}"
         )
     return [(trained_model, label), (companion, name)]
 
