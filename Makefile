@@ -59,7 +59,7 @@ models: $(BIN)/.installed  ## each model by each transfer, on a generated log, o
 
 page: $(BIN)/.installed  ## the MLflow page on http://127.0.0.1:5000 (PORT=…)
 	@echo "Open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning ($(PAGE_MODE))"
-	@exec $(BIN)/python -m trainer.tracking.page --port $(PORT)
+	@exec $(BIN)/python -m trainer.page --port $(PORT)
 
 test: $(BIN)/.dev  ## the default tests
 	@$(BIN)/python -m pytest $(ARGS)

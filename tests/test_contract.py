@@ -48,6 +48,7 @@ ROOMS = (
     "trainer.data",
     "trainer.figures",
     "trainer.tracking",
+    "trainer.page",
     "trainer.models",
     "trainer.tasks",
     "trainer.inference",

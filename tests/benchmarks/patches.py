@@ -4,7 +4,6 @@ Each domain has its own third of the items and its own patches; random weights, 
 bytes, the time to load all of them, memory, and the time to answer one request, the domains in turns.
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -18,14 +17,11 @@ from tests.benchmarks.movielens import SPLIT, movielens
 from trainer.config import Bert4RecConfig, DataConfig, FinetuneConfig, NextItemConfig, PretrainConfig, TargetDataConfig
 from trainer.data.catalogue import read_catalogue
 from trainer.data.release import pin
+from trainer.experiment import patch_sizes
 from trainer.inference.delta_folder import bytes_of, load_patch, write_patch
 from trainer.inference.model_folder import load_model, save_model
 from trainer.models import build_model
 from trainer.parallel.cores import use_threads
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
-
-from trainer.experiment import patch_sizes
 
 DOMAINS = 16
 MODEL = Bert4RecConfig(blocks=6, width=256, heads=4, user_width=0, knowledge={})

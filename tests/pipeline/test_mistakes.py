@@ -1,16 +1,15 @@
 """Mistakes at the command line: each ends with 2 and one line, and leaves nothing behind."""
 
-import importlib.util
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from etl.__main__ import main as etl
 from trainer.__main__ import main as trainer
+from trainer.experiment.run import main as experiment
+from trainer.recipes.pipeline import main as pipeline
 from trainer.report.report import main as report
 
 ROOT = Path(__file__).parent.parent.parent
@@ -108,25 +107,6 @@ MISTAKES = [
 ]
 
 
-def experiment(arguments: Sequence[str]) -> int:
-    return int((sys.modules.get("experiment") or _script("experiment")).main(arguments))
-
-
-def pipeline(arguments: Sequence[str]) -> int:
-    return int((sys.modules.get("pipeline") or _script("pipeline")).main(arguments))
-
-
-def _script(name: str) -> ModuleType:
-    folder = ROOT / "mlflow_projects"
-    sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 COMMANDS = {"trainer": trainer, "etl": etl, "report": report, "experiment": experiment, "pipeline": pipeline}
 
 
@@ -165,7 +145,7 @@ def test_a_mistake_is_one_line_and_code_2(
 def test_an_interrupted_command_says_how_to_continue(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import trainer.__main__ as module
+    import trainer.recipes as module
 
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt

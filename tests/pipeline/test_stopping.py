@@ -18,8 +18,8 @@ WAIT_SECONDS = 60  # pyspark's own retries take ten minutes
 COMMANDS: dict[str, Sequence[str]] = {
     "etl": ("-m", "etl", "all", "--config", "etl/demo"),
     "trainer": ("-m", "trainer", "pretrain", "--config", "pretrain/demo"),
-    "page": ("-m", "trainer.tracking.page"),
-    "report": ("-m", "trainer.report.report"),
+    "page": ("-m", "trainer.page"),
+    "report": ("-m", "trainer.report"),
     "pipeline": (str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", "pipeline/demo"),
     "experiment": (str(ROOT / "mlflow_projects" / "experiment.py"), "--experiment", "demo"),
     "run_etl": (str(ROOT / "mlflow_projects" / "run_etl.py"), "all", "--config", "etl/demo"),

@@ -14,11 +14,8 @@ import pytest
 
 from etl.config import MovielensSource
 from etl.settings import load
-from trainer.report import report
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
-
 from trainer.experiment.plan import ExperimentConfig
+from trainer.report import report
 
 ROOT = Path(__file__).parents[2]
 KEPT = sorted((Path(__file__).parent / "results").glob("*.json"))

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from trainer import tracking
+from trainer.tracking import connection
 
 
 @functools.cache
@@ -18,7 +19,7 @@ def _template() -> Path:
 
 def enter_store(folder, monkeypatch):
     """Work in `folder`, with an empty embedded store and none of the caller's MLflow settings."""
-    for name in [name for name in os.environ if name.startswith("MLFLOW_") and name not in tracking._ENVIRONMENT]:
+    for name in [name for name in os.environ if name.startswith("MLFLOW_") and name not in connection.ENVIRONMENT]:
         monkeypatch.delenv(name)
     for name in (tracking.PARENT_VARIABLE, "RANK"):
         monkeypatch.delenv(name, raising=False)

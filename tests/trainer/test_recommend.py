@@ -145,12 +145,12 @@ def test_rows_are_the_same_on_sail(done):
 def test_of_two_runs_at_once_the_one_that_lost_says_so(done, monkeypatch):
     lake = str(done.root / "raced")
     shutil.copytree(done.lake, lake)
-    stale = recommend.delta.transactions
+    stale = recommend.spark_io.transactions
 
     def before_the_other(lake, table, apps):
         return {} if "recommend/target" in apps else stale(lake, table, apps)
 
-    monkeypatch.setattr(recommend.delta, "transactions", before_the_other)
+    monkeypatch.setattr(recommend.spark_io, "transactions", before_the_other)
     with pytest.raises(GraftrecError, match="another run has written recommendations of target meanwhile"):
         recommend.run(config(lake, k=3))
     assert rows_of(lake) == rows_of(done.lake)

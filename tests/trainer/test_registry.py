@@ -104,7 +104,7 @@ def test_a_part_of_a_description_is_replaced_and_the_rest_stays(store, models):
 
 
 def test_the_audit_trail_keeps_all_entries_whatever_a_tag_holds(store, models, monkeypatch):
-    monkeypatch.setattr("trainer.registry.AUDIT_CHARACTERS", 100)
+    monkeypatch.setattr("trainer.registry.versions.AUDIT_CHARACTERS", 100)
     registry = Registry()
     number = registry.register(models[0]).number
     entries = [{"action": "refused", "n": n, "text": "é" * n} for n in range(0, 120, 10)]
@@ -246,9 +246,9 @@ def test_a_servers_lock_has_one_holder_until_it_is_released(locks):
 def test_a_servers_lock_runs_out(locks, monkeypatch):
     one, two = locks(), locks()
     assert one.acquire()
-    monkeypatch.setattr("trainer.registry.LEASE_SECONDS", -1.0)
+    monkeypatch.setattr("trainer.registry.promotion_lock.LEASE_SECONDS", -1.0)
     one.check()  # renewed, for less than no time
-    monkeypatch.setattr("trainer.registry.LEASE_SECONDS", 900.0)
+    monkeypatch.setattr("trainer.registry.promotion_lock.LEASE_SECONDS", 900.0)
     assert two.acquire()
     with pytest.raises(TrackingError, match="another promoter took over"):
         one.check()
@@ -288,7 +288,7 @@ def test_a_promotion_checks_its_lock_before_it_writes(store, models, monkeypatch
     registry = Registry()
     one, two = registry.register(models[0]), registry.register(models[1])
     registry.set_alias(CHAMPION, one.number)
-    monkeypatch.setattr("trainer.tracking.local_folder", lambda uri: None)  # as if it were a server
+    monkeypatch.setattr("trainer.registry.versions.tracking.local_folder", lambda uri: None)  # as if it were a server
     with registry.promoting() as slow:
         thief = ServerLock(registry._client, "graftrec")
         monkeypatch.setattr(ServerLock, "_is_free", lambda lock, number: True)  # the lease ran out
@@ -329,7 +329,7 @@ def test_a_folder_that_two_processes_register_at_once_is_one_version(store, mode
 
 
 def test_of_two_versions_that_a_server_took_at_once_the_first_stays(store, models, monkeypatch):
-    monkeypatch.setattr("trainer.tracking.local_folder", lambda uri: None)  # as if it were a server
+    monkeypatch.setattr("trainer.registry.versions.tracking.local_folder", lambda uri: None)  # as if it were a server
     registry, digest = Registry(), model_hash(models[0])
     first = registry.register(models[0])
     own, examples = registry._own, []

@@ -91,7 +91,7 @@ def test_a_store_that_holds_something_is_never_set_aside(empty):
 
 def test_a_run_that_ends_while_the_store_is_made_is_sent_by_the_next(empty):
     slow = (
-        "import time\nfrom trainer import tracking\nmake = tracking._make_store\n"
+        "import time\nfrom trainer.tracking import connection as tracking\nmake = tracking._make_store\n"
         "tracking._make_store = lambda path: (make(path), open('made', 'w'), time.sleep(60))\n"
     )
     until_made = "    while not os.path.exists('made'):\n        time.sleep(0.05)\n"

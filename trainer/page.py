@@ -1,4 +1,4 @@
-"""The MLflow page of the store in use: ``python -m trainer.tracking.page [--port 5000]``, for `make page`."""
+"""The MLflow page of the store in use: ``python -m trainer.page [--port 5000]``, for `make page`."""
 
 from etl import stopping
 
@@ -15,7 +15,7 @@ from trainer import tracking
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = CommandParser("python -m trainer.tracking.page", description="serve the MLflow page on 127.0.0.1")
+    parser = CommandParser("python -m trainer.page", description="serve the MLflow page on 127.0.0.1")
     parser.add_argument("--port", type=int, default=5000)
     return run_command("page", lambda: _serve(parser.parse_args(arguments).port))
 
