@@ -281,7 +281,7 @@ FULL_DISK = """
 import sys
 from pathlib import Path
 from shows import commit, deliver, file_of, users_of
-from etl.lake import LakeError
+from etl.lake.snapshots import LakeError
 lake = Path(sys.argv[1])
 deliver(lake, 0)
 file = file_of(lake, [77])

@@ -39,7 +39,7 @@ SHORT = Check("from-scratch", "refused", "no", refusal="not shown", seeds=(0, 1,
 def settings_of(message: str, monkeypatch: pytest.MonkeyPatch) -> RecommendConfig:
     """What `python -m trainer recommend` makes of the command in a message."""
     found: list[RecommendConfig] = []
-    monkeypatch.setattr(trainer, "_run", lambda recipe, config: found.append(config) or 0)
+    monkeypatch.setattr(trainer, "run", lambda recipe, config: found.append(config) or 0)
     command = re.search(r"python -m trainer .*", message)
     assert command is not None
     assert trainer.main(shlex.split(command[0])[3:]) == 0

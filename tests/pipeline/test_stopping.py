@@ -84,7 +84,8 @@ from etl import stopping
 stopping.begin()
 import contextlib, sys, threading, time
 from etl.command import run_command
-from etl.config import GraftrecError, SparkConfig
+from etl.config import SparkConfig
+from etl.settings import GraftrecError
 from etl.session import spark_session
 
 def rows(batches):
@@ -129,12 +130,12 @@ _PREPARES = """
 from etl import stopping
 stopping.begin()
 import time, sys
-from mlflow_projects import cells
+from trainer.recipes import training_jobs
 from etl.command import run_command
-cells._PRELOADED = ("endless_import",)
+training_jobs._PRELOADED = ("endless_import",)
 
 def work():
-    cells.prepare()
+    training_jobs.prepare()
     time.sleep(60)
 
 stopping.leave(run_command("work", work))
@@ -145,7 +146,7 @@ stopping.leave(run_command("work", work))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_server_of_trainings_is_stopped_while_it_imports(number: signal.Signals, tmp_path: Path) -> None:
     (tmp_path / "endless_import.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    running = _started(("-c", _PREPARES), tmp_path, tmp_path, ROOT / "mlflow_projects")
+    running = _started(("-c", _PREPARES), tmp_path, tmp_path)
     assert running.stdout is not None
     assert running.stdout.readline() == "importing\n"
     children = psutil.Process(running.pid).children(recursive=True)

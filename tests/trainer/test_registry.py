@@ -61,7 +61,13 @@ def test_a_version_is_code_and_json_with_a_signature_over_raw_ids(store, models)
     registry = Registry()
     packed = registry.folder(registry.register(models[0])).parent.parent
     files = {path.relative_to(packed).as_posix() for path in packed.rglob("*") if path.is_file()}
-    assert {"MLmodel", "served.py", "code/trainer/serving.py", "code/etl/tables.py", "requirements.txt"} <= files
+    assert {
+        "MLmodel",
+        "pyfunc.py",
+        "code/trainer/inference/recommender.py",
+        "code/etl/tables.py",
+        "requirements.txt",
+    } <= files
     plain = {"", ".py", ".md", ".txt", ".yaml", ".json", ".parquet", ".safetensors", ".properties"}
     assert {Path(name).suffix for name in files} <= plain
     described = yaml.safe_load((packed / "MLmodel").read_text())

@@ -37,7 +37,7 @@ class Unrecorded(TrackingError):
 
 
 # MLflow's chatter stays off the terminal, and a dead server is noticed in seconds. Each can be overridden.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -61,7 +61,7 @@ def local_folder(uri: str) -> Path | None:
 
 def quieten() -> None:
     """Settings for mlflow, to be made before it is first imported."""
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
