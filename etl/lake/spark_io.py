@@ -113,7 +113,7 @@ def read(
     files: Sequence[DataFile] | None = None,
 ) -> DataFrame:
     """`table` at `version` (None: the newest as of this call), in the contract's columns; only `partitions` if given.
-    `files`: of these files of a snapshot instead (see `etl.lake.snapshot_files`).
+    `files`: of these files of a snapshot instead (see `etl.lake.snapshots.snapshot_files`).
 
     Raises LakeError where there is no such table or version, or what is there can't be read.
     """

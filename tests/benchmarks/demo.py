@@ -56,7 +56,7 @@ class Run:
         return f"lake-{self.seed}" if self.teaches else f"lake-null-{self.seed}"
 
     def settings(self, folder: Path) -> list[str]:
-        given = {"etl.source.seed": self.seed, "etl.lake.snapshots": folder.parent / self.log, "runs": folder / "runs"}
+        given = {"etl.source.seed": self.seed, "etl.lake": folder.parent / self.log, "runs": folder / "runs"}
         for section in ("pretrain", "finetune"):
             given[f"{section}.runtime.threads"] = self.threads
         for section in ("pretrain", "finetune", "evaluate", "promote"):
