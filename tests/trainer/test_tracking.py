@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from stores import enter_store, runs_of
 from trainer import tracking
 from trainer.config import PretrainConfig, TrackingConfig
 from trainer.data.release import Release
-from trainer.tracking import child_environment, queue, start_run
+from trainer.tracking import child_environment, queue, sender, start_run
 from trainer.tracking.queue import Refused, SendQueue
 
 ROOT = Path(__file__).parent.parent.parent
@@ -453,7 +454,7 @@ def test_training_goes_on_without_a_server_and_the_next_run_sends_the_rest(store
 
 
 def test_answers_that_get_lost_duplicate_nothing(store, monkeypatch):
-    original, lost = tracking._Sender._send, set()
+    original, lost = sender.Sender._send, set()
 
     def send(sender, entry):
         original(sender, entry)
@@ -461,7 +462,7 @@ def test_answers_that_get_lost_duplicate_nothing(store, monkeypatch):
             lost.add(entry["kind"])
             raise ConnectionError("the answer got lost")
 
-    monkeypatch.setattr(tracking._Sender, "_send", send)
+    monkeypatch.setattr(sender.Sender, "_send", send)
     with start_run(QUIET, name="lossy", resolved=PretrainConfig(), release=Release("lake", 1, {"items": 2})) as run:
         for step in range(20):
             run.log_metrics({"loss": float(step)}, step=step)
@@ -488,8 +489,8 @@ def test_a_full_disk_stops_no_training(store, monkeypatch, capfd):
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tracking._Sender, "_send", full)
-    monkeypatch.setattr(tracking.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(sender.Sender, "_send", full)
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
     monkeypatch.setattr(queue.shutil, "copytree", full)
     monkeypatch.setattr(queue.Path, "replace", full)
     impatient = TrackingConfig(system_metrics=False, close_seconds=0.3)
