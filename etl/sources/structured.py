@@ -39,7 +39,7 @@ def json_columns(rows: Chunk, wanted: Sequence[str]) -> Chunk:
             found, reason = ({}, _NO_OBJECT) if parsed is None else (parsed, None)
         reasons.append(reason)
         for column, key in zip(cells, wanted, strict=True):
-            column.append(_cell(found.get(key)))
+            column.append(_cell(_nested(found, key)))
     arrays = [_column(column) for column in cells]
     return Chunk(rows.line, arrays, pa.array(reasons, pa.string()), rows.raw)
 
@@ -52,7 +52,7 @@ def json_keys(head: bytes, *, name: str) -> list[str]:
     lines = head.decode("utf-8", "replace").removeprefix("\ufeff").split("\n")[:100]
     objects = [found for line in lines if (found := _object(line)) is not None]
     if objects:
-        return list(dict.fromkeys(key for found in objects for key in found))
+        return list(dict.fromkeys(key for found in objects for key in _keys(found)))
     first = next((line.strip() for line in lines if line.strip()), "")
     hint = "write one object a line"
     if first.startswith("["):
@@ -60,6 +60,23 @@ def json_keys(head: bytes, *, name: str) -> list[str]:
     elif first.startswith("{") and "'" in first:
         hint = "Python's spelling of a dict: write JSON, json.dumps(ast.literal_eval(line))"
     raise GraftrecError(f"{name}: expected a JSON object on each line, found {first[:60]!r}; {hint}")
+
+
+def _keys(found: dict[str, Any], prefix: str = "", depth: int = 8) -> Iterator[str]:
+    """Keys of an object, and of objects in it as `outer.inner`."""
+    for key, value in found.items():
+        yield prefix + key
+        if isinstance(value, dict) and depth:
+            yield from _keys(value, f"{prefix}{key}.", depth - 1)
+
+
+def _nested(found: dict[str, Any], key: str) -> Any:
+    """The value of a key, else of `outer.inner` inside; null where there is none."""
+    if key in found or "." not in key:
+        return found.get(key)
+    outer, inner = key.split(".", 1)
+    inside = found.get(outer)
+    return _nested(inside, inner) if isinstance(inside, dict) else None
 
 
 def _object(line: str) -> dict[str, Any] | None:
@@ -75,7 +92,8 @@ def parquet_groups(file: RawFile) -> tuple[list[str], list[int]]:
     with reading(file), open_raw(file.path) as stream:
         opened = pq.ParquetFile(stream)
         meta = opened.metadata
-        return list(opened.schema_arrow.names), [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
+        names = [name for field in opened.schema_arrow for name in _names(field)]
+        return names, [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
 
 
 def parquet_chunks(file: RawFile, group: int, first_line: int, wanted: Sequence[str]) -> Iterator[Chunk]:
@@ -86,11 +104,26 @@ def parquet_chunks(file: RawFile, group: int, first_line: int, wanted: Sequence[
             size = batch.num_rows
             yield Chunk(
                 pa.array(np.arange(line, line + size)),
-                [batch.column(name) for name in wanted],
+                [_parquet_cells(batch, name) for name in wanted],
                 pa.nulls(size, pa.string()),
                 pa.nulls(size, pa.string()),
             )
             line += size
+
+
+def _names(field: pa.Field, prefix: str = "") -> Iterator[str]:
+    """A column's name, and those of the fields of a struct as `outer.inner`."""
+    yield prefix + field.name
+    if pa.types.is_struct(field.type):
+        for inner in field.type:
+            yield from _names(inner, f"{prefix}{field.name}.")
+
+
+def _parquet_cells(batch: pa.RecordBatch, name: str) -> pa.Array:
+    if name in batch.schema.names:
+        return batch.column(name)
+    outer = max((one for one in batch.schema.names if name.startswith(one + ".")), key=len)
+    return pc.struct_field(batch.column(outer), name.removeprefix(outer + ".").split("."))
 
 
 def check_columns(wanted: Sequence[str | int], names: Sequence[str], *, name: str) -> list[str]:
@@ -110,7 +143,7 @@ def check_columns(wanted: Sequence[str | int], names: Sequence[str], *, name: st
 
 def _json_block(rows: Chunk, wanted: Sequence[str]) -> list[pa.Array] | None:
     """All lines at once, or None where any of them needs a closer look."""
-    if rows.reason.null_count < len(rows.reason) or not len(rows.raw):
+    if rows.reason.null_count < len(rows.reason) or not len(rows.raw) or any("." in key for key in wanted):
         return None
     trimmed = pc.ascii_trim_whitespace(rows.raw)
     objects = pc.and_(pc.starts_with(trimmed, "{"), pc.ends_with(trimmed, "}"))

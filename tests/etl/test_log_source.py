@@ -361,6 +361,24 @@ def test_events_json_with_a_key_that_comes_late_and_half_a_character(read: Calla
     assert rows[-1]["user"] == "half \ufffd"
 
 
+def test_events_of_nested_keys_are_the_same_in_json_and_parquet(read: Callable[..., Rows], tmp_path: Path) -> None:
+    rows = [
+        {"user": {"id": 1 << 60, "name": "n"}, "item": "x", "at": {"time": {"s": 5}}, "at.value": 1.5},
+        {"user": {"id": None, "name": "n"}, "item": "x", "at": {"time": {"s": 6}}, "at.value": None},
+        {"user": None, "item": "y", "at": None, "at.value": 2.5},
+    ]
+    columns = {"user": "user.id", "item": "item", "time": "at.time.s", "value": "at.value"}
+    (tmp_path / "log").write_text("\n".join(map(json.dumps, rows)))
+    found = [read(format="json", columns=columns)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log")
+    found.append(read(format="parquet", columns=columns))
+    for one in found:
+        assert (one[0]["user"], one[0]["time"], one[0]["value"]) == (str(1 << 60), 5_000_000, 1.5)
+        assert _reasons(one) == {2: "user is missing", 3: "user is missing"}
+    with pytest.raises(GraftrecError, match=r"expected a column 'user.ix'; found columns: user, user.id, user.name, "):
+        read(format="parquet", columns=columns | {"user": "user.ix"})
+
+
 def test_a_time_format_that_names_zones_is_refused() -> None:
     events = {"path": "log", "columns": {"user": "user", "item": "item"}, "time_format": "%Y-%m-%d %Z"}
     with pytest.raises(ValueError, match="what zone %Z names depends on the machine"):
