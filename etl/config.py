@@ -2,10 +2,10 @@
 
 import shlex
 from typing import Annotated, Any, Literal
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import Field, field_validator, model_validator
 
+from etl.file_config import EdgesFileConfig, EventsFileConfig, FileConfig, ItemsFileConfig, UsersFileConfig
 from etl.redaction import remember
 from etl.settings import FileName, Place, Section, named, overridden, setting_words
 
@@ -28,103 +28,6 @@ class SparkConfig(Section):
     def _secrets_are_not_shown(self) -> "SparkConfig":
         remember({"master": self.master, "settings": self.settings})
         return self
-
-
-class ColumnsConfig(Section):
-    """Which column (name, or 0-based position where there is no header) holds what. `None`: the log has none."""
-
-    user: str | int | None = None
-    item: str | int | None = None
-    time: str | int | None = None
-    event_type: str | int | None = None
-    value: str | int | None = None
-    basket: str | int | None = None
-
-
-class FileConfig(Section):
-    """Where rows lie and how they are spelled."""
-
-    path: Place  # a file, a folder or a glob, relative to the source's `root`
-    # `delta`: path is a Delta table's folder or URI; its deleted rows are left out. `version`: pins the table's.
-    # `table`: path is what spark.table knows, or, with `reader`, what spark.read.format(reader) loads, if anything.
-    format: Literal["delimited", "json", "parquet", "delta", "table"] = "delimited"
-    reader: str | None = None  # e.g. iceberg or jdbc
-    options: dict[str, str] = Field(default_factory=dict)  # of the reader
-    version: int | None = Field(None, ge=0)  # of a Delta table; None: the newest
-    separator: str = ","  # any string, also of several characters
-    header: bool = True
-    quote: str | None = '"'  # None: no quoting, a quote is an ordinary character
-    escape: str | None = Field(None, min_length=1, max_length=1)  # takes a quote or separator behind it as a character
-    decimal: Literal[".", ","] = "."  # of numbers that are text
-    encoding: str = "utf-8"
-    skip_rows: int = Field(0, ge=0)  # lines before the header or the first row
-    # A cell with one of these texts, spaces around it aside, holds nothing; NaN also stands for a number that is none.
-    null_values: tuple[str, ...] = ("", "\\N", "NULL", "NA", "NaN", "None")
-
-
-class EventsFileConfig(FileConfig):
-    """An interaction log."""
-
-    columns: ColumnsConfig
-    time_unit: Literal["s", "ms", "us", "ns", "ordinal"] | None = "s"  # of a numeric time; `ordinal`: mere order
-    time_format: str | None = None  # strptime format of a textual time; takes the place of time_unit
-    timezone: str = "UTC"  # of times that state neither zone nor offset, e.g. Europe/Rome
-
-    @field_validator("time_format")
-    @classmethod
-    def _names_no_zones(cls, form: str | None) -> str | None:
-        if form is not None and "%Z" in form.replace("%%", ""):
-            raise ValueError(
-                f"expected a format that is the same on every machine, found {form!r}: what zone %Z names depends on "
-                "the machine; write offsets and use %z"
-            )
-        return form
-
-    @field_validator("timezone")
-    @classmethod
-    def _is_a_zone(cls, name: str) -> str:
-        try:
-            ZoneInfo(name)
-        except (ValueError, OSError, ZoneInfoNotFoundError):
-            raise ValueError(f"expected a zone such as Europe/Rome or UTC, found {name!r}; mend the name") from None
-        return name
-
-
-class FlagsConfig(Section):
-    """One-hot category columns, as in MovieLens-100k: names in the order of the columns from `first` on."""
-
-    first: int
-    names: tuple[str, ...]
-
-
-class ItemsFileConfig(FileConfig):
-    """A file of items: id, title, year, categories and any other attributes."""
-
-    id: str | int
-    title: str | int | None = None
-    year: str | int | Literal["title"] | None = None  # "title": the "(1995)" at the title's end, which is then cut off
-    categories: str | int | None = None
-    categories_separator: str = "|"
-    category_flags: FlagsConfig | None = None
-    attributes: dict[str, str | int] = Field(default_factory=dict)  # attribute name -> column
-    # relation -> columns in order of rank, e.g. director, actor.
-    people: dict[str, tuple[str | int, ...]] = Field(default_factory=dict)
-
-
-class UsersFileConfig(FileConfig):
-    """A file of users: id and attributes."""
-
-    id: str | int
-    attributes: dict[str, str | int] = Field(default_factory=dict)
-
-
-class EdgesFileConfig(FileConfig):
-    """A file of social edges."""
-
-    user: str | int
-    friend: str | int
-    weight: str | int | None = None
-    directed: bool = False  # False: each edge is written in both directions
 
 
 class LogSource(Section):

@@ -30,6 +30,7 @@ ROOMS = (
     "etl.source_hash",
     "etl.redaction",
     "etl.settings",
+    "etl.file_config",
     "etl.config",
     "etl.command",
     "etl.session",

@@ -10,26 +10,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.config import EdgesFileConfig, EventsFileConfig, ItemsFileConfig, UsersFileConfig
+from etl.file_config import EdgesFileConfig, EventsFileConfig, ItemsFileConfig, UsersFileConfig
 from etl.settings import GraftrecError
 from etl.sources import values
 from etl.sources.delimited import Chunk
 from etl.sources.entity_keys import person_key
 from etl.sources.files import RawFile
+from etl.sources.reshape import PLACE_BITS
 from etl.sources.rows import Shape, first_reason
 from etl.sources.schema import PEOPLE, RAW_ITEMS
 
-FILE_SHIFT = 40  # source_order = file index · 2^40 + line
+FILE_SHIFT = 40  # source_order = file index · 2^40 + line, or, where lines give several rows, + line · 2^16 + place
 _TITLE_YEAR = r"^(?P<title>.*)\((?P<year>\d{4})\)\s*$"
 
 
-def events(config: EventsFileConfig, wanted: Sequence[str], *, earliest: int | None, latest: int | None) -> Shape:
-    """RAW_EVENTS; `wanted` names the chunk's columns (user, item, time…), the bounds are microseconds, inclusive."""
+def events(config: EventsFileConfig, *, earliest: int | None, latest: int | None) -> Shape:
+    """RAW_EVENTS of chunks of `config.roles`; the bounds are microseconds, inclusive."""
 
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
         size = len(chunk.line)
-        cells = dict(zip(wanted, chunk.columns, strict=True))
-        order = pc.add(chunk.line, file.index << FILE_SHIFT)
+        cells = dict(zip(config.roles, chunk.columns, strict=True))
+        order = _order(chunk, file)
         user, user_checks = _id(cells["user"], "user")
         item, item_checks = _id(cells["item"], "item")
         basket, basket_checks = (
@@ -38,6 +39,8 @@ def events(config: EventsFileConfig, wanted: Sequence[str], *, earliest: int | N
         event_type = values.text(cells["event_type"]) if "event_type" in cells else _nulls(size)
         time, time_checks = _time(cells.get("time"), order, config, earliest, latest)
         value, value_checks = _value(cells.get("value"), "value", size, config.decimal)
+        if config.weights:
+            value = pc.coalesce(_weights(event_type, config.weights), value)
         checks = [*user_checks, *item_checks, *basket_checks, *time_checks, *value_checks]
         columns = {"user": user, "item": item, "time": time, "event_type": event_type}
         columns |= {"value": value, "basket": basket, "source_order": order}
@@ -126,14 +129,26 @@ def edges(config: EdgesFileConfig) -> Shape:
 
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
         size = len(chunk.line)
-        user, user_checks = _id(chunk.columns[0], "user")
-        friend, friend_checks = _id(chunk.columns[1], "friend")
-        weight, checks = _value(None if config.weight is None else chunk.columns[2], "weight", size, config.decimal)
+        cells = dict(zip(config.roles, chunk.columns, strict=True))
+        user, user_checks = _id(cells["user"], "user")
+        friend, friend_checks = _id(cells["friend"], "friend")
+        weight, checks = _value(cells.get("weight"), "weight", size, config.decimal)
         alone = (pc.equal(user, friend), "user and friend are the same")
         columns = {"user": user, "friend": friend, "weight": pc.cast(pc.fill_null(weight, 1.0), pa.float32())}
         return pa.table(columns | {"reason": first_reason(chunk, [*user_checks, *friend_checks, alone, *checks])})
 
     return shape
+
+
+def _order(chunk: Chunk, file: RawFile) -> pa.Array:
+    within = chunk.line if chunk.place is None else pc.add(pc.shift_left(chunk.line, PLACE_BITS), chunk.place)
+    return pc.add(within, file.index << FILE_SHIFT)
+
+
+def _weights(event_type: pa.Array, weights: dict[str, float]) -> pa.Array:
+    """The weight of each event's type, null where it has none."""
+    place = pc.index_in(event_type, pa.array(list(weights), pa.string()))
+    return pa.array(list(weights.values()), pa.float64()).take(place)
 
 
 Checks = list[tuple[pa.Array, str]]

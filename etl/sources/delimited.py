@@ -1,13 +1,14 @@
 """Blocks of delimited text to columns, vectorised in Arrow; a line that has oddities is looked at alone.
 
 Rejected: undecodable bytes, a line longer than 1 MiB, a wrong number of fields, a quote that isn't closed. Empty
-lines are no rows. With quoting on, a separator inside quotes is text, and a doubled quote is a quote; a line end
-inside quotes is out of scope: both halves are rejected as malformed. Encodings must keep a line end one byte (UTF-8,
-Latin-1 and its kin, the usual double-byte ones); UTF-16 and UTF-32 are refused.
+lines are no rows. With quoting on, a separator inside quotes is text, and a doubled quote is a quote; a line end inside
+quotes is one where `multiline` says so, else both halves are rejected as malformed. Encodings must keep a line end one
+byte (UTF-8, Latin-1 and its kin, the usual double-byte ones); UTF-16 and UTF-32 are refused.
 """
 
 import codecs
 import csv
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from etl.config import FileConfig
+from etl.file_config import FileConfig
 from etl.settings import GraftrecError
 from etl.sources.files import MAX_ROW_BYTES, Block
 from etl.sources.schema import RAW_CHARACTERS
@@ -23,6 +24,7 @@ from etl.sources.schema import RAW_CHARACTERS
 csv.field_size_limit(MAX_ROW_BYTES * 2)
 _STAND_INS = "\x1f\x1e\x1d\x1c\x01"  # for a separator of several characters, inside the csv module
 _HEADER_AGAIN = "the header again"
+_TYPED = re.compile(r":(token|float)(_seq)?$")  # of RecBole's headers: user_id:token
 TOO_LONG = f"longer than {MAX_ROW_BYTES:,} bytes"
 
 
@@ -31,12 +33,14 @@ class Chunk:
     """Rows as read: `line` int64, one array per wanted column, `reason` (null: good so far), `raw` text of each row.
 
     Rows with a reason have nulls in the columns. `raw` may be null throughout where the format has no text (Parquet).
+    `place`, where lines may give several rows: the row's int64 place in its line.
     """
 
     line: pa.Array
     columns: list[pa.Array]
     reason: pa.Array
     raw: pa.Array
+    place: pa.Array | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Layout:
     num_fields: int
     first_row: int = 1  # 1-based line
     header: str | None = None  # the header's line; met again, it is no row
+    matrix: tuple[str, ...] = ()  # items of the last positions
 
 
 def check_encoding(encoding: str, *, name: str, head: bytes) -> None:
@@ -63,14 +68,14 @@ def check_encoding(encoding: str, *, name: str, head: bytes) -> None:
         )
 
 
-def lines(block: Block, encoding: str, *, first_row: int = 1) -> Chunk:
+def lines(block: Block, encoding: str, *, first_row: int = 1, keep_empty: bool = False) -> Chunk:
     """The rows of a block as text (in `raw`), with line numbers and no columns. Empty lines are left out."""
     if block.too_long:
         head = block.data[: RAW_CHARACTERS * 4].decode(encoding, "replace")
         return Chunk(pa.array([block.first_line], pa.int64()), [], pa.array([TOO_LONG]), pa.array([head]))
     data = block.data
-    if block.first_line == 1 and data.startswith(codecs.BOM_UTF8) and _is_utf8(encoding):
-        data = data[3:]
+    if codecs.BOM_UTF8 in data and _is_utf8(encoding):  # files that were put one behind the other have several
+        data = (b"\n" + data).replace(b"\n" + codecs.BOM_UTF8, b"\n")[1:]
     texts, reason = _decoded(data, encoding)
     if block.data.endswith(b"\n"):
         texts, reason = texts[:-1], reason[:-1]
@@ -79,7 +84,7 @@ def lines(block: Block, encoding: str, *, first_row: int = 1) -> Chunk:
     if len(data) > MAX_ROW_BYTES:
         reason = pc.if_else(pc.greater(pc.binary_length(texts), MAX_ROW_BYTES), TOO_LONG, reason)
     numbers = pa.array(np.arange(block.first_line, block.first_line + len(texts)))
-    keep = pc.not_equal(texts, "")
+    keep = pc.or_(pc.not_equal(texts, ""), keep_empty)
     if block.first_line < first_row:
         keep = pc.and_(keep, pc.greater_equal(numbers, first_row))
     if pc.all(keep).as_py() is False:
@@ -94,7 +99,8 @@ def split(rows: Chunk, config: FileConfig, layout: Layout) -> Chunk:
     for mark in (config.quote, config.escape):
         if mark:
             plain = pc.and_(plain, pc.invert(pc.match_substring(rows.raw, mark)))
-    fields = pc.split_pattern(pc.if_else(plain, rows.raw, None), config.separator)
+    max_splits = None if config.fields is None else config.fields - 1
+    fields = pc.split_pattern(pc.if_else(plain, rows.raw, None), config.separator, max_splits=max_splits)
     right = pc.equal(pc.list_value_length(fields), layout.num_fields)
     reason = rows.reason
     if pc.all(right).as_py() is False or fields.null_count:
@@ -122,7 +128,7 @@ def parse_line(line: str, config: FileConfig) -> list[str]:
     """The fields of one line. Raises ValueError with the reason where it is malformed."""
     separator = config.separator
     if not any(mark and mark in line for mark in (config.quote, config.escape)):
-        return line.split(separator)
+        return line.split(separator, -1 if config.fields is None else config.fields - 1)
     stand_in = separator
     if len(separator) > 1:
         free = [mark for mark in _STAND_INS if mark not in line]
@@ -145,15 +151,14 @@ def parse_line(line: str, config: FileConfig) -> list[str]:
     return [field.replace(stand_in, separator) for field in fields] if stand_in != separator else fields
 
 
-def find_layout(head: bytes, config: FileConfig, wanted: Sequence[str | int], *, name: str) -> Layout | None:
-    """Where the wanted columns are, from a file's first bytes. None: the file has no row.
+def find_layout(
+    rows: Chunk, config: FileConfig, wanted: Sequence[str | int], *, name: str, matrix_from: int | None = None
+) -> Layout | None:
+    """Where the wanted columns are, and those of a matrix, from a file's first rows. None: the file has no row.
 
     Without a header the number of fields is that of most of the first hundred rows. Raises GraftrecError for a column
     that isn't there.
     """
-    check_encoding(config.encoding, name=name, head=head)
-    whole = head[: head.rfind(b"\n") + 1] or head
-    rows = lines(Block(whole, 1), config.encoding, first_row=config.skip_rows + 1)
     parsed: list[list[str]] = []
     for line, reason in zip(rows.raw[:101].to_pylist(), rows.reason[:101].to_pylist(), strict=True):
         try:
@@ -165,7 +170,10 @@ def find_layout(head: bytes, config: FileConfig, wanted: Sequence[str | int], *,
     if config.header:
         names = [field.strip() for field in parsed[0]]
         positions = tuple(_position(column, names, name=name) for column in wanted)
-        return Layout(positions, len(names), rows.line[0].as_py() + 1, rows.raw[0].as_py())
+        matrix = _matrix(positions, len(names), matrix_from, name=name)
+        header, titles = rows.raw[0].as_py(), tuple(names[position] for position in matrix)
+        first_row = rows.line[0].as_py() + 1 + header.count("\n")
+        return Layout((*positions, *matrix), len(names), first_row, header, titles)
     widths = [len(fields) for fields in parsed if fields]
     width = max(set(widths), key=widths.count) if widths else 0
     for column in wanted:
@@ -176,7 +184,21 @@ def find_layout(head: bytes, config: FileConfig, wanted: Sequence[str | int], *,
                 f"{name}: expected a column at position {column} (the first is 0), found {width} fields "
                 f"separated by {config.separator!r}; mend the position or the separator"
             )
-    return Layout(tuple(int(column) for column in wanted), width, config.skip_rows + 1)
+    positions = tuple(int(column) for column in wanted)
+    matrix = _matrix(positions, width, matrix_from, name=name)
+    return Layout((*positions, *matrix), width, config.skip_rows + 1, matrix=tuple(map(str, matrix)))
+
+
+def _matrix(others: Sequence[int], width: int, first: int | None, *, name: str) -> tuple[int, ...]:
+    """Positions of a matrix's columns, none where there is no matrix."""
+    if first is None:
+        return ()
+    found = tuple(position for position in range(first, width) if position not in others)
+    if not found:
+        raise GraftrecError(
+            f"{name}: expected columns of a matrix from position {first} on, found {width} columns in all"
+        )
+    return found
 
 
 def _position(column: str | int, names: list[str], *, name: str) -> int:
@@ -184,6 +206,9 @@ def _position(column: str | int, names: list[str], *, name: str) -> int:
         return column
     if isinstance(column, str) and names.count(column) == 1:
         return names.index(column)
+    bare = [_TYPED.sub("", one) for one in names]
+    if isinstance(column, str) and bare.count(column) == 1:
+        return bare.index(column)
     how = "a single column" if isinstance(column, str) and column in names else "a column"
     raise GraftrecError(
         f"{name}: expected {how} {column!r}; found columns: {', '.join(names)}; mend the name or the separator"

@@ -25,7 +25,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
-from etl.config import FileConfig
+from etl.file_config import FileConfig
 from etl.lake.store_errors import store_problem
 from etl.plain_path import delta_path
 from etl.settings import GraftrecError

@@ -7,10 +7,13 @@ file-name function of its own. A row belongs to the range in which its first byt
 import hashlib
 import os.path
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import IO
 
 import pyarrow as pa
 from pyarrow import fs
@@ -20,7 +23,8 @@ from etl.settings import GraftrecError
 MAX_ROW_BYTES = 1 << 20
 END = 1 << 62  # the end of a file whose length is unknown: a compressed one
 _CHUNK_BYTES = 4 << 20
-_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd"}
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd", ".zip": "zip"}
+_UNREADABLE = (OSError, EOFError, pa.ArrowException, zipfile.BadZipFile, zlib.error, RuntimeError)
 _LOGS = {"_delta_log": "format: delta", ".hoodie": "format: table"}  # folder of a table's log -> how it is read
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip", b"PAR1": "parquet"}
 
@@ -34,6 +38,7 @@ class RawFile:
     index: int
     size: int  # bytes as stored
     compression: str | None
+    member: str | None = None  # of a zip archive: the file inside that is read
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Block:
     too_long: bool = False
 
 
-def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
-    """The files that `path` (a file, a folder or a glob under `root`) names, by sorted path.
+def find_files(root: str, path: str, *, what: str, member: str | None = None) -> list[RawFile]:
+    """The files that `path` (a file, a folder or a glob under `root`) names, by sorted path; of zip archives `member`.
 
     Hidden files and those starting with ``_`` are left out of folders. Raises GraftrecError where there is none; `what`
     names the setting in the message.
@@ -74,12 +79,37 @@ def find_files(root: str, path: str, *, what: str) -> list[RawFile]:
     )
     ordered = sorted(found, key=lambda info: info.path)
     _refuse_twins([info.path.removeprefix(home) for info in ordered], what)
-    return [
+    named_files = [
         RawFile(
             prefix + info.path, info.path.removeprefix(home), index, info.size, _COMPRESSIONS.get(_suffix(info.path))
         )
         for index, info in enumerate(ordered)
     ]
+    return [_with_member(file, member) if file.compression == "zip" else file for file in named_files]
+
+
+def _with_member(file: RawFile, member: str | None) -> RawFile:
+    """A zip archive with the file inside that `member`, a name or a glob, names; None: the only one there."""
+    with reading(file), open_raw(file.path) as stream, zipfile.ZipFile(stream) as archive:
+        inside = [info.filename for info in archive.infolist() if not info.is_dir() and not _is_litter(info.filename)]
+    named = (
+        inside
+        if member is None
+        else [member]
+        if member in inside
+        else [name for name in inside if re.fullmatch(_glob(member), name)]
+    )
+    if len(named) == 1:
+        return replace(file, member=named[0])
+    shown = ", ".join(inside[:8]) + (", …" if len(inside) > 8 else "")
+    raise GraftrecError(
+        f"{file.name}: expected one file{'' if member is None else f' {member!r}'} inside, found {len(named)} "
+        f"({shown}); name it by `member`"
+    )
+
+
+def _is_litter(name: str) -> bool:
+    return name.startswith("__MACOSX/") or _hidden(PurePosixPath(name).name)
 
 
 def _refuse_tables(filesystem: fs.FileSystem, paths: Sequence[str], base: str, what: str) -> None:
@@ -141,7 +171,7 @@ def open_raw(path: str) -> pa.NativeFile:
 
 def head(file: RawFile, size: int = MAX_ROW_BYTES + 1) -> bytes:
     """The first `size` bytes of a file's content. Raises GraftrecError for a compression that the name hides."""
-    with reading(file), _open(file) as stream:
+    with reading(file), open_content(file) as stream:
         data: bytes = stream.read(size)
     hidden = next((name for magic, name in _MAGIC.items() if data.startswith(magic)), None)
     if hidden:
@@ -156,7 +186,7 @@ def head(file: RawFile, size: int = MAX_ROW_BYTES + 1) -> bytes:
 def mentions(file: RawFile, text: str) -> bool:
     """Whether `text` stands anywhere in a file's content."""
     wanted, kept = text.encode(), b""
-    with reading(file), _open(file) as stream:
+    with reading(file), open_content(file) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             if wanted in kept + chunk:
                 return True
@@ -188,7 +218,7 @@ def read_blocks(file: RawFile, start: int, end: int, line_ends_before: int) -> I
 
     Memory stays within a few blocks whatever the lines' lengths. Raises GraftrecError for a damaged file.
     """
-    with reading(file), _open(file) as stream:
+    with reading(file), open_content(file) as stream:
         line = 1
         at = 0  # offset of buffer[0], which begins a line
         buffer = b""
@@ -220,7 +250,7 @@ def read_blocks(file: RawFile, start: int, end: int, line_ends_before: int) -> I
                     return
 
 
-def _skip_line(stream: pa.NativeFile) -> tuple[int, bytes]:
+def _skip_line(stream: pa.NativeFile | IO[bytes]) -> tuple[int, bytes]:
     """Bytes up to and with the next line end, and what was read past it."""
     skipped = 0
     while chunk := stream.read(1 << 16):
@@ -231,9 +261,27 @@ def _skip_line(stream: pa.NativeFile) -> tuple[int, bytes]:
     return skipped, b""
 
 
-def _open(file: RawFile) -> pa.NativeFile:
+def open_content(file: RawFile) -> pa.NativeFile | IO[bytes]:
+    """The file's content, unpacked."""
     raw = open_raw(file.path)
+    if file.member is not None:
+        return zipfile.ZipFile(raw).open(file.member)
     return pa.CompressedInputStream(raw, file.compression) if file.compression else raw
+
+
+def check_columns(wanted: Sequence[str | int], names: Sequence[str], *, name: str) -> list[str]:
+    """The names of the wanted columns. Raises GraftrecError for one that isn't there."""
+    found = []
+    for column in wanted:
+        if isinstance(column, int) and 0 <= column < len(names):
+            found.append(names[column])
+        elif column in names:
+            found.append(str(column))
+        else:
+            raise GraftrecError(
+                f"{name}: expected a column {column!r}; found columns: {', '.join(names)}; mend the name"
+            )
+    return found
 
 
 class reading:
@@ -246,7 +294,7 @@ class reading:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | EOFError | pa.ArrowException):
+        if isinstance(error, _UNREADABLE):
             what = f"a whole {self.file.compression} file" if self.file.compression else "a readable file"
             reason = " ".join(str(error).split())
             raise GraftrecError(f"{self.file.name}: expected {what}, found: {reason}; deliver it again") from None

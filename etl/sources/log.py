@@ -1,7 +1,7 @@
 """Your own log, described by YAML: an events file, and optionally items, users and edges beside it.
 
 Every source of files is this one with a configuration; MovieLens too. A row is rejected, with a reason, for: what
-`delimited` and `structured` reject, a missing user or item, a number or time that can't be read, NaN or infinity, a
+`delimited` and `objects` reject, a missing user or item, a number or time that can't be read, NaN or infinity, a
 time before `cleaning.min_time` or after `cleaning.max_time` (unless times are mere order).
 """
 
@@ -12,9 +12,10 @@ from typing import Literal
 
 from pyspark.sql import DataFrame, SparkSession
 
-from etl.config import CleaningConfig, FileConfig, LogSource
+from etl.config import CleaningConfig, LogSource
+from etl.file_config import FileConfig
 from etl.settings import GraftrecError
-from etl.sources import columns, files, values
+from etl.sources import columns, files, filters, reshape, values
 from etl.sources.delta_table import SourceTable
 from etl.sources.rows import RANGE_BYTES, RawRows
 from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
@@ -40,7 +41,7 @@ class FileLog:
     @property
     def time(self) -> Literal["timestamp", "ordinal"]:
         events = self.config.events
-        ordered = events.columns.time is None or (events.time_unit == "ordinal" and events.time_format is None)
+        ordered = "time" not in events.roles or (events.time_unit == "ordinal" and events.time_format is None)
         return "ordinal" if ordered else "timestamp"
 
     @property
@@ -71,14 +72,13 @@ class FileLog:
 
     def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
         config = self.config.events
-        wanted = {name: column for name, column in config.columns.model_dump().items() if column is not None}
         for name in ("user", "item"):
-            if name not in wanted:
+            if name not in config.roles:
                 raise GraftrecError(
                     f"source.events.columns.{name}: expected a column's name or position, found none; set it"
                 )
         earliest, latest = self._time_bounds()
-        shape = columns.events(config, list(wanted), earliest=earliest, latest=latest)
+        shape = columns.events(config, earliest=earliest, latest=latest)
         table = self.table()
         found = self._files("events") if table is None else table.files()
         if only is not None:
@@ -93,7 +93,7 @@ class FileLog:
             range_bytes=self.range_bytes,
             table=table,
         )
-        return rows.frame(spark, kind="interactions", shape=shape, schema=RAW_EVENTS)
+        return rows.frame(spark, kind="interactions", shape=shape, schema=RAW_EVENTS, kept=filters.kept(config))
 
     def items(self, spark: SparkSession) -> DataFrame | None:
         config = self.config.items
@@ -134,20 +134,18 @@ class FileLog:
         """The columns that a kind of file is asked for, in the order that `shapes` expects."""
         config = self.config
         if kind == "events":
-            return [column for column in config.events.columns.model_dump().values() if column is not None]
+            return reshape.wanted(config.events)
         if kind == "items":
             return [] if config.items is None else columns.item_columns(config.items)
         if kind == "users":
             return [] if config.users is None else [config.users.id, *config.users.attributes.values()]
-        edges = config.edges
-        found = [] if edges is None else [edges.user, edges.friend, edges.weight]
-        return [column for column in found if column is not None]
+        return [] if config.edges is None else reshape.wanted(config.edges)
 
     def _files(self, kind: str) -> list[files.RawFile]:
         described = getattr(self.config, kind)
         if described is None:
             return []
-        return files.find_files(self.config.root, described.path, what=f"source.{kind}.path")
+        return files.find_files(self.config.root, described.path, what=f"source.{kind}.path", member=described.member)
 
     def _open(self, name: str, config: FileConfig, wanted: Sequence[str | int]) -> RawRows:
         if name not in self._rows:

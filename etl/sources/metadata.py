@@ -59,7 +59,7 @@ def knowledge_fingerprint(config: KnowledgeConfig) -> str:
         if described.format == "delta":
             tables += SourceTable(config.root, described, setting=setting).key
         else:
-            files += find_files(config.root, described.path, what=setting)
+            files += find_files(config.root, described.path, what=setting, member=described.member)
     return (fingerprint(files) if files else "") + tables
 
 

@@ -4,15 +4,8 @@
 ``order.parquet`` (user_id, movie_id, position) stands in for it: then a time is an order only.
 """
 
-from etl.config import (
-    CleaningConfig,
-    ColumnsConfig,
-    EventsFileConfig,
-    ItemsFileConfig,
-    LogSource,
-    MovielensSource,
-    UsersFileConfig,
-)
+from etl.config import CleaningConfig, LogSource, MovielensSource
+from etl.file_config import ColumnsConfig, EventsFileConfig, ItemsFileConfig, UsersFileConfig
 from etl.settings import GraftrecError
 from etl.sources.files import find_files
 from etl.sources.log import FileLog

@@ -1,19 +1,20 @@
-"""One described file set (delimited, JSON lines or Parquet) to a Spark frame, read in parallel byte ranges.
+"""One described file set (delimited, objects or Parquet) to a Spark frame, read in parallel byte ranges.
 
 The driver finds the files, looks at each one's head, and cuts ranges; a first pass counts line ends where a file has
 more than one range, so that every row knows its line. Tasks then read with pyarrow alone inside mapInArrow.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
-from etl.config import FileConfig
+from etl.file_config import EventsFileConfig, FileConfig
 from etl.settings import GraftrecError
-from etl.sources import delimited, delta_table, files, spark_table, structured, values
+from etl.sources import delimited, delta_table, files, multiline, objects, parquet, reshape, spark_table, values
 from etl.sources.delimited import Chunk, Layout
 from etl.sources.delta_table import SourceTable, TablePart
 from etl.sources.files import RawFile
@@ -35,6 +36,8 @@ class Range:
     layout: Layout | None
     names: tuple[str, ...] = ()
     table: TablePart | None = None  # of a Delta table's file
+    matrix: tuple[str, ...] = ()  # items of a matrix, the last of the columns
+    fixed: dict[int, str | None] = field(default_factory=dict)  # place among the wanted columns -> value of the file
 
 
 class RawRows:
@@ -60,15 +63,26 @@ class RawRows:
             table = SourceTable(root, config, setting=setting)
         self.table = table
         if found is None:
-            found = files.find_files(root, config.path, what=setting) if table is None else table.files()
+            member = config.member
+            found = files.find_files(root, config.path, what=setting, member=member) if table is None else table.files()
         self.files = found
         self._ranges: list[Range] | None = None
 
-    def frame(self, spark: SparkSession, *, kind: str, shape: Shape, schema: pa.Schema) -> DataFrame:
-        """A lazy frame of `schema`; `shape` gives the columns before `kind`, and `reason`, a row for each row read."""
+    def frame(
+        self,
+        spark: SparkSession,
+        *,
+        kind: str,
+        shape: Shape,
+        schema: pa.Schema,
+        kept: Callable[[pa.Table], pa.Table] | None = None,
+    ) -> DataFrame:
+        """A lazy frame of `schema`; `shape` gives the columns before `kind`, and `reason`, a row for each row read.
+        `kept` leaves rows out."""
 
         def found(chunk: Chunk, file: RawFile) -> pa.Table:
-            return _found(shape(chunk, file), chunk, kind, file.name)
+            rows = _found(shape(chunk, file), chunk, kind, file.name)
+            return rows if kept is None else kept(rows)
 
         return self.map(spark, found, schema)
 
@@ -79,9 +93,9 @@ class RawRows:
             (file,) = self.files
 
             def shaped(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-                for chunk in spark_table.chunks(batches):
-                    columns = [values.without_nulls(column, config.null_values) for column in chunk.columns]
-                    yield from function(replace(chunk, columns=columns), file).cast(schema).to_batches()
+                for found in spark_table.chunks(batches):
+                    for chunk in _reshaped(found, config):
+                        yield from function(chunk, file).cast(schema).to_batches()
 
             return self.table.rows().mapInArrow(shaped, spark_schema(schema))
         ranges = self._cut(spark)
@@ -90,12 +104,13 @@ class RawRows:
             for batch in batches:
                 for index in batch.column(0).to_pylist():
                     file = ranges[index].file
-                    for chunk in read_range(ranges[index], config):
+                    for found in read_range(ranges[index], config):
                         try:
-                            table = function(chunk, file)
+                            tables = [function(chunk, file) for chunk in _reshaped(found, config, ranges[index].matrix)]
                         except GraftrecError as error:
                             raise GraftrecError(f"{file.name}: {error}") from None
-                        yield from table.cast(schema).to_batches()
+                        for table in tables:
+                            yield from table.cast(schema).to_batches()
 
         return spark.range(0, len(ranges), 1, max(len(ranges), 1)).mapInArrow(read, spark_schema(schema))
 
@@ -123,16 +138,16 @@ class RawRows:
             head = files.head(file)
             layout: Layout | None
             names: tuple[str, ...] = ()
-            if self.config.format == "json":
-                delimited.check_encoding(self.config.encoding, name=file.name, head=head)
+            fixed, wanted = _fixed(file, self.wanted)
+            delimited.check_encoding(self.config.encoding, name=file.name, head=head)
+            if self.config.format != "delimited":
                 layout = Layout((), 0, self.config.skip_rows + 1)
                 if not head.strip():
                     continue
-                keys = structured.json_keys(head, name=file.name)
-                keys += [str(key) for key in self.wanted if key not in keys and files.mentions(file, f'"{key}"')]
-                names = tuple(structured.check_columns(self.wanted, keys, name=file.name))
+                names = objects.object_keys(file, head, wanted, self.config.format)
             else:
-                layout = delimited.find_layout(head, self.config, self.wanted, name=file.name)
+                rows = _first_rows(head, self.config)
+                layout = delimited.find_layout(rows, self.config, wanted, name=file.name, matrix_from=self._matrix_from)
                 if layout is None or _ends_before(head, layout.first_row):
                     continue
                 first = first or (file.name, layout.header)
@@ -141,18 +156,30 @@ class RawRows:
                         f"{file.name}: expected the header of {first[0]}, {first[1]!r}, for columns are given by their "
                         f"positions; found {layout.header!r}; name the columns, or put the file elsewhere"
                     )
-            plan += [Range(file, start, end, 0, layout, names) for start, end in files.ranges(file, self.range_bytes)]
+            is_whole = self.config.multiline or self.config.format == "json_array"
+            plan += [
+                Range(file, start, end, 0, layout, names, matrix=layout.matrix, fixed=fixed)
+                for start, end in files.ranges(file, files.END if is_whole else self.range_bytes)
+            ]
         return plan
+
+    @property
+    def _matrix_from(self) -> int | None:
+        return self.config.matrix_from if isinstance(self.config, EventsFileConfig) else None
 
     def _parquet_plan(self) -> list[Range]:
         plan = []
         for file in self.files:
-            columns, sizes = structured.parquet_groups(file)
-            names = tuple(structured.check_columns(self.wanted, columns, name=file.name))
+            columns, sizes = parquet.parquet_groups(file)
+            fixed, wanted = _fixed(file, self.wanted)
+            names = tuple(files.check_columns(wanted, columns, name=file.name))
+            first = self._matrix_from
+            matrix = () if first is None else tuple(name for name in columns[first:] if name not in names)
             before = 0
             for group, size in enumerate(sizes):
                 if size:
-                    plan.append(Range(file, group, group + 1, before, None, names))
+                    part = Range(file, group, group + 1, before, None, names + matrix, matrix=matrix, fixed=fixed)
+                    plan.append(part)
                 before += size
         return plan
 
@@ -170,30 +197,56 @@ class RawRows:
 
 
 def read_range(part: Range, config: FileConfig) -> Iterator[Chunk]:
-    """The rows of one range, a block at a time; cells with a null value are null."""
+    """The rows of one range as the file has them, a block at a time."""
     for chunk in _read_range(part, config):
-        columns = [values.without_nulls(column, config.null_values) for column in chunk.columns]
-        yield replace(chunk, columns=columns)
+        yield reshape.with_fixed(chunk, part.fixed) if part.fixed else chunk
+
+
+def _reshaped(chunk: Chunk, config: FileConfig, matrix: Sequence[str] = ()) -> Iterator[Chunk]:
+    """A chunk's rows, of which a line may give several; cells with a null value are null."""
+    columns = [values.without_nulls(column, config.null_values) for column in chunk.columns]
+    return reshape.rows(replace(chunk, columns=columns), config, matrix)
 
 
 def _read_range(part: Range, config: FileConfig) -> Iterator[Chunk]:
     if part.table is not None:
         yield from delta_table.chunks(part.table, part.file, part.start, part.line_ends_before)
-        return
-    if part.layout is None:
-        yield from structured.parquet_chunks(part.file, part.start, part.line_ends_before + 1, part.names)
-        return
+    elif part.layout is None:
+        yield from parquet.parquet_chunks(part.file, part.start, part.line_ends_before + 1, part.names)
+    elif config.format == "json_array":
+        yield from objects.array_chunks(part.file, config, part.names)
+    else:
+        rows = _lines(part, config, part.layout.first_row)
+        for chunk in multiline.joined(rows, config) if config.multiline else rows:
+            if len(chunk.line) == 0:
+                continue
+            if config.format == "delimited":
+                yield delimited.split(chunk, config, part.layout)
+            else:
+                yield objects.object_columns(chunk, part.names, config.format)
+
+
+def _lines(part: Range, config: FileConfig, first_row: int) -> Iterator[Chunk]:
     for block in files.read_blocks(part.file, part.start, part.end, part.line_ends_before):
-        rows = delimited.lines(block, config.encoding, first_row=part.layout.first_row)
-        if len(rows.line) == 0:
-            continue
-        if config.format == "json":
-            yield structured.json_columns(rows, part.names)
-        elif block.too_long:
-            nothing = pa.nulls(1, pa.string())
-            yield Chunk(rows.line, [nothing for _ in part.layout.positions], rows.reason, rows.raw)
-        else:
-            yield delimited.split(rows, config, part.layout)
+        yield delimited.lines(block, config.encoding, first_row=first_row, keep_empty=config.multiline)
+
+
+def _first_rows(head: bytes, config: FileConfig) -> Chunk:
+    """Rows of a file's first bytes, less the last one, which may be cut."""
+    block = files.Block(head[: head.rfind(b"\n") + 1] or head, 1)
+    rows = delimited.lines(block, config.encoding, first_row=config.skip_rows + 1, keep_empty=config.multiline)
+    return next(multiline.joined(iter([rows]), config)) if config.multiline else rows
+
+
+def _fixed(file: RawFile, wanted: Sequence[str | int]) -> tuple[dict[int, str | None], list[str | int]]:
+    """Place -> value of the wanted columns that a folder `key=value` of the file's path gives; the other columns."""
+    keys = {}
+    for folder in file.name.split("/")[:-1]:
+        key, is_pair, value = folder.partition("=")
+        if is_pair:
+            keys[unquote(key)] = None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
+    fixed = {place: keys[column] for place, column in enumerate(wanted) if isinstance(column, str) and column in keys}
+    return fixed, [column for place, column in enumerate(wanted) if place not in fixed]
 
 
 def first_reason(chunk: Chunk, checks: list[tuple[pa.Array, str]]) -> pa.Array:

@@ -14,7 +14,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from etl.config import FileConfig
+from etl.file_config import FileConfig
 from etl.settings import GraftrecError
 from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from etl.config import FileConfig
+from etl.file_config import FileConfig
 from etl.settings import GraftrecError
 from etl.sources.delta_table import SourceTable
 from etl.sources.files import find_files

@@ -20,16 +20,26 @@ from pyspark.sql import SparkSession
 from etl.config import CleaningConfig, LogSource
 from etl.session import user_errors
 from etl.settings import GraftrecError
-from etl.sources import delimited, files, structured, values
+from etl.sources import delimited, files, objects, values
 from etl.sources.files import RawFile
 from etl.sources.log import FileLog
+from tests.etl.local_rows import LocalSpark
 
 Rows = list[dict[str, Any]]
 
 
 @pytest.fixture
-def read(spark: SparkSession, tmp_path: Path) -> Callable[..., Rows]:
+def read(tmp_path: Path) -> Callable[..., Rows]:
     """Reads tmp_path's files as an events (or other) file by settings; rows by source order."""
+    return _reader(LocalSpark(), tmp_path)
+
+
+@pytest.fixture
+def read_by_engine(spark: SparkSession, tmp_path: Path) -> Callable[..., Rows]:
+    return _reader(spark, tmp_path)
+
+
+def _reader(spark: SparkSession | LocalSpark, tmp_path: Path) -> Callable[..., Rows]:
 
     def read_rows(
         part: str = "events", cleaning: CleaningConfig | None = None, range_bytes: int = 1 << 20, **set: Any
@@ -50,7 +60,7 @@ def _reasons(rows: Rows) -> dict[int, str]:
     return {row["line"]: row["reason"] for row in rows if row["reason"]}
 
 
-def test_events_bad_rows_each_with_line_and_reason(read: Callable[..., Rows], tmp_path: Path) -> None:
+def test_events_bad_rows_each_with_line_and_reason(read_by_engine: Callable[..., Rows], tmp_path: Path) -> None:
     lines = [
         b"\xef\xbb\xbfuser,item,time,value",
         b"a,x,100,1.5",
@@ -76,7 +86,7 @@ def test_events_bad_rows_each_with_line_and_reason(read: Callable[..., Rows], tm
         b"last,x,100,1",  # 22: good, no line end
     ]
     (tmp_path / "log").write_bytes(b"\n".join(lines))
-    rows = read()
+    rows = read_by_engine()
     assert len(rows) == 20
     assert _reasons(rows) == {
         3: "expected 4 fields, found 3",
@@ -104,11 +114,11 @@ def test_events_bad_rows_each_with_line_and_reason(read: Callable[..., Rows], tm
     assert good[22]["raw"] is None
 
 
-def test_events_lines_exact_when_a_file_is_cut(read: Callable[..., Rows], tmp_path: Path) -> None:
+def test_events_lines_exact_when_a_file_is_cut(read_by_engine: Callable[..., Rows], tmp_path: Path) -> None:
     body = [f"u{n % 7}::i{n}::{n}" if n % 10 else f"u{n}::broken" for n in range(500)]
     (tmp_path / "log").write_text("\n".join(body) + "\n")
     columns = {"user": 0, "item": 1, "time": 2}
-    rows = read(range_bytes=97, separator="::", header=False, quote=None, columns=columns)
+    rows = read_by_engine(range_bytes=97, separator="::", header=False, quote=None, columns=columns)
     assert [row["line"] for row in rows] == list(range(1, 501))
     assert sorted(_reasons(rows)) == list(range(1, 501, 10))
     assert {row["line"]: row["raw"] for row in rows if row["reason"]}[301] == "u300::broken"
@@ -255,11 +265,11 @@ def test_items_categories_by_separator_and_year_column(read: Callable[..., Rows]
     assert [(r["categories"], r["year"]) for r in rows] == [(["Drama", "War"], 1999), ([], None)]
 
 
-def test_users_and_edges_both_directions(read: Callable[..., Rows], tmp_path: Path) -> None:
+def test_users_and_edges_both_directions(read_by_engine: Callable[..., Rows], tmp_path: Path) -> None:
     (tmp_path / "log").write_text("a,b,0.5\nb,b,1\nb,,1\nb,c,none\nc,d,\n")
-    rows = read("users", header=False, id=0, attributes={"friend": 1, "weight": 2})
+    rows = read_by_engine("users", header=False, id=0, attributes={"friend": 1, "weight": 2})
     assert rows[0]["attributes"] == [{"name": "friend", "value": "b"}, {"name": "weight", "value": "0.5"}]
-    rows = read("edges", header=False, user=0, friend=1, weight=2)
+    rows = read_by_engine("edges", header=False, user=0, friend=1, weight=2)
     assert sorted((r["user"], r["friend"], r["weight"]) for r in rows if not r["reason"]) == [
         ("a", "b", 0.5),
         ("b", "a", 0.5),
@@ -267,7 +277,7 @@ def test_users_and_edges_both_directions(read: Callable[..., Rows], tmp_path: Pa
         ("d", "c", 1.0),
     ]
     assert _reasons(rows) == {2: "user and friend are the same", 3: "friend is missing", 4: "weight is not a number"}
-    assert len(read("edges", header=False, user=0, friend=1, weight=2, directed=True)) == 5
+    assert len(read_by_engine("edges", header=False, user=0, friend=1, weight=2, directed=True)) == 5
 
 
 @pytest.mark.parametrize(
@@ -293,7 +303,7 @@ def test_users_and_edges_both_directions(read: Callable[..., Rows], tmp_path: Pa
         (b"no parquet", {"format": "parquet"}, "log: expected a readable file"),
         (b'{"who": 1}\n', {"format": "json"}, "found columns: who"),
         (b"{'user': 'a', 'item': 'x'}\n" * 300, {"format": "json"}, "Python's spelling of a dict"),
-        (b'[\n{"user": "a"},\n{"user": "b"}]\n', {"format": "json"}, "an array: write one object a line"),
+        (b'[\n{"user": "a"},\n{"user": "b"}]\n', {"format": "json"}, "for an array set format: json_array"),
         (b"user,item,time,value\ra,x,5,1\rb,x,5,1\r", {}, "found CR alone; convert it"),
     ],
 )
@@ -361,18 +371,36 @@ def test_events_json_with_a_key_that_comes_late_and_half_a_character(read: Calla
     assert rows[-1]["user"] == "half \ufffd"
 
 
+def test_events_of_nested_keys_are_the_same_in_json_and_parquet(read: Callable[..., Rows], tmp_path: Path) -> None:
+    rows = [
+        {"user": {"id": 1 << 60, "name": "n"}, "item": "x", "at": {"time": {"s": 5}}, "at.value": 1.5},
+        {"user": {"id": None, "name": "n"}, "item": "x", "at": {"time": {"s": 6}}, "at.value": None},
+        {"user": None, "item": "y", "at": None, "at.value": 2.5},
+    ]
+    columns = {"user": "user.id", "item": "item", "time": "at.time.s", "value": "at.value"}
+    (tmp_path / "log").write_text("\n".join(map(json.dumps, rows)))
+    found = [read(format="json", columns=columns)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "log")
+    found.append(read(format="parquet", columns=columns))
+    for one in found:
+        assert (one[0]["user"], one[0]["time"], one[0]["value"]) == (str(1 << 60), 5_000_000, 1.5)
+        assert _reasons(one) == {2: "user is missing", 3: "user is missing"}
+    with pytest.raises(GraftrecError, match=r"expected a column 'user.ix'; found columns: user, user.id, user.name, "):
+        read(format="parquet", columns=columns | {"user": "user.ix"})
+
+
 def test_a_time_format_that_names_zones_is_refused() -> None:
     events = {"path": "log", "columns": {"user": "user", "item": "item"}, "time_format": "%Y-%m-%d %Z"}
     with pytest.raises(ValueError, match="what zone %Z names depends on the machine"):
         LogSource.model_validate({"events": events})
 
 
-def test_events_truncated_gzip_is_refused_by_name(read: Callable[..., Rows], tmp_path: Path) -> None:
+def test_events_truncated_gzip_is_refused_by_name(read_by_engine: Callable[..., Rows], tmp_path: Path) -> None:
     body = "user,item,time,value\n" + "".join(f"u{random.random()},i,1,1\n" for _ in range(200_000))
     packed = gzip.compress(body.encode())
     (tmp_path / "log.gz").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(GraftrecError, match=r"^log.gz: expected a whole gzip file, found: .*; deliver it again$"):
-        read(path="log.gz")
+        read_by_engine(path="log.gz")
 
 
 def test_events_missing_root_is_named(spark: SparkSession, tmp_path: Path) -> None:
@@ -472,10 +500,11 @@ def test_lines_decode_and_point_at_what_cannot_be(encoding: str) -> None:
         assert chunk.reason[2].as_py().startswith(f"not {encoding}: byte 0x")
 
 
-def test_lines_byte_order_mark_only_at_the_top() -> None:
-    data = codecs.BOM_UTF8 + b"a\n" + codecs.BOM_UTF8 + b"b\n"
-    assert delimited.lines(files.Block(data, 1), "utf-8").raw.to_pylist() == ["a", "\ufeffb"]
-    assert delimited.lines(files.Block(data, 2), "utf-8").raw.to_pylist() == ["\ufeffa", "\ufeffb"]
+def test_lines_a_byte_order_mark_begins_no_text() -> None:
+    data = codecs.BOM_UTF8 + b"a\n" + codecs.BOM_UTF8 + b"b\nc" + codecs.BOM_UTF8 + b"\n"
+    for first_line in (1, 2):
+        found = delimited.lines(files.Block(data, first_line), "utf-8")
+        assert found.raw.to_pylist() == ["a", "b", "c\ufeff"]
 
 
 @pytest.mark.parametrize(
@@ -659,12 +688,14 @@ def test_null_values_are_missing_and_a_setting(read: Callable[..., Rows], tmp_pa
     assert [(row["value"], row["reason"]) for row in read(format="parquet")] == [(None, None)]
 
 
-def test_events_a_list_as_id_is_refused_by_file_column_and_type(read: Callable[..., Rows], tmp_path: Path) -> None:
+def test_events_a_list_as_id_is_refused_by_file_column_and_type(
+    read_by_engine: Callable[..., Rows], tmp_path: Path
+) -> None:
     pq.write_table(pa.table({"user": [["a"]], "item": ["x"], "time": [5]}), tmp_path / "log")
     with pytest.raises(
         GraftrecError, match=r"^log: user: expected text or numbers, found list<.*string>; name a column"
     ):
-        read(format="parquet", columns={"user": "user", "item": "item", "time": "time"})
+        read_by_engine(format="parquet", columns={"user": "user", "item": "item", "time": "time"})
 
 
 def test_text_of_whole_floats_has_no_fraction() -> None:
@@ -678,11 +709,11 @@ def test_json_block_agrees_with_json_line_by_line(seed: int) -> None:
     kinds = [lambda: rng.randrange(100), lambda: "é" * rng.randrange(3), lambda: None, lambda: rng.random()]
     if seed % 2:
         kinds = kinds[:1]
-    objects = [{"a": rng.choice(kinds)(), "b": "x", "c": [1]} for _ in range(50)]
-    block = files.Block("\n".join(json.dumps(o) for o in objects).encode(), 1)
-    chunk = structured.json_columns(delimited.lines(block, "utf-8"), ["b", "a"])
+    described_rows = [{"a": rng.choice(kinds)(), "b": "x", "c": [1]} for _ in range(50)]
+    block = files.Block("\n".join(json.dumps(o) for o in described_rows).encode(), 1)
+    chunk = objects.object_columns(delimited.lines(block, "utf-8"), ["b", "a"])
     assert chunk.reason.null_count == 50
     found = values.text(chunk.columns[1]).to_pylist()
-    for text, described in zip(found, objects, strict=True):
+    for text, described in zip(found, described_rows, strict=True):
         value = described["a"]
         assert text == (None if value in (None, "") else str(value)) or float(text) == value
