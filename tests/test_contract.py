@@ -326,3 +326,10 @@ def test_no_file_names_somebodys_machine() -> None:
 def test_architecture_names_every_room() -> None:
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     assert {room for room in ROOMS if "__" not in room and f"`{room.split('.')[-1]}`" not in text} == set()
+
+
+def test_modules_that_texts_name_exist() -> None:
+    texts = {name: text for name, text in tracked_text() if name.endswith((".py", ".md", ".yaml"))}
+    ours = {Path(name).name for name in [*texts, __file__]}
+    named = {(name, module) for name, text in texts.items() for module in re.findall(r"`(?:[\w.]+/)*(\w+\.py)`", text)}
+    assert {(name, module) for name, module in named if module not in ours} == set()
