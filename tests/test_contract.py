@@ -325,36 +325,13 @@ def test_no_file_names_somebodys_machine() -> None:
     assert {name: found for name, text in tracked_text() if (found := paths.findall(text))} == {}
 
 
-# --- README -----------------------------------------------------------------------------------------------------------
+def test_architecture_names_every_room() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert {room for room in ROOMS if "__" not in room and f"`{room.split('.')[-1]}`" not in text} == set()
 
 
-def readme_commands() -> list[str]:
-    """Lines of README's ``sh`` blocks, comments cut off, continued lines joined."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
-def test_readme_begins_with_the_two_commands() -> None:
-    assert readme_commands()[:2] == ["make demo", "make test"]
-
-
-@pytest.mark.parametrize("command", [command for command in readme_commands() if command.startswith("make ")])
-def test_readme_make_targets_exist(command: str) -> None:
-    done = subprocess.run(
-        ["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_readme_configurations_exist() -> None:
-    named = set(re.findall(r"--config (\w+/\w+)", "\n".join(readme_commands())))
-    assert {name for name in named if not (ROOT / "conf" / f"{name}.yaml").is_file()} == set()
-
-
-def test_readme_links_and_paths_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    linked = {target.split("#")[0] for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text)}
-    named = set(re.findall(r"`((?:etl|trainer|tests|conf|mlflow_projects)/[\w./-]+)`", text))
-    missing = {name for name in linked | named if name and not (ROOT / name).exists()}
-    assert missing == set()
+def test_modules_that_texts_name_exist() -> None:
+    texts = {name: text for name, text in tracked_text() if name.endswith((".py", ".md", ".yaml"))}
+    ours = {Path(name).name for name in [*texts, __file__]}
+    named = {(name, module) for name, text in texts.items() for module in re.findall(r"`(?:[\w.]+/)*(\w+\.py)`", text)}
+    assert {(name, module) for name, module in named if module not in ours} == set()

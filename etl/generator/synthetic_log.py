@@ -1,7 +1,7 @@
 """A synthetic two-domain log of any size, written in parallel, the same bytes from a seed whatever the partitions.
 
-`world.py` makes the catalogue and `behaviour.py` draws what users take from it. This module adds times, baskets and
-values: a session is a basket, and an event's value grows with the match of item and taste.
+`synthetic_catalogue.py` makes the catalogue and `behaviour.py` samples what users take from it. This module adds times,
+baskets and values: a session is a basket, and an event's value grows with the match of item and taste.
 
 Users are made in blocks of BLOCK, each user from a random stream of its own, and partitions hold whole blocks: so a
 user's events depend on the configuration and the user's number alone. Cost per user doesn't grow with the catalogue.

@@ -1,7 +1,7 @@
 """One data file that is about to be named by a commit: checked against the table's contract, described for the log.
 
-`deltalake` commits whatever it is told (FACTS 1.2), so everything a reader relies on is verified here: the path lies
-under the table, the file exists with the size its writer reported, its Parquet footer parses and has the contract's
+`deltalake` commits whatever it is given, so everything a reader relies on is verified here: the path lies under the
+table, the file exists with the size its writer reported, its Parquet footer parses and has the contract's
 columns and types, columns that may not be null hold no null, partition values parse to their types, and the statistics
 in the log are the ones computed here from the footer. Apart from `spark_io` because it needs neither Spark nor a log.
 """

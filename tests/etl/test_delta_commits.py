@@ -217,7 +217,7 @@ def test_commit_that_fails_leaves_table_and_files(tmp_path: Path, monkeypatch: p
 
 
 def test_two_stale_compactions_conflict(tmp_path: Path) -> None:
-    """Tripwire: deltalake 1.6.6 lets both land, and every row is there twice. Read FACTS before another version."""
+    """Tripwire: deltalake 1.6.6 lets both land, and every row is there twice."""
     for number in range(3):
         deliver(tmp_path, number)
     first, second = DeltaTable(tmp_path / "shows"), DeltaTable(tmp_path / "shows")

@@ -117,7 +117,7 @@ def test_only_the_rows_asked_for_are_trained() -> None:
         "bert4rec-deep-next_item-plain-4",
     ]
     assert {row.id for row in rows if not row.reason} == {wanted}
-    assert list(run._missing(rows)) == []  # not asked for is no failure
+    assert list(run._missing(rows)) == []  # not requested is no failure
 
 
 def test_a_searchs_winners_are_for_the_rows_of_their_transfer(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
         (["--target", "elsewhere"], "elsewhere"),
         (["--joint_split", "last"], "etl.splits: expected last"),
         (["--lake", "somewhere"], "one of etl"),
-        (["--bert4rec.finetune", "caser_ml1m"], "one kind of model"),
+        (["--bert4rec.finetune", "caser_ml1m"], "the same model"),
         (["--caser.pretrain_tasks", "[]"], "at least one"),
         (["--seeds", "[]"], "seeds"),
     ],

@@ -368,9 +368,9 @@ def test_recommendations_are_what_the_server_answers(spark, trained, lake, tmp_p
 
 
 def test_names_that_no_event_has_are_refused(lake, tiny_lake, tmp_path):
-    with pytest.raises(ConfigError, match=r"data.event_types: expected kinds that events .* none of rent in"):
+    with pytest.raises(ConfigError, match=r"data.event_types: expected event types of .* no event of rent in"):
         pretrain(settings(PretrainConfig, tmp_path, lake, data={"event_types": ("buy", "rent")}))
-    with pytest.raises(ConfigError, match="found none of look, buy in"):
+    with pytest.raises(ConfigError, match="found no event of look, buy in"):
         pretrain(settings(PretrainConfig, tmp_path, tiny_lake))
 
 

@@ -286,7 +286,7 @@ def test_the_first_line_says_what_the_report_is_about(small_results, tmp_path):
     page = write(results, tmp_path).read_text(encoding="utf-8")
     assert re.findall("<p.*?</p>", page)[0] == (
         f'<p class="lead">The log in shop/logs. From domain src to tgt: the 3 held-out items of {len(LENGTHS)} users '
-        "(split last-5, test part) ranked among all items that the user has not had. All 12 runs done: 4 rows, 3 "
+        "(split last-5, test part) ranked among all items that the user has not taken. All 12 runs done: 4 rows, 3 "
         "seeds.</p>"
     )
     body = page[page.index("<body>") :]
@@ -304,13 +304,13 @@ def test_seeds_that_are_missing_are_counted_and_listed_last(small_results, tmp_p
         one["seeds"] = one["seeds"][:1]
     results["rows"].append(
         copy.deepcopy(results["rows"][1])
-        | {"id": "x", "status": "missing", "seeds": [], "metrics": {}, "reason": "not asked for (`rows`)"}
+        | {"id": "x", "status": "missing", "seeds": [], "metrics": {}, "reason": "not requested (`rows`)"}
     )
     text = write(results, tmp_path).with_suffix(".md").read_text(encoding="utf-8")
     assert "4 of 12 runs done, none of seeds 2, 3; the end of this page lists what is missing" in text
     assert re.findall("^## (.*)$", text, re.MULTILINE)[-1] == "Missing runs"
     assert "- No seed 2, 3 (4 rows): BERT4Rec, from scratch; " in text
-    assert "With one seed they and the verdicts speak of users only" in text
+    assert "With one seed they and the verdicts are about users only" in text
 
 
 def test_page_pictures_and_tables_have_one_minus_sign(written):
@@ -366,8 +366,8 @@ def test_an_experiment_of_one_model_and_seed_on_other_data(tmp_path):
     for one in results["data"]["domains"]:
         one["users"] = 500
     text = write(results, tmp_path).with_suffix(".md").read_text(encoding="utf-8")
-    assert "speak of users only" in text
-    assert "other data than the survey's" in text
+    assert "are about users only" in text
+    assert "These data are not the survey's" in text
     assert not re.search(r"\(30\.07\)", text)
     verdicts = table_under(text, "## The survey's observations")
     assert not any("Caser" in row[0] for row in verdicts)  # no row of the experiment speaks of it

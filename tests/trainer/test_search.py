@@ -95,7 +95,7 @@ def test_first_trial_is_the_recipe_and_all_are_in_the_space(whole):
 
 def test_a_trial_is_given_up_exactly_where_it_is_below_the_median(whole):
     rows = rows_of(whole)
-    assert {row["outcome"] for row in rows} == {"done", "pruned"}, "nothing was given up: the test shows nothing"
+    assert {row["outcome"] for row in rows} == {"done", "pruned"}, "nothing was pruned: the test shows nothing"
     for number, row in enumerate(rows):
         before = [other["scores"] for other in rows[:number] if other["outcome"] == "done"]
         told = row["scores"]
@@ -106,7 +106,7 @@ def test_a_trial_is_given_up_exactly_where_it_is_below_the_median(whole):
         ]
         assert len(told) == (below[0] if below else 4)
         assert row["outcome"] == ("pruned" if below else "done")
-        assert ("given up after epoch" in row["reason"]) == bool(below)
+        assert ("pruned after epoch" in row["reason"]) == bool(below)
 
 
 def test_winner_is_a_configuration_that_gives_the_winning_score(whole, tiny_lake, tmp_path):
@@ -405,7 +405,7 @@ def test_trials_are_children_of_one_run_however_often_the_search_stops(tiny_lake
     for row in rows:
         run = runs[f"none-{row['trial'] - 1:04}"]
         assert run.info.status == ("FAILED" if row["outcome"] == "failed" else "FINISHED")
-        assert ("given up after epoch" in run.data.tags.get("graftrec.ended", "")) == (row["outcome"] == "pruned")
+        assert ("pruned after epoch" in run.data.tags.get("graftrec.ended", "")) == (row["outcome"] == "pruned")
     assert whole.info.status == "FINISHED"
     done = [row for row in rows if row["outcome"] == "done"]
     assert whole.data.metrics["none/done"] == len(done)

@@ -22,14 +22,14 @@ from trainer.models import groups_of
 if TYPE_CHECKING:
     from trainer.experiment.plan import Row
 
-REQUESTS = 64  # asked of the models in turns
+REQUESTS = 64  # sent to the models in turns
 ROUNDS = 3  # of loading them; the median counts
 HISTORY = 50  # items
 
 
 def beside_copies(rows: Sequence["Row"]) -> list[dict[str, Any]]:
     """For each parent: seed, ids of the rows patched on it, and of both ways MB on disk, seconds, and milliseconds a
-    request; MB of the patches, and of the item tables in them. Rows that are holes are left out."""
+    request; MB of the patches, and of the item tables in them. Missing rows are left out."""
     together: dict[Path, list[tuple[str, int, Path]]] = {}
     for row in rows:
         for seed, training in row.trainings.items():
@@ -70,7 +70,7 @@ def _timed(load: Callable[[], list[TrainedModel]]) -> dict[str, float]:
 
 
 def milliseconds_to_answer(models: Sequence[TrainedModel], requests: int) -> float:
-    """The median of one request of HISTORY items, the models in turns; each one's first doesn't count."""
+    """The median of one request of HISTORY items, the models in turns; the first of each model doesn't count."""
     servers = [Recommender(model, "measured/1") for model in models]
     random, times = np.random.default_rng(0), []
     items = [str(item) for item in models[0].catalogue.raw_ids[FIRST_INDEX:]]
@@ -83,6 +83,6 @@ def milliseconds_to_answer(models: Sequence[TrainedModel], requests: int) -> flo
 
 
 def _item_bytes(patch: Path, model: Path) -> int:
-    """Bytes of a patch that are rows of items: a target's own, whatever way it is fine-tuned."""
+    """Bytes of a patch that are rows of items: of the target, however it is fine-tuned."""
     of_items = groups_of(config_of(model)[0].model)["item"]
     return sum(tensor.nbytes for name, tensor in load_file(patch / TENSORS).items() if name.startswith(of_items))

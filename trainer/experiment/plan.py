@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     pass
 
 
-NOT_ASKED = "not asked for"
+NOT_REQUESTED = "not requested"
 
 
 class TunedConfig(Section):
@@ -58,7 +58,7 @@ class ModelPlan(Section):
             raise ValueError(f"pretrain_tasks: expected different tasks, at least one, found {', '.join(kinds)}")
         if self.pretrain.model.kind != self.finetune.model.kind:
             raise ValueError(
-                f"expected pretrain and finetune to name one kind of model, found {self.pretrain.model.kind} and "
+                f"expected pretrain and finetune to name the same model, found {self.pretrain.model.kind} and "
                 f"{self.finetune.model.kind}"
             )
         expected = self.finetune.model.kind, self.finetune.task.kind
@@ -77,12 +77,12 @@ class ModelPlan(Section):
 
 
 class RowPlan(Section):
-    """A row of one's own, beside or in the place of the survey's: what is trained, and what its gain is counted over.
+    """A row beside the survey's rows, or in their place: what is trained, and the row that its gain is counted over.
     Domains and split are those of its sections; lake, seeds, names and folders are set here."""
 
     label: str
     against: str | None = None  # id of another row
-    pretrain: PretrainConfig | None = None  # what `finetune` is grafted on; without `finetune`, the row itself
+    pretrain: PretrainConfig | None = None  # the parent of `finetune`; without `finetune`, the row itself
     finetune: FinetuneConfig | None = None
 
     @property
@@ -108,8 +108,8 @@ class RowPlan(Section):
 
 
 class ExperimentConfig(Section):
-    """Which rows, on what data, and how they are judged. Lake, domains, seeds, names and folders are set here, whatever
-    the sections say."""
+    """Which rows, on what data, and how they are compared. Lake, domains, seeds, names and folders are set here, not in
+    the sections."""
 
     name: FileName = "experiment"
     preset: str = "small"
@@ -124,7 +124,7 @@ class ExperimentConfig(Section):
     part: Literal["validation", "test"] = "test"
     bert4rec: ModelPlan | None = None
     caser: ModelPlan | None = None
-    own: dict[str, RowPlan] = Field(default_factory=dict)  # rows of one's own, by id
+    own: dict[str, RowPlan] = Field(default_factory=dict)  # more rows, by id
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     knowledge: tuple[bool, ...] = (False, True)
     joint: bool = True  # one model trained on both domains
@@ -133,7 +133,7 @@ class ExperimentConfig(Section):
     rows: tuple[str, ...] = ()  # ids of the only rows to train; (): all. The runs of the others are missing
     evaluation: EvaluationConfig = EvaluationConfig()
     baselines: BaselinesConfig = BaselinesConfig()
-    metric: str = "NDCG@10"  # what differences are judged by
+    metric: str = "NDCG@10"  # that differences are tested in
     jobs: int | None = Field(None, ge=1)  # cells at a time; None: cores / threads
     threads: int = Field(1, ge=1)  # of each cell
     tracking: TrackingConfig = TrackingConfig()
@@ -153,7 +153,7 @@ class ExperimentConfig(Section):
             raise ValueError("expected a section bert4rec, caser or own, found none")
         for name, plan in self.plans.items():
             if plan.finetune.model.kind != name:
-                raise ValueError(f"{name}: expected a model of that kind, found {plan.finetune.model.kind}")
+                raise ValueError(f"{name}: expected that model, found {plan.finetune.model.kind}")
         if (self.etl is None) == (self.lake is None):
             raise ValueError("expected one of etl, which makes tables, and lake, where there are some")
         if self.source == self.target:
@@ -245,7 +245,7 @@ def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
     rows = rows_of(config)
     for row in rows:
         if config.rows and row.id not in config.rows:
-            row.reason = f"{NOT_ASKED} (`rows`)"
+            row.reason = f"{NOT_REQUESTED} (`rows`)"
             continue
         if row.kind == "own":
             row.trainings = {seed: _own_cell(config, row, seed, lake, release, pretrained) for seed in config.seeds}
@@ -277,10 +277,11 @@ def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
 
 
 def check_rows(rows: Sequence[Row]) -> None:
-    """Print a line on each row whose transfer would copy nothing. Raises ConfigError where no other was asked for."""
-    examples = [row for row in rows if not row.reason.startswith(NOT_ASKED)]
-    if empty := [row for row in examples if row.reason]:
-        if len(empty) == len(examples):
+    """Print a line on each row whose transfer would copy nothing. Raises ConfigError where no other row is
+    requested."""
+    requested = [row for row in rows if not row.reason.startswith(NOT_REQUESTED)]
+    if empty := [row for row in requested if row.reason]:
+        if len(empty) == len(requested):
             raise ConfigError(f"rows: {empty[0].id}: {empty[0].reason}; {ADVICE}")
         for row in empty:
             print(f"{row.id} is left out: {row.reason}", flush=True)
@@ -306,7 +307,7 @@ def _cell(
 def _own_cell(
     config: ExperimentConfig, row: Row, seed: int, lake: str, release: int, pretrained: dict[str, TrainingJob]
 ) -> TrainingJob:
-    """The cell of a row of one's own; rows whose sections `pretrain` are equal share that cell."""
+    """The cell of a row of `own`; rows whose sections `pretrain` are equal share that cell."""
     plan, parent = config.own[row.id], None
     if plan.pretrain is not None:
         name = f"own-pretrain-{config_hash(plan.pretrain)[:8]}-{seed}"
@@ -352,8 +353,8 @@ def _placed(
 
 
 def training_jobs(rows: Sequence[Row]) -> list[TrainingJob]:
-    """Every cell once: pre-training before what is grafted on it, and the first seed of all rows before the second, so
-    that a run which is cut short has whole tables of fewer seeds."""
+    """Every cell once: pre-training before the fine-tuning that needs it, and the first seed of all rows before the
+    second, so that an interrupted experiment has complete tables of fewer seeds."""
     found: dict[int, TrainingJob] = {}
     for seed in sorted({seed for row in rows for seed in row.trainings}):
         own = [row.trainings[seed] for row in rows if seed in row.trainings]

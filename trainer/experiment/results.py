@@ -50,7 +50,7 @@ METRICS = ("NDCG@1", "NDCG@5", "NDCG@10", "Recall@1", "Recall@5", "Recall@10", "
 Scores = dict[tuple[str, str], FloatArray]  # protocol, metric (with the prefix of its convention) -> [U]
 
 
-# --- the data, and what can't be done with it -------------------------------------------------------------------
+# --- the data, and rows that make no sense on them ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def data_facts(release: Release, config: "ExperimentConfig") -> DataFacts:
 
 
 def why_not(row: "Row", facts: DataFacts, config: "ExperimentConfig") -> str:
-    """Why a row would be another one under a wrong name; "" where it makes sense."""
+    """Why a row would repeat another one under a wrong name; "" where it makes sense."""
     wanted = [config.target] if row.transfer == "none" or row.kind == "own" else [config.target, config.source]
     for domain in wanted:
         if row.knowledge and not facts.with_knowledge(domain):
@@ -185,8 +185,8 @@ class Scored:
 def collect(
     config: "ExperimentConfig", release: Release, rows: Sequence["Row"], facts: DataFacts, *, started: str
 ) -> dict[str, Any]:
-    """Scores all models and the simple baselines, judges them, and gives results.json. A model that can't be scored
-    leaves its run missing. Raises GraftrecError where nothing can be asked at all."""
+    """Scores all models and the simple baselines, tests their differences, and gives results.json. A model that can't
+    be scored leaves its run missing. Raises GraftrecError where nothing can be scored at all."""
     examples = read_evaluation_set(release, config.split, config.target, config.part, config.evaluation)
     scored = Scored(examples, config)
     written = [_row(row, scored) for row in rows]
@@ -285,7 +285,7 @@ def _baseline(scorer: Scorer, scored: Scored) -> dict[str, Any]:
 
 
 def _seed(seed: int, training: "TrainingJob") -> dict[str, Any]:
-    """What one training run was, from what it left in its folder."""
+    """One training run, read from its folder."""
     done, history, account = (
         json.loads((training.folder / name).read_text()) for name in (DONE, "history.json", "transfer.json")
     )
@@ -313,7 +313,7 @@ def _seed(seed: int, training: "TrainingJob") -> dict[str, Any]:
 
 
 def dataset_name(config: "ExperimentConfig") -> str:
-    """What people call the log."""
+    """Name of the log, for people."""
     match config.etl.source if config.etl else None:
         case MovielensSource():
             return "MovieLens-1M"
@@ -325,13 +325,13 @@ def dataset_name(config: "ExperimentConfig") -> str:
 
 
 def machine() -> str:
-    """What the numbers of cost were seen on; no name of it."""
+    """The machine class of the costs, without the machine's name."""
     parts = f"{os.cpu_count()} {platform.machine()} cores, {psutil.virtual_memory().total / 2**30:.0f} GB"
     return parts + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
 
 
 def _finite(value: Any) -> Any:
-    """Plain JSON: numbers that are none become null."""
+    """Plain JSON: NaN and infinity become null."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -2,11 +2,11 @@
 
     python mlflow_projects/experiment.py --experiment table2 --preset small [--data FOLDER] [--section.key value …]
 
-Every number of the table comes from *cells*: training runs, each a process and a child of one MLflow run. What is done
-is not done again, and a killed run goes on from its checkpoints, so the same command goes on with an experiment that
-was stopped anywhere. A cell that fails leaves its run missing, with the reason; the others go on. Then all models and
-the simple baselines are scored on one pinned release, under every protocol, into <runs>/<name>/results.json and
-report.html. Exit codes: 0; 1 where runs are missing that were asked for; 2 for a mistake in settings or data.
+Every number of the table comes from *cells*: training runs, each a process and a child of one MLflow run. Finished
+cells are not run again, and a killed run resumes from its checkpoints, so the same command continues an experiment that
+was stopped anywhere. A cell that fails leaves its run missing, with the reason; the others continue. Then all models
+and the simple baselines are scored on one pinned release, under every protocol, into <runs>/<name>/results.json and
+report.html. Exit codes: 0; 1 where requested runs are missing; 2 for a mistake in settings or data.
 """
 
 import json
@@ -28,7 +28,7 @@ from trainer.training.empty_transfer import empty_by_data
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
-from trainer.experiment.plan import NOT_ASKED, ExperimentConfig, Row, check_rows, planned, training_jobs
+from trainer.experiment.plan import NOT_REQUESTED, ExperimentConfig, Row, check_rows, planned, training_jobs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEPT = ROOT / "tests" / "reproduction" / "results"
@@ -36,7 +36,7 @@ RUNS_MISSING = 1
 
 
 def run(config: ExperimentConfig) -> int:
-    """The whole experiment. Gives the exit code: 0, or 1 where runs are missing that were asked for."""
+    """The whole experiment. Gives the exit code: 0, or 1 where requested runs are missing."""
     from trainer import tracking
     from trainer.data.release import pin
     from trainer.experiment import results
@@ -44,7 +44,7 @@ def run(config: ExperimentConfig) -> int:
     from trainer.recipes.alone import alone
     from trainer.report import report
 
-    check_rows(planned(config, config.lake or "", 1))  # what settings rule out is refused before tables are made
+    check_rows(planned(config, config.lake or "", 1))  # wrong settings are refused before tables are built
     folder = config.folder
     with alone(folder, "experiment"):
         started = _started(config)
@@ -85,9 +85,9 @@ def _empty(row: Row, release: "Release") -> str:
 
 
 def _missing(rows: Sequence[Row]) -> Iterator[str]:
-    """What was asked for and is not there."""
+    """Requested runs that are missing."""
     for row in rows:
-        if row.reason and not row.reason.startswith(NOT_ASKED):
+        if row.reason and not row.reason.startswith(NOT_REQUESTED):
             yield f"{row.id}: {row.reason}"
         for seed, training in row.trainings.items():
             if training.failure:
@@ -109,7 +109,7 @@ def jobs_of(config: ExperimentConfig) -> int:
 
 
 def _started(config: ExperimentConfig) -> dict[str, str]:
-    """When this experiment was begun, with these settings, and its MLflow run."""
+    """When this experiment began with these settings, and its MLflow run."""
     same = replaced(config, jobs=None, threads=1, tracking=TrackingConfig())
     new = {"settings": config_hash(same), "started": time.strftime("%Y-%m-%d %H:%M"), "run": ""}
     try:

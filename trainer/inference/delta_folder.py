@@ -1,6 +1,6 @@
 """A patched model as a small folder: what it has beside its parent (survey 3.3).
 
-A run's model folder is whole (`trained_model.py`). Of one that was fine-tuned by patches most is its parent's, byte for
+A run's model folder is whole (`model_folder.py`). Of one that was fine-tuned by patches most is its parent's, byte for
 byte: `write_patch` leaves that out, `assemble` puts it back, and checks that the folder is the one it was; `load_patch`
 takes it from a parent in memory, so that many patches stand on one backbone.
 

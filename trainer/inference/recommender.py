@@ -20,7 +20,7 @@ version at the alias `companion` answers if it knows one, and `version` says so.
 
 `params: {"domain": "books"}` asks for another domain's items: of that domain's champion in the same family of
 registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. This module
-knows nothing of MLflow; `served.py` is what MLflow runs.
+knows nothing of MLflow; `pyfunc.py` is what MLflow runs.
 """
 
 import functools

@@ -170,5 +170,6 @@ def _device(wanted: str, local_rank: int) -> torch.device:
 
 def _bf16_pays(device: torch.device) -> bool:
     """GPUs from Ampere on multiply bf16 faster than fp32. CPUs do so at some widths only, with AMX tiles or without:
-    a step of width 64 takes four times as long (trainer/README.md), so there it is a choice (`runtime.precision`)."""
+    a step of width 64 takes four times as long (trainer/training/README.md), so there it is a choice
+    (`runtime.precision`)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -24,7 +24,7 @@ def run(recipe: str, config: Section) -> int:
 
 
 def _recipe(name: str) -> Callable[[Any], object]:
-    """Imported when asked for: Spark, or scipy, only where a recipe needs them."""
+    """Imports a recipe when it is used: Spark, or scipy, only where a recipe needs them."""
     match name:
         case "pretrain":
             from trainer.recipes import pretrain

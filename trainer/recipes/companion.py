@@ -1,7 +1,7 @@
 """Whether a model of all domains answers for users who are new in the target, and a line on that.
 
-Without it these users are served the most popular items. So its gain is over popularity, by the gate's test of a gain
-over a simple baseline. The best simple baseline is shown beside it as information, since nothing serves it.
+Without it these users are served the most popular items. So it is compared with popularity, by the gate's test of a
+gain over a simple baseline. The best simple baseline is shown as information, since nothing serves it.
 """
 
 from collections.abc import Mapping

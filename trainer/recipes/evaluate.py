@@ -4,7 +4,7 @@
 
 Writes to <output>/<name>/evaluation: users.parquet (every user's metrics under every protocol and convention),
 summary.json (means, comparisons, snapshots, models), table.txt and gains.png. An unchanged rerun is skipped. Without a
-name the folder is named after the models, and an evaluation of others that lies there is left alone.
+name the folder is named after the models, and an evaluation of other models in that place is kept.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         if baskets:  # no others are drawn for them
             repeats = repeats_of(config.evaluation, models)
             config = replaced(config, evaluation=replaced(config.evaluation, protocols=(FULL,), repeats=repeats))
-        events: list[Row] = []  # of what is told beside items
+        events: list[Row] = []  # of predictions beside items
         metrics = config.metrics or (BASKET_METRICS if baskets else ITEM_METRICS)
         examples = read_evaluation_set(
             release,
@@ -214,7 +214,7 @@ def show(run: tracking.Run, reports: Mapping[str, EvaluationReport], *, notes: M
 
 
 def _begin(folder: Path) -> None:
-    """Make room: from here on the files are no longer of an earlier summary."""
+    """Remove an earlier evaluation, its summary first."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY).unlink(missing_ok=True)
 
@@ -229,7 +229,7 @@ def _keep(summary: Mapping[str, Any], folder: Path, run: tracking.Run) -> None:
 
 @contextmanager
 def _noted(folder: Path) -> Iterator[None]:
-    """Give the summary its name, which says that all is done, when MLflow's run is over: told, or kept to be sent."""
+    """Give the summary its final name, which marks the evaluation as done, once MLflow's run has ended or is queued."""
     yield
     (folder / (SUMMARY + ".new")).replace(folder / SUMMARY)
 
@@ -243,7 +243,7 @@ def _evaluate_told(
     folder: Path,
     about: dict[str, str],
 ) -> EvaluationReport:
-    """Models that rank no items: they tell what users are, or what they take."""
+    """Models that rank no items: they predict classes of users or events, or clicks."""
     predictions: Predictions
     if models[0].config.task.kind == "multi":
         tables = _next_events(config, chosen, models, release)
@@ -252,7 +252,7 @@ def _evaluate_told(
         picture, drawn = (
             _confusions(predictions),
             CONFUSIONS,
-        )  # of what is told last, value where it is told: fewest classes
+        )  # of the last target, value where it is predicted: fewest classes
         users = pa.concat_tables(_events_told(one, release) for one, *_ in tables)
     elif models[0].config.task.kind == "click":
         predictions = click_table.tell(config, chosen, models, release)
@@ -300,7 +300,7 @@ def _evaluate_told(
 def _next_events(
     config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[TrainedModel], release: Release
 ) -> list[tuple[ClassPredictions, list[Row], str]]:
-    """Of each thing that is told beside the item: what was told, its rows, its table."""
+    """Predictions, rows and table of each target beside the item."""
     found = []
     candidate = None if ranks_items(models[0].config.task) else config.candidate  # items' test is the planned one
     for predictions in next_event_table.tell(config, chosen, models, release):
@@ -321,7 +321,7 @@ def _users_told(predictions: ClassPredictions, release: Release) -> pa.Table:
 
 
 def _events_told(predictions: ClassPredictions, release: Release) -> pa.Table:
-    """Label, seed, user (raw id), what is told, what it was, and the probability given to that."""
+    """Label, seed, user (raw id), target, true class, and the probability of the true class."""
     is_N = predictions.examples.class_N
 
     def columns(given: FloatArray) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def _events_told(predictions: ClassPredictions, release: Release) -> pa.Table:
 
 
 def _pairs_told(predictions: ClickPredictions, release: Release) -> pa.Table:
-    """Label, seed, user (raw id), whether an item of the user's pairs was taken, and what was told of it."""
+    """Label, seed, user (raw id), whether an item of the user's pairs was taken, and its predicted probability."""
     users = pa.array(raw_users(release, predictions.pairs.histories.users), pa.string()).take(
         pa.array(predictions.pairs.owner_N)
     )
@@ -346,7 +346,7 @@ def _pairs_told(predictions: ClickPredictions, release: Release) -> pa.Table:
 def _told_table(
     predictions: Predictions, users: Sequence[str] | pa.Array, columns: Callable[[FloatArray], dict[str, Any]]
 ) -> pa.Table:
-    """A row for each example and contender: label, seed, user, and `columns` of what it told."""
+    """A row for each example and scorer: label, seed, user, and `columns` of its predictions."""
     return pa.concat_tables(
         pa.table(
             {
@@ -394,7 +394,7 @@ def _contenders(
     return found + baseline_scorers(examples, config.baselines)
 
 
-# --- what is written ---------------------------------------------
+# --- files -------------------------------------------------------
 
 
 def write_users(evaluation: Evaluation, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Train on a target domain, grafted on a pre-trained model by `transfer` (survey 4.3)."""
+"""Train on a target domain, initialised from a pre-trained model by `transfer` (survey 4.3)."""
 
 import os
 from collections.abc import Callable
@@ -27,7 +27,8 @@ def run(config: FinetuneConfig, *, judge: Callable[[Progress], None] = unjudged)
 
 
 def refuse_empty(config: FinetuneConfig, parent: TrainedModel) -> None:
-    """Raises TransferError where the transfer would copy nothing. Of a parent from another lake, only settings say."""
+    """Raises TransferError where the transfer would copy nothing. For a parent from another lake only settings are
+    checked."""
     reason = empty_by_settings(config)
     if not reason and config.transfer == "shallow" and config.data.lake == parent.lake:
         reason = empty_by_data(config, pin(config.data.lake, config.data.release), parent.config.data.domain)
@@ -36,7 +37,7 @@ def refuse_empty(config: FinetuneConfig, parent: TrainedModel) -> None:
 
 
 def seen_by_parent(config: FinetuneConfig, parent: TrainedModel) -> str:
-    """A note where the parent was trained on the domain that is fine-tuned on; "" where that is new to it."""
+    """A note if the parent was trained on the domain of the fine-tuning; "" if not."""
     own, seen = config.data, parent.config.data
     if absolute(own.lake) != parent.lake or own.domain != seen.domain:
         return ""

@@ -28,7 +28,7 @@ def _base() -> tuple[str, RecommendConfig]:
     for name in (named(RecommendConfig, "recommend/default"), "recommend/default"):
         try:
             return name, load(RecommendConfig, name)
-        except ConfigError:  # a conf folder of the user's own may lack it
+        except ConfigError:  # the user's conf folder may lack it
             continue
     return shipped, load(RecommendConfig, shipped)
 

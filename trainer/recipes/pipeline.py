@@ -4,9 +4,9 @@
 
 Every step is a child of one MLflow run. Trainings run side by side, one process each. A step whose inputs, settings and
 code are unchanged says so and is skipped: the recipes decide that themselves. A pipeline has one source domain and any
-number of target domains, each with a registered model of its own; without a source domain nothing is transferred, and
+number of target domains, each with its registered model; without a source domain nothing is transferred, and
 models are compared with baselines and champion. Exit codes: 0; 2 for a mistake in settings or data; 3 where the gate
-refuses a candidate; 4 where a loss is not a number; 5 where another pipeline is at work in the same folder; 143 stopped
+refuses a candidate; 4 where a loss is not a number; 5 where another pipeline is running in the same folder; 143 stopped
 by a signal.
 """
 
@@ -74,7 +74,7 @@ def detectable_gains(config: PipelineConfig, planned: Plan, release: "Release") 
 def run(config: PipelineConfig) -> int:
     """Run all steps and print the results. Returns the exit code: 0, or 3 if the gate refuses a candidate.
 
-    Raises RunAgain where another pipeline is at work in the same folder.
+    Raises RunAgain where another pipeline is running in the same folder.
     """
     from trainer.recipes.alone import alone
 
@@ -185,7 +185,7 @@ def jobs_of(config: PipelineConfig, trainings: int) -> int:
 
 
 def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, every: Sequence[Trained]) -> Outcome:
-    """Evaluate the models of one target domain, ask the gate, write recommendations."""
+    """Evaluate the models of one target domain, promote the best if the gate passes, write recommendations."""
     heading = f" {target}" if len(planned.targets) > 1 else ""
     trained = [model for model in every if model.label != COLD]
     with step(f"evaluate{heading}"):
@@ -252,7 +252,8 @@ def evaluate(config: PipelineConfig, target: str, release: int, trained: Sequenc
 def promote(
     config: PipelineConfig, target: str, release: int, trained: Sequence[Trained], *, results: Path
 ) -> tuple[str, Sequence[str]]:
-    """Register the candidate and ask the gate; gives its reason to refuse, "" where it agrees, and what to do then."""
+    """Register the candidate and promote it if the gate passes; gives the reason of a refusal, else "", and what to
+    do."""
     from trainer.evaluation.gate import next_steps
     from trainer.recipes import promote
     from trainer.recipes.hints import recommend_command

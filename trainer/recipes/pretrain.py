@@ -1,6 +1,6 @@
 """Pre-train a model on one domain, or train it from scratch on any: read top to bottom.
 
-`fit` is the whole recipe; `finetune.py` calls it with a parent to graft on.
+`fit` is the whole recipe; `finetune.py` calls it with a parent.
 """
 
 import json
@@ -47,11 +47,11 @@ class NonFiniteScore(NonFiniteLoss):
 
 @dataclass(frozen=True)
 class Result:
-    """What a training run leaves. `metrics`: best validation metrics, epochs, seconds."""
+    """The result of a training run. `metrics`: best validation metrics, epochs, seconds."""
 
     folder: Path  # of the run; the model is in <folder>/model
     metrics: dict[str, float]
-    reused: bool  # nothing had changed: the earlier result stands
+    reused: bool  # nothing has changed since the earlier result
     run_id: str = ""  # of the MLflow run that trained it; "" where that is unknown
 
     @property
@@ -60,7 +60,7 @@ class Result:
 
 
 def unjudged(progress: Progress) -> None:
-    """Let a run go on as its settings say."""
+    """Never ends a run before its settings do."""
 
 
 def run(config: PretrainConfig, *, judge: Callable[[Progress], None] = unjudged) -> Result:
@@ -69,10 +69,10 @@ def run(config: PretrainConfig, *, judge: Callable[[Progress], None] = unjudged)
 
 
 def fit(config: PretrainConfig, *, parent: TrainedModel | None, judge: Callable[[Progress], None] = unjudged) -> Result:
-    """Train `config` on its domain, grafted on `parent` where there is one. Resumes a run of the same identity.
+    """Train `config` on its domain, initialised from `parent` if there is one. Resumes a run of the same identity.
 
-    `judge` sees the progress after each epoch, and may raise Pruned to end the run there. The model of a judged run is
-    not copied to MLflow: it is one of many tried, and lies in the run's folder.
+    `judge` sees the progress after each epoch, and may raise Pruned to end the run there. The model of such a run is
+    not copied to MLflow: it is one of many trials, and stays in the run's folder.
     """
     world = join(config.runtime)
     with alone(Path(config.output) / config.name, world) as folder:
@@ -97,7 +97,7 @@ def _fit(
     dataset = _dataset(config, release)
     validation = read_validation(config, release, catalogue)
     model, account = _model(config, release, catalogue, knowledge, parent, validation, world)
-    clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
+    clear_other(folder, identity, world, say)  # after all checks: a typo removes nothing
     loader = Loader(
         dataset,
         catalogue,
@@ -183,14 +183,14 @@ def _fit(
 
 
 def _pinned(config: PretrainConfig, world: World) -> Release:
-    """The release of the first process: another may come to the lake a moment later, when there is a newer one."""
+    """The release of the first process: a later one may find a newer release in the lake."""
     release = pin(config.data.lake, config.data.release)
     number = world.of_first(release.number)
     return release if number == release.number else pin(config.data.lake, number)
 
 
 def _agreed(identity: dict[str, str], world: World) -> dict[str, str]:
-    """The identity, which all processes must have alike. Raises RunError."""
+    """The identity, which must be the same in all processes. Raises RunError."""
     for rank, other in enumerate(world.objects(identity)):
         if differing := [name for name in identity if identity[name] != other[name]]:
             raise RunError(
@@ -225,9 +225,9 @@ def _check_event_types(dataset: SequenceDataset, setting: str) -> None:
         found += np.bincount(sequences.event_types[trained], minlength=len(found))
     if lacking := [name for name, count in zip(dataset.event_types, found[1:], strict=True) if not count]:
         raise ConfigError(
-            f"{setting}: expected kinds that events of the training parts have, found none of "
+            f"{setting}: expected event types of the training parts, found no event of "
             f"{', '.join(lacking)} in split {dataset.split!r}, domain {dataset.domain!r} of {dataset.release.lake} "
-            f"({int(found[0]):,} events are of other kinds, or of none); mend the names, or name the log's column of "
+            f"({int(found[0]):,} events have other types, or none); correct the names, or name the log's column of "
             "event types in the source"
         )
 
@@ -303,7 +303,7 @@ def _finish(
     validation: Validation,
 ) -> dict[str, Any]:
     """Model folder, curves, and the note that all is done (`_noted` gives it its name), which is returned."""
-    others = isinstance(config.task, ClickConfig)  # what was shown only has not been taken
+    others = isinstance(config.task, ClickConfig)  # impressions have not been taken
     popularity = training_interactions(training.loader.dataset, catalogue, others=others)
     digest = save_model(
         folder / "model",
@@ -337,8 +337,8 @@ def _finish(
 
 @contextmanager
 def _noted(folder: Path, world: World) -> Iterator[None]:
-    """Note that all is done when MLflow's run is over: told, or kept for the next run to send. A process that is killed
-    before leaves a finished checkpoint, and the next one tells MLflow again."""
+    """Mark the training as done once MLflow's run has ended or is queued. A process that is killed before leaves a
+    finished checkpoint, and the next one writes to MLflow again."""
     yield
     if world.first:
         (folder / (DONE + ".new")).replace(folder / DONE)
@@ -346,14 +346,14 @@ def _noted(folder: Path, world: World) -> Iterator[None]:
 
 
 def _tidy(folder: Path, world: World) -> None:
-    """Remove what a run that is done needs no more; a kill may have left it."""
+    """Remove files that a finished run no longer needs; a kill may have left them."""
     if world.first:
         (folder / MLFLOW_UID).unlink(missing_ok=True)
         checkpoint.clear(folder / "checkpoints")
 
 
 def _uid(folder: Path, world: World) -> str:
-    """The uid of the MLflow run in which this one is told."""
+    """The uid of the MLflow run that records this training."""
     if not world.first:
         return ""
     place = folder / MLFLOW_UID
@@ -368,7 +368,7 @@ def _uid(folder: Path, world: World) -> str:
 
 
 def _final(metrics: Mapping[str, float]) -> dict[str, float]:
-    """A run's result under names that no curve has: the best epoch's metrics (`best/NDCG@10`) and what it cost."""
+    """A run's result under names that no curve has: the best epoch's metrics (`best/NDCG@10`) and costs."""
     costs = {"seconds", "epochs", "peak_gb", "pretrain_seconds"}
     return {
         f"cost/{name}" if name in costs else f"best/{name.removeprefix('validation/').removeprefix('best_')}": value
@@ -384,7 +384,7 @@ def _log_model(
     account: TransferReport,
     metrics: Mapping[str, float],
 ) -> None:
-    """The run's logged model: what it is, and its validation metrics on the snapshot that it was trained on."""
+    """The run's logged model: its parameters, and its validation metrics on the snapshot that it was trained on."""
     facts = {
         "recipe": _recipe(config),
         "model": config.model.kind,
@@ -456,8 +456,8 @@ def _recipe(config: PretrainConfig) -> str:
 
 
 def run_identity(config: PretrainConfig, release: Release, parent: TrainedModel | None) -> dict[str, str]:
-    """Settings, code, data and parent as short texts, one of which changes with whatever could change the weights; none
-    with where or how the run runs."""
+    """Fingerprints of settings, code, data and parent; they change if the weights could, and not with where the run
+    runs."""
     runtime, tracked = type(config.runtime)(precision=config.runtime.precision), type(config.tracking)()
     settings = replaced(config, runtime=runtime, tracking=tracked)
     versions = {table.name: release.versions.get(table.name) for table in _read_tables(config)}
@@ -470,8 +470,8 @@ def run_identity(config: PretrainConfig, release: Release, parent: TrainedModel 
 
 
 def finished(config: PretrainConfig) -> Result | None:
-    """What this run left, where it is done and its settings, code, data and parent are unchanged. Raises GraftrecError
-    for a lake or parent that is not there."""
+    """The result of this run if it is done and its settings, code, data and parent are unchanged. Raises GraftrecError
+    for a lake or parent that does not exist."""
     grafted = config.parent if isinstance(config, FinetuneConfig) and config.transfer != "none" else None
     parent = load_model(grafted, users=False) if grafted else None
     release = pin(config.data.lake, config.data.release)

@@ -1,4 +1,4 @@
-"""Recipe: judge a candidate on one pinned release, and move the registry's aliases if the gate agrees.
+"""Recipe: compare a candidate on one pinned release, and move the registry's aliases if the gate passes.
 
     python -m trainer promote --config promote/default --candidate FOLDER --replicas "[FOLDER, FOLDER]" \
         --from_scratch "[FOLDER, FOLDER, FOLDER]"
@@ -6,8 +6,8 @@
 
 Mistakes that need no scoring (too few seeds, a misspelt baseline or metric, no from-scratch) are refused first.
 
-Candidate, from-scratch and champion are scored outside the promotion lock, which takes as long as it takes. Under the
-lock the champion is looked at again: where another promoter has changed it meanwhile, the new one is scored first.
+Candidate, from-scratch and champion are scored outside the promotion lock, since that may take long. Under the lock the
+champion is read again: if another promoter has changed it meanwhile, the new one is scored first.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Promotion, Registry,
 from trainer.registry.gate_evidence import SCRATCH, VERSION, GateEvidence, Ranked, judged, was_transferred
 from trainer.tracking import Run
 
-TAG_GATE = "graftrec.gate"  # what the gate said last: passed, or why not
+TAG_GATE = "graftrec.gate"  # the gate's last result: passed, or why not
 TAG_BEFORE = "graftrec.champion_before"  # number of the champion that a promotion replaced
 TAG_CHARACTERS = 500  # of the verdict; the description of the version holds all of it
 ATTEMPTS = 10  # at a champion that others keep changing
@@ -74,7 +74,7 @@ class PromoteError(GraftrecError):
 
 @dataclass(frozen=True)
 class Promoted:
-    """The champion that now stands."""
+    """The champion now."""
 
     version: Version
     decision: Decision | None  # None: it was the champion already, or a rollback
@@ -243,7 +243,8 @@ def _is_version(name: str) -> bool:
 def _ask(
     registry: Registry, version: Version, compared: Compared, config: PromoteConfig, release: Release
 ) -> tuple[GateEvidence[Any] | None, list[str]]:
-    """The version, its replicas and from-scratch, asked; and why their numbers can't be trusted. None: no need to."""
+    """The version, its replicas and from-scratch, evaluated; and why their numbers can't be trusted. None: not
+    needed."""
     device = str(join(config.runtime).device)
     named = [(VERSION, registry.folder(version)), *((VERSION, one.folder) for one in compared.replicas)]
     named += [(SCRATCH, one.folder) for one in compared.scratch]
@@ -264,7 +265,7 @@ def _not_finite(model: torch.nn.Module) -> list[str]:
 
 
 def _kinds_of_champion(registry: Registry) -> tuple[str, ...]:
-    """Of events, that it reads; none where it can't be read, which is said where it is scored."""
+    """Event types that it reads; none where it can't be read, which is reported where it is scored."""
     champion = registry.find(CHAMPION)
     if champion is not None:
         with contextlib.suppress(GraftrecError, OSError, ValueError):
@@ -273,11 +274,11 @@ def _kinds_of_champion(registry: Registry) -> tuple[str, ...]:
 
 
 def _score_champion(registry: Registry, champion: Version, config: PromoteConfig, found: GateEvidence[Any]) -> Any:
-    """The champion on the same questions. None: its folder is gone or damaged."""
+    """The champion on the same examples. None: its folder is gone or damaged."""
     try:
         trained_model = load_model(registry.folder(champion), device=str(join(config.runtime).device))
     except ModelFolderError as error:
-        print(f"the champion {champion.label} can't be scored, so it is no bar: {error}")
+        print(f"the champion {champion.label} can't be scored, so the candidate is not compared with it: {error}")
         return None
     return found.champion(trained_model)
 
@@ -318,7 +319,9 @@ def _judge_and_move(
                 registry.audit(version.number, _audit("refused", entry))
                 return decision, None
             return decision, _crown(registry, promotion, version, champion, decision, entry)
-    raise RunAgain(f"other promoters changed the champion {ATTEMPTS} times while {version.label} was judged; try again")
+    raise RunAgain(
+        f"other promoters changed the champion {ATTEMPTS} times while {version.label} was compared; run again"
+    )
 
 
 def _crown(
@@ -329,7 +332,7 @@ def _crown(
     decision: Decision,
     entry: dict[str, Any],
 ) -> Promoted:
-    """Tags first: a champion without its papers is worse than papers of a promotion that did not happen."""
+    """Tags first: a champion without its decision is worse than the decision of a promotion that did not happen."""
     before = str(champion.number) if champion else ""
     registry.set_tags(version.number, {TAG_GATE: _verdict(decision), TAG_BEFORE: before})
     registry.audit(version.number, _audit("promoted", entry))
@@ -383,13 +386,13 @@ def _table(found: GateEvidence[Any]) -> str:
 
 def _gate_section(decision: Decision, found: GateEvidence[Any] | None, run: Run) -> str:
     """The decision in a version's description."""
-    link = tracking.run_link("The run that asked the gate", run.id) + " holds decision.json." if run.id else ""
+    link = tracking.run_link("The gate's run", run.id) + " holds decision.json." if run.id else ""
     scores = f"This version:\n\n{descriptions.scores(found.part, _means(found))}" if found is not None else ""
     return descriptions.paragraphs(descriptions.gate(decision, _examples(found)), scores, link)
 
 
 def _examples(found: GateEvidence[Any] | None) -> str:
-    """What the gate's numbers were measured on, in words."""
+    """The examples of the gate's numbers, in words."""
     if found is None:
         return ""
     return f"release {found.release.number}, {found.num_users:,} users of domain {found.domain}, {found.part}"

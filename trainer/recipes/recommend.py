@@ -5,10 +5,10 @@ Its memory is that of the model, a batch of users and a block of their scores. A
 input, and its items are not recommended. Users without an item that the model knows, e.g. those who are new in the
 domain, get the recommendations of the registered model's `companion`, which reads all domains; if there is none, or it
 knows none of their items either, they get the popular items. `model_version` says which model a row is from. The rows
-are those that the served model would answer, up to the last bits.
+equal the served model's answers, up to the last bits.
 
-One commit replaces the domain's partitions, all or nothing. It records what it was made of: a rerun of what the table
-holds already does nothing.
+One commit replaces all of the domain's partitions or none. It records its inputs: a rerun on the same inputs does
+nothing.
 """
 
 import atexit
@@ -120,15 +120,13 @@ def _renew(config: RecommendConfig, models: Models, source: _Source, domain: str
     recorded = spark_io.transactions(release.lake, tables.RECOMMENDATIONS, [app, identity])
     if app in recorded and recorded.get(identity) == recorded[app]:
         version = spark_io.current_version(release.lake, tables.RECOMMENDATIONS)
-        print(
-            f"recommend: unchanged, the table at {_place(release)} holds what {label} says of release {release.number}"
-        )
+        print(f"recommend: unchanged, the table at {_place(release)} has the rows of {label}, release {release.number}")
         tracking.settle(config.tracking)
         return Result(num_users, 0, version or 0, False, 0.0, _users_by_model(release.lake, domain))
     _refuse_replacement(config, label, release, domain)
     by = tracking.model_link(label, trained_model.hash)
     if companion:
-        by += f", and by {tracking.model_link(companion, models[1][0].hash)} where it knows nothing of a user"
+        by += f", and by {tracking.model_link(companion, models[1][0].hash)} for users without an item that it knows"
     description = (
         f"Top {config.k} items of domain {domain} for {num_users:,} users, by {by}; release {release.number} of "
         f"`{redact(release.lake)}`."
@@ -229,7 +227,7 @@ def _users_by_model(lake: str, domain: str) -> dict[str, int]:
 
 
 def _identity(config: RecommendConfig, models: Models, source: _Source, domain: str) -> str:
-    """Names everything that the rows depend on."""
+    """A hash of everything that the rows depend on."""
     release = source.release
     read = [tables.BASKETS] if source.baskets else []
     versions = [release.versions.get(table.name) for table in (*read, tables.SEQUENCES, tables.USERS)]
@@ -280,7 +278,7 @@ def _write(
         and spark_io.transactions(release.lake, tables.RECOMMENDATIONS, [identity]).get(identity) != number
     ):
         raise RunAgain(
-            f"another run has written recommendations of {domain} meanwhile: these are dropped; run it again"
+            f"another run has written recommendations of {domain} meanwhile: these are not written; run again"
         )
     seconds = time.monotonic() - start
     by_model = _users_by_model(release.lake, domain)
@@ -390,8 +388,8 @@ def _best(model: _Model, label: str, chosen: pa.RecordBatch, k: int, domain: str
 
 
 def _as_histories(batch: pa.RecordBatch, model: _Model) -> Histories:
-    """What the model knows of the users' items, as its rows, by time where there are times: a row of all domains may
-    have what its split holds out at the end."""
+    """The users' items that the model knows, as its rows, by time where there are times: a row of the domain `all` may
+    have held-out items at the end."""
     items = batch.column("items")
     if pa.types.is_list(items.type.value_type) or pa.types.is_large_list(items.type.value_type):
         items = _in_a_row(items)
@@ -433,7 +431,7 @@ def _shipped(spark: SparkSession, trained_model: TrainedModel) -> str:
     """
     if engine_of(spark) == "sail":
         return str(trained_model.folder.absolute())
-    # As long as the session may still ask for it: it fetches what it was given whenever an executor begins.
+    # Kept as long as the session: it fetches the archive whenever an executor begins.
     scratch = Path(tempfile.mkdtemp(prefix="graftrec-model-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     packed_model = scratch / "model.zip"

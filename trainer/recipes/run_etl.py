@@ -1,4 +1,4 @@
-"""The ETL as an MLflow run, which `etl` itself, knowing nothing of trainers, can't make: its tables, and pictures.
+"""The ETL as an MLflow run with its tables and pictures; `etl` itself never imports MLflow.
 
 python mlflow_projects/run_etl.py all --config etl/demo [--section.key value …]
 """
@@ -21,7 +21,7 @@ PICTURED_USERS = 200_000  # about, of each domain; whole row groups are read
 
 
 def run(config: EtlConfig, track: TrackingConfig, *, job: str = "all") -> int:
-    """Run one job, or all of them; gives the number of the release that stands then. Raises GraftrecError."""
+    """Run one job, or all of them; gives the number of the newest release. Raises GraftrecError."""
     from etl.jobs.job import RunContext
     from etl.pipeline.run import run_all, run_one
 
@@ -39,7 +39,7 @@ def run(config: EtlConfig, track: TrackingConfig, *, job: str = "all") -> int:
 
 
 def _picture(release: Release, split: str, tracked: tracking.Run) -> None:
-    """Sequence lengths and popularity, a line a domain."""
+    """Sequence lengths and popularity, one line per domain."""
     from trainer import figures
 
     lengths, counts = {}, {}

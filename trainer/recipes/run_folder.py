@@ -15,11 +15,11 @@ from trainer.training import checkpoint
 DONE = "done.json"
 IDENTITY = "identity"  # marks a run's folder
 _OWN = ("checkpoints", "model", "evaluation", DONE, "history.json", "transfer.json", IDENTITY)  # what lies in it
-MLFLOW_UID = "mlflow-uid"  # of the MLflow run, until all is done: whoever goes on with the run goes on in it
+MLFLOW_UID = "mlflow-uid"  # of the MLflow run, until all is done: a resumed run continues in it
 
 
 class RunError(GraftrecError):
-    """A run that can't go on where it should."""
+    """A run that can't use its folder."""
 
 
 class RunBusy(RunAgain, RunError):
@@ -46,7 +46,7 @@ def alone(folder: Path, world: World) -> Iterator[Path]:
 
 
 def clear_other(folder: Path, identity: str, world: World, say: Callable[[str], None]) -> None:
-    """Remove what a run of another identity left under this name; keep the checkpoints of this one."""
+    """Remove the files of a run of another identity under this name; keep the checkpoints of this one."""
     note = folder / IDENTITY
     if world.first and not (note.is_file() and note.read_text() == identity):
         if (folder / "checkpoints").exists() or (folder / "model" / MANIFEST).exists():
@@ -62,7 +62,7 @@ def clear_other(folder: Path, identity: str, world: World, say: Callable[[str], 
 
 
 def _check_own(folder: Path) -> None:
-    """Raises RunError for a folder with things in it that a run would replace, unless a run has made it."""
+    """Raises RunError for a folder with files that a run would replace, unless a run has written it."""
     try:
         marked = _MARK.match((folder / IDENTITY).read_text())
     except (OSError, UnicodeDecodeError):

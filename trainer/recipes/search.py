@@ -1,14 +1,14 @@
 """Search settings on the validation part (survey 4.4): read top to bottom.
 
 Trials are proposed by a tree-structured Parzen estimator (Bergstra, Bardenet, Bengio and Kégl 2011) in Optuna (Akiba,
-Sano, Yanase, Ohta and Koyama 2019), and given up by the median rule (Golovin et al. 2017) or Hyperband (Li et al.
+Sano, Yanase, Ohta and Koyama 2019), and pruned by the median rule (Golovin et al. 2017) or Hyperband (Li et al.
 2018). The first trial is the recipe as it is. From-scratch and each transfer are arms of one search: the same space,
 the same budget, in turns, so that they are even whenever it stops.
 
-What is proposed is a function of (seed, number of the trial, what earlier trials gave), and a trial is a training run:
-a search killed at any moment is gone on with by the same command, the trial that was under way from its checkpoint, and
-ends as if nothing had been. Only the validation part is looked at; trials of one search share one seed, so the winner's
-score is a little too good: train it again with others.
+A proposal is a function of (seed, number of the trial, earlier trials' scores), and a trial is a training run: the same
+command continues a search that was killed at any moment, resumes its open trial from the checkpoint, and ends as
+without the kill. Only the validation part is used; trials of one search share one seed, so the winner's score is a
+little too good: train it again with others.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from trainer.recipes.trials import Arm, Outcome, SearchBusy, SearchError, as_yam
 from trainer.training.loop import NonFiniteLoss, Progress, Pruned
 from trainer.training.transfer import TransferError
 
-TOLD = "told"  # attribute of the first arm's study: whether MLflow has the search's end
+SENT = "sent"  # attribute of the first arm's study: whether MLflow has the search's end
 BEST = "best.yaml"
 TRIALS = "trials.json"
 SHOWN = 5  # trials in the table at the end
@@ -66,8 +66,8 @@ def run(config: SearchConfig) -> list[Winner]:
 
 def _search(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
     first = arms[0].study
-    # An earlier process may have been killed before its end was told.
-    if all(arm.is_over(config) for arm in arms) and (first.user_attrs.get(TOLD) or not config.tracking.enabled):
+    # An earlier process may have been killed before MLflow had its end.
+    if all(arm.is_over(config) for arm in arms) and (first.user_attrs.get(SENT) or not config.tracking.enabled):
         print(f"{config.name}: unchanged, the budget is used up and the winners stand")
         tracking.settle(config.tracking)
         return _report(config, arms)
@@ -80,7 +80,7 @@ def _search(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
         tags={"graftrec.recipe": "search"},
         must_record=True,
     ) as tracked:
-        first.set_user_attr(TOLD, False)
+        first.set_user_attr(SENT, False)
         if tracked.id:
             first.set_user_attr("mlflow_run", tracked.id)
         while waiting := [arm for arm in arms if not arm.is_over(config)]:
@@ -92,7 +92,7 @@ def _search(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
             winners = _report(config, arms)
         finally:
             _log(tracked, config, arms)
-    first.set_user_attr(TOLD, True)
+    first.set_user_attr(SENT, True)
     return winners
 
 
@@ -100,11 +100,11 @@ def _search(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
 
 
 def _try(config: SearchConfig, arm: Arm) -> None:
-    """Propose settings, or take up the trial that was under way, and train. Raises what isn't the trial's own fault."""
+    """Propose settings, or resume the open trial, and train. Raises errors that are not the trial's fault."""
     trial = _next(config, arm)
     values = {key: _propose(trial, key, admitted) for key, admitted in config.space.items()}
     number = f"{arm.name}: trial {trial.number + 1}"
-    print(f"\n{number}{'' if config.trials is None else f' of {config.trials}'}: {_told(values)}", flush=True)
+    print(f"\n{number}{'' if config.trials is None else f' of {config.trials}'}: {_text(values)}", flush=True)
     if (duplicate := arm.duplicate(values)) is not None:
         arm.end(trial, "done", score(duplicate), reason=f"as trial {duplicate.number + 1}", seconds=0, epochs=0)
         return print(f"{number} has the values of trial {duplicate.number + 1}, and so its score")
@@ -131,7 +131,7 @@ def _train(config: SearchConfig, arm: Arm, number: int, values: Mapping[str, Any
     settings = replaced(arm.settings(values), name=folder.name, output=str(folder.parent), tracking=config.tracking)
     if (expected := score_of(arm.base.task)) != (found := score_of(settings.task)):
         raise ConfigError(
-            f"task {settings.task.kind}: expected a task judged by {expected}, as the recipe's, found one by {found}"
+            f"task {settings.task.kind}: expected a task validated by {expected}, as the recipe's, found one by {found}"
         )
     if isinstance(settings, FinetuneConfig):
         return finetune.run(settings, judge=judge)
@@ -139,7 +139,7 @@ def _train(config: SearchConfig, arm: Arm, number: int, values: Mapping[str, Any
 
 
 class Judge:
-    """Tells Optuna a trial's validation score after each epoch. Raises Pruned where that says to give the trial up."""
+    """Reports a trial's validation score to Optuna after each epoch. Raises Pruned where Optuna prunes the trial."""
 
     def __init__(self, trial: Trial, metric: str) -> None:
         self._trial, self._metric = trial, metric
@@ -156,13 +156,13 @@ class Judge:
                 self._known.add(step)
         if not progress.finished and self._trial.should_prune():
             raise Pruned(
-                f"given up after epoch {self.epochs}: its best validation {self._metric}, {progress.best_score:.4f}, "
+                f"pruned after epoch {self.epochs}: its best validation {self._metric}, {progress.best_score:.4f}, "
                 "is below what earlier trials had there"
             )
 
 
 def _next(config: SearchConfig, arm: Arm) -> Trial:
-    """The trial that was under way when an earlier process ended, or a new one."""
+    """The trial that an earlier process left open, or a new one."""
     if arm.under_way:
         trial = arm.under_way[0]
         arm.study.sampler = _sampler(config, trial.number)
@@ -172,8 +172,8 @@ def _next(config: SearchConfig, arm: Arm) -> Trial:
 
 
 def _sampler(config: SearchConfig, number: int) -> optuna.samplers.TPESampler:
-    """For one trial, with randomness of its own, so that it doesn't matter what a process did before. It is the same
-    for all arms, whose random trials therefore have the same values."""
+    """The sampler of one trial, seeded by its number, so that it doesn't matter what a process did before. It is the
+    same for all arms, whose random trials therefore have the same values."""
     digest = hashlib.blake2b(f"{config.seed}/{number}".encode(), digest_size=4).digest()
     return optuna.samplers.TPESampler(n_startup_trials=config.random_trials, seed=int.from_bytes(digest, "little"))
 
@@ -186,7 +186,7 @@ def _propose(trial: Trial, key: str, admitted: RangeConfig | Sequence[Any]) -> A
     return trial.suggest_float(key, admitted.low, admitted.high, log=admitted.log)
 
 
-# --- what came of it ---------------------------------------------
+# --- results -----------------------------------------------------
 
 
 def _report(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
@@ -207,7 +207,7 @@ def _report(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
 
 
 def _winner(config: SearchConfig, arm: Arm) -> Winner | None:
-    """The best trial, its configuration written: the recipe's own, with the values that won."""
+    """The best trial. Writes its configuration: the recipe with the best values."""
     best = arm.best
     if best is None:
         return None
@@ -218,8 +218,8 @@ def _winner(config: SearchConfig, arm: Arm) -> Winner | None:
     count = Counter(row["outcome"] for row in arm.rows())
     comment = (
         f"# Found by the search {config.name}, {arm.name}: trial {best.number + 1} of {count.total()} "
-        f"({count['pruned']} given up, {count['failed']} failed).\n# Validation {score_of(own.task)} {score(best):.4f}"
-        f", on release {arm.base.data.release}, seed {own.train.seed}.\n# Searched: {_told(best.params)}.\n"
+        f"({count['pruned']} pruned, {count['failed']} failed).\n# Validation {score_of(own.task)} {score(best):.4f}"
+        f", on release {arm.base.data.release}, seed {own.train.seed}.\n# Searched: {_text(best.params)}.\n"
     )
     file = arm.folder / arm.name / BEST
     write(file, comment + as_yaml(won))
@@ -230,13 +230,13 @@ def _table(config: SearchConfig, arm: Arm) -> str:
     rows = arm.rows()
     count = Counter(row["outcome"] for row in rows)
     lines = [
-        f"{config.name}, {arm.name}: {len(rows)} trials ({count['pruned']} given up, {count['failed']} failed), "
+        f"{config.name}, {arm.name}: {len(rows)} trials ({count['pruned']} pruned, {count['failed']} failed), "
         f"{sum(row['seconds'] for row in rows):.0f} s of training"
     ]
     done = sorted((row for row in rows if row["outcome"] == "done"), key=lambda row: -row["score"])
     for row in done[:SHOWN]:
         lines.append(
-            f"  {row['score']:.4f}  trial {row['trial']:>3}, {row['epochs']:>3} epochs: {_told(row['values'])}"
+            f"  {row['score']:.4f}  trial {row['trial']:>3}, {row['epochs']:>3} epochs: {_text(row['values'])}"
         )
     lines += [f"  failed  trial {row['trial']:>3}: {row['reason']}" for row in rows if row["outcome"] == "failed"]
     return "\n".join(lines)
@@ -257,6 +257,6 @@ def _log(tracked: tracking.Run, config: SearchConfig, arms: Sequence[Arm]) -> No
     tracked.log_figure(figures.search_progress(tried, title=config.name), "pictures/search.png")
 
 
-def _told(values: Mapping[str, Any]) -> str:
+def _text(values: Mapping[str, Any]) -> str:
     numbers = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in values.items()}
     return ", ".join(f"{key} {value}" for key, value in numbers.items())

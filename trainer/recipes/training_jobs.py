@@ -70,7 +70,7 @@ class TrainingJob:
 
 def run(trainings: Sequence[TrainingJob], *, folder: Path, jobs: int, environment: Mapping[str, str]) -> None:
     """Train all cells, at most `jobs` at a time; sets `is_done` and `metrics`, or `failure`, of each. The output of a
-    cell is in <folder>/logs. What has failed is tried again by the next call."""
+    cell is in <folder>/logs. The next call tries failed cells again."""
     from trainer import tracking
 
     for name in ("logs", "settings"):
@@ -117,7 +117,7 @@ def run(trainings: Sequence[TrainingJob], *, folder: Path, jobs: int, environmen
 
 
 def _ready(waiting: list[TrainingJob]) -> TrainingJob | None:
-    """The first that waits for no other; it is taken out."""
+    """Removes and returns the first job that waits for no other."""
     for place, training in enumerate(waiting):
         if training.parent is None or training.parent.is_done or training.parent.failure:
             return waiting.pop(place)
@@ -125,13 +125,13 @@ def _ready(waiting: list[TrainingJob]) -> TrainingJob | None:
 
 
 def _finished(training: TrainingJob) -> str | None:
-    """How good its model is, where there is one of these settings, code and data; sets is_done."""
+    """Validation score of its model, if there is one of these settings, code and data; sets is_done."""
     from trainer.recipes import pretrain
 
     try:
         done = pretrain.finished(training.config)
     except GraftrecError:
-        return None  # its own process will say what is wrong
+        return None  # its process will report what is wrong
     if done is None:
         return None
     training.is_done, training.metrics, training.run_id = True, done.metrics, done.run_id
@@ -143,7 +143,7 @@ def _finished(training: TrainingJob) -> str | None:
 
 
 def prepare() -> None:
-    """Begin to import what runs need, in the process that they are forked from, beside other work."""
+    """Start the process that runs are forked from, which imports what they need in the background."""
     if sys.platform == "linux":
         _context()
         with _unsignalled():
@@ -234,7 +234,7 @@ def _exit_code(code: int) -> int:
 
 
 def _reason(log: Path, code: int | None) -> str:
-    """One line: what the process said last, or how it was killed."""
+    """One line: the last line of the process, or how it was killed."""
     if code is not None and code < 0:
         return f"killed by {signal.Signals(-code).name}; see {log}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []

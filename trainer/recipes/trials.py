@@ -1,7 +1,7 @@
-"""What a search has tried: its arms, each with the recipe it varies and its trials in an SQLite file of Optuna's.
+"""The arms of a search, each with the recipe that it varies and its trials in an SQLite file of Optuna's.
 
-A trial is `done` (trained to its end), `pruned` (given up) or `failed`. Optuna is told `pruned` of the last two: from
-that its sampler learns to look elsewhere, while what it calls failed is left out.
+A trial is `done` (trained to its end), `pruned` or `failed`. Optuna gets `pruned` for the last two: its sampler then
+avoids such values, while it would ignore failed trials.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ Outcome = Literal["done", "pruned", "failed"]
 
 
 class SearchError(GraftrecError):
-    """A search that can't go on where it should, or that found nothing."""
+    """A search that can't continue in its folder, or that found nothing."""
 
 
 class SearchBusy(RunAgain, SearchError):
@@ -40,7 +40,7 @@ class SearchBusy(RunAgain, SearchError):
 
 @dataclass(frozen=True)
 class Arm:
-    """One recipe under search, and its trials so far."""
+    """One recipe that is searched, and its trials so far."""
 
     name: str  # a transfer, or `pretrain`
     base: PretrainConfig  # the recipe as it is, its release pinned
@@ -62,7 +62,7 @@ class Arm:
 
     @property
     def under_way(self) -> list[FrozenTrial]:
-        """The trial that a process left when it ended, if there is one."""
+        """The trial that an earlier process left open, if there is one."""
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
     @property
@@ -84,7 +84,7 @@ class Arm:
         return next((trial for trial in self.done if trial.params == values), None)
 
     def is_over(self, config: SearchConfig) -> bool:
-        """Whether the budget is used up, or there is nothing new to try; and no trial under way."""
+        """Whether the budget is used up, or there is nothing new to try; and no trial is open."""
         seconds = [trial.user_attrs["seconds"] for trial in self.ended]
         return not self.under_way and (
             (config.trials is not None and len(seconds) >= config.trials)
@@ -95,7 +95,7 @@ class Arm:
     def end(
         self, trial: Trial, outcome: Outcome, value: float | None, *, reason: str, seconds: float, epochs: int
     ) -> None:
-        """Note how a trial ended. Optuna's state comes last: without it the trial is taken up again."""
+        """Record how a trial ended. Optuna's state comes last: without it the trial is resumed."""
         for name, attribute in (("outcome", outcome), ("reason", reason), ("seconds", seconds), ("epochs", epochs)):
             trial.set_user_attr(name, attribute)
         self.study.tell(trial, value, state=TrialState.COMPLETE if outcome == "done" else TrialState.PRUNED)
@@ -134,7 +134,8 @@ def score(trial: FrozenTrial) -> float:
 
 
 def open_arms(config: SearchConfig, folder: Path) -> list[Arm]:
-    """The arms of a search, new or as an earlier process left them. Raises SearchError where they are another's."""
+    """The arms of a search, new or as an earlier process left them. Raises SearchError if they belong to another
+    search."""
     folder.mkdir(parents=True, exist_ok=True)
     return [_open(config, folder, name, base) for name, base in recipes(config)]
 
@@ -180,7 +181,8 @@ def _open(config: SearchConfig, folder: Path, name: str, base: PretrainConfig) -
 
 
 def _identity(config: SearchConfig, base: PretrainConfig, release: int) -> dict[str, str]:
-    """What must stay as it is for trials to compare: all but the budget, and where and how the search runs."""
+    """Settings that must not change for trials to be comparable: all but the budget, and where and how the search
+    runs."""
     parent = None
     if isinstance(base, FinetuneConfig) and base.transfer != "none":
         if base.parent is None:
@@ -197,7 +199,7 @@ def _identity(config: SearchConfig, base: PretrainConfig, release: int) -> dict[
     return identity | {"search": hashlib.sha256(searched.encode()).hexdigest()[:16]}
 
 
-_PROPOSING = {"space", "seed", "random_trials", "pruner"}  # of a search's own settings, what decides the next trial
+_PROPOSING = {"space", "seed", "random_trials", "pruner"}  # settings of a search that decide the next trial
 
 
 def _storage(folder: Path) -> optuna.storages.RDBStorage:

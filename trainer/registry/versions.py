@@ -1,7 +1,7 @@
 """Registered model versions: register, aliases, the model folder of a version, and the lock that promoters take.
 
-A version holds an MLflow model made of code and JSON (`serving.py`) around a model folder (`artifact.py`). Aliases, not
-stages: `candidate` (registered last), `champion` (served), `previous` (champion before), `companion` (reads all
+A version holds an MLflow model made of code and JSON (`pyfunc.py`) around a model folder (`model_folder.py`). Aliases,
+not stages: `candidate` (registered last), `champion` (served), `previous` (champion before), `companion` (reads all
 domains, and answers where the champion knows nothing of a user). A few tags hold what code looks up; what people read
 is the version's description, and the metrics of its logged model.
 """

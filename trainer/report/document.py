@@ -23,7 +23,7 @@ Tone = Literal["", "up", "down", "faint", "lead"]
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table: a text, and smaller beside it another (the survey's number, an interval)."""
+    """A cell of a table: a text, and a second one in smaller type beside it (the survey's number, an interval)."""
 
     text: str
     beside: str = ""
@@ -52,7 +52,8 @@ class Points:
 @dataclass(frozen=True)
 class Table:
     """Rows of cells; a row that is a string is a title within the table. The first `texts` columns are words, the
-    others numbers. Stacked: what is beside a cell's text stands beneath it, where it is long."""
+    others numbers. Stacked: a cell's second text
+    stands below the first, where it is long."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell | str] | str]
@@ -62,7 +63,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure with a name (of its file beside the Markdown) and what it shows, for those who can't see it."""
+    """A figure with the name of its file beside the Markdown, and its alternative text."""
 
     name: str
     figure: Figure
@@ -71,7 +72,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Fold:
-    """Blocks that are shown when asked for."""
+    """Blocks that are folded away until the reader opens them."""
 
     summary: str
     blocks: "Sequence[Block]"
@@ -265,5 +266,5 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown takes for nothing else: no markup, one line."""
+    """Text as one line, with Markdown's characters escaped."""
     return re.sub(r"([\\`*_<>\[\]|#])", r"\\\1", " ".join(text.split()))

@@ -6,8 +6,8 @@ Shape letters: ``S`` seeds, ``U`` users.
 A hypothesis is a *contrast*: the mean of paired differences between rows that differ in one factor only, over all
 levels of the other factors, tested like a single gain (`significance`: users and seeds both random). Its p-value is
 adjusted by Holm's method over the hypotheses within one protocol and convention; those of gains over from-scratch over
-the grid. A row that is missing is a hole: its pair is named and takes no part, and the verdict speaks of the pairs that
-are there. With one seed a verdict speaks of users only (`num_seeds`): another initialisation may say otherwise.
+the grid. A pair with a missing row is named and left out, and the verdict is about the
+other pairs. With one seed a verdict is about users only (`num_seeds`): another initialisation may give another one.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -90,12 +90,12 @@ def judge(
     conventions: Sequence[str],
     metric: str,
 ) -> dict[str, list[dict[str, Any]]]:
-    """What an experiment's rows say: ``comparisons``, ``hypotheses`` and ``slices``, as plain data for results.json.
+    """Tests of an experiment's rows: ``comparisons``, ``hypotheses`` and ``slices``, as plain data for results.json.
 
     rows: dicts with id, kind, against (of kind `own`), model, transfer, pretrain_task, task, knowledge, status and
     seeds ([{"seed": …}]); `matrix(id, protocol, convention, metric)` is that row's metric [S, U], a seed of the row a
-    line, NaN for a user who holds nothing out; it is asked only of rows whose status is done. lengths [U]: items of the
-    target domain in each user's input. Seeds are paired by their number; a seed that only one side has is not used.
+    line, NaN for a user who holds nothing out; it is called only for rows whose status is done. lengths [U]: items of
+    the target domain in each user's input. Seeds are paired by their number; a seed that only one side has is not used.
 
     Raises HypothesisError where a matrix does not have the row's seeds and the users of `lengths_U`.
     """
@@ -112,7 +112,7 @@ def judge(
 
 def from_scratch_of(row: Row, rows: Iterable[Row]) -> Row | None:
     """The row that a gain is counted over: from scratch, of the same model, metadata and fine-tuning task (an `extra`
-    row is itself from scratch, under another task). A row of one's own (`own`) names its counterpart itself. None for
+    row is itself from scratch, under another task). A row of kind `own` names it itself. None for
     baselines and from-scratch, or where there is none.
     """
     if row["kind"] == "own":
@@ -128,7 +128,7 @@ def from_scratch_of(row: Row, rows: Iterable[Row]) -> Row | None:
 
 
 class _Scored:
-    """The rows that are done under one protocol and convention, each asked for its metric once."""
+    """The rows that are done, with their metrics under one protocol and convention, each read once."""
 
     def __init__(
         self, rows: Sequence[Row], matrix: Matrix, num_users: int, protocol: str, convention: str, metric: str
@@ -195,8 +195,8 @@ def _comparisons(scored: _Scored, where: Mapping[str, str]) -> list[dict[str, An
 
 
 def _judged(scored: _Scored, where: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Each hypothesis with its single rows and its verdict; Holm over those that could be tested. Those that an
-    experiment has no row of are none of its own."""
+    """Each hypothesis with its single rows and its verdict; Holm over those that could be tested. Hypotheses
+    without rows in this experiment are left out."""
     planned = scored.rows.keys() | scored.reasons.keys()
     own = [one for one in HYPOTHESES if any(planned.issuperset(pair) for pair in one.pairs)]
     found = [_contrast(hypothesis, scored) | dict(where) for hypothesis in own]
@@ -229,7 +229,7 @@ def _contrast(hypothesis: Hypothesis, scored: _Scored) -> dict[str, Any]:
 
 
 def _single(pair: tuple[str, str], scored: _Scored) -> dict[str, Any]:
-    """A hypothesis's single row: its gain and the p-value of it alone, or why it is a hole."""
+    """A hypothesis's single row: its gain and unadjusted p-value, or why it is missing."""
     row: dict[str, Any] = {"row": pair[0], "against": pair[1]}
     nothing = dict.fromkeys(_GAIN)
     if not scored.is_done(*pair):
@@ -241,8 +241,8 @@ def _single(pair: tuple[str, str], scored: _Scored) -> dict[str, Any]:
 
 
 def in_survey(hypothesis: Hypothesis, metric: str) -> dict[str, Any] | None:
-    """The same contrast of the survey's own numbers, and in how many of its rows the claim holds. No interval can be
-    told: it gives none. None for a metric that it hasn't."""
+    """The same contrast of the survey's numbers, and in how many of its rows the claim holds. The survey gives no
+    intervals. None for a metric that it does not report."""
     if metric not in survey.METRICS:
         return None
     column = survey.METRICS.index(metric)

@@ -1,8 +1,8 @@
 """An experiment's results as a page for people (survey 4.5): Tables 1 and 2 beside the survey's numbers, gains with
 intervals, the survey's observations with a verdict, learning curves, gains by history length, cost, and what ran.
 
-``python -m trainer.report RESULTS.json --folder FOLDER`` draws the page again from results that were kept. What it says
-is all in the results: nothing is scored or tested here. Metrics are told in percent, gains in points of percent.
+``python -m trainer.report RESULTS.json --folder FOLDER`` draws the page again from kept results. It shows
+what is in the results: nothing is scored or tested here. Metrics are in percent, gains in percentage points.
 """
 
 import json
@@ -43,15 +43,16 @@ KEYS = (
 )
 TONES: Mapping[str, Tone] = {"supported": "up", "reversed": "down"}
 FROM_SCRATCH = "from scratch"
-OWN = "Configurations of one's own"
-MANY_ROWS = 7  # of one's own, that a picture can tell apart
+OWN = "Other configurations"
+MANY_ROWS = 7  # of other configurations, that a picture can distinguish
 OVERVIEW_ROWS = 11  # of the first picture, beside two baselines
-NOT_ASKED = "not asked for"  # how the reason of a row begins that was left out on purpose
+# How the reason of a row begins that was left out on purpose; the second in results of older versions.
+NOT_REQUESTED = ("not requested", "not asked for")
 # In words: which items a protocol ranks, and how a convention treats several held-out items.
 AMONG_TEXT = {
-    "full": "all items that the user has not had",
-    "uniform-100": "100 items drawn at random",
-    "popular-100": "100 items drawn by popularity",
+    "full": "all items that the user has not taken",
+    "uniform-100": "100 items sampled uniformly",
+    "popular-100": "100 items sampled by popularity",
     "top-100": "the 100 most popular items",
 }
 CONVENTION_TEXT = {"list": "all of a user's held-out items in one list", "single": "each held-out item by itself"}
@@ -60,12 +61,12 @@ NAN = float("nan")
 
 
 class ReportError(GraftrecError):
-    """Results that no report can be made of."""
+    """Results that can't be shown as a report."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a number was scored. Only numbers of one place are compared."""
+    """Where a number was scored. Only numbers of the same place are compared."""
 
     protocol: str
     convention: str
@@ -80,7 +81,7 @@ class Place:
 def write(results: Mapping[str, Any], folder: Path) -> Path:
     """Writes report.html, report.md and the latter's pictures into the folder; the path of report.html.
 
-    results: as the experiment writes results.json. Raises ReportError where a part of it is not there.
+    results: as the experiment writes results.json. Raises ReportError if a part is missing.
     """
     missing = [key for key in KEYS if key not in results]
     missing += [key for key in ("protocols", "conventions") if key in results and not results[key]]
@@ -133,7 +134,7 @@ class _Report:
     # --- what it was ---
 
     def about(self) -> str:
-        """Dataset, what was transferred, the protocol in words, and how much of it was done."""
+        """Dataset, transfer, the protocol in words, and how many of the runs are done."""
         data = self.results["data"]
         transfers = any(row["transfer"] not in (None, "none") for row in self.rows)
         where = f"From domain {data['source_domain']} to" if transfers else "On domain"
@@ -225,17 +226,17 @@ class _Report:
         blocks: list[Block] = [Heading("In short"), Points([*points, *self._beside_simple()])]
         convention = CONVENTION_TEXT.get(self.head.convention, self.head.convention)
         notes = (
-            f"{self.metric} under {self.head} ({convention}), in points "
-            "of percent, with 95 % intervals; p after Holm's correction."
+            f"{self.metric} under {self.head} ({convention}), in percentage points, with 95 % "
+            "intervals; p after Holm's correction."
         )
         if all(len(row["seeds"]) < 2 for row in self.rows):
             notes += (
-                " With one seed they and the verdicts speak of users only: another initialisation may say otherwise."
+                " With one seed they and the verdicts are about users only: another initialisation may give others."
             )
         return [*blocks, Text(notes, "faint")]
 
     def _beside_simple(self) -> list[str]:
-        """The best transfer beside from-scratch, the joint model and the simple baselines: is all this worth it?"""
+        """The best transfer compared with from-scratch, the joint model and the simple baselines."""
         kinds = {
             "transfer": [row for row in self.done if row["kind"] == "model" and row["transfer"] != "none"],
             "from-scratch": [r for r in self.done if r["kind"] in ("model", "extra") and r["transfer"] == "none"],
@@ -281,7 +282,8 @@ class _Report:
             Text(
                 f"Each is the mean of paired differences in {self.metric} over all other factors. It is supported or "
                 f"reversed where p ≤ {LEVEL} after Holm's correction within a column; users and seeds both vary in "
-                "the test. The survey printed no intervals: beside its mean is in how many of its rows the claim holds."
+                "the test. The survey printed no intervals: beside its mean is the number of its rows in which the "
+                "claim holds."
             ),
             Table(["claim", *map(str, self.places), "survey"], rows, stacked=True),
             *[self._single_rows(name, by_place[name, self.head]) for name in names],
@@ -296,7 +298,7 @@ class _Report:
                 rows.append([pair[0], Cell(pair[1], one["reason"]), Cell("missing", tone="faint"), "", ""])
             else:
                 rows.append([*pair, _points(one["gain"]), _interval(one), p_text(one["p_value"])])
-        table = Table(["row", "against", "gain", "95 % interval", "p of it alone"], rows, texts=2)
+        table = Table(["row", "against", "gain", "95 % interval", "p, unadjusted"], rows, texts=2)
         return Fold(f"{finding['claim']}: {finding['verdict']}, {pairs} ({self.head})", [table])
 
     def gains_pictured(self) -> list[Block]:
@@ -312,7 +314,7 @@ class _Report:
                         for row, gain in gains
                     ]
             if panels:
-                figure = gain_panels(panels, metric=self.metric, unit="points of percent")
+                figure = gain_panels(panels, metric=self.metric, unit="percentage points")
                 shows = f"Gains in {self.metric} over from scratch with intervals, {place}"
                 blocks += [Heading(str(place), 3), Picture(f"gains-{place.protocol}-{place.convention}", figure, shows)]
         if not blocks:
@@ -339,7 +341,7 @@ class _Report:
             "count three items in one list, its Caser rows one at a time, and these lie so near chance that other "
             "candidates must have been scored. What can be compared with the survey is the direction of a gain."
             if self.is_surveys_data
-            else "These are other data than the survey's, so its numbers do not stand beside."
+            else "These data are not the survey's, so its numbers are not shown."
         )
         marks = f" Coloured: {self.metric} better or worse than from scratch, p ≤ {LEVEL} after Holm's correction."
         return [Heading("Table 2"), Text(beside + marks), Table(["%", *metrics], rows)]
@@ -406,7 +408,7 @@ class _Report:
         ]
 
     def by_length(self) -> list[Block]:
-        """Does knowledge help where there is little else to go by?"""
+        """Gains of metadata by length of the history."""
         own = [one for one in self.results["slices"] if self.head.holds(one)]
         if not own:
             return []
@@ -444,13 +446,14 @@ class _Report:
             Text(text),
             *shown,
             Fold(
-                "Means and gains over from scratch (intervals not corrected for reading many)",
+                "Means and gains over from scratch (intervals not corrected for multiple comparisons)",
                 [Table(head, rows, stacked=True)],
             ),
         ]
 
     def _family(self, row: Row) -> str:
-        """Rows of one's own that share a picture: all, or, where they are many, those that are compared with one."""
+        """Other configurations that share a picture: all, or, if they are many, those that are compared with one
+        row."""
         own = {one["id"]: one for one in self.rows if one["kind"] == "own"}
         if len(own) <= MANY_ROWS:
             return OWN
@@ -529,8 +532,8 @@ class _Report:
         return [Heading("Cost"), Text(text), Table(head, rows)] if rows else []
 
     def _reached(self, row: Row) -> str:
-        """Mean epochs until a row is as good on the validation part as what its gain is over ever was; in how many of
-        the seeds, where not in all."""
+        """Mean epochs until a row's validation score reaches the best one of the row that it is compared with, and in
+        how many of the seeds, if not in all."""
         gain = self.gains.get((self.head, row["id"]))
         other = next((one for one in self.done if gain and one["id"] == gain["against"]), None)
         if other is None:
@@ -548,7 +551,7 @@ class _Report:
         return text if len(known) == len(epochs) else f"{text} in {len(known)} of {len(epochs)}"
 
     def patches(self) -> list[Block]:
-        """Many targets on one backbone: what it costs to keep, load and ask them (survey 3.3)."""
+        """Many targets on one backbone: what it costs to store, load and query them (survey 3.3)."""
         measured = self.results.get("patches", [])
         rows: list[Sequence[Cell | str] | str] = []
         for one in measured:
@@ -612,7 +615,7 @@ class _Report:
         read = [f"{row['label']} reads {row['reads']}" for row in self.rows if row.get("reads")]
         blocks: list[Block] = [Table(head, rows, texts=3)] if rows else []
         return [
-            Heading("What each cell was"),
+            Heading("Each run"),
             code,
             *_fold("Runs, seeds and hashes of models", blocks),
             *_fold("What each row reads", [Points(read)] if read else []),
@@ -662,7 +665,7 @@ def _panel(row: Row) -> str:
 
 
 def _series(row: Row) -> str:
-    """What a row's line is called where its panel says the rest."""
+    """The name of a row's line in a panel that gives the rest."""
     return str(row["label"]) if row["kind"] == "own" else _factors(row)
 
 
@@ -678,14 +681,14 @@ def _name_of(row: Row) -> str:
 
 
 def _dataset(data: Mapping[str, Any]) -> str:
-    """What the log is called; results of before it was kept name their lake."""
+    """Name of the log; older results have none and give their lake."""
     if data.get("dataset"):
         return str(data["dataset"])
     return "MovieLens-1M" if survey.is_of(data["domains"]) else f"The lake {data['lake']}"
 
 
 def _left_out(row: Row) -> bool:
-    return str(row.get("reason") or "").startswith(NOT_ASKED)
+    return str(row.get("reason") or "").startswith(NOT_REQUESTED)
 
 
 def _count(number: int, word: str) -> str:
@@ -697,7 +700,7 @@ def _percent(value: float | None) -> str:
 
 
 def _points(value: float) -> str:
-    """A difference in points of percent."""
+    """A difference in percentage points."""
     text = f"{100 * value:+.2f}"
     return text[1:] if text in ("+0.00", "-0.00") else text
 

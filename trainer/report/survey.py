@@ -1,4 +1,4 @@
-"""The survey's own numbers (Zeng et al. 2021, "Knowledge Transfer via Pre-training for Recommendation: A Review and
+"""The survey's numbers (Zeng et al. 2021, "Knowledge Transfer via Pre-training for Recommendation: A Review and
 Prospect", section 4), beside which an experiment's are shown.
 
 `TABLE_2` is keyed by the row ids of experiments (`row_id`), in percent. The paper does not say how it counts three
@@ -54,6 +54,6 @@ def row_id(model: str, transfer: str, pretrain_task: str | None, knowledge: bool
 
 
 def is_of(domains: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether an experiment's domains are the survey's data (ML-1M), told by its users: only then are its numbers ours
-    to stand beside."""
+    """Whether an experiment's domains are the survey's data (ML-1M), by the number of users: only then are its numbers
+    shown."""
     return any(domain["users"] == TABLE_1["all"][0] for domain in domains)

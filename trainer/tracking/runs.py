@@ -1,4 +1,4 @@
-"""MLflow: runs, and the connection that `registry.py` uses. The only module that imports mlflow.
+"""MLflow: runs, and the connection that `trainer.registry` uses.
 
 Without MLFLOW_TRACKING_URI everything lies in the working directory: `mlflow.db` (SQLite) and `mlartifacts/`.
 mlflow is imported by the thread that talks to it (about two seconds), so a command starts at once. Only rank 0 tracks.
