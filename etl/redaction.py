@@ -159,3 +159,12 @@ def _forms(secret: str) -> Iterator[str]:
     yield json.dumps(secret)[1:-1]
     yield json.dumps(secret, ensure_ascii=False)[1:-1]
     yield " ".join(secret.split())
+
+
+_TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(?P<error>\S.*)")
+
+
+def without_traceback(text: str) -> str:
+    """The last error of a traceback that an error's text holds, as that of a Python worker of Spark does."""
+    *_, last = [None, *_TRACEBACK.finditer(text)]
+    return text if last is None else last["error"]

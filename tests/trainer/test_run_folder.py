@@ -87,6 +87,12 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_one_line_and_keeps_the_one_befor
         OSError(122, "Disk quota exceeded"),
         SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
         RuntimeError("(sqlite3.OperationalError) database or disk is full"),
+        RuntimeError(  # of a Python worker of Spark
+            "An exception was thrown from the Python worker. Please see the stack trace below.\n"
+            'Traceback (most recent call last):\n  File "worker.py", line 1, in main\n    process()\n'
+            "  File \"writer.py\", line 9, in write\nOSError: [Errno 28] No space left on device: 'a file'\n\n"
+            "JVM stacktrace:\norg.apache.spark.SparkException"
+        ),
     ],
 )
 def test_every_full_disk_is_one_line(error, capsys):
@@ -96,7 +102,9 @@ def test_every_full_disk_is_one_line(error, capsys):
         raise error
 
     assert run_command("pretrain", work) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "Traceback" not in printed
     assert not is_full(OSError(5, "Input/output error"))
 
 

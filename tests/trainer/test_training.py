@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from trainer.config import FinetuneConfig, PretrainConfig, TrainConfig
 from trainer.data.histories import Histories
 from trainer.data.release import pin
 from trainer.evaluation.validation import read_validation
-from trainer.inference.model_folder import ModelFolderError, load_model
+from trainer.inference.model_folder import ModelFolderError, load_model, model_hash
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.finetune import seen_by_parent
 from trainer.recipes.pretrain import run as pretrain
@@ -74,6 +75,16 @@ def uninterrupted(tiny_lake, tmp_path_factory):
     """The run that every interrupted one must equal."""
     folder = tmp_path_factory.mktemp("whole")
     return pretrain(tiny(PretrainConfig, folder, tiny_lake, name="whole")).folder
+
+
+def test_a_model_of_the_same_lake_at_another_place_is_the_same_model(uninterrupted, tiny_lake, tmp_path):
+    moved = shutil.copytree(tiny_lake, tmp_path / "moved lake")
+    folder = pretrain(tiny(PretrainConfig, tmp_path, moved, name="whole")).folder
+    assert model_hash(folder / "model") == model_hash(uninterrupted / "model")
+    assert load_model(folder / "model").lake == str(moved)
+    (folder / "model" / "lake.json").write_text('"nowh')
+    with pytest.raises(ModelFolderError, match="missing or damaged: expected the lake's place"):
+        load_model(folder / "model")
 
 
 def test_pretrain_learns_and_leaves_a_model(uninterrupted):

@@ -51,6 +51,7 @@ from trainer.models.row_table import interleave
 from trainer.tasks import Task, build_task
 
 CONFIG, WEIGHTS, CATALOGUE, MANIFEST = "config.json", "weights.safetensors", "catalogue.parquet", "manifest.json"
+LAKE = "lake.json"  # where the lake lay: no part of the hash
 USERS, USER_IDS = "users.safetensors", "users.parquet"
 OPTIONAL = (USERS, USER_IDS)
 CONTENT = "content"
@@ -142,8 +143,7 @@ def save_model(
         save_file({CONTENT: torch.from_numpy(content.vectors_VF).half()}, new / f"{CONTENT}.safetensors")
     described: dict[str, Any] = {
         "recipe": "finetune" if isinstance(config, FinetuneConfig) else "pretrain",
-        "config": replaced(config, data=replaced(config.data, lake=release.lake)).model_dump(mode="json"),
-        "lake": release.lake,
+        "config": replaced(config, data=replaced(config.data, lake="")).model_dump(mode="json"),
         "release": release.number,
         "versions": release.versions,
         "parent": parent,
@@ -178,6 +178,9 @@ def save_model(
         scratch.unlink()
     digests = {path.name: digest_of(path) for path in sorted(new.iterdir())}
     (new / MANIFEST).write_text(json.dumps(digests, indent=1))
+    (new / LAKE).write_text(
+        json.dumps(release.lake), encoding="utf-8"
+    )  # where it lies makes no other model, so the hash is without it
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     return _hash(digests)
@@ -242,7 +245,7 @@ def read_model(
     return TrainedModel(
         folder=folder,
         config=config,
-        lake=absolute(described["lake"]),
+        lake=lake_of(folder),
         release=described["release"],
         versions=described["versions"],
         catalogue=_catalogue(rows),
@@ -263,12 +266,18 @@ def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
     """Settings of the run that made a model folder, and the hash of the model it was grafted on."""
     described = json.loads((folder / CONFIG).read_text())
     kind = FinetuneConfig if described["recipe"] == "finetune" else PretrainConfig
-    return kind.model_validate(described["config"]), described["parent"]
+    config = kind.model_validate(described["config"])
+    return replaced(config, data=replaced(config.data, lake=lake_of(folder))), described["parent"]
 
 
 def lake_of(folder: Path) -> str:
-    """The lake that a model was trained on."""
-    return absolute(json.loads((folder / CONFIG).read_text())["lake"])
+    """The lake that a model was trained on. Raises ModelFolderError where that can't be read."""
+    try:
+        if (folder / LAKE).is_file():
+            return absolute(str(json.loads((folder / LAKE).read_text(encoding="utf-8"))))
+        return absolute(json.loads((folder / CONFIG).read_text())["lake"])  # where older folders have it
+    except (ValueError, KeyError):
+        raise ModelFolderError(f"{folder / LAKE} is missing or damaged: expected the lake's place as JSON") from None
 
 
 def catalogue_of(folder: Path) -> Catalogue:
