@@ -1,4 +1,4 @@
-"""Ids are the same text whatever a file's format, or the row is rejected by line; a served request's follow the rule."""
+"""Ids are the same text whatever a file's format, or the row is rejected by line; so are those of a request."""
 
 import csv
 import json
