@@ -26,8 +26,9 @@ def identifier(cells: pa.Array) -> tuple[pa.Array, list[tuple[pa.Array, str]]]:
     if pa.types.is_dictionary(cells.type):
         cells = cells.dictionary_decode()
     if pa.types.is_floating(cells.type):
+        largest, cells = _EXACT[cells.type.bit_width], pc.cast(cells, pa.float64())
         cells = pc.if_else(pc.is_finite(cells), cells, None)
-        inexact = pc.greater_equal(pc.abs(cells), pa.scalar(_EXACT[cells.type.bit_width], cells.type))
+        inexact = pc.greater_equal(pc.abs(cells), largest)
         words = text(pc.if_else(inexact, None, cells))
         return words, [(inexact, "is a float too large to be exact; store it as text"), _scientific(words)]
     words = text(cells)

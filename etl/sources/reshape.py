@@ -110,7 +110,7 @@ def _of_matrix(
     if len(names) > MAX_PLACES:
         raise GraftrecError(f"expected at most {MAX_PLACES:,} columns of a matrix, found {len(names):,}; cut the file")
     if len({column.type for column in cells}) > 1:
-        cells = [values.number(column) for column in cells]
+        cells = [text(column) for column in cells]
     filled = np.stack([pc.is_valid(column).to_numpy(zero_copy_only=False) for column in cells], axis=1)
     filled[pc.is_valid(chunk.reason).to_numpy(zero_copy_only=False)] = False
     owner, place = np.nonzero(filled)

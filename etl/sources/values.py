@@ -61,7 +61,7 @@ def with_point(cells: pa.Array) -> pa.Array:
 def whole_number(cells: pa.Array) -> pa.Array:
     """int64; null where nothing or no whole number is given."""
     if pa.types.is_integer(cells.type):
-        return pc.cast(cells, pa.int64())
+        return _int64(cells)
     if pa.types.is_floating(cells.type):
         return _rounded(cells, must_be_whole=True)
     words = text(cells)
@@ -96,7 +96,7 @@ def time(cells: pa.Array, *, unit: str | None, form: str | None, zone: str = "UT
         if pc.all(pc.fill_null(plain, False)).as_py() is not False:
             numbers = pc.cast(_without_plus(words), pa.int64())
     if numbers is not None:
-        return _whole_units(pc.cast(numbers, pa.int64()), unit)
+        return _whole_units(_int64(numbers), unit)
     return _rounded(pc.multiply(number(cells), MICROSECONDS[unit]), must_be_whole=False)
 
 
@@ -126,6 +126,13 @@ def day(written: str, *, setting: str) -> int:
         return _microseconds(dt.datetime.fromisoformat(written), dt.UTC)
     except ValueError:
         raise GraftrecError(f"{setting}: expected a date such as 1995-01-31, found {written!r}") from None
+
+
+def _int64(numbers: pa.Array) -> pa.Array:
+    """Whole numbers as int64, null where they are larger."""
+    if numbers.type == pa.uint64():
+        numbers = pc.if_else(pc.less_equal(numbers, pa.scalar((1 << 63) - 1, pa.uint64())), numbers, None)
+    return pc.cast(numbers, pa.int64())
 
 
 def _without_plus(words: pa.Array) -> pa.Array:

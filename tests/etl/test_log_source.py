@@ -587,6 +587,8 @@ def test_time_of_typed_cells() -> None:
         None,
         None,
     ]
+    assert values.time(pa.array([1, 2**64 - 1], pa.uint64()), unit="s", form=None).to_pylist() == [1_000_000, None]
+    assert values.whole_number(pa.array([1, 2**64 - 1], pa.uint64())).to_pylist() == [1, None]
     assert values.time(pa.array([1], pa.date32()), unit="s", form=None).to_pylist() == [86_400_000_000]
     assert values.time(pa.array([1_999], pa.timestamp("ns")), unit="s", form=None).to_pylist() == [1]
 
@@ -609,6 +611,7 @@ def test_number_spellings() -> None:
         ),
         (pa.array([5, -(2**63), 2**63 - 1], pa.int64()), ["5", str(-(2**63)), str(2**63 - 1)]),
         (pa.array([2**64 - 1], pa.uint64()), [str(2**64 - 1)]),
+        (pa.array([5.0, None], pa.float32()).cast(pa.float16()), ["5", None]),
         (
             pa.array([5.0, 2.0**53 - 1, 12.5, -0.0, float("nan"), float("inf")]),
             ["5", str(2**53 - 1), "12.5", "0", None, None],
