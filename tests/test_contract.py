@@ -30,6 +30,7 @@ ROOMS = (
     "etl.source_hash",
     "etl.redaction",
     "etl.settings",
+    "etl.identifiers",
     "etl.file_config",
     "etl.config",
     "etl.command",
@@ -65,6 +66,7 @@ ROOMS = (
 OF_ETL = {
     "etl.tables",
     "etl.settings",
+    "etl.identifiers",
     "etl.config",
     "etl.command",
     "etl.plain_path",

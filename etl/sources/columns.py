@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.file_config import EdgesFileConfig, EventsFileConfig, ItemsFileConfig, UsersFileConfig
+from etl.identifiers import identifier, text
 from etl.settings import GraftrecError
 from etl.sources import values
 from etl.sources.delimited import Chunk
@@ -36,7 +37,7 @@ def events(config: EventsFileConfig, *, earliest: int | None, latest: int | None
         basket, basket_checks = (
             _id(cells["basket"], "basket", required=False) if "basket" in cells else (_nulls(size), [])
         )
-        event_type = values.text(cells["event_type"]) if "event_type" in cells else _nulls(size)
+        event_type = text(cells["event_type"]) if "event_type" in cells else _nulls(size)
         time, time_checks = _time(cells.get("time"), order, config, earliest, latest)
         value, value_checks = _value(cells.get("value"), "value", size, config.decimal)
         if config.weights:
@@ -68,7 +69,7 @@ def items(config: ItemsFileConfig) -> Shape:
         size = len(chunk.line)
         cells = iter(chunk.columns)
         item, checks = _id(next(cells), "item")
-        title = _nulls(size) if config.title is None else values.text(next(cells))
+        title = _nulls(size) if config.title is None else text(next(cells))
         categories = None if config.categories is None else values.listed(next(cells), config.categories_separator)
         if _year_in_title(config):
             title, year = _split_title(title)
@@ -92,12 +93,12 @@ def people(config: ItemsFileConfig) -> Shape:
     num_people = sum(len(columns) for columns in config.people.values())
 
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
-        item, _ = values.identifier(chunk.columns[0])
+        item, _ = identifier(chunk.columns[0])
         cells = iter(chunk.columns[len(chunk.columns) - num_people :])
         tables = []
         for relation, columns in config.people.items():
             for rank in range(1, len(columns) + 1):
-                name = values.text(next(cells))
+                name = text(next(cells))
                 kept = pc.and_(pc.and_(pc.is_valid(name), pc.is_valid(item)), pc.is_null(chunk.reason))
                 names = name.filter(kept)
                 size = len(names)
@@ -125,7 +126,8 @@ def users(config: UsersFileConfig) -> Shape:
 
 
 def edges(config: EdgesFileConfig) -> Shape:
-    """RAW_EDGES, one direction; the weight is 1 where the file has none."""
+    """RAW_EDGES, one direction; the weight is 1 where the file has none. Users in lists of their own friends stay, for
+    `without_oneself` to leave out; elsewhere they are rejected."""
 
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
         size = len(chunk.line)
@@ -133,11 +135,17 @@ def edges(config: EdgesFileConfig) -> Shape:
         user, user_checks = _id(cells["user"], "user")
         friend, friend_checks = _id(cells["friend"], "friend")
         weight, checks = _value(cells.get("weight"), "weight", size, config.decimal)
-        alone = (pc.equal(user, friend), "user and friend are the same")
+        same = pc.equal(user, friend) if not config.explode else pa.repeat(False, size)
+        alone = (same, "user and friend are the same")
         columns = {"user": user, "friend": friend, "weight": pc.cast(pc.fill_null(weight, 1.0), pa.float32())}
         return pa.table(columns | {"reason": first_reason(chunk, [*user_checks, *friend_checks, alone, *checks])})
 
     return shape
+
+
+def without_oneself(edges: pa.Table) -> pa.Table:
+    """Edges (RAW_EDGES) but for those of users with themselves."""
+    return edges.filter(pc.fill_null(pc.not_equal(edges.column("user"), edges.column("friend")), True))
 
 
 def _order(chunk: Chunk, file: RawFile) -> pa.Array:
@@ -157,7 +165,7 @@ Checks = list[tuple[pa.Array, str]]
 def _id(cells: pa.Array, name: str, *, required: bool = True) -> tuple[pa.Array, Checks]:
     """Ids as text, and checks that refuse rows; `required`: also those without an id."""
     try:
-        found, refused = values.identifier(cells)
+        found, refused = identifier(cells)
     except GraftrecError as error:
         raise GraftrecError(f"{name}: {error}") from None
     checks = [(failed, f"{name} {why}") for failed, why in refused]
@@ -196,7 +204,7 @@ def _year_in_title(config: ItemsFileConfig) -> bool:
 def _split_title(title: pa.Array) -> tuple[pa.Array, pa.Array]:
     parts = pc.extract_regex(title, _TITLE_YEAR)
     year = pc.cast(pc.struct_field(parts, "year"), pa.int32())
-    return pc.coalesce(values.text(pc.struct_field(parts, "title")), title), year
+    return pc.coalesce(text(pc.struct_field(parts, "title")), title), year
 
 
 def _year(cells: pa.Array) -> pa.Array:
@@ -208,7 +216,7 @@ def _year(cells: pa.Array) -> pa.Array:
 def _flag(cells: pa.Array) -> pa.Array:
     if pa.types.is_boolean(cells.type):
         return pc.fill_null(cells, False)
-    return pc.fill_null(pc.is_in(values.text(cells), pa.array(["1", "true", "True", "TRUE", "yes"])), False)
+    return pc.fill_null(pc.is_in(text(cells), pa.array(["1", "true", "True", "TRUE", "yes"])), False)
 
 
 def _strings(names: Sequence[str], flagged: Sequence[pa.Array], size: int) -> pa.Array:
@@ -219,7 +227,7 @@ def _strings(names: Sequence[str], flagged: Sequence[pa.Array], size: int) -> pa
 
 def _attributes(named: dict[str, str | int], cells: Sequence[pa.Array], size: int) -> pa.Array:
     """list<struct<name, value>> of the cells that hold something, row by row."""
-    columns = [values.text(column) for column in cells]
+    columns = [text(column) for column in cells]
     offsets, where = _interleave([pc.is_valid(column) for column in columns], size)
     places, rows = where % max(len(columns), 1), where // max(len(columns), 1)
     flat = pa.concat_arrays([*columns, pa.array([], pa.string())])

@@ -84,7 +84,7 @@ def lines(block: Block, encoding: str, *, first_row: int = 1, keep_empty: bool =
     if len(data) > MAX_ROW_BYTES:
         reason = pc.if_else(pc.greater(pc.binary_length(texts), MAX_ROW_BYTES), TOO_LONG, reason)
     numbers = pa.array(np.arange(block.first_line, block.first_line + len(texts)))
-    keep = pc.or_(pc.not_equal(texts, ""), keep_empty)
+    keep = pa.repeat(True, len(texts)) if keep_empty else pc.not_equal(texts, "")
     if block.first_line < first_row:
         keep = pc.and_(keep, pc.greater_equal(numbers, first_row))
     if pc.all(keep).as_py() is False:

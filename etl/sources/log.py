@@ -118,7 +118,8 @@ class FileLog:
         if config is None:
             return None
         rows = self._open("edges", config, self._wanted("edges"))
-        edges = rows.frame(spark, kind="edges", shape=columns.edges(config), schema=RAW_EDGES)
+        kept = columns.without_oneself if config.explode else None
+        edges = rows.frame(spark, kind="edges", shape=columns.edges(config), schema=RAW_EDGES, kept=kept)
         if config.directed:
             return edges
         back = edges.where("reason is null").selectExpr("friend as user", "user as friend", *RAW_EDGES.names[2:])

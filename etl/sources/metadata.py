@@ -14,6 +14,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
 from etl.config import KnowledgeConfig, KnowledgeFileConfig
+from etl.identifiers import text
 from etl.settings import GraftrecError
 from etl.sources import values
 from etl.sources.delimited import Chunk
@@ -128,9 +129,9 @@ def _works(config: KnowledgeFileConfig) -> Shape:
 
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
         size = len(chunk.line)
-        first = values.text(chunk.columns[0]).to_pylist()
+        first = text(chunk.columns[0]).to_pylist()
         years = values.whole_number(chunk.columns[1]).to_pylist() if num_keys == 2 else [None] * size
-        cells = [values.text(column).to_pylist() for column in chunk.columns[num_keys:]]
+        cells = [text(column).to_pylist() for column in chunk.columns[num_keys:]]
         people = [_people([column[row] for column in cells], config) for row in range(size)]
         table = pa.table(
             {

@@ -246,8 +246,13 @@ def _is_exact_float(cell: Any) -> bool:
 
 
 def _spelled(cell: Any) -> str:
-    if isinstance(cell, float) and not math.isfinite(cell):
+    """A cell as text; a float as Arrow spells it, whatever else its column holds."""
+    if isinstance(cell, float) and math.isfinite(cell):
+        return (
+            str(pc.cast(pa.scalar(cell), pa.string()))
+            if not cell.is_integer() or abs(cell) >= _EXACT
+            else str(int(cell))
+        )
+    if isinstance(cell, float):
         return "NaN" if math.isnan(cell) else str(cell)
-    if isinstance(cell, float) and cell.is_integer() and abs(cell) < _EXACT:
-        return str(int(cell))
     return cell if isinstance(cell, str) else str(cell)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.file_config import EdgesFileConfig, EventsFileConfig, ExplodeConfig, FileConfig
+from etl.identifiers import text
 from etl.settings import GraftrecError
 from etl.sources import values
 from etl.sources.delimited import Chunk
@@ -109,7 +110,7 @@ def _of_matrix(
     if len(names) > MAX_PLACES:
         raise GraftrecError(f"expected at most {MAX_PLACES:,} columns of a matrix, found {len(names):,}; cut the file")
     if len({column.type for column in cells}) > 1:
-        cells = [values.number(column) for column in cells]
+        cells = [text(column) for column in cells]
     filled = np.stack([pc.is_valid(column).to_numpy(zero_copy_only=False) for column in cells], axis=1)
     filled[pc.is_valid(chunk.reason).to_numpy(zero_copy_only=False)] = False
     owner, place = np.nonzero(filled)
@@ -132,7 +133,7 @@ def _lists(cells: pa.Array, separator: str, *, drop_empty: bool) -> pa.Array:
         if not hasattr(cells.type, "value_type") or pa.types.is_nested(cells.type.value_type):
             raise GraftrecError(f"expected lists of text or numbers, found {cells.type}; name another column")
         return cells
-    return values.listed(cells, separator) if drop_empty else pc.split_pattern(values.text(cells), separator)
+    return values.listed(cells, separator) if drop_empty else pc.split_pattern(text(cells), separator)
 
 
 def _lengths(lists: pa.Array) -> npt.NDArray[np.int64]:
@@ -146,7 +147,7 @@ def _kept(lists: pa.Array, kept: npt.NDArray[np.bool_]) -> pa.Array:
 
 def _cut_suffixes(items: pa.Array, suffixes: dict[str, str]) -> tuple[pa.Array, pa.Array, pa.Array]:
     """Items without their suffix, the event type that it means, and a reason where they have none."""
-    words = values.text(items)
+    words = text(items)
     bare, types = words, pa.nulls(len(words), pa.string())
     for suffix in sorted(suffixes, key=len, reverse=True):
         ends = pc.and_(pc.fill_null(pc.ends_with(words, suffix), False), pc.is_null(types))

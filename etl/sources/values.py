@@ -12,14 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from etl.identifiers import NO_NUMBER, is_text, text
 from etl.settings import GraftrecError
 
 MICROSECONDS = {"s": 1_000_000.0, "ms": 1_000.0, "us": 1.0, "ns": 0.001}
 _WHOLE = r"^[+-]?\d{1,18}$"
-_NO_NUMBER = r"(?i)^[+-]?(nan|inf|infinity)$"
-_SCIENTIFIC = r"^[+-]?\d+(\.\d+)?[eE]\+\d+$"
-_ODD_ID = r"(?i)^([+-]?(nan|inf|infinity|\d+\.0+|\d+(\.\d+)?e\+\d+)$|\{\")"  # any of the above, 5.0, or an object
-_EXACT = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}  # float's bits -> whole numbers below it differ from their neighbours
 _FLOAT = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,4})?$"
 _LOGS_BEGAN = 631_152_000_000_000  # 1990: logs are younger, and what one unit puts behind it no other does
 _QUARTER = 900_000_000  # microseconds; zones change their offsets at quarters of an hour
@@ -32,68 +29,10 @@ def without_nulls(cells: pa.Array, null_values: Sequence[str]) -> pa.Array:
         cells = cells.dictionary_decode()
     if pa.types.is_floating(cells.type):
         return pc.if_else(pc.is_nan(cells), None, cells) if "NaN" in null_values else cells
-    if not _is_text(cells.type):
+    if not is_text(cells.type):
         return cells
     words = text(cells)
     return pc.if_else(pc.is_in(words, pa.array(null_values, pa.string())), None, words)
-
-
-def identifier(cells: pa.Array) -> tuple[pa.Array, list[tuple[pa.Array, str]]]:
-    """Ids as text, null where missing; and (True for cells that are refused, why).
-
-    The rule for ids of every format: text is trimmed; a whole number is spelled without a fraction, whatever its type
-    and size (5, 5.0 and 28.00 are "5" and "28"); NaN and infinity are missing. Refused are floats too large to tell
-    neighbouring whole numbers apart, numbers in scientific notation, which have lost digits, and JSON objects. Raises
-    GraftrecError for lists and structs.
-    """
-    if pa.types.is_dictionary(cells.type):
-        cells = cells.dictionary_decode()
-    if pa.types.is_floating(cells.type):
-        cells = pc.if_else(pc.is_finite(cells), cells, None)
-        inexact = pc.greater_equal(pc.abs(cells), pa.scalar(_EXACT[cells.type.bit_width], cells.type))
-        return text(pc.if_else(inexact, None, cells)), [(inexact, "is a float too large to be exact; store it as text")]
-    words = text(cells)
-    if not (_is_text(cells.type) or pa.types.is_decimal(cells.type)):
-        return words, []
-    odd = pc.fill_null(pc.match_substring_regex(words, _ODD_ID), False)
-    if not pc.any(odd).as_py():
-        return words, []
-    words = pc.if_else(pc.match_substring_regex(words, _NO_NUMBER), None, words)
-    words = pc.replace_substring_regex(words, r"^([+-]?\d+)\.0+$", r"\1")
-    return pc.if_else(pc.equal(words, "-0"), "0", words), [
-        (pc.match_substring_regex(words, _SCIENTIFIC), "is in scientific notation: digits are lost; store it as text"),
-        (pc.starts_with(words, '{"'), "is an object; name a column of single values"),
-    ]
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    found: bool = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-    return found
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    is_string: bool = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return is_string or _is_binary(kind)
-
-
-def text(cells: pa.Array) -> pa.Array:
-    """Trimmed text, null where empty. Whole floats are spelled without a fraction, where they are exact."""
-    if pa.types.is_dictionary(cells.type):
-        cells = cells.dictionary_decode()
-    if pa.types.is_floating(cells.type):
-        cells = pc.cast(cells, pa.float64())
-        whole = pc.fill_null(pc.and_(pc.equal(cells, pc.floor(cells)), pc.less(pc.abs(cells), 2.0**53)), False)
-        cells = pc.if_else(
-            whole,
-            pc.cast(pc.cast(pc.if_else(whole, cells, None), pa.int64()), pa.string()),
-            pc.cast(cells, pa.string()),
-        )
-    if pa.types.is_nested(cells.type):
-        raise GraftrecError(f"expected text or numbers, found {cells.type}; name a column of single values")
-    if _is_binary(cells.type):
-        cells = pa.array([None if v is None else v.decode("utf-8", "replace") for v in cells.to_pylist()], pa.string())
-    trimmed = pc.utf8_trim_whitespace(pc.cast(cells, pa.string()))
-    return pc.if_else(pc.equal(trimmed, ""), None, trimmed)
 
 
 def given(cells: pa.Array) -> pa.Array:
@@ -108,7 +47,7 @@ def number(cells: pa.Array) -> pa.Array:
     if pa.types.is_decimal(cells.type):
         return pc.cast(cells, pa.float64())
     words = text(cells)
-    special = pc.match_substring_regex(words, _NO_NUMBER)
+    special = pc.match_substring_regex(words, NO_NUMBER)
     words = pc.if_else(pc.fill_null(special, False), "nan", words)
     readable = pc.or_(pc.match_substring_regex(words, _FLOAT), pc.equal(words, "nan"))
     return pc.cast(_without_plus(pc.if_else(readable, words, None)), pa.float64())
@@ -116,13 +55,13 @@ def number(cells: pa.Array) -> pa.Array:
 
 def with_point(cells: pa.Array) -> pa.Array:
     """Text with a decimal comma, as text with a point."""
-    return pc.replace_substring(text(cells), ",", ".") if _is_text(cells.type) else cells
+    return pc.replace_substring(text(cells), ",", ".") if is_text(cells.type) else cells
 
 
 def whole_number(cells: pa.Array) -> pa.Array:
     """int64; null where nothing or no whole number is given."""
     if pa.types.is_integer(cells.type):
-        return pc.cast(cells, pa.int64())
+        return _int64(cells)
     if pa.types.is_floating(cells.type):
         return _rounded(cells, must_be_whole=True)
     words = text(cells)
@@ -157,7 +96,7 @@ def time(cells: pa.Array, *, unit: str | None, form: str | None, zone: str = "UT
         if pc.all(pc.fill_null(plain, False)).as_py() is not False:
             numbers = pc.cast(_without_plus(words), pa.int64())
     if numbers is not None:
-        return _whole_units(pc.cast(numbers, pa.int64()), unit)
+        return _whole_units(_int64(numbers), unit)
     return _rounded(pc.multiply(number(cells), MICROSECONDS[unit]), must_be_whole=False)
 
 
@@ -187,6 +126,13 @@ def day(written: str, *, setting: str) -> int:
         return _microseconds(dt.datetime.fromisoformat(written), dt.UTC)
     except ValueError:
         raise GraftrecError(f"{setting}: expected a date such as 1995-01-31, found {written!r}") from None
+
+
+def _int64(numbers: pa.Array) -> pa.Array:
+    """Whole numbers as int64, null where they are larger."""
+    if numbers.type == pa.uint64():
+        numbers = pc.if_else(pc.less_equal(numbers, pa.scalar((1 << 63) - 1, pa.uint64())), numbers, None)
+    return pc.cast(numbers, pa.int64())
 
 
 def _without_plus(words: pa.Array) -> pa.Array:

@@ -23,7 +23,8 @@ class LocalFrame:
         return LocalFrame(lambda: function(self._batches()))
 
     def toArrow(self) -> pa.Table:
-        return pa.Table.from_batches(self._batches())
+        batches = list(self._batches())
+        return pa.Table.from_batches(batches) if batches else pa.table({})
 
 
 class LocalSpark:

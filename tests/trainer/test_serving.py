@@ -125,7 +125,8 @@ def test_a_senseless_k_is_refused(recommender, k):
 
 
 @pytest.mark.parametrize(
-    "record", [{}, {"items": "318"}, {"items": [318]}, {"items": None}, {"items": ["1"], "user": 5}]
+    "record",
+    [{}, {"items": "318"}, {"items": [True]}, {"items": None}, {"items": [["1"]]}, {"items": ["1"], "user": []}],
 )
 def test_a_malformed_record_is_refused_by_place(record):
     with pytest.raises(RequestError, match=r"record 1: `(items|user)` is a"):
@@ -135,6 +136,17 @@ def test_a_malformed_record_is_refused_by_place(record):
 def test_no_record_at_all_is_refused():
     with pytest.raises(RequestError, match="expected one record at least"):
         parse([])
+
+
+def test_ids_of_a_request_follow_the_rule_of_logs():
+    items = [5, 5.0, " 5", "5.0", "28.00", 2**62 + 1, "007", 12.5, "", "nothing"]
+    ids = ["5", "5", "5", "5", "28", str(2**62 + 1), "007", "12.5", "", "nothing"]
+    assert parse([{"items": items, "user": 7.0}]) == [Request(ids, "7")]
+    assert parse([{"baskets": [np.array([1, 2]), ["x "]]}]) == [Request([], baskets=[["1", "2"], ["x"]])]
+    with pytest.raises(
+        RequestError, match=r"record 0: `items`: expected an id, found 1e\+17, which may have lost digits"
+    ):
+        parse([{"items": ["1", 1e17]}])
 
 
 def test_records_of_a_data_frame_are_parsed():

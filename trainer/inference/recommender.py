@@ -16,7 +16,8 @@ was, for a model that reads kinds (others pass it over). A model of next baskets
     version   registered version, e.g. graftrec/3
 
 `items` may be ids of any domain. Where the model knows none of them, as those of a user who is new in its domain, the
-version at the alias `companion` answers if it knows one, and `version` says so.
+version at the alias `companion` answers if it knows one, and `version` says so. The rule for ids is that of logs
+(`etl.identifiers`): " 5" and, where a caller's schema lets them through, the numbers 5 and 5.0 are "5".
 
 `params: {"domain": "books"}` asks for another domain's items: of that domain's champion in the same family of
 registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. This module
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from etl.identifiers import raw_ids
 from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array, IntArray
@@ -202,29 +204,46 @@ def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
 def _parse(record: Mapping[str, Any], place: int) -> Request:
     items, user, kinds, baskets = (_plain(record.get(name)) for name in ("items", "user", "event_types", "baskets"))
     if baskets is not None:
-        if items is not None or not isinstance(baskets, list) or not all(map(_is_texts, baskets)):
+        if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
             raise RequestError(
                 f"record {place}: `baskets`, in the place of `items`, is a list of lists of raw item ids (strings), "
                 f"found {str(baskets)[:100]!r}"
             )
-        items = []
-    if not _is_texts(items):
+        items, baskets = [], [_ids(basket, place, "baskets") for basket in baskets]
+    if not _is_ids(items):
         raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {str(items)[:100]!r}")
-    if user is not None and not isinstance(user, str):
+    if user is not None and not _is_ids([user]):
         raise RequestError(f"record {place}: `user` is a raw user id (a string), found {str(user)[:100]!r}")
     if kinds is not None and (not _is_texts(kinds) or len(kinds) != len(items)):
         raise RequestError(
             f"record {place}: `event_types` is a list of strings as long as `items`, found {str(kinds)[:100]!r}"
         )
-    return Request(items, user, kinds, baskets)
+    user = None if user is None else _ids([user], place, "user")[0]
+    return Request(_ids(items, place, "items"), user, kinds, baskets)
+
+
+def _ids(given: Sequence[str | int | float], place: int, name: str) -> list[str]:
+    """Raw ids, by the rule for those of a log."""
+    try:
+        return raw_ids(given)
+    except ValueError as error:
+        raise RequestError(f"record {place}: `{name}`: {error}") from None
 
 
 def _plain(given: Any) -> Any:
     """What pandas and numpy made of JSON, as it was; NaN is pandas' word for what is not there."""
     if isinstance(given, np.ndarray | list | tuple):
         return [_plain(one) for one in given]
+    if isinstance(given, np.generic):
+        given = given.item()
     return None if isinstance(given, float) and given != given else given
 
 
 def _is_texts(given: Any) -> bool:
     return isinstance(given, list | tuple) and all(isinstance(text, str) for text in given)
+
+
+def _is_ids(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(
+        isinstance(one, str | int | float) and not isinstance(one, bool) for one in given
+    )
