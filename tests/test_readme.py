@@ -28,7 +28,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (RO
 SHORT = {
     "python -m trainer pretrain --config pretrain/peterrec_ml1m": "--data.lake lake --train.epochs 1",
     "python -m trainer finetune --config finetune/peterrec_ml1m": "--data.lake lake --train.epochs 1",
-    "python -m trainer finetune --config finetune/profile_ml1m": "--data.lake lake --train.epochs 1",
+    "python -m trainer finetune --config finetune/profile_ml1m": (
+        "--data.lake lake --train.epochs 1 --task.attribute community"
+    ),
 }
 NEEDS_DATA = "needs MovieLens-1M"
 NOT_RUN = {

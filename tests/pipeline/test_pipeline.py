@@ -366,7 +366,8 @@ def test_demo_moves_knowledge_promotes_and_recommends(tmp_path: Path) -> None:
 
     odd = tmp_path / "été à Gênes"  # Polars' reader of Delta tables finds nothing below such a folder
     shutil.copytree(tmp_path / "lake", odd / "lake")
-    for snippet in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S):
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "etl/README.md")]
+    for snippet in re.findall(r"```python\n(.*?)```", "".join(pages), re.S):
         read = subprocess.run([sys.executable, "-c", snippet], cwd=odd, capture_output=True, text=True, check=False)
         assert read.returncode == 0, read.stderr
 

@@ -193,7 +193,7 @@ def collect(
     for scorer in baseline_scorers(examples, config.baselines) if config.baselines.enabled else []:
         scored.add(scorer)
         written.append(_baseline(scorer, scored))
-    judged = hypotheses.judge(
+    tested = hypotheses.judge(
         written,
         scored.matrix,
         examples.held_out.histories.lengths,
@@ -232,7 +232,7 @@ def collect(
         "rows": written,
         "patches": patch_sizes.beside_copies(rows),
     }
-    plain: dict[str, Any] = _finite(found | judged)
+    plain: dict[str, Any] = _finite(found | tested)
     return plain
 
 

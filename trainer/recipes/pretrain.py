@@ -472,8 +472,8 @@ def run_identity(config: PretrainConfig, release: Release, parent: TrainedModel 
 def finished(config: PretrainConfig) -> Result | None:
     """The result of this run if it is done and its settings, code, data and parent are unchanged. Raises GraftrecError
     for a lake or parent that does not exist."""
-    grafted = config.parent if isinstance(config, FinetuneConfig) and config.transfer != "none" else None
-    parent = load_model(grafted, users=False) if grafted else None
+    parent_folder = config.parent if isinstance(config, FinetuneConfig) and config.transfer != "none" else None
+    parent = load_model(parent_folder, users=False) if parent_folder else None
     release = pin(config.data.lake, config.data.release)
     identity = ":".join(run_identity(config, release, parent).values())
     return _finished(Path(config.output) / config.name, identity)

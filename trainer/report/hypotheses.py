@@ -218,8 +218,8 @@ def _contrast(hypothesis: Hypothesis, scored: _Scored) -> dict[str, Any]:
     pairs = [pair for pair, row in zip(hypothesis.pairs, rows, strict=True) if row["gain"] is not None]
     difference = scored.difference(pairs) if pairs else None
     tested = _gain(users_and_seeds_test(difference[0])) if difference else dict.fromkeys(_GAIN)
-    judged: dict[str, Any] = {"name": hypothesis.name, "claim": hypothesis.claim} | tested
-    return judged | {
+    contrast: dict[str, Any] = {"name": hypothesis.name, "claim": hypothesis.claim} | tested
+    return contrast | {
         "p_holm": None,
         "verdict": "unknown",
         "num_pairs": len(pairs) if difference else 0,

@@ -101,8 +101,8 @@ class _Report:
         self.done = [row for row in self.rows if row["status"] == "done"]
         self.places = [Place(*pair) for pair in product(results["protocols"], results["conventions"])]
         self.head = self.places[0]
-        judged = [*results["hypotheses"], *results["comparisons"]]
-        self.metric: str = judged[0]["metric"] if judged else "NDCG@10"
+        tested = [*results["hypotheses"], *results["comparisons"]]
+        self.metric: str = tested[0]["metric"] if tested else "NDCG@10"
         self.is_surveys_data = survey.is_of(results["data"]["domains"])
         self.gains = {
             (Place(gain["protocol"], gain["convention"]), gain["row"]): gain for gain in results["comparisons"]
@@ -265,11 +265,11 @@ class _Report:
     # --- hypotheses ---
 
     def hypotheses(self) -> list[Block]:
-        judged = self.results["hypotheses"]
-        if not judged:
+        tested = self.results["hypotheses"]
+        if not tested:
             return []
-        names = list(dict.fromkeys(one["name"] for one in judged))
-        by_place = {(one["name"], place): one for one in judged for place in self.places if place.holds(one)}
+        names = list(dict.fromkeys(one["name"] for one in tested))
+        by_place = {(one["name"], place): one for one in tested for place in self.places if place.holds(one)}
         rows = []
         for name in names:
             first = by_place[name, self.head]
