@@ -66,8 +66,8 @@ class Library:
         shutil.copytree(source, to, dirs_exist_ok=True)
         if (to / "mlflow.db").exists():
             relocate(to / "mlflow.db", source, to)
-        for lake in to.rglob("lake.json"):  # of a model folder: the lake that it was trained on
-            lake.write_text(lake.read_text().replace(f"{source}/", f"{to}/"))
+        for origin in to.rglob("origin.json"):  # of a model folder: it names the lake that it was trained on
+            origin.write_text(origin.read_text().replace(f"{source}/", f"{to}/"))
 
     def _place(self, commands: tuple[str, ...]) -> Path:
         name = "-".join(commands) if len(commands) < 4 else f"{commands[-1]}-{_digest(' '.join(commands).encode())}"

@@ -77,14 +77,18 @@ def uninterrupted(tiny_lake, tmp_path_factory):
     return pretrain(tiny(PretrainConfig, folder, tiny_lake, name="whole")).folder
 
 
-def test_a_model_of_the_same_lake_at_another_place_is_the_same_model(uninterrupted, tiny_lake, tmp_path):
-    moved = shutil.copytree(tiny_lake, tmp_path / "moved lake")
-    folder = pretrain(tiny(PretrainConfig, tmp_path, moved, name="whole")).folder
-    assert model_hash(folder / "model") == model_hash(uninterrupted / "model")
-    assert load_model(folder / "model").lake == str(moved)
-    (folder / "model" / "lake.json").write_text('"nowh')
-    with pytest.raises(ModelFolderError, match="missing or damaged: expected the lake's place"):
-        load_model(folder / "model")
+def test_a_model_of_the_same_lake_at_another_place_is_the_same_model(tiny_lake, tmp_path, monkeypatch):
+    models = []
+    for place in ("here", "elsewhere"):
+        lake = shutil.copytree(tiny_lake, tmp_path / place / "lake")
+        monkeypatch.chdir(tmp_path / place)
+        config = tiny(PretrainConfig, tmp_path, "lake", output="runs", train={"epochs": 1, "min_epochs": 0})
+        models.append(pretrain(config).folder.absolute() / "model")
+        assert load_model(models[-1]).lake == str(lake)
+    assert model_hash(models[0]) == model_hash(models[1])
+    (models[0] / "origin.json").write_text('{"lake": ')
+    with pytest.raises(ModelFolderError, match="missing or damaged: expected the lake"):
+        load_model(models[0])
 
 
 def test_pretrain_learns_and_leaves_a_model(uninterrupted):

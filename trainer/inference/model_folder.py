@@ -51,7 +51,8 @@ from trainer.models.row_table import interleave
 from trainer.tasks import Task, build_task
 
 CONFIG, WEIGHTS, CATALOGUE, MANIFEST = "config.json", "weights.safetensors", "catalogue.parquet", "manifest.json"
-LAKE = "lake.json"  # where the lake lay: no part of the hash
+ORIGIN = "origin.json"  # the lake's place, and what the training cost: no part of the hash
+COSTS = ("seconds", "pretrain_seconds", "peak_gb")  # metrics that another training of the same model has otherwise
 USERS, USER_IDS = "users.safetensors", "users.parquet"
 OPTIONAL = (USERS, USER_IDS)
 CONTENT = "content"
@@ -152,7 +153,7 @@ def save_model(
             name: head if isinstance(head, int) else head.model_dump() for name, head in (task_heads or {}).items()
         },
         "categories": list(content.categories) if content is not None else [],
-        "metrics": metrics,
+        "metrics": {name: value for name, value in metrics.items() if name not in COSTS},
         "num_users": 0 if user_table is None else len(user_table),
         "num_entities": len(tensors["entity_embedding.weight"]) if "entity_embedding.weight" in tensors else 0,
     }
@@ -178,9 +179,8 @@ def save_model(
         scratch.unlink()
     digests = {path.name: digest_of(path) for path in sorted(new.iterdir())}
     (new / MANIFEST).write_text(json.dumps(digests, indent=1))
-    (new / LAKE).write_text(
-        json.dumps(release.lake), encoding="utf-8"
-    )  # where it lies makes no other model, so the hash is without it
+    origin = {"lake": release.lake, "costs": {name: metrics[name] for name in COSTS if name in metrics}}
+    (new / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
     return _hash(digests)
@@ -255,7 +255,7 @@ def read_model(
         task=build_task(config.task),
         parent=parent,
         hash=_hash(digests),
-        metrics=described["metrics"],
+        metrics=described["metrics"] | _origin(folder).get("costs", {}),
         classes=classes,
         categories=tuple(described.get("categories", ())),
         users=users,
@@ -271,13 +271,22 @@ def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
 
 
 def lake_of(folder: Path) -> str:
-    """The lake that a model was trained on. Raises ModelFolderError where that can't be read."""
+    """The lake that a model was trained on. Raises ModelFolderError."""
+    return absolute(_origin(folder)["lake"])
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Raises ModelFolderError where it can't be read."""
+    path = folder / ORIGIN
     try:
-        if (folder / LAKE).is_file():
-            return absolute(str(json.loads((folder / LAKE).read_text(encoding="utf-8"))))
-        return absolute(json.loads((folder / CONFIG).read_text())["lake"])  # where older folders have it
-    except (ValueError, KeyError):
-        raise ModelFolderError(f"{folder / LAKE} is missing or damaged: expected the lake's place as JSON") from None
+        if not path.is_file():  # an older folder has all of it in its configuration
+            return {"lake": json.loads((folder / CONFIG).read_text())["lake"]}
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found["lake"], str):
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ModelFolderError(f"{path} is missing or damaged: expected the lake that the model was trained on; restore it")
 
 
 def catalogue_of(folder: Path) -> Catalogue:
