@@ -2,8 +2,8 @@
 
 A file is joined to the items by their raw id, or by normalised title and year. By title, the year must be equal; a
 year off by one is accepted only where neither side has another candidate. Two different works of one title and year
-match nothing. A file of triples is joined by the id of their heads, or by what a link file makes of it. Files stand in order of trust: a later one supplies only what the earlier ones lack for an item and
-relation.
+match nothing. A file of triples is joined by the id of their heads, or by what a link file makes of it. Files stand in
+order of trust: a later one supplies only what the earlier ones lack for an item and relation.
 """
 
 from collections.abc import Iterator
@@ -92,7 +92,7 @@ def file_triples(
 def _graph_triples(
     spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str
 ) -> DataFrame:
-    """item, relation, rank, name, key, source of a file of triples whose heads are items, by themselves or by a link."""
+    """item, relation, rank, name, key, source of a file of triples, whose heads are items or linked to them."""
     assert config.triples is not None
     if config.id is None:
         raise GraftrecError(f"{setting}.id: expected the column of heads, found none; set it")
