@@ -1,7 +1,7 @@
 """Settings of the ETL, as frozen types."""
 
 import shlex
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -104,6 +104,20 @@ class DomainConfig(Section):
     attribute: str | None = None  # test this attribute's value instead of the categories
 
 
+class TriplesConfig(Section):
+    """A knowledge graph: each row says that its head (`id`) stands in a relation to a tail, which is an entity."""
+
+    relation: str | int
+    tail: str | int
+
+
+class LinkConfig(FileConfig):
+    """A file that says which entity of a graph an item is."""
+
+    item: str | int
+    entity: str | int
+
+
 class KnowledgeFileConfig(FileConfig):
     """Side information joined to items by id, or by normalised title and year."""
 
@@ -112,10 +126,20 @@ class KnowledgeFileConfig(FileConfig):
     id: str | int | None = None
     title: str | int | None = None
     year: str | int | None = None
-    relations: dict[str, tuple[str | int, ...]]  # relation -> columns in order of rank
+    relations: dict[str, tuple[str | int, ...]] = Field(default_factory=dict)  # relation -> columns in order of rank
+    triples: TriplesConfig | None = None  # in the place of `relations`; a row's rank is its place in the file
+    link: LinkConfig | None = None  # of triples: `id` is an entity, which this file turns into an item
     list_columns: bool = False  # the cells hold Python-style lists ("['A', 'B']") or single values
     underscores: bool = False  # names are spelled with underscores for spaces (DBpedia)
     max_rank: dict[str, int] = Field(default_factory=dict)  # e.g. actor: 3
+
+    @model_validator(mode="after")
+    def _is_one_shape(self) -> Self:
+        if (self.triples is None) == (not self.relations):
+            raise ValueError("relations, triples: expected one of both; leave the other out")
+        if (self.triples is not None and self.by != "id") or (self.link is not None and self.triples is None):
+            raise ValueError("triples: expected by: id, and link only beside triples; mend by or link")
+        return self
 
     @field_validator("format")
     @classmethod

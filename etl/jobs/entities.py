@@ -8,7 +8,7 @@ from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.retraction import past
 from etl.jobs.vocabulary import described_by, with_index
 from etl.sources.metadata import knowledge, knowledge_fingerprint
-from etl.sources.schema import Source
+from etl.sources.schema import ENTITY_PREFIX, Source
 from etl.tables import ENTITIES, ITEMS
 
 _PEOPLE = ("director", "actor", "writer", "producer", "composer", "author", "artist", "person")  # relations to persons
@@ -31,12 +31,20 @@ def transform(facts: DataFrame, old: DataFrame | None, *, first: int | None = No
 
 def kind() -> Column:
     """The kind of thing that a relation leads to."""
-    return F.when(F.col("relation").isin(*_PEOPLE), F.lit("person")).otherwise(F.col("relation"))
+    return (
+        F.when(_of_graph(), F.lit(ENTITY_PREFIX[:-1]))
+        .when(F.col("relation").isin(*_PEOPLE), F.lit("person"))
+        .otherwise(F.col("relation"))
+    )
 
 
 def entity() -> Column:
     """Raw id of the entity that a row (relation, key) names."""
-    return F.concat(kind(), F.lit(":"), F.col("key"))
+    return F.when(_of_graph(), F.col("key")).otherwise(F.concat(kind(), F.lit(":"), F.col("key")))
+
+
+def _of_graph() -> Column:
+    return F.col("key").startswith(ENTITY_PREFIX)
 
 
 def facts(run: Run) -> DataFrame:
@@ -55,7 +63,7 @@ def facts(run: Run) -> DataFrame:
 
 def settings(config: EtlConfig) -> object:
     """What of the configuration decides which knowledge there is."""
-    files = [file.model_dump(exclude={"path"}) for file in config.knowledge.files]
+    files = [file.model_dump(exclude={"path": True, "link": {"path"}}) for file in config.knowledge.files]
     return [described_by(config, "items"), files]
 
 

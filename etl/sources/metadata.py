@@ -2,8 +2,8 @@
 
 A file is joined to the items by their raw id, or by normalised title and year. By title, the year must be equal; a
 year off by one is accepted only where neither side has another candidate. Two different works of one title and year
-match nothing. Files stand in order of trust: a later one supplies only what the earlier ones lack for an item and
-relation.
+match nothing. A file of triples is joined by the id of their heads, or by what a link file makes of it. Files stand in
+order of trust: a later one supplies only what the earlier ones lack for an item and relation.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
 from etl.config import KnowledgeConfig, KnowledgeFileConfig
-from etl.identifiers import text
+from etl.identifiers import identifier, text
 from etl.settings import GraftrecError
 from etl.sources import values
 from etl.sources.delimited import Chunk
@@ -22,7 +22,7 @@ from etl.sources.delta_table import SourceTable
 from etl.sources.entity_keys import listed_names, person_key, title_keys
 from etl.sources.files import RawFile, find_files, fingerprint
 from etl.sources.rows import RawRows, Shape
-from etl.sources.schema import PEOPLE, spark_schema
+from etl.sources.schema import ENTITY_PREFIX, PEOPLE, spark_schema
 
 _WORKS = pa.schema(
     [
@@ -34,6 +34,8 @@ _WORKS = pa.schema(
         pa.field("signature", pa.string()),  # tells two works of one title and year from a work listed twice
     ]
 )
+_TRIPLES = pa.schema([pa.field(name, pa.string()) for name in ("place", "head", "relation", "tail")])
+_LINKS = pa.schema([pa.field("item", pa.string()), pa.field("head", pa.string())])
 _NAMED = [field.name for field in PEOPLE if field.name != "item"]
 
 
@@ -61,6 +63,10 @@ def knowledge_fingerprint(config: KnowledgeConfig) -> str:
             tables += SourceTable(config.root, described, setting=setting).key
         else:
             files += find_files(config.root, described.path, what=setting, member=described.member)
+        if (link := described.link) is not None:
+            files += find_files(
+                config.root, link.path, what=f"knowledge.files[{position}].link.path", member=link.member
+            )
     return (fingerprint(files) if files else "") + tables
 
 
@@ -68,6 +74,8 @@ def file_triples(
     spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str
 ) -> DataFrame:
     """item, relation, rank, name, key, source of one file."""
+    if config.triples is not None:
+        return _graph_triples(spark, config, root, items, setting=setting)
     wanted = _wanted(config, setting)
     rows = RawRows(config, root, list(wanted), setting=f"{setting}.path")
     works = rows.map(spark, _works(config), _WORKS)
@@ -79,6 +87,44 @@ def file_triples(
         matched = match_titles(items, works).join(works.select("work", "people"), "work")
     people = matched.select("item", F.explode("people").alias("person"))
     return people.select("item", *(f"person.{name}" for name in _NAMED)).withColumn("source", F.lit(config.name))
+
+
+def _graph_triples(
+    spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str
+) -> DataFrame:
+    """item, relation, rank, name, key, source of a file of triples, whose heads are items or linked to them."""
+    assert config.triples is not None
+    if config.id is None:
+        raise GraftrecError(f"{setting}.id: expected the column of heads, found none; set it")
+    wanted = [config.id, config.triples.relation, config.triples.tail]
+    triples = RawRows(config, root, wanted, setting=f"{setting}.path").map(spark, _triples, _TRIPLES)
+    heads = items.select("item")
+    if config.link is None:
+        heads = heads.withColumn("head", F.col("item"))
+    else:
+        link, columns = config.link, [config.link.item, config.link.entity]
+        rows = RawRows(link, root, list(columns), setting=f"{setting}.link.path").map(spark, _links, _LINKS)
+        heads = heads.join(rows.distinct(), "item")
+    order = Window.partitionBy("item", "relation").orderBy("place")
+    ranked = triples.join(heads, "head").withColumn("rank", F.row_number().over(order))
+    for relation, limit in config.max_rank.items():
+        ranked = ranked.where((F.col("relation") != relation) | (F.col("rank") <= limit))
+    key = F.concat(F.lit(ENTITY_PREFIX), F.col("tail"))
+    return ranked.select(
+        "item", "relation", "rank", F.col("tail").alias("name"), key.alias("key"), F.lit(config.name).alias("source")
+    )
+
+
+def _triples(chunk: Chunk, file: RawFile) -> pa.Table:
+    """Rows to _TRIPLES; those that lack a part are left out."""
+    cells = [identifier(column)[0] for column in chunk.columns]
+    place = pa.array([f"{file.index:06}:{line:012}" for line in chunk.line.to_pylist()], pa.string())
+    return pa.table([place, *cells], schema=_TRIPLES).filter(chunk.reason.is_null()).drop_null()
+
+
+def _links(chunk: Chunk, file: RawFile) -> pa.Table:
+    cells = [identifier(column)[0] for column in chunk.columns]
+    return pa.table(cells, schema=_LINKS).filter(chunk.reason.is_null()).drop_null()
 
 
 def match_titles(items: DataFrame, works: DataFrame) -> DataFrame:

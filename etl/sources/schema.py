@@ -63,6 +63,9 @@ PEOPLE = pa.schema(
 )
 
 
+ENTITY_PREFIX = "entity:"  # of the key of a graph's entity, which is the same under every relation
+
+
 class Source(Protocol):
     """A raw log and what lies beside it. Frames are lazy; a frame that the source doesn't have is None."""
 

@@ -1,12 +1,17 @@
 """Domains, entities, knowledge and social edges."""
 
+from pathlib import Path
+
 import pydantic
 import pytest
+import yaml
 from pyspark.sql import SparkSession
 
-from etl.config import DomainConfig
+from etl.config import DomainConfig, KnowledgeConfig
 from etl.jobs import domains, entities, knowledge, social
-from etl.settings import ConfigError
+from etl.settings import ConfigError, conf_root
+from etl.sources.metadata import knowledge as knowledge_of
+from etl.sources.metadata import knowledge_fingerprint
 from etl.tables import DOMAINS, ENTITIES, KNOWLEDGE, SOCIAL
 from tests.etl.frames import frame
 
@@ -125,3 +130,29 @@ def test_social_keeps_edges_between_users_of_the_log(spark: SparkSession) -> Non
     found = social.transform(edges, frame(spark, [("u", 5), ("v", 6)], "user string, index int"))
     assert found.columns == SOCIAL.schema.names
     assert sorted(tuple(row) for row in found.collect()) == [("u", "v", 2.5, 5, 6), ("v", "u", 1.0, 6, 5)]
+
+
+def test_a_graph_is_linked_to_items(spark: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "ml-100k.link").write_text("item_id:token\tentity_id:token\n7\tm.a\n8\tm.b\n9\tm.c\n")
+    triples = [
+        "m.a\tgenre\tm.x",
+        "m.a\tgenre\tm.y",
+        "m.b\tmood\tm.x",
+        "m.x\tgenre\tm.y",
+        "m.c\tgenre\tm.x",
+        "m.a\t\tm.z",
+    ]
+    (tmp_path / "ml-100k.kg").write_text("\n".join(["head_id:token\trelation_id:token\ttail_id:token", *triples]))
+    described = yaml.safe_load((conf_root() / "knowledge" / "recbole.yaml").read_text())
+    config = KnowledgeConfig.model_validate(described | {"root": str(tmp_path)})
+    items = frame(spark, [("7", "A", 1999), ("8", "B", None)], "item string, title string, year int")
+    facts = knowledge_of(spark, config, items)
+    rows = facts.select("item", "relation", "rank", "name", entities.entity().alias("entity"), "source").collect()
+    assert sorted(map(tuple, rows)) == [
+        ("7", "genre", 1, "m.x", "entity:m.x", "freebase"),
+        ("7", "genre", 2, "m.y", "entity:m.y", "freebase"),
+        ("8", "mood", 1, "m.x", "entity:m.x", "freebase"),
+    ]
+    before = knowledge_fingerprint(config)
+    (tmp_path / "ml-100k.link").write_text("item_id:token\tentity_id:token\n7\tm.b\n")
+    assert knowledge_fingerprint(config) != before
