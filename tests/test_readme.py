@@ -29,7 +29,7 @@ SHORT = {
     "python -m trainer pretrain --config pretrain/peterrec_ml1m": "--data.lake lake --train.epochs 1",
     "python -m trainer finetune --config finetune/peterrec_ml1m": "--data.lake lake --train.epochs 1",
     "python -m trainer finetune --config finetune/profile_ml1m": (
-        "--data.lake lake --train.epochs 1 --task.attribute community"
+        "--data.lake lake --train.epochs 1 --task.attribute community --task.validation 0.3"
     ),
 }
 NEEDS_DATA = "needs MovieLens-1M"
