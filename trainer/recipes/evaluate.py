@@ -106,7 +106,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         if baskets:  # no others are drawn for them
             repeats = repeats_of(config.evaluation, models)
             config = replaced(config, evaluation=replaced(config.evaluation, protocols=(FULL,), repeats=repeats))
-        events: list[Row] = []  # of predictions beside items
+        events: list[Row] = []  # of what is told beside items
         metrics = config.metrics or (BASKET_METRICS if baskets else ITEM_METRICS)
         examples = read_evaluation_set(
             release,
@@ -243,7 +243,7 @@ def _evaluate_told(
     folder: Path,
     about: dict[str, str],
 ) -> EvaluationReport:
-    """Models that rank no items: they predict classes of users or events, or clicks."""
+    """Models that rank no items: they tell what users are, or what they take."""
     predictions: Predictions
     if models[0].config.task.kind == "multi":
         tables = _next_events(config, chosen, models, release)
@@ -252,7 +252,7 @@ def _evaluate_told(
         picture, drawn = (
             _confusions(predictions),
             CONFUSIONS,
-        )  # of the last target, value where it is predicted: fewest classes
+        )  # of what is told last, value where it is told: fewest classes
         users = pa.concat_tables(_events_told(one, release) for one, *_ in tables)
     elif models[0].config.task.kind == "click":
         predictions = click_table.tell(config, chosen, models, release)
@@ -300,7 +300,7 @@ def _evaluate_told(
 def _next_events(
     config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[TrainedModel], release: Release
 ) -> list[tuple[ClassPredictions, list[Row], str]]:
-    """Predictions, rows and table of each target beside the item."""
+    """Of each thing that is told beside the item: what was told, its rows, its table."""
     found = []
     candidate = None if ranks_items(models[0].config.task) else config.candidate  # items' test is the planned one
     for predictions in next_event_table.tell(config, chosen, models, release):
@@ -321,7 +321,7 @@ def _users_told(predictions: ClassPredictions, release: Release) -> pa.Table:
 
 
 def _events_told(predictions: ClassPredictions, release: Release) -> pa.Table:
-    """Label, seed, user (raw id), target, true class, and the probability of the true class."""
+    """Label, seed, user (raw id), what is told, what it was, and the probability given to that."""
     is_N = predictions.examples.class_N
 
     def columns(given: FloatArray) -> dict[str, Any]:
@@ -336,7 +336,7 @@ def _events_told(predictions: ClassPredictions, release: Release) -> pa.Table:
 
 
 def _pairs_told(predictions: ClickPredictions, release: Release) -> pa.Table:
-    """Label, seed, user (raw id), whether an item of the user's pairs was taken, and its predicted probability."""
+    """Label, seed, user (raw id), whether an item of the user's pairs was taken, and what was told of it."""
     users = pa.array(raw_users(release, predictions.pairs.histories.users), pa.string()).take(
         pa.array(predictions.pairs.owner_N)
     )
@@ -346,7 +346,7 @@ def _pairs_told(predictions: ClickPredictions, release: Release) -> pa.Table:
 def _told_table(
     predictions: Predictions, users: Sequence[str] | pa.Array, columns: Callable[[FloatArray], dict[str, Any]]
 ) -> pa.Table:
-    """A row for each example and scorer: label, seed, user, and `columns` of its predictions."""
+    """A row for each example and contender: label, seed, user, and `columns` of what it told."""
     return pa.concat_tables(
         pa.table(
             {
@@ -394,7 +394,7 @@ def _contenders(
     return found + baseline_scorers(examples, config.baselines)
 
 
-# --- files -------------------------------------------------------
+# --- what is written ---------------------------------------------
 
 
 def write_users(evaluation: Evaluation, path: Path) -> None:

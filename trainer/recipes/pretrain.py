@@ -97,7 +97,7 @@ def _fit(
     dataset = _dataset(config, release)
     validation = read_validation(config, release, catalogue)
     model, account = _model(config, release, catalogue, knowledge, parent, validation, world)
-    clear_other(folder, identity, world, say)  # after all checks: a typo removes nothing
+    clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
         dataset,
         catalogue,
@@ -303,7 +303,7 @@ def _finish(
     validation: Validation,
 ) -> dict[str, Any]:
     """Model folder, curves, and the note that all is done (`_noted` gives it its name), which is returned."""
-    others = isinstance(config.task, ClickConfig)  # impressions have not been taken
+    others = isinstance(config.task, ClickConfig)  # what was shown only has not been taken
     popularity = training_interactions(training.loader.dataset, catalogue, others=others)
     digest = save_model(
         folder / "model",

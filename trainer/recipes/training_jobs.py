@@ -125,7 +125,7 @@ def _ready(waiting: list[TrainingJob]) -> TrainingJob | None:
 
 
 def _finished(training: TrainingJob) -> str | None:
-    """Validation score of its model, if there is one of these settings, code and data; sets is_done."""
+    """How good its model is, where there is one of these settings, code and data; sets is_done."""
     from trainer.recipes import pretrain
 
     try:
