@@ -463,7 +463,7 @@ def run_identity(config: PretrainConfig, release: Release, parent: TrainedModel 
     versions = {table.name: release.versions.get(table.name) for table in _read_tables(config)}
     return {
         "settings": config_hash(settings),
-        "code": code_hash(f"trainer.{_recipe(config)}"),
+        "code": code_hash(f"trainer.recipes.{_recipe(config)}"),
         "data": json.dumps(versions, sort_keys=True),
         "parent": parent.hash if parent else "",
     }
