@@ -132,7 +132,7 @@ def test_clicks_are_answered_by_how_likely_each_item_is(models):
     hidden = trained_model.teller().hidden(read)
     rows = torch.arange(FIRST_INDEX, len(trained_model.catalogue))
     with torch.inference_mode():
-        logits = trained_model.task.told(trained_model.model, hidden, rows[None])[0]
+        logits = trained_model.task.logits(trained_model.model, hidden, rows[None])[0]
     by_raw = {trained_model.catalogue.raw_ids[row]: float(logit) for row, logit in zip(rows, logits, strict=True)}
     assert answer.scores == pytest.approx([by_raw[item] for item in answer.items], abs=1e-6)
     assert answer.scores == sorted(answer.scores, reverse=True)

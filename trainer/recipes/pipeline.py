@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 from trainer.recipes.pipeline_plan import (
     COLD,
     READS_ALL,
-    SCORE,
     PipelineConfig,
     Plan,
     Trained,
@@ -139,8 +138,10 @@ def train_all(
     The model that is measured on users new in the target is left out where the log has too few of them. Raises
     TrainingFailed for any other training without a model.
     """
+    from trainer.evaluation.evaluators import monitor
     from trainer.recipes import training_jobs as runner
 
+    score = f"validation/{monitor(config.finetune.task)}"  # chooses the candidate; test numbers choose nothing
     trainings, of_target = training_jobs(config, planned, release)
     with step("train"):
         runner.run(trainings, folder=Path(config.runs), jobs=jobs_of(config, len(trainings)), environment=environment)
@@ -156,7 +157,7 @@ def train_all(
         raise TrainingFailed(f"{failed.name}: {failed.failure}", failed.exit_code)
     return {
         target: [
-            Trained(label, seed, training.model, training.metrics[SCORE])
+            Trained(label, seed, training.model, training.metrics[score])
             for (label, seed), training in of_label.items()
             if training.metrics is not None
         ]
@@ -278,7 +279,7 @@ def recommend(config: PipelineConfig, target: str, release: int) -> list[str]:
     from trainer.recipes import recommend
     from trainer.registry import CHAMPION, Registry
 
-    if not config.tracking.enabled:
+    if not config.tracking.enabled or not config.finetune.task.scores_items:
         return []
     champion = Registry(registered_model(config, target)).find(CHAMPION)
     if champion is None:
