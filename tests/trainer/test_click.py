@@ -35,7 +35,7 @@ from trainer.data.catalogue import read_catalogue
 from trainer.data.histories import Histories
 from trainer.data.item_features import read_content
 from trainer.data.release import pin
-from trainer.evaluation import click_prediction
+from trainer.evaluation import click_metrics, click_prediction
 from trainer.evaluation.evaluator import Question
 from trainer.evaluation.scorers import EvaluateError
 from trainer.inference.model_folder import ModelFolderError, load_model
@@ -395,21 +395,21 @@ def test_metrics_are_scikit_learns(seed):
     owner = np.sort(random.integers(0, 40, 600))
     told = random.integers(1, 20, 600) / 20  # with ties
     taken = random.random(600) < told
-    found = click_prediction.metrics_of(taken, told, owner)
+    found = click_metrics.metrics_of(taken, told, owner)
     assert found["AUC"] == pytest.approx(sk.roc_auc_score(taken, told))
     assert found["log loss"] == pytest.approx(sk.log_loss(taken, told))
     own = [sk.roc_auc_score(taken[owner == u], told[owner == u]) for u in range(40) if len(set(taken[owner == u])) == 2]
     assert found["user AUC"] == pytest.approx(np.mean(own))
-    assert click_prediction.metrics_of(taken, taken * 0.98 + 0.01, owner)["calibration error"] == pytest.approx(
+    assert click_metrics.metrics_of(taken, taken * 0.98 + 0.01, owner)["calibration error"] == pytest.approx(
         0.01, abs=1e-3
     )
-    off = click_prediction.metrics_of(taken, np.full(600, 0.9), owner)["calibration error"]
+    off = click_metrics.metrics_of(taken, np.full(600, 0.9), owner)["calibration error"]
     assert off >= abs(0.9 - taken.mean()) - 1e-9
 
 
 def test_reliability_is_of_equally_many_pairs():
     told = np.linspace(0.01, 0.99, 300)
-    curve = click_prediction.reliability(told > 0.5, told)
+    curve = click_metrics.reliability(told > 0.5, told)
     assert curve[:, 2].tolist() == [20] * 15
     assert (np.diff(curve[:, 0]) > 0).all()
     assert set(curve[:7, 1]) == {0.0}

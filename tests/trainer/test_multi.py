@@ -33,7 +33,7 @@ from trainer.data.held_out import read_held_out
 from trainer.data.loader import Loader
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
-from trainer.evaluation import class_prediction
+from trainer.evaluation import event_prediction
 from trainer.evaluation.scorers import EvaluateError
 from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.recipes.evaluate import run as evaluate
@@ -125,7 +125,7 @@ def test_classes_are_first_categories_and_levels(lake):
         assert found.names["category"][found.class_V[row]] == categories[catalogue.global_index[row]]
     assert (found.class_V[:FIRST_INDEX] == NOTHING).all()
     held_out = read_held_out(release, "last-5", "source", catalogue, "test", values=True)
-    examples = {name: class_prediction.examples_of(held_out, found, name) for name in found.names}
+    examples = {name: event_prediction.examples_of(held_out, found, name) for name in found.names}
     first = {
         r["user"]: (r["items"][r["test_start"]], r["values"][r["test_start"]])
         for r in rows_of(lake, "source").to_dicts()
@@ -155,7 +155,7 @@ def test_what_can_not_be_told_is_named(lake, tiny_lake):
     held_out = read_held_out(described, "last-5", "source", read_catalogue(described, "source"), "test", values=True)
     fewer = multi.Classes({"value": ("5",)}, known.class_V, known.levels_L[1:])
     with pytest.raises(ConfigError, match="found 2, which no training event has"):
-        class_prediction.examples_of(held_out, fewer, "value")
+        event_prediction.examples_of(held_out, fewer, "value")
 
 
 def test_values_that_are_no_levels_are_refused(lake, monkeypatch):

@@ -129,7 +129,7 @@ def test_clicks_are_answered_by_how_likely_each_item_is(models):
     server = Recommender(trained_model, "graftrec/1")
     answer, taken = server.answer([Request(items, None, kinds), Request([items[0], items[2]])], k=1_000)
     read = Histories(np.array([UNK]), np.array([0, 2]), np.array([FIRST_INDEX, FIRST_INDEX + 2]), np.empty(0, np.int64))
-    hidden = trained_model.teller().hidden(read)
+    hidden = trained_model.user_scorer().hidden(read)
     rows = torch.arange(FIRST_INDEX, len(trained_model.catalogue))
     with torch.inference_mode():
         logits = trained_model.task.logits(trained_model.model, hidden, rows[None])[0]

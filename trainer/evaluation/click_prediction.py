@@ -28,7 +28,7 @@ from trainer.data.sequences import SequenceDataset
 from trainer.evaluation.baselines.names import POPULARITY, POPULARITY_AND_ITEMS
 from trainer.evaluation.baselines.sequences import item_to_item, popularity
 from trainer.evaluation.class_metrics import AUC, LOG_LOSS, example_metrics, scikit_learn
-from trainer.evaluation.class_metrics import metrics_of as of_classes
+from trainer.evaluation.click_metrics import ERROR, OF_USER, metrics_of, reliability, user_auc
 from trainer.evaluation.comparison import Key, Row
 from trainer.evaluation.evaluator import Measure, Question, Validation
 from trainer.evaluation.predictions import PredictionEvaluator, Predictions
@@ -38,12 +38,8 @@ from trainer.figures import reliability_curves
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import ModelScorer
 from trainer.parallel.distributed import World
-from trainer.tasks import Click
 
 NEGATIVES = "uniform-100"
-BINS = 15
-OF_USER = "user AUC"
-ERROR = "calibration error"
 RELIABILITY = "reliability.png"
 
 
@@ -116,8 +112,8 @@ def read_pairs(
 
 def probabilities(scorer: ModelScorer, pairs: Pairs, *, batch_size: int) -> FloatArray:
     """[N] that the user takes the item."""
-    task, found = scorer.task, []
-    assert isinstance(task, Click)
+    task: Any = scorer.task
+    found = []
     for start in range(0, len(pairs), batch_size):
         own = pairs.take(np.arange(start, min(start + batch_size, len(pairs))))
         with torch.inference_mode():
@@ -125,50 +121,6 @@ def probabilities(scorer: ModelScorer, pairs: Pairs, *, batch_size: int) -> Floa
             owner, rows = (torch.from_numpy(x).to(hidden_BD.device) for x in (own.owner_N, own.row_N))
             found.append(task.logits(scorer.model, hidden_BD[owner], rows).double().sigmoid().cpu().numpy())
     return np.concatenate(found)
-
-
-# --- metrics ---------------------------------------------
-
-
-def metrics_of(taken_N: npt.NDArray[np.bool_], given_N: FloatArray, owner_N: IntArray) -> dict[str, float]:
-    """``AUC`` over all pairs, ``user AUC``, the mean over users of each one's own, ``log loss`` (nats), ``calibration
-    error``: the mean distance between prediction and outcome, over 15 bins of equally many pairs (Naeini et al.
-    2015)."""
-    both = of_classes(taken_N.astype(np.int64), np.stack([1 - given_N, given_N], axis=1))
-    count = np.bincount(owner_N)
-    own = user_auc(taken_N, given_N, owner_N)
-    curve = reliability(taken_N, given_N)
-    return {
-        AUC: both[AUC],
-        OF_USER: float(np.nanmean(own[count > 0])),
-        "log loss": both["log loss"],
-        ERROR: float(np.average(np.abs(curve[:, 0] - curve[:, 1]), weights=curve[:, 2])),
-    }
-
-
-def user_auc(taken_N: npt.NDArray[np.bool_], given_N: FloatArray, owner_N: IntArray) -> FloatArray:
-    """[U] share of the pairs of a taken and another item of the user that are in the right order, ties a half;
-    NaN for a user without both (Mann and Whitney 1947)."""
-    order = np.lexsort((given_N, owner_N))
-    owner, taken = owner_N[order], taken_N[order]
-    # Mean ranks within a user's equal values.
-    same = np.concatenate([[True], (np.diff(owner) != 0) | (np.diff(given_N[order]) != 0)])
-    group = np.cumsum(same) - 1
-    rank = (np.bincount(group, np.arange(1, len(order) + 1)) / np.bincount(group))[group]
-    num_users = int(owner_N.max(initial=-1)) + 1
-    count = np.bincount(owner, minlength=num_users)
-    before = (np.cumsum(count) - count)[owner]
-    yes = np.bincount(owner, taken, minlength=num_users)
-    rank_sum = np.bincount(owner, np.where(taken, rank - before, 0), minlength=num_users)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found: FloatArray = (rank_sum - yes * (yes + 1) / 2) / (yes * (count - yes))
-    return found
-
-
-def reliability(taken_N: npt.NDArray[np.bool_], given_N: FloatArray) -> FloatArray:
-    """[bins, 3]: mean prediction, share that was taken, and number of pairs, of bins of equally many."""
-    parts = [part for part in np.array_split(np.argsort(given_N, kind="stable"), BINS) if len(part)]
-    return np.array([[given_N[part].mean(), taken_N[part].mean(), len(part)] for part in parts])
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The evaluators by the names that tasks give them."""
 
 from trainer.config import TaskSettings
-from trainer.evaluation.class_prediction import AttributePrediction, EventPrediction
+from trainer.evaluation.attribute_prediction import AttributePrediction
 from trainer.evaluation.click_prediction import ClickPrediction
 from trainer.evaluation.evaluator import Evaluator
+from trainer.evaluation.event_prediction import EventPrediction
 from trainer.evaluation.item_prediction import ItemPrediction
 
 EVALUATORS: dict[str, type[Evaluator]] = {

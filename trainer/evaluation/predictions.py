@@ -15,7 +15,6 @@ import pyarrow as pa
 from trainer.arrays import IntArray
 from trainer.data.catalogue import Catalogue
 from trainer.data.histories import Histories
-from trainer.evaluation.class_metrics import LOG_LOSS
 from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
 from trainer.evaluation.evaluator import Evaluator, Question
 from trainer.evaluation.ranking_metrics import FloatArray
@@ -177,8 +176,3 @@ class Predictions(Results, Generic[EvaluatorT]):
 
     def summary(self) -> dict[str, Any]:
         return {"task": self.examples.first.config.task.model_dump(mode="json")}
-
-
-def signed(values: FloatArray, metric: str) -> FloatArray:
-    """Larger is better: the sign of the log loss is turned."""
-    return -values if metric == LOG_LOSS else values

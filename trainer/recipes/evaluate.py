@@ -28,7 +28,7 @@ from trainer.evaluation.class_prediction import CONFUSIONS
 from trainer.evaluation.click_prediction import RELIABILITY
 from trainer.evaluation.comparison import Key, Results, Row, compare_table
 from trainer.evaluation.evaluator import Evaluator, Question
-from trainer.evaluation.evaluators import evaluator_of, evaluators_of
+from trainer.evaluation.evaluators import evaluators_of
 from trainer.evaluation.item_prediction import GAINS
 from trainer.evaluation.scorers import label_of
 from trainer.inference.model_folder import TrainedModel, config_of, load_model, model_hash
@@ -86,15 +86,20 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         device = str(join(config.runtime).device)
         models = [load_model(model.model, device=device) for model in chosen]
         found = _evaluated(config, chosen, models, release)
-        compared = _compared(found, config)
-        rows = [row for _, _, rows in compared for row in rows]
-        text = "\n\n".join(results.text(rows, against=config.against) for _, results, rows in compared)
+        # What the first metric is of stands first; else a task's leading evaluator has the picture and the summary.
+        wanted = config.metrics[0].partition("/")[0] if config.metrics else ""
+        found.sort(key=lambda one: one[0].name != wanted)
+        evaluator, results = found[0] if found[0][0].name == wanted else _leading(found)[-1]
+        compared = [
+            (one, compare_table(one, against=config.against, candidate=None if place else config.candidate))
+            for place, (_, one) in enumerate(found)
+        ]
+        own = next(rows for one, rows in compared if one is results)
+        rows = [row for _, rows in compared for row in rows]
+        text = "\n\n".join(one.text(rows, against=config.against) for one, rows in compared)
         print(text)
         _begin(folder)
-        # The leading evaluator's last results have a picture and a summary; its users' numbers are kept.
-        leading = [one for one in compared if isinstance(one[0], evaluator_of(task))]
-        evaluator, results, own = leading[-1]
-        _write_users((table for _, results, _ in leading for table in results.tables()), folder / USERS)
+        _write_users((table for _, one in _leading(found) for table in one.tables()), folder / USERS)
         (folder / TABLE).write_text(text + "\n", encoding="utf-8")
         drawn = _draw(results, own, config.against, folder, run)
         data = [asdict(row) for row in rows]
@@ -136,20 +141,9 @@ def _evaluated(
     return found
 
 
-def _compared(
-    found: Sequence[tuple[Evaluator, Results]], config: EvaluateConfig
-) -> list[tuple[Evaluator, Results, list[Row]]]:
-    """With rows. The candidate's planned test is in the results that the first metric is of, else in the first ones."""
-    named = config.metrics[0].partition("/")[0] if config.metrics else ""
-    planned = next((results for evaluator, results in found if evaluator.name == named), found[0][1])
-    return [
-        (
-            evaluator,
-            results,
-            compare_table(results, against=config.against, candidate=config.candidate if results is planned else None),
-        )
-        for evaluator, results in found
-    ]
+def _leading(found: Sequence[tuple[Evaluator, Results]]) -> list[tuple[Evaluator, Results]]:
+    """The results of the first evaluator, whose users' numbers are kept: rows of one table."""
+    return [(evaluator, results) for evaluator, results in found if type(evaluator) is type(found[0][0])]
 
 
 def _draw(results: Results, rows: Sequence[Row], against: str, folder: Path, run: tracking.Run) -> str:

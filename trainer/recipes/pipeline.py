@@ -297,6 +297,7 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     """Models, best baseline and popularity under the first protocol: the gate's metric with its gain over from-scratch
     and p-value, then the means of the other metrics."""
     from trainer.evaluation.baselines.names import POPULARITY
+    from trainer.evaluation.class_metrics import signed
     from trainer.evaluation.significance import gain_text, p_text
 
     shown = [row for row in rows if row["protocol"] == rows[0]["protocol"]]
@@ -304,7 +305,7 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     trainings = {(row["label"], row["metric"]): row for row in shown}
     labels = [row["label"] for row in shown if row["is_model"] and row["metric"] == first]
     baselines = [row for row in shown if not row["is_model"] and row["metric"] == first]
-    best = max(baselines, key=lambda row: row["mean"], default=None)
+    best = max(baselines, key=lambda row: signed(row["mean"], first), default=None)
     labels += [best["label"]] if best is not None else []
     labels += [row["label"] for row in baselines if row["label"] == POPULARITY and row is not best]
     table = [["model", first, "gain", "p", *others]]

@@ -13,11 +13,11 @@ from etl.settings import replaced
 from trainer.config import EvaluateConfig, GateConfig, PretrainConfig, PromoteConfig
 from trainer.data.held_out import FULL
 from trainer.data.release import Release
+from trainer.evaluation.class_metrics import signed
 from trainer.evaluation.comparison import Results, in_order
 from trainer.evaluation.evaluator import Evaluator, Question
 from trainer.evaluation.evaluators import evaluator_of
 from trainer.evaluation.gate import FROM_SCRATCH, Evidence, Slice, check_must_beat
-from trainer.evaluation.predictions import signed
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.inference.model_folder import TrainedModel
 from trainer.registry import CHAMPION
