@@ -154,6 +154,41 @@ def test_only_tracking_imports_mlflow() -> None:
     assert users == {"trainer.tracking"}
 
 
+# Where a task's kind still decides something outside `trainer.tasks`: histories of baskets are another table, another
+# request and another ranking. The counts may only fall.
+READS_BASKETS = {
+    "trainer.evaluation.evaluator": 1,
+    "trainer.evaluation.gate": 1,
+    "trainer.evaluation.item_prediction": 4,
+    "trainer.evaluation.scorers": 3,
+    "trainer.inference.model_folder": 1,
+    "trainer.inference.recommender": 2,
+    "trainer.recipes.pretrain": 1,
+    "trainer.recipes.recommend": 3,
+    "trainer.registry.gate_evidence": 1,
+    "trainer.registry.versions": 1,
+}
+
+
+@pytest.mark.parametrize("path", modules("trainer"), ids=name_of)
+def test_no_file_asks_which_task_it_is(path: Path) -> None:
+    """A task says what it reads, how it is scored, and by which evaluators it is judged."""
+    if name_of(path).startswith(("trainer.tasks", "trainer.config.task")):
+        return
+    text = path.read_text(encoding="utf-8")
+    kinds = [kind.removesuffix("Config") for kind in dir(trainer.config) if issubclass_of_task(kind)]
+    named = "|".join(kinds)
+    assert len(kinds) == 9
+    assert re.findall(rf"isinstance\([^()]*\b(?:{named})(?:Config)?\b|case (?:{named})(?:Config)?\(", text) == []
+    assert re.findall(r"task\.kind (?:==|!=|in|not in) *[\"'({[]|match [\w.]*task\b", text) == []
+    assert text.count(".reads_baskets") <= READS_BASKETS.get(name_of(path), 0)
+
+
+def issubclass_of_task(name: str) -> bool:
+    kind = getattr(trainer.config, name)
+    return isinstance(kind, type) and issubclass(kind, trainer.config.TaskSettings)
+
+
 def test_few_files_lie_outside_rooms() -> None:
     assert len(list((ROOT / "trainer").glob("*.py"))) <= 8
 

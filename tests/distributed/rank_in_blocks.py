@@ -10,8 +10,8 @@ import torch
 
 from etl.tables import FIRST_INDEX
 from trainer.config import Bert4RecConfig, MaskedItemConfig, RuntimeConfig
+from trainer.data.held_out import FULL, HeldOut
 from trainer.data.histories import Histories
-from trainer.evaluation.item_ranking import FULL, HeldOut
 from trainer.evaluation.validation import full_ranking
 from trainer.inference import scorer
 from trainer.inference.scorer import ModelScorer

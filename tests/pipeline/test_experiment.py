@@ -20,7 +20,7 @@ from tests.trainer.folders import write_model
 from tests.trainer.lakes import build_tiny_lake
 from trainer.config import FinetuneConfig
 from trainer.data.release import pin
-from trainer.evaluation.comparison import evaluate_scorers
+from trainer.evaluation.item_prediction import evaluate_scorers
 from trainer.evaluation.ranking_metrics import means
 from trainer.evaluation.scorers import model_scorer, read_evaluation_set
 from trainer.experiment import plan as experiment_plan

@@ -34,10 +34,11 @@ from trainer.config import (
 from trainer.data.baskets import BasketDataset
 from trainer.data.batch import Batch
 from trainer.data.catalogue import read_catalogue
+from trainer.data.held_out import read_held_out
 from trainer.data.histories import Histories
 from trainer.data.release import DataError, pin
 from trainer.evaluation.baselines import next_basket
-from trainer.evaluation.item_ranking import ranks, read_held_out
+from trainer.evaluation.item_ranking import ranks
 from trainer.evaluation.ranking_metrics import metrics_from_ranks
 from trainer.evaluation.scorers import EvaluateError
 from trainer.inference.model_folder import ModelFolderError, digest_of, load_model
@@ -546,7 +547,7 @@ def test_baskets_are_no_sequences(trained, tiny_lake, tmp_path):
     _, _, models = trained
     with pytest.raises(ModelFolderError, match="expected a model of item sequences"):
         load_model(models["deep"]).scorer()
-    with pytest.raises(ValueError, match="expected a model that reads whole sequences"):
+    with pytest.raises(ValueError, match="expected a model of kind bert4rec, peterrec, found caser"):
         PretrainConfig(model=CaserConfig(), task=NextBasketConfig())
     with pytest.raises(ValueError, match="predicts the domain that it reads"):
         settings(PretrainConfig, tmp_path, tiny_lake, data={"lake": tiny_lake, "domain": "all", "predicted": "target"})

@@ -35,7 +35,8 @@ from trainer.data.catalogue import read_catalogue
 from trainer.data.histories import Histories
 from trainer.data.item_features import read_content
 from trainer.data.release import pin
-from trainer.evaluation import click_table, clicks
+from trainer.evaluation import click_metrics, click_prediction
+from trainer.evaluation.evaluator import Question
 from trainer.evaluation.scorers import EvaluateError
 from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.recipes.evaluate import run as evaluate
@@ -204,7 +205,7 @@ def test_a_planted_pattern_holds_for_items_never_seen(causal):
     taste, batch = users(999)
     hidden_BD = task.query(model.eval(), batch)
     new = torch.arange(24, NUM_ITEMS)
-    told = task.told(model, hidden_BD[:, None], new.expand(24, -1)) > 0
+    told = task.logits(model, hidden_BD[:, None], new.expand(24, -1)) > 0
     assert (told == (new % 3 == torch.from_numpy(taste)[:, None])).float().mean() > 0.9
 
 
@@ -291,7 +292,7 @@ def test_what_is_passed_over_is_learned_from_impressions_alone(causal):
     taste_B = kind_V[batch.items[:, 0]]
     only_taken = Batch(batch.items[:, :1], torch.ones(24).long(), batch.users, 24, slice(0, 24), batch.draw)
     hidden_BD = task.query(model.eval(), only_taken)
-    told = task.told(model, hidden_BD[:, None], torch.arange(FIRST_INDEX, NUM_ITEMS).expand(24, -1)) > 0
+    told = task.logits(model, hidden_BD[:, None], torch.arange(FIRST_INDEX, NUM_ITEMS).expand(24, -1)) > 0
     assert (told == (kind_V[FIRST_INDEX:] == taste_B[:, None])).float().mean() > 0.9
 
 
@@ -305,7 +306,7 @@ def test_pairs_are_what_was_taken_and_what_was_shown(negatives, lake_of_kinds):
     release = pin(lake_of_kinds, None)
     catalogue = read_catalogue(release, "target")
     task = ClickConfig(negatives=negatives, impressions=("look",))
-    pairs = clicks.read_pairs(release, "last-5", "target", catalogue, "test", task)
+    pairs = click_prediction.read_pairs(release, "last-5", "target", catalogue, "test", task)
     expected = {}
     rows = pl.read_delta(f"{lake_of_kinds}/sequences").filter(
         (pl.col("split") == "last-5") & (pl.col("domain") == "target")
@@ -359,8 +360,8 @@ def test_models_are_asked_about_what_was_shown(lake_of_kinds, tmp_path):
 def test_pairs_are_held_out_items_and_fixed_negatives(tiny_lake):
     release = pin(tiny_lake, None)
     catalogue = read_catalogue(release, "target")
-    pairs = clicks.read_pairs(release, "last-5", "target", catalogue, "test", ClickConfig(negatives=2))
-    again = clicks.read_pairs(release, "last-5", "target", catalogue, "test", ClickConfig(negatives=2))
+    pairs = click_prediction.read_pairs(release, "last-5", "target", catalogue, "test", ClickConfig(negatives=2))
+    again = click_prediction.read_pairs(release, "last-5", "target", catalogue, "test", ClickConfig(negatives=2))
     assert (pairs.row_N == again.row_N).all()
     rows = pl.read_delta(f"{tiny_lake}/sequences").filter(
         (pl.col("split") == "last-5") & (pl.col("domain") == "target")
@@ -394,19 +395,21 @@ def test_metrics_are_scikit_learns(seed):
     owner = np.sort(random.integers(0, 40, 600))
     told = random.integers(1, 20, 600) / 20  # with ties
     taken = random.random(600) < told
-    found = clicks.metrics_of(taken, told, owner)
+    found = click_metrics.metrics_of(taken, told, owner)
     assert found["AUC"] == pytest.approx(sk.roc_auc_score(taken, told))
     assert found["log loss"] == pytest.approx(sk.log_loss(taken, told))
     own = [sk.roc_auc_score(taken[owner == u], told[owner == u]) for u in range(40) if len(set(taken[owner == u])) == 2]
     assert found["user AUC"] == pytest.approx(np.mean(own))
-    assert clicks.metrics_of(taken, taken * 0.98 + 0.01, owner)["calibration error"] == pytest.approx(0.01, abs=1e-3)
-    off = clicks.metrics_of(taken, np.full(600, 0.9), owner)["calibration error"]
+    assert click_metrics.metrics_of(taken, taken * 0.98 + 0.01, owner)["calibration error"] == pytest.approx(
+        0.01, abs=1e-3
+    )
+    off = click_metrics.metrics_of(taken, np.full(600, 0.9), owner)["calibration error"]
     assert off >= abs(0.9 - taken.mean()) - 1e-9
 
 
 def test_reliability_is_of_equally_many_pairs():
     told = np.linspace(0.01, 0.99, 300)
-    curve = clicks.reliability(told > 0.5, told)
+    curve = click_metrics.reliability(told > 0.5, told)
     assert curve[:, 2].tolist() == [20] * 15
     assert (np.diff(curve[:, 0]) > 0).all()
     assert set(curve[:7, 1]) == {0.0}
@@ -439,7 +442,7 @@ def test_a_model_keeps_what_items_are(trained):
     assert trained_model.categories == told.categories
     torch.testing.assert_close(trained_model.model.content_VF, torch.from_numpy(expected), atol=1e-3, rtol=1e-2)
     assert 0 < trained_model.metrics["validation/log loss"] < np.log(2)
-    with pytest.raises(ModelFolderError, match=r"expected a model that ranks items, found .* tells a user's clicks"):
+    with pytest.raises(ModelFolderError, match=r"expected a model that ranks items, found .* predicts a user's clicks"):
         trained_model.scorer()
 
 
@@ -472,7 +475,6 @@ def test_an_item_that_a_model_does_not_know_is_told_by_what_it_is(trained):
     """As a newer release asks for: it is read by nobody, and asked about like one that the model knows."""
     lake, _, models = trained
     release, trained_model = pin(lake, None), load_model(models["none"])
-    catalogue = read_catalogue(release, "target")
     strange = FIRST_INDEX + 2
     ids = list(trained_model.catalogue.raw_ids)
     ids[strange] = "not there"
@@ -484,13 +486,12 @@ def test_an_item_that_a_model_does_not_know_is_told_by_what_it_is(trained):
         np.empty(0, np.int64),
     )
     row = np.array([strange, FIRST_INDEX + 3, strange, FIRST_INDEX + 6])
-    pairs = clicks.Pairs(given, np.array([0, 0, 1, 1]), row, np.array([True, False, True, False]))
-    users = ["u000", "u001"]
-    examples = {
-        name: (trained_model, users, release, catalogue, 8)
-        for name, trained_model in (("known", trained_model), ("not", stranger))
-    }
-    found = {name: click_table._told(one, pairs, *rest) for name, (one, *rest) in examples.items()}
+    pairs = click_prediction.Pairs(given, np.array([0, 0, 1, 1]), row, np.array([True, False, True, False]))
+    (evaluator,) = click_prediction.ClickPrediction.read(Question(EvaluateConfig(), [trained_model], release))
+    evaluator.pairs, evaluator.raw_users = pairs, ["u000", "u001"]
+    before = trained_model.model.content_VF
+    found = {name: evaluator.probabilities(one) for name, one in (("known", trained_model), ("not", stranger))}
+    assert trained_model.model.content_VF is before, "evaluation changes no model"
     np.testing.assert_allclose(found["not"][:2], found["known"][:2], rtol=1e-3)  # what is known was kept in 16 bits
     assert abs(found["not"][3] - found["known"][3]) > 1e-5  # the second user's history lacks an item
     unlike = item_features._flags([["new", "target"], ["new"]], ("source", "target"))
@@ -511,7 +512,7 @@ def test_models_of_other_questions_are_not_compared(trained, tmp_path):
 
 
 def test_settings_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="mlp reads no items"):
+    with pytest.raises(ValueError, match=r"expected a model of kind .*, found mlp"):
         PretrainConfig(model=MlpConfig(), task=ClickConfig())
     with pytest.raises(ValueError, match="expected each part once"):
         ClickConfig(content=("text", "text"))

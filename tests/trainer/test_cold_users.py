@@ -11,7 +11,7 @@ from trainer.config import BaselinesConfig, EvaluationConfig, PretrainConfig
 from trainer.data.catalogue import read_catalogue
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
-from trainer.evaluation.comparison import evaluate_scorers
+from trainer.evaluation.item_prediction import evaluate_scorers
 from trainer.evaluation.ranking_metrics import means
 from trainer.evaluation.scorers import EvaluateError, baseline_scorers, model_scorer, read_evaluation_set
 from trainer.inference.model_folder import load_model

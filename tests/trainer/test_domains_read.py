@@ -20,9 +20,9 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.data.catalogue import read_catalogue, rows_by_raw_id
+from trainer.data.held_out import read_held_out
 from trainer.data.release import DataError, pin
-from trainer.evaluation.comparison import evaluate_scorers
-from trainer.evaluation.item_ranking import read_held_out
+from trainer.evaluation.item_prediction import evaluate_scorers
 from trainer.evaluation.ranking_metrics import means
 from trainer.evaluation.scorers import model_scorer, read_evaluation_set
 from trainer.inference.model_folder import load_model

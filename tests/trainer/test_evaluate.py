@@ -17,8 +17,8 @@ from trainer.config import BaselinesConfig, EvaluateConfig, EvaluationConfig, Ma
 from trainer.data.catalogue import Catalogue
 from trainer.data.histories import Histories
 from trainer.data.release import pin
-from trainer.evaluation.baselines.names import baseline_names
-from trainer.evaluation.comparison import compare_table, evaluate_scorers, gain_over, render
+from trainer.evaluation.comparison import compare_table, gain_over
+from trainer.evaluation.item_prediction import ItemPrediction, evaluate_scorers
 from trainer.evaluation.ranking_metrics import means
 from trainer.evaluation.scorers import (
     EvaluateError,
@@ -306,7 +306,7 @@ def test_matrix_of_some_held_out_items_asks_about_them_alone(examples):
     evaluation = evaluate_scorers([fixed("m", 0, noise(examples, 0))], examples)
     only = np.zeros(examples.held_out.targets.shape, dtype=bool)
     only[:30, 1] = True
-    found = evaluation.matrix("m", "full", "single/NDCG@10", only_UR=only)[0]
+    found = evaluation.of_users(("m", 0), "full", "single/NDCG@10", only)
     assert np.isnan(found[30:]).all()
     ranks_UR = evaluation.ranks["m", 0]["full"]
     for n in range(30):
@@ -333,7 +333,7 @@ def test_table_adjusts_p_values_over_models_and_metrics(examples):
     for row in rows:
         assert row.mean == pytest.approx(evaluation.matrix(row.label, "full", row.metric).mean())
         assert (row.gain is None) == (row.label == "none")
-    text = render(rows, examples, against="none")
+    text = evaluation.text(rows, against="none")
     assert "Holm over 4 tests" in text
     assert all(len(line) < 160 for line in text.splitlines())
 
@@ -360,13 +360,13 @@ def test_the_candidates_gain_is_the_one_planned_test(examples):
     ]
     assert [r.gain for r in rows] == [r.gain for r in plain]
     assert not any(r.planned or r.is_candidate for r in plain)
-    text = render(rows, examples, against="none")
+    text = evaluation.text(rows, against="none")
     (note,) = [line for line in text.splitlines() if "planned test" in line]
     assert "* candidate, chosen on the validation part: its NDCG@10 is the one planned test, not adjusted" in note
     assert "Holm over 3 tests" in note
     assert next(line.split()[:2] for line in text.splitlines() if line.startswith("deep ")) == ["deep", "*"]
     alone = compare_table(evaluation, against="none", protocols=protocols, metrics=metrics, candidate="none")
-    assert "* candidate, chosen on the validation part" in render(alone, examples, against="none")
+    assert "* candidate, chosen on the validation part" in evaluation.text(alone, against="none")
     assert not any(row.planned for row in alone), "it is not compared with itself"
 
 
@@ -463,7 +463,7 @@ def test_run_refuses_a_candidate_that_is_no_label(tmp_path, models):
 
 def test_baselines_have_the_names_that_are_listed(tiny_lake, examples):
     """What the gate accepts before training is what is scored later."""
-    listed = baseline_names(MaskedItemConfig())
+    listed = ItemPrediction.baseline_names(MaskedItemConfig())
     assert sorted(c.label for c in baseline_scorers(examples, BaselinesConfig())) == sorted(listed)
 
 

@@ -29,11 +29,11 @@ from trainer.config import (
 )
 from trainer.data.batch import Batch
 from trainer.data.catalogue import read_catalogue
+from trainer.data.held_out import read_held_out
 from trainer.data.histories import Histories
 from trainer.data.loader import Loader
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
-from trainer.evaluation.item_ranking import read_held_out
 from trainer.evaluation.scorers import model_scorer, read_evaluation_set
 from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request, RequestError, parse

@@ -19,7 +19,7 @@ from trainer.config import (
     NextBasketConfig,
     ProfileConfig,
 )
-from trainer.evaluation.baselines.names import baseline_names
+from trainer.evaluation.evaluators import evaluators_of
 from trainer.evaluation.gate import (
     Decision,
     Evidence,
@@ -27,7 +27,6 @@ from trainer.evaluation.gate import (
     Slice,
     check_gate,
     decide,
-    gate_metrics,
     more_seeds,
     next_steps,
     seed_list,
@@ -426,8 +425,10 @@ def test_check_gate_refuses_what_no_training_mends(gate, settings, message):
 
 def test_metrics_and_baselines_of_every_task_are_named():
     for task in (MaskedItemConfig(), NextBasketConfig(), ProfileConfig(attribute="age"), ClickConfig(), MultiConfig()):
-        assert gate_metrics(task)
-        assert len(baseline_names(task)) == len(set(baseline_names(task))) >= 2
+        for evaluator in evaluators_of(task):
+            assert evaluator.gate_metrics(task)
+            names = evaluator.baseline_names(task)
+            assert len(names) == len(set(names)) >= 2
 
 
 def test_seeds_to_add_keep_those_there_are():

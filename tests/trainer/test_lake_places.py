@@ -18,9 +18,9 @@ from object_store import BUCKET, copy_lake, seaweed, settings, variables
 from etl import tables
 from trainer.data.baskets import BasketDataset
 from trainer.data.catalogue import read_catalogue, read_knowledge
+from trainer.data.held_out import read_held_out
 from trainer.data.release import Release, pin
 from trainer.data.sequences import SequenceDataset
-from trainer.evaluation.item_ranking import read_held_out
 from trainer.evaluation.scorers import raw_users
 
 ODD = "lake [1] {2} 50% #?é"

@@ -29,17 +29,17 @@ from trainer.config import (
 )
 from trainer.data.batch import Batch
 from trainer.data.catalogue import read_catalogue
+from trainer.data.held_out import read_held_out
 from trainer.data.loader import Loader
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
-from trainer.evaluation import next_events
-from trainer.evaluation.item_ranking import read_held_out
+from trainer.evaluation import event_prediction
 from trainer.evaluation.scorers import EvaluateError
 from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
-from trainer.tasks import Multi
+from trainer.tasks import Multi, multi
 from trainer.tasks.multi import NOTHING, WEIGHTS
 
 NETWORKS = {
@@ -118,14 +118,14 @@ def test_classes_are_first_categories_and_levels(lake):
     catalogue = read_catalogue(release, "source")
     config = MultiConfig.model_validate(TASK)
     dataset = SequenceDataset(release, "last-5", "source", values=True)
-    found = next_events.read_classes(release, catalogue, config, dataset)
+    found = multi.read_classes(release, catalogue, config, dataset)
     assert found.names == {"category": ("kind 0", "kind 1", "kind 2", "kind 3"), "value": ("2", "5")}
     categories = dict(pl.read_delta(f"{lake}/items").select("index", pl.col("categories").list.first()).iter_rows())
     for row in range(FIRST_INDEX, len(catalogue)):
         assert found.names["category"][found.class_V[row]] == categories[catalogue.global_index[row]]
     assert (found.class_V[:FIRST_INDEX] == NOTHING).all()
     held_out = read_held_out(release, "last-5", "source", catalogue, "test", values=True)
-    examples = {name: next_events.examples_of(held_out, found, name) for name in found.names}
+    examples = {name: event_prediction.examples_of(held_out, found, name) for name in found.names}
     first = {
         r["user"]: (r["items"][r["test_start"]], r["values"][r["test_start"]])
         for r in rows_of(lake, "source").to_dicts()
@@ -144,7 +144,7 @@ def test_what_can_not_be_told_is_named(lake, tiny_lake):
     def classes(release, tells, domain="source", **more):
         config = MultiConfig(tells=tells, **more)
         dataset = SequenceDataset(release, "last-5", domain, values="value" in tells)
-        return next_events.read_classes(release, read_catalogue(release, domain), config, dataset)
+        return multi.read_classes(release, read_catalogue(release, domain), config, dataset)
 
     with pytest.raises(ConfigError, match=r"tells category: expected items of two categories .* found source"):
         classes(plain, ("category",))
@@ -153,9 +153,9 @@ def test_what_can_not_be_told_is_named(lake, tiny_lake):
     assert classes(described, ("value",), max_levels=2).names
     known = classes(described, ("value",))
     held_out = read_held_out(described, "last-5", "source", read_catalogue(described, "source"), "test", values=True)
-    fewer = next_events.Classes({"value": ("5",)}, known.class_V, known.levels_L[1:])
+    fewer = multi.Classes({"value": ("5",)}, known.class_V, known.levels_L[1:])
     with pytest.raises(ConfigError, match="found 2, which no training event has"):
-        next_events.examples_of(held_out, fewer, "value")
+        event_prediction.examples_of(held_out, fewer, "value")
 
 
 def test_values_that_are_no_levels_are_refused(lake, monkeypatch):
@@ -165,7 +165,7 @@ def test_values_that_are_no_levels_are_refused(lake, monkeypatch):
     monkeypatch.setattr(dataset, "read", lambda groups: _priced(whole(groups)))
     config = MultiConfig(tells=("value",), max_levels=5)
     with pytest.raises(ConfigError, match=r"at most 5 different values .* a price is no level"):
-        next_events.read_classes(release, read_catalogue(release, "source"), config, dataset)
+        multi.read_classes(release, read_catalogue(release, "source"), config, dataset)
 
 
 def _priced(sequences):
@@ -314,7 +314,7 @@ def test_a_model_that_tells_items_ranks_them_and_others_do_not(trained):
     _, parent, models = trained
     assert load_model(parent).scorer()
     with pytest.raises(
-        ModelFolderError, match=r"expected a model that ranks items, found .* tells a user's next events"
+        ModelFolderError, match=r"expected a model that ranks items, found .* predicts a user's next events"
     ):
         load_model(models["deep"]).scorer()
 
@@ -366,7 +366,7 @@ def test_what_is_told_beside_items_follows_their_table(trained, tmp_path):
 
 
 def test_models_that_tell_other_things_are_not_compared(trained, tmp_path):
-    with pytest.raises(EvaluateError, match=r"tell what .* does"):
+    with pytest.raises(EvaluateError, match=r"predict what .* does"):
         evaluated(tmp_path, {"none": trained[2]["none"], "other": trained[1]}, "mixed")
 
 
@@ -379,7 +379,7 @@ def test_settings_that_make_no_sense_are_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             MultiConfig(**more)
-    with pytest.raises(ValueError, match="mlp reads no items"):
+    with pytest.raises(ValueError, match=r"expected a model of kind .*, found mlp"):
         PretrainConfig(model=MlpConfig(), task=MultiConfig())
 
 

@@ -28,14 +28,13 @@ from trainer.config import (
 )
 from trainer.data.batch import Batch
 from trainer.data.release import pin
-from trainer.evaluation import profiles
 from trainer.evaluation.class_metrics import example_metrics, metrics_of
 from trainer.evaluation.scorers import EvaluateError
 from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
-from trainer.tasks import Profile
+from trainer.tasks import Profile, profile
 from trainer.tasks.profile import HEAD
 
 NETWORKS = {
@@ -97,7 +96,7 @@ def test_auc_of_several_classes_is_scikit_learns(num_classes):
 
 def test_classes_are_the_tables_and_parts_are_disjoint(lake):
     release = pin(lake, None)
-    found = profiles.read_classes(release, ProfileConfig.model_validate(TASTE))
+    found = profile.read_classes(release, ProfileConfig.model_validate(TASTE))
     assert found.names == tuple(f"t{taste}" for taste in range(NUM_TASTES))
     users = pl.from_arrow(release.read(tables.USERS, ["index", "attributes"]))
     values = users.explode("attributes").unnest("attributes").filter(pl.col("name") == "taste")
@@ -113,9 +112,9 @@ def test_classes_are_the_tables_and_parts_are_disjoint(lake):
 
 def test_who_is_held_out_stays_so_when_users_come(lake, tmp_path):
     task = ProfileConfig.model_validate(TASTE)
-    before = profiles.read_classes(pin(lake, None), task)
+    before = profile.read_classes(pin(lake, None), task)
     more = build_tiny_lake(tmp_path / "grown", num_users=NUM_USERS + 60)
-    after = profiles.read_classes(pin(more, None), task)
+    after = profile.read_classes(pin(more, None), task)
     assert len(after.part_U) > len(before.part_U)
     assert (after.part_U[: len(before.part_U)] == before.part_U).all()
 
@@ -130,19 +129,19 @@ def test_who_is_held_out_stays_so_when_users_come(lake, tmp_path):
 )
 def test_labels_that_can_not_be_told_are_refused(more, message, tiny_lake):
     with pytest.raises(ConfigError, match=message):
-        profiles.read_classes(pin(tiny_lake, None), ProfileConfig.model_validate(TASTE | more))
+        profile.read_classes(pin(tiny_lake, None), ProfileConfig.model_validate(TASTE | more))
 
 
 def test_rare_values_count_as_none(tiny_lake):
     task = ProfileConfig.model_validate(TASTE | {"min_users": 16})
     with pytest.raises(ConfigError, match="found none"):
-        profiles.read_classes(pin(tiny_lake, None), task)
+        profile.read_classes(pin(tiny_lake, None), task)
 
 
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="leave users to train on"):
         ProfileConfig(attribute="x", validation=0.5, test=0.5)
-    with pytest.raises(ValueError, match="mlp reads no items, so there is nothing to tell task profile by"):
+    with pytest.raises(ValueError, match=r"task profile: expected a model of kind .*, found mlp"):
         PretrainConfig(model=MlpConfig(), task=ProfileConfig(attribute="x"))
 
 
@@ -229,7 +228,7 @@ def test_a_model_tells_and_says_what(transfer, least, trained):
     assert trained_model.metrics["validation/AUC"] > least
     history = json.loads((folder / "runs" / transfer / "history.json").read_text())
     assert max(line["metrics"]["AUC"] for line in history) == trained_model.metrics["validation/AUC"]
-    with pytest.raises(ModelFolderError, match=r"expected a model that ranks items, found .* tells a user's taste"):
+    with pytest.raises(ModelFolderError, match=r"expected a model that ranks items, found .* predicts a user's taste"):
         trained_model.scorer()
 
 
@@ -253,7 +252,7 @@ def test_evaluation_is_of_users_nobody_was_trained_on(trained, lake, tmp_path):
     )
     report = evaluate(config)
     users = pl.read_parquet(report.folder / "users.parquet")
-    classes = profiles.read_classes(pin(lake, None), ProfileConfig.model_validate(TASTE))
+    classes = profile.read_classes(pin(lake, None), ProfileConfig.model_validate(TASTE))
     held_out = {f"u{user - FIRST_INDEX:03d}" for user in np.flatnonzero(classes.of("test") >= 0)}
     told = ["is t0", "is t1", "is t2", "is t3"]
     for label in ("none", "deep", "patch", "most frequent value", "items, logistic regression"):
@@ -278,7 +277,7 @@ def test_models_of_other_questions_are_not_compared(trained, lake, tmp_path):
     other = finetune(
         settings(FinetuneConfig, tmp_path, lake, name="other", transfer="none", task=TASTE | {"test": 0.25})
     ).model
-    for model, message in ((other, "the same users held out"), (parent, "models that tell a profile")):
+    for model, message in ((other, "the same users held out"), (parent, "models that predict a profile")):
         config = EvaluateConfig(
             output=str(tmp_path),
             models=tuple(EvaluatedModel(model=str(m)) for m in (models["none"], model)),

@@ -18,8 +18,8 @@ from etl.settings import GraftrecError
 from trainer.__main__ import main
 from trainer.config import EvaluateConfig, EvaluationConfig, GateConfig, PromoteConfig
 from trainer.data.release import pin
-from trainer.evaluation.comparison import evaluate_scorers
 from trainer.evaluation.gate import GateError
+from trainer.evaluation.item_prediction import evaluate_scorers
 from trainer.evaluation.scorers import model_scorer, read_evaluation_set
 from trainer.evaluation.significance import p_text
 from trainer.recipes import evaluate, promote

@@ -13,8 +13,9 @@ from ranx import Qrels, Run, evaluate
 
 from etl.tables import FIRST_INDEX
 from trainer.data.catalogue import read_catalogue
+from trainer.data.held_out import read_held_out
 from trainer.data.release import DataError, pin
-from trainer.evaluation.item_ranking import rank, ranks, read_held_out
+from trainer.evaluation.item_ranking import rank, ranks
 from trainer.evaluation.ranking_metrics import means
 from trainer.inference import scorer
 

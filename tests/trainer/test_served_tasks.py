@@ -129,10 +129,10 @@ def test_clicks_are_answered_by_how_likely_each_item_is(models):
     server = Recommender(trained_model, "graftrec/1")
     answer, taken = server.answer([Request(items, None, kinds), Request([items[0], items[2]])], k=1_000)
     read = Histories(np.array([UNK]), np.array([0, 2]), np.array([FIRST_INDEX, FIRST_INDEX + 2]), np.empty(0, np.int64))
-    hidden = trained_model.teller().hidden(read)
+    hidden = trained_model.user_scorer().hidden(read)
     rows = torch.arange(FIRST_INDEX, len(trained_model.catalogue))
     with torch.inference_mode():
-        logits = trained_model.task.told(trained_model.model, hidden, rows[None])[0]
+        logits = trained_model.task.logits(trained_model.model, hidden, rows[None])[0]
     by_raw = {trained_model.catalogue.raw_ids[row]: float(logit) for row, logit in zip(rows, logits, strict=True)}
     assert answer.scores == pytest.approx([by_raw[item] for item in answer.items], abs=1e-6)
     assert answer.scores == sorted(answer.scores, reverse=True)

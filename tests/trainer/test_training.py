@@ -21,7 +21,7 @@ from trainer import tracking
 from trainer.config import FinetuneConfig, PretrainConfig, TrainConfig
 from trainer.data.histories import Histories
 from trainer.data.release import pin
-from trainer.evaluation.validation import read_validation
+from trainer.evaluation.validation import Validator
 from trainer.inference.model_folder import ModelFolderError, load_model, model_hash
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.finetune import seen_by_parent
@@ -304,12 +304,10 @@ def test_a_parent_trained_on_another_split_may_have_seen_what_is_held_out(tiny_l
 
 def test_a_run_whose_scores_are_no_numbers_leaves_no_model(tiny_lake, tmp_path, monkeypatch):
     def without_scores(*given):
-        validation = read_validation(*given)
-        measure = validation.measure
-        object.__setattr__(validation, "measure", lambda *more: dict.fromkeys(measure(*more), float("nan")))
-        return validation
+        return dict.fromkeys(metrics(*given), float("nan"))
 
-    monkeypatch.setattr("trainer.recipes.pretrain.read_validation", without_scores)
+    metrics = Validator.metrics
+    monkeypatch.setattr(Validator, "metrics", without_scores)
     config = tiny(PretrainConfig, tmp_path, tiny_lake, train={"epochs": 2, "min_epochs": 0})
     for _ in range(2):  # the second goes on from where the first ended
         with pytest.raises(

@@ -12,7 +12,6 @@ from trainer.config.evaluation import (
 from trainer.config.model import Bert4RecConfig, CaserConfig, DupnConfig, MlpConfig, ModelConfig, PeterRecConfig
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.task import (
-    RANKING_TASKS,
     BasketPairConfig,
     ClickConfig,
     LossConfig,
@@ -25,11 +24,8 @@ from trainer.config.task import (
     TargetItemConfig,
     TaskConfig,
     TaskHead,
+    TaskSettings,
     WeightsHeadConfig,
-    looks_back_only,
-    ranks_items,
-    reads_baskets,
-    scores_all,
 )
 from trainer.config.training import (
     EvaluationConfig,
@@ -42,7 +38,6 @@ from trainer.config.training import (
 from trainer.config.transfer import FinetuneConfig, PatchConfig, TransferName, patch_of, with_transfer
 
 __all__ = [
-    "RANKING_TASKS",
     "BaselinesConfig",
     "BasketPairConfig",
     "Bert4RecConfig",
@@ -78,15 +73,12 @@ __all__ = [
     "TargetItemConfig",
     "TaskConfig",
     "TaskHead",
+    "TaskSettings",
     "TrackingConfig",
     "TrainConfig",
     "TransferName",
     "WeightsHeadConfig",
     "event_types_read",
-    "looks_back_only",
     "patch_of",
-    "ranks_items",
-    "reads_baskets",
-    "scores_all",
     "with_transfer",
 ]

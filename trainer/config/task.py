@@ -1,11 +1,14 @@
-"""Settings of training objectives, and what follows from them."""
+"""Settings of training objectives. Each says what others must know of it, so that nobody asks which task it is."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from etl.settings import Section
-from trainer.config.data import each_once
+from etl.tables import BASKETS, SEQUENCES
+from trainer.config.data import DataConfig, each_once
+
+READ_ITEMS = ("bert4rec", "caser", "dupn", "peterrec")  # kinds of model that read the user's items
 
 
 class LossConfig(Section):
@@ -25,7 +28,70 @@ class LossConfig(Section):
         return self
 
 
-class MaskedItemConfig(Section):
+class TaskSettings(Section):
+    """What every task says of itself; a task overrides what differs."""
+
+    kind: str
+    table: ClassVar[str] = SEQUENCES.name  # that it reads
+    reads_event_types: ClassVar[bool] = False  # whether a model may read the events' types
+    reads_all_ranks: ClassVar[bool] = False  # whether a step reads the users of other ranks
+    networks: ClassVar[tuple[str, ...]] = ()  # kinds of model that it can train; (): all
+
+    @property
+    def reads_baskets(self) -> bool:
+        """Whether histories are of baskets."""
+        return self.table == BASKETS.name
+
+    @property
+    def evaluators(self) -> tuple[str, ...]:
+        """Names in `trainer.evaluation.evaluators`; validation, search and gate go by the first."""
+        return ("items",)
+
+    @property
+    def scores_items(self) -> bool:
+        """Whether its models give items a score, so that they can recommend."""
+        return True
+
+    @property
+    def predicts_other_domains(self) -> bool:
+        """Whether its models may read one domain and predict another's items."""
+        return self.evaluators == ("items",) and not self.reads_baskets
+
+    @property
+    def predicts(self) -> str:
+        """What its models predict of a user, in words."""
+        return "items"
+
+    @property
+    def scores_catalogue(self) -> bool:
+        """Whether a step scores every item."""
+        loss = getattr(self, "loss", None)
+        return isinstance(loss, LossConfig) and loss.kind == "full"
+
+    @property
+    def reads_left_to_right(self) -> bool:
+        """Whether a position never reads what stands behind it."""
+        return bool(getattr(self, "causal", False))
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether it reads the events' values."""
+        return False
+
+    @property
+    def predicts_event_types(self) -> bool:
+        return False
+
+    @property
+    def negative_events(self) -> tuple[str, ...]:
+        """Event types that mean "shown, not taken": used as negatives, never as positives."""
+        return ()
+
+    def check_data(self, data: DataConfig) -> None:
+        """Raises ValueError for data that it can't be trained on."""
+
+
+class MaskedItemConfig(TaskSettings):
     """Masked item prediction (3.2.1), masked as in 4.4."""
 
     kind: Literal["masked_item"] = "masked_item"
@@ -34,12 +100,17 @@ class MaskedItemConfig(Section):
     loss: LossConfig = LossConfig()
 
 
-class NextItemConfig(Section):
+class NextItemConfig(TaskSettings):
     """Next item prediction: each position predicts the item after it, or the next `targets`, from those before."""
 
     kind: Literal["next_item"] = "next_item"
     targets: int = Field(1, ge=1)  # Caser's T (Tang and Wang 2018)
     loss: LossConfig = LossConfig()
+    reads_event_types: ClassVar[bool] = True
+
+    @property
+    def reads_left_to_right(self) -> bool:
+        return True
 
 
 class PairHeadConfig(Section):
@@ -58,7 +129,7 @@ class WeightsHeadConfig(Section):
 TaskHead = int | PairHeadConfig | WeightsHeadConfig  # so many outputs, a score of pairs, or weights
 
 
-class TargetItemConfig(Section):
+class TargetItemConfig(TaskSettings):
     """Items of another domain told by a user's vector (PeterRec's fine-tuning: Yuan et al. 2020): what is read is all
     but the items of `data.predicted`, with a CLS behind, and each of those is a target."""
 
@@ -66,8 +137,15 @@ class TargetItemConfig(Section):
     causal: bool = True  # as the parent was pre-trained: next item, causal; masked item, not (a CLS at both ends then)
     loss: LossConfig = LossConfig()
 
+    def check_data(self, data: DataConfig) -> None:
+        if data.predicted in (None, data.domain):
+            raise ValueError(
+                "task target_item tells one domain's items by what was done elsewhere, found no data.predicted beside "
+                "data.domain; set data.domain=all and data.predicted to a domain"
+            )
 
-class ProfileConfig(Section):
+
+class ProfileConfig(TaskSettings):
     """What a user is told by the user's vector (PeterRec's user-profile prediction: Yuan et al. 2020; survey 3.3): an
     attribute of the table `users`, as one of the values that it has there."""
 
@@ -78,6 +156,19 @@ class ProfileConfig(Section):
     validation: float = Field(0.1, gt=0, lt=1)
     test: float = Field(0.2, gt=0, lt=1)
     min_users: int = Field(1, ge=1)  # who has a value that fewer have counts as having none
+    networks: ClassVar[tuple[str, ...]] = READ_ITEMS
+
+    @property
+    def evaluators(self) -> tuple[str, ...]:
+        return ("attributes",)
+
+    @property
+    def scores_items(self) -> bool:
+        return False
+
+    @property
+    def predicts(self) -> str:
+        return self.attribute
 
     @model_validator(mode="after")
     def _some_train(self) -> "ProfileConfig":
@@ -89,7 +180,25 @@ class ProfileConfig(Section):
         return self
 
 
-class NextBasketConfig(Section):
+class BasketTaskSettings(TaskSettings):
+    """A task that reads baskets."""
+
+    table: ClassVar[str] = BASKETS.name
+    networks: ClassVar[tuple[str, ...]] = ("bert4rec", "peterrec")  # that read whole sequences
+
+    def check_data(self, data: DataConfig) -> None:
+        _same_domain(self, data)
+
+
+def _same_domain(task: TaskSettings, data: DataConfig) -> None:
+    """Raises ValueError where other items are to be predicted or ranked than those that are read."""
+    if data.predicted is not None or data.ranked is not None:
+        raise ValueError(
+            f"task {task.kind} predicts the domain that it reads, found data.predicted or data.ranked; leave them out"
+        )
+
+
+class NextBasketConfig(BasketTaskSettings):
     """The items of a user's next basket (survey 3.2.2; Yang et al. 2019), told by a MASK behind the baskets before."""
 
     kind: Literal["next_basket"] = "next_basket"
@@ -98,7 +207,7 @@ class NextBasketConfig(Section):
     loss: LossConfig = LossConfig()
 
 
-class BasketPairConfig(Section):
+class BasketPairConfig(BasketTaskSettings):
     """Pre-training on pairs of baskets (Yang et al. 2019; survey 3.2.2): masked items of both, and whether the second
     comes next after the first or is another user's."""
 
@@ -110,9 +219,10 @@ class BasketPairConfig(Section):
     asked_probability: float = Field(0.15, ge=0, le=1)  # of adjacent pairs: the second is one MASK, as when asked
     weight: float = Field(1.0, ge=0)  # of a pair's answer, where a masked item weighs 1
     loss: LossConfig = LossConfig()
+    reads_all_ranks: ClassVar[bool] = True
 
 
-class MultiConfig(Section):
+class MultiConfig(TaskSettings):
     """Several things about what comes next, told together (DUPN: Ni et al. 2018; survey 3.1): the item, its category
     (there: the shop), the event's kind (there: the click), its value as one of its levels (there: the price)."""
 
@@ -124,6 +234,39 @@ class MultiConfig(Section):
     weights: dict[str, float] = Field(default_factory=dict)  # of fixed: by what is told; 1 where not named
     max_levels: int = Field(20, ge=2)  # different values that are still levels
     loss: LossConfig = LossConfig()  # of the item
+    reads_event_types: ClassVar[bool] = True
+    networks: ClassVar[tuple[str, ...]] = READ_ITEMS
+
+    @property
+    def evaluators(self) -> tuple[str, ...]:
+        return ("items", "events") if self.scores_items else ("events",)
+
+    @property
+    def scores_items(self) -> bool:
+        return "next_item" in self.tells
+
+    @property
+    def predicts(self) -> str:
+        return "next events"
+
+    @property
+    def scores_catalogue(self) -> bool:
+        return self.scores_items and self.loss.kind == "full"
+
+    @property
+    def reads_left_to_right(self) -> bool:
+        return True
+
+    @property
+    def reads_values(self) -> bool:
+        return "value" in self.tells
+
+    @property
+    def predicts_event_types(self) -> bool:
+        return "event_type" in self.tells
+
+    def check_data(self, data: DataConfig) -> None:
+        _same_domain(self, data)
 
     @model_validator(mode="after")
     def _is_sound(self) -> "MultiConfig":
@@ -140,7 +283,7 @@ class MultiConfig(Section):
         return self
 
 
-class ClickConfig(Section):
+class ClickConfig(TaskSettings):
     """Whether a user takes an item, told by the user's vector and by what the item is (Chen et al. 2019; survey 3.2.2,
     equation 2)."""
 
@@ -152,6 +295,22 @@ class ClickConfig(Section):
     impressions: tuple[str, ...] = Field((), max_length=100)
     causal: bool = True  # as the parent was pre-trained: next item, causal; masked item, not
     cuts: int = Field(8, ge=1)  # of a sequence in a step, where not causal
+    networks: ClassVar[tuple[str, ...]] = READ_ITEMS
+
+    @property
+    def evaluators(self) -> tuple[str, ...]:
+        return ("clicks",)
+
+    @property
+    def predicts(self) -> str:
+        return "clicks"
+
+    @property
+    def negative_events(self) -> tuple[str, ...]:
+        return self.impressions
+
+    def check_data(self, data: DataConfig) -> None:
+        _same_domain(self, data)
 
     @model_validator(mode="after")
     def _there_are_noes(self) -> "ClickConfig":
@@ -176,28 +335,3 @@ TaskConfig = Annotated[
     | ClickConfig,
     Field(discriminator="kind"),
 ]
-RANKING_TASKS = ("masked_item", "next_item", "target_item")  # of items, for sequences
-
-
-def ranks_items(task: TaskConfig) -> bool:
-    """Whether a task's models score items: for sequences or baskets. Others tell something of a user, or of a pair."""
-    if isinstance(task, MultiConfig):
-        return "next_item" in task.tells
-    return not isinstance(task, ProfileConfig | ClickConfig)
-
-
-def looks_back_only(task: TaskConfig) -> bool:
-    """Whether a position never reads what stands behind it."""
-    return task.kind in ("next_item", "multi") or bool(getattr(task, "causal", False))
-
-
-def reads_baskets(task: TaskConfig) -> bool:
-    """Whether a task reads the table `baskets` in the place of `sequences`."""
-    return task.kind in ("next_basket", "basket_pair")
-
-
-def scores_all(task: TaskConfig) -> bool:
-    """Whether a step scores the whole catalogue."""
-    if isinstance(task, ProfileConfig | ClickConfig):
-        return False
-    return task.loss.kind == "full" and not (isinstance(task, MultiConfig) and "next_item" not in task.tells)

@@ -7,15 +7,7 @@ from pydantic import Field, model_validator
 from etl.settings import FileName, Section
 from trainer.config.data import DataConfig
 from trainer.config.model import Bert4RecConfig, DupnConfig, ModelConfig
-from trainer.config.task import (
-    ClickConfig,
-    MaskedItemConfig,
-    MultiConfig,
-    TaskConfig,
-    looks_back_only,
-    reads_baskets,
-    scores_all,
-)
+from trainer.config.task import MaskedItemConfig, TaskConfig
 
 
 class TrainConfig(Section):
@@ -97,7 +89,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _rows_are_few(self) -> "PretrainConfig":
-        if self.train.table_optimizer == "rowwise" and scores_all(self.task):
+        if self.train.table_optimizer == "rowwise" and self.task.scores_catalogue:
             raise ValueError(
                 "train.table_optimizer rowwise needs a loss that reads few rows, and task.loss.kind full reads all; "
                 "set task.loss.kind=sampled, or train.table_optimizer=adamw"
@@ -105,13 +97,18 @@ class PretrainConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _mlp_scores_pairs(self) -> "PretrainConfig":
-        if self.model.kind == "mlp" and self.task.kind in ("profile", "click", "multi"):
+    def _task_can_train_the_model(self) -> "PretrainConfig":
+        networks = self.task.networks
+        if networks and self.model.kind not in networks:
             raise ValueError(
-                f"model mlp reads no items, so there is nothing to tell task {self.task.kind} by; take bert4rec, caser "
-                "or peterrec"
+                f"task {self.task.kind}: expected a model of kind {', '.join(networks)}, found {self.model.kind}"
             )
-        if self.model.kind == "mlp" and scores_all(self.task):
+        self.task.check_data(self.data)
+        return self
+
+    @model_validator(mode="after")
+    def _mlp_scores_pairs(self) -> "PretrainConfig":
+        if self.model.kind == "mlp" and self.task.scores_catalogue:
             raise ValueError(
                 "model mlp scores every pair of user and item by a network, too dear for task.loss.kind full; set that "
                 "to bce or sampled"
@@ -120,7 +117,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _dupn_reads_left_to_right(self) -> "PretrainConfig":
-        if self.model.kind == "dupn" and not looks_back_only(self.task):
+        if self.model.kind == "dupn" and not self.task.reads_left_to_right:
             raise ValueError(
                 f"model dupn reads from left to right, found task {self.task.kind}, which looks ahead; take next_item, "
                 "or a task with causal: true"
@@ -131,10 +128,10 @@ class PretrainConfig(Section):
     def _event_types_are_of_use(self) -> "PretrainConfig":
         names = self.data.event_types
         reads = isinstance(self.model, DupnConfig) and self.model.event_types
-        tells = isinstance(self.task, MultiConfig) and "event_type" in self.task.tells
+        tells = self.task.predicts_event_types
         if reads and not names:
             raise ValueError("model.event_types: expected names of kinds of event, found none; set data.event_types")
-        if reads and self.task.kind not in ("next_item", "multi"):
+        if reads and not self.task.reads_event_types:
             raise ValueError(
                 f"model.event_types: expected task next_item or multi, found {self.task.kind}, which reads items only"
             )
@@ -150,44 +147,10 @@ class PretrainConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _clicks_are_of_one_domain(self) -> "PretrainConfig":
-        if self.task.kind in ("click", "multi") and (self.data.predicted is not None or self.data.ranked is not None):
-            raise ValueError(
-                f"task {self.task.kind} is asked about the domain that it reads, found data.predicted or data.ranked; "
-                "leave them out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _baskets_are_read_whole(self) -> "PretrainConfig":
-        if not reads_baskets(self.task):
-            return self
-        if self.model.kind not in ("bert4rec", "peterrec"):
-            raise ValueError(
-                f"task {self.task.kind}: expected a model that reads whole sequences (bert4rec, peterrec), found "
-                f"{self.model.kind}"
-            )
-        if self.data.predicted is not None or self.data.ranked is not None:
-            raise ValueError(
-                f"task {self.task.kind} predicts the domain that it reads, found data.predicted or data.ranked; leave "
-                "them out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _target_items_are_of_a_domain(self) -> "PretrainConfig":
-        if self.task.kind == "target_item" and self.data.predicted in (None, self.data.domain):
-            raise ValueError(
-                "task target_item tells one domain's items by what was done elsewhere, found no data.predicted beside "
-                "data.domain; set data.domain=all and data.predicted to a domain"
-            )
-        return self
-
 
 def event_types_read(config: PretrainConfig) -> tuple[str, ...]:
     """The kinds of event that a run's model reads, in the order of its rows for them from 1 on; or passes over."""
-    if isinstance(config.task, ClickConfig):
-        return config.task.impressions
+    if config.task.negative_events:
+        return config.task.negative_events
     reads = isinstance(config.model, DupnConfig) and config.model.event_types
     return config.data.event_types if reads else ()

@@ -6,7 +6,7 @@ Shape letters: ``N`` examples, ``C`` classes.
 import contextlib
 import importlib
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,14 @@ def scikit_learn(module: str) -> Any:
     with contextlib.suppress(ImportError):
         importlib.import_module("polars")
     return importlib.import_module(f"sklearn.{module}")
+
+
+NumberT = TypeVar("NumberT", float, FloatArray)
+
+
+def signed(value: NumberT, metric: str) -> NumberT:
+    """Larger is better: the sign of losses and errors is turned."""
+    return -value if metric.rpartition("/")[2] in (LOG_LOSS, "calibration error") else value
 
 
 def metrics_of(classes_N: IntArray, probabilities_NC: FloatArray) -> dict[str, float]:

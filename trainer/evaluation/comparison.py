@@ -1,6 +1,6 @@
-"""What contenders scored on one evaluation set, and the table that compares them.
+"""What models and simple baselines gave for the same examples, and the table that compares them.
 
-Shape letters: ``S`` seeds, ``U`` users, ``R`` held-out items of a user.
+Shape letters: ``S`` seeds, ``U`` users.
 
 A row of the table is a label: all seeds of a transfer, or a baseline. Gains are over the label ``against`` (from
 scratch), paired by user and seed; p-values know both (`significance.compare`) and are adjusted by Holm's method over
@@ -9,42 +9,100 @@ gain in the first metric under the first protocol is the one planned test, as in
 others are adjusted among themselves. A baseline has no p-value: no claim is made for it.
 """
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
+import pyarrow as pa
+from matplotlib.figure import Figure
 
-from trainer.data.histories import Histories
-from trainer.evaluation.item_ranking import BASKET, SINGLE, Score, convention_of, metrics_of, ranks
-from trainer.evaluation.ranking_metrics import FloatArray, metrics_from_ranks
-from trainer.evaluation.scorers import EvaluateError, EvaluationSet, Scorer
-from trainer.evaluation.significance import (
-    Comparison,
-    bootstrap_interval,
-    compare,
-    gain_text,
-    holm,
-    mean_over_seeds,
-    p_text,
-)
-from trainer.inference.scorer import Scores
+from trainer.arrays import IntArray
+from trainer.evaluation.ranking_metrics import FloatArray
+from trainer.evaluation.scorers import EvaluateError, Scorer
+from trainer.evaluation.significance import Comparison, bootstrap_interval, compare, gain_text, holm, p_text
 
 CANDIDATE_MARK = " *"  # after the candidate's label in a table
-RankArray = npt.NDArray[np.int32]
 Key = tuple[str, int | None]  # label, seed
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Ranks of every contender's held-out items, from which any metric of any user follows."""
+class Results(ABC):
+    """What models and simple baselines gave for the same examples."""
 
-    examples: EvaluationSet
     scorers: Mapping[Key, Scorer]
-    ranks: Mapping[Key, Mapping[str, RankArray]]  # protocol -> [U, R]
-    broken: Mapping[Key, int]  # scores that were not a number, or +inf (-inf is what must not be taken)
+
+    has_bootstrap: ClassVar[bool] = False  # whether gains get an interval over users, too
+
+    @property
+    @abstractmethod
+    def columns(self) -> Sequence[str]:
+        """Metrics of the table."""
+
+    @property
+    @abstractmethod
+    def protocols(self) -> Sequence[str]:
+        """Under which there are rows."""
+
+    @property
+    @abstractmethod
+    def num_users(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def training_items(self) -> IntArray:
+        """[U] how many items were read, or trained on, of each user: those of few are cold."""
+
+    # --- what it came to
+
+    @abstractmethod
+    def of_users(self, key: Key, protocol: str, metric: str) -> FloatArray:
+        """A metric of each user [U], for paired tests; NaN for users of whom it can't say anything."""
+
+    @abstractmethod
+    def seed_means(self, label: str, protocol: str, metric: str) -> FloatArray:
+        """A metric of each seed [S], in ascending order."""
+
+    @abstractmethod
+    def means(self, key: Key) -> dict[str, dict[str, float]]:
+        """Protocol, or what is predicted -> metric -> mean."""
+
+    @abstractmethod
+    def faults(self) -> list[str]:
+        """Why numbers can't be trusted."""
+
+    def is_tested(self, metric: str) -> bool:
+        """Whether users have it each, so that they can be paired."""
+        return True
+
+    def place_of(self, protocol: str, metric: str) -> tuple[str, str]:
+        """Protocol and metric here of those that the gate is set to."""
+        return protocol, metric
+
+    def on_rare_items(self, key: Key, protocol: str, metric: str, *, at_most: int) -> FloatArray | None:
+        """The metric on items with so few training interactions, of each user who holds one out; None: no items."""
+        return None
+
+    # --- how it is shown
+
+    @abstractmethod
+    def text(self, rows: Sequence["Row"], *, against: str) -> str:
+        """The table for people."""
+
+    @abstractmethod
+    def tables(self) -> Iterator[pa.Table]:
+        """What is kept of each user, for each model and baseline in turn."""
+
+    @abstractmethod
+    def figure(self, rows: Sequence["Row"], *, against: str) -> tuple[str, Figure] | None:
+        """Name of a file and a picture; None where there is nothing to show."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says besides."""
+
+    # --- who was asked
 
     @property
     def labels(self) -> list[str]:
@@ -56,72 +114,25 @@ class Evaluation:
     def is_model(self, label: str) -> bool:
         return any(scorer.is_model for (name, _), scorer in self.scorers.items() if name == label)
 
-    def metrics(self, key: Key, protocol: str) -> dict[str, FloatArray]:
-        """Per-user metrics [U] of one contender, in all conventions."""
-        return metrics_of(self.ranks[key][protocol].astype(np.int64), baskets=self.examples.baskets)
-
     def matrix(
-        self,
-        label: str,
-        protocol: str,
-        metric: str,
-        *,
-        seeds: Sequence[int | None] | None = None,
-        only_UR: npt.NDArray[np.bool_] | None = None,
+        self, label: str, protocol: str, metric: str, *, seeds: Sequence[int | None] | None = None
     ) -> FloatArray:
-        """A metric [S, U] of a label's seeds. `only_UR`: of these held-out items alone, NaN for users without."""
-        convention, name = convention_of(metric)
-        rows = []
-        for seed in self.seeds(label) if seeds is None else seeds:
-            found = torch.from_numpy(self.ranks[label, seed][protocol].astype(np.int64))
-            metrics = metrics_from_ranks(found, convention=convention, only_BR=only_UR)
-            if name not in metrics:
-                raise EvaluateError(
-                    f"no metric {metric!r}; expected one of {', '.join(metrics)}, or {SINGLE} or {BASKET} before it"
-                )
-            rows.append(metrics[name])
-        return np.stack(rows)
+        """A metric [S, U] of a label's seeds."""
+        seeds = self.seeds(label) if seeds is None else seeds
+        return np.stack([self.of_users((label, seed), protocol, metric) for seed in seeds])
 
 
-def evaluate_scorers(
-    scorers: Sequence[Scorer], examples: EvaluationSet, *, batch_size: int = 256, progress: bool = False
-) -> Evaluation:
-    """Rank what the users held out, once by each contender. Raises EvaluateError for two of one label and seed."""
-    by_key: dict[Key, Scorer] = {}
-    found: dict[Key, Mapping[str, RankArray]] = {}
-    broken: dict[Key, int] = {}
+def by_key(scorers: Sequence[Scorer]) -> dict[Key, Scorer]:
+    """Raises EvaluateError for two of one label and seed."""
+    found: dict[Key, Scorer] = {}
     for scorer in scorers:
-        key = (scorer.label, scorer.seed)
-        if key in by_key:
+        if (key := (scorer.label, scorer.seed)) in found:
             raise EvaluateError(
                 f"expected one model of each label and seed, found two of {scorer.label!r}, seed {scorer.seed}; "
                 "give `label` or `seed` in models"
             )
-        by_key[key] = scorer
-        broken[key] = 0
-
-        given = ranks(
-            _counting_broken(scorer.score, broken, key), examples.held_out, batch_size=batch_size, progress=progress
-        )
-        found[key] = {protocol: ranks_UR.astype(np.int32) for protocol, ranks_UR in given.items()}
-    return Evaluation(examples, by_key, found, broken)
-
-
-def _counting_broken(score: Score, broken: dict[Key, int], key: Key) -> Score:
-    def counted(histories: Histories) -> Scores:
-        scores = score(histories)
-        met: set[int] = set()  # a block may be made twice
-
-        def columns(start: int, stop: int) -> Tensor:
-            block = scores.columns(start, stop)
-            if start not in met:
-                met.add(start)
-                broken[key] += int((block.isnan() | block.isposinf()).sum())
-            return block
-
-        return Scores(scores.num_users, scores.num_rows, columns)
-
-    return counted
+        found[key] = scorer
+    return found
 
 
 @dataclass(frozen=True)
@@ -146,20 +157,21 @@ class Row:
 
 
 def compare_table(
-    evaluation: Evaluation,
+    results: Results,
     *,
     against: str,
-    protocols: Sequence[str],
-    metrics: Sequence[str],
+    protocols: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
     seed: int = 0,
     candidate: str | None = None,
 ) -> list[Row]:
     """Every label under every protocol and metric. Gains are left out where no label is `against`."""
+    protocols, metrics = protocols or results.protocols, metrics or results.columns
     rows: list[Row] = []
     for protocol in protocols:
         for metric in metrics:
-            rows += [_row(evaluation, label, against, protocol, metric, seed) for label in evaluation.labels]
-    rows = mark_candidate(rows, candidate, metric=metrics[0])
+            rows += [_row(results, label, against, protocol, metric, seed) for label in results.labels]
+    rows = mark_candidate(rows, candidate, metric=next(filter(results.is_tested, metrics)))
     for protocol in protocols:
         own = [n for n, row in enumerate(rows) if row.protocol == protocol]
         for n, row in zip(own, adjust([rows[n] for n in own]), strict=True):
@@ -186,22 +198,22 @@ def adjust(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _row(evaluation: Evaluation, label: str, against: str, protocol: str, metric: str, seed: int) -> Row:
-    values_SU = evaluation.matrix(label, protocol, metric, seeds=in_order(evaluation.seeds(label)))
-    own = [c for (name, _), c in evaluation.scorers.items() if name == label]
-    of_seed = np.nanmean(values_SU, axis=1)
+def _row(results: Results, label: str, against: str, protocol: str, metric: str, seed: int) -> Row:
+    of_seed = results.seed_means(label, protocol, metric)
+    own = [scorer for (name, _), scorer in results.scorers.items() if name == label]
     gain = interval = None
-    if against in evaluation.labels and label != against:
-        gain, diff_U = gain_over(evaluation, label, against, protocol, metric)
-        interval = bootstrap_interval(diff_U, seed=seed) if evaluation.is_model(label) else None
+    if against in results.labels and label != against and results.is_tested(metric):
+        gain, diff_U = gain_over(results, label, against, protocol, metric)
+        if results.has_bootstrap and results.is_model(label):
+            interval = bootstrap_interval(diff_U, seed=seed)
     return Row(
         label,
         protocol,
         metric,
-        mean_over_seeds(values_SU),
+        float(of_seed.mean()),
         float(of_seed.std(ddof=1)) if len(own) > 1 else float("nan"),
         len(own),
-        evaluation.is_model(label),
+        results.is_model(label),
         own[0].reads,
         gain,
         None,
@@ -220,24 +232,22 @@ def _mean_fact(scorers: Sequence[Scorer], name: str) -> float:
     return float(np.mean([float(scorer.facts.get(name, 0.0)) for scorer in scorers]))
 
 
-def gain_over(
-    evaluation: Evaluation, label: str, against: str, protocol: str, metric: str
-) -> tuple[Comparison, FloatArray]:
+def gain_over(results: Results, label: str, against: str, protocol: str, metric: str) -> tuple[Comparison, FloatArray]:
     """The comparison of two labels, and their difference [U], seeds averaged.
 
     Seeds that both have are paired; of seeds that only one has, nothing is used. A label without seeds (a baseline) is
     compared with each seed of the other. Raises EvaluateError where they share no seed.
     """
-    ours, theirs = in_order(evaluation.seeds(label)), in_order(evaluation.seeds(against))
+    ours, theirs = in_order(results.seeds(label)), in_order(results.seeds(against))
     if None not in ours and None not in theirs:
         ours = theirs = [seed for seed in ours if seed in theirs]
         if not ours:
             raise EvaluateError(
-                f"expected {label!r} and {against!r} to share a seed, found {evaluation.seeds(label)} and "
-                f"{evaluation.seeds(against)}; train both with the same seeds, or give `seed` in models"
+                f"expected {label!r} and {against!r} to share a seed, found {results.seeds(label)} and "
+                f"{results.seeds(against)}; train both with the same seeds, or give `seed` in models"
             )
-    ours_SU = evaluation.matrix(label, protocol, metric, seeds=ours)
-    theirs_SU = evaluation.matrix(against, protocol, metric, seeds=theirs)
+    ours_SU = results.matrix(label, protocol, metric, seeds=ours)
+    theirs_SU = results.matrix(against, protocol, metric, seeds=theirs)
     known = ~(np.isnan(ours_SU).any(0) | np.isnan(theirs_SU).any(0))
     ours_SU, theirs_SU = ours_SU[:, known], theirs_SU[:, known]
     diff_U: FloatArray = ours_SU.mean(0) - theirs_SU.mean(0)
@@ -248,28 +258,6 @@ def gain_over(
 
 
 # --- the table as text ---------------------------------------------
-
-
-def render(rows: Sequence[Row], examples: EvaluationSet, *, against: str) -> str:
-    """The table for people: every metric of the first protocol, then the first metric of the others."""
-    protocols, metrics = (
-        list(dict.fromkeys(names)) for names in zip(*((r.protocol, r.metric) for r in rows), strict=True)
-    )
-    where = f"{examples.part} · domain {examples.domain} · split {examples.split} · {len(examples.users):,} users"
-    blocks = [f"{protocols[0]} ranking · {where}\n" + block(rows, [(protocols[0], metric) for metric in metrics])]
-    if protocols[1:]:
-        columns = [(protocol, metrics[0]) for protocol in protocols[1:]]
-        blocks.append(f"{metrics[0]} among sampled negatives\n" + block(rows, columns))
-    headline = [row for row in rows if (row.protocol, row.metric) == (protocols[0], metrics[0])]
-    convention = convention_of(metrics[0])[0]
-    notes = [f"several held-out items are relevant in one list (convention `{convention}`)"]
-    if examples.held_out.repeats:
-        notes.append("what a user has had is a candidate too")
-    notes += notes_on_tests([row for row in rows if row.protocol == protocols[0]], f"gains over {against}")
-    notes += [_account(row) for row in headline if row.is_model and row.gain is not None]
-    notes += [f"{row.label} reads {row.reads}" for row in headline if not row.is_model or row.reads != examples.domain]
-    notes += _beside_baselines(headline)
-    return "\n\n".join(blocks) + "\n\n" + "\n".join(notes)
 
 
 def notes_on_tests(rows: Sequence[Row], what: str) -> list[str]:
@@ -319,27 +307,3 @@ def _cell(row: Row, wide: int, gain_wide: int) -> str:
 
 def _gain(row: Row) -> str:
     return "" if row.gain is None else gain_text(row.gain.gain, row.gain.relative_gain)
-
-
-def _account(row: Row) -> str:
-    """A model's gain with its intervals, and what it cost."""
-    gain = row.gain
-    assert gain is not None
-    varied = "users and seeds" if gain.seeds_varied else "users, one seed"
-    text = f"{row.label}: {row.metric} {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] ({varied})"
-    if row.bootstrap is not None:
-        text += f", bootstrap [{row.bootstrap[0]:+.4f}, {row.bootstrap[1]:+.4f}] (users)"
-    return text + f"; pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"
-
-
-def _beside_baselines(headline: Sequence[Row]) -> list[str]:
-    """One line: is the best model above the best baseline?"""
-    models, baselines = ([r for r in headline if r.is_model is flag] for flag in (True, False))
-    if not models or not baselines:
-        return []
-    best, bar = max(models, key=lambda row: row.mean), max(baselines, key=lambda row: row.mean)
-    word = "above" if best.mean > bar.mean else "below"
-    return [
-        f"best model {best.label} {best.mean:.4f} is {word} the best simple baseline, {bar.label} {bar.mean:.4f} "
-        f"({best.metric}, {best.protocol})"
-    ]

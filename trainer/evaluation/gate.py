@@ -20,11 +20,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from etl.settings import GraftrecError
-from trainer.config import BaselinesConfig, ClickConfig, GateConfig, MultiConfig, TaskConfig, ranks_items, reads_baskets
-from trainer.evaluation.baselines.names import baseline_names
-from trainer.evaluation.class_metrics import LOG_LOSS, PER_EXAMPLE
-from trainer.evaluation.clicks import OF_USER
-from trainer.evaluation.item_ranking import FULL, metrics_of
+from trainer.config import BaselinesConfig, GateConfig, TaskSettings
+from trainer.data.held_out import FULL
+from trainer.evaluation.evaluators import evaluator_of
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.evaluation.significance import (
     Comparison,
@@ -125,7 +123,7 @@ class Decision:
 def check_gate(
     gate: GateConfig,
     *,
-    task: TaskConfig,
+    task: TaskSettings,
     seeds: Sequence[int],
     transferred: bool,
     has_scratch: bool,
@@ -137,20 +135,21 @@ def check_gate(
     Raises GateError: a metric or protocol that models of this task don't have, a baseline that isn't there, no
     from-scratch, or too few seeds of it.
     """
-    metrics = gate_metrics(task)
+    evaluator = evaluator_of(task)
+    metrics = evaluator.gate_metrics(task)
     if gate.metric not in metrics:
         raise GateError(
             f"gate.metric: expected a metric that task {task.kind} has for each user ({', '.join(metrics)}), found "
             f"{gate.metric!r}; set gate.metric to one of them"
         )
-    if reads_baskets(task) and gate.protocol != FULL:
+    if task.reads_baskets and gate.protocol != FULL:
         raise GateError(f"gate.protocol: expected {FULL} for next baskets, found {gate.protocol!r}; set it to {FULL}")
     if gate.must_beat and not baselines.enabled:
         raise GateError(
             f"gate.must_beat: expected simple baselines to be scored for {', '.join(gate.must_beat)}, found "
             "baselines.enabled false; set it to true, or must_beat to []"
         )
-    check_must_beat(gate, baseline_names(task))
+    check_must_beat(gate, evaluator.baseline_names(task))
     if transferred and not has_scratch:
         raise GateError(
             "expected from-scratch models beside a candidate that was transferred, found none; train them with "
@@ -172,17 +171,6 @@ def check_must_beat(gate: GateConfig, names: Sequence[str]) -> None:
             f"gate.must_beat: expected simple baselines among {BEST}, {'; '.join(names)}, found {', '.join(unknown)}; "
             "mend the name"
         )
-
-
-def gate_metrics(task: TaskConfig) -> tuple[str, ...]:
-    """Metrics that models of a task have for each user, so that users can be paired."""
-    if isinstance(task, ClickConfig):
-        return OF_USER, LOG_LOSS
-    if isinstance(task, MultiConfig) and not ranks_items(task):
-        return tuple(f"{name}/{metric}" for name in task.tells for metric in PER_EXAMPLE)
-    if ranks_items(task):
-        return tuple(metrics_of(np.ones((1, 1), np.int64), baskets=reads_baskets(task)))
-    return PER_EXAMPLE
 
 
 def more_seeds(seeds: Sequence[int | None], number: int) -> tuple[int, ...]:

@@ -1,202 +1,178 @@
-"""What models told that rank nothing, as rows of one table: of what users are, or of what they click.
+"""Probabilities that models give, of classes or of clicks, as rows of one table.
 
-Shape letters: ``S`` seeds, ``U`` users, ``N`` examples, ``C`` classes, ``V`` rows of a catalogue.
+Shape letters: ``S`` seeds, ``U`` users, ``N`` examples, ``V`` rows of a catalogue.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
 
-from etl.tables import UNK
-from trainer.config import EvaluatedModel
-from trainer.data.catalogue import Catalogue, rows_by_raw_id
+from trainer.arrays import IntArray
+from trainer.data.catalogue import Catalogue
 from trainer.data.histories import Histories
-from trainer.evaluation.class_metrics import AUC, example_metrics, metrics_of
-from trainer.evaluation.comparison import Row, adjust, block, in_order, mark_candidate, notes_on_tests
-from trainer.evaluation.profiles import LabelledUsers, probabilities
+from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
+from trainer.evaluation.evaluator import Evaluator, Question
 from trainer.evaluation.ranking_metrics import FloatArray
-from trainer.evaluation.scorers import EvaluateError, user_rows
-from trainer.evaluation.significance import compare
+from trainer.evaluation.scorers import EvaluateError, Scorer, label_of, raw_users
 from trainer.inference.model_folder import TrainedModel
 
-IntArray = npt.NDArray[np.int64]
-Key = tuple[str, int | None]  # label, seed
-Costs = Mapping[str, tuple[float, float]]  # label -> seconds of training and of pre-training, mean over seeds
+USERS = "users"  # the protocol of what is no ranking
+
+
+class PredictionEvaluator(Evaluator):
+    """Examples that models give probabilities for."""
+
+    def __init__(self, question: Question, catalogue: Catalogue) -> None:
+        self.first, self.config, self.catalogue = question.models[0], question.config, catalogue
+        self.release, self.split, self.domain = question.release, question.split, question.read_domain
+        self.part = question.config.part
+
+    @property
+    @abstractmethod
+    def histories(self) -> Histories:
+        """What is read of each user, in rows of the catalogue."""
+
+    @cached_property
+    def raw_users(self) -> list[str]:
+        return raw_users(self.release, self.histories.users)
+
+    @abstractmethod
+    def check(self, model: TrainedModel) -> None:
+        """Raises EvaluateError for a model that was not trained for the same question as the first."""
+
+    @abstractmethod
+    def probabilities(self, model: TrainedModel) -> FloatArray:
+        """That a model gives for the examples."""
+
+    def check_domain(self, model: TrainedModel) -> None:
+        """Raises EvaluateError for a model that reads another domain or split."""
+        data = model.config.data
+        if (data.split, data.domain) != (self.split, self.domain):
+            raise EvaluateError(
+                f"expected models that read domain {self.domain!r} of split {self.split!r}, found {data.domain!r} of "
+                f"{data.split!r} in {model.folder}"
+            )
+
+    def scorer(
+        self, model: TrainedModel, *, label: str | None = None, seed: int | None = None, must_know: bool = True
+    ) -> Scorer:
+        self.check(model)
+        return Scorer(
+            label or label_of(model.config),
+            model.config.train.seed if seed is None else seed,
+            lambda: self.probabilities(model),
+            self.domain,
+            is_model=True,
+            facts=model.facts,
+        )
+
+    def baseline(self, label: str, probabilities: FloatArray) -> Scorer:
+        return Scorer(label, None, lambda: probabilities, self.domain)
+
+
+EvaluatorT = TypeVar("EvaluatorT", bound=PredictionEvaluator)
 
 
 @dataclass(frozen=True)
-class Predictions(ABC):
-    """Probabilities of every contender for the same examples."""
+class Predictions(Results, Generic[EvaluatorT]):
+    """Probabilities that every model and baseline gave for the same examples."""
 
-    METRICS: ClassVar[tuple[str, ...]]
+    examples: EvaluatorT
+    probabilities: Mapping[Key, FloatArray]
+    protocol: str = USERS
     TESTED: ClassVar[tuple[str, ...]]  # of one user each, so that users can be paired
 
-    probabilities: Mapping[Key, FloatArray]
-    part: str
-    domain: str
-    split: str
-    costs: Costs  # of models
+    @classmethod
+    def of(cls, scorers: Sequence[Scorer], examples: EvaluatorT, protocol: str = USERS) -> Any:
+        """Ask all of them. Raises EvaluateError for two of one label and seed."""
+        named = by_key(scorers)
+        return cls(named, examples, {key: scorer.score() for key, scorer in named.items()}, protocol)
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Those asked for, of what is predicted here; else all."""
+        known = self.examples.table_metrics(self.examples.first.config.task)
+        parts = [metric.rpartition("/") for metric in self.examples.config.metrics]
+        asked = [metric for name, _, metric in parts if name in ("", self.examples.name) and metric in known]
+        return tuple(dict.fromkeys(asked)) or known
 
     @abstractmethod
     def metrics(self, key: Key) -> dict[str, float]:
         """Of all examples together."""
 
-    @abstractmethod
-    def of_users(self, key: Key, metric: str) -> FloatArray:
-        """[U] of each user's examples, for paired tests; NaN where these can't say, whatever was told."""
+    @property
+    def protocols(self) -> Sequence[str]:
+        return (self.protocol,)
 
     @property
-    @abstractmethod
-    def histories(self) -> Histories:
-        """What was read of each user."""
+    def training_items(self) -> IntArray:
+        return self.examples.histories.lengths
 
-    @property
-    def labels(self) -> list[str]:
-        return list(dict.fromkeys(label for label, _ in self.probabilities))
+    def is_tested(self, metric: str) -> bool:
+        return metric in self.TESTED
 
-    def seeds(self, label: str) -> list[int | None]:
-        return [seed for name, seed in self.probabilities if name == label]
+    def place_of(self, protocol: str, metric: str) -> tuple[str, str]:
+        return self.protocol, metric.rpartition("/")[2]
 
-    def rows(self, *, against: str, candidate: str | None = None) -> list[Row]:
-        """Every label under every metric; gains of TESTED over `against`, Holm over the models' tests. The gain of
-        `candidate` in the first of TESTED is the one planned test."""
-        tested = self.TESTED
-        rows = [
-            _row(self, label, against, metric, metric in tested) for metric in self.METRICS for label in self.labels
+    def seed_means(self, label: str, protocol: str, metric: str) -> FloatArray:
+        return np.array([self.metrics((label, seed))[metric] for seed in in_order(self.seeds(label))])
+
+    def means(self, key: Key) -> dict[str, dict[str, float]]:
+        return {self.examples.first.config.task.kind: self.metrics(key)}
+
+    def faults(self) -> list[str]:
+        return [
+            f"{int((~np.isfinite(given)).sum()):,} probabilities of {label}, seed {seed}, are not numbers"
+            for (label, seed), given in self.probabilities.items()
+            if not np.isfinite(given).all()
         ]
-        return adjust(mark_candidate(rows, candidate, metric=tested[0]))
 
-    def table(self, what: str, rows: Sequence[Row], users: str, notes: Sequence[str], *, against: str) -> str:
-        """For people: what was told of whom, the rows, and what to know of them."""
-        where = f"{self.part} · domain {self.domain} · split {self.split} · {users}"
-        table = block(rows, [("users", metric) for metric in self.METRICS])
-        return f"{what} · {where}\n{table}\n\n" + "\n".join([*notes, *_notes(rows, against=against)])
+    @abstractmethod
+    def heading(self) -> tuple[str, str]:
+        """What is predicted, and of how many users."""
 
+    @abstractmethod
+    def notes(self) -> list[str]:
+        """What a reader of the table must know."""
 
-@dataclass(frozen=True)
-class ClassPredictions(Predictions):
-    """Probabilities [N, C] of the classes of something that each user is one of."""
+    def text(self, rows: Sequence[Row], *, against: str) -> str:
+        what, users = self.heading()
+        where = f"{self.examples.part} · domain {self.examples.domain} · split {self.examples.split} · {users}"
+        table = block(rows, [(self.protocol, metric) for metric in self.columns])
+        tested = ", ".join(dict.fromkeys(row.metric for row in rows if row.p_value is not None))
+        notes = self.notes() + notes_on_tests(rows, f"gains over {against}, of {tested}")
+        notes += [
+            f"{label}: pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"
+            for label, row in {row.label: row for row in rows if row.is_model}.items()
+        ]
+        return f"{what} · {where}\n{table}\n\n" + "\n".join(notes)
 
-    METRICS: ClassVar = ("accuracy", "macro-F1", AUC, "log loss")
-    TESTED: ClassVar = ("accuracy", "log loss")
-
-    name: str
-    names: tuple[str, ...]  # of the classes
-    examples: LabelledUsers
+    @abstractmethod
+    def user_columns(self, given: FloatArray) -> dict[str, Any]:
+        """Columns of the kept table: each example's truth, and what one model gave."""
 
     @property
-    def histories(self) -> Histories:
-        return self.examples.histories
+    def example_users(self) -> pa.Array:
+        """Raw id of each example's user."""
+        return pa.array(self.examples.raw_users, pa.string())
 
-    def metrics(self, key: Key) -> dict[str, float]:
-        return metrics_of(self.examples.class_N, self.probabilities[key])
-
-    def of_users(self, key: Key, metric: str) -> FloatArray:
-        return example_metrics(self.examples.class_N, self.probabilities[key])[metric]
-
-    def confusion(self, label: str) -> FloatArray:
-        """[C, C], its seeds together: share of the users of each class (row) who are told to be of another."""
-        counted = np.zeros((len(self.names), len(self.names)))
-        for seed in self.seeds(label):
-            np.add.at(counted, (self.examples.class_N, self.probabilities[label, seed].argmax(1)), 1)
-        shares: FloatArray = counted / np.maximum(counted.sum(1, keepdims=True), 1)
-        return shares
-
-    def render(self, rows: Sequence[Row], notes: Sequence[str], *, against: str, users: str = "") -> str:
-        """The table for people. `users`: more of them, in brackets."""
-        return self.table(self.name, rows, f"{len(self.examples):,} users{users}", notes, against=against)
-
-
-def as_known(
-    trained_model: TrainedModel, given: Histories, raw_users: Sequence[str], catalogue: Catalogue
-) -> tuple[Histories, IntArray]:
-    """(Histories of a catalogue's rows as a model knows users and items, others passed over; [V] its row of each row of
-    the catalogue, UNK where it has none)."""
-    rows = rows_by_raw_id(trained_model.catalogue, catalogue)
-    own = Histories(
-        user_rows(trained_model, raw_users), given.offsets, rows[given.items], given.times, given.event_types
-    )
-    return own.keep(own.items != UNK), rows
-
-
-def told_by(
-    trained_model: TrainedModel,
-    examples: LabelledUsers,
-    raw_users: Sequence[str],
-    catalogue: Catalogue,
-    *,
-    batch_size: int,
-    head: str,
-) -> FloatArray:
-    """[N, C] by one of a model's heads."""
-    own, _ = as_known(trained_model, examples.histories, raw_users, catalogue)
-    return probabilities(trained_model.teller(), trained_model.model, own, batch_size=batch_size, head=head)
-
-
-def keys_of(chosen: Sequence[EvaluatedModel], models: Sequence[TrainedModel]) -> tuple[list[Key], Costs]:
-    """Label and seed of each model. Raises EvaluateError for two of the same."""
-    keys: list[Key] = []
-    seconds: dict[str, list[tuple[float, float]]] = {}
-    for named, trained_model in zip(chosen, models, strict=True):
-        label = named.label or str(getattr(trained_model.config, "transfer", trained_model.config.name))
-        key = label, trained_model.config.train.seed if named.seed is None else named.seed
-        if key in keys:
-            raise EvaluateError(
-                f"expected one model of each label and seed, found two of {label!r}, seed {key[1]}; give `label` or "
-                "`seed` in models"
+    def tables(self) -> Iterator[pa.Table]:
+        """A row for each example: label, seed, user (raw id), and `user_columns`."""
+        users = self.example_users
+        for (label, seed), given in self.probabilities.items():
+            yield pa.table(
+                {
+                    "label": pa.array([label] * len(users), pa.string()),
+                    "seed": pa.array([seed] * len(users), pa.int64()),
+                    "user": users,
+                    **self.user_columns(given),
+                }
             )
-        keys.append(key)
-        spent = trained_model.metrics.get("seconds", 0.0), trained_model.metrics.get("pretrain_seconds", 0.0)
-        seconds.setdefault(label, []).append(spent)
-    costs = {label: tuple(np.mean(of, axis=0).tolist()) for label, of in seconds.items()}
-    return keys, costs
 
-
-def _row(predictions: Predictions, label: str, against: str, metric: str, tested: bool) -> Row:
-    seeds, others = in_order(predictions.seeds(label)), in_order(predictions.seeds(against))
-    values = [predictions.metrics((label, seed))[metric] for seed in seeds]
-    gain = None
-    if tested and label != against and others:
-        paired = seeds
-        if None not in seeds and None not in others:
-            paired = others = [seed for seed in seeds if seed in others]
-            if not paired:
-                raise EvaluateError(f"expected {label!r} and {against!r} to share a seed; train both with the same")
-        gain = compare(_of_users(predictions, label, paired, metric), _of_users(predictions, against, others, metric))
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    seconds, before = predictions.costs.get(label, (0.0, 0.0))
-    return Row(
-        label,
-        "users",
-        metric,
-        float(np.mean(values)),
-        spread,
-        len(values),
-        label in predictions.costs,
-        predictions.domain,
-        gain,
-        seconds=seconds,
-        pretrain_seconds=before,
-    )
-
-
-def _of_users(predictions: Predictions, label: str, seeds: Sequence[int | None], metric: str) -> FloatArray:
-    """[S, U]; [U] where there are no seeds. Of the users of whom something can be said."""
-    found = np.stack([predictions.of_users((label, seed), metric) for seed in seeds])
-    found = found[:, ~np.isnan(found).any(0)]
-    return found[0] if list(seeds) == [None] else found
-
-
-def _notes(rows: Sequence[Row], *, against: str) -> list[str]:
-    """What a reader of the table must know: what was tested, what models cost."""
-    tested = ", ".join(dict.fromkeys(row.metric for row in rows if row.p_value is not None))
-    notes = notes_on_tests(rows, f"gains over {against}, of {tested}")
-    costs = {row.label: row for row in rows if row.is_model}
-    return notes + [
-        f"{label}: pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"
-        for label, row in costs.items()
-    ]
+    def summary(self) -> dict[str, Any]:
+        return {"task": self.examples.first.config.task.model_dump(mode="json")}

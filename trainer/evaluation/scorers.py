@@ -21,9 +21,10 @@ from etl import tables
 from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array
-from trainer.config import BaselinesConfig, EvaluationConfig, reads_baskets
+from trainer.config import BaselinesConfig, EvaluationConfig, PretrainConfig
 from trainer.data.baskets import BasketDataset
 from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
+from trainer.data.held_out import HeldOut, Part, read_held_out, read_users, sampled
 from trainer.data.histories import Histories, merge
 from trainer.data.release import Release, domains_with_sequences
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
@@ -37,7 +38,6 @@ from trainer.evaluation.baselines.names import (
     TRANSITIONS,
 )
 from trainer.evaluation.baselines.sequences import item_to_item, popularity, transitions
-from trainer.evaluation.item_ranking import HeldOut, Part, Score, read_held_out, read_users, sampled
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, has_items
 
@@ -189,7 +189,7 @@ def repeats_of(config: EvaluationConfig, models: Sequence[TrainedModel]) -> bool
 
     Raises EvaluateError where these differ.
     """
-    own = {model.config.evaluation.ranks_repeats for model in models if reads_baskets(model.config.task)}
+    own = {model.config.evaluation.ranks_repeats for model in models if model.config.task.reads_baskets}
     if config.repeats is None and len(own) > 1:
         apart = [next(m for m in models if m.config.evaluation.ranks_repeats is flag) for flag in (True, False)]
         raise EvaluateError(
@@ -219,13 +219,30 @@ class Scorer:
 
     label: str
     seed: int | None  # None: it has none, as a counting baseline
-    score: Score  # histories as rows of the evaluated catalogue -> [B, V]
+    score: Callable[..., Any]  # of rankings: histories as rows of the evaluated catalogue -> [B, V]
     reads: str
     is_model: bool = False
     facts: dict[str, Any] = field(default_factory=dict)  # folder, hash, seconds…
 
 
 # --- models ---------------------------------------------
+
+
+def label_of(config: PretrainConfig) -> str:
+    """The row of a model that is given no other name."""
+    return str(getattr(config, "transfer", config.name))
+
+
+def as_known(
+    trained_model: TrainedModel, given: Histories, raw_users: Sequence[str], catalogue: Catalogue
+) -> tuple[Histories, IntArray]:
+    """(Histories of a catalogue's rows as a model knows users and items, others left out; [V] its row of each row of
+    the catalogue, UNK where it has none)."""
+    rows = rows_by_raw_id(trained_model.catalogue, catalogue)
+    own = Histories(
+        user_rows(trained_model, raw_users), given.offsets, rows[given.items], given.times, given.event_types
+    )
+    return own.keep(own.items != UNK), rows
 
 
 def model_scorer(
@@ -270,7 +287,7 @@ def model_scorer(
     item_rows = rows_by_raw_id(trained_model.catalogue, examples.everything) if reads_all else rows
     source = merge(examples.input_anywhere, examples.elsewhere) if reads_all else examples.held_out.histories
     scorer = trained_model.scorer(device=device, baskets=examples.baskets)
-    reads_pauses = reads_baskets(trained_model.config.task)
+    reads_pauses = trained_model.config.task.reads_baskets
     candidates = rows[known]
     width = len(examples.catalogue)
 
@@ -303,13 +320,12 @@ def model_scorer(
 
     reads = "all domains, others until the first held-out item" if reads_all else examples.domain
     return Scorer(
-        label or str(getattr(trained_model.config, "transfer", trained_model.config.name)),
+        label or label_of(trained_model.config),
         trained_model.config.train.seed if seed is None else seed,
         score,
         reads,
         is_model=True,
-        facts={"folder": str(trained_model.folder), "hash": trained_model.hash, "parent": trained_model.parent}
-        | trained_model.metrics,
+        facts=trained_model.facts,
     )
 
 
@@ -345,7 +361,7 @@ def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
             f"trained on, found {release.number}, which may hold out what the model has seen; evaluate on a newer "
             "release"
         )
-    same = data.domain == examples.domain and examples.baskets == reads_baskets(trained_model.config.task)
+    same = data.domain == examples.domain and examples.baskets == trained_model.config.task.reads_baskets
     if same or data.domain not in domains_with_sequences(examples.release, data.split):
         return
     dataset = SequenceDataset(examples.release, data.split, data.domain)

@@ -11,7 +11,6 @@ from etl.config import EtlConfig
 from etl.settings import ConfigError, FileName, Place, Section, config_hash, replaced
 from etl.tables import DOMAIN_ALL
 from trainer.config import (
-    RANKING_TASKS,
     BaselinesConfig,
     EvaluationConfig,
     FinetuneConfig,
@@ -169,11 +168,10 @@ class ExperimentConfig(Section):
             known = ", ".join(row.id for row in rows_of(self))
             raise ValueError(f"rows: expected some of {known}; found {', '.join(sorted(unknown))}")
         for name, row in self.own.items():
-            tasks = [part.task.kind for part in (row.pretrain, row.finetune) if part is not None]
-            if others := [kind for kind in tasks if kind not in RANKING_TASKS]:
+            if not row.trained.task.predicts_other_domains:
                 raise ValueError(
-                    f"own.{name}: expected tasks that rank items for sequences, found {others[0]}; `python -m trainer "
-                    "evaluate` compares its models"
+                    f"own.{name}: expected a task that ranks items for sequences, found {row.trained.task.kind}; "
+                    "`python -m trainer evaluate` compares its models"
                 )
         ids = [row.id for row in rows_of(self)]
         for own, row in self.own.items():

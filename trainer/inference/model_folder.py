@@ -33,14 +33,11 @@ from etl.settings import GraftrecError, replaced
 from etl.tables import UNK
 from trainer.arrays import Int32Array
 from trainer.config import (
-    ClickConfig,
     FinetuneConfig,
     PretrainConfig,
     TaskHead,
     event_types_read,
     patch_of,
-    ranks_items,
-    reads_baskets,
 )
 from trainer.data.catalogue import Catalogue, Texts
 from trainer.data.item_features import Content
@@ -92,22 +89,26 @@ class TrainedModel:
     def scorer(self, *, device: str = "cpu", baskets: bool = False, clicks: bool = False) -> ModelScorer:
         """`baskets`: histories are of baskets. `clicks`: items may be scored by whether a user takes each. Raises
         ArtifactError for a model that ranks no items for such."""
-        if reads_baskets(self.config.task) and not baskets:
+        task = self.config.task
+        if task.reads_baskets and not baskets:
             raise ModelFolderError(
                 f"expected a model of item sequences, found {self.folder}, which reads baskets; `python -m trainer "
                 "evaluate` scores it"
             )
-        if not ranks_items(self.config.task) and not (clicks and isinstance(self.config.task, ClickConfig)):
-            predicts = {"click": "clicks", "multi": "next events"}.get(self.config.task.kind, "")
-            predicts = predicts or getattr(self.config.task, "attribute", "profile")
+        if not task.scores_items or not (clicks or "items" in task.evaluators):
             raise ModelFolderError(
-                f"expected a model that ranks items, found {self.folder}, which tells a user's {predicts}; `python -m "
-                "trainer evaluate` scores it"
+                f"expected a model that ranks items, found {self.folder}, which predicts a user's {task.predicts}; "
+                "`python -m trainer evaluate` scores it"
             )
         return ModelScorer(self.model, self.task, device=device)
 
-    def teller(self) -> ModelScorer:
-        """Hidden states of users, for a model that ranks no items."""
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a summary says of it."""
+        return {"folder": str(self.folder), "hash": self.hash, "parent": self.parent} | self.metrics
+
+    def user_scorer(self) -> ModelScorer:
+        """Hidden states of users, for whatever is predicted by them."""
         return ModelScorer(self.model, self.task, device=next(self.model.parameters()).device)
 
 

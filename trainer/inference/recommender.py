@@ -37,7 +37,6 @@ from etl.identifiers import raw_ids
 from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array, IntArray
-from trainer.config import reads_baskets
 from trainer.data.histories import Histories
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, has_items, top_k
@@ -76,7 +75,7 @@ class TopK:
     """The best rows for histories: the model's, and for an empty history the popular ones."""
 
     def __init__(self, trained_model: TrainedModel) -> None:
-        baskets = reads_baskets(trained_model.config.task)
+        baskets = trained_model.config.task.reads_baskets
         self._scorer = trained_model.scorer(baskets=baskets, clicks=True)
         self._repeats = baskets and trained_model.config.evaluation.ranks_repeats
         popularity = torch.from_numpy(trained_model.popularity.astype(np.float32))
@@ -115,7 +114,7 @@ class Recommender:
     ) -> None:
         self.trained_model, self.version, self._beside = trained_model, version, functools.cache(beside)
         self._companion = functools.cache(companion)
-        self._shortlist, self._baskets = TopK(trained_model), reads_baskets(trained_model.config.task)
+        self._shortlist, self._baskets = TopK(trained_model), trained_model.config.task.reads_baskets
         self._place_of = {name: place for place, name in enumerate(trained_model.event_types, 1)}
         self._row_of = {raw: row for row, raw in enumerate(trained_model.catalogue.raw_ids) if row >= FIRST_INDEX}
 

@@ -20,12 +20,11 @@ from trainer.data.batch import Batch
 from trainer.data.histories import Histories
 from trainer.models import SequenceModel
 from trainer.parallel.cores import torch_threads_for
-from trainer.tasks import Click, Task
+from trainer.tasks import Task
 
 SCORES_PER_BLOCK = 1 << 24  # made at once, 4 bytes each
 HISTORIES_PER_BATCH = 256  # read at once
 ROWS_PER_BLOCK = 1 << 16  # of the item table, made at once where it is not the embedding itself
-PAIRS_AT_ONCE = 1 << 16  # of a user and an item, told by a small network each
 
 
 class Scores:
@@ -146,25 +145,14 @@ class ModelScorer:
 
         def block(start: int, stop: int) -> Tensor:
             rows: slice | Tensor = slice(start, stop) if rows_C is None else rows_C[start:stop]
-            if rows_C is None and (self._table_VD is None or isinstance(self.task, Click)):
+            if rows_C is None and self._table_VD is None:
                 rows = torch.arange(start, stop, device=self.device)
-            if isinstance(self.task, Click):
-                assert isinstance(rows, Tensor)
-                scores = self._told(self.task, hidden_BD, rows)
-            else:
-                scores = self.model.scores(hidden_BD, rows, self._table_VD, self._bias_V).float()
+            scores = self.task.scores(self.model, hidden_BD, rows, self._table_VD, self._bias_V)
             if self._left_out_V is not None:
                 scores.masked_fill_(self._left_out_V[rows], -torch.inf)
             return scores
 
         return Scores(len(histories), self.model.num_items if candidates is None else len(candidates), columns)
-
-    def _told(self, task: Click, hidden_BD: Tensor, rows_C: Tensor) -> Tensor:
-        """Logits [B, C], some pairs at a time."""
-        width = max(1, PAIRS_AT_ONCE // max(1, len(hidden_BD)))
-        blocks_C = torch.split(rows_C, width)
-        told = [task.told(self.model, hidden_BD[:, None], rows.expand(len(hidden_BD), -1)) for rows in blocks_C]
-        return torch.cat(told, dim=1).float()
 
     @torch.inference_mode()
     def score(self, histories: Histories, candidates: IntArray | None = None) -> Tensor:

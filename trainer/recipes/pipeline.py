@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 from trainer.recipes.pipeline_plan import (
     COLD,
     READS_ALL,
-    SCORE,
     PipelineConfig,
     Plan,
     Trained,
@@ -139,8 +138,10 @@ def train_all(
     The model that is measured on users new in the target is left out where the log has too few of them. Raises
     TrainingFailed for any other training without a model.
     """
+    from trainer.evaluation.evaluators import monitor
     from trainer.recipes import training_jobs as runner
 
+    score = f"validation/{monitor(config.finetune.task)}"  # chooses the candidate; test numbers choose nothing
     trainings, of_target = training_jobs(config, planned, release)
     with step("train"):
         runner.run(trainings, folder=Path(config.runs), jobs=jobs_of(config, len(trainings)), environment=environment)
@@ -156,7 +157,7 @@ def train_all(
         raise TrainingFailed(f"{failed.name}: {failed.failure}", failed.exit_code)
     return {
         target: [
-            Trained(label, seed, training.model, training.metrics[SCORE])
+            Trained(label, seed, training.model, training.metrics[score])
             for (label, seed), training in of_label.items()
             if training.metrics is not None
         ]
@@ -279,7 +280,7 @@ def recommend(config: PipelineConfig, target: str, release: int) -> list[str]:
     from trainer.recipes import recommend
     from trainer.registry import CHAMPION, Registry
 
-    if not config.tracking.enabled:
+    if not config.tracking.enabled or not config.finetune.task.scores_items:
         return []
     champion = Registry(registered_model(config, target)).find(CHAMPION)
     if champion is None:
@@ -297,6 +298,7 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     """Models, best baseline and popularity under the first protocol: the gate's metric with its gain over from-scratch
     and p-value, then the means of the other metrics."""
     from trainer.evaluation.baselines.names import POPULARITY
+    from trainer.evaluation.class_metrics import signed
     from trainer.evaluation.significance import gain_text, p_text
 
     shown = [row for row in rows if row["protocol"] == rows[0]["protocol"]]
@@ -304,7 +306,7 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
     trainings = {(row["label"], row["metric"]): row for row in shown}
     labels = [row["label"] for row in shown if row["is_model"] and row["metric"] == first]
     baselines = [row for row in shown if not row["is_model"] and row["metric"] == first]
-    best = max(baselines, key=lambda row: row["mean"], default=None)
+    best = max(baselines, key=lambda row: signed(row["mean"], first), default=None)
     labels += [best["label"]] if best is not None else []
     labels += [row["label"] for row in baselines if row["label"] == POPULARITY and row is not best]
     table = [["model", first, "gain", "p", *others]]

@@ -13,7 +13,6 @@ from etl.config import EtlConfig, SplitConfig
 from etl.settings import ConfigError, FileName, Section, replaced
 from etl.tables import DOMAIN_ALL
 from trainer.config import (
-    RANKING_TASKS,
     EvaluateConfig,
     EvaluatedModel,
     FinetuneConfig,
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from trainer.data.release import Release
 
 
-SCORE = "validation/NDCG@10"  # chooses the candidate; test numbers choose nothing
 SCRATCH: TransferName = "none"
 READS_ALL = "all-domains"  # label of the model that reads every domain and predicts the target's items
 COLD = "cold-users"  # the same, trained without the target history of some users, on whom it is evaluated
@@ -63,12 +61,6 @@ class PipelineConfig(Section):
     pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all of them
     jobs: int | None = Field(None, ge=1)  # trainings side by side; None: one a core, on a GPU one
     tracking: TrackingConfig = TrackingConfig()
-
-    @model_validator(mode="after")
-    def _ranks_items(self) -> "PipelineConfig":
-        if others := [part.task.kind for part in (self.pretrain, self.finetune) if part.task.kind not in RANKING_TASKS]:
-            raise ValueError(f"expected tasks that rank items for sequences, found {others[0]}; run steps one by one")
-        return self
 
     @model_validator(mode="after")
     def _each_once(self) -> "PipelineConfig":
@@ -150,7 +142,9 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
         _split_named(splits, config.pretrain.data.split, "pretrain.data.split")
     joint: dict[str, str] = {}
     cold: dict[str, str] = {}
-    if config.reads_all and len(names) > 1:  # of all domains: tables stay as they are where targets change
+    if (
+        config.reads_all and config.finetune.task.predicts_other_domains and len(names) > 1
+    ):  # of all domains: tables stay as they are where targets change
         joint = {name: _joint_split(splits, config.finetune.data.split, name) for name in names if name != source}
         if config.cold_users:
             cold = {name: _cold_split(splits, name) for name in joint}
@@ -333,17 +327,18 @@ def _evaluated(
 
 def evaluate_config(config: PipelineConfig, target: str, release: int, trained: Sequence[Trained]) -> EvaluateConfig:
     """The candidate's gain in the gate's metric is the one planned test."""
-    from trainer.recipes.evaluate import ITEM_METRICS
+    from trainer.evaluation.evaluators import evaluator_of
 
     models = tuple(EvaluatedModel(model=str(one.model), label=one.label, seed=one.seed) for one in trained)
     candidate, gate = choose(trained)[0].label, config.promote.gate
     protocols = tuple(dict.fromkeys([gate.protocol, *config.evaluate.evaluation.protocols]))
+    shown = evaluator_of(config.finetune.task).table_metrics(config.finetune.task)
     return replaced(
         config.evaluate,
         model=None,
         models=models,
         candidate=candidate if candidate != SCRATCH else None,
-        metrics=tuple(dict.fromkeys([gate.metric, *(config.evaluate.metrics or ITEM_METRICS)])),
+        metrics=tuple(dict.fromkeys([gate.metric, *(config.evaluate.metrics or shown)])),
         evaluation=replaced(config.evaluate.evaluation, protocols=protocols),
         **_evaluated(config, release, "evaluate", config.finetune.data.split, target, config.evaluate.runtime),
     )

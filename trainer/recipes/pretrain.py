@@ -23,18 +23,20 @@ from etl.tables import FIRST_INDEX
 from trainer import figures, tracking
 from trainer.arrays import Int32Array
 from trainer.code_hash import code_hash
-from trainer.config import ClickConfig, FinetuneConfig, MultiConfig, PretrainConfig, patch_of, reads_baskets
+from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.baskets import BasketDataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
 from trainer.data.loader import Loader
 from trainer.data.release import Release, pin, vocabulary_size
 from trainer.data.sequences import SequenceDataset, training_interactions
-from trainer.evaluation.validation import Validation, read_validation, score_of
+from trainer.evaluation.evaluators import monitor
+from trainer.evaluation.validation import Validator
 from trainer.inference.model_folder import TrainedModel, load_model, model_hash, save_model
 from trainer.models import RowTables, SequenceModel, build_model
 from trainer.parallel.distributed import World, join
 from trainer.recipes.run_folder import DONE, MLFLOW_UID, RunError, alone, clear_other
 from trainer.registry import descriptions
+from trainer.tasks import Task, prepare_task
 from trainer.tracking import Run
 from trainer.training import checkpoint
 from trainer.training.loop import Epoch, NonFiniteLoss, Progress, Training, train
@@ -95,8 +97,9 @@ def _fit(
     catalogue = read_catalogue(release, config.data.domain)
     knowledge = read_knowledge(release, catalogue, config.model.knowledge)
     dataset = _dataset(config, release)
-    validation = read_validation(config, release, catalogue)
-    model, account = _model(config, release, catalogue, knowledge, parent, validation, world)
+    task = prepare_task(config.task, release, catalogue, dataset)
+    validation = Validator(config, release, catalogue, task)
+    model, account = _model(config, release, catalogue, knowledge, parent, task, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
         dataset,
@@ -107,10 +110,10 @@ def _fit(
         seed=config.train.seed,
         rank=world.rank,
         world_size=world.size,
-        everyone=config.task.kind == "basket_pair",
+        everyone=config.task.reads_all_ranks,
     )
-    training = Training(model, validation.task, loader, config.train, world)
-    score = score_of(config.task)
+    training = Training(model, task, loader, config.train, world)
+    score = monitor(config.task)
     say(_introduction(config, release, catalogue, dataset, validation, account))
     say(account.text())
 
@@ -138,7 +141,7 @@ def _fit(
         tracked.set_tags({"graftrec.recipe": _recipe(config), "graftrec.transfer": account.transfer})
         train(
             training,
-            validate=lambda: validation.measure(model, world),
+            validate=lambda: validation.metrics(model, world),
             score=score,
             checkpoints=folder / "checkpoints",
             on_epoch=lambda epoch: _tell(epoch, score, tracked, say),
@@ -168,7 +171,7 @@ def _fit(
                 parent,
                 identity,
                 tracked,
-                validation,
+                task,
             )
             tracked.describe(descriptions.paragraphs(descriptions.outcome(metrics, score), description))
             if judge is unjudged:
@@ -202,14 +205,11 @@ def _agreed(identity: dict[str, str], world: World) -> dict[str, str]:
 
 def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
     split, domain = config.data.split, config.data.domain
-    if reads_baskets(config.task):
+    if config.task.reads_baskets:
         return BasketDataset(release, split, domain)
-    values = isinstance(config.task, MultiConfig) and "value" in config.task.tells
-    if isinstance(config.task, ClickConfig):
-        setting, kinds = "task.impressions", config.task.impressions
-    else:
-        setting, kinds = "data.event_types", config.data.event_types
-    dataset = SequenceDataset(release, split, domain, values=values, event_types=kinds)
+    negatives = config.task.negative_events
+    setting, types = ("task.impressions", negatives) if negatives else ("data.event_types", config.data.event_types)
+    dataset = SequenceDataset(release, split, domain, values=config.task.reads_values, event_types=types)
     _check_event_types(dataset, setting)
     return dataset
 
@@ -238,7 +238,7 @@ def _model(
     catalogue: Catalogue,
     knowledge: Int32Array,
     parent: TrainedModel | None,
-    validation: Validation,
+    task: Task,
     world: World,
 ) -> tuple[SequenceModel, TransferReport]:
     model = build_model(
@@ -249,12 +249,12 @@ def _model(
         seed=config.train.seed,
         tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
         patch=patch_of(config),
-        task_heads=validation.task_heads,
+        task_heads=task.heads,
         num_event_types=len(config.data.event_types),
     )
     model.to(device=world.device, dtype=world.dtype)
-    if validation.content is not None:
-        model.describe(torch.from_numpy(validation.content.vectors_VF))
+    if task.content is not None:
+        model.describe(torch.from_numpy(task.content.vectors_VF))
     if config.data.predicted is not None:
         model.restrict_targets(torch.from_numpy(rows_of_domain(release, catalogue, config.data.predicted)))
     if isinstance(config, FinetuneConfig):
@@ -269,10 +269,10 @@ def _model(
             config.freeze,
             shared,
             layer_norm=config.patch.layer_norm,
-            unused=validation.unused,
+            unused=task.unused,
             event_types=config.data.event_types,
         )
-    return model, initialise_from(model, config.model, None, "none", unused=validation.unused)
+    return model, initialise_from(model, config.model, None, "none", unused=task.unused)
 
 
 def _summary(training: Training, parent: TrainedModel | None) -> dict[str, float]:
@@ -300,10 +300,10 @@ def _finish(
     parent: TrainedModel | None,
     identity: str,
     tracked: Run,
-    validation: Validation,
+    task: Task,
 ) -> dict[str, Any]:
     """Model folder, curves, and the note that all is done (`_noted` gives it its name), which is returned."""
-    others = isinstance(config.task, ClickConfig)  # what was shown only has not been taken
+    others = bool(config.task.negative_events)  # what was shown only has not been taken
     popularity = training_interactions(training.loader.dataset, catalogue, others=others)
     digest = save_model(
         folder / "model",
@@ -317,13 +317,13 @@ def _finish(
         parent=parent.hash if parent else None,
         users=release.read(tables.USERS, ["user", "index"]),
         predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
-        classes=validation.classes,
-        task_heads=validation.task_heads,
-        content=validation.content,
+        classes=task.class_names,
+        task_heads=task.heads,
+        content=task.content,
     )
     history = [vars(epoch) for epoch in training.progress.history]
     (folder / "history.json").write_text(json.dumps(history, indent=1))
-    score = score_of(config.task)
+    score = monitor(config.task)
     curve = figures.Curve(
         config.name, [epoch["loss"] for epoch in history], [epoch["metrics"][score] for epoch in history]
     )
@@ -423,7 +423,7 @@ def _introduction(
     release: Release,
     catalogue: Catalogue,
     dataset: SequenceDataset,
-    validation: Validation,
+    validation: Validator,
     account: TransferReport,
 ) -> str:
     size = sum(math.prod(line.shape) for line in account.lines)
@@ -433,10 +433,10 @@ def _introduction(
     )
 
 
-def _size(config: PretrainConfig, catalogue: Catalogue, dataset: SequenceDataset, validation: Validation) -> str:
+def _size(config: PretrainConfig, catalogue: Catalogue, dataset: SequenceDataset, validation: Validator) -> str:
     return (
         f"domain {config.data.domain}: {len(catalogue) - FIRST_INDEX:,} items, {dataset.num_rows:,} users, "
-        f"{len(validation):,} of them validated"
+        f"{validation.num_users:,} of them validated"
     )
 
 
@@ -444,7 +444,7 @@ _READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, t
 
 
 def _sequence_table(config: PretrainConfig) -> tables.Table:
-    return tables.BASKETS if reads_baskets(config.task) else tables.SEQUENCES
+    return tables.TABLES[config.task.table]
 
 
 def _read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:

@@ -22,17 +22,10 @@ import numpy as np
 import torch
 
 from etl.settings import GraftrecError, RunAgain
-from etl.tables import BASKETS, SEQUENCES
 from trainer import tracking
-from trainer.config import (
-    ClickConfig,
-    PretrainConfig,
-    PromoteConfig,
-    RecommendConfig,
-    event_types_read,
-    ranks_items,
-)
+from trainer.config import PretrainConfig, PromoteConfig, RecommendConfig, event_types_read
 from trainer.data.release import Release, pin
+from trainer.evaluation.comparison import Results
 from trainer.evaluation.gate import (
     BEST_BASELINE,
     FROM_SCRATCH,
@@ -48,7 +41,7 @@ from trainer.inference.model_folder import ModelFolderError, config_of, lake_of,
 from trainer.parallel.distributed import join
 from trainer.recipes.hints import recommend_command
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Promotion, Registry, Version, descriptions
-from trainer.registry.gate_evidence import SCRATCH, VERSION, GateEvidence, Ranked, judged, was_transferred
+from trainer.registry.gate_evidence import SCRATCH, VERSION, GateEvidence, was_transferred
 from trainer.tracking import Run
 
 TAG_GATE = "graftrec.gate"  # the gate's last result: passed, or why not
@@ -168,8 +161,7 @@ class Compared:
 
 def _recommend(config: PromoteConfig, compared: Compared, refusal: GateRefused) -> str | None:
     """The command that recommends by the candidate. None: it ranks no items."""
-    task = compared.candidate.config.task
-    if not (ranks_items(task) or isinstance(task, ClickConfig)):
+    if not compared.candidate.config.task.scores_items:
         return None
     wanted = RecommendConfig(
         registered_model=config.registered_model,
@@ -242,7 +234,7 @@ def _is_version(name: str) -> bool:
 
 def _ask(
     registry: Registry, version: Version, compared: Compared, config: PromoteConfig, release: Release
-) -> tuple[GateEvidence[Any] | None, list[str]]:
+) -> tuple[GateEvidence | None, list[str]]:
     """The version, its replicas and from-scratch, evaluated; and why their numbers can't be trusted. None: not
     needed."""
     device = str(join(config.runtime).device)
@@ -256,7 +248,7 @@ def _ask(
         models.append((label, trained_model))
     if faults:
         return None, faults
-    found = judged(models, _kinds_of_champion(registry), config, release)
+    found = GateEvidence(models, _event_types_of_champion(registry), config, release)
     return found, found.faults
 
 
@@ -264,7 +256,7 @@ def _not_finite(model: torch.nn.Module) -> list[str]:
     return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
 
 
-def _kinds_of_champion(registry: Registry) -> tuple[str, ...]:
+def _event_types_of_champion(registry: Registry) -> tuple[str, ...]:
     """Event types that it reads; none where it can't be read, which is reported where it is scored."""
     champion = registry.find(CHAMPION)
     if champion is not None:
@@ -273,7 +265,9 @@ def _kinds_of_champion(registry: Registry) -> tuple[str, ...]:
     return ()
 
 
-def _score_champion(registry: Registry, champion: Version, config: PromoteConfig, found: GateEvidence[Any]) -> Any:
+def _score_champion(
+    registry: Registry, champion: Version, config: PromoteConfig, found: GateEvidence
+) -> Results | None:
     """The champion on the same examples. None: its folder is gone or damaged."""
     try:
         trained_model = load_model(registry.folder(champion), device=str(join(config.runtime).device))
@@ -289,7 +283,7 @@ def _score_champion(registry: Registry, champion: Version, config: PromoteConfig
 def _judge_and_move(
     registry: Registry,
     version: Version,
-    found: GateEvidence[Any] | None,
+    found: GateEvidence | None,
     faults: Sequence[str],
     config: PromoteConfig,
     run: Run,
@@ -310,7 +304,7 @@ def _judge_and_move(
                 numbers = {
                     f"{found.part}/{name}/{k}": v for name, means in _means(found).items() for k, v in means.items()
                 }
-                registry.log_metrics(version, numbers, found.release, _table(found))
+                registry.log_metrics(version, numbers, found.release, found.table)
             said = _gate_section(decision, None if faults else found, run)
             registry.describe(version.number, descriptions.GATE, said)
             entry = _entry(decision, found, champion, run)
@@ -371,7 +365,7 @@ def _verdict(decision: Decision) -> str:
     return ("passed" if decision.passed else f"refused: {'; '.join(decision.reasons)}")[:TAG_CHARACTERS]
 
 
-def _means(found: GateEvidence[Any]) -> dict[str, dict[str, float]]:
+def _means(found: GateEvidence) -> dict[str, dict[str, float]]:
     """The version's metrics by protocol or task, each held-out item counted once in one list."""
     return {
         name: {metric: value for metric, value in numbers.items() if not metric.startswith(SINGLE)}
@@ -379,26 +373,21 @@ def _means(found: GateEvidence[Any]) -> dict[str, dict[str, float]]:
     }
 
 
-def _table(found: GateEvidence[Any]) -> str:
-    """The table that holds the evaluated histories."""
-    return (BASKETS if isinstance(found, Ranked) and found.examples.baskets else SEQUENCES).name
-
-
-def _gate_section(decision: Decision, found: GateEvidence[Any] | None, run: Run) -> str:
+def _gate_section(decision: Decision, found: GateEvidence | None, run: Run) -> str:
     """The decision in a version's description."""
     link = tracking.run_link("The gate's run", run.id) + " holds decision.json." if run.id else ""
     scores = f"This version:\n\n{descriptions.scores(found.part, _means(found))}" if found is not None else ""
     return descriptions.paragraphs(descriptions.gate(decision, _examples(found)), scores, link)
 
 
-def _examples(found: GateEvidence[Any] | None) -> str:
+def _examples(found: GateEvidence | None) -> str:
     """The examples of the gate's numbers, in words."""
     if found is None:
         return ""
     return f"release {found.release.number}, {found.num_users:,} users of domain {found.domain}, {found.part}"
 
 
-def _entry(decision: Decision, found: GateEvidence[Any] | None, champion: Version | None, run: Run) -> dict[str, Any]:
+def _entry(decision: Decision, found: GateEvidence | None, champion: Version | None, run: Run) -> dict[str, Any]:
     examples: dict[str, Any] = {}
     if found is not None:
         examples = {

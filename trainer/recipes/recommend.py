@@ -45,7 +45,7 @@ from etl.tables import DOMAIN_ALL, UNK, Table
 from trainer import tracking
 from trainer.arrays import IntArray
 from trainer.code_hash import code_hash
-from trainer.config import RecommendConfig, reads_baskets
+from trainer.config import RecommendConfig
 from trainer.data.baskets import BasketDataset, separated
 from trainer.data.histories import Histories
 from trainer.data.release import Release, domains_with_sequences, pin
@@ -94,9 +94,9 @@ def run(config: RecommendConfig) -> Result:
     models = _models(config)
     trained_model = models[0][0]
     companion = models[1][1] if len(models) > 1 else ""
-    baskets = reads_baskets(trained_model.config.task)
+    baskets = trained_model.config.task.reads_baskets
     for one, _ in models:
-        one.scorer(baskets=reads_baskets(one.config.task), clicks=True)  # refuses a model that ranks no items
+        one.scorer(baskets=one.config.task.reads_baskets, clicks=True)  # refuses a model that ranks no items
     own = trained_model.config.data
     predicts = own.predicted or own.domain
     split, domain = config.split or own.split, config.domain or predicts
@@ -164,7 +164,7 @@ def _models(config: RecommendConfig) -> list[tuple[TrainedModel, str]]:
     "unregistered/<hash>" for a folder."""
     folder, label, version = _model(config, config.model)
     trained_model = load_model(folder, users=False)
-    if trained_model.config.data.domain == DOMAIN_ALL or reads_baskets(trained_model.config.task):
+    if trained_model.config.data.domain == DOMAIN_ALL or trained_model.config.task.reads_baskets:
         return [(trained_model, label)]
     if config.companion is not None:
         folder, name, _ = _model(config, config.companion)

@@ -27,7 +27,7 @@ from optuna.trial import Trial
 from etl.settings import ConfigError, replaced
 from trainer import figures, tracking
 from trainer.config import FinetuneConfig, RangeConfig, SearchConfig
-from trainer.evaluation.validation import score_of
+from trainer.evaluation.evaluators import monitor
 from trainer.one_line import one_line
 from trainer.recipes import finetune, pretrain
 from trainer.recipes.trials import Arm, Outcome, SearchBusy, SearchError, as_yaml, open_arms, recipes, score, write
@@ -47,7 +47,7 @@ class Winner:
     arm: str
     file: Path
     model: Path  # the folder of the trial's model
-    score: float  # of the validation part (`score_of`)
+    score: float  # of the validation part (`monitor`)
     values: dict[str, Any]  # of the settings searched
 
 
@@ -87,7 +87,7 @@ def _search(config: SearchConfig, arms: Sequence[Arm]) -> list[Winner]:
             arm = min(waiting, key=lambda arm: len(arm.ended))
             _try(config, arm)
             if (best := arm.best) is not None:
-                tracked.log_metrics({f"{arm.name}/{score_of(arm.base.task)}": score(best)}, step=len(arm.ended))
+                tracked.log_metrics({f"{arm.name}/{monitor(arm.base.task)}": score(best)}, step=len(arm.ended))
         try:
             winners = _report(config, arms)
         finally:
@@ -108,7 +108,7 @@ def _try(config: SearchConfig, arm: Arm) -> None:
     if (duplicate := arm.duplicate(values)) is not None:
         arm.end(trial, "done", score(duplicate), reason=f"as trial {duplicate.number + 1}", seconds=0, epochs=0)
         return print(f"{number} has the values of trial {duplicate.number + 1}, and so its score")
-    judge = Judge(trial, score_of(arm.base.task))
+    judge = Judge(trial, monitor(arm.base.task))
     try:
         metrics = _train(config, arm, trial.number, values, judge).metrics
     except (Pruned, NonFiniteLoss, ConfigError, TransferError, MemoryError, torch.OutOfMemoryError) as error:
@@ -119,7 +119,7 @@ def _try(config: SearchConfig, arm: Arm) -> None:
     arm.end(
         trial,
         "done",
-        metrics[f"validation/{score_of(arm.base.task)}"],
+        metrics[f"validation/{monitor(arm.base.task)}"],
         reason="",
         seconds=metrics["seconds"],
         epochs=int(metrics["epochs"]),
@@ -129,7 +129,7 @@ def _try(config: SearchConfig, arm: Arm) -> None:
 def _train(config: SearchConfig, arm: Arm, number: int, values: Mapping[str, Any], judge: "Judge") -> pretrain.Result:
     folder = arm.run_folder(number)
     settings = replaced(arm.settings(values), name=folder.name, output=str(folder.parent), tracking=config.tracking)
-    if (expected := score_of(arm.base.task)) != (found := score_of(settings.task)):
+    if (expected := monitor(arm.base.task)) != (found := monitor(settings.task)):
         raise ConfigError(
             f"task {settings.task.kind}: expected a task validated by {expected}, as the recipe's, found one by {found}"
         )
@@ -218,7 +218,7 @@ def _winner(config: SearchConfig, arm: Arm) -> Winner | None:
     count = Counter(row["outcome"] for row in arm.rows())
     comment = (
         f"# Found by the search {config.name}, {arm.name}: trial {best.number + 1} of {count.total()} "
-        f"({count['pruned']} pruned, {count['failed']} failed).\n# Validation {score_of(own.task)} {score(best):.4f}"
+        f"({count['pruned']} pruned, {count['failed']} failed).\n# Validation {monitor(own.task)} {score(best):.4f}"
         f", on release {arm.base.data.release}, seed {own.train.seed}.\n# Searched: {_text(best.params)}.\n"
     )
     file = arm.folder / arm.name / BEST

@@ -27,7 +27,6 @@ from trainer.config import PretrainConfig
 
 POLL_SECONDS = 0.05
 STOP_SECONDS = 30.0  # a stopped run writes a checkpoint first
-_SCORE = "NDCG@10"
 # The recipes, and what they import only when needed: for torch's optimizers, MLflow's database, pictures.
 _PRELOADED = (
     "trainer.recipes.pretrain",
@@ -126,6 +125,7 @@ def _ready(waiting: list[TrainingJob]) -> TrainingJob | None:
 
 def _finished(training: TrainingJob) -> str | None:
     """How good its model is, where there is one of these settings, code and data; sets is_done."""
+    from trainer.evaluation.evaluators import monitor
     from trainer.recipes import pretrain
 
     try:
@@ -136,7 +136,8 @@ def _finished(training: TrainingJob) -> str | None:
         return None
     training.is_done, training.metrics, training.run_id = True, done.metrics, done.run_id
     epochs = f"best epoch {done.metrics['best_epoch']:.0f} of {done.metrics['epochs']:.0f}"
-    return f"validation {_SCORE} {done.metrics[f'validation/{_SCORE}']:.4f}, {epochs}"
+    score = monitor(training.config.task)
+    return f"validation {score} {done.metrics[f'validation/{score}']:.4f}, {epochs}"
 
 
 # --- a process --------------------------------------------------------------------------------------------------------

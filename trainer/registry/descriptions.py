@@ -9,6 +9,7 @@ from typing import Any
 
 from etl.redaction import redact
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
+from trainer.evaluation.class_metrics import signed
 from trainer.evaluation.gate import Decision
 from trainer.evaluation.significance import gain_text, p_text
 from trainer.inference.model_folder import TrainedModel
@@ -87,7 +88,7 @@ def _headline(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
     """The best model beside the best baseline."""
     mine = [row for row in rows if row["metric"] == metric]
     best = {
-        flag: max((r for r in mine if r["is_model"] is flag), key=lambda r: r["mean"], default=None)
+        flag: max((r for r in mine if r["is_model"] is flag), key=lambda r: signed(r["mean"], metric), default=None)
         for flag in (True, False)
     }
     if (model := best[True]) is None:

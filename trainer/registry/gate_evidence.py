@@ -1,130 +1,76 @@
-"""A registered version beside what it must not fall behind, all asked the same questions: what the gate is shown.
+"""A registered version beside what it must not fall behind, all on the same examples: what the gate is shown.
 
-Models that rank are compared by what users held out; models that tell something of users, or of pairs of a user and an
-item, by what is told (`trainer.evaluation.predictions`). Either way the gate sees one number of each user.
+Whatever a task predicts, the gate sees one number of each user: a metric of the task's leading evaluator.
 
-Shape letters: ``S`` seeds, ``U`` users, ``R`` held-out items of a user.
+Shape letters: ``S`` seeds, ``U`` users, ``C`` users of a slice.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from etl.settings import replaced
-from trainer.config import (
-    ClickConfig,
-    EvaluateConfig,
-    EvaluatedModel,
-    EvaluationConfig,
-    GateConfig,
-    MultiConfig,
-    PretrainConfig,
-    PromoteConfig,
-    ranks_items,
-    reads_baskets,
-)
+from trainer.config import EvaluateConfig, GateConfig, PretrainConfig, PromoteConfig
+from trainer.data.held_out import FULL
 from trainer.data.release import Release
-from trainer.evaluation import click_table, next_event_table, profile_table
-from trainer.evaluation.baselines import next_basket
-from trainer.evaluation.class_metrics import LOG_LOSS
-from trainer.evaluation.comparison import Evaluation, evaluate_scorers, in_order
+from trainer.evaluation.class_metrics import signed
+from trainer.evaluation.comparison import Results, in_order
+from trainer.evaluation.evaluator import Evaluator, Question
+from trainer.evaluation.evaluators import evaluator_of
 from trainer.evaluation.gate import FROM_SCRATCH, Evidence, Slice, check_must_beat
-from trainer.evaluation.item_ranking import SINGLE, convention_of
-from trainer.evaluation.predictions import Predictions
-from trainer.evaluation.ranking_metrics import FloatArray, means
-from trainer.evaluation.scorers import baseline_scorers, model_scorer, read_evaluation_set, repeats_of
+from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.inference.model_folder import TrainedModel
-from trainer.parallel.distributed import join
 from trainer.registry import CHAMPION
 
 VERSION, SCRATCH = "candidate", FROM_SCRATCH  # labels, beside the registry's champion
 SCRATCH_TRANSFER = "none"
 Named = Sequence[tuple[str, TrainedModel]]  # labels and models; the version itself first
-Scored = TypeVar("Scored")  # what the champion said, asked the same
 
 
-class GateEvidence(ABC, Generic[Scored]):
-    """A version, its replicas, from-scratch and the simple baselines."""
+class GateEvidence:
+    """A version, its replicas, from-scratch and the simple baselines, evaluated. `event_types`: those that the
+    champion, who may be asked later, reads. Raises GraftrecError."""
 
-    release: Release
-    split: str
-    domain: str
-    part: str
-    num_users: int
-    faults: list[str]  # why numbers can't be trusted
-    transferred: bool  # whether the version started from a parent
-
-    @abstractmethod
-    def champion(self, trained_model: TrainedModel) -> Scored:
-        """The champion on the same questions, whatever it was trained on. Raises GraftrecError."""
-
-    @abstractmethod
-    def evidence(self, champion: Scored | None, gate: GateConfig) -> Evidence:
-        """What the gate is shown: the first seed of the version's label is the version itself."""
-
-    @abstractmethod
-    def means(self) -> dict[str, dict[str, float]]:
-        """The version's own numbers, by protocol, or by what is told."""
-
-
-def judged(models: Named, kinds: Sequence[str], config: PromoteConfig, release: Release) -> GateEvidence[Any]:
-    """Ask all of `models`. `kinds`: those of events that the champion, who may be asked later, reads. Raises
-    GraftrecError."""
-    if ranks_items(models[0][1].config.task):
-        return Ranked(models, kinds, config, release)
-    return EvidenceOfPredictions(models, config, release)
-
-
-class Ranked(GateEvidence[Evaluation]):
-    """Held-out items, or next baskets, ranked."""
-
-    def __init__(self, models: Named, kinds: Sequence[str], config: PromoteConfig, release: Release) -> None:
-        self.config, self.release, self.part = config, release, config.part
-        first = models[0][1]
+    def __init__(self, models: Named, event_types: Sequence[str], config: PromoteConfig, release: Release) -> None:
+        first, self.release, self.part = models[0][1], release, config.part
         self.transferred = was_transferred(first.config, first.parent)
-        own, baskets = first.config.data, reads_baskets(first.config.task)
-        self.split, self.domain = config.split or own.split, config.domain or own.answered
-        self.examples = read_evaluation_set(
-            release,
-            self.split,
-            self.domain,
-            config.part,
-            _evaluation(config, models),
-            baskets=baskets,
-            event_types=list(dict.fromkeys([*first.event_types, *kinds])),
-        )
-        self.num_users = len(self.examples.users)
-        device = str(join(config.runtime).device)
-        scorers = [model_scorer(model, self.examples, label=label, device=device) for label, model in models]
+        self.evaluator = _evaluator(models, event_types, config, release)
+        self.split, self.domain, self.table = self.evaluator.split, self.evaluator.domain, first.config.task.table
+        scorers = [self.evaluator.scorer(model, label=label) for label, model in models]
         if config.gate.must_beat:
-            simple = next_basket.baseline_scorers if self.examples.baskets else baseline_scorers
-            found = simple(self.examples, config.baselines)
-            check_must_beat(config.gate, [scorer.label for scorer in found])
-            scorers += found
-        self.evaluation = evaluate_scorers(
-            scorers, self.examples, batch_size=config.evaluation.batch_size, progress=config.runtime.progress
-        )
-        self.faults = [
-            f"{count:,} scores of {label}, seed {seed}, are not numbers"
-            for (label, seed), count in self.evaluation.broken.items()
-            if count
-        ]
+            baselines = self.evaluator.baselines(config.baselines)
+            check_must_beat(config.gate, [scorer.label for scorer in baselines])
+            scorers += baselines
+        self.results = self.evaluator.predict(scorers)
+        self.num_users, self.faults = self.results.num_users, self.results.faults()
 
-    def champion(self, trained_model: TrainedModel) -> Evaluation:
-        device = str(join(self.config.runtime).device)
-        scorer = model_scorer(trained_model, self.examples, label=CHAMPION, device=device, must_know=False)
-        return evaluate_scorers([scorer], self.examples, batch_size=self.config.evaluation.batch_size)
+    def champion(self, model: TrainedModel) -> Results:
+        """The champion on the same examples, whatever it was trained on. Raises GraftrecError."""
+        return self.evaluator.predict([self.evaluator.scorer(model, label=CHAMPION, must_know=False)])
 
-    def evidence(self, champion: Evaluation | None, gate: GateConfig) -> Evidence:
-        return evidence_of(self.evaluation, champion, gate, transferred=self.transferred)
+    def evidence(self, champion: Results | None, gate: GateConfig) -> Evidence:
+        """What the gate is shown: the first seed of the version's label is the version itself."""
+        return evidence_of(self.results, champion, gate, transferred=self.transferred)
 
     def means(self) -> dict[str, dict[str, float]]:
-        key = next(key for key in self.evaluation.scorers if key[0] == VERSION)
-        return {
-            protocol: means(self.evaluation.metrics(key, protocol)) for protocol in self.examples.held_out.protocols
-        }
+        """The version's own numbers, by protocol, or by what is predicted."""
+        return self.results.means(next(key for key in self.results.scorers if key[0] == VERSION))
+
+
+def _evaluator(models: Named, event_types: Sequence[str], config: PromoteConfig, release: Release) -> Evaluator:
+    """The one that has the gate's metric."""
+    task, gate = models[0][1].config.task, config.gate
+    protocols = (FULL,) if task.reads_baskets else (*config.evaluation.protocols, gate.protocol)
+    asked = EvaluateConfig(
+        split=config.split,
+        domain=config.domain,
+        part=config.part,
+        evaluation=replaced(config.evaluation, protocols=tuple(dict.fromkeys(protocols))),
+        baselines=config.baselines,
+        runtime=config.runtime,
+    )
+    found = evaluator_of(task).read(Question(asked, [model for _, model in models], release, event_types))
+    return next((one for one in found if one.name == gate.metric.partition("/")[0]), found[-1])
 
 
 def was_transferred(config: PretrainConfig, parent: str | None) -> bool:
@@ -132,132 +78,48 @@ def was_transferred(config: PretrainConfig, parent: str | None) -> bool:
     return parent is not None or getattr(config, "transfer", SCRATCH_TRANSFER) != SCRATCH_TRANSFER
 
 
-def _evaluation(config: PromoteConfig, models: Named) -> EvaluationConfig:
-    """With the gate's protocol (next baskets are ranked in full only), and candidates as the models were trained."""
-    baskets = reads_baskets(models[0][1].config.task)
-    examples = [config.gate.protocol] if baskets else [*config.evaluation.protocols, config.gate.protocol]
-    repeats = repeats_of(config.evaluation, [model for _, model in models])
-    return replaced(config.evaluation, protocols=tuple(dict.fromkeys(examples)), repeats=repeats)
+def evidence_of(results: Results, champion: Results | None, gate: GateConfig, *, transferred: bool = True) -> Evidence:
+    """Of users of whom the metric says something; of others it says nothing whatever a model gives."""
+    protocol, metric = results.place_of(gate.protocol, gate.metric)
 
+    def matrix(found: Results, label: str, seeds: Sequence[int | None]) -> FloatArray:
+        return signed(found.matrix(label, protocol, metric, seeds=seeds), metric)
 
-def evidence_of(
-    evaluation: Evaluation, champion: Evaluation | None, gate: GateConfig, *, transferred: bool = True
-) -> Evidence:
-    """Of rankings."""
-    first = evaluation.seeds(VERSION)[0]
-    seeds, scratch_seeds = in_order(evaluation.seeds(VERSION)), in_order(evaluation.seeds(SCRATCH))
-
-    def matrix(label: str, seeds: Sequence[int | None]) -> FloatArray:
-        return evaluation.matrix(label, gate.protocol, gate.metric, seeds=seeds)
-
+    first = results.seeds(VERSION)[:1]
+    seeds, scratch_seeds = in_order(results.seeds(VERSION)), in_order(results.seeds(SCRATCH))
+    version_U = matrix(results, VERSION, first)[0]
+    known = ~np.isnan(version_U)
+    scratch_SU = matrix(results, SCRATCH, scratch_seeds) if scratch_seeds else None
+    champion_U = matrix(champion, CHAMPION, champion.seeds(CHAMPION))[0] if champion else None
+    beside, label = (champion, CHAMPION) if champion else (results, SCRATCH)
+    slices = []
+    if champion or scratch_seeds:
+        cold_U = results.training_items <= gate.cold_user_items
+        beside_U = matrix(beside, label, beside.seeds(label)).mean(0)
+        slices.append(Slice("cold users", version_U[cold_U], beside_U[cold_U], label))
+        slices += _rare_items(results, beside, label, gate)
     return Evidence(
-        version_U=matrix(VERSION, [first])[0],
-        version_seed=first,
-        recipe_SU=matrix(VERSION, seeds),
+        version_U=version_U[known],
+        version_seed=first[0],
+        recipe_SU=matrix(results, VERSION, seeds)[:, known],
         recipe_seeds=seeds,
-        scratch_SU=matrix(SCRATCH, scratch_seeds) if scratch_seeds else None,
+        scratch_SU=None if scratch_SU is None else scratch_SU[:, known],
         scratch_seeds=scratch_seeds,
-        champion_U=champion.matrix(CHAMPION, gate.protocol, gate.metric)[0] if champion else None,
-        baselines={label: matrix(label, [None])[0] for label in evaluation.labels if not evaluation.is_model(label)},
-        slices=_slices(evaluation, champion, gate) if champion or scratch_seeds else (),
+        champion_U=None if champion_U is None else champion_U[known],
+        baselines={
+            name: matrix(results, name, [None])[0][known] for name in results.labels if not results.is_model(name)
+        },
+        slices=slices,
         transferred=transferred,
     )
 
 
-def _slices(evaluation: Evaluation, champion: Evaluation | None, gate: GateConfig) -> list[Slice]:
-    """Cold users: all that they hold out. Cold items: each ranked alone, in the convention `single`."""
-    examples = evaluation.examples
-    beside, label, name = (champion, CHAMPION, CHAMPION) if champion else (evaluation, SCRATCH, SCRATCH)
-    cold_U = examples.held_out.training_items <= gate.cold_user_items
-    targets_UR = examples.held_out.targets
-    cold_UR = (targets_UR >= 0) & (examples.training_interactions[targets_UR] <= gate.cold_item_interactions)
-    alone = SINGLE + convention_of(gate.metric)[1].replace("HR@", "Recall@").replace("F1@", "Recall@")
-    first = evaluation.seeds(VERSION)[:1]
-    with_cold_U = cold_UR.any(1)
+def _rare_items(results: Results, beside: Results, label: str, gate: GateConfig) -> list[Slice]:
+    """Held-out items that were seldom trained on, where items are ranked."""
 
-    def pair(metric: str, users: Any, only: Any = None) -> tuple[FloatArray, FloatArray]:
-        version = evaluation.matrix(VERSION, gate.protocol, metric, seeds=first, only_UR=only)[0]
-        return version[users], beside.matrix(label, gate.protocol, metric, only_UR=only).mean(0)[users]
+    def values(found: Results, key: tuple[str, int | None]) -> FloatArray | None:
+        return found.on_rare_items(key, gate.protocol, gate.metric, at_most=gate.cold_item_interactions)
 
-    return [
-        Slice("cold users", *pair(gate.metric, cold_U), name),
-        Slice("cold items", *pair(alone, with_cold_U, cold_UR), name),
-    ]
-
-
-class EvidenceOfPredictions(GateEvidence[Predictions]):
-    """What users are, what they do next, what they click: told."""
-
-    def __init__(self, models: Named, config: PromoteConfig, release: Release) -> None:
-        self.config, self.release, self.part, self._models = config, release, config.part, models
-        self.transferred = was_transferred(models[0][1].config, models[0][1].parent)
-        self._told = self._ask(models, baselines=bool(config.gate.must_beat))
-        self.split, self.domain = self._told.split, self._told.domain
-        self.num_users = len(self._told.histories)
-        self.faults = [
-            f"{int((~np.isfinite(given)).sum()):,} probabilities of {label}, seed {seed}, are not numbers"
-            for (label, seed), given in self._told.probabilities.items()
-            if not np.isfinite(given).all()
-        ]
-
-    def champion(self, trained_model: TrainedModel) -> Predictions:
-        return self._ask([self._models[0], (CHAMPION, trained_model)], baselines=False)
-
-    def evidence(self, champion: Predictions | None, gate: GateConfig) -> Evidence:
-        predictions, metric = self._told, gate.metric.rpartition("/")[2]
-
-        def of_label(predictions: Predictions, label: str, seeds: Sequence[int | None]) -> FloatArray:
-            found = np.stack([predictions.of_users((label, seed), metric) for seed in seeds])
-            return -found if metric == LOG_LOSS else found
-
-        first = predictions.seeds(VERSION)[0]
-        seeds, scratch_seeds = in_order(predictions.seeds(VERSION)), in_order(predictions.seeds(SCRATCH))
-        version_U = of_label(predictions, VERSION, [first])[0]
-        scratch_SU = of_label(predictions, SCRATCH, scratch_seeds) if scratch_seeds else None
-        champion_U = of_label(champion, CHAMPION, champion.seeds(CHAMPION))[0] if champion else None
-        known = ~np.isnan(version_U)  # what can't be said of a user, it can't of any model's answer
-        cold_U = predictions.histories.lengths <= gate.cold_user_items
-        beside_U, name = (champion_U, CHAMPION) if champion_U is not None else (None, SCRATCH)
-        if beside_U is None and scratch_SU is not None:
-            beside_U = scratch_SU.mean(0)
-        return Evidence(
-            version_U=version_U[known],
-            version_seed=first,
-            recipe_SU=of_label(predictions, VERSION, seeds)[:, known],
-            recipe_seeds=seeds,
-            scratch_SU=None if scratch_SU is None else scratch_SU[:, known],
-            scratch_seeds=scratch_seeds,
-            champion_U=None if champion_U is None else champion_U[known],
-            baselines={
-                label: of_label(predictions, label, [None])[0][known]
-                for label in predictions.labels
-                if predictions.seeds(label) == [None]
-            },
-            slices=[] if beside_U is None else [Slice("cold users", version_U[cold_U], beside_U[cold_U], name)],
-            transferred=self.transferred,
-        )
-
-    def means(self) -> dict[str, dict[str, float]]:
-        key = next(key for key in self._told.probabilities if key[0] == VERSION)
-        return {self._models[0][1].config.task.kind: self._told.metrics(key)}
-
-    def _ask(self, models: Named, *, baselines: bool) -> Predictions:
-        config, task = self.config, models[0][1].config.task
-        examples = EvaluateConfig(
-            split=config.split,
-            domain=config.domain,
-            part=config.part,
-            evaluation=config.evaluation,
-            baselines=replaced(config.baselines, enabled=baselines),
-            runtime=config.runtime,
-        )
-        chosen = [EvaluatedModel(model=str(model.folder), label=label) for label, model in models]
-        artifacts = [model for _, model in models]
-        if isinstance(task, MultiConfig):
-            several = next_event_table.tell(examples, chosen, artifacts, self.release)
-            return next(
-                predictions for predictions in several if predictions.name == config.gate.metric.partition("/")[0]
-            )
-        if isinstance(task, ClickConfig):
-            return click_table.tell(examples, chosen, artifacts, self.release)
-        return profile_table.tell(examples, chosen, artifacts, self.release)
+    version_C = values(results, (VERSION, results.seeds(VERSION)[0]))
+    others = [values_C for seed in beside.seeds(label) if (values_C := values(beside, (label, seed))) is not None]
+    return [] if version_C is None else [Slice("cold items", version_C, np.stack(others).mean(0), label)]

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from etl.redaction import redact
 from etl.tables import FIRST_INDEX
 from trainer import tracking
-from trainer.config import PretrainConfig, TrackingConfig, patch_of, reads_baskets
+from trainer.config import PretrainConfig, TrackingConfig, patch_of
 from trainer.data.release import Release
 from trainer.inference.delta_folder import PATCH, assemble, write_patch
 from trainer.inference.model_folder import CATALOGUE, MANIFEST, config_of, load_model, model_hash
@@ -450,7 +450,7 @@ def _example(folder: Path, config: PretrainConfig) -> dict[str, Any]:
     """A request that the model knows: its three most popular items, as a history."""
     rows = pq.read_table(folder / CATALOGUE, columns=["item", "popularity"]).slice(FIRST_INDEX)
     popular = rows.sort_by([("popularity", "descending")])["item"].slice(0, 3).to_pylist()
-    return {"baskets": [popular[:2], popular[2:]]} if reads_baskets(config.task) else {"items": popular}
+    return {"baskets": [popular[:2], popular[2:]]} if config.task.reads_baskets else {"items": popular}
 
 
 def _scratch() -> str:

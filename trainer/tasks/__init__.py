@@ -1,22 +1,10 @@
 """One file per training objective: `loss`, and `query`, how the model is asked at evaluation and serving."""
 
-from typing import Protocol
-
-from torch import Tensor
-
-from trainer.config import (
-    BasketPairConfig,
-    ClickConfig,
-    MaskedItemConfig,
-    MultiConfig,
-    NextBasketConfig,
-    NextItemConfig,
-    ProfileConfig,
-    TargetItemConfig,
-    TaskConfig,
-)
-from trainer.data.batch import Batch
-from trainer.models import SequenceModel
+from trainer.config import TaskSettings
+from trainer.data.catalogue import Catalogue
+from trainer.data.release import Release
+from trainer.data.sequences import SequenceDataset
+from trainer.tasks.base import Task
 from trainer.tasks.baskets import BasketPair, NextBasket
 from trainer.tasks.click import Click
 from trainer.tasks.masked_item import MaskedItem
@@ -36,36 +24,27 @@ __all__ = [
     "TargetItem",
     "Task",
     "build_task",
+    "prepare_task",
 ]
 
 
-class Task(Protocol):
-    """A training objective. Its draws are functions of `batch.draw`, so that a resumed run makes the same ones."""
+TASKS: dict[str, type[Task]] = {
+    "masked_item": MaskedItem,
+    "next_item": NextItem,
+    "target_item": TargetItem,
+    "profile": Profile,
+    "multi": Multi,
+    "click": Click,
+    "next_basket": NextBasket,
+    "basket_pair": BasketPair,
+}
 
-    def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(loss summed over the positions where one is taken, their number), of this rank's slice of the batch."""
-        ...
 
-    def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
-        """Hidden states [B, D] that the candidates are scored against. `table_VD`: as `SequenceModel.forward`'s."""
-        ...
+def build_task(config: TaskSettings) -> Task:
+    """A task that answers queries."""
+    return TASKS[config.kind](config)  # type: ignore[call-arg]
 
 
-def build_task(config: TaskConfig) -> Task:
-    match config:
-        case MaskedItemConfig():
-            return MaskedItem(config)
-        case NextItemConfig():
-            return NextItem(config)
-        case TargetItemConfig():
-            return TargetItem(config)
-        case ProfileConfig():
-            return Profile(config)
-        case MultiConfig():
-            return Multi(config)
-        case ClickConfig():
-            return Click(config)
-        case NextBasketConfig():
-            return NextBasket(config)
-        case BasketPairConfig():
-            return BasketPair(config)
+def prepare_task(config: TaskSettings, release: Release, catalogue: Catalogue, dataset: SequenceDataset) -> Task:
+    """A task that can be trained on a dataset. Raises GraftrecError."""
+    return TASKS[config.kind].prepared(config, release, catalogue, dataset)

@@ -20,6 +20,7 @@ from etl.tables import CLS, FIRST_INDEX, MASK, PAD, SEP
 from trainer.config import BasketPairConfig, LossConfig, NextBasketConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
+from trainer.tasks.base import Task
 from trainer.tasks.loss import summed_loss, wide
 
 HEAD = "next_basket"  # of the CLS: is the second basket the next one?
@@ -90,7 +91,7 @@ def join_pairs(first: Spans, second: Spans, *, max_length: int) -> Pairs:
     return Pairs(torch.where(place_W < lengths_P[:, None], items_PW, PAD), lengths_P, second_P, first.row_P)
 
 
-class _Asked:
+class _BasketTask(Task):
     """How a next basket is asked for: ``CLS`` the newest baskets, SEP behind each, then ``MASK SEP``."""
 
     context: int  # baskets that are read
@@ -151,7 +152,7 @@ class _Asked:
         return hidden_PD
 
 
-class NextBasket(_Asked):
+class NextBasket(_BasketTask):
     """The items of baskets that a MASK in their place tells, given those before."""
 
     def __init__(self, config: NextBasketConfig) -> None:
@@ -167,11 +168,12 @@ class NextBasket(_Asked):
         return self._told(model, batch, baskets, owner_P, told_P, table_VD)
 
 
-class BasketPair(_Asked):
+class BasketPair(_BasketTask):
     """Masked items of both baskets of a pair, and whether the second is the one that came next."""
 
     def __init__(self, config: BasketPairConfig) -> None:
         self.config, self.context, self.items = config, config.context, config.loss
+        self.heads = {HEAD: 1}
 
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed loss, number of items told) of this rank's slice; a pair's answer adds `weight` times its

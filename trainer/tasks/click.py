@@ -10,26 +10,40 @@ Shape letters: ``B`` sequences of this rank, ``G`` of the global batch, ``T`` po
 ``N`` events asked about, ``M`` of them that are taken.
 """
 
+from typing import Self
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from etl.tables import CLS, FIRST_INDEX, MASK, PAD
-from trainer.config import ClickConfig
+from trainer.config import ClickConfig, PairHeadConfig
 from trainer.data.batch import Batch
+from trainer.data.catalogue import Catalogue
+from trainer.data.item_features import read_content
+from trainer.data.release import Release
+from trainer.data.sequences import SequenceDataset
 from trainer.models import SequenceModel
+from trainer.tasks.base import Task
 from trainer.tasks.loss import wide
 from trainer.tasks.user_vector import newest
 
 HEAD = "click"
+PAIRS_AT_ONCE = 1 << 16  # of a user and an item, scored by a small network each
 
 
-class Click:
+class Click(Task):
     """The task; holds settings only."""
 
     def __init__(self, config: ClickConfig) -> None:
         self.config = config
+
+    @classmethod
+    def prepared(cls, config: ClickConfig, release: Release, catalogue: Catalogue, dataset: SequenceDataset) -> Self:
+        task, content = cls(config), read_content(release, catalogue, config.content)
+        task.content, task.heads = content, {HEAD: PairHeadConfig(content=content.width, layers=config.layers)}
+        return task
 
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """(binary cross-entropy summed over pairs, their number) of this rank's slice."""
@@ -40,21 +54,35 @@ class Click:
         taken_BT = torch.where(is_taken_BT, batch.items, PAD)
         hidden_ND, row_N, place_N = self._asked(model, batch, is_taken_BT)
         items_N, is_taken_N = batch.items[row_N, place_N], is_taken_BT[row_N, place_N]
-        told_N = self.told(model, hidden_ND, items_N)
+        logit_N = self.logits(model, hidden_ND, items_N)
         isn_taken_N = (items_N[:, None] != taken_BT[row_N]).all(1)
         row_M, place_M = row_N[is_taken_N], place_N[is_taken_N]
         drawn_MK = self._drawn(batch, model.num_items)[row_M, place_M]
         isn_taken_MK = (drawn_MK[:, :, None] != taken_BT[row_M][:, None]).all(2)
-        no_MK = self.told(model, hidden_ND[is_taken_N][:, None], drawn_MK)
-        loss = F.softplus(-told_N[is_taken_N]).sum() + F.softplus(told_N[isn_taken_N]).sum()
-        loss = loss + (F.softplus(no_MK) * isn_taken_MK).sum()
+        negative_MK = self.logits(model, hidden_ND[is_taken_N][:, None], drawn_MK)
+        loss = F.softplus(-logit_N[is_taken_N]).sum() + F.softplus(logit_N[isn_taken_N]).sum()
+        loss = loss + (F.softplus(negative_MK) * isn_taken_MK).sum()
         return loss, is_taken_N.sum() + isn_taken_N.sum() + isn_taken_MK.sum()
 
-    def told(self, model: SequenceModel, hidden_ND: Tensor, rows: Tensor) -> Tensor:
+    def logits(self, model: SequenceModel, hidden_ND: Tensor, rows: Tensor) -> Tensor:
         """Logits, of the shape of `rows`, that the users of hidden states [..., D] take these catalogue rows."""
         assert model.content_VF is not None, "items have been described"
         hidden = hidden_ND.expand(*rows.shape, hidden_ND.shape[-1])
         return wide(model.task_heads[HEAD](hidden, model.content_VF[rows].to(hidden.dtype)))
+
+    def scores(
+        self,
+        model: SequenceModel,
+        hidden_BD: Tensor,
+        rows: slice | Tensor,
+        table_VD: Tensor | None,
+        bias_V: Tensor | None,
+    ) -> Tensor:
+        """Logits, some pairs at a time."""
+        rows_C = torch.arange(rows.start, rows.stop, device=hidden_BD.device) if isinstance(rows, slice) else rows
+        blocks_C = torch.split(rows_C, max(1, PAIRS_AT_ONCE // max(1, len(hidden_BD))))
+        logits = [self.logits(model, hidden_BD[:, None], block.expand(len(hidden_BD), -1)) for block in blocks_C]
+        return torch.cat(logits, dim=1).float()
 
     def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
         """Hidden states [B, D] of users after all that is read; impressions, where kinds are known, aren't."""

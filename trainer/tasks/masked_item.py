@@ -15,10 +15,11 @@ from etl.tables import FIRST_INDEX, MASK, PAD
 from trainer.config import MaskedItemConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
+from trainer.tasks.base import Task
 from trainer.tasks.loss import is_predicted, summed_loss
 
 
-class MaskedItem:
+class MaskedItem(Task):
     """The task; holds settings only."""
 
     causal = False

@@ -6,13 +6,26 @@ losses are summed over positions and added up, each with a weight that is set, o
 Shape letters: ``B`` sequences, ``T`` positions, ``N`` real positions, ``V`` catalogue rows, ``L`` levels.
 """
 
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.config import MultiConfig, NextItemConfig
+from etl import tables
+from etl.settings import ConfigError
+from etl.tables import FIRST_INDEX
+from trainer.arrays import Int8Array, Int32Array, IntArray
+from trainer.config import MultiConfig, NextItemConfig, TaskHead, WeightsHeadConfig
 from trainer.data.batch import Batch
+from trainer.data.catalogue import Catalogue
+from trainer.data.release import Release
+from trainer.data.sequences import SequenceDataset
 from trainer.models import SequenceModel
+from trainer.tasks.base import Task
 from trainer.tasks.loss import summed_loss, wide
 from trainer.tasks.next_item import NextItem, begun
 
@@ -20,15 +33,26 @@ WEIGHTS = "loss_weights"  # the head that holds them, where they are learned
 NOTHING = -1  # class of what has none
 
 
-class Multi:
+class Multi(Task):
     """The task. `class_V`: the category of each catalogue row; `levels_L`: the values that there are, ascending. None:
     it is only asked."""
 
     causal = True
+    known: "Classes"  # of the data that it is trained on
 
     def __init__(self, config: MultiConfig, class_V: Tensor | None = None, levels_L: Tensor | None = None) -> None:
         self.config, self.class_V, self.levels_L = config, class_V, levels_L
         self._next = NextItem(NextItemConfig(loss=config.loss))
+
+    @classmethod
+    def prepared(cls, config: MultiConfig, release: Release, catalogue: Catalogue, dataset: SequenceDataset) -> Self:
+        known = read_classes(release, catalogue, config, dataset)
+        task = cls(config, torch.from_numpy(known.class_V), torch.from_numpy(known.levels_L))
+        heads: dict[str, TaskHead] = {name: len(names) for name, names in known.names.items()}
+        if config.weighting == "uncertainty":
+            heads[WEIGHTS] = WeightsHeadConfig(losses=len(config.tells))
+        task.class_names, task.heads, task.known = known.names, heads, known
+        return task
 
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """(weighed sum of the losses, number of positions) of this rank's slice."""
@@ -74,3 +98,89 @@ class Multi:
     def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
         """Hidden states [B, D] of users after all that is read."""
         return self._next.query(model, batch, table_VD)
+
+
+# --- classes of events ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names of the classes of what is told, and which is whose."""
+
+    names: dict[str, tuple[str, ...]]  # what is told -> its classes
+    class_V: IntArray  # category of each row, NOTHING where it has none; empty where it isn't told
+    levels_L: npt.NDArray[np.float32]  # ascending; empty where values aren't told
+
+    def of(
+        self, name: str, rows: IntArray | Int32Array, values: npt.NDArray[np.float32], event_types: Int8Array
+    ) -> IntArray:
+        """What `name` is of events, given side by side what is known of them (`values`, `event_types` where these are
+        told); NOTHING where they have none."""
+        if name == "category":
+            return self.class_V[rows]
+        return event_types.astype(np.int64) - 1 if name == "event_type" else self._level_of(values)  # 0: none of them
+
+    def _level_of(self, values: npt.NDArray[np.float32]) -> IntArray:
+        """Classes of values; NOTHING for none, and for one that is no level."""
+        place = np.searchsorted(self.levels_L, np.nan_to_num(values, nan=np.inf))
+        place = np.minimum(place, len(self.levels_L) - 1)
+        return np.where(self.levels_L[place] == values, place, NOTHING)
+
+
+def read_classes(release: Release, catalogue: Catalogue, config: MultiConfig, dataset: SequenceDataset) -> Classes:
+    """What is told of a dataset's events; kinds of event are those that it tells apart. Raises ConfigError: no item has
+    a category, no event has a value, or values are no levels."""
+    names: dict[str, tuple[str, ...]] = {}
+    class_V, levels_L = np.empty(0, np.int64), np.empty(0, np.float32)
+    if "category" in config.tells:
+        class_V, names["category"] = _categories(release, catalogue)
+    if "event_type" in config.tells:
+        names["event_type"] = tuple(dataset.event_types)
+    if "value" in config.tells:
+        levels_L = _levels(dataset, config.max_levels)
+        names["value"] = tuple(f"{level:g}" for level in levels_L)
+    return Classes(names, class_V, levels_L)
+
+
+def _categories(release: Release, catalogue: Catalogue) -> tuple[IntArray, tuple[str, ...]]:
+    """The first category of each item."""
+    items = release.read(tables.ITEMS, ["index", "categories"])
+    rows = catalogue.rows(items["index"].to_numpy())
+    own = [
+        (row, one[0])
+        for row, one in zip(rows, items["categories"].to_pylist(), strict=True)
+        if row >= FIRST_INDEX and one
+    ]
+    names = tuple(sorted({name for _, name in own}))
+    if len(names) < 2:
+        raise ConfigError(
+            f"task.tells category: expected items of two categories at least in release {release.number} of "
+            f"{release.lake}, found {', '.join(names) or 'none'}; leave it out, or describe it in the source's "
+            "`items` file"
+        )
+    place = {name: number for number, name in enumerate(names)}
+    class_V = np.full(len(catalogue), NOTHING, dtype=np.int64)
+    for row, name in own:
+        class_V[row] = place[name]
+    return class_V, names
+
+
+def _levels(dataset: SequenceDataset, most: int) -> npt.NDArray[np.float32]:
+    """The different values of all training parts."""
+    found = np.empty(0, np.float32)
+    for group in range(len(dataset.groups)):
+        sequences = dataset.read([group])
+        trained = sequences.values[sequences.positions < sequences.valid_start[sequences.owners]]
+        found = np.unique(np.concatenate([found, trained[~np.isnan(trained)]]))
+        if len(found) > most:
+            raise ConfigError(
+                f"task.tells value: expected at most {most} different values (task.max_levels), found more in split "
+                f"{dataset.split!r}, domain {dataset.domain!r}; a price is no level: round it in the log, or leave it "
+                "out"
+            )
+    if len(found) < 2:
+        raise ConfigError(
+            f"task.tells value: expected events with two different values at least in split {dataset.split!r}, domain "
+            f"{dataset.domain!r}, found {len(found)}; name the log's value column, or leave it out"
+        )
+    return found

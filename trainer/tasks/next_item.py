@@ -11,10 +11,11 @@ from etl.tables import CLS
 from trainer.config import NextItemConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
+from trainer.tasks.base import Task
 from trainer.tasks.loss import is_predicted, summed_loss
 
 
-class NextItem:
+class NextItem(Task):
     """The task; holds settings only."""
 
     causal = True

@@ -10,11 +10,12 @@ from torch import Tensor
 from trainer.config import TargetItemConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
+from trainer.tasks.base import Task
 from trainer.tasks.loss import is_predicted, summed_loss
 from trainer.tasks.user_vector import user_vectors
 
 
-class TargetItem:
+class TargetItem(Task):
     """The task; holds settings only."""
 
     def __init__(self, config: TargetItemConfig) -> None:

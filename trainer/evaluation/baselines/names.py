@@ -1,7 +1,5 @@
 """Names of the simple baselines, by what a model predicts: in tables, in `gate.must_beat`, where they are computed."""
 
-from trainer.config import ClickConfig, MultiConfig, ProfileConfig, TaskConfig, ranks_items, reads_baskets
-
 POPULARITY = "popularity"
 ITEM_TO_ITEM = "item-to-item"
 ITEM_TO_ITEM_DECAYED = "item-to-item, decayed"
@@ -19,16 +17,4 @@ POPULARITY_AND_ITEMS = "popularity and item-to-item"
 
 OF_ONE_DOMAIN = (POPULARITY, ITEM_TO_ITEM, ITEM_TO_ITEM_DECAYED, TRANSITIONS)
 OF_ALL_DOMAINS = (ITEM_TO_ITEM_ALL_TRAINING, ITEM_TO_ITEM_ALL, ITEM_TO_ITEM_ALL_DECAYED)  # where there are others
-
-
-def baseline_names(task: TaskConfig) -> tuple[str, ...]:
-    """All that can stand beside a model of a task; those of all domains only where the log has others."""
-    if reads_baskets(task):
-        return POPULARITY, PERSONAL_FREQUENCY, MARKOV_CHAIN
-    if isinstance(task, ProfileConfig):
-        return MOST_FREQUENT, REGRESSION
-    if isinstance(task, ClickConfig):
-        return POPULARITY, POPULARITY_AND_ITEMS
-    if isinstance(task, MultiConfig) and not ranks_items(task):
-        return SHARES, OWN_PAST
-    return (*OF_ONE_DOMAIN, *OF_ALL_DOMAINS)
+OF_BASKETS = (POPULARITY, PERSONAL_FREQUENCY, MARKOV_CHAIN)

@@ -1,0 +1,244 @@
+"""Users of a pinned release with what they hold out, in *rows* of one catalogue.
+
+Rows below FIRST_INDEX are reserved and never candidates. Shape letters: ``U`` users, ``R`` held-out items of a user
+(ragged, padded by -1), ``N`` negatives of a user (ragged, padded by -1).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from etl import tables
+from etl.settings import ConfigError
+from etl.tables import SEP, UNK
+from trainer.arrays import IntArray
+from trainer.data.baskets import BasketDataset
+from trainer.data.catalogue import Catalogue
+from trainer.data.histories import Histories
+from trainer.data.release import DataError, Release, TableFile, blamed, open_parquet
+from trainer.data.sequences import SequenceDataset, Sequences
+
+Part = Literal["validation", "test"]
+
+FULL = "full"  # the protocol that ranks among every item, and needs no negatives
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is asked of a model for each user: input, held-out items, and negatives by protocol. Users ascend."""
+
+    users: IntArray  # [U] global index
+    histories: Histories  # the input, in rows
+    targets: IntArray  # [U, R] rows, -1 padded
+    negatives: dict[str, IntArray]  # protocol -> [U, N] rows, -1 padded
+    protocols: tuple[str, ...]
+    num_rows: int  # V
+    training_items: IntArray  # [U] length of the training part
+    first_time: IntArray  # [U] time of the first held-out item; empty where there are no times, or they were not read
+    baskets: bool = False  # histories have a SEP behind each
+    repeats: bool = False  # what is in the input is a candidate too, for it may be had again
+    # [U] value of the first held-out event, NaN: none; empty where they were not read
+    first_value: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    # [U, R] kinds of the held-out events (places among those told apart, 0 for none); empty where they were not read
+    event_types: npt.NDArray[np.int8] = field(default_factory=lambda: np.empty((0, 0), np.int8))
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def take(self, rows: IntArray) -> "HeldOut":
+        """Some of the users (ascending), e.g. those of one process."""
+        return replace(
+            self,
+            users=self.users[rows],
+            histories=self.histories.take(rows),
+            targets=self.targets[rows],
+            negatives={protocol: items[rows] for protocol, items in self.negatives.items()},
+            training_items=self.training_items[rows],
+            first_time=self.first_time[rows] if len(self.first_time) else self.first_time,
+            first_value=self.first_value[rows] if len(self.first_value) else self.first_value,
+            event_types=self.event_types[rows] if len(self.event_types) else self.event_types,
+        )
+
+
+def read_held_out(
+    release: Release,
+    split: str,
+    domain: str,
+    catalogue: Catalogue,
+    part: Part,
+    protocols: Sequence[str] = (FULL,),
+    *,
+    times: bool = False,
+    max_users: int | None = None,
+    baskets: bool = False,
+    repeats: bool = True,
+    values: bool = False,
+    event_types: Sequence[str] = (),
+) -> HeldOut:
+    """The users who hold out something in `part`, with input and targets as rows of `catalogue`.
+
+    Input at validation: the training part; at test: training part and validation items. `times`: read times too, which
+    baselines over several domains need. `max_users`: only about so many users, the same ones for every model and run
+    (chosen by a hash of their index), so that memory is bounded whatever the table's size. `baskets`: the next basket
+    is held out, of the table `baskets`; ranked in full only, with `repeats` among what the user has had, too.
+    `values`: the first held-out event's is read. `event_types`: names of the kinds of event that are told apart, in the
+    input and of held-out events (see SequenceDataset).
+    Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
+    that the catalogue lacks (it must be of the same release and domain).
+    """
+    if baskets and (drawn := [protocol for protocol in protocols if protocol != FULL]):
+        raise ConfigError(
+            f"evaluation.protocols: baskets are ranked in full only, for fixed negatives are never what a user has "
+            f"had, found {', '.join(drawn)}; set it to [{FULL}]"
+        )
+    if baskets:
+        dataset: SequenceDataset = BasketDataset(release, split, domain)
+    else:
+        dataset = SequenceDataset(release, split, domain, values=values, event_types=event_types)
+    share = 1.0 if max_users is None else max_users / max(dataset.num_rows, 1)
+
+    def holds_out(sequences: Sequences) -> npt.NDArray[np.bool_]:
+        start, stop = _bounds(sequences, part)
+        return (stop > start) & sampled(sequences.users, share)
+
+    examples = read_users(dataset, holds_out, times=times)
+    if examples is None:
+        raise DataError(
+            f"no user of split {split!r} and domain {domain!r} holds out {'a basket' if baskets else 'items'} for "
+            f"{part} in release {release.number} of {release.lake}; "
+            + (
+                "give users of three baskets and more"
+                if baskets
+                else "shorten the split's hold-out, or give more interactions per user"
+            )
+        )
+    start, stop = _bounds(examples, part)
+    rows = catalogue.rows(examples.items).astype(np.int64)
+    position, owner = examples.positions, examples.owners
+    is_target = (position >= start[owner]) & (position < stop[owner]) & (rows != SEP)
+    if (unknown := int((rows[is_target] == UNK).sum())) > 0:
+        raise DataError(
+            f"expected a catalogue of domain {domain!r} in release {release.number}, found one that lacks {unknown:,} "
+            f"of {int(is_target.sum()):,} held-out items; read the catalogue from the same release and domain"
+        )
+    targets = np.full((len(examples), int((stop - start).max())), -1, dtype=np.int64)
+    targets[owner[is_target], (position - start[owner])[is_target]] = rows[is_target]
+    kinds = np.empty((0, 0), np.int8)
+    if len(examples.event_types):
+        kinds = np.zeros(targets.shape, np.int8)
+        kinds[owner[is_target], (position - start[owner])[is_target]] = examples.event_types[is_target]
+    histories = Histories(examples.users, examples.offsets, rows, examples.times, examples.event_types).until(start)
+    first = examples.offsets[:-1] + start
+    return HeldOut(
+        examples.users,
+        histories,
+        targets,
+        {
+            p: _read_negatives(release, split, domain, catalogue, part, p, examples.users)
+            for p in protocols
+            if p != FULL
+        },
+        tuple(protocols),
+        len(catalogue),
+        np.bincount(owner[(position < examples.valid_start[owner]) & (rows != SEP)], minlength=len(examples)),
+        examples.times[first] if len(examples.times) else examples.times,
+        baskets,
+        baskets and repeats,
+        examples.values[first] if len(examples.values) else examples.values,
+        kinds,
+    )
+
+
+def _bounds(sequences: Sequences, part: Part) -> tuple[IntArray, IntArray]:
+    """First and last-but-one position of what `part` holds out."""
+    if part == "validation":
+        return sequences.valid_start, sequences.test_start
+    return sequences.test_start, sequences.end
+
+
+def read_users(
+    dataset: SequenceDataset, wanted: Callable[[Sequences], npt.NDArray[np.bool_]], *, times: bool = False
+) -> Sequences | None:
+    """The sequences that `wanted` flags, by user index; None where there are none.
+
+    Row groups are read one at a time, so that of what is left out only one group is ever in memory.
+    """
+    kept = []
+    for group in range(len(dataset.groups)):
+        sequences = dataset.read([group], times=times)
+        kept.append(sequences.take(np.flatnonzero(wanted(sequences))))
+    if not sum(map(len, kept)):
+        return None
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(s.offsets) for s in kept]))])
+    together = Sequences(
+        np.concatenate([s.users for s in kept]),
+        offsets,
+        np.concatenate([s.items for s in kept]),
+        np.concatenate([s.times for s in kept]),
+        np.concatenate([s.valid_start for s in kept]),
+        np.concatenate([s.test_start for s in kept]),
+        np.concatenate([s.end for s in kept]),
+        np.concatenate([s.values for s in kept]),
+        np.concatenate([s.event_types for s in kept]),
+    )
+    return together.take(np.argsort(together.users, kind="stable"))
+
+
+def sampled(users: IntArray, share: float) -> npt.NDArray[np.bool_]:
+    """About this share of users, whatever table they come from (the finaliser of SplitMix64, Steele et al. 2014)."""
+    z = users.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    flags: npt.NDArray[np.bool_] = (z ^ (z >> np.uint64(31))).astype(np.float64) < share * 2.0**64
+    return flags
+
+
+def _read_negatives(
+    release: Release, split: str, domain: str, catalogue: Catalogue, part: Part, protocol: str, users: IntArray
+) -> IntArray:
+    """Fixed negatives [U, N] of `users` (ascending), as rows; -1 padded. What k-core no longer keeps is left out."""
+    owners, counts, items = [], [], []
+    for rows_read in _negatives_of(release.files(tables.NEGATIVES, {"split": split, "domain": domain}), protocol, part):
+        lists = rows_read["items"].combine_chunks()
+        owners.append(rows_read["user"].to_numpy().astype(np.int64))
+        counts.append(np.diff(lists.offsets.to_numpy()).astype(np.int64))
+        items.append(lists.flatten().to_numpy(zero_copy_only=False))
+    owner = np.concatenate([np.empty(0, np.int64), *owners])
+    lengths = np.concatenate([np.empty(0, np.int64), *counts])
+    place = np.searchsorted(users, owner)
+    examples = (place < len(users)) & (users[np.minimum(place, len(users) - 1)] == owner)
+    if missing := len(users) - len(np.unique(owner[examples])):
+        raise DataError(
+            f"expected negatives of protocol {protocol!r} for {len(users):,} users of split {split!r}, domain "
+            f"{domain!r}, part {part}, found none for {missing:,} in release {release.number} of {release.lake}; add "
+            "it to negatives.protocols of the etl's configuration, or take it out of evaluation.protocols"
+        )
+    rows = catalogue.rows(np.concatenate([np.empty(0, np.int32), *items])).astype(np.int64)
+    position = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    of_asked = np.repeat(examples, lengths)
+    negatives = np.full((len(users), int(lengths[examples].max(initial=0))), -1, dtype=np.int64)
+    negatives[np.repeat(place, lengths)[of_asked], position[of_asked]] = np.where(rows == UNK, -1, rows)[of_asked]
+    return negatives
+
+
+def _negatives_of(files: Sequence[TableFile], protocol: str, part: Part) -> Iterator[pa.Table]:
+    """Users and items of one protocol and part, row group by row group; those without either are not read.
+
+    The filter is not pushed into the scan: files that delta-rs rewrites hold string views, which Arrow can't filter.
+    """
+    wanted = {"protocol": protocol, "part": part}
+    for file in files:
+        with blamed(file), open_parquet(file) as parquet:
+            place = {name: parquet.schema.names.index(name) for name in wanted}
+            for group in range(parquet.num_row_groups):
+                known = {name: parquet.metadata.row_group(group).column(place[name]).statistics for name in wanted}
+                ranges = [(each, wanted[name]) for name, each in known.items() if each is not None and each.has_min_max]
+                if all(each.min <= value <= each.max for each, value in ranges):
+                    table = parquet.read_row_group(group, columns=[*wanted, "user", "items"], use_threads=False)
+                    flags = [pc.equal(table[name].cast(pa.string()), value) for name, value in wanted.items()]
+                    yield table.select(["user", "items"]).filter(pc.and_(*flags))

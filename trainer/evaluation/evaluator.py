@@ -1,0 +1,144 @@
+"""How models are judged: one class for each kind of prediction, of which every recipe asks the same."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from trainer.config import BaselinesConfig, EvaluateConfig, PretrainConfig
+from trainer.data.catalogue import Catalogue
+from trainer.data.held_out import HeldOut, Part, read_held_out
+from trainer.data.release import Release
+from trainer.evaluation.comparison import Results
+from trainer.evaluation.scorers import Scorer
+from trainer.inference.model_folder import TrainedModel
+from trainer.inference.scorer import ModelScorer
+from trainer.parallel.distributed import World
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The validation part of a training run."""
+
+    config: PretrainConfig
+    release: Release
+    catalogue: Catalogue
+    task: Any  # prepared
+
+    @cached_property
+    def held_out(self) -> HeldOut:
+        """What the users who are validated hold out; times only where more is read than is predicted."""
+        data = self.config.data
+        return read_held_out(
+            self.release,
+            data.split,
+            data.domain,
+            self.catalogue,
+            "validation",
+            times=data.answered != data.domain,
+            max_users=self.config.train.validation_users,
+            baskets=self.config.task.reads_baskets,
+            repeats=self.config.evaluation.ranks_repeats,
+            values=self.config.task.reads_values,
+            event_types=data.event_types,
+        )
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures a model while it is trained: mean metrics of `num_users` users. `among`: the only rows ranked, [V]."""
+
+    num_users: int
+    metrics: Callable[[ModelScorer, World], dict[str, float]]
+    among: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What models are asked: on which release, and as configured. The first model decides what is left open."""
+
+    config: EvaluateConfig
+    models: Sequence[TrainedModel]
+    release: Release
+    event_types: Sequence[str] = ()  # that other models read, who are asked later
+
+    @property
+    def task(self) -> Any:
+        return self.models[0].config.task
+
+    @property
+    def split(self) -> str:
+        return self.config.split or self.models[0].config.data.split
+
+    @property
+    def domain(self) -> str:
+        """Whose items are ranked."""
+        return self.config.domain or self.models[0].config.data.answered
+
+    @property
+    def read_domain(self) -> str:
+        """Whose items are read."""
+        return self.config.domain or self.models[0].config.data.domain
+
+
+class Evaluator(ABC):
+    """The same examples for every model, and what is measured on them."""
+
+    release: Release
+    split: str
+    domain: str
+    part: Part
+    name = ""  # of what is predicted, where a task predicts several things
+
+    # --- what follows from a task
+
+    @staticmethod
+    @abstractmethod
+    def monitor(task: Any) -> str:
+        """The validation metric that early stopping, searches and the pipeline go by: larger is better."""
+
+    @staticmethod
+    @abstractmethod
+    def gate_metrics(task: Any) -> tuple[str, ...]:
+        """Metrics that each user has, so that users can be paired."""
+
+    @staticmethod
+    @abstractmethod
+    def baseline_names(task: Any) -> tuple[str, ...]:
+        """All simple baselines that can stand beside a model."""
+
+    @staticmethod
+    @abstractmethod
+    def table_metrics(task: Any) -> tuple[str, ...]:
+        """Metrics that a table shows where no others are asked for."""
+
+    @staticmethod
+    @abstractmethod
+    def measure(validation: Validation) -> Measure:
+        """Raises GraftrecError for data that can't be validated on."""
+
+    # --- on examples
+
+    @classmethod
+    @abstractmethod
+    def read(cls, question: Question) -> Sequence["Evaluator"]:
+        """One for each thing that is predicted, the leading one last. Raises GraftrecError for models that can't be
+        compared."""
+
+    @abstractmethod
+    def scorer(
+        self, model: TrainedModel, *, label: str | None = None, seed: int | None = None, must_know: bool = True
+    ) -> Scorer:
+        """A model as a row of the table. Raises EvaluateError where it can't be asked. `must_know` False: it may know
+        nothing of the examples."""
+
+    @abstractmethod
+    def baselines(self, config: BaselinesConfig) -> Sequence[Scorer]:
+        """The simple baselines."""
+
+    @abstractmethod
+    def predict(self, scorers: Sequence[Scorer]) -> Results:
+        """Ask all of them. Raises EvaluateError for two of one label and seed."""

@@ -1,0 +1,356 @@
+"""Models that rank items, or the items of a next basket, judged by what users held out.
+
+Shape letters: ``S`` seeds, ``U`` users, ``R`` held-out items of a user.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from etl.settings import ConfigError, replaced
+from etl.tables import DOMAIN_ALL, FIRST_INDEX
+from trainer.arrays import IntArray
+from trainer.config import BaselinesConfig, EvaluateConfig, TaskSettings
+from trainer.data.catalogue import rows_of_domain
+from trainer.data.held_out import FULL, HeldOut
+from trainer.data.histories import Histories
+from trainer.evaluation.baselines import names, next_basket
+from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
+from trainer.evaluation.evaluator import Evaluator, Measure, Question, Validation
+from trainer.evaluation.item_ranking import BASKET, SINGLE, Score, convention_of, metrics_of, rank, ranks
+from trainer.evaluation.ranking_metrics import FloatArray, means, metrics_from_ranks
+from trainer.evaluation.scorers import (
+    EvaluateError,
+    EvaluationSet,
+    Scorer,
+    baseline_scorers,
+    model_scorer,
+    read_evaluation_set,
+    repeats_of,
+)
+from trainer.evaluation.significance import gain_text, p_text
+from trainer.figures import Gain, transfer_gains
+from trainer.inference.model_folder import TrainedModel
+from trainer.inference.scorer import ModelScorer, Scores, has_items
+from trainer.parallel.distributed import World, join
+
+GAINS = "gains.png"
+ITEM_METRICS = ("NDCG@10", "Recall@10", "MRR")
+BASKET_METRICS = tuple(f"{BASKET}{name}" for name in ("NDCG@10", "Recall@10", "F1@10", "HR@10"))
+RankArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Evaluation(Results):
+    """Ranks of everyone's held-out items, from which any metric of any user follows."""
+
+    examples: EvaluationSet
+    ranks: Mapping[Key, Mapping[str, RankArray]]  # protocol -> [U, R]
+    broken: Mapping[Key, int]  # scores that were not a number, or +inf (-inf is what must not be taken)
+    shown: Sequence[str] = ITEM_METRICS
+    has_bootstrap = True
+
+    @property
+    def columns(self) -> Sequence[str]:
+        return self.shown
+
+    @property
+    def protocols(self) -> Sequence[str]:
+        return self.examples.held_out.protocols
+
+    @property
+    def num_users(self) -> int:
+        return len(self.examples.users)
+
+    @property
+    def training_items(self) -> IntArray:
+        return self.examples.held_out.training_items
+
+    def metrics(self, key: Key, protocol: str) -> dict[str, FloatArray]:
+        """Metrics of each user [U], in all conventions."""
+        return metrics_of(self.ranks[key][protocol].astype(np.int64), baskets=self.examples.baskets)
+
+    def of_users(
+        self, key: Key, protocol: str, metric: str, only_UR: npt.NDArray[np.bool_] | None = None
+    ) -> FloatArray:
+        """`only_UR`: of these held-out items alone, NaN for users without."""
+        convention, name = convention_of(metric)
+        found = torch.from_numpy(self.ranks[key][protocol].astype(np.int64))
+        metrics = metrics_from_ranks(found, convention=convention, only_BR=only_UR)
+        if name not in metrics:
+            raise EvaluateError(
+                f"no metric {metric!r}; expected one of {', '.join(metrics)}, or {SINGLE} or {BASKET} before it"
+            )
+        return metrics[name]
+
+    def seed_means(self, label: str, protocol: str, metric: str) -> FloatArray:
+        found: FloatArray = np.nanmean(self.matrix(label, protocol, metric, seeds=in_order(self.seeds(label))), axis=1)
+        return found
+
+    def means(self, key: Key) -> dict[str, dict[str, float]]:
+        return {protocol: means(self.metrics(key, protocol)) for protocol in self.protocols}
+
+    def faults(self) -> list[str]:
+        return [
+            f"{count:,} scores of {label}, seed {seed}, are not numbers"
+            for (label, seed), count in self.broken.items()
+            if count
+        ]
+
+    def on_rare_items(self, key: Key, protocol: str, metric: str, *, at_most: int) -> FloatArray:
+        """Each held-out item with so few training interactions by itself; users who have none are left out."""
+        targets_UR = self.examples.held_out.targets
+        rare_UR = (targets_UR >= 0) & (self.examples.training_interactions[targets_UR] <= at_most)
+        alone = SINGLE + convention_of(metric)[1].replace("HR@", "Recall@").replace("F1@", "Recall@")
+        return self.of_users(key, protocol, alone, rare_UR)[rare_UR.any(1)]
+
+    def text(self, rows: Sequence[Row], *, against: str) -> str:
+        """Every metric of the first protocol, then the first metric of the others."""
+        protocols, metrics = (
+            list(dict.fromkeys(names)) for names in zip(*((r.protocol, r.metric) for r in rows), strict=True)
+        )
+        examples = self.examples
+        where = f"{examples.part} · domain {examples.domain} · split {examples.split} · {len(examples.users):,} users"
+        blocks = [f"{protocols[0]} ranking · {where}\n" + block(rows, [(protocols[0], metric) for metric in metrics])]
+        if protocols[1:]:
+            columns = [(protocol, metrics[0]) for protocol in protocols[1:]]
+            blocks.append(f"{metrics[0]} among sampled negatives\n" + block(rows, columns))
+        headline = [row for row in rows if (row.protocol, row.metric) == (protocols[0], metrics[0])]
+        convention = convention_of(metrics[0])[0]
+        notes = [f"several held-out items are relevant in one list (convention `{convention}`)"]
+        if examples.held_out.repeats:
+            notes.append("what a user has had is a candidate too")
+        notes += notes_on_tests([row for row in rows if row.protocol == protocols[0]], f"gains over {against}")
+        notes += [_account(row) for row in headline if row.is_model and row.gain is not None]
+        notes += [
+            f"{row.label} reads {row.reads}" for row in headline if not row.is_model or row.reads != examples.domain
+        ]
+        notes += _beside_baselines(headline)
+        return "\n\n".join(blocks) + "\n\n" + "\n".join(notes)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Label, seed, protocol, convention, user (raw id) and a column a metric."""
+        users = pa.array(self.examples.raw_users, pa.string())
+        prefixes = {"list": "", "single": SINGLE} | ({"basket": BASKET} if self.examples.baskets else {})
+        lacking = np.full(len(users), np.nan)
+        for (label, seed), by_protocol in self.ranks.items():
+            for protocol in by_protocol:
+                metrics = self.metrics((label, seed), protocol)
+                names = list(dict.fromkeys(convention_of(name)[1] for name in metrics))
+                for convention, prefix in prefixes.items():
+                    columns: dict[str, Any] = {
+                        "label": pa.array([label] * len(users), pa.string()),
+                        "seed": pa.array([seed] * len(users), pa.int64()),
+                        "protocol": pa.array([protocol] * len(users), pa.string()),
+                        "convention": pa.array([convention] * len(users), pa.string()),
+                        "user": users,
+                    } | {name: metrics.get(prefix + name, lacking) for name in names}
+                    yield pa.table(columns)
+
+    def figure(self, rows: Sequence[Row], *, against: str) -> tuple[str, Figure] | None:
+        """Gains in the first metric of the first protocol; None where nothing was compared."""
+        shown = [r for r in rows if r.gain and (r.protocol, r.metric) == (rows[0].protocol, rows[0].metric)]
+        gains = [
+            Gain(
+                row.label,
+                row.gain.gain,
+                row.gain.low,
+                row.gain.high,
+                gain_text(row.gain.gain, row.gain.relative_gain)
+                + (f", p {p_text(row.p_value)}" if row.is_model else ""),
+                is_baseline=not row.is_model,
+                marked=row.is_candidate,
+            )
+            for row in shown
+            if row.gain
+        ]
+        if not gains:
+            return None
+        over = "from scratch" if against == "none" else against
+        title = f"{self.examples.domain}, {rows[0].protocol} ranking, {self.num_users:,} users"
+        return GAINS, transfer_gains(gains, metric=rows[0].metric, over=over, title=title)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "users": self.num_users,
+            "items": len(self.examples.catalogue) - FIRST_INDEX,
+            "contenders": [
+                {"label": label, "seed": seed, "reads": scorer.reads, "is_model": scorer.is_model}
+                | {"facts": scorer.facts, "scores_not_a_number": self.broken[label, seed]}
+                | {"means": self.means((label, seed))}
+                for (label, seed), scorer in self.scorers.items()
+            ],
+        }
+
+
+def evaluate_scorers(
+    scorers: Sequence[Scorer],
+    examples: EvaluationSet,
+    *,
+    batch_size: int = 256,
+    progress: bool = False,
+    shown: Sequence[str] = ITEM_METRICS,
+) -> Evaluation:
+    """Rank what the users held out, once by each scorer. Raises EvaluateError for two of one label and seed."""
+    named = by_key(scorers)
+    found: dict[Key, Mapping[str, RankArray]] = {}
+    broken = dict.fromkeys(named, 0)
+    for key, scorer in named.items():
+        score = _counting_broken(scorer.score, broken, key)
+        given = ranks(score, examples.held_out, batch_size=batch_size, progress=progress)
+        found[key] = {protocol: ranks_UR.astype(np.int32) for protocol, ranks_UR in given.items()}
+    return Evaluation(named, examples, found, broken, shown)
+
+
+def _counting_broken(score: Score, broken: dict[Key, int], key: Key) -> Score:
+    def counted(histories: Histories) -> Scores:
+        scores = score(histories)
+        met: set[int] = set()  # a block may be made twice
+
+        def columns(start: int, stop: int) -> Tensor:
+            block = scores.columns(start, stop)
+            if start not in met:
+                met.add(start)
+                broken[key] += int((block.isnan() | block.isposinf()).sum())
+            return block
+
+        return Scores(scores.num_users, scores.num_rows, columns)
+
+    return counted
+
+
+def _account(row: Row) -> str:
+    """A model's gain with its intervals, and what it cost."""
+    gain = row.gain
+    assert gain is not None
+    varied = "users and seeds" if gain.seeds_varied else "users, one seed"
+    text = f"{row.label}: {row.metric} {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] ({varied})"
+    if row.bootstrap is not None:
+        text += f", bootstrap [{row.bootstrap[0]:+.4f}, {row.bootstrap[1]:+.4f}] (users)"
+    return text + f"; pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"
+
+
+def _beside_baselines(headline: Sequence[Row]) -> list[str]:
+    """One line: is the best model above the best baseline?"""
+    models, baselines = ([r for r in headline if r.is_model is flag] for flag in (True, False))
+    if not models or not baselines:
+        return []
+    best, bar = max(models, key=lambda row: row.mean), max(baselines, key=lambda row: row.mean)
+    word = "above" if best.mean > bar.mean else "below"
+    return [
+        f"best model {best.label} {best.mean:.4f} is {word} the best simple baseline, {bar.label} {bar.mean:.4f} "
+        f"({best.metric}, {best.protocol})"
+    ]
+
+
+# --- the evaluator ---------------------------------------------
+
+
+class ItemPrediction(Evaluator):
+    """Held-out items, or those of the next basket, ranked."""
+
+    def __init__(self, examples: EvaluationSet, config: EvaluateConfig) -> None:
+        self.examples, self.config, self.release = examples, config, examples.release
+        self.split, self.domain, self.part = examples.split, examples.domain, examples.part
+
+    @staticmethod
+    def monitor(task: TaskSettings) -> str:
+        return "NDCG@10"
+
+    @staticmethod
+    def gate_metrics(task: TaskSettings) -> tuple[str, ...]:
+        return tuple(metrics_of(np.ones((1, 1), np.int64), baskets=task.reads_baskets))
+
+    @staticmethod
+    def baseline_names(task: TaskSettings) -> tuple[str, ...]:
+        return names.OF_BASKETS if task.reads_baskets else (*names.OF_ONE_DOMAIN, *names.OF_ALL_DOMAINS)
+
+    @staticmethod
+    def table_metrics(task: TaskSettings) -> tuple[str, ...]:
+        return BASKET_METRICS if task.reads_baskets else ITEM_METRICS
+
+    @staticmethod
+    def measure(validation: Validation) -> Measure:
+        held_out, among = _validated(validation)
+        batch_size = validation.config.evaluation.batch_size
+
+        def metrics(scorer: ModelScorer, world: World) -> dict[str, float]:
+            """Each process ranks its share of the users."""
+            ranked = rank(scorer.scores, held_out.take(world.share(len(held_out))), batch_size=batch_size)[FULL]
+            names = [name for name in ranked if not name.startswith(SINGLE)]
+            table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))[: len(held_out)]
+            return means({name: table[:, place].numpy() for place, name in enumerate(names)})
+
+        return Measure(len(held_out), metrics, among)
+
+    @classmethod
+    def read(cls, question: Question) -> Sequence[Self]:
+        config, models, baskets = question.config.evaluation, question.models, question.task.reads_baskets
+        # For next baskets no negatives are drawn.
+        protocols, repeats = ((FULL,), repeats_of(config, models)) if baskets else (config.protocols, config.repeats)
+        kinds = [name for model in models for name in model.event_types] + list(question.event_types)
+        examples = read_evaluation_set(
+            question.release,
+            question.split,
+            question.domain,
+            question.config.part,
+            replaced(config, protocols=protocols, repeats=repeats),
+            baskets=baskets,
+            event_types=list(dict.fromkeys(kinds)),
+        )
+        return [cls(examples, question.config)]
+
+    def scorer(
+        self, model: TrainedModel, *, label: str | None = None, seed: int | None = None, must_know: bool = True
+    ) -> Scorer:
+        device = str(join(self.config.runtime).device)
+        return model_scorer(model, self.examples, label=label, seed=seed, device=device, must_know=must_know)
+
+    def baselines(self, config: BaselinesConfig) -> Sequence[Scorer]:
+        simple = next_basket.baseline_scorers if self.examples.baskets else baseline_scorers
+        return simple(self.examples, config)
+
+    def predict(self, scorers: Sequence[Scorer]) -> Evaluation:
+        return evaluate_scorers(
+            scorers,
+            self.examples,
+            batch_size=self.config.evaluation.batch_size,
+            progress=self.config.runtime.progress,
+            shown=self.config.metrics or (BASKET_METRICS if self.examples.baskets else ITEM_METRICS),
+        )
+
+
+def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:
+    """Who is validated, and the rows that are ranked, bool [V]; None: all.
+
+    Where more is read than is asked for, what comes after a user's first held-out item is not: as in evaluation. A
+    joint split has such events in the training part. Raises ConfigError where it would ask for items that are not
+    ranked.
+    """
+    data, held_out = validation.config.data, validation.held_out
+    if not has_items(held_out.histories).any():
+        raise ConfigError(
+            f"expected users with something to read before what split {data.split!r} holds out, found none in domain "
+            f"{data.domain!r}: its users are new there; read all domains (data.domain: {DOMAIN_ALL}, data.predicted: "
+            f"{data.answered}), or take another split"
+        )
+    if data.answered == data.domain:
+        return held_out, None
+    among = rows_of_domain(validation.release, validation.catalogue, data.answered)
+    examples = held_out.targets[held_out.targets >= 0]
+    if strange := int((~among[examples]).sum()):
+        raise ConfigError(
+            f"expected split {data.split!r} to hold out items of domain {data.answered!r} from domain "
+            f"{data.domain!r}, found {strange:,} of {len(examples):,} that are none; take a split with a "
+            f"joint_target: {data.answered} (etl.splits)"
+        )
+    given = held_out.histories
+    before = given.before(held_out.first_time, always=among[given.items])
+    return replace(held_out, histories=before), torch.from_numpy(among)
