@@ -131,7 +131,7 @@ def test_a_searchs_winners_are_for_the_rows_of_their_transfer(tmp_path: Path) ->
     own = config.bert4rec.finetune.model.dropout
     expected = {"none": 0.4, "shallow": own, "deep": 0.1}
     for row in planned(config, "lake", 1):
-        if row.model == "bert4rec" and row.kind != "own":
+        if row.model == "bert4rec" and row.kind != "custom":
             trained = row.trainings[0].config
             assert isinstance(trained, FinetuneConfig)
             assert trained.model.dropout == expected[row.transfer]
@@ -173,7 +173,7 @@ def own_rows() -> dict[str, Any]:
 
 
 def test_rows_of_ones_own_share_what_they_are_grafted_on(tmp_path: Path) -> None:
-    config = ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, own=own_rows(), seeds=[0, 3]))
+    config = ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, custom=own_rows(), seeds=[0, 3]))
     rows = {row.id: row for row in planned(config, "lake", 7)}
     assert len(training_jobs(list(rows.values()))) == 2 * 3
     for seed in (0, 3):
@@ -197,7 +197,38 @@ def test_rows_of_ones_own_share_what_they_are_grafted_on(tmp_path: Path) -> None
 )
 def test_rows_of_ones_own_that_make_no_sense_are_refused(more: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=told):
-        ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, own=more))
+        ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, custom=more))
+
+
+def test_a_grid_is_each_model_by_each_transfer() -> None:
+    config = load_experiment("models", None)
+    rows = {row.id: row for row in planned(config, "lake", 1)}
+    assert len(rows) == 20
+    assert {row.against for row in rows.values()} == {None, *config.grid}
+    lora, parallel = (rows[name].trainings[0] for name in ("peterrec-lora", "peterrec-parallel"))
+    assert rows["peterrec-lora"].label == "PeterRec, next item, LoRA"
+    assert lora.parent is parallel.parent
+    found = [training.config for training in (lora, parallel) if isinstance(training.config, FinetuneConfig)]
+    assert [(one.transfer, one.patch.kind, one.patch.place) for one in found] == [
+        ("patch", "lora", "serial"),
+        ("patch", "adapter", "parallel"),
+    ]
+    assert rows["next"].trainings[0].parent is None
+    on_loo = load_experiment("models", None, ["--split", "loo", "--target", "all", "--rows", "[next-deep]"])
+    (deep,) = (row.trainings[0] for row in planned(on_loo, "lake", 1) if row.trainings)
+    assert (deep.config.data.domain, deep.config.data.split) == ("all", "loo")
+
+
+def test_a_grid_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    grid = {"x": {"label": "x", "preset": {"task": {"kind": "next_item"}}, "transfers": ["none"]}}
+    click = {"x": {"label": "x", "preset": {"task": {"kind": "click", "causal": True}}}}
+    for given, told in (
+        ({"own": OWN}, "own is now custom; rename it"),
+        ({"grid": grid, "custom": {"x": OWN["alone"]}}, "custom: expected other names than grid makes, found x"),
+        ({"grid": click}, "grid.x: expected tasks that rank items for sequences, found click"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, **given))
 
 
 @pytest.mark.slow
@@ -210,12 +241,12 @@ def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
         own[kind]["finetune"] |= {"transfer": "patch", "patch": {"bottleneck": 1, "rank": 1}}
         own[kind]["finetune"]["patch"] |= {"kind": "lora" if kind == "lora" else "adapter"}
     own["lora"]["finetune"]["shared_items"] = False  # so that items are its own
-    given = settings(lake, tmp_path, bert4rec=None, own=own, seeds=[0, 1])
+    given = settings(lake, tmp_path, bert4rec=None, custom=own, seeds=[0, 1])
     file = tmp_path / "own.yaml"
     file.write_text(json.dumps(given | {"evaluation": {"protocols": ["full"]}}))
     assert run.main(["--experiment", str(file)]) == 0
     found = json.loads((tmp_path / "tiny" / "results.json").read_text())
-    rows = {row["id"]: row for row in found["rows"] if row["kind"] == "own"}
+    rows = {row["id"]: row for row in found["rows"] if row["kind"] == "custom"}
     assert {row["status"] for row in rows.values()} == {"done"}
     assert {(one["row"], one["against"]) for one in found["comparisons"]} == {(row, "alone") for row in own} - {
         ("alone", "alone")
@@ -252,7 +283,7 @@ def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
         (["--target", "elsewhere"], "elsewhere"),
         (["--joint_split", "last"], "etl.splits: expected last"),
         (["--lake", "somewhere"], "one of etl"),
-        (["--bert4rec.finetune", "caser_ml1m"], "the same model"),
+        (["--bert4rec.finetune.base", "preset/caser_w64"], "the same model"),
         (["--caser.pretrain_tasks", "[]"], "at least one"),
         (["--seeds", "[]"], "seeds"),
     ],
