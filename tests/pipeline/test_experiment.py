@@ -51,7 +51,7 @@ def settings(lake: str, folder: Path, **more: Any) -> dict[str, Any]:
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["small", "survey"])
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_table_2_has_the_surveys_rows_each_beside_its_from_scratch(preset: str) -> None:
     config = load_experiment("table2", preset)
     rows = planned(config, "lake", 1)
@@ -68,17 +68,17 @@ def test_table_2_has_the_surveys_rows_each_beside_its_from_scratch(preset: str) 
 
 
 def test_presets_differ_and_unknown_ones_are_refused_by_name() -> None:
-    small, large = (load_experiment("table2", preset) for preset in ("small", "survey"))
+    small, large = (load_experiment("table2", preset) for preset in ("cpu", "paper"))
     assert small.bert4rec is not None
     assert large.bert4rec is not None
     assert large.bert4rec.finetune.model.width == large.bert4rec.pretrain.model.width == 128
     assert small.folder != large.folder
-    with pytest.raises(ConfigError, match=r"table2_huge.*table2_survey"):
+    with pytest.raises(ConfigError, match=r"table2_huge.*table2_paper"):
         load_experiment("table2", "huge")
 
 
 def test_cells_are_shared_seeded_and_in_folders_of_their_own() -> None:
-    config = load_experiment("table2", "small")
+    config = load_experiment("table2", "cpu")
     rows = planned(config, "elsewhere", 7)
     trainings = training_jobs(rows)
     assert len({training.folder for training in trainings}) == len(trainings) == 3 * (28 + 8 + 2)
@@ -111,7 +111,7 @@ def test_cells_are_shared_seeded_and_in_folders_of_their_own() -> None:
 
 def test_only_the_rows_asked_for_are_trained() -> None:
     wanted = "bert4rec/deep/next_item/plain"
-    rows = planned(load_experiment("table2", "small", ["--rows", f"[{wanted}]", "--seeds", "[4]"]), "lake", 1)
+    rows = planned(load_experiment("table2", "cpu", ["--rows", f"[{wanted}]", "--seeds", "[4]"]), "lake", 1)
     assert [training.name for training in training_jobs(rows)] == [
         "bert4rec-pretrain-next_item-plain-4",
         "bert4rec-deep-next_item-plain-4",
@@ -126,7 +126,7 @@ def test_a_searchs_winners_are_for_the_rows_of_their_transfer(tmp_path: Path) ->
         files[transfer] = tmp_path / f"{transfer}.yaml"
         files[transfer].write_text(f"transfer: {transfer}\nmodel: {{kind: bert4rec, dropout: {dropout}}}\n")
     given = [word for name, file in files.items() for word in (f"--bert4rec.tuned.{name}", str(file))]
-    config = load_experiment("table2", "small", ["--seeds", "[0]", *given])
+    config = load_experiment("table2", "cpu", ["--seeds", "[0]", *given])
     assert config.bert4rec is not None
     own = config.bert4rec.finetune.model.dropout
     expected = {"none": 0.4, "shallow": own, "deep": 0.1}
@@ -140,7 +140,7 @@ def test_a_searchs_winners_are_for_the_rows_of_their_transfer(tmp_path: Path) ->
                 assert row.trainings[0].parent.config.model.dropout == config.bert4rec.pretrain.model.dropout
     files["none"].write_text("model: {kind: bert4rec}\ntask: {kind: next_item}\n")
     with pytest.raises(ConfigError, match=r"tuned.none: expected .* by masked_item, .*found bert4rec by next_item"):
-        load_experiment("table2", "small", given)
+        load_experiment("table2", "cpu", given)
 
 
 OWN = {
@@ -326,7 +326,7 @@ def test_table_1_counts_what_the_lake_holds(lake: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_would_be_others_under_a_wrong_name_are_holes() -> None:
-    config = load_experiment("table2", "small")
+    config = load_experiment("table2", "cpu")
     domains = [{"domain": name, "items_with_knowledge": known} for name, known in (("source", 0), ("target", 9))]
     apart = results.DataFacts(domains, shared_users=0)
     reasons = {row.id: results.why_not(row, apart, config) for row in planned(config, "lake", 1)}
@@ -342,7 +342,7 @@ BARE = ["--bert4rec.finetune.model.user_width", "0", "--caser", "null", "--knowl
 
 
 def test_rows_whose_transfer_would_copy_nothing_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = planned(load_experiment("table2", "small", BARE), "lake", 1)
+    rows = planned(load_experiment("table2", "cpu", BARE), "lake", 1)
     empty = [row for row in rows if row.reason]
     assert {row.transfer for row in empty} == {"shallow"}
     assert not any(row.trainings for row in empty)
@@ -352,7 +352,7 @@ def test_rows_whose_transfer_would_copy_nothing_are_left_out(capsys: pytest.Capt
 
 def test_an_experiment_of_such_rows_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     examples = ["--rows", "[bert4rec/shallow/next_item/plain]"]
-    assert run.main(["--experiment", "table2", "--preset", "small", *BARE, *examples]) == 2
+    assert run.main(["--experiment", "table2", "--preset", "cpu", *BARE, *examples]) == 2
     assert re.fullmatch(r"experiment: rows: bert4rec/shallow.*transfer deep.*\n", capsys.readouterr().err)
 
 

@@ -45,7 +45,7 @@ def results_of(rows, truth=survey_was_right, *, protocols=PROTOCOLS, conventions
         written.append(text | one | {"seeds": runs})
     return {
         "experiment": "made-up",
-        "preset": "small",
+        "preset": "cpu",
         "code": {"commit": "0123abc", "dirty": True},
         "machine": "2 cores",
         "started": "2026-01-02 03:04",

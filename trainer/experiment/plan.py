@@ -82,7 +82,7 @@ class ExperimentConfig(Section):
     the sections."""
 
     name: FileName = "experiment"
-    preset: str = "small"
+    preset: str = "cpu"
     runs: str = "runs"  # the experiment's folder is <runs>/<name>
     etl: EtlConfig | None = None  # makes the tables; or, in its place:
     lake: Place | None = None  # … a lake that is there
