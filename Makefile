@@ -12,8 +12,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt $(PIP_OPTIONS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ml1m pipeline table2 both both-causal both-wide both-wide-causal \
-	ml1m-loo loo-deep models page test test-slow test-gpu chaos bench bench-gpu bench-peers \
+.PHONY: help setup demo ml1m pipeline table2 both both-causal both-w128 both-w128-causal \
+	leave-one-out leave-one-out-b4 models page test test-slow test-gpu chaos bench bench-gpu bench-peers \
 	bench-growth bench-demo check format clean clean-all
 
 help:  ## this list
@@ -38,18 +38,18 @@ pipeline: $(BIN)/.installed  ## the same on your own log: make pipeline CONFIG=p
 	@test -n "$(CONFIG)" || { echo "make pipeline: expected CONFIG=pipeline/<name under conf/pipeline>, found none"; exit 2; }
 	@$(BIN)/python mlflow_projects/pipeline.py --config "$(CONFIG)" $(ARGS)
 
-PRESET ?= small
+PRESET ?= cpu
 PAGE_MODE := choose \"Model training\" at the top left once, the browser remembers it
 
-table2:  ## the survey's experiment: make table2 DATA=folder/of/ratings.dat [PRESET=survey]; hours
+table2:  ## the survey's experiment: make table2 DATA=folder/of/ratings.dat [PRESET=paper]; hours
 both:  ## what reading both domains gains: make both DATA=…
 both-causal:  ## the same, nothing later than what is asked: make both-causal DATA=…
-both-wide:  ## wider, with smoothed labels: make both-wide DATA=…
-both-wide-causal:  ## and nothing later than what is asked: make both-wide-causal DATA=…
-ml1m-loo:  ## MovieLens-1M as others report it, leave-one-out: make ml1m-loo DATA=…
-loo-deep:  ## the same with four blocks: make loo-deep DATA=…
+both-w128:  ## wider, with smoothed labels: make both-w128 DATA=…
+both-w128-causal:  ## and nothing later than what is asked: make both-w128-causal DATA=…
+leave-one-out:  ## MovieLens-1M as others report it, leave-one-out: make leave-one-out DATA=…
+leave-one-out-b4:  ## the same with four blocks: make leave-one-out-b4 DATA=…
 
-table2 both both-causal both-wide both-wide-causal ml1m-loo loo-deep: $(BIN)/.installed
+table2 both both-causal both-w128 both-w128-causal leave-one-out leave-one-out-b4: $(BIN)/.installed
 	@test -n "$(DATA)" || { echo "make $@: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
 		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
 	@$(BIN)/python mlflow_projects/experiment.py --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)

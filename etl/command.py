@@ -122,8 +122,8 @@ def configurations(*folders: str) -> str:
 def settings_help(kind: type[Section]) -> str:
     """Every setting of a configuration: dotted name, type, default, comment; nested sections under their own titles."""
     head = (
-        "settings, each as --name value. A section also accepts the name of a file: --model small is "
-        "conf/model/small.yaml."
+        "settings, each as --name value. A section also accepts the name of a file (--gate default is "
+        "conf/gate/default.yaml), and --base preset/caser_w64 takes what that file of conf/ says beneath all else."
     )
     return "\n".join([*textwrap.wrap(head, HELP_WIDTH), "", *_section_lines(kind, "", None, {})]) + "\n"
 

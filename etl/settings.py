@@ -95,14 +95,16 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
     """Compose one YAML file into a `kind`. `path` is a file, or a name such as ``etl/demo`` under the conf folder.
 
     `overrides` is a command line's rest: ``["--section.key", "value", …]`` (also ``--section.key=value`` and, as MLflow
-    Projects append them, ``section.key=value``). Raises ConfigError.
+    Projects append them, ``section.key=value``). ``--base`` and ``--section.base`` take another base than the file's.
+    Raises ConfigError.
     """
     _in_use[kind] = str(path)
-    raw = _read(_resolve(path))
     given = list(_overrides(overrides))
     overridden.pop(kind, None)  # the kind that is loaded last stands last
     overridden[kind] = [(name, value) for name, value, _ in given]
-    for dotted, value, text in given:
+    raw = _read(_resolve(path), next((value for name, value, _ in reversed(given) if name == "base"), None))
+    given = [one for one in given if one[0] != "base"]
+    for dotted, value, text in sorted(given, key=lambda one: not one[0].endswith(".base")):  # what is on top comes last
         _set(raw, dotted, text if _is_text(kind, dotted) and _says(value, text) else value)
     raw = _compose(raw, kind)
     remember(raw)
@@ -238,8 +240,16 @@ def _named(section: str, name: str) -> Path:
     return Path(name) if name.endswith(".yaml") and os.path.isfile(name) else _resolve(Path(section) / name)
 
 
-def _read(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """One YAML file with its `base` merged beneath it."""
+def _base_of(folder: Path, name: object) -> Path:
+    """The file that `base` means: one in that folder, or a folder and a name under the conf folder."""
+    if not isinstance(name, str):
+        raise ConfigError(f"base: expected the name of a file, found {name!r}; mend it")
+    beside = folder / f"{name}.yaml"
+    return _resolve(name if "/" in name and not os.path.isfile(beside) else beside)
+
+
+def _read(path: Path, other_base: object = None, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file with its `base`, or another one, merged beneath it."""
     if path.resolve() in inherited_by:
         raise ConfigError(f"{path}: expected another file as base, found one that inherits this one; mend `base`")
     try:
@@ -251,9 +261,20 @@ def _read(path: Path, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
-    if base := raw.pop("base", None):
-        raw = _merge(_read(_resolve(path.parent / f"{base}.yaml"), (*inherited_by, path.resolve())), raw)
+    base = raw.pop("base", None)
+    if base := other_base or base:
+        raw = _merge(_read(_base_of(path.parent, base), None, (*inherited_by, path.resolve())), raw)
     return raw
+
+
+def _opened(section: str, value: Any, other_base: object = None) -> Any:
+    """A section whose name, or whose `base`, is replaced by what that file holds."""
+    if isinstance(value, str):
+        return _read(_named(section, value), other_base)
+    if isinstance(value, dict) and (base := other_base or value.get("base")):
+        above = {key: one for key, one in value.items() if key != "base"}
+        return _merge(_read(_base_of(conf_root() / section, base)), above)
+    return value
 
 
 def _merge(below: Any, above: Any) -> Any:
@@ -265,9 +286,12 @@ def _merge(below: Any, above: Any) -> Any:
 def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for depth, parent in enumerate(parents):
-        below = raw.get(parent)
-        if isinstance(below, str):  # a named section that is now overridden in part
-            below = _read(_named(parent, below))
+        is_base = last == "base" and depth == len(parents) - 1
+        # A section that is named, or has a base, and is now overridden in part.
+        below = _opened(parent, raw.get(parent), value if is_base else None)
+        if is_base and isinstance(below, dict):
+            raw[parent] = below
+            return
         if below is None:
             below = {}
         if not isinstance(below, dict):
@@ -291,6 +315,7 @@ def _compose(raw: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
             _in_use[sections[0]] = value if path == Path(value) else f"{name}/{value}"
             value = _read(path)
         if sections and isinstance(value, dict):
+            value = _opened(name, value)
             section = sections[0]
             if len(sections) > 1:
                 wanted = value.get("kind")

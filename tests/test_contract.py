@@ -2,12 +2,13 @@
 
 import ast
 import importlib.util
+import itertools
 import math
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -229,11 +230,20 @@ def test_no_file_is_a_drawer_of_odds_and_ends() -> None:
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
+class Preset(Section):
+    """What goes together, whatever it is trained on."""
+
+    model: trainer.config.ModelConfig
+    task: trainer.config.TaskConfig | None = None
+    train: trainer.config.TrainConfig
+
+
 def kinds() -> dict[str, type[Section]]:
     """Folder of conf/ -> what its files build."""
     found: dict[str, type[Section]] = {
         "pipeline": PipelineConfig,
         "experiment": ExperimentConfig,
+        "preset": Preset,
     }
     for module in (etl.config, trainer.config):
         for name in dir(module):
@@ -250,8 +260,6 @@ class Holder(Section):
     """A section of each kind that is a union, and so has no class of its own."""
 
     source: etl.config.SourceConfig | None = None
-    model: trainer.config.ModelConfig | None = None
-    task: trainer.config.TaskConfig | None = None
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.relative_to(ROOT / "conf").with_suffix("").as_posix())
@@ -263,6 +271,39 @@ def test_every_yaml_builds(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
         assert getattr(load(Holder, tmp_path / "holder.yaml"), section) is not None
     else:
         load(kinds()[section], f"{section}/{path.stem}")
+
+
+SOURCES = {path for path in YAMLS if path.parent.name == "source"}
+
+
+def settings_in(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted name and value of each setting but names."""
+    if isinstance(value, Mapping) and value:
+        for key, below in value.items():
+            if f"{name}.{key}" not in (".name", ".preset"):
+                yield from settings_in(below, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted(
+        {
+            path.parent.name
+            for path in set(YAMLS) - SOURCES - {path for path in YAMLS if path.parent.name == "knowledge"}
+        }
+    ),
+)
+def test_no_two_configurations_are_nearly_the_same(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    names = [path.stem for path in YAMLS if path.parent.name == folder]
+    built = {name: load(kinds()[folder], f"{folder}/{name}").model_dump(mode="json") for name in names}
+    found = {name: dict(settings_in(dumped)) for name, dumped in built.items()}
+    for one, other in itertools.combinations(names, 2):
+        keys = found[one].keys() | found[other].keys()
+        differ = [key for key in keys if found[one].get(key) != found[other].get(key)]
+        assert len(differ) >= 3, f"{folder}: {one} and {other} differ in {differ}: override them, or merge the files"
 
 
 def sections(kind: type[Section] = Section) -> Iterator[type[Section]]:

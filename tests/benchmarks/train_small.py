@@ -1,4 +1,4 @@
-"""The training step of preset `small` beside a plain one: every sequence padded to 200, logits at every position.
+"""The training step of `preset/bert4rec_w64` beside a plain one: sequences padded to 200, logits at every position.
 
 Both are the same network (2 pre-normalised blocks of width 64, 2 heads, learned positions, dropout 0.1, a head tied to
 the item table), trained by masked item prediction and AdamW in fp32. The plain one is what one would write with torch's

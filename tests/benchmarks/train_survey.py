@@ -1,4 +1,4 @@
-"""How near the machine's own limit the training step of preset `survey` comes: 6 blocks of width 128, 4 heads.
+"""How near the machine's own limit the training step of `preset/bert4rec_paper` comes: 6 blocks of width 128, 4 heads.
 
 Limit: the seconds that torch.matmul alone takes for the products that the step can't do without, at the shapes the step
 has them in, forward and both backward products, measured in the same process. Counted are the linear layers at real

@@ -51,7 +51,7 @@ def settings(lake: str, folder: Path, **more: Any) -> dict[str, Any]:
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["small", "survey"])
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_table_2_has_the_surveys_rows_each_beside_its_from_scratch(preset: str) -> None:
     config = load_experiment("table2", preset)
     rows = planned(config, "lake", 1)
@@ -68,17 +68,17 @@ def test_table_2_has_the_surveys_rows_each_beside_its_from_scratch(preset: str) 
 
 
 def test_presets_differ_and_unknown_ones_are_refused_by_name() -> None:
-    small, large = (load_experiment("table2", preset) for preset in ("small", "survey"))
+    small, large = (load_experiment("table2", preset) for preset in ("cpu", "paper"))
     assert small.bert4rec is not None
     assert large.bert4rec is not None
     assert large.bert4rec.finetune.model.width == large.bert4rec.pretrain.model.width == 128
     assert small.folder != large.folder
-    with pytest.raises(ConfigError, match=r"table2_huge.*table2_survey"):
+    with pytest.raises(ConfigError, match=r"table2_huge.*table2_paper"):
         load_experiment("table2", "huge")
 
 
 def test_cells_are_shared_seeded_and_in_folders_of_their_own() -> None:
-    config = load_experiment("table2", "small")
+    config = load_experiment("table2", "cpu")
     rows = planned(config, "elsewhere", 7)
     trainings = training_jobs(rows)
     assert len({training.folder for training in trainings}) == len(trainings) == 3 * (28 + 8 + 2)
@@ -111,7 +111,7 @@ def test_cells_are_shared_seeded_and_in_folders_of_their_own() -> None:
 
 def test_only_the_rows_asked_for_are_trained() -> None:
     wanted = "bert4rec/deep/next_item/plain"
-    rows = planned(load_experiment("table2", "small", ["--rows", f"[{wanted}]", "--seeds", "[4]"]), "lake", 1)
+    rows = planned(load_experiment("table2", "cpu", ["--rows", f"[{wanted}]", "--seeds", "[4]"]), "lake", 1)
     assert [training.name for training in training_jobs(rows)] == [
         "bert4rec-pretrain-next_item-plain-4",
         "bert4rec-deep-next_item-plain-4",
@@ -126,12 +126,12 @@ def test_a_searchs_winners_are_for_the_rows_of_their_transfer(tmp_path: Path) ->
         files[transfer] = tmp_path / f"{transfer}.yaml"
         files[transfer].write_text(f"transfer: {transfer}\nmodel: {{kind: bert4rec, dropout: {dropout}}}\n")
     given = [word for name, file in files.items() for word in (f"--bert4rec.tuned.{name}", str(file))]
-    config = load_experiment("table2", "small", ["--seeds", "[0]", *given])
+    config = load_experiment("table2", "cpu", ["--seeds", "[0]", *given])
     assert config.bert4rec is not None
     own = config.bert4rec.finetune.model.dropout
     expected = {"none": 0.4, "shallow": own, "deep": 0.1}
     for row in planned(config, "lake", 1):
-        if row.model == "bert4rec" and row.kind != "own":
+        if row.model == "bert4rec" and row.kind != "custom":
             trained = row.trainings[0].config
             assert isinstance(trained, FinetuneConfig)
             assert trained.model.dropout == expected[row.transfer]
@@ -140,7 +140,7 @@ def test_a_searchs_winners_are_for_the_rows_of_their_transfer(tmp_path: Path) ->
                 assert row.trainings[0].parent.config.model.dropout == config.bert4rec.pretrain.model.dropout
     files["none"].write_text("model: {kind: bert4rec}\ntask: {kind: next_item}\n")
     with pytest.raises(ConfigError, match=r"tuned.none: expected .* by masked_item, .*found bert4rec by next_item"):
-        load_experiment("table2", "small", given)
+        load_experiment("table2", "cpu", given)
 
 
 OWN = {
@@ -173,7 +173,7 @@ def own_rows() -> dict[str, Any]:
 
 
 def test_rows_of_ones_own_share_what_they_are_grafted_on(tmp_path: Path) -> None:
-    config = ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, own=own_rows(), seeds=[0, 3]))
+    config = ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, custom=own_rows(), seeds=[0, 3]))
     rows = {row.id: row for row in planned(config, "lake", 7)}
     assert len(training_jobs(list(rows.values()))) == 2 * 3
     for seed in (0, 3):
@@ -197,7 +197,38 @@ def test_rows_of_ones_own_share_what_they_are_grafted_on(tmp_path: Path) -> None
 )
 def test_rows_of_ones_own_that_make_no_sense_are_refused(more: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=told):
-        ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, own=more))
+        ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, custom=more))
+
+
+def test_a_grid_is_each_model_by_each_transfer() -> None:
+    config = load_experiment("models", None)
+    rows = {row.id: row for row in planned(config, "lake", 1)}
+    assert len(rows) == 20
+    assert {row.against for row in rows.values()} == {None, *config.grid}
+    lora, parallel = (rows[name].trainings[0] for name in ("peterrec-lora", "peterrec-parallel"))
+    assert rows["peterrec-lora"].label == "PeterRec, next item, LoRA"
+    assert lora.parent is parallel.parent
+    found = [training.config for training in (lora, parallel) if isinstance(training.config, FinetuneConfig)]
+    assert [(one.transfer, one.patch.kind, one.patch.place) for one in found] == [
+        ("patch", "lora", "serial"),
+        ("patch", "adapter", "parallel"),
+    ]
+    assert rows["next"].trainings[0].parent is None
+    on_loo = load_experiment("models", None, ["--split", "loo", "--target", "all", "--rows", "[next-deep]"])
+    (deep,) = (row.trainings[0] for row in planned(on_loo, "lake", 1) if row.trainings)
+    assert (deep.config.data.domain, deep.config.data.split) == ("all", "loo")
+
+
+def test_a_grid_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    grid = {"x": {"label": "x", "preset": {"task": {"kind": "next_item"}}, "transfers": ["none"]}}
+    click = {"x": {"label": "x", "preset": {"task": {"kind": "click", "causal": True}}}}
+    for given, told in (
+        ({"own": OWN}, "own is now custom; rename it"),
+        ({"grid": grid, "custom": {"x": OWN["alone"]}}, "custom: expected other names than grid makes, found x"),
+        ({"grid": click}, "grid.x: expected tasks that rank items for sequences, found click"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ExperimentConfig.model_validate(settings("lake", tmp_path, bert4rec=None, **given))
 
 
 @pytest.mark.slow
@@ -210,12 +241,12 @@ def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
         own[kind]["finetune"] |= {"transfer": "patch", "patch": {"bottleneck": 1, "rank": 1}}
         own[kind]["finetune"]["patch"] |= {"kind": "lora" if kind == "lora" else "adapter"}
     own["lora"]["finetune"]["shared_items"] = False  # so that items are its own
-    given = settings(lake, tmp_path, bert4rec=None, own=own, seeds=[0, 1])
+    given = settings(lake, tmp_path, bert4rec=None, custom=own, seeds=[0, 1])
     file = tmp_path / "own.yaml"
     file.write_text(json.dumps(given | {"evaluation": {"protocols": ["full"]}}))
     assert run.main(["--experiment", str(file)]) == 0
     found = json.loads((tmp_path / "tiny" / "results.json").read_text())
-    rows = {row["id"]: row for row in found["rows"] if row["kind"] == "own"}
+    rows = {row["id"]: row for row in found["rows"] if row["kind"] == "custom"}
     assert {row["status"] for row in rows.values()} == {"done"}
     assert {(one["row"], one["against"]) for one in found["comparisons"]} == {(row, "alone") for row in own} - {
         ("alone", "alone")
@@ -252,7 +283,7 @@ def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
         (["--target", "elsewhere"], "elsewhere"),
         (["--joint_split", "last"], "etl.splits: expected last"),
         (["--lake", "somewhere"], "one of etl"),
-        (["--bert4rec.finetune", "caser_ml1m"], "the same model"),
+        (["--bert4rec.finetune.base", "preset/caser_w64"], "the same model"),
         (["--caser.pretrain_tasks", "[]"], "at least one"),
         (["--seeds", "[]"], "seeds"),
     ],
@@ -295,7 +326,7 @@ def test_table_1_counts_what_the_lake_holds(lake: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_would_be_others_under_a_wrong_name_are_holes() -> None:
-    config = load_experiment("table2", "small")
+    config = load_experiment("table2", "cpu")
     domains = [{"domain": name, "items_with_knowledge": known} for name, known in (("source", 0), ("target", 9))]
     apart = results.DataFacts(domains, shared_users=0)
     reasons = {row.id: results.why_not(row, apart, config) for row in planned(config, "lake", 1)}
@@ -311,7 +342,7 @@ BARE = ["--bert4rec.finetune.model.user_width", "0", "--caser", "null", "--knowl
 
 
 def test_rows_whose_transfer_would_copy_nothing_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = planned(load_experiment("table2", "small", BARE), "lake", 1)
+    rows = planned(load_experiment("table2", "cpu", BARE), "lake", 1)
     empty = [row for row in rows if row.reason]
     assert {row.transfer for row in empty} == {"shallow"}
     assert not any(row.trainings for row in empty)
@@ -321,7 +352,7 @@ def test_rows_whose_transfer_would_copy_nothing_are_left_out(capsys: pytest.Capt
 
 def test_an_experiment_of_such_rows_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     examples = ["--rows", "[bert4rec/shallow/next_item/plain]"]
-    assert run.main(["--experiment", "table2", "--preset", "small", *BARE, *examples]) == 2
+    assert run.main(["--experiment", "table2", "--preset", "cpu", *BARE, *examples]) == 2
     assert re.fullmatch(r"experiment: rows: bert4rec/shallow.*transfer deep.*\n", capsys.readouterr().err)
 
 

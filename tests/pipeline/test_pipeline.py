@@ -65,7 +65,14 @@ def test_gate_takes_its_thresholds_from_its_yaml(name: str) -> None:
     ("overrides", "told"),
     [
         (
-            ("--finetune.model", "caser_small", "--pretrain.model", "caser_small", "--transfers", "[none, patch]"),
+            (
+                "--finetune.base",
+                "preset/caser_w64",
+                "--pretrain.base",
+                "preset/caser_w64",
+                "--transfers",
+                "[none, patch]",
+            ),
             "transfer patch: expected a model with blocks",
         ),
         (
@@ -432,7 +439,8 @@ def write_shop(folder: Path, *, users: int = 300, apart: bool = False) -> None:
     domains = [{"name": name, "any_of": [name]} for name in DEPARTMENTS]
     etl = {"lake": "lake", "source": source, "domains": domains, "spark": {"engine": "sail"}}
     (folder / "etl.yaml").write_text(json.dumps(etl))
-    pretrain = {"model": "demo", "task": "masked_item", "train": {"epochs": 3, "learning_rate": 0.003}}
+    model = {"kind": "bert4rec", "max_length": 100}
+    pretrain = {"model": model, "task": {"kind": "masked_item"}, "train": {"epochs": 3, "learning_rate": 0.003}}
     settings = {
         "name": "shop",
         "registered_model": "shop",

@@ -45,7 +45,7 @@ def results_of(rows, truth=survey_was_right, *, protocols=PROTOCOLS, conventions
         written.append(text | one | {"seeds": runs})
     return {
         "experiment": "made-up",
-        "preset": "small",
+        "preset": "cpu",
         "code": {"commit": "0123abc", "dirty": True},
         "machine": "2 cores",
         "started": "2026-01-02 03:04",
@@ -262,7 +262,8 @@ def test_many_rows_of_ones_own_have_a_picture_a_family(tmp_path):
     """Rows that are compared with one, whichever way round, and no more in a picture than it can tell apart."""
     ids = [(f"{family}{n}", f"{family}{n - 1}" if n else None) for family in "ab" for n in range(4)]
     own = [
-        row("bert4rec") | {"id": name, "kind": "own", "label": f"row {name}", "against": against, "pretrain_task": None}
+        row("bert4rec")
+        | {"id": name, "kind": "custom", "label": f"row {name}", "against": against, "pretrain_task": None}
         for name, against in ids
     ]
     with warnings.catch_warnings():

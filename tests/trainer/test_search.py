@@ -296,14 +296,17 @@ def test_hyperband_gives_trials_up_at_its_rungs(tiny_lake, tmp_path):
 
 
 def test_sections_and_what_is_in_them_can_be_searched(tiny_lake, tmp_path):
-    space = {"task": ["masked_item", "next_item"], "task.loss.kind": ["full", "sampled"]}
+    files = {kind: tmp_path / f"{kind}.yaml" for kind in ("masked_item", "next_item")}
+    for kind, file in files.items():
+        file.write_text(f"kind: {kind}\n")
+    space = {"task": [str(file) for file in files.values()], "task.loss.kind": ["full", "sampled"]}
     none = {"kind": "none"}  # whether one is given up depends on the batches that the lake's files make
     search.run(tiny(tmp_path, tiny_lake, recipe="pretrain", space=space, trials=4, random_trials=4, pruner=none))
     rows = rows_of(tmp_path, "pretrain")
     assert {row["outcome"] for row in rows} == {"done"}
     best = max(rows, key=lambda row: row["score"])["values"]
     won = load(PretrainConfig, tmp_path / "runs" / "tiny" / "pretrain" / "best.yaml").task
-    assert (won.kind, won.loss.kind) == (best["task"], best["task.loss.kind"])
+    assert (str(files[won.kind]), won.loss.kind) == (best["task"], best["task.loss.kind"])
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (conf_root() / "search").glob("*.yaml")))

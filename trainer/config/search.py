@@ -71,7 +71,7 @@ class SearchConfig(Section):
     pretrain: PretrainConfig | None = None  # one of these two: the settings that are not searched, and the first trial
     finetune: FinetuneConfig | None = None
     transfers: tuple[TransferName, ...] = ()  # (): finetune's own
-    # setting (train.learning_rate) -> a range, or a list of values; a section's values are names of files in conf/
+    # setting (train.learning_rate) -> a range, or a list of values; a section's are YAML files, or names in conf/
     space: dict[str, RangeConfig | tuple[Choice, ...]]
     trials: int | None = Field(20, ge=1)  # of each transfer, those given up or failed counted
     seconds: float | None = Field(None, gt=0)  # of each transfer's training; a trial under way is finished

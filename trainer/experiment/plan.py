@@ -21,6 +21,7 @@ from trainer.config import (
     TransferName,
     with_transfer,
 )
+from trainer.experiment.rows import GridPlan, RowPlan, rows_of_grid
 from trainer.recipes.training_jobs import TrainingJob
 from trainer.report.survey import NAMES, row_id
 from trainer.training.empty_transfer import ADVICE, empty_by_settings
@@ -75,43 +76,12 @@ class ModelPlan(Section):
         return given or self.finetune
 
 
-class RowPlan(Section):
-    """A row beside the survey's rows, or in their place: what is trained, and the row that its gain is counted over.
-    Domains and split are those of its sections; lake, seeds, names and folders are set here."""
-
-    label: str
-    against: str | None = None  # id of another row
-    pretrain: PretrainConfig | None = None  # the parent of `finetune`; without `finetune`, the row itself
-    finetune: FinetuneConfig | None = None
-
-    @property
-    def trained(self) -> PretrainConfig:
-        """Of the row's model."""
-        found = self.finetune or self.pretrain
-        assert found is not None
-        return found
-
-    @model_validator(mode="after")
-    def _has_a_parent_if_it_needs_one(self) -> "RowPlan":
-        if self.finetune is None:
-            if self.pretrain is None:
-                raise ValueError("expected a section pretrain, finetune or both, found none")
-        elif (self.pretrain is None) != (self.finetune.transfer == "none"):
-            raise ValueError(
-                f"expected a section pretrain for transfer {self.finetune.transfer}, found none; add it, or set "
-                "finetune.transfer to none"
-                if self.pretrain is None
-                else "expected no section pretrain for transfer none; remove it, or set finetune.transfer"
-            )
-        return self
-
-
 class ExperimentConfig(Section):
     """Which rows, on what data, and how they are compared. Lake, domains, seeds, names and folders are set here, not in
     the sections."""
 
     name: FileName = "experiment"
-    preset: str = "small"
+    preset: str = "cpu"
     runs: str = "runs"  # the experiment's folder is <runs>/<name>
     etl: EtlConfig | None = None  # makes the tables; or, in its place:
     lake: Place | None = None  # … a lake that is there
@@ -123,7 +93,8 @@ class ExperimentConfig(Section):
     part: Literal["validation", "test"] = "test"
     bert4rec: ModelPlan | None = None
     caser: ModelPlan | None = None
-    own: dict[str, RowPlan] = Field(default_factory=dict)  # more rows, by id
+    grid: dict[str, GridPlan] = Field(default_factory=dict)  # more rows, each model by each transfer
+    custom: dict[str, RowPlan] = Field(default_factory=dict)  # more rows, by id
     transfers: tuple[TransferName, ...] = ("none", "shallow", "deep")
     knowledge: tuple[bool, ...] = (False, True)
     joint: bool = True  # one model trained on both domains
@@ -143,13 +114,28 @@ class ExperimentConfig(Section):
         return {name: plan for name, plan in named if plan is not None}
 
     @property
+    def more_rows(self) -> dict[str, RowPlan]:
+        """Rows of `grid` and `custom`, by id."""
+        return {**rows_of_grid(self.grid, self.source, self.target, self.split), **self.custom}
+
+    @property
     def folder(self) -> Path:
         return Path(self.runs) / self.name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_has_a_new_name(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "own" in given:
+            raise ValueError("own is now custom; rename it")
+        return given
+
     @model_validator(mode="after")
     def _can_be_run(self) -> "ExperimentConfig":
-        if not self.plans and not self.own:
-            raise ValueError("expected a section bert4rec, caser or own, found none")
+        if not self.plans and not self.grid and not self.custom:
+            raise ValueError("expected a section bert4rec, caser, grid or custom, found none")
+        gridded = rows_of_grid(self.grid, self.source, self.target, self.split)
+        if twice := gridded.keys() & self.custom.keys():
+            raise ValueError(f"custom: expected other names than grid makes, found {', '.join(sorted(twice))}; rename")
         for name, plan in self.plans.items():
             if plan.finetune.model.kind != name:
                 raise ValueError(f"{name}: expected that model, found {plan.finetune.model.kind}")
@@ -167,17 +153,19 @@ class ExperimentConfig(Section):
         if unknown := set(self.rows) - {row.id for row in rows_of(self)}:
             known = ", ".join(row.id for row in rows_of(self))
             raise ValueError(f"rows: expected some of {known}; found {', '.join(sorted(unknown))}")
-        for name, row in self.own.items():
-            if not row.trained.task.predicts_other_domains:
+        for name, row in self.more_rows.items():
+            tasks = [part.task for part in (row.pretrain, row.finetune) if part is not None]
+            where = "grid" if name in gridded else "custom"
+            if others := [task.kind for task in tasks if not task.predicts_other_domains]:
                 raise ValueError(
-                    f"own.{name}: expected a task that ranks items for sequences, found {row.trained.task.kind}; "
-                    "`python -m trainer evaluate` compares its models"
+                    f"{where}.{name}: expected tasks that rank items for sequences, found {others[0]}; `python -m "
+                    "trainer evaluate` compares its models"
                 )
         ids = [row.id for row in rows_of(self)]
-        for own, row in self.own.items():
-            if row.against is not None and (row.against == own or row.against not in ids):
+        for name, row in self.custom.items():
+            if row.against is not None and (row.against == name or row.against not in ids):
                 raise ValueError(
-                    f"own.{own}.against: expected another row, one of {', '.join(ids)}, found {row.against}"
+                    f"custom.{name}.against: expected another row, one of {', '.join(ids)}, found {row.against}"
                 )
         return self
 
@@ -187,14 +175,14 @@ class Row:
     """One row of the table: the same training over seeds."""
 
     id: str
-    kind: Literal["model", "joint", "extra", "own"]
+    kind: Literal["model", "joint", "extra", "custom"]
     model: str
     transfer: TransferName
     pretrain_task: str | None
     task: str
     knowledge: bool
     label: str
-    against: str | None = None  # what its gain is counted over, of kind `own`
+    against: str | None = None  # what its gain is counted over, of kind `custom`
     reason: str = ""  # why it can't be trained at all
     trainings: dict[int, TrainingJob] = field(default_factory=dict)  # by seed
 
@@ -224,17 +212,18 @@ def rows_of(config: ExperimentConfig) -> list[Row]:
                 found.append(
                     Row(row, "joint", model, "none", None, task, known, f"{NAMES[model]} of both domains{also}")
                 )
-    for name, own in config.own.items():
-        found.append(_own_row(name, own))
+    for name, custom in config.more_rows.items():
+        found.append(_custom_row(name, custom))
     return found
 
 
-def _own_row(name: str, own: RowPlan) -> Row:
-    task, network = own.trained.task.kind, own.trained.model
-    if own.finetune is None or own.pretrain is None:
-        return Row(name, "own", network.kind, "none", None, task, bool(network.knowledge), own.label, own.against)
-    transfer, before = own.finetune.transfer, own.pretrain.task.kind
-    return Row(name, "own", network.kind, transfer, before, task, bool(network.knowledge), own.label, own.against)
+def _custom_row(name: str, plan: RowPlan) -> Row:
+    task, network, label, against = plan.trained.task.kind, plan.trained.model, plan.label, plan.against
+    transfer: TransferName = "none"
+    before = None
+    if plan.finetune is not None and plan.pretrain is not None:
+        transfer, before = plan.finetune.transfer, plan.pretrain.task.kind
+    return Row(name, "custom", network.kind, transfer, before, task, bool(network.knowledge), label, against)
 
 
 def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
@@ -245,8 +234,8 @@ def planned(config: ExperimentConfig, lake: str, release: int) -> list[Row]:
         if config.rows and row.id not in config.rows:
             row.reason = f"{NOT_REQUESTED} (`rows`)"
             continue
-        if row.kind == "own":
-            row.trainings = {seed: _own_cell(config, row, seed, lake, release, pretrained) for seed in config.seeds}
+        if row.kind == "custom":
+            row.trainings = {seed: _custom_cell(config, row, seed, lake, release, pretrained) for seed in config.seeds}
             continue
         plan = config.plans[row.model]
         for seed in config.seeds:
@@ -302,13 +291,13 @@ def _cell(
     return TrainingJob(name, "finetune", _placed(settings, config, name, seed, lake, release), parent)
 
 
-def _own_cell(
+def _custom_cell(
     config: ExperimentConfig, row: Row, seed: int, lake: str, release: int, pretrained: dict[str, TrainingJob]
 ) -> TrainingJob:
-    """The cell of a row of `own`; rows whose sections `pretrain` are equal share that cell."""
-    plan, parent = config.own[row.id], None
+    """The cell of a row of `grid` or `custom`; rows whose sections `pretrain` are equal share that cell."""
+    plan, parent = config.more_rows[row.id], None
     if plan.pretrain is not None:
-        name = f"own-pretrain-{config_hash(plan.pretrain)[:8]}-{seed}"
+        name = f"custom-pretrain-{config_hash(plan.pretrain)[:8]}-{seed}"
         if name not in pretrained:
             pretrained[name] = TrainingJob(name, "pretrain", _placed(plan.pretrain, config, name, seed, lake, release))
         parent = pretrained[name]

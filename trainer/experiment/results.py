@@ -67,7 +67,7 @@ class DataFacts:
 def data_facts(release: Release, config: "ExperimentConfig") -> DataFacts:
     """Raises DataError for a domain or split that is not there."""
     trained: list[PretrainConfig] = [plan.finetune for plan in config.plans.values()]
-    trained += [row.trained for row in config.own.values()]
+    trained += [row.trained for row in config.more_rows.values()]
     slots: dict[str, int] = next((section.model.knowledge for section in trained if section.model.knowledge), {})
     users, domains = {}, []
     for domain in dict.fromkeys((DOMAIN_ALL, config.source, config.target)):
@@ -90,7 +90,7 @@ def data_facts(release: Release, config: "ExperimentConfig") -> DataFacts:
 
 def why_not(row: "Row", facts: DataFacts, config: "ExperimentConfig") -> str:
     """Why a row would repeat another one under a wrong name; "" where it makes sense."""
-    wanted = [config.target] if row.transfer == "none" or row.kind == "own" else [config.target, config.source]
+    wanted = [config.target] if row.transfer == "none" or row.kind == "custom" else [config.target, config.source]
     for domain in wanted:
         if row.knowledge and not facts.with_knowledge(domain):
             return f"no item of domain {domain!r} has metadata, so a model with metadata is one without"

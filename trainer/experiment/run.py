@@ -1,6 +1,6 @@
 """The survey's experiment (section 4): models × transfer × task of pre-training × metadata, over seeds, as one command.
 
-    python mlflow_projects/experiment.py --experiment table2 --preset small [--data FOLDER] [--section.key value …]
+    python mlflow_projects/experiment.py --experiment table2 --preset cpu [--data FOLDER] [--section.key value …]
 
 Every number of the table comes from *cells*: training runs, each a process and a child of one MLflow run. Finished
 cells are not run again, and a killed run resumes from its checkpoints, so the same command continues an experiment that
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings=ExperimentConfig,
     )
     parser.add_argument("--experiment", required=True, help="a name under conf/experiment/, or a YAML file")
-    parser.add_argument("--preset", help="small, survey…: conf/experiment/<experiment>_<preset>.yaml")
+    parser.add_argument("--preset", help="cpu, paper…: conf/experiment/<experiment>_<preset>.yaml")
     parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
     parser.add_argument("--keep", action="store_true", help="copy the results to tests/reproduction/results/")
     known, overrides = parser.parse_known_args(arguments)

@@ -115,7 +115,7 @@ def from_scratch_of(row: Row, rows: Iterable[Row]) -> Row | None:
     row is itself from scratch, under another task). A row of kind `own` names it itself. None for
     baselines and from-scratch, or where there is none.
     """
-    if row["kind"] == "own":
+    if row["kind"] == "custom":
         return next((other for other in rows if other["id"] == row["against"]), None)
     if row["kind"] not in ("model", "joint", "extra") or (row["kind"] == "model" and row["transfer"] == "none"):
         return None

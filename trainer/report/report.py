@@ -97,7 +97,8 @@ class _Report:
     def __init__(self, results: Mapping[str, Any]) -> None:
         self.results = results
         self.title = f"Experiment {results['experiment']}, preset {results['preset']}"
-        self.rows: Sequence[Row] = results["rows"]
+        # Earlier releases wrote own for custom.
+        self.rows: Sequence[Row] = [{**row, "kind": row["kind"].replace("own", "custom")} for row in results["rows"]]
         self.done = [row for row in self.rows if row["status"] == "done"]
         self.places = [Place(*pair) for pair in product(results["protocols"], results["conventions"])]
         self.head = self.places[0]
@@ -108,7 +109,7 @@ class _Report:
             (Place(gain["protocol"], gain["convention"]), gain["row"]): gain for gain in results["comparisons"]
         }
         transfers = [_factors(row) for row in self.rows if row["kind"] == "model" and row["transfer"] != "none"]
-        own = [row["label"] for row in self.rows if row["kind"] == "own"]
+        own = [row["label"] for row in self.rows if row["kind"] == "custom"]
         self.series = [FROM_SCRATCH, *dict.fromkeys(transfers), *own]  # one colour each in all pictures
         self.models = list(dict.fromkeys(row["model"] for row in self.rows if row["kind"] == "model"))
         self.panels = list(dict.fromkeys(_panel(row) for row in self.done if row["kind"] != "baseline"))
@@ -241,7 +242,7 @@ class _Report:
             "transfer": [row for row in self.done if row["kind"] == "model" and row["transfer"] != "none"],
             "from-scratch": [r for r in self.done if r["kind"] in ("model", "extra") and r["transfer"] == "none"],
             "joint": [row for row in self.done if row["kind"] == "joint"],
-            "other configuration": [row for row in self.done if row["kind"] == "own"],
+            "other configuration": [row for row in self.done if row["kind"] == "custom"],
             "simple baseline": [row for row in self.done if row["kind"] == "baseline"],
         }
         best = {
@@ -384,7 +385,7 @@ class _Report:
         kinds = [
             ("joint", "Trained on both domains at once"),
             ("extra", "From scratch under another task"),
-            ("own", OWN),
+            ("custom", OWN),
             ("baseline", "Simple baselines"),
         ]
         groups = [
@@ -416,9 +417,9 @@ class _Report:
         slices = {one["slice"]: one["users"] for one in own}
         drawn = [name for name, users in slices.items() if users >= FEW_USERS]
         pictures: dict[str, dict[str, dict[str, list[Gain]]]] = {}  # picture -> panel -> series
-        for row in [row for row in self.done if row["kind"] in ("model", "own")]:
+        for row in [row for row in self.done if row["kind"] in ("model", "custom")]:
             picture, panel = "", f"{_model(row['model'])}, {_metadata(row)}"
-            if row["kind"] == "own":
+            if row["kind"] == "custom":
                 picture = panel = self._family(row)
                 picture = "" if picture == OWN else picture
             gains = [one for name in drawn if (one := found.get((row["id"], name))) and one["gain"] is not None]
@@ -454,7 +455,7 @@ class _Report:
     def _family(self, row: Row) -> str:
         """Other configurations that share a picture: all, or, if they are many, those that are compared with one
         row."""
-        own = {one["id"]: one for one in self.rows if one["kind"] == "own"}
+        own = {one["id"]: one for one in self.rows if one["kind"] == "custom"}
         if len(own) <= MANY_ROWS:
             return OWN
         met = {row["id"]}
@@ -468,10 +469,10 @@ class _Report:
     def curves(self) -> list[Block]:
         blocks: list[Block] = []
         for number, name in enumerate(self.panels):
-            members = [row for row in self.done if row["kind"] in ("model", "own") and _panel(row) == name]
+            members = [row for row in self.done if row["kind"] in ("model", "custom") and _panel(row) == name]
             families: dict[str, list[Row]] = {}
             for row in members:
-                families.setdefault(self._family(row) if row["kind"] == "own" else name, []).append(row)
+                families.setdefault(self._family(row) if row["kind"] == "custom" else name, []).append(row)
             for part, (family, rows) in enumerate(families.items()):
                 panels: dict[str, list[Curve]] = {}
                 for row in rows:
@@ -661,12 +662,12 @@ def _factors(row: Row) -> str:
 
 def _panel(row: Row) -> str:
     """Which rows share a picture."""
-    return OWN if row["kind"] == "own" else _model(row["model"])
+    return OWN if row["kind"] == "custom" else _model(row["model"])
 
 
 def _series(row: Row) -> str:
     """The name of a row's line in a panel that gives the rest."""
-    return str(row["label"]) if row["kind"] == "own" else _factors(row)
+    return str(row["label"]) if row["kind"] == "custom" else _factors(row)
 
 
 def _label(row: Row) -> str:
