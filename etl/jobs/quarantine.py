@@ -21,9 +21,10 @@ UNKNOWN_ITEM = "unknown item"
 STRAY_TIME = "time is too far from the log's other times"
 _SECTIONS = {"interactions": "events"}  # kinds whose section of `source` has another name
 _SETTINGS = {  # a reason -> the settings of the file's section that decide on it
-    r"expected \d+ fields|malformed quoting": "separator, quote and escape",
+    r"expected \d+ fields|malformed quoting|a quote that": "separator, quote, escape and multiline",
+    r"expected as many|more than|item ends with": "explode",
     r"not (?!a |finite)": "encoding",
-    r"not a JSON object": "format",
+    r"not a (JSON|Python)": "format",
     r"\w+ is missing": "columns and null_values",
     r"time can't be read": "time_unit and time_format",
     r"time fits ": "time_unit",

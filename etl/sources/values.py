@@ -213,14 +213,17 @@ def _microseconds(moment: dt.datetime, clock: dt.tzinfo) -> int:
 
 
 def listed(cells: pa.Array, separator: str) -> pa.Array:
-    """list<string>: the non-empty parts of each cell, trimmed; an empty list where there is nothing."""
-    if pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type):
-        lists = pc.cast(cells, pa.list_(pa.string()))
-    else:
-        lists = pc.split_pattern(pc.fill_null(text(cells), ""), separator)
-    owner = pc.list_parent_indices(lists)
-    parts = text(pc.list_flatten(lists))
+    """list<string>: the non-empty parts of each cell, trimmed, also of lists in lists; empty where there is nothing."""
+    lists = cells if _is_list(cells.type) else pc.split_pattern(pc.fill_null(text(cells), ""), separator)
+    owner, flat = pc.list_parent_indices(lists), pc.list_flatten(lists)
+    while _is_list(flat.type):
+        owner, flat = owner.take(pc.list_parent_indices(flat)), pc.list_flatten(flat)
+    parts = text(flat)
     kept = pc.is_valid(parts)
     counts = np.bincount(pc.filter(owner, kept).to_numpy(), minlength=len(lists))
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pc.filter(parts, kept))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))

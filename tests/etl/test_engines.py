@@ -62,12 +62,13 @@ def _log(folder: Path) -> dict[str, Any]:
     (folder / "edges.tsv").write_text("\n".join([*edges, "ü1\tü2\tnear"]) + "\n", encoding="utf-8")
     films = [f"{title}|{1980 + k}|Director {k % 4}|Actor {k}|Actor {k % 2}" for k, title in enumerate(titles)]
     (folder / "films.txt").write_text("title|year|director|first|second\n" + "\n".join(films) + "\n", encoding="utf-8")
-    columns = {"user": 0, "item": 1, "time": 2, "event_type": 3, "value": 4, "basket": 5}
+    columns = {"user": 0, "time": 2, "event_type": 3, "value": 4, "basket": 5}
+    explode = [{"columns": {"item": 1}, "separator": "+"}]
     return {
         "source": {
             "kind": "log",
             "root": str(folder),
-            "events": {"path": "days", "separator": "::", "header": False, "columns": columns},
+            "events": {"path": "days", "separator": "::", "header": False, "columns": columns, "explode": explode},
             "items": {
                 "path": "items.jsonl",
                 "format": "json",
@@ -127,7 +128,7 @@ def _day(day: int, users: range) -> str:
             kind, value = draw.choice(["view", "buy", ""]), draw.choice(["1", "2.5", ""])
             lines.append(f"ü{user}::{item}::{at}::{kind}::{value}::{f'b{number // 3}' if user % 2 else ''}")
     bad = ["torn", f"ü1::i99::{1_000_000 + day}::view::1::", "ü1::i1::yesterday::view::1::", "::i1::5::view::1::"]
-    return "\n".join([*lines, *lines[:5], *bad]) + "\n"
+    return "\n".join([*lines, *lines[:5], f"ü2::i1+i2 +i3::{1_000_000 + day}::view::1::b0", *bad]) + "\n"
 
 
 def _configure(folder: Path, config: dict[str, Any]) -> Path:
