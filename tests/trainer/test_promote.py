@@ -18,6 +18,7 @@ from etl.settings import GraftrecError
 from trainer.__main__ import main
 from trainer.config import EvaluateConfig, EvaluationConfig, GateConfig, PromoteConfig
 from trainer.data.release import pin
+from trainer.evaluation import item_prediction
 from trainer.evaluation.gate import GateError
 from trainer.evaluation.item_prediction import evaluate_scorers
 from trainer.evaluation.scorers import model_scorer, read_evaluation_set
@@ -142,7 +143,7 @@ def test_promote_refuses_weights_that_are_no_numbers(store, models):
 def test_what_is_known_before_scoring_ends_with_two(store, models, candidate, settings, message, monkeypatch):
     if settings.get("from_scratch") == "deep":
         settings = {"from_scratch": [models["deep-0"], models["deep-1"]]}
-    monkeypatch.setattr(promote, "judged", None)  # nothing is scored
+    monkeypatch.setattr(promote, "GateEvidence", None)  # nothing is scored
     with pytest.raises(GraftrecError, match=message) as caught:
         promote.run(config(models, candidate, **settings))
     assert caught.value.exit_code == 2
@@ -167,8 +168,10 @@ def test_table_picture_gate_and_metrics_show_one_contrast(store, models, monkeyp
     """Gain and p-value of the candidate, to the last bit, though models are given in another order."""
     tracking = {"experiment": "contrast", "system_metrics": False}
     shown = []
-    drawn = evaluate.transfer_gains
-    monkeypatch.setattr(evaluate, "transfer_gains", lambda gains, **more: shown.extend(gains) or drawn(gains, **more))
+    drawn = item_prediction.transfer_gains
+    monkeypatch.setattr(
+        item_prediction, "transfer_gains", lambda gains, **more: shown.extend(gains) or drawn(gains, **more)
+    )
     report = evaluate.run(
         EvaluateConfig.model_validate(
             {
