@@ -90,13 +90,13 @@ def choose_engine(config: SparkConfig) -> EngineName:
 
 
 def engine_of(spark: SparkSession) -> EngineName:
-    """Which engine a session runs on. Of a server that is asked for the first time, one query."""
+    """Which engine a session runs on. The first time, one query to the server."""
     if type(spark).__module__ != "pyspark.sql.connect.session":
         return "spark"
     if spark.session_id not in _engines:
-        told = spark.sql("select version()").first()  # Sail tells its own, Spark the one its clients are told
-        assert told is not None
-        _engines[spark.session_id] = "connect" if str(told[0]).startswith(spark.version) else "sail"
+        row = spark.sql("select version()").first()  # Sail's own, or Spark's, as its clients have it
+        assert row is not None
+        _engines[spark.session_id] = "connect" if str(row[0]).startswith(spark.version) else "sail"
     return _engines[spark.session_id]
 
 

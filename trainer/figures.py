@@ -3,7 +3,7 @@
 Those of a report (`…_panels`) are narrow, so that a phone shows their letters large enough.
 
 Figures are made without pyplot, so nothing global changes and no window or display is needed: ``figure.savefig(path)``.
-Lines are labelled where they end rather than in a legend. Colours: Okabe and Ito 2008, told apart by the colour-blind.
+Lines are labelled where they end rather than in a legend. Colours: Okabe and Ito 2008, for the colour-blind too.
 """
 
 import textwrap
@@ -162,8 +162,8 @@ def transfer_gains(
 
 
 def confusions(shares: Mapping[str, npt.NDArray[Any]], classes: Sequence[str], *, title: str = "") -> Figure:
-    """A square a label: of the users of each class (row), the share told to be of each (column), in percent where there
-    is room."""
+    """A square a label: of the users of each class (row), the share predicted to be of each (column), in percent where
+    there is room."""
     size = 1.6 + 0.34 * min(len(classes), 24)
     figure = Figure(figsize=(max(size * len(shares), 5.0), size + 0.7), layout="constrained")
     panels = figure.subplots(1, max(len(shares), 1), squeeze=False, sharey=True)[0]
@@ -172,7 +172,7 @@ def confusions(shares: Mapping[str, npt.NDArray[Any]], classes: Sequence[str], *
         axes.set_title(name, fontsize=11, color=INK, loc="left")
         axes.set_xticks(range(len(classes)), classes, rotation=90 if len(classes) > 4 else 0, fontsize=9)
         axes.set_yticks(range(len(classes)), classes, fontsize=9)
-        axes.set_xlabel("told")
+        axes.set_xlabel("predicted")
         if len(classes) <= 12:
             for (row, column), value in np.ndenumerate(share):
                 colour = "white" if value > 0.6 else INK
@@ -183,8 +183,8 @@ def confusions(shares: Mapping[str, npt.NDArray[Any]], classes: Sequence[str], *
 
 
 def reliability_curves(curves: Mapping[str, npt.NDArray[Any]], *, title: str = "") -> Figure:
-    """Of what is told a probability (across), the share that is so (up), by bins [bins, 2 or more]; the diagonal is
-    as told."""
+    """Of what is given a probability (across), the share that is so (up), by bins [bins, 2 or more]; the diagonal is
+    as predicted."""
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.subplots()
     colours = _colours(list(curves))
@@ -194,7 +194,7 @@ def reliability_curves(curves: Mapping[str, npt.NDArray[Any]], *, title: str = "
         axes.plot(curve[:, 0], curve[:, 1], "o-", color=colours[name], linewidth=1.6, markersize=4)
         ends[name] = (float(curve[-1, 0]), float(curve[-1, 1]))
     _plain(axes, "share that was taken")
-    axes.set_xlabel("probability told (bins of equally many pairs)")
+    axes.set_xlabel("predicted probability (bins of equally many pairs)")
     _label_ends(axes, ends, colours)
     _title(figure, title)
     return figure

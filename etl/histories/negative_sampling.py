@@ -59,11 +59,11 @@ class Taken:
 
     def holds(self, user: Ints, place: Ints) -> Bools:
         """Of each pair. Fast for ascending ones."""
-        asked = user * self.num_items + place
-        at = np.searchsorted(self.keys, asked)
+        wanted = user * self.num_items + place
+        at = np.searchsorted(self.keys, wanted)
         if not len(self.keys):
-            return np.zeros(len(asked), bool)
-        found: Bools = self.keys[np.minimum(at, len(self.keys) - 1)] == asked
+            return np.zeros(len(wanted), bool)
+        found: Bools = self.keys[np.minimum(at, len(self.keys) - 1)] == wanted
         return found
 
 

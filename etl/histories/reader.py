@@ -50,7 +50,7 @@ class Histories:
     item: Ints  # [N] global index
     bits: Ints  # [N] bit k: the item belongs to domain k
     time: Ints  # [N]
-    more: Mapping[str, pa.Array]  # [N] each: the columns asked for
+    more: Mapping[str, pa.Array]  # [N] each: the columns requested
     raw: pa.Array  # [U] raw user ids
 
 
@@ -60,7 +60,7 @@ Rows = Callable[[Histories], Iterator[tuple[Key, pa.RecordBatch]]]
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The `V` kept items of the domains asked for."""
+    """The `V` kept items of the domains requested."""
 
     item: pa.Array  # [V] raw id
     index: Ints  # [V]
@@ -147,10 +147,10 @@ def _parts(length: Ints) -> list[tuple[int, int]]:
     return [(start, stop) for _, start, stop in runs(number)]
 
 
-def find(known: Ints, asked: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
-    """Where in `known` (ascending) each of `asked` stands, and whether it does."""
-    place = np.minimum(np.searchsorted(known, asked), max(len(known) - 1, 0))
-    return place, known[place] == asked if len(known) else np.zeros(len(asked), bool)
+def find(known: Ints, wanted: Ints) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Where in `known` (ascending) each of `wanted` stands, and whether it does."""
+    place = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
+    return place, known[place] == wanted if len(known) else np.zeros(len(wanted), bool)
 
 
 def runs(values: Ints) -> Iterator[tuple[int, int, int]]:
@@ -170,7 +170,7 @@ def events_of(
     users: pa.Array, bucket: int, catalogue: Catalogue, read: Inputs, *, count: npt.NDArray[np.int64] | None = None
 ) -> Iterator[pa.RecordBatch]:
     """The bucket's events of these users with items of the catalogue, in the order of the files: user, item (places in
-    `users` and the catalogue), time, source_order and the columns asked for. `count`: to each user's its events, of
+    `users` and the catalogue), time, source_order and the columns requested. `count`: to each user's its events, of
     whatever items, are added.
     """
     schema = _schema(read)

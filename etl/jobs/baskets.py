@@ -3,7 +3,7 @@ validation, where there are at least three.
 
 Baskets are made per domain: of a basket, a domain sees its own items. Where a split is `causal`, other domains' events
 at or after the first held-out item's time are left out first. Of a user's kept events, of all domains, with or without
-a basket, only the newest `sequences.max_events` count. A log without baskets isn't read, unless they are told by gaps
+a basket, only the newest `sequences.max_events` count. A log without baskets isn't read, unless gaps in time make them
 in time (`baskets.gap_minutes`), between events of whichever domain.
 """
 

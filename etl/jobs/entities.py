@@ -74,7 +74,7 @@ def fingerprint(source: Source, config: EtlConfig) -> str:
 
 
 def run(run: Run) -> Outcome:
-    named = run.engine.kept("told", lambda: facts(run))
+    named = run.engine.kept("facts", lambda: facts(run))
     then = past(run, ITEMS, "entity", [named.select(entity().alias("entity"))])
     return run.commit(transform(named, then.old, first=then.first), metadata=then.metadata)
 

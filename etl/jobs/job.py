@@ -73,7 +73,7 @@ class Outcome:
 
 
 class RunContext:
-    """What the jobs of one command share: the configuration, and, made when first asked for, Spark and the source."""
+    """What the jobs of one command share: the configuration, and, made at first use, Spark and the source."""
 
     def __init__(self, config: EtlConfig) -> None:
         self.config = config

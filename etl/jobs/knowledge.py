@@ -23,7 +23,7 @@ def transform(facts: DataFrame, items: DataFrame, entities_table: DataFrame) -> 
 
 
 def run(run: Run) -> Outcome:
-    facts = run.engine.kept("told", lambda: entities.facts(run))
+    facts = run.engine.kept("facts", lambda: entities.facts(run))
     return run.commit(transform(facts, run.read(ITEMS), run.read(ENTITIES)))
 
 

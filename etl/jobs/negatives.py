@@ -91,8 +91,8 @@ def rows(
     `drawn`: earlier negatives, in any order. Where these are known: `before`, the sequences they were drawn for, and
     `lost`, the indices that were candidates then and aren't now.
     """
-    asked = pc.less(sequences["valid_start"], sequences["end"]).to_numpy()
-    sequences, word = _where(sequences, asked), word[asked]
+    chosen_rows = pc.less(sequences["valid_start"], sequences["end"]).to_numpy()
+    sequences, word = _where(sequences, chosen_rows), word[chosen_rows]
     settled = np.zeros(len(sequences), bool)
     if drawn is not None and before is not None and lost is not None:
         settled = ~_changed(sequences, before) & _whole(sequences, drawn, lost, len(config.protocols))
@@ -107,13 +107,13 @@ def rows(
         for part in sorted(_PARTS):
             found = np.full((len(user), NUM_NEGATIVES), -1, np.int64)
             if drawn is not None:
-                asked = pc.and_(pc.equal(drawn["protocol"], protocol), pc.equal(drawn["part"], part)).to_numpy()
-                _put_earlier(found, drawn.take(np.flatnonzero(asked & ~stays)), user, gone, chosen)
+                chosen_rows = pc.and_(pc.equal(drawn["protocol"], protocol), pc.equal(drawn["part"], part)).to_numpy()
+                _put_earlier(found, drawn.take(np.flatnonzero(chosen_rows & ~stays)), user, gone, chosen)
             at = np.flatnonzero(_holds(others, part))
             draw(chosen, gone, found, word[~settled], at, protocol=protocol, stream=f"{config.seed}/{domain}/{part}")
             made = _table(protocol, part, user[at], found[at], chosen)
             if drawn is not None:
-                made = _merged(drawn, np.flatnonzero(asked & stays), made)
+                made = _merged(drawn, np.flatnonzero(chosen_rows & stays), made)
             yield from made.combine_chunks().to_batches()
 
 

@@ -331,7 +331,7 @@ def _write_arrow(frame: DataFrame, lake: str, table: Table) -> list[DataFile]:
 
 
 def data_files(entries: Iterable[str]) -> list[DataFile]:
-    """What tasks told of the files they wrote: see FileWriter.close."""
+    """What tasks report of the files they wrote: see FileWriter.close."""
     written = [json.loads(entry) for entry in entries]
     return [DataFile(entry["path"], entry["partition"], entry["size"]) for entry in written]
 
@@ -395,7 +395,7 @@ class FileWriter:
             self._flush()
 
     def close(self) -> pa.RecordBatch:
-        """Finish the file; what the driver is told of it."""
+        """Finish the file; gives what the driver needs to know of it."""
         check_wanted()
         self._flush()
         self._writer.close()

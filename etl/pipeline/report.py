@@ -78,9 +78,9 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
     files = _files(lake, versions, SEQUENCES)
     splits = sorted({str(file.partition["split"]) for file in files})
     chosen = split or (splits[0] if splits else "")
-    told = _told(lake, versions)
-    members = _items(lake, versions, told)
-    domains = {name: _domain(name, items, told["source"]) for name, items in members.items()}
+    known = _known(lake, versions)
+    members = _items(lake, versions, known)
+    domains = {name: _domain(name, items, known["source"]) for name, items in members.items()}
     pairs = [(a, b) for a in domains for b in domains if a < b and DOMAIN_ALL not in (a, b)]
     users = _users(lake, [file for file in files if file.partition["split"] == chosen], domains, pairs)
     log = _files(lake, versions, INTERACTIONS)
@@ -97,7 +97,7 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
         rejected=_rejected(lake, versions),
         duplicates=good - events,
         events=events,
-        related={relation: len(heads) for relation, heads in told["relation"].items()},
+        related={relation: len(heads) for relation, heads in known["relation"].items()},
         days=days,
         times=times,
     )
@@ -139,12 +139,12 @@ def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int]:
     return {entry["table"]: entry["version"] for entry in found[number]}, number
 
 
-def _items(lake: str, versions: dict[str, int], told: dict[str, dict[str, set[int]]]) -> dict[str, set[int]]:
-    """Domain, `all` first, -> its kept items; `told`'s items are cut down to the kept ones."""
+def _items(lake: str, versions: dict[str, int], known: dict[str, dict[str, set[int]]]) -> dict[str, set[int]]:
+    """Domain, `all` first, -> its kept items; `known`'s items are cut down to the kept ones."""
     kept: set[int] = set()
     for batch in _batches(lake, ITEMS, _files(lake, versions, ITEMS), ["index", "kept"]):
         kept.update(batch.filter(batch.column("kept")).column("index").to_pylist())
-    for heads in (heads for found in told.values() for heads in found.values()):
+    for heads in (heads for found in known.values() for heads in found.values()):
         heads &= kept
     members: dict[str, set[int]] = {}
     for file in _files(lake, versions, DOMAINS):
@@ -154,15 +154,15 @@ def _items(lake: str, versions: dict[str, int], told: dict[str, dict[str, set[in
     return {name: members[name] for name in sorted(members, key=lambda name: (name != DOMAIN_ALL, name))}
 
 
-def _told(lake: str, versions: dict[str, int]) -> dict[str, dict[str, set[int]]]:
+def _known(lake: str, versions: dict[str, int]) -> dict[str, dict[str, set[int]]]:
     """``source`` and ``relation`` -> each value of it -> the items that have such knowledge."""
-    told: dict[str, dict[str, set[int]]] = {"source": {}, "relation": {}}
-    for batch in _batches(lake, KNOWLEDGE, _files(lake, versions, KNOWLEDGE), [*told, "head_index"]):
-        for column, found in told.items():
+    known: dict[str, dict[str, set[int]]] = {"source": {}, "relation": {}}
+    for batch in _batches(lake, KNOWLEDGE, _files(lake, versions, KNOWLEDGE), [*known, "head_index"]):
+        for column, found in known.items():
             for name in pc.unique(batch.column(column)).to_pylist():
                 heads = batch.filter(pc.equal(batch.column(column), name)).column("head_index")
                 found.setdefault(name, set()).update(heads.unique().to_pylist())
-    return told
+    return known
 
 
 def _domain(name: str, members: set[int], sources: dict[str, set[int]]) -> DomainReport:
@@ -220,22 +220,22 @@ def lines(report: Report) -> list[str]:
         for domain in report.domains
     ]
     widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
-    told = [f"Release {report.release} of {report.lake}, split {report.split}:"]
+    lines = [f"Release {report.release} of {report.lake}, split {report.split}:"]
     for row in [titles, *rows]:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        told.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
     if report.related:
         known = ", ".join(f"{relation} of {count:,}" for relation, count in sorted(report.related.items()))
-        told.append(f"known: {known} items")
+        lines.append(f"known: {known} items")
     for (left, right), count in report.shared_users.items():
         items = report.shared_items[left, right]
-        told.append(f"in both {left} and {right}: {count:,} users, {items:,} items")
-    told.append(f"{report.events:,} events after cleaning; {report.duplicates:,} exact duplicates dropped")
-    told += _histogram(report)
-    told.append(f"{sum(report.rejected.values()):,} rows in quarantine")
+        lines.append(f"in both {left} and {right}: {count:,} users, {items:,} items")
+    lines.append(f"{report.events:,} events after cleaning; {report.duplicates:,} exact duplicates dropped")
+    lines += _histogram(report)
+    lines.append(f"{sum(report.rejected.values()):,} rows in quarantine")
     for (kind, reason), count in report.rejected.most_common(10):
-        told.append(f"  {count:,} of {kind}: {reason}")
-    return told
+        lines.append(f"  {count:,} of {kind}: {reason}")
+    return lines
 
 
 def _histogram(report: Report) -> list[str]:
@@ -251,7 +251,7 @@ def _histogram(report: Report) -> list[str]:
     share = outside / (report.events + report.duplicates + sum(report.rejected.values()))
     span = max(report.days) - min(report.days) + 1
     width = -(-span // _BARS)
-    told = [
+    lines = [
         f"times {event_times.written(first)} to {event_times.written(last)} UTC; {outside:,} rows ({share:.2%}) "
         f"rejected for theirs; events by {'day' if width == 1 else f'{width} days'}:"
     ]
@@ -261,8 +261,8 @@ def _histogram(report: Report) -> list[str]:
     highest = max(bars.values())
     for place in range(-(-span // width)):
         start = event_times.written((min(report.days) + place * width) * event_times.DAY)[:10]
-        told.append(f"  {start} {bars[place]:>12,} {'#' * -(-bars[place] * 40 // highest)}")
-    return told
+        lines.append(f"  {start} {bars[place]:>12,} {'#' * -(-bars[place] * 40 // highest)}")
+    return lines
 
 
 def print_report(lake: str) -> None:

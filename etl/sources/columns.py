@@ -51,7 +51,7 @@ def events(config: EventsFileConfig, *, earliest: int | None, latest: int | None
 
 
 def item_columns(config: ItemsFileConfig) -> list[str | int]:
-    """Every column an items file is asked for, in the order `items` and `people` expect."""
+    """Every column an items file is read for, in the order `items` and `people` expect."""
     wanted: list[str | int] = [config.id]
     wanted += [column for column in (config.title, config.categories) if column is not None]
     if config.year is not None and not _year_in_title(config):

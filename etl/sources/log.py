@@ -23,7 +23,7 @@ from etl.sources.spark_table import SparkTable
 
 
 class FileLog:
-    """A LogSource. Raises GraftrecError for files, columns or rows that aren't there, when the frame is asked for."""
+    """A LogSource. Raises GraftrecError for files, columns or rows that aren't there, when the frame is made."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class FileLog:
         return self._open("items", config, self._wanted("items")).map(spark, columns.people(config), PEOPLE)
 
     def _wanted(self, kind: str) -> list[str | int]:
-        """The columns that a kind of file is asked for, in the order that `shapes` expects."""
+        """The columns that a kind of file is read for, in the order that `shapes` expects."""
         config = self.config
         if kind == "events":
             return reshape.wanted(config.events)

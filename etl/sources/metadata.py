@@ -129,7 +129,7 @@ def _links(chunk: Chunk, file: RawFile) -> pa.Table:
 
 def match_titles(items: DataFrame, works: DataFrame) -> DataFrame:
     """item, work: items (item, title, year) that are works (work, titles, year, signature), by title and year."""
-    asked = items.mapInArrow(_keys, "item string, place int, key string, year bigint")
+    wanted = items.mapInArrow(_keys, "item string, place int, key string, year bigint")
     titled = works.select("work", F.posexplode("titles").alias("place", "key"), "year", "signature").where(
         "year is not null"
     )
@@ -141,13 +141,13 @@ def match_titles(items: DataFrame, works: DataFrame) -> DataFrame:
     )
     best = Window.partitionBy("item").orderBy("place", "work")
     exact = (
-        asked.join(offered, ["key", "year"])
+        wanted.join(offered, ["key", "year"])
         .withColumn("order", F.row_number().over(best))
         .where("order = 1")
         .select("item", "work")
     )
     near = (
-        asked.join(exact.select("item"), "item", "left_anti")
+        wanted.join(exact.select("item"), "item", "left_anti")
         .withColumn("near", F.explode(F.array(F.col("year") - 1, F.col("year") + 1)))
         .join(offered.withColumnRenamed("year", "near"), ["key", "near"])
         .join(exact.select("work"), "work", "left_anti")

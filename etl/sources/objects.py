@@ -24,7 +24,7 @@ from etl.sources.delimited import Chunk, lines
 from etl.sources.files import MAX_ROW_BYTES, Block, RawFile, check_columns, mentions, open_content, reading
 
 _KINDS = {str: pa.string(), int: pa.int64(), float: pa.float64()}
-_EXACT = 2.0**53  # whole numbers below it are told apart by a float64
+_EXACT = 2.0**53  # a float64 holds each whole number below it
 _OBJECTS = {"json": "a JSON object", "json_array": "a JSON object", "python": "a Python dict"}
 READ_BYTES = 1 << 20
 _BLOCK_ROWS = 1 << 12  # elements of an array at once

@@ -27,7 +27,7 @@ class DataConfig(Section):
     cache_bytes: int = Field(256 << 20, ge=0)  # decoded row groups are kept up to this size, others read each epoch
     unknown_users: float = Field(0.05, ge=0, lt=1)  # share of training sequences whose user is hidden
     window: Literal["last", "random"] = "random"  # which part of a sequence longer than the model is trained on
-    # Kinds of event (view, purchase…) that are told apart, for a model that reads them or a task that tells them; all
+    # Kinds of event (view, purchase…) that are distinguished, for a model that reads or a task that predicts them; all
     # others are as one.
     event_types: tuple[str, ...] = Field((), max_length=100)
 
@@ -38,7 +38,7 @@ class DataConfig(Section):
 
     @property
     def answered(self) -> str:
-        """The domain whose items a model of this data is asked for."""
+        """The domain whose items a model of this data predicts."""
         return self.ranked or self.predicted or self.domain
 
 

@@ -14,7 +14,7 @@ class Bert4RecConfig(Section):
     blocks: int = Field(2, ge=1)
     width: int = Field(64, ge=1)
     heads: int = Field(2, ge=1)
-    max_length: int = Field(200, ge=2)  # positions, the asked one included
+    max_length: int = Field(200, ge=2)  # positions, the predicted one included
     # learned: an embedding of each position, as in the paper; rotary: the query and key of each head are turned by
     # their position too, so that attention knows distances (Su et al. 2021).
     positions: Literal["learned", "rotary"] = "rotary"
@@ -40,7 +40,7 @@ class CaserConfig(Section):
     width: int = Field(64, ge=1)  # of an item's vector, and of the window's
     horizontal: int = Field(16, ge=1)  # filters of each height from 1 to L
     vertical: int = Field(4, ge=1)  # filters
-    max_length: int = Field(200, ge=2)  # positions of a sequence that windows slide over, the asked one included
+    max_length: int = Field(200, ge=2)  # positions of a sequence that windows slide over, the predicted one included
     dropout: float = Field(0.5, ge=0, lt=1)
     user_width: int = Field(64, ge=0)  # 0: no user embedding
     # relation -> slots; {}: metadata off
@@ -49,12 +49,12 @@ class CaserConfig(Section):
 
 
 class PeterRecConfig(Section):
-    """PeterRec (Yuan et al. 2020), with the survey's user and knowledge embeddings where asked for."""
+    """PeterRec (Yuan et al. 2020), with the survey's user and knowledge embeddings where requested."""
 
     kind: Literal["peterrec"] = "peterrec"
     width: int = Field(64, ge=1)
     dilations: tuple[int, ...] = Field((1, 4) * 4, min_length=1)  # one a block; its second convolution's is twice that
-    max_length: int = Field(200, ge=2)  # positions, the asked one included
+    max_length: int = Field(200, ge=2)  # positions, the predicted one included
     dropout: float = Field(0.1, ge=0, lt=1)
     user_width: int = Field(0, ge=0)  # 0: no user embedding
     knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
@@ -73,7 +73,7 @@ class DupnConfig(Section):
 
     kind: Literal["dupn"] = "dupn"
     width: int = Field(64, ge=1)  # of items' vectors and of states
-    max_length: int = Field(200, ge=2)  # positions, the asked one included
+    max_length: int = Field(200, ge=2)  # positions, the predicted one included
     dropout: float = Field(0.1, ge=0, lt=1)
     user_width: int = Field(32, ge=0)  # 0: no user embedding, attention asks nothing of the user
     event_types: bool = False  # what kind of event each was is read too, of data.event_types

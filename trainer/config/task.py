@@ -130,8 +130,8 @@ TaskHead = int | PairHeadConfig | WeightsHeadConfig  # so many outputs, a score 
 
 
 class TargetItemConfig(TaskSettings):
-    """Items of another domain told by a user's vector (PeterRec's fine-tuning: Yuan et al. 2020): what is read is all
-    but the items of `data.predicted`, with a CLS behind, and each of those is a target."""
+    """Items of another domain predicted by a user's vector (PeterRec's fine-tuning: Yuan et al. 2020): what is read is
+    all but the items of `data.predicted`, with a CLS behind, and each of those is a target."""
 
     kind: Literal["target_item"] = "target_item"
     causal: bool = True  # as the parent was pre-trained: next item, causal; masked item, not (a CLS at both ends then)
@@ -146,8 +146,8 @@ class TargetItemConfig(TaskSettings):
 
 
 class ProfileConfig(TaskSettings):
-    """What a user is told by the user's vector (PeterRec's user-profile prediction: Yuan et al. 2020; survey 3.3): an
-    attribute of the table `users`, as one of the values that it has there."""
+    """What a user is, predicted by the user's vector (PeterRec's user-profile prediction: Yuan et al. 2020; survey
+    3.3): an attribute of the table `users`, as one of the values that it has there."""
 
     kind: Literal["profile"] = "profile"
     attribute: str  # gender, age, occupation…
@@ -199,11 +199,11 @@ def _same_domain(task: TaskSettings, data: DataConfig) -> None:
 
 
 class NextBasketConfig(BasketTaskSettings):
-    """The items of a user's next basket (survey 3.2.2; Yang et al. 2019), told by a MASK behind the baskets before."""
+    """The items of a user's next basket (survey 3.2.2; Yang et al. 2019), predicted by a MASK behind earlier ones."""
 
     kind: Literal["next_basket"] = "next_basket"
     context: int = Field(10, ge=1)  # baskets that are read
-    baskets: int = Field(4, ge=1)  # of a user, told in one step
+    baskets: int = Field(4, ge=1)  # of a user, predicted in one step
     loss: LossConfig = LossConfig()
 
 
@@ -216,22 +216,23 @@ class BasketPairConfig(BasketTaskSettings):
     baskets: int = Field(4, ge=1)  # pairs of a user in one step
     adjacent: float = Field(0.5, gt=0, lt=1)  # share of pairs that are
     mask_probability: float = Field(0.2, gt=0, lt=1)  # of an item
-    asked_probability: float = Field(0.15, ge=0, le=1)  # of adjacent pairs: the second is one MASK, as when asked
+    asked_probability: float = Field(0.15, ge=0, le=1)  # of adjacent pairs: the second is one MASK, as in evaluation
     weight: float = Field(1.0, ge=0)  # of a pair's answer, where a masked item weighs 1
     loss: LossConfig = LossConfig()
     reads_all_ranks: ClassVar[bool] = True
 
 
 class MultiConfig(TaskSettings):
-    """Several things about what comes next, told together (DUPN: Ni et al. 2018; survey 3.1): the item, its category
-    (there: the shop), the event's kind (there: the click), its value as one of its levels (there: the price)."""
+    """Several things about what comes next, predicted together (DUPN: Ni et al. 2018; survey 3.1): the item, its
+    category (there: the shop), the event's kind (there: the click), its value as one of its levels (there: the
+    price)."""
 
     kind: Literal["multi"] = "multi"
     tells: tuple[Literal["next_item", "category", "event_type", "value"], ...] = Field(
         ("next_item", "category"), min_length=1
     )
     weighting: Literal["fixed", "uncertainty"] = "fixed"  # uncertainty: learned (Kendall, Gal and Cipolla 2018)
-    weights: dict[str, float] = Field(default_factory=dict)  # of fixed: by what is told; 1 where not named
+    weights: dict[str, float] = Field(default_factory=dict)  # of fixed: by what is predicted; 1 where not named
     max_levels: int = Field(20, ge=2)  # different values that are still levels
     loss: LossConfig = LossConfig()  # of the item
     reads_event_types: ClassVar[bool] = True
@@ -284,14 +285,14 @@ class MultiConfig(TaskSettings):
 
 
 class ClickConfig(TaskSettings):
-    """Whether a user takes an item, told by the user's vector and by what the item is (Chen et al. 2019; survey 3.2.2,
-    equation 2)."""
+    """Whether a user takes an item, predicted by the user's vector and by what the item is (Chen et al. 2019; survey
+    3.2.2, equation 2)."""
 
     kind: Literal["click"] = "click"
     content: tuple[Literal["text", "categories"], ...] = Field(("text", "categories"), min_length=1)
     layers: tuple[int, ...] = Field((64,), min_length=1)  # widths of f's hidden layers
-    negatives: int = Field(4, ge=0, le=20)  # drawn for each item taken, in training and when asked
-    # Kinds of event in the log that say an item was shown and not taken: noes too, and never read as taken.
+    negatives: int = Field(4, ge=0, le=20)  # drawn for each item taken, in training and evaluation
+    # Kinds of event in the log that say an item was shown and not taken: negatives too, and never read as taken.
     impressions: tuple[str, ...] = Field((), max_length=100)
     causal: bool = True  # as the parent was pre-trained: next item, causal; masked item, not
     cuts: int = Field(8, ge=1)  # of a sequence in a step, where not causal

@@ -65,7 +65,7 @@ class BlockReader:
         self._cached_bytes, self._lock = 0, threading.Lock()
 
     def read(self, blocks: Sequence[IntArray], order_of: Callable[[int, int], IntArray]) -> Iterator[tuple[int, Block]]:
-        """Number and block, for each of `blocks` (row groups) in turn. A block is good until the next one is asked for.
+        """Number and block, for each of `blocks` (row groups) in turn. A block is good until the next one is read.
 
         `order_of` gives the order of a block's rows from its number and how many they are. Raises DataError for a file
         that can't be read. Whenever the iterator is left, nothing is under way any longer.

@@ -110,9 +110,9 @@ def rows_of_domain(release: Release, catalogue: Catalogue, domain: str) -> npt.N
     return rows
 
 
-def rows_by_raw_id(own: Catalogue, asked: Catalogue) -> IntArray:
-    """[rows of `asked`] rows of `own` with the same raw id, UNK where it has none; reserved rows are themselves."""
-    wanted, had = (pa.array(catalogue.raw_ids[FIRST_INDEX:], pa.string()) for catalogue in (asked, own))
+def rows_by_raw_id(own: Catalogue, other: Catalogue) -> IntArray:
+    """[rows of `other`] rows of `own` with the same raw id, UNK where it has none; reserved rows are themselves."""
+    wanted, had = (pa.array(catalogue.raw_ids[FIRST_INDEX:], pa.string()) for catalogue in (other, own))
     found = pc.index_in(wanted, had)
     rows = found.fill_null(tables.UNK - FIRST_INDEX).to_numpy(zero_copy_only=False).astype(np.int64) + FIRST_INDEX
     return np.concatenate([np.arange(FIRST_INDEX), rows])

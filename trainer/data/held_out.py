@@ -30,7 +30,7 @@ FULL = "full"  # the protocol that ranks among every item, and needs no negative
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is asked of a model for each user: input, held-out items, and negatives by protocol. Users ascend."""
+    """The examples, one a user: input, held-out items, and negatives by protocol. Users ascend."""
 
     users: IntArray  # [U] global index
     histories: Histories  # the input, in rows
@@ -44,7 +44,7 @@ class HeldOut:
     repeats: bool = False  # what is in the input is a candidate too, for it may be had again
     # [U] value of the first held-out event, NaN: none; empty where they were not read
     first_value: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
-    # [U, R] kinds of the held-out events (places among those told apart, 0 for none); empty where they were not read
+    # [U, R] kinds of the held-out events (places among those distinguished, 0 for none); empty where they were not read
     event_types: npt.NDArray[np.int8] = field(default_factory=lambda: np.empty((0, 0), np.int8))
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ def read_held_out(
     baselines over several domains need. `max_users`: only about so many users, the same ones for every model and run
     (chosen by a hash of their index), so that memory is bounded whatever the table's size. `baskets`: the next basket
     is held out, of the table `baskets`; ranked in full only, with `repeats` among what the user has had, too.
-    `values`: the first held-out event's is read. `event_types`: names of the kinds of event that are told apart, in the
+    `values`: the first held-out event's is read. `event_types`: kinds of event that are distinguished, in the
     input and of held-out events (see SequenceDataset).
     Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
     that the catalogue lacks (it must be of the same release and domain).

@@ -102,7 +102,7 @@ class Loader:
         full = block.trained[batch]
         lengths = np.minimum(full, self.max_length)
         starts = full - lengths
-        if self.config.window == "random":  # half of the windows are the newest: that is where the model is asked
+        if self.config.window == "random":  # half of the windows are the newest: that is what is predicted from
             starts = np.where(window < 0.5, starts, ((window - 0.5) * 2 * (starts + 1)).astype(np.int64))
         users = block.users[batch]
         if self.config.unknown_users:  # so that the unknown user's row is trained, and a cold user is served well

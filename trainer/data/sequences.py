@@ -32,7 +32,7 @@ from trainer.data.release import (
 class Sequences:
     """Many users' sequences as flat arrays: row u's items are ``items[offsets[u]:offsets[u + 1]]`` (global indices).
 
-    Arrays that were not asked for are empty.
+    Arrays that were not requested are empty.
     """
 
     users: IntArray  # [U] global user index
@@ -59,7 +59,7 @@ class Sequences:
         return np.arange(len(self.items)) - self.offsets[self.owners]
 
     def history_end(self, part: str) -> IntArray:
-        """Where the input ends when `part` is asked for: training part for validation, training and validation for
+        """Where the input ends when `part` is requested: training part for validation, training and validation for
         test."""
         return {"train": self.valid_start, "validation": self.valid_start, "test": self.test_start}[part]
 
@@ -84,8 +84,8 @@ class Sequences:
 class SequenceDataset:
     """The sequences of one split and domain of a release, as row groups that can be read in any combination.
 
-    `values`: the events' values (ratings, prices) are read too. `event_types`: names of kinds of event to be told
-    apart: those of an event are read as its place among them, from 1 on, and 0 for whatever else.
+    `values`: the events' values (ratings, prices) are read too. `event_types`: names of kinds of event to be
+    distinguished: those of an event are read as its place among them, from 1 on, and 0 for whatever else.
     Raises DataError where there are none, and for a file that is missing, damaged or not of the contract's schema.
     """
 

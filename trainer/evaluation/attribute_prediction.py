@@ -1,4 +1,4 @@
-"""Models that predict an attribute of users, judged on users on whose attribute none was trained.
+"""Models that predict an attribute of users, evaluated on users on whose attribute none was trained.
 
 Beside them stand the shares of its values, and a logistic regression on which items a user has, whose strength is
 chosen on the validation part. A transfer gain that doesn't beat that one is none.

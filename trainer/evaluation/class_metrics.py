@@ -1,4 +1,4 @@
-"""How well classes are told: accuracy, macro-F1, AUC, log loss (scikit-learn's; Fawcett 2006 for AUC).
+"""How well classes are predicted: accuracy, macro-F1, AUC, log loss (scikit-learn's; Fawcett 2006 for AUC).
 
 Shape letters: ``N`` examples, ``C`` classes.
 """

@@ -1,4 +1,4 @@
-"""Models that predict which items users take, judged on held-out items and others that the users did not take.
+"""Models that predict which items users take, evaluated on held-out items and others that the users did not take.
 
 Beside them stand popularity, and popularity with untrained item-to-item over the user's items, calibrated by a logistic
 regression on the validation part. They know which items are, not what they are.
@@ -45,7 +45,7 @@ RELIABILITY = "reliability.png"
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is asked: each user's held-out items, and some of the user's fixed negatives for each."""
+    """The examples: each user's held-out items, and some of the user's fixed negatives for each."""
 
     histories: Histories  # in rows; users ascend
     owner_N: IntArray  # place of the pair's user
@@ -241,8 +241,8 @@ class ClickPrediction(PredictionEvaluator):
 
     def check(self, model: TrainedModel) -> None:
         task, own, first = model.config.task, model.config.data, self.task
-        asked = {"kind", "negatives", "impressions"}
-        if task.model_dump(include=asked) != first.model_dump(include=asked) or (own.split, own.domain) != (
+        same = {"kind", "negatives", "impressions"}
+        if task.model_dump(include=same) != first.model_dump(include=same) or (own.split, own.domain) != (
             self.split,
             self.domain,
         ):

@@ -102,7 +102,7 @@ class Results(ABC):
     def summary(self) -> dict[str, Any]:
         """What summary.json says besides."""
 
-    # --- who was asked
+    # --- users
 
     @property
     def labels(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""How models are judged: one class for each kind of prediction, of which every recipe asks the same."""
+"""How models are evaluated: one class for each kind of prediction, used by every recipe in the same way."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -58,12 +58,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Question:
-    """What models are asked: on which release, and as configured. The first model decides what is left open."""
+    """What models are evaluated on: which release, and as configured. The first model decides what is left open."""
 
     config: EvaluateConfig
     models: Sequence[TrainedModel]
     release: Release
-    event_types: Sequence[str] = ()  # that other models read, who are asked later
+    event_types: Sequence[str] = ()  # that models evaluated later read
 
     @property
     def task(self) -> Any:
@@ -113,7 +113,7 @@ class Evaluator(ABC):
     @staticmethod
     @abstractmethod
     def table_metrics(task: Any) -> tuple[str, ...]:
-        """Metrics that a table shows where no others are asked for."""
+        """Metrics that a table shows where no others are requested."""
 
     @staticmethod
     @abstractmethod
@@ -132,7 +132,7 @@ class Evaluator(ABC):
     def scorer(
         self, model: TrainedModel, *, label: str | None = None, seed: int | None = None, must_know: bool = True
     ) -> Scorer:
-        """A model as a row of the table. Raises EvaluateError where it can't be asked. `must_know` False: it may know
+        """A model as a row of the table. Raises EvaluateError where it can't be scored. `must_know` False: it may know
         nothing of the examples."""
 
     @abstractmethod

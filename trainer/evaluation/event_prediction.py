@@ -1,4 +1,4 @@
-"""Models that predict what a user's next event is beside the item, judged on the first held-out event of each user.
+"""Models that predict what a user's next event is beside the item, evaluated on the first held-out event of each user.
 
 Beside them stand the shares of the classes in the training parts of these users, and each user's own past, drawn
 towards those.
@@ -120,7 +120,7 @@ class EventPrediction(ClassPrediction):
         ]
 
     def _counts(self) -> tuple[FloatArray, FloatArray]:
-        """([U, C] events of each class that each user had before what is asked, [C] shares in their training parts)."""
+        """([U, C] events of each class that each user had before it, [C] shares in their training parts)."""
         past, size = self.past, len(self.names)
         owner, position = past.owners, past.positions
         class_N = self.classes.of(self.name, self.catalogue.rows(past.items), past.values, past.event_types)

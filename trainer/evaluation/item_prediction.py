@@ -1,4 +1,4 @@
-"""Models that rank items, or the items of a next basket, judged by what users held out.
+"""Models that rank items, or the items of a next basket, evaluated by what users held out.
 
 Shape letters: ``S`` seeds, ``U`` users, ``R`` held-out items of a user.
 """
@@ -330,7 +330,7 @@ class ItemPrediction(Evaluator):
 def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:
     """Who is validated, and the rows that are ranked, bool [V]; None: all.
 
-    Where more is read than is asked for, what comes after a user's first held-out item is not: as in evaluation. A
+    Where more is read than is predicted, what comes after a user's first held-out item is not: as in evaluation. A
     joint split has such events in the training part. Raises ConfigError where it would ask for items that are not
     ranked.
     """

@@ -127,7 +127,7 @@ def _count(flags_BV: Tensor) -> Tensor:
 
 
 def metrics_of(ranks_UR: IntArray, *, ks: Sequence[int] = KS, baskets: bool = False) -> dict[str, FloatArray]:
-    """Per-user metrics of both conventions, and of `basket` where asked for; names of others than `list` are
+    """Per-user metrics of both conventions, and of `basket` where requested; names of others than `list` are
     prefixed."""
     given = torch.from_numpy(ranks_UR)
     found = metrics_from_ranks(given, ks=ks)

@@ -95,11 +95,11 @@ class Predictions(Results, Generic[EvaluatorT]):
 
     @property
     def columns(self) -> Sequence[str]:
-        """Those asked for, of what is predicted here; else all."""
+        """Those requested, of what is predicted here; else all."""
         known = self.examples.table_metrics(self.examples.first.config.task)
         parts = [metric.rpartition("/") for metric in self.examples.config.metrics]
-        asked = [metric for name, _, metric in parts if name in ("", self.examples.name) and metric in known]
-        return tuple(dict.fromkeys(asked)) or known
+        requested = [metric for name, _, metric in parts if name in ("", self.examples.name) and metric in known]
+        return tuple(dict.fromkeys(requested)) or known
 
     @abstractmethod
     def metrics(self, key: Key) -> dict[str, float]:

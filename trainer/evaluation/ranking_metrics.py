@@ -70,7 +70,7 @@ def metrics_from_ranks(
     """Per-user metrics float64 [B]: ``NDCG@k``, ``Recall@k``, ``MRR`` (and of `basket` F1@k, HR@k); NaN for a
     user without held-out items.
 
-    `only_BR`: the held-out items that are asked about (cold ones, say); the others keep their places in the list.
+    `only_BR`: the held-out items that are counted (cold ones, say); the others keep their places in the list.
     """
     ranks = ranks_BR.cpu().numpy().copy()
     found = ranks > 0

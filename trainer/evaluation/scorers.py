@@ -45,7 +45,7 @@ IntArray = npt.NDArray[np.int64]
 
 
 class EvaluateError(GraftrecError):
-    """A model that can't be scored on what it is asked about, or results that can't be compared."""
+    """A model that can't be scored on these examples, or results that can't be compared."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class EvaluationSet:
 
     @property
     def baskets(self) -> bool:
-        """Whether next baskets are asked for."""
+        """Whether next baskets are predicted."""
         return self.held_out.baskets
 
     @functools.cached_property
@@ -166,7 +166,7 @@ def read_evaluation_set(
     baskets: bool = False,
     event_types: Sequence[str] = (),
 ) -> EvaluationSet:
-    """Pin what is asked. `event_types`: kinds of event that models read. Raises GraftrecError."""
+    """Pin the examples. `event_types`: kinds of event that models read. Raises GraftrecError."""
     catalogue = read_catalogue(release, domain)
     held_out = read_held_out(
         release,
@@ -437,7 +437,7 @@ def baseline_scorers(examples: EvaluationSet, config: BaselinesConfig) -> list[S
 
 
 def _over(label: str, scorer: Any, histories: Histories, reads: str, examples: EvaluationSet) -> Scorer:
-    """A baseline that reads its own histories of the asked users, as rows of all domains' catalogue."""
+    """A baseline that reads its own histories of the evaluated users, as rows of all domains' catalogue."""
 
     def score(given: Histories) -> Scores:
         own, rows = histories.take(np.searchsorted(examples.users, given.users)), examples.own_rows

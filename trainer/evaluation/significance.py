@@ -1,4 +1,4 @@
-"""Whether one model is better than another, told from per-user metrics over one or more seeds.
+"""Whether one model is better than another, by per-user metrics over one or more seeds.
 
 Shape letters: ``U`` users, ``S`` seeds. A comparison is of paired differences: the same users, the same candidates.
 

@@ -103,7 +103,7 @@ class TopK:
 
 class Recommender:
     """A model, ready to answer. `beside`: gives the one for another domain; `companion`: the one for histories of which
-    this one knows no item. Either gives None where there is none, and is asked once."""
+    this one knows no item. Either gives None where there is none, and is read once."""
 
     def __init__(
         self,

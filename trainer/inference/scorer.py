@@ -1,9 +1,9 @@
-"""The one way a model is asked: at validation, at test, by the served model and by the batch recommender.
+"""The one way to score by a model: at validation, at test, by the served model and by the batch recommender.
 
 The catalogue is scored a block of rows at a time, so that a large one costs time and not memory.
 
 Shape letters: ``B`` users, ``T`` positions, ``D`` width, ``C`` candidates, ``V`` catalogue rows, ``K`` best rows,
-``N`` rows asked about (ragged, padded by -1).
+``N`` rows to score (ragged, padded by -1).
 """
 
 import functools
@@ -28,14 +28,14 @@ ROWS_PER_BLOCK = 1 << 16  # of the item table, made at once where it is not the 
 
 
 class Scores:
-    """Scores [B, V] of B users for V rows, made a block of columns at a time whenever they are asked for.
+    """Scores [B, V] of B users for V rows, made a block of columns at a time whenever they are read.
 
     `columns(start, stop)` gives those of rows `start` to `stop`, [B, stop - start] floating, always the same ones.
     """
 
     def __init__(self, num_users: int, num_rows: int, columns: Callable[[int, int], Tensor]) -> None:
         self.num_users, self.num_rows, self.columns = num_users, num_rows, columns
-        self._last: tuple[int, int, Tensor] | None = None  # kept: most catalogues are one block, which is asked twice
+        self._last: tuple[int, int, Tensor] | None = None  # kept: most catalogues are one block, which is read twice
 
     @classmethod
     def of(cls, scores_BV: Tensor) -> "Scores":
@@ -133,7 +133,7 @@ class ModelScorer:
         """Scores [B, C] float32 on the model's device; items and candidates are catalogue rows, users global indices.
 
         Candidates None: every row. The newest items that fit the model are read, the rest is cut. Users beyond the
-        model's table, and UNK, are asked as unknown users. A history may be empty.
+        model's table, and UNK, are scored as unknown users. A history may be empty.
         """
         hidden_BD = self.hidden(histories)
         rows_C = None if candidates is None else torch.from_numpy(np.ascontiguousarray(candidates)).to(self.device)
@@ -165,7 +165,7 @@ class ModelScorer:
     @functools.cached_property
     def _table_VD(self) -> Tensor | None:
         """The item table: the embedding itself where items have no knowledge, else made once, and in blocks. None where
-        row-wise tables are there to spare a second one: its rows are then asked for block by block, each time."""
+        row-wise tables are there to spare a second one: its rows are then read block by block, each time."""
         model = self.model
         if model.num_items <= ROWS_PER_BLOCK:
             return model.item_vectors()
@@ -188,7 +188,7 @@ class ModelScorer:
 
     @torch.inference_mode()
     def hidden(self, histories: Histories) -> Tensor:
-        """How the model is asked about each user, [B, D]. Users of like lengths are read together: less padding."""
+        """The query of each user, [B, D]. Users of like lengths are read together: less padding."""
         was_training = self.model.training
         self.model.eval()
         try:

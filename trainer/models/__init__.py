@@ -57,7 +57,7 @@ def build_model(
 
     `patch`: patches that it has beside its blocks. `task_heads`: what tasks tell beside items. `tables`: its item,
     user and entity tables are row-wise, and this process keeps its share of them. `num_event_types`: kinds of event
-    that are told apart, for a model that reads them. Raises ConfigError where there are more processes than rows.
+    that are distinguished, for a model that reads them. Raises ConfigError where there are more processes than rows.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -139,7 +139,7 @@ def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
 def group_of(model: nn.Module, config: ModelConfig) -> dict[str, str]:
     """Group of each parameter by name: of `groups_of`, or `task`. A tensor that none claims is a defect: KeyError."""
     prefixes = {prefix: group for group, starts in groups_of(config).items() for prefix in starts}
-    prefixes["task_heads."] = "task"  # of what is told, whatever the network
+    prefixes["task_heads."] = "task"  # of what is predicted, whatever the network
     found = {}
     for name, _ in model.named_parameters():
         found[name] = next((group for prefix, group in prefixes.items() if name.startswith(prefix)), "")

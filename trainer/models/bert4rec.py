@@ -9,7 +9,7 @@ In the last layer only the positions whose hidden states are wanted ask; the oth
 
 Where the survey leaves the network open: layers are normalised before each sub-layer (Xiong et al. 2020), which spares
 the warm-up plateau; attention has no key bias (its gradient is zero). Positions count from the oldest item that is
-read. Counting back from the newest was tried: the position that is asked is then hardly ever trained (NDCG@10 0.05 for
+read. Counting back from the newest was tried: the predicted position is then hardly ever trained (NDCG@10 0.05 for
 0.12).
 """
 

@@ -8,11 +8,12 @@ Shape letters: ``B`` sequences, ``T`` positions, ``N`` windows, ``L`` items of a
 with its entities', ``V`` catalogue rows, ``S`` knowledge slots.
 
 Where the paper leaves the survey's uses open. Left to right, a position's window ends with it. For masked items the
-windows tile the sequence, counted from its end, and a window's masked items are told from its one vector, so that they
-have a context on both sides; the asked position, behind the sequence, is the last of the last window. In training the
-tiles are shifted by a random number of places, unless the last position alone is masked. Knowledge stands beside the
-item's vector in the window (concatenated, as in the survey), and in the output it adds its projection to the item's own
-weights. Items have two tables, one to be read by and one to be scored by, both new in a new domain.
+windows tile the sequence, counted from its end, and a window's masked items are predicted from its vector, so that they
+have a context on both sides; the next item's position, behind the sequence, is the last of the last window. In
+the training tiles are shifted by a random number of places, unless the last position alone is masked. Knowledge
+stands beside the item's vector in the window (concatenated, as in the survey), and in the output it adds its
+projection to the item's own weights. Items have two tables, one to be read by and one to be scored by, both new in a
+new domain.
 """
 
 from typing import ClassVar

@@ -64,7 +64,7 @@ class Dupn(SequenceModel):
         tables: RowTables | None = None,
         num_event_types: int = 0,
     ) -> None:
-        """`num_event_types`: kinds that are told apart, where they are read."""
+        """`num_event_types`: kinds that are distinguished, where they are read."""
         super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
         width, num_slots = config.width, knowledge_VS.shape[1]
         self.item_embedding = self.table(self.num_items, width)

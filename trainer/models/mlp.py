@@ -1,7 +1,7 @@
 """A user vector and an item vector through a small network: the baseline of Hu et al. 2018, whose user embeddings warm
 up another domain's, without obvious gain (survey 3.1). The network is NCF's (He et al. 2017, MLP).
 
-It reads no sequence: whatever a user has done, the user's own embedding is all that is asked, so a user it does not
+It reads no sequence: whatever a user has done, the user's own embedding is all that it reads, so a user it does not
 know is everybody. Fine-tuned by transfer `shallow`, it begins with the user embeddings of the source domain.
 
 Shape letters: ``B`` users, ``T`` positions, ``N`` any number of positions, ``C`` candidates, ``V`` catalogue rows,

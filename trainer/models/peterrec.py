@@ -1,5 +1,5 @@
 """PeterRec (Yuan et al. 2020; survey 3.3): residual blocks of two dilated convolutions over an item sequence, as in
-NextItNet (Yuan et al. 2019), with the survey's user and knowledge embeddings where they are asked for (4.3, 4.4).
+NextItNet (Yuan et al. 2019), with the survey's user and knowledge embeddings where they are requested (4.3, 4.4).
 
 Shape letters: ``B`` sequences, ``T`` positions, ``D`` width, ``N`` any number of positions.
 

@@ -1,7 +1,7 @@
 """Tables of which a step reads few rows: looked up, trained and shared out row by row.
 
 A dense table costs its whole size at every step: a gradient of its shape, two moments as large, a pass over all of it.
-Here a lookup copies the distinct rows that are asked for into a *leaf*, where the backward pass ends, and
+Here a lookup copies the distinct rows that are looked up into a *leaf*, where the backward pass ends, and
 `RowTables.gradients` hands each row's summed gradient to whoever keeps the row. So a step costs what its batch costs,
 however long the table (the design of TorchRec: Ivchenko et al. 2022; row-wise sharding as in Naumov et al. 2019).
 
@@ -105,8 +105,8 @@ class RowTables:
         if size == 1:
             return table[rows_U]
         order, counts = self._by_owner(rows_U)
-        asked, theirs = self.world.exchange(rows_U[order], counts)
-        answers, _ = self.world.exchange(table[asked // size], theirs)
+        wanted, theirs = self.world.exchange(rows_U[order], counts)
+        answers, _ = self.world.exchange(table[wanted // size], theirs)
         values = torch.empty_like(answers)
         values[order] = answers
         return values

@@ -129,7 +129,7 @@ def join(config: RuntimeConfig) -> World:
 
 def _meet(rank: int, size: int, backend: str, seconds: float) -> None:
     global _states
-    # NCCL kills a process by itself: not before its state is told.
+    # NCCL kills a process by itself: not before its state is printed.
     limit = seconds + 2 * GRACE_SECONDS if backend == "nccl" else seconds
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=limit))

@@ -159,14 +159,14 @@ def scores(part: str, means: Mapping[str, Mapping[str, float]]) -> str:
     )
 
 
-def gate(decision: Decision, asked: str) -> str:
-    """The gate's decision. `asked`: release, users and domain, in words."""
+def gate(decision: Decision, examples: str) -> str:
+    """The gate's decision. `examples`: release, users and domain, in words."""
     verdict = "Passed" if decision.passed else "**Refused**"
     checks = items(f"{check.name}: {_MARKS[check.verdict]}. {check.text}" for check in decision.checks)
-    return paragraphs(f"{verdict}{f' on {asked}' if asked else ''}.", checks)
+    return paragraphs(f"{verdict}{f' on {examples}' if examples else ''}.", checks)
 
 
-def promotion(label: str, digest: str, decision: Decision, asked: str) -> str:
-    """A run that asked the gate about a version."""
+def promotion(label: str, digest: str, decision: Decision, examples: str) -> str:
+    """The gate's run on a version."""
     verdict = "Promoted" if decision.passed else "Refused"
-    return paragraphs(f"{verdict} {model_link(label, digest)}.", gate(decision, asked))
+    return paragraphs(f"{verdict} {model_link(label, digest)}.", gate(decision, examples))

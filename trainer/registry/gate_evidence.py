@@ -29,7 +29,7 @@ Named = Sequence[tuple[str, TrainedModel]]  # labels and models; the version its
 
 class GateEvidence:
     """A version, its replicas, from-scratch and the simple baselines, evaluated. `event_types`: those that the
-    champion, who may be asked later, reads. Raises GraftrecError."""
+    champion, who may be scored later, reads. Raises GraftrecError."""
 
     def __init__(self, models: Named, event_types: Sequence[str], config: PromoteConfig, release: Release) -> None:
         first, self.release, self.part = models[0][1], release, config.part
@@ -61,7 +61,7 @@ def _evaluator(models: Named, event_types: Sequence[str], config: PromoteConfig,
     """The one that has the gate's metric."""
     task, gate = models[0][1].config.task, config.gate
     protocols = (FULL,) if task.reads_baskets else (*config.evaluation.protocols, gate.protocol)
-    asked = EvaluateConfig(
+    settings = EvaluateConfig(
         split=config.split,
         domain=config.domain,
         part=config.part,
@@ -69,7 +69,7 @@ def _evaluator(models: Named, event_types: Sequence[str], config: PromoteConfig,
         baselines=config.baselines,
         runtime=config.runtime,
     )
-    found = evaluator_of(task).read(Question(asked, [model for _, model in models], release, event_types))
+    found = evaluator_of(task).read(Question(settings, [model for _, model in models], release, event_types))
     return next((one for one in found if one.name == gate.metric.partition("/")[0]), found[-1])
 
 

@@ -15,7 +15,7 @@ from trainer.tracking.queue import warn
 
 def load(folder: Path, label: str) -> Recommender:
     """What the store holds of a version, ready to answer. The backbone is read once, and patches for other domains
-    stand on it; champions of other domains are read when first asked for. Raises GraftrecError."""
+    stand on it; champions of other domains are read at first use. Raises GraftrecError."""
     name, _, number = label.rpartition("/")
     if not name and is_patch(folder):
         raise ModelFolderError(
@@ -66,8 +66,8 @@ def _companion(registry: Registry, version: Version) -> Recommender | None:
 
 def answer(recommender: Recommender, records: list[dict[str, Any]], params: dict[str, Any]) -> list[dict[str, Any]]:
     """Answers as plain records."""
-    asked = recommender.of_domain(str(params.get("domain") or ""))
-    answers = asked.answer(parse(records), int(params.get("k", DEFAULT_K)))
+    chosen = recommender.of_domain(str(params.get("domain") or ""))
+    answers = chosen.answer(parse(records), int(params.get("k", DEFAULT_K)))
     return [dataclasses.asdict(one) for one in answers]
 
 

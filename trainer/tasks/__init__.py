@@ -1,4 +1,4 @@
-"""One file per training objective: `loss`, and `query`, how the model is asked at evaluation and serving."""
+"""One file per training objective: `loss`, and `query`, what is scored at evaluation and serving."""
 
 from trainer.config import TaskSettings
 from trainer.data.catalogue import Catalogue

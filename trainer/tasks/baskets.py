@@ -2,7 +2,7 @@
 
 A sequence holds a user's baskets with a SEP behind each (`trainer.data.baskets`). What the network reads of it is
 ``CLS a a a SEP b b SEP``: the first side one basket or more, the second the one behind it, another user's, or a MASK in
-its place, which is how the next basket is asked for.
+its place, which is the query for the next basket.
 
 Shape letters: ``B`` users of this rank, ``G`` of the global batch, ``K`` baskets or pairs of a user in a step, ``P``
 pairs, ``W`` positions of a pair, ``S`` baskets.
@@ -92,7 +92,7 @@ def join_pairs(first: Spans, second: Spans, *, max_length: int) -> Pairs:
 
 
 class _BasketTask(Task):
-    """How a next basket is asked for: ``CLS`` the newest baskets, SEP behind each, then ``MASK SEP``."""
+    """The query for a next basket: ``CLS`` the newest baskets, SEP behind each, then ``MASK SEP``."""
 
     context: int  # baskets that are read
     items: LossConfig  # of a basket
@@ -117,7 +117,7 @@ class _BasketTask(Task):
         told_P: Tensor,
         table_VD: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(summed loss, number of items) of some baskets, each told by a MASK in its place."""
+        """(summed loss, number of items) of some baskets, each predicted by a MASK in its place."""
         if not len(owner_P):
             nothing = _nothing(model)
             return nothing, torch.zeros((), dtype=torch.long, device=nothing.device)
@@ -143,8 +143,8 @@ class _BasketTask(Task):
     ) -> Tensor:
         """[P, D], of a MASK behind places `start` to `stop` of the owners' sequences."""
         none_P, items_BT = torch.zeros_like(owner_P), F.pad(batch.items, (0, 1))  # at least one place
-        asked = Spans(torch.tensor([[MASK, SEP]], device=owner_P.device), none_P, none_P, none_P + 2)
-        pairs = join_pairs(Spans(items_BT, owner_P, start_P, stop_P), asked, max_length=model.config.max_length)
+        query = Spans(torch.tensor([[MASK, SEP]], device=owner_P.device), none_P, none_P, none_P + 2)
+        pairs = join_pairs(Spans(items_BT, owner_P, start_P, stop_P), query, max_length=model.config.max_length)
         wanted_PW = torch.arange(pairs.items_PW.shape[1], device=owner_P.device) == pairs.second_P[:, None]
         hidden_PD: Tensor = model(
             pairs.items_PW, pairs.lengths_P, batch.users[owner_P], wanted_PW, causal=False, table_VD=table_VD
@@ -160,7 +160,7 @@ class NextBasket(_BasketTask):
 
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed loss, number of items) of this rank's slice. Of each user, `baskets` that have one before them are
-        told, drawn with replacement."""
+        predicted, drawn with replacement."""
         table_VD = model.item_vectors() if self.config.loss.kind == "full" else None
         baskets = find_baskets(batch.items)
         uniform_BK = _uniform(batch, 1, self.config.baskets)[0]
@@ -176,7 +176,7 @@ class BasketPair(_BasketTask):
         self.heads = {HEAD: 1}
 
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(summed loss, number of items told) of this rank's slice; a pair's answer adds `weight` times its
+        """(summed loss, number of items predicted) of this rank's slice; a pair's answer adds `weight` times its
         cross-entropy."""
         table_VD = model.item_vectors() if self.config.loss.kind == "full" else None
         drawn = self.draw(batch, max_length=model.config.max_length)

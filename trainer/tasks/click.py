@@ -1,13 +1,13 @@
-"""Content-based click prediction (Chen et al. 2019; survey 3.2.2, equation 2): does a user take an item, told by what
-the user did before and by what the item is.
+"""Content-based click prediction (Chen et al. 2019; survey 3.2.2, equation 2): does a user take an item, predicted by
+what the user did before and by what the item is.
 
-An item that was taken is a yes; `negatives` items drawn uniformly for each are noes, and what the log says was shown
-(`impressions`), less items that the user has taken in what is read. A causal network tells every item of a sequence
-from those taken before it; one that isn't (pre-trained by masked items) tells `cuts` of them, from a MASK in their
-place.
+An item that was taken is a yes; `negatives` items drawn uniformly for each are negatives, and what the log says was
+shown (`impressions`), less items that the user has taken in what is read. A causal network predicts every item of a
+sequence from those taken before it; one that isn't (pre-trained by masked items) predicts `cuts` of them, from a MASK
+in their place.
 
 Shape letters: ``B`` sequences of this rank, ``G`` of the global batch, ``T`` positions, ``C`` cuts, ``K`` negatives,
-``N`` events asked about, ``M`` of them that are taken.
+``N`` events to predict, ``M`` of them that are taken.
 """
 
 from typing import Self

@@ -2,7 +2,7 @@
 them.
 
 Of the chosen positions 80 % become MASK, 10 % a random item, 10 % stay. In a share of samples the sequence is cut after
-a random item and only that newest one is chosen, and always becomes MASK: which is how the model is asked, a MASK
+a random item and only that newest one is chosen, and always becomes MASK: as at evaluation, a MASK
 behind the newest item. (Always cutting at the sequence's own end trains one target per user, over and over: NDCG@10
 0.119 for 0.127.)
 """
@@ -63,7 +63,7 @@ class MaskedItem(Task):
         return torch.where(place_T < lengths_B[:, None], corrupted_BT, PAD), lengths_B, chosen_BT
 
     def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
-        """How the model is asked: hidden states [B, D] of a MASK put behind each sequence. `batch` leaves room for
+        """The query: hidden states [B, D] of a MASK put behind each sequence. `batch` leaves room for
         it."""
         items_BT = torch.cat([batch.items, batch.items.new_zeros(len(batch.items), 1)], dim=1)
         asked_BT = torch.arange(items_BT.shape[1], device=items_BT.device) == batch.lengths[:, None]

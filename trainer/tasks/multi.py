@@ -1,4 +1,4 @@
-"""Several things about what comes next, told together by one user vector (DUPN: Ni et al. 2018; survey 3.1).
+"""Several things about what comes next, predicted together by one user vector (DUPN: Ni et al. 2018; survey 3.1).
 
 At each position of a sequence: the item that follows, its category, the event's kind, the level of its value. The
 losses are summed over positions and added up, each with a weight that is set, or learned.
@@ -35,7 +35,7 @@ NOTHING = -1  # class of what has none
 
 class Multi(Task):
     """The task. `class_V`: the category of each catalogue row; `levels_L`: the values that there are, ascending. None:
-    it is only asked."""
+    it only predicts."""
 
     causal = True
     known: "Classes"  # of the data that it is trained on
@@ -105,17 +105,17 @@ class Multi(Task):
 
 @dataclass(frozen=True)
 class Classes:
-    """Names of the classes of what is told, and which is whose."""
+    """Names of the classes of what is predicted, and which is whose."""
 
-    names: dict[str, tuple[str, ...]]  # what is told -> its classes
-    class_V: IntArray  # category of each row, NOTHING where it has none; empty where it isn't told
-    levels_L: npt.NDArray[np.float32]  # ascending; empty where values aren't told
+    names: dict[str, tuple[str, ...]]  # what is predicted -> its classes
+    class_V: IntArray  # category of each row, NOTHING where it has none; empty where it isn't predicted
+    levels_L: npt.NDArray[np.float32]  # ascending; empty where values aren't predicted
 
     def of(
         self, name: str, rows: IntArray | Int32Array, values: npt.NDArray[np.float32], event_types: Int8Array
     ) -> IntArray:
         """What `name` is of events, given side by side what is known of them (`values`, `event_types` where these are
-        told); NOTHING where they have none."""
+        predicted); NOTHING where they have none."""
         if name == "category":
             return self.class_V[rows]
         return event_types.astype(np.int64) - 1 if name == "event_type" else self._level_of(values)  # 0: none of them
@@ -128,8 +128,8 @@ class Classes:
 
 
 def read_classes(release: Release, catalogue: Catalogue, config: MultiConfig, dataset: SequenceDataset) -> Classes:
-    """What is told of a dataset's events; kinds of event are those that it tells apart. Raises ConfigError: no item has
-    a category, no event has a value, or values are no levels."""
+    """What is predicted of a dataset's events; kinds of event are those that it distinguishes. Raises ConfigError: no
+    item has a category, no event has a value, or values are no levels."""
     names: dict[str, tuple[str, ...]] = {}
     class_V, levels_L = np.empty(0, np.int64), np.empty(0, np.float32)
     if "category" in config.tells:

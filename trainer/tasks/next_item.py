@@ -1,6 +1,6 @@
 """Next item prediction (survey 4.3): left to right, each position tells the item after it.
 
-A CLS stands before the oldest item, so that the first item is predicted too and an empty history can be asked.
+A CLS stands before the oldest item, so that the first item is predicted too and an empty history has a query.
 """
 
 import torch
@@ -51,7 +51,7 @@ class NextItem(Task):
         return torch.cat(asking), torch.cat(targets)
 
     def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
-        """How the model is asked: hidden states [B, D] at the newest item (at CLS for an empty history)."""
+        """The query: hidden states [B, D] at the newest item (at CLS for an empty history)."""
         items_BT, kinds_BT = _begin(batch)
         newest_BT = torch.arange(items_BT.shape[1], device=items_BT.device) == batch.lengths[:, None]
         query_BD: Tensor = model(

@@ -1,4 +1,4 @@
-"""What a user is, told by the user's vector: user-profile prediction (PeterRec: Yuan et al. 2020; survey 3.3).
+"""What a user is, predicted by the user's vector: user-profile prediction (PeterRec: Yuan et al. 2020; survey 3.3).
 
 It ranks no items: `query` gives the vector, and the head `HEAD` a score of each class for it.
 """
@@ -36,7 +36,7 @@ _APART = 1 << 40  # so that users are not held out by the same hash that samples
 
 class Profile(Task):
     """The task. `class_U`: the class of each user, by global index, whom it is trained on; -1 for others. None: it is
-    only asked."""
+    only predicts."""
 
     known: "Classes"  # of the data that it is trained on
 

@@ -70,7 +70,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 def _loss_and_slopes(
     query_ND: Tensor, targets_N1: Tensor, table_VD: Tensor, bias_V: Tensor, smoothing: float, *, trained: bool
 ) -> tuple[Tensor, ...]:
-    """A block's summed loss; where they are asked for, its gradients by query, table and bias too."""
+    """A block's summed loss; where they are requested, its gradients by query, table and bias too."""
     wide, num_classes = torch.promote_types(table_VD.dtype, torch.float32), len(table_VD)
     scores = torch.addmm(bias_V, query_ND, table_VD.T).to(wide)
     scores -= scores.amax(1, keepdim=True)

@@ -1,7 +1,7 @@
-"""Items of another domain told by a user's vector (PeterRec's fine-tuning: Yuan et al. 2020; survey 3.3).
+"""Items of another domain predicted by a user's vector (PeterRec's fine-tuning: Yuan et al. 2020; survey 3.3).
 
 What is read is all that the user did but for the items that are predicted. So a user who is new in the target domain is
-asked like any other. One pass over a sequence serves all its targets (the paper reads it once for each).
+scored like any other. One pass over a sequence serves all its targets (the paper reads it once for each).
 """
 
 import torch

@@ -29,7 +29,7 @@ ERROR = "graftrec.error"  # tag of a run that failed: the line that says why
 
 
 class TrackingError(GraftrecError):
-    """MLflow can't do what was asked."""
+    """MLflow can't do what is needed."""
 
 
 class Unrecorded(TrackingError):

@@ -191,7 +191,7 @@ def start_run(
     if lost and must_record:
         raise Unrecorded(
             f"expected room to keep what MLflow did not take, found none ({lost}); make room, and run the same command "
-            "again: the work is done, and is told then"
+            "again: the work is done, and is sent then"
         )
 
 
@@ -405,7 +405,7 @@ class _TrackedRun(Run):
 
 @contextlib.contextmanager
 def _harmless(what: str) -> Iterator[None]:
-    """A full disk, or a picture that can't be drawn, is told and no more."""
+    """A full disk, or a picture that can't be drawn, is a warning and no more."""
     try:
         yield
     except Exception as error:

@@ -118,7 +118,7 @@ def _finish(new: Path, folder: Path, digests: dict[str, str]) -> None:
 
 
 def newest(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint under `root`; each damaged one on the way is told to `warn`. None: there is none.
+    """The newest whole checkpoint under `root`; each damaged one on the way is reported by `warn`. None: there is none.
 
     Tensors are mapped from their files, not read into memory.
     """

@@ -148,9 +148,9 @@ class Training:
                 take_rows(part, saved.parts["optimizer"][name], self.world)
         self.saved = saved.folder
         self.loader.load_state_dict(saved.state["loader"])
-        told = dict(saved.state["progress"])
-        told["history"] = [Epoch(**line) for line in told["history"]]
-        self.progress = Progress(**told)
+        progress = dict(saved.state["progress"])
+        progress["history"] = [Epoch(**line) for line in progress["history"]]
+        self.progress = Progress(**progress)
 
 
 def train(
@@ -251,9 +251,9 @@ def _newest(world: World, checkpoints: Path, say: Callable[[str], None]) -> Chec
     saved = checkpoint.newest(checkpoints, warn=say)
     found = world.objects(saved.folder.name if saved is not None and saved.folder is not None else "none")
     if len(set(found)) > 1:
-        told = ", ".join(f"process {rank}: {name}" for rank, name in enumerate(found))
+        names = ", ".join(f"process {rank}: {name}" for rank, name in enumerate(found))
         raise GraftrecError(
-            f"{checkpoints}: expected the same newest whole checkpoint for all processes, found {told}; set output to "
+            f"{checkpoints}: expected the same newest whole checkpoint for all processes, found {names}; set output to "
             "storage that all hosts share, or remove the newer ones"
         )
     return saved
