@@ -350,7 +350,7 @@ def test_models_are_asked_about_what_was_shown(lake_of_kinds, tmp_path):
     assert own["none"] > 0.7  # what is bought is of the user's taste, which categories tell
     assert "shown and not taken (look)" in report.text
     wrong = settings(PretrainConfig, tmp_path, lake_of_kinds, task=task | {"impressions": ["seen"]})
-    with pytest.raises(ConfigError, match=r"task.impressions: expected kinds .* found none of seen"):
+    with pytest.raises(ConfigError, match=r"task.impressions: expected event types .* found no event of seen"):
         pretrain(wrong)
 
 
