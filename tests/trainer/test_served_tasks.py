@@ -115,7 +115,8 @@ def test_a_model_says_what_it_reads(models):
 def test_records_of_baskets_are_parsed():
     nested = np.array([np.array(["1", "2"], dtype=object), np.array([], dtype=object)], dtype=object)
     assert parse([{"baskets": nested, "items": float("nan")}]) == [Request([], baskets=[["1", "2"], []])]
-    for wrong in ("1", ["1"], [[1]], [["1"], None]):
+    assert parse([{"baskets": [[1, 2.0]]}]) == [Request([], baskets=[["1", "2"]])]
+    for wrong in ("1", ["1"], [["1"], None]):
         with pytest.raises(RequestError, match="`baskets`, in the place of `items`, is a list of lists"):
             parse([{"baskets": wrong}])
     with pytest.raises(RequestError, match="in the place of `items`"):
