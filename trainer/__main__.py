@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from etl.command import CommandParser, configurations, run_command
 from etl.settings import Section, load
 from trainer import config as configs
-from trainer.recipes import run
+from trainer.recipes.dispatch import run
 
 RECIPES: dict[str, tuple[type[Section], str]] = {
     "pretrain": (configs.PretrainConfig, "train a model on one domain"),

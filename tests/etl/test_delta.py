@@ -253,9 +253,7 @@ def drive(lake: Path, moment: str, marks: Path) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "moment", ["before the files move", pytest.param("before the commit", marks=pytest.mark.ci), "after the commit"]
-)
+@pytest.mark.parametrize("moment", ["before the files move", "before the commit", "after the commit"])
 def test_driver_killed_and_run_again_lands_once(moment: str, spark: SparkSession, tmp_path: Path) -> None:
     lake = tmp_path / "lake"
     killed = drive(lake, moment, tmp_path)

@@ -255,7 +255,6 @@ def test_killed_and_run_again_lands_once(moment: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_killed_at_random_moments_lands_each_once(tmp_path: Path) -> None:
     dice = random.Random(0)
     kills = 0

@@ -148,7 +148,7 @@ def test_a_mistake_is_one_line_and_code_2(
 def test_an_interrupted_command_says_how_to_continue(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import trainer.recipes as module
+    import trainer.recipes.dispatch as module
 
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt

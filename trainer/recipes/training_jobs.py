@@ -213,7 +213,7 @@ def _train(recipe: str, config: PretrainConfig, log: str, environment: dict[str,
         os.dup2(output, descriptor)
     os.environ.clear()
     os.environ.update(environment)
-    from trainer.recipes import run_recipe
+    from trainer.recipes.dispatch import run_recipe
 
     code = run_recipe(recipe, config)
     sys.stdout.flush()
