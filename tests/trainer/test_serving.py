@@ -270,7 +270,7 @@ def test_a_loaded_version_runs_the_sources_that_travel_with_it(scoring_server, t
         {"dataframe_records": [{"items": [318]}]},
         {"dataframe_records": [{"items": None}]},
         {"dataframe_records": [{"items": {"a": 1}}]},
-        {"dataframe_records": [{"items": ["1"], "user": 5}]},
+        {"dataframe_records": [{"items": ["1"], "user": [5]}]},
         {"dataframe_records": [{"items": ["1"]}], "params": {"k": 0}},
         {"dataframe_records": [{"items": ["1"]}], "params": {"k": "many"}},
     ],
