@@ -107,7 +107,6 @@ def test_a_killed_run_goes_on_in_any_number_of_processes(before, after, tiny_lak
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_each_process_grafts_its_rows_of_the_parents_tables(tiny_lake, tmp_path, together):
     still = {"learning_rate": 1e-30, "table_learning_rate": 1e-30}
     sections = {

@@ -241,7 +241,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_all_engines_leave_the_same_after_a_new_day(tmp_path: Path, server: str, spark: SparkSession) -> None:
     config = _configure(tmp_path, _log(tmp_path))
     for day in (1, 2):

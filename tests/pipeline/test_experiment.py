@@ -232,7 +232,6 @@ def test_a_grid_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_an_experiment_of_ones_own_rows(lake: str, tmp_path: Path) -> None:
     own = own_rows()
     for kind in ("serial", "lora"):
