@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_
 
 from pydantic.fields import FieldInfo
 
-from etl.redaction import redact, redacted_output, without_traceback
+from etl.redaction import one_line, redact, redacted_output
 from etl.settings import GraftrecError, Section, conf_root, sections_of
 from etl.stopping import STOPPED, interruptible
 
@@ -85,9 +85,8 @@ def _run_command(name: str, work: Callable[[], int]) -> int:
         if not is_full(error):
             traceback.print_exc()
             return 1
-        found = " ".join(without_traceback(redact(str(error))).split())[:200]
         message = (
-            f"expected room on the disk, found none ({found}); make room, or raise "
+            f"expected room on the disk, found none ({one_line(error, 200)}); make room, or raise "
             "the limit on file sizes, and run the same command again: it goes on from what is there"
         )
         code = GraftrecError.exit_code

@@ -164,7 +164,12 @@ def _forms(secret: str) -> Iterator[str]:
 _TRACEBACK = re.compile(r"Traceback \(most recent call last\):\n(?:[ \t].*\n|\n)*(?P<error>\S.*)")
 
 
-def without_traceback(text: str) -> str:
-    """The last error of a traceback that an error's text holds, as that of a Python worker of Spark does."""
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error as one short line without secrets, which are taken out before it is cut.
+
+    Of a traceback in its text, as in that of a Python worker of Spark, the last error is left.
+    """
+    text = redact(str(error))
     *_, last = [None, *_TRACEBACK.finditer(text)]
-    return text if last is None else last["error"]
+    text = " ".join((text if last is None else last["error"]).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -44,7 +44,6 @@ ROOMS = (
     "etl.pipeline",
     "etl.__main__",
     "trainer.arrays",
-    "trainer.one_line",
     "trainer.code_hash",
     "trainer.config",
     "trainer.parallel",

@@ -11,7 +11,6 @@ WITHOUT_EFFECT = frozenset(
         "etl.redaction",
         "etl.source_hash",
         "trainer.registry.descriptions",
-        "trainer.one_line",
         "trainer.figures",
         "trainer.parallel.rank_states",
         "trainer.tracking",

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from etl.redaction import one_line
 from etl.settings import GraftrecError
 from trainer.config import RuntimeConfig
-from trainer.one_line import one_line
 from trainer.parallel.cores import default_threads, use_threads
 from trainer.parallel.rank_states import GRACE_SECONDS, RankLost, RankStates
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from etl.redaction import one_line
 from etl.settings import RunAgain
-from trainer.one_line import one_line
 
 BEAT_SECONDS = 1.0
 STORE_SECONDS = 5.0  # that the store has for an answer: whoever holds it may be what is lost

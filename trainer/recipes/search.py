@@ -24,11 +24,11 @@ import optuna
 import torch
 from optuna.trial import Trial
 
+from etl.redaction import one_line
 from etl.settings import ConfigError, replaced
 from trainer import figures, tracking
 from trainer.config import FinetuneConfig, RangeConfig, SearchConfig
 from trainer.evaluation.evaluators import monitor
-from trainer.one_line import one_line
 from trainer.recipes import finetune, pretrain
 from trainer.recipes.trials import Arm, Outcome, SearchBusy, SearchError, as_yaml, open_arms, recipes, score, write
 from trainer.training.loop import NonFiniteLoss, Progress, Pruned

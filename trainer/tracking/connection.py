@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etl.plain_path import plain_path
-from etl.redaction import redact
+from etl.redaction import one_line, redact
 from etl.settings import GraftrecError
 from trainer.config import TrackingConfig
-from trainer.one_line import one_line
 from trainer.tracking.store import prepare, sqlite_file
 
 if TYPE_CHECKING:  # both are slow to import

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from etl.redaction import redact
-from trainer.one_line import one_line
+from etl.redaction import one_line, redact
 
 Entry = dict[str, Any]  # {"kind": …, …}; `files` name what has to be kept with it
 

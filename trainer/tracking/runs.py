@@ -26,10 +26,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from etl.redaction import redact, without_secrets
+from etl.redaction import one_line, redact, without_secrets
 from etl.settings import GraftrecError, Section
 from trainer.config import TrackingConfig
-from trainer.one_line import one_line
 from trainer.tracking.provenance import code_version, cut, flatten
 from trainer.tracking.queue import METRICS_PER_BATCH, Entry, SendQueue, keep, kept, warn
 from trainer.tracking.store import has_running, sqlite_file

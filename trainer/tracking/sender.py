@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from etl.redaction import one_line
 from trainer.config import TrackingConfig
-from trainer.one_line import one_line
 from trainer.tracking.provenance import cut
 from trainer.tracking.queue import Entry, Refused, kept
 from trainer.tracking.store import sqlite_file
