@@ -9,7 +9,7 @@ from etl.tables import ENTITIES, ITEMS, KNOWLEDGE
 
 
 def transform(facts: DataFrame, items: DataFrame, entities_table: DataFrame) -> DataFrame:
-    """KNOWLEDGE of what is `facts` (item, relation, rank, name, key, source) about `items`.
+    """KNOWLEDGE of `facts` (item, relation, rank, name, key, source) about `items`.
 
     An entity that an item names twice in one relation counts once, at the better rank.
     """

@@ -102,15 +102,15 @@ def _describe(
     frame: DataFrame, described: DataFrame | None, old: DataFrame | None, *, key: str, types: dict[str, str]
 ) -> DataFrame:
     """Add the columns `types`: from the new description where the id has one, else the old; empty lists for none."""
-    for number, more in enumerate([described, old]):
-        if more is not None:
+    for number, table in enumerate([described, old]):
+        if table is not None:
             columns = [F.col(name).cast(kind).alias(f"_{name}{number}") for name, kind in types.items()]
-            frame = frame.join(more.select(key, *columns, F.lit(True).alias(f"_more{number}")), key, "left")
+            frame = frame.join(table.select(key, *columns, F.lit(True).alias(f"_described{number}")), key, "left")
     for name, kind in types.items():
         value = F.lit(None).cast(kind)
-        for number, more in reversed(list(enumerate([described, old]))):
-            if more is not None:
-                value = F.when(F.col(f"_more{number}"), F.col(f"_{name}{number}")).otherwise(value)
+        for number, table in reversed(list(enumerate([described, old]))):
+            if table is not None:
+                value = F.when(F.col(f"_described{number}"), F.col(f"_{name}{number}")).otherwise(value)
         frame = frame.withColumn(name, F.coalesce(value, F.array().cast(kind)) if kind.startswith("array") else value)
     return frame
 

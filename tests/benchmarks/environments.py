@@ -32,8 +32,8 @@ def python_of(peer: str, work: Path) -> str:
     ):
         ran = subprocess.run(command, capture_output=True, text=True)
         if ran.returncode:
-            told = (ran.stderr or ran.stdout).strip().splitlines()
-            raise NotInstalled(f"{PEERS[peer]} can't be installed: {told[-1] if told else 'no output'}")
+            output = (ran.stderr or ran.stdout).strip().splitlines()
+            raise NotInstalled(f"{PEERS[peer]} can't be installed: {output[-1] if output else 'no output'}")
     done.write_text(wanted)
     return str(python)
 

@@ -91,10 +91,10 @@ def job_seconds(output: str) -> dict[str, float]:
     """Job -> seconds, from the command's lines; a job that was skipped took none."""
     found: dict[str, float] = {}
     for line in output.splitlines():
-        told = re.match(r"\[\d+/\d+\] (\w+)\s+(.*)", line)
-        if told:
-            seconds = re.search(r"rows\s+([\d.]+) s ", told[2])
-            found[told[1]] = float(seconds[1]) if seconds else 0.0
+        line_of_job = re.match(r"\[\d+/\d+\] (\w+)\s+(.*)", line)
+        if line_of_job:
+            seconds = re.search(r"rows\s+([\d.]+) s ", line_of_job[2])
+            found[line_of_job[1]] = float(seconds[1]) if seconds else 0.0
     return found
 
 

@@ -46,8 +46,8 @@ def measure(report: Report, options: Options, *, tenth: bool = False, rounds: in
         ratio = median(with_heavy, "peak_bytes") / median(without, "peak_bytes")
         report.bar(f"peak memory with the heavy user over without, {engine}", ratio, at_most=1.1)
         report.bar(f"events missing, {engine}", abs(with_heavy[0]["events"] - events - kept), at_most=0)
-    told = newest(lake=str(lakes["with"]), user=users)
-    report.bar("events of the heavy user that aren't its newest", told["wrong"], at_most=0)
+    read = newest(lake=str(lakes["with"]), user=users)
+    report.bar("events of the heavy user that aren't its newest", read["wrong"], at_most=0)
     for lake in lakes.values():
         shutil.rmtree(lake / SEQUENCES.name)
 

@@ -164,7 +164,7 @@ def _write_lake(lake: Path, items: Ints, offsets: Ints) -> None:
                 "end": lengths[mine],
             },
         )
-    told = [{"table": table, "version": version} for table, version in versions.items()]
+    released = [{"table": table, "version": version} for table, version in versions.items()]
     _commit(
         lake,
         tables.RELEASES,
@@ -172,7 +172,7 @@ def _write_lake(lake: Path, items: Ints, offsets: Ints) -> None:
         {
             "release": [1],
             "created": [0],
-            "tables": [told],
+            "tables": [released],
             "config": ["{}"],
             "config_hash": [""],
             "code_version": [""],

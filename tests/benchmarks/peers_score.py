@@ -30,10 +30,10 @@ def measure(report: Report, options: Options) -> None:
         report.skip(what, missing["rectools"])
         return
     log = movielens(options.data, options.work)
-    told = {**ARCHITECTURE, "train": str(log.train), "precision": "32-true", "k": K}
+    settings = {**ARCHITECTURE, "train": str(log.train), "precision": "32-true", "k": K}
     cases = [
         Case("graftrec", "tests.benchmarks.peers_score:score", {"lake": str(log.lake), "k": K}),
-        Case("rectools", "tests/benchmarks/peers/rectools_score.py", told, python["rectools"]),
+        Case("rectools", "tests/benchmarks/peers/rectools_score.py", settings, python["rectools"]),
     ]
     found = alternate(cases, timeout=300)
     title = f"The {K} best unseen items of every user of {log.name}"

@@ -28,10 +28,16 @@ def measure(report: Report, options: Options) -> None:
         return
     table = make_lake(options.work / "stream", USERS)
     files = [str(file) for file in SequenceDataset(pin(table, None), SPLIT, "all").files]
-    told = {"files": files, "batch_size": BATCH, "length": LENGTH, "partition_rows": PARTITION_ROWS, "epochs": EPOCHS}
+    settings = {
+        "files": files,
+        "batch_size": BATCH,
+        "length": LENGTH,
+        "partition_rows": PARTITION_ROWS,
+        "epochs": EPOCHS,
+    }
     cases = [
         Case("graftrec", "tests.benchmarks.stream:loader", {"lake": table}),
-        Case("replay", "tests/benchmarks/peers/replay_stream.py", told, python),
+        Case("replay", "tests/benchmarks/peers/replay_stream.py", settings, python),
     ]
     found = alternate(cases, timeout=300)
     here = {"version": version("graftrec"), "torch": torch.__version__}

@@ -46,13 +46,13 @@ WARM_STEPS = 5
 def measure(report: Report, options: Options) -> None:
     log = movielens(options.data, options.work)
     python, missing = pythons(options.work)
-    told = {**ARCHITECTURE, "seconds": SECONDS, "train": str(log.train), "precision": "32-true", "loss": "CE"}
+    settings = {**ARCHITECTURE, "seconds": SECONDS, "train": str(log.train), "precision": "32-true", "loss": "CE"}
     cases = [
         Case("graftrec", "tests.benchmarks.peers_train:train", {"lake": str(log.lake), "seconds": SECONDS}),
-        *(Case(peer, f"tests/benchmarks/peers/{peer}_train.py", told, python[peer]) for peer in python),
+        *(Case(peer, f"tests/benchmarks/peers/{peer}_train.py", settings, python[peer]) for peer in python),
     ]
     if "replay" in python:
-        restricted = told | {"loss": "CE_restricted"}
+        restricted = settings | {"loss": "CE_restricted"}
         cases.append(
             Case("replay, CE_restricted", "tests/benchmarks/peers/replay_train.py", restricted, python["replay"])
         )

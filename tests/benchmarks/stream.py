@@ -218,7 +218,7 @@ def make(folder: str, users: int) -> Numbers:
             user = FIRST_INDEX + np.arange(first, min(first + BUCKETS * 4_096, users), BUCKETS)
             # Times that are all the same spare the disk where memory is measured; they are never read.
             writer.add(_sequences(random, user, with_times=users <= USERS))
-        entries += _told(writer)
+        entries += _written(writer)
     versions = {
         "items": _commit(folder, tables.ITEMS, _whole(folder, tables.ITEMS, items)),
         "domains": _commit(folder, tables.DOMAINS, _whole(folder, tables.DOMAINS, members)),
@@ -270,12 +270,12 @@ def _whole(folder: str, table: Table, columns: dict[str, Any]) -> list[Any]:
     key = tuple(rows[name][0].as_py() for name in table.partition_by)
     writer = FileWriter(table_filesystem(folder, table), table, key)
     writer.add(rows)
-    return list(data_files(_told(writer)))
+    return list(data_files(_written(writer)))
 
 
-def _told(writer: Any) -> list[str]:
-    told: list[str] = writer.close()["file"].to_pylist()
-    return told
+def _written(writer: Any) -> list[str]:
+    files: list[str] = writer.close()["file"].to_pylist()
+    return files
 
 
 def _commit(folder: str, table: Table, files: list[Any]) -> int:

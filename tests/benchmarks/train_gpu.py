@@ -31,9 +31,9 @@ def measure(report: Report, options: Options) -> None:
         raise GraftrecError("expected a CUDA device, found none; run this where there is one")
     log = movielens(options.data, options.work)
     for size, (blocks, width, heads, batch_size) in SIZES.items():
-        told = {"train": str(log.train), "blocks": blocks, "width": width, "heads": heads, "batch_size": batch_size}
+        settings = {"train": str(log.train), "blocks": blocks, "width": width, "heads": heads, "batch_size": batch_size}
         cases = [
-            Case(name, "tests.benchmarks.train_gpu:step", {**told, "plainly": plainly})
+            Case(name, "tests.benchmarks.train_gpu:step", {**settings, "plainly": plainly})
             for name, plainly in (("graftrec", False), ("plain torch", True))
         ]
         found = alternate(cases, timeout=120)

@@ -43,10 +43,10 @@ Lists = list[npt.NDArray[np.int64]]
 
 def measure(report: Report, options: Options) -> None:
     log = movielens(options.data, options.work)
-    told = {"train": str(log.train), "seconds": SECONDS}
+    settings = {"train": str(log.train), "seconds": SECONDS}
     cases = [
         Case("graftrec", "tests.benchmarks.peers_train:train", {"lake": str(log.lake), "seconds": SECONDS}),
-        Case("plain torch", "tests.benchmarks.train_small:plain_speed", told),
+        Case("plain torch", "tests.benchmarks.train_small:plain_speed", settings),
     ]
     found = alternate(cases, timeout=120)
     speed = {name: median(rounds, "items_per_second") for name, rounds in found.items()}

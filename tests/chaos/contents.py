@@ -60,8 +60,8 @@ def has_version(table: Path) -> bool:
 
 def _trials(file: Path) -> str:
     """A digest of a search's trials but for the time they took."""
-    told = [{name: value for name, value in row.items() if name != "seconds"} for row in json.loads(file.read_text())]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    trials = [{name: value for name, value in row.items() if name != "seconds"} for row in json.loads(file.read_text())]
+    return hashlib.sha256(json.dumps(trials, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def rows(table: DeltaTable) -> str:

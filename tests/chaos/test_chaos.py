@@ -112,9 +112,9 @@ def test_model_of_a_trial_is_compared_by_its_score(folder: Path) -> None:
     best, other = (folder / f"runs/search/trials/pretrain-000{number}/model" for number in (0, 1))
     best.mkdir(parents=True)
     (best / "weights.safetensors").write_bytes(b"0")
-    told = folder / "runs/search/pretrain/trials.json"
-    told.parent.mkdir()
-    told.write_text(json.dumps([{"score": 0.2, "seconds": 1.0}, {"score": 0.1, "seconds": 1.0}]))
+    trials = folder / "runs/search/pretrain/trials.json"
+    trials.parent.mkdir()
+    trials.write_text(json.dumps([{"score": 0.2, "seconds": 1.0}, {"score": 0.1, "seconds": 1.0}]))
     known = [read_contents(folder)]
     other.mkdir(parents=True)
     (other / "weights.safetensors").write_bytes(b"1")
@@ -124,9 +124,9 @@ def test_model_of_a_trial_is_compared_by_its_score(folder: Path) -> None:
     assert numbers(invariants.only_known_rows(read_contents(folder), known)) == ["3"]
     (other / "weights.safetensors").unlink()
     (best / "weights.safetensors").write_bytes(b"0")
-    told.write_text(json.dumps([{"score": 0.2, "seconds": 2.0}, {"score": 0.1, "seconds": 3.0}]))
+    trials.write_text(json.dumps([{"score": 0.2, "seconds": 2.0}, {"score": 0.1, "seconds": 3.0}]))
     assert not list(invariants.as_expected(read_contents(folder), known))
-    told.write_text(json.dumps([{"score": 0.2, "seconds": 2.0}, {"score": 0.3, "seconds": 3.0}]))
+    trials.write_text(json.dumps([{"score": 0.2, "seconds": 2.0}, {"score": 0.3, "seconds": 3.0}]))
     assert numbers(invariants.as_expected(read_contents(folder), known)) == ["3"]
 
 

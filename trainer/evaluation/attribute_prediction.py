@@ -7,13 +7,13 @@ Shape letters: ``N`` users, ``C`` classes, ``V`` rows of the catalogue.
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 
 from trainer.config import BaselinesConfig, ProfileConfig
-from trainer.data.catalogue import Catalogue, read_catalogue
+from trainer.data.catalogue import Catalogue
 from trainer.data.held_out import read_users
 from trainer.data.histories import Histories
 from trainer.data.release import DataError, Release
@@ -59,10 +59,6 @@ class AttributePrediction(ClassPrediction):
             return validate(scorer, users, world, batch_size=batch_size, head=profile.HEAD)
 
         return Measure(len(users), metrics)
-
-    @classmethod
-    def read(cls, question: Question) -> Sequence[Self]:
-        return [cls(question, read_catalogue(question.release, question.read_domain))]
 
     def __init__(self, question: Question, catalogue: Catalogue) -> None:
         super().__init__(question, catalogue)

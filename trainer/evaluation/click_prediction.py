@@ -8,7 +8,7 @@ Shape letters: ``U`` users, ``N`` pairs of a user and an item, user by user.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from etl.tables import UNK
 from trainer.arrays import IntArray
 from trainer.config import BaselinesConfig, ClickConfig
-from trainer.data.catalogue import Catalogue, read_catalogue
+from trainer.data.catalogue import Catalogue
 from trainer.data.held_out import Part, read_held_out
 from trainer.data.histories import Histories
 from trainer.data.item_features import read_content
@@ -219,10 +219,6 @@ class ClickPrediction(PredictionEvaluator):
             return metrics_of(table[:, 1] > 0, table[:, 2], table[:, 0].astype(np.int64))
 
         return Measure(len(pairs), metrics)
-
-    @classmethod
-    def read(cls, question: Question) -> Sequence[Self]:
-        return [cls(question, read_catalogue(question.release, question.read_domain))]
 
     def __init__(self, question: Question, catalogue: Catalogue) -> None:
         super().__init__(question, catalogue)

@@ -7,13 +7,13 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from trainer.arrays import IntArray
-from trainer.data.catalogue import Catalogue
+from trainer.data.catalogue import Catalogue, read_catalogue
 from trainer.data.histories import Histories
 from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
 from trainer.evaluation.evaluator import Evaluator, Question
@@ -26,6 +26,10 @@ USERS = "users"  # the protocol of what is no ranking
 
 class PredictionEvaluator(Evaluator):
     """Examples that models give probabilities for."""
+
+    @classmethod
+    def read(cls, question: Question) -> Sequence[Self]:
+        return [cls(question, read_catalogue(question.release, question.read_domain))]
 
     def __init__(self, question: Question, catalogue: Catalogue) -> None:
         self.first, self.config, self.catalogue = question.models[0], question.config, catalogue
@@ -89,7 +93,7 @@ class Predictions(Results, Generic[EvaluatorT]):
 
     @classmethod
     def of(cls, scorers: Sequence[Scorer], examples: EvaluatorT, protocol: str = USERS) -> Any:
-        """Ask all of them. Raises EvaluateError for two of one label and seed."""
+        """Score the examples by all of them. Raises EvaluateError for two of one label and seed."""
         named = by_key(scorers)
         return cls(named, examples, {key: scorer.score() for key, scorer in named.items()}, protocol)
 

@@ -25,8 +25,8 @@ def main():
     begun = time.perf_counter()
     answer = fitted.recommend(users, log, k=arguments["k"], filter_viewed=True)
     spent = time.perf_counter() - begun
-    told = {"users_per_second": len(users) / spent, "rows": len(answer), "version": version("rectools")}
-    print(json.dumps({**told, "torch": torch.__version__}))
+    measured = {"users_per_second": len(users) / spent, "rows": len(answer), "version": version("rectools")}
+    print(json.dumps({**measured, "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

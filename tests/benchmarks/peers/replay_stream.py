@@ -33,8 +33,8 @@ def main():
         seconds.append(time.perf_counter() - begun)
         assert found == rows
     spent = statistics.median(seconds)
-    told = {"rows": rows / spent, "items": items / spent, "dtype": str(batch["items"].dtype)}
-    print(json.dumps({**told, "version": version("replay-rec"), "torch": torch.__version__}))
+    measured = {"rows": rows / spent, "items": items / spent, "dtype": str(batch["items"].dtype)}
+    print(json.dumps({**measured, "version": version("replay-rec"), "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ def tell(steps, lists, arguments, package):
     average step stand for all."""
     num_items = sum(min(len(one), arguments["length"]) for one in lists)
     per_step = num_items / len(lists) * arguments["batch_size"]
-    told = {
+    measured = {
         "items_per_second": per_step / steps.seconds_per_step,
         "steps": steps.count,
         "version": version(package),
         "torch": torch.__version__,
     }
-    print(json.dumps(told))
+    print(json.dumps(measured))
