@@ -16,6 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 from etl.config import EtlConfig, etl_command
 from etl.jobs.open_source import open_source
 from etl.lake import spark_io
+from etl.plain_path import absolute
 from etl.session import spark_session
 from etl.settings import GraftrecError
 from etl.source_hash import source_hash
@@ -121,7 +122,8 @@ class Run:
 
     @property
     def lake(self) -> str:
-        return self.config.lake
+        """As executors find it, which have folders of their own."""
+        return absolute(self.config.lake)
 
     @property
     def same_rules(self) -> bool:

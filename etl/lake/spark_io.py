@@ -54,7 +54,7 @@ from etl.lake.snapshots import (
     transactions,
 )
 from etl.lake.write_tasks import check_wanted, counted_task
-from etl.plain_path import is_plain
+from etl.plain_path import absolute, is_plain
 from etl.session import engine_of, user_errors
 from etl.settings import GraftrecError
 from etl.tables import Table
@@ -117,6 +117,7 @@ def read(
 
     Raises LakeError where there is no such table or version, or what is there can't be read.
     """
+    lake = absolute(lake)  # executors have folders of their own
     schema = from_arrow_schema(_nullable(table))  # as Spark reads any file
     whole = files is None
     if files is None:
@@ -179,6 +180,7 @@ def write(
     if done := landed(lake, table, app, app_version):
         return done
     _check_frame(frame, table)
+    lake = absolute(lake)  # executors have folders of their own
     with unfinished_removed(lake, table):
         if engine_of(spark) == "sail":
             files = _write_arrow(_placed(frame, table), lake, table)

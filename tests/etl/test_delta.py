@@ -69,6 +69,15 @@ def writer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
+def test_a_relative_lake_is_the_drivers_to_executors_in_other_folders(
+    writer: str, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # Spark's processes stay where they began
+    write(spark, Path("a lake"), frame_of(spark, ROWS))
+    assert rows_of(spark_io.read(spark, "a lake", SHOWS)) == sorted(ROWS, key=str)
+    assert rows_by_deltalake(tmp_path / "a lake") == sorted(ROWS, key=str)
+
+
 def test_written_is_read_back_by_anyone(spark: SparkSession, tmp_path: Path, writer: str) -> None:
     lake = tmp_path / "lake"
     shuffled = frame_of(spark, ROWS).select(*reversed(COLUMNS))
