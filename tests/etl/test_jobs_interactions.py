@@ -44,4 +44,4 @@ def test_reject_unknown_says_so_and_keeps_what_was_read(spark: SparkSession) -> 
     assert found[2][0] == "unknown item"
     assert '"item":"i9"' in found[2][1]
     assert found[3] == ("item is missing", "u1,,5")
-    assert sorted(row["line"] for row in quarantine.transform(marked).collect()) == [2, 3]
+    assert sorted(row["line"] for row in quarantine.transform(marked, section="source.events").collect()) == [2, 3]
