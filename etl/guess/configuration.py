@@ -14,7 +14,6 @@ from etl.guess.sample import Column, Sample
 from etl.guess.survey import FileSet, Survey
 
 _DEFAULT_NULLS = ["", "\\N", "NULL", "NA", "NaN", "None"]
-_SHOWN = 3  # cells, in a comment
 _DOMAINS = 6  # categories, in a comment
 ROLES = ("user", "item", "time", "event_type", "value", "basket")
 
@@ -27,7 +26,7 @@ def configuration(found: Survey, folder: str) -> str:
     source |= {section: settings_of(lines) for section, (lines, _) in others.items()}
     tried = rehearse(source)
     lines: list[Line] = [
-        (f"# Guessed by `python -m etl guess {folder}` from the beginning of each file.", ""),
+        (f"# Guessed by `python -m etl guess {printable(folder)}` from the beginning of each file.", ""),
         ("# Lines with `# ?` are doubts: look at them. etl/README.md says what each setting means.", ""),
         ("lake: lake", ""),
         ("source:", ""),
@@ -44,7 +43,7 @@ def configuration(found: Survey, folder: str) -> str:
     lines += _core(found, tried)
     lines += _domains(others)
     left = [one.path for one in found.others if one.path not in used] + list(found.unread)
-    lines += [(f"# ? not used: {one}{_why(found, one)}", "") for one in left[:12]]
+    lines += [(f"# ? not used: {printable(one)}{_why(found, one)}", "") for one in left[:12]]
     return "".join(f"{text}   # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
 
 
@@ -52,7 +51,7 @@ def configuration(found: Survey, folder: str) -> str:
 
 
 def _events(found: Survey) -> list[Line]:
-    """The settings of `events`; keys with a dot are nested ones."""
+    """The settings of `events`."""
     sample, roles = found.log.sample, found.roles
     lines = file_lines(found.log)
     lines.append(("columns:", ""))

@@ -47,7 +47,13 @@ def yaml_text(value: Any) -> str:
         return json.dumps(value)
     (_, word) = setting_words("x", value)
     plain = re.fullmatch(r"[\w./-]*\w[\w./-]*", value) is not None and not value.startswith(("-", "?"))
-    return word if plain else json.dumps(value)
+    return word if plain else _quoted(value)
+
+
+def _quoted(text: str) -> str:
+    """Text in double quotes, as YAML reads it back."""
+    written = json.dumps(text, ensure_ascii=False)
+    return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in written)
 
 
 def settings_of(lines: Sequence[Line]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A file is known by its content, whatever its name. A file of a known name with o
 earlier content any more, was mended, or has grown: it takes the place of the earlier one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from pyspark.sql import DataFrame
@@ -30,13 +30,14 @@ class LostDeliveries(GraftrecError):
 
 @dataclass(frozen=True)
 class Delivery:
-    """Files to read: `places`, name -> place in the log; `mended`: those of them that have replaced an earlier content;
-    `num_places`: of the log, with them; `transactions`: what their commit records."""
+    """Files to read: `places`, name -> place in the log; `num_places`: of the log, with them; `transactions`: what
+    their commit records; `mended`: those that replace an earlier content; `again`: those that are as they were."""
 
     places: Mapping[str, int]
-    mended: tuple[str, ...]
     num_places: int
     transactions: Mapping[str, int]
+    mended: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
 
 
 def whole(names: list[str], before: int = 0) -> dict[str, int]:
@@ -44,8 +45,11 @@ def whole(names: list[str], before: int = 0) -> dict[str, int]:
     return {name: before + place for place, name in enumerate(names)}
 
 
-def new_files(run: Run, found: Mapping[str, str], generation: str, *, before: int) -> Delivery:
-    """What is new among the files `found` (content -> name) beside those of a generation; `before`: places so far."""
+def new_files(
+    run: Run, found: Mapping[str, str], generation: str, *, before: int, again: Collection[str] = ()
+) -> Delivery:
+    """What is new among the files `found` (content -> name) beside those of a generation; `before`: places so far;
+    `again`: files to read once more, if they are as they were."""
     names = {content: (_content(generation, content), _name(generation, name)) for content, name in found.items()}
     known = spark_io.transactions(run.lake, INTERACTIONS, [one for pair in names.values() for one in pair])
     present = {content[:_DIGITS] for content in found}
@@ -61,7 +65,10 @@ def new_files(run: Run, found: Mapping[str, str], generation: str, *, before: in
         elif by_content not in known:
             places[name] = before
             before += 1
-    return Delivery(places, tuple(mended), before, transactions(generation, found, places))
+        elif name in again and known[by_content]:
+            places[name] = known[by_content] - 1
+    same = tuple(name for name in again if name in places and name not in mended)
+    return Delivery(places, before, transactions(generation, found, places), tuple(mended), same)
 
 
 def compared(run: Run, new: Delivery) -> tuple[int, int]:
@@ -78,7 +85,8 @@ def compared(run: Run, new: Delivery) -> tuple[int, int]:
 def appended(new: Delivery, found: Mapping[str, str], generation: str) -> Delivery:
     """The same files, those that are mended too behind all earlier ones."""
     places = dict(new.places) | whole(list(new.mended), new.num_places)
-    return Delivery(places, (), new.num_places + len(new.mended), transactions(generation, found, places))
+    num_places = new.num_places + len(new.mended)
+    return Delivery(places, num_places, transactions(generation, found, places), (), new.again)
 
 
 def transactions(generation: str, found: Mapping[str, str], places: Mapping[str, int]) -> dict[str, int]:

@@ -12,7 +12,7 @@ Where they deleted or changed rows, the table is compared with what the lake hol
 from collections.abc import Mapping
 from typing import Any
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from etl.config import EtlConfig, GeneratorSource, LogSource, MovielensSource
@@ -29,6 +29,7 @@ from etl.sources.spark_table import SparkTable
 from etl.tables import INTERACTIONS, PROPERTY_BUCKETS, PROPERTY_TIME
 
 _IDENTITY = INTERACTIONS.key
+_ITEMS = "items"  # in a commit's metadata: the files that say which items are known
 
 
 def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> DataFrame:
@@ -49,27 +50,6 @@ def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> Data
         same = [F.col(name).eqNullSafe(F.col(f"_{name}")) for name in _IDENTITY]
         unique = unique.join(known, same, "left_anti")
     return unique.select(*INTERACTIONS.schema.names)
-
-
-def reject_unknown(events: DataFrame, known: DataFrame, *, column: str = "item") -> DataFrame:
-    """Give events (RAW_EVENTS) of items that `known` (item) lacks a reason, and their content as raw text."""
-    known = broadcast(known.select("item", F.lit(True).alias("_known")), known.count())
-    joined, failed = events.join(known, "item", "left"), F.col("_known").isNull()
-    marked = _reject(joined, failed, quarantine.UNKNOWN_ITEM, column=column, found="item")
-    return marked.select(*events.columns)
-
-
-def reject_strays(events: DataFrame, bulk: event_times.Span, *, column: str = "time") -> DataFrame:
-    """Give events (RAW_EVENTS) outside the bulk of the log's times a reason, and their content as raw text."""
-    outside = ~F.col("time").between(bulk.first, bulk.last)
-    return _reject(events, outside, quarantine.STRAY_TIME, column=column, found="time")
-
-
-def _reject(events: DataFrame, failed: Column, reason: str, *, column: str, found: str) -> DataFrame:
-    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
-    failed = F.col("reason").isNull() & failed
-    given = {"raw": content, "column": F.lit(column), "found": F.col(found).cast("string"), "reason": F.lit(reason)}
-    return events.withColumns({name: F.when(failed, one).otherwise(F.col(name)) for name, one in given.items()})
 
 
 def run(run: Run) -> Outcome:
@@ -102,18 +82,23 @@ def _anew(run: Run, found: dict[str, str], table: SourceTable | SparkTable | Non
     generation = f"{run.provenance['config_hash']}-{run.provenance['code_version']}-{(run.base or 0) + 1}"
     if table is not None:
         places = deliveries.whole([file.name for file in table.files()])
-        new = Delivery(places, (), len(places), deliveries.of_table(generation, table))
+        new = Delivery(places, len(places), deliveries.of_table(generation, table))
     else:
         places = deliveries.whole(list(found.values()))
-        new = Delivery(places, (), len(places), deliveries.transactions(generation, found, places))
+        new = Delivery(places, len(places), deliveries.transactions(generation, found, places))
     return _deliver(run, new, None, generation=generation, table=table)
 
 
 def _append(run: Run, found: dict[str, str]) -> Outcome:
     generation, before = run.last["generation"], int(run.last["deliveries"])
-    new = deliveries.new_files(run, found, generation, before=before)
+    unknown = quarantine.files_of_unknown_items(run.lake) if run.last.get(_ITEMS) != _known(run) else set()
+    new = deliveries.new_files(run, found, generation, before=before, again=unknown)
     if not new.places:
         return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new file", *run.notes))
+    added, mended = len(new.places) - len(new.mended) - len(new.again), len(new.mended)
+    run.notes += [f"{added} new file(s)"] * (added > 0) + [f"{mended} mended file(s)"] * (mended > 0)
+    if new.again:
+        run.notes.append(f"known items have changed, so {len(new.again)} file(s) with unknown ones are read again")
     if new.mended:
         gone, moved = deliveries.compared(run, new)
         if moved and not gone and deliveries.lost(run, found, None) == len(new.mended):
@@ -122,8 +107,6 @@ def _append(run: Run, found: dict[str, str]) -> Outcome:
         if moved:
             run.notes.append(f"{gone:,} rows that {', '.join(new.mended)} held before are no longer there; they stay")
             new = deliveries.appended(new, found, generation)
-    added, mended = len(new.places) - len(new.mended), len(new.mended)
-    run.notes += [f"{added} new file(s)"] * (added > 0) + [f"{mended} mended file(s)"] * (mended > 0)
     return _deliver(run, new, run.own(), generation=generation)
 
 
@@ -138,7 +121,7 @@ def _follow(run: Run, table: SourceTable | SparkTable) -> Outcome:
         return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new row", *run.notes))
     run.notes.append(f"{len(added)} new file(s) of versions {since + 1} to {table.version}")
     places = deliveries.whole([file.name for file in added], before)
-    new = Delivery(places, (), before + len(places), deliveries.of_table(generation, table))
+    new = Delivery(places, before + len(places), deliveries.of_table(generation, table))
     return _deliver(run, new, run.own(), generation=generation, table=table)
 
 
@@ -174,14 +157,27 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     return outcome
 
 
-def _events(run: Run, places: Mapping[str, int]) -> DataFrame:
-    """The raw events of these files of the source, those of unknown items rejected."""
+def _events(run: Run, places: Mapping[str, int], old: DataFrame | None = None) -> DataFrame:
+    """The raw events of these files of the source, those of items that neither the source nor `old` knows rejected."""
     source = run.engine.source
     events = source.events(run.spark, only=places)
     known = source.known_items(run.spark)
     if known is not None:
-        events = reject_unknown(events, known, column=_column(run.config, "item"))
+        if old is not None:
+            known = known.unionByName(old.select("item")).distinct()
+        events = quarantine.reject_unknown(events, known, column=_column(run.config, "item"))
     return events.persist()
+
+
+def _known(run: Run) -> str:
+    """The content of the files that say which items are known; empty where none does."""
+    return run.engine.source.fingerprint(["items"]) if "items" in _kinds(run.config) else ""
+
+
+def _kinds(config: EtlConfig) -> list[str]:
+    """Kinds of files that decide which events count."""
+    log = _log(config)
+    return ["events", "items"] if log is not None and log.require_known_items and log.items is not None else ["events"]
 
 
 def _column(config: EtlConfig, role: str) -> str:
@@ -207,15 +203,16 @@ def _deliver(
 ) -> Outcome:
     """Commit the events of new files, or of files of a version of `table`."""
     source = run.engine.source
-    raw = _events(run, new.places)
+    twice = [*new.mended, *new.again]
+    raw = _events(run, new.places, old if twice else None)
     events, counted, bulk = _without_strays(run, raw, old)
     files = None if old is None else list(new.places)
     good = quarantine.reject_rows(run, events, kind="interactions", files=files, counted=counted)
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
-    if old is not None and new.mended:  # rows that were counted when they first came
-        before = deliveries.of_places(old, [new.places[name] for name in new.mended])
-        again = events.where(F.col("reason").isNull() & F.col("file").isin(list(new.mended)))
+    if old is not None and twice:  # rows that were counted when they first came
+        before = deliveries.of_places(old, [new.places[name] for name in twice])
+        again = events.where(F.col("reason").isNull() & F.col("file").isin(twice))
         good -= retraction.common(again, before).count()
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
     outcome = run.commit(
@@ -259,6 +256,7 @@ def _metadata(
         "buckets": str(run.config.buckets),
         "time": run.engine.source.time,
         retraction.COUNT: str(retractions),
+        _ITEMS: _known(run),
         **found,
         **({} if bulk is None else {"first_time": str(bulk.first), "last_time": str(bulk.last)}),
     }
@@ -282,7 +280,7 @@ def _without_strays(
         outside = f"; {strays:,} rows ({strays / counts.read:.2%}) have times far from these" if strays else ""
         run.notes.append(f"times {event_times.written(first)} to {event_times.written(last)} UTC{outside}")
     if strays:
-        events = reject_strays(events, bulk, column=_column(run.config, "time"))
+        events = quarantine.reject_strays(events, bulk, column=_column(run.config, "time"))
     return events, (counts.read, counts.rejected + strays), bulk
 
 
@@ -304,6 +302,6 @@ JOB = Job(
     INTERACTIONS,
     run,
     settings=_settings,
-    files=lambda source, config: source.fingerprint(["events"]),
+    files=lambda source, config: source.fingerprint(_kinds(config)),
     needs_source=True,
 )

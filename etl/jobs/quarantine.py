@@ -8,12 +8,15 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from etl.config import LogSource
+from etl.jobs.event_times import Span
 from etl.jobs.job import Run
+from etl.jobs.kcore import broadcast
 from etl.lake import spark_io
+from etl.lake.file_reader import open_parquet
 from etl.settings import GraftrecError
 from etl.tables import QUARANTINE
 
@@ -58,6 +61,27 @@ def transform(raw: DataFrame, *, section: str | None) -> DataFrame:
     return rejected.select(*QUARANTINE.schema.names)
 
 
+def reject_unknown(events: DataFrame, known: DataFrame, *, column: str = "item") -> DataFrame:
+    """Give events (RAW_EVENTS) of items that `known` (item) lacks a reason, and their content as raw text."""
+    known = broadcast(known.select("item", F.lit(True).alias("_known")), known.count())
+    joined, failed = events.join(known, "item", "left"), F.col("_known").isNull()
+    marked = _reject(joined, failed, UNKNOWN_ITEM, column=column, found="item")
+    return marked.select(*events.columns)
+
+
+def reject_strays(events: DataFrame, bulk: Span, *, column: str = "time") -> DataFrame:
+    """Give events (RAW_EVENTS) outside the bulk of the log's times a reason, and their content as raw text."""
+    outside = ~F.col("time").between(bulk.first, bulk.last)
+    return _reject(events, outside, STRAY_TIME, column=column, found="time")
+
+
+def _reject(events: DataFrame, failed: Column, reason: str, *, column: str, found: str) -> DataFrame:
+    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
+    failed = F.col("reason").isNull() & failed
+    given = {"raw": content, "column": F.lit(column), "found": F.col(found).cast("string"), "reason": F.lit(reason)}
+    return events.withColumns({name: F.when(failed, one).otherwise(F.col(name)) for name, one in given.items()})
+
+
 def reject_rows(
     run: Run, raw: DataFrame, *, kind: str, files: Sequence[str] | None = None, counted: tuple[int, int] | None = None
 ) -> int:
@@ -85,6 +109,18 @@ def reject_rows(
     else:
         _clear(run, scope)
     return read - rejected
+
+
+def files_of_unknown_items(lake: str) -> set[str]:
+    """Names of the log's files that have events of unknown items here; without Spark."""
+    if spark_io.current_version(lake, QUARANTINE) is None:
+        return set()
+    names = set()
+    for file in spark_io.snapshot_files(lake, QUARANTINE, partitions={"kind": ["interactions"]}):
+        with open_parquet(lake, QUARANTINE, file.path) as opened:
+            if UNKNOWN_ITEM in opened.read(columns=["reason"]).column(0).unique().to_pylist():
+                names.add(str(file.partition["file"]))
+    return names
 
 
 def set_aside_if_any(run: Run, raw: DataFrame, *, kind: str) -> None:

@@ -22,12 +22,15 @@ from deltalake import write_deltalake
 from etl.__main__ import main
 from etl.config import CleaningConfig, EtlConfig, LogSource
 from etl.guess.configuration import configuration
+from etl.guess.lines import yaml_text
 from etl.guess.survey import survey
 from etl.guess.times import PATTERNS, guess_times
 from etl.settings import GraftrecError
 from etl.sources.log import FileLog
 from tests.etl.local_rows import LocalSpark
 from tests.etl.test_fuzz import _FORMATS, _rows, _spoilt
+from tests.etl.test_public_logs import LOGS
+from tests.etl.test_public_logs import _write as write_public_log
 
 ROOT = Path(__file__).parents[2]
 BEGIN = dt.datetime(2019, 3, 5, 14, 7, 9)
@@ -266,6 +269,13 @@ def test_a_pattern_that_is_guessed_reads_the_times() -> None:
             assert read == [dt.datetime.strptime(word, form) for word in words] or "fits as well" in str(times.doubts)
 
 
+@pytest.mark.parametrize(
+    "text", ["a b", "é", "\U0001f600", "\u2028", "\x7f", "null", "007", "- x", "x: y", "#", "", "\ufeff"]
+)
+def test_yaml_gives_a_text_back(text: str) -> None:
+    assert yaml.safe_load(f"[{yaml_text(text)}]") == [text]
+
+
 def test_units_zones_and_numbers_that_are_no_times() -> None:
     seconds = [1_500_000_000 + n for n in range(20)]
     for unit, factor in (("s", 1), ("ms", 1_000), ("us", 10**6), ("ns", 10**9)):
@@ -323,3 +333,17 @@ def test_what_is_guessed_runs_as_it_is(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "270 events after cleaning" in done.stdout
+
+
+@pytest.mark.parametrize("name", LOGS)
+def test_a_line_of_each_public_log_is_enough_for_a_guess(tmp_path: Path, name: str) -> None:
+    write_public_log(tmp_path, LOGS[name][0])
+    try:
+        guessed = _guess(tmp_path)[0]
+    except GraftrecError as error:
+        refusal = str(error)
+    else:
+        refusal = ""
+        EtlConfig.model_validate(guessed)
+    assert "\n" not in refusal
+    assert refusal == "" or name in ("lastfm", "jester")  # of which a line alone shows too little

@@ -38,7 +38,7 @@ def test_transform_appends_only_what_the_table_lacks(spark: SparkSession) -> Non
 
 def test_reject_unknown_says_so_and_keeps_what_was_read(spark: SparkSession) -> None:
     rows: list[dict[str, Any]] = [EVENT, EVENT | {"item": "i9"}, {"reason": "item is missing", "raw": "u1,,5"}]
-    marked = interactions.reject_unknown(raw_events(spark, rows), frame(spark, [("i1",)], "item string"))
+    marked = quarantine.reject_unknown(raw_events(spark, rows), frame(spark, [("i1",)], "item string"))
     found = {row["line"]: (row["reason"], row["raw"]) for row in marked.collect()}
     assert found[1] == (None, None)
     assert found[2][0] == "unknown item"

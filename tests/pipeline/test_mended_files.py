@@ -98,6 +98,30 @@ def test_mended_lines_take_the_places_they_would_have_had(
     assert "1 of 3 files" in capsys.readouterr().err
 
 
+def test_events_of_unknown_items_are_taken_once_these_are_known(
+    tmp_path: Path, spark: SparkSession, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = {"path": "items.csv", "id": "item"}
+    run = ["interactions", *_configure(tmp_path, items=items), "--lake", str(tmp_path / "lake")]
+    _write(tmp_path, day1=["d,x,90,1"], day2=GOOD)
+    (tmp_path / "items.csv").write_text("item\nx\ny\n")
+    assert main(run) == 0
+    unknown = [(line, place, "unknown item") for line, place in ((5, 1), (6, 0))]
+    assert [row[:3] for row in _rejected(tmp_path / "lake")] == unknown
+    # The new item is known from now on, and one whose events were taken already is no longer in the file.
+    (tmp_path / "items.csv").write_text("item\nx\nz\n")
+    assert main(run) == 0
+    assert "known items have changed, so 1 file(s) with unknown ones are read again" in capsys.readouterr().out
+    assert _rejected(tmp_path / "lake") == []
+    rows = _rows(tmp_path / "lake")
+    assert len(rows) == 8
+    assert main(run) == 0
+    assert "unchanged, skipped" in capsys.readouterr().out
+    (tmp_path / "items.csv").write_text("item\nx\ny\nz\n")
+    assert main([*run[:-1], str(tmp_path / "right")]) == 0
+    assert _rows(tmp_path / "right") == rows
+
+
 def test_a_quarantine_of_an_earlier_version_gains_the_new_columns(tmp_path: Path, spark: SparkSession) -> None:
     _write(tmp_path, day1=["d,x,90,1"], day2=TORN)
     lake = tmp_path / "lake"
