@@ -1,4 +1,4 @@
-"""``python -m etl all|<job>|report --config NAME [--section.key value …]``.
+"""``python -m etl all|<job>|report --config NAME [--section.key value …]``, ``python -m etl guess FOLDER``.
 
 Exit codes: 0 done, or unchanged; 2 a mistake to mend (one line says which); 5 another process wrote the same table:
 run again; 143 stopped by a signal: the same command continues.
@@ -10,6 +10,7 @@ if __name__ == "__main__":
     stopping.begin()
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from etl import tables
 from etl.command import CommandParser, configurations, run_command
@@ -39,21 +40,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Raw logs to Delta tables. Commands:\n"
             "  all     every table that is out of date, then a release of them\n"
             "  report  what the newest release holds; --lake FOLDER is enough\n"
+            "  guess   print a configuration for the log in a folder: guess FOLDER > my.yaml\n"
             f"  a job   one table: {jobs}\n\n{configurations('etl')}"
         ),
         settings=EtlConfig,
     )
-    parser.add_argument("command", help="all, report, or a job's name")
+    parser.add_argument("command", help="all, report, guess, or a job's name")
+    parser.add_argument("folder", nargs="?", help="of guess: where the log is")
     parser.add_argument("--config", help="a name under conf/, e.g. etl/demo, or a YAML file")
+    parser.add_argument("--page", help="of report: write it into this HTML file too")
     known, overrides = parser.parse_known_args(arguments)
 
     def work() -> int:
-        if known.command == "report" and known.config is None:
-            _report(_lake(overrides))
+        if known.command == "guess":
+            if known.folder is None or known.config is not None or overrides:
+                parser.error("guess: expected one folder and nothing else; leave settings out")
+            _guess(known.folder)
+        elif known.folder is not None:
+            parser.error(f"expected --section.key value, found {known.folder!r}; give every setting its name")
+        elif known.command == "report" and known.config is None:
+            _report(_lake(overrides), known.page)
         elif known.config is None:
             parser.error("expected --config, which says where the log is and what its tables hold, found none")
         else:
-            _run(known.command, load(EtlConfig, known.config, overrides))
+            _run(known.command, load(EtlConfig, known.config, overrides), known.page)
         return 0
 
     return run_command("etl", work)
@@ -70,15 +80,30 @@ def _lake(overrides: Sequence[str]) -> str:
         raise ConfigError(f"lake: {error}") from None
 
 
-def _report(lake: str) -> None:
-    from etl.pipeline.report import print_report
+def _report(lake: str, page: str | None = None) -> None:
+    from etl.pipeline.report import make_report
+    from etl.pipeline.report_text import lines
 
-    print_report(lake)
+    report = make_report(lake)
+    print("\n".join(lines(report)), flush=True)
+    if page is None:
+        return
+    from etl.pipeline.page import to_html
+
+    Path(page).write_text(to_html(report), encoding="utf-8")
+    print(f"page: {page}", flush=True)
 
 
-def _run(command: str, config: EtlConfig) -> None:
+def _guess(folder: str) -> None:
+    from etl.guess.configuration import configuration
+    from etl.guess.survey import survey
+
+    print(configuration(survey(folder), folder), end="", flush=True)
+
+
+def _run(command: str, config: EtlConfig, page: str | None) -> None:
     if command == "report":
-        _report(config.lake)
+        _report(config.lake, page)
         return
     from etl.jobs.job import RunContext
     from etl.pipeline.run import run_all, run_one
@@ -88,7 +113,7 @@ def _run(command: str, config: EtlConfig) -> None:
         run_one(engine, command)
         return
     run_all(engine)
-    _report(config.lake)
+    _report(config.lake, page)
 
 
 if __name__ == "__main__":

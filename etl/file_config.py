@@ -133,6 +133,10 @@ class EventsFileConfig(FileConfig, FilterConfig):
         matrix = ["item", "value"] if self.matrix_from is not None else []
         return list(dict.fromkeys([*own, *(role for entry in self.explode for role in entry.given), *matrix]))
 
+    def column(self, role: str) -> str:
+        """The column that holds what a row of the log has, for messages."""
+        return _named(getattr(self.columns, role), role, self.explode)
+
     @model_validator(mode="after")
     def _has_what_rows_need(self) -> Self:
         _check_explode(self.explode, ColumnsConfig)
@@ -174,6 +178,11 @@ class EventsFileConfig(FileConfig, FilterConfig):
         except (ValueError, OSError, ZoneInfoNotFoundError):
             raise ValueError(f"expected a zone such as Europe/Rome or UTC, found {name!r}; mend the name") from None
         return name
+
+
+def _named(column: str | int | None, role: str, explode: tuple[ExplodeConfig, ...]) -> str:
+    found = [entry.columns[role] for entry in explode if role in entry.columns] or [role if column is None else column]
+    return " or ".join(dict.fromkeys(map(str, found)))
 
 
 def _check_explode(entries: tuple[ExplodeConfig, ...], columns: type[Section]) -> None:
@@ -226,6 +235,10 @@ class EdgesFileConfig(FileConfig):
         own = {"user": self.user, "friend": self.friend, "weight": self.weight}
         given = [role for role, column in own.items() if column is not None]
         return list(dict.fromkeys([*given, *(role for entry in self.explode for role in entry.given)]))
+
+    def column(self, role: str) -> str:
+        """The column that holds what an edge has, for messages."""
+        return _named(getattr(self, role), role, self.explode)
 
     @model_validator(mode="after")
     def _has_what_rows_need(self) -> Self:

@@ -85,9 +85,13 @@ QUARANTINE = Table(
             _field("line", _LONG),  # 1-based; of a Parquet file: row number
             _field("reason", _STRING),
             _field("raw", _STRING, null=True),  # the row as found, cut at 1,000 characters
+            _field("place", _LONG, null=True),  # of a value in its line, from 0, where lines hold several; else null
+            _field("column", _STRING, null=True),  # that the reason is about, where it is about one
+            _field("found", _STRING, null=True),  # in that column; null: nothing, or a null marker
+            _field("setting", _STRING, null=True),  # that decides on the reason
         ]
     ),
-    key=("file", "line"),
+    key=("kind", "file", "line", "place"),
     partition_by=("kind", "file"),  # so that a file read again replaces its own rows
 )
 

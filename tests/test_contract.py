@@ -40,6 +40,7 @@ ROOMS = (
     "etl.histories",
     "etl.sources",
     "etl.generator",
+    "etl.guess",
     "etl.jobs",
     "etl.pipeline",
     "etl.__main__",

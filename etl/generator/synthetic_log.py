@@ -7,7 +7,7 @@ Users are made in blocks of BLOCK, each user from a random stream of its own, an
 user's events depend on the configuration and the user's number alone. Cost per user doesn't grow with the catalogue.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -66,7 +66,7 @@ class Generator:
     def table(self) -> None:
         return None
 
-    def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
+    def events(self, spark: SparkSession, *, only: Mapping[str, int] | None = None) -> DataFrame:
         return self._frame(spark, self.config.users, RAW_EVENTS, lambda config, users: events(config, users))
 
     def items(self, spark: SparkSession) -> DataFrame:
@@ -250,7 +250,8 @@ def _found(table: pa.Table, kind: str, order: Ints) -> pa.Table:
     size = table.num_rows
     nothing = pa.nulls(size, pa.string())
     columns = {"kind": pa.repeat(kind, size), "file": pa.repeat("generator", size), "line": pa.array(order + 1)}
-    for name, column in (columns | {"reason": nothing, "raw": nothing}).items():
+    columns["place"] = pa.nulls(size, pa.int64())
+    for name, column in (columns | dict.fromkeys(("reason", "column", "found", "raw"), nothing)).items():
         table = table.append_column(name, column)
     return table
 

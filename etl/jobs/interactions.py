@@ -1,21 +1,23 @@
 """The cleaned log: unreadable rows, events of unknown items and exact duplicates left out; appended to, day by day.
 
 A file is delivered once, known by its content whatever its name: the digest is an application transaction of the commit
-that holds its events. New files append, and their lines come after all earlier ones in `source_order`. Other settings
-read everything anew, and so does other code, unless files that were delivered are gone.
+that holds its events. New files append, and their lines come after all earlier ones in `source_order`; those of a
+mended file take the places they would have had. Other settings read everything anew, and so does other code, unless
+files that were delivered are gone.
 
 A Delta table is delivered version by version, known by (table id, version): what later versions only add is appended.
 Where they deleted or changed rows, the table is compared with what the lake holds: rows that it lacks are retracted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from etl.config import EtlConfig, GeneratorSource, LogSource, MovielensSource
-from etl.jobs import event_times, quarantine, retraction
+from etl.jobs import deliveries, event_times, quarantine, retraction
+from etl.jobs.deliveries import Delivery, LostDeliveries
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.kcore import broadcast
 from etl.lake import spark_io
@@ -27,11 +29,7 @@ from etl.sources.spark_table import SparkTable
 from etl.tables import INTERACTIONS, PROPERTY_BUCKETS, PROPERTY_TIME
 
 _IDENTITY = INTERACTIONS.key
-_DIGITS = 16  # of a content's digest in its transaction's name
-
-
-class LostDeliveries(GraftrecError):
-    """The log is to be read anew, but files that were delivered are no longer there."""
+_ITEMS = "items"  # in a commit's metadata: the files that say which items are known
 
 
 def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> DataFrame:
@@ -54,29 +52,10 @@ def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> Data
     return unique.select(*INTERACTIONS.schema.names)
 
 
-def reject_unknown(events: DataFrame, known: DataFrame) -> DataFrame:
-    """Give events (RAW_EVENTS) of items that `known` (item) lacks a reason, and their content as raw text."""
-    known = broadcast(known.select("item", F.lit(True).alias("_known")), known.count())
-    marked = _reject(events.join(known, "item", "left"), F.col("_known").isNull(), quarantine.UNKNOWN_ITEM)
-    return marked.select(*events.columns)
-
-
-def reject_strays(events: DataFrame, bulk: event_times.Span) -> DataFrame:
-    """Give events (RAW_EVENTS) outside the bulk of the log's times a reason, and their content as raw text."""
-    return _reject(events, ~F.col("time").between(bulk.first, bulk.last), quarantine.STRAY_TIME)
-
-
-def _reject(events: DataFrame, failed: Column, reason: str) -> DataFrame:
-    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
-    failed = F.col("reason").isNull() & failed
-    marked = events.withColumn("raw", F.when(failed, content).otherwise(F.col("raw")))
-    return marked.withColumn("reason", F.when(failed, F.lit(reason)).otherwise(F.col("reason")))
-
-
 def run(run: Run) -> Outcome:
     table = run.engine.source.table()
     found = {} if table is not None else run.engine.source.deliveries()
-    lost = _lost(run, found, table)
+    lost = deliveries.lost(run, found, table)
     same_settings = "generation" in run.last and run.last["config_hash"] == run.provenance["config_hash"]
     if table is not None and same_settings and run.same_rules and not lost:
         return _follow(run, table)
@@ -92,23 +71,43 @@ def run(run: Run) -> Outcome:
     if lost:
         raise LostDeliveries(
             f"the log's settings have changed, so it is to be read anew, but {lost} of {run.last['deliveries']} files "
-            f"whose events the lake {run.lake} holds are not among the source's; put them back, or use another --lake"
+            f"whose events the lake {run.lake} holds are not among the source's; put them back (of mended files, run "
+            "with the earlier settings first), or use another --lake"
         )
+    return _anew(run, found, table)
+
+
+def _anew(run: Run, found: dict[str, str], table: SourceTable | SparkTable | None) -> Outcome:
+    """Read the whole log."""
     generation = f"{run.provenance['config_hash']}-{run.provenance['code_version']}-{(run.base or 0) + 1}"
     if table is not None:
-        return _deliver(run, [file.name for file in table.files()], None, before=0, generation=generation, table=table)
-    return _deliver(run, list(found.values()), None, before=0, generation=generation, new=found)
+        places = deliveries.whole([file.name for file in table.files()])
+        new = Delivery(places, len(places), deliveries.of_table(generation, table))
+    else:
+        places = deliveries.whole(list(found.values()))
+        new = Delivery(places, len(places), deliveries.transactions(generation, found, places))
+    return _deliver(run, new, None, generation=generation, table=table)
 
 
 def _append(run: Run, found: dict[str, str]) -> Outcome:
-    generation = run.last["generation"]
-    known = spark_io.transactions(run.lake, INTERACTIONS, [_transaction(generation, content) for content in found])
-    new = {content: name for content, name in found.items() if _transaction(generation, content) not in known}
-    if not new:
+    generation, before = run.last["generation"], int(run.last["deliveries"])
+    unknown = quarantine.files_of_unknown_items(run.lake) if run.last.get(_ITEMS) != _known(run) else set()
+    new = deliveries.new_files(run, found, generation, before=before, again=unknown)
+    if not new.places:
         return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new file", *run.notes))
-    run.notes.append(f"{len(new)} new file(s)")
-    before = int(run.last["deliveries"])
-    return _deliver(run, list(new.values()), run.own(), before=before, generation=generation, new=new)
+    added, mended = len(new.places) - len(new.mended) - len(new.again), len(new.mended)
+    run.notes += [f"{added} new file(s)"] * (added > 0) + [f"{mended} mended file(s)"] * (mended > 0)
+    if new.again:
+        run.notes.append(f"known items have changed, so {len(new.again)} file(s) with unknown ones are read again")
+    if new.mended:
+        gone, moved = deliveries.compared(run, new)
+        if moved and not gone and deliveries.lost(run, found, None) == len(new.mended):
+            run.notes.append(f"lines have moved in {', '.join(new.mended)}, so all files are read anew")
+            return _anew(run, found, None)
+        if moved:
+            run.notes.append(f"{gone:,} rows that {', '.join(new.mended)} held before are no longer there; they stay")
+            new = deliveries.appended(new, found, generation)
+    return _deliver(run, new, run.own(), generation=generation)
 
 
 def _follow(run: Run, table: SourceTable | SparkTable) -> Outcome:
@@ -121,16 +120,17 @@ def _follow(run: Run, table: SourceTable | SparkTable) -> Outcome:
     if not added:
         return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new row", *run.notes))
     run.notes.append(f"{len(added)} new file(s) of versions {since + 1} to {table.version}")
-    names = [file.name for file in added]
-    return _deliver(run, names, run.own(), before=before, generation=generation, table=table)
+    places = deliveries.whole([file.name for file in added], before)
+    new = Delivery(places, before + len(places), deliveries.of_table(generation, table))
+    return _deliver(run, new, run.own(), generation=generation, table=table)
 
 
 def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generation: str) -> Outcome:
     """Retract the rows of the lake that the table lacks, and add those that the lake lacks."""
     own = run.own()
     assert own is not None
-    names = [file.name for file in table.files()]
-    raw = _events(run, names, before)
+    places = deliveries.whole([file.name for file in table.files()], before)
+    raw = _events(run, places)
     events, counted, bulk = _without_strays(run, raw, None)
     good = quarantine.reject_rows(run, events, kind="interactions", counted=counted)
     if good == 0:
@@ -139,7 +139,8 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     gone, new = held(retraction.less(own, current)), held(retraction.less(current, own))
     num_gone, num_new = gone.count(), new.count()
     run.notes.append(f"version {table.version}: {num_gone:,} rows retracted, {num_new:,} added")
-    metadata = _metadata(run, before=before, new=len(names), good=good, generation=generation, table=table, bulk=bulk)
+    num_places = before + len(places)
+    metadata = _metadata(run, num_places=num_places, good=good, generation=generation, table=table, bulk=bulk)
     if num_gone:
         metadata[retraction.COUNT] = str(int(metadata[retraction.COUNT]) + 1)
         kept, buckets = retraction.retracted(own, gone, new)
@@ -150,46 +151,76 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
         partition_scope={"bucket": buckets} if num_gone else None,
         metadata=metadata,
         properties={PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: run.engine.source.time},
-        transactions=_table_transaction(generation, table),
+        transactions=deliveries.of_table(generation, table),
     )
     raw.unpersist()
     return outcome
 
 
-def _events(run: Run, names: Sequence[str], before: int) -> DataFrame:
-    """The raw events of these files of the source, those of unknown items rejected."""
+def _events(run: Run, places: Mapping[str, int], old: DataFrame | None = None) -> DataFrame:
+    """The raw events of these files of the source, those of items that neither the source nor `old` knows rejected."""
     source = run.engine.source
-    events = source.events(run.spark, only=names, before=before)
+    events = source.events(run.spark, only=places)
     known = source.known_items(run.spark)
-    return (events if known is None else reject_unknown(events, known)).persist()
+    if known is not None:
+        if old is not None:
+            known = known.unionByName(old.select("item")).distinct()
+        events = quarantine.reject_unknown(events, known, column=_column(run.config, "item"))
+    return events.persist()
+
+
+def _known(run: Run) -> str:
+    """The content of the files that say which items are known; empty where none does."""
+    return run.engine.source.fingerprint(["items"]) if "items" in _kinds(run.config) else ""
+
+
+def _kinds(config: EtlConfig) -> list[str]:
+    """Kinds of files that decide which events count."""
+    log = _log(config)
+    return ["events", "items"] if log is not None and log.require_known_items and log.items is not None else ["events"]
+
+
+def _column(config: EtlConfig, role: str) -> str:
+    log = _log(config)
+    return role if log is None else log.events.column(role)
+
+
+def _log(config: EtlConfig) -> LogSource | None:
+    """The log that the settings describe, None for a generated one."""
+    source = config.source
+    if isinstance(source, GeneratorSource):
+        return None
+    return described(source.root) if isinstance(source, MovielensSource) else source
 
 
 def _deliver(
     run: Run,
-    names: Sequence[str],
+    new: Delivery,
     old: DataFrame | None,
     *,
-    before: int,
     generation: str,
-    new: dict[str, str] | None = None,
     table: SourceTable | SparkTable | None = None,
 ) -> Outcome:
-    """Commit the events of the files `names`: files that are `new` (content -> name), or of a version of `table`."""
+    """Commit the events of new files, or of files of a version of `table`."""
     source = run.engine.source
-    raw = _events(run, names, before)
+    twice = [*new.mended, *new.again]
+    raw = _events(run, new.places, old if twice else None)
     events, counted, bulk = _without_strays(run, raw, old)
-    files = None if old is None else list(names)
+    files = None if old is None else list(new.places)
     good = quarantine.reject_rows(run, events, kind="interactions", files=files, counted=counted)
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
+    if old is not None and twice:  # rows that were counted when they first came
+        before = deliveries.of_places(old, [new.places[name] for name in twice])
+        again = events.where(F.col("reason").isNull() & F.col("file").isin(twice))
+        good -= retraction.common(again, before).count()
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
     outcome = run.commit(
         transform(events, old, buckets=run.config.buckets),
         mode="overwrite" if old is None else "append",
         metadata=_metadata(
             run,
-            before=before,
-            new=len(names),
+            num_places=new.num_places,
             good=good + (0 if old is None else int(run.last["good"])),
             generation=generation,
             table=table,
@@ -197,9 +228,7 @@ def _deliver(
             anew=old is None,
         ),
         properties=properties,
-        transactions=_table_transaction(generation, table)
-        if table is not None
-        else {_transaction(generation, content): 0 for content in new or {}},
+        transactions=new.transactions,
     )
     raw.unpersist()
     notes = (*outcome.notes, f"{good - outcome.rows:,} exact duplicates dropped")
@@ -209,8 +238,7 @@ def _deliver(
 def _metadata(
     run: Run,
     *,
-    before: int,
-    new: int,
+    num_places: int,
     good: int,
     generation: str,
     table: SourceTable | SparkTable | None,
@@ -222,20 +250,16 @@ def _metadata(
     found = {} if table is None else {"table_id": table.id, "table_version": str(table.version)}
     return {
         "generation": generation,
-        "deliveries": str(before + new),
+        "deliveries": str(num_places),
         "kind": run.config.source.kind,
         "good": str(good),
         "buckets": str(run.config.buckets),
         "time": run.engine.source.time,
         retraction.COUNT: str(retractions),
+        _ITEMS: _known(run),
         **found,
         **({} if bulk is None else {"first_time": str(bulk.first), "last_time": str(bulk.last)}),
     }
-
-
-def _table_transaction(generation: str, table: SourceTable | SparkTable) -> dict[str, int]:
-    """The application transaction that delivers a version of a table: its id, its version."""
-    return {f"delivery/{generation}/{table.id}": table.version}
 
 
 def _without_strays(
@@ -256,31 +280,16 @@ def _without_strays(
         outside = f"; {strays:,} rows ({strays / counts.read:.2%}) have times far from these" if strays else ""
         run.notes.append(f"times {event_times.written(first)} to {event_times.written(last)} UTC{outside}")
     if strays:
-        events = reject_strays(events, bulk)
+        events = quarantine.reject_strays(events, bulk, column=_column(run.config, "time"))
     return events, (counts.read, counts.rejected + strays), bulk
-
-
-def _transaction(generation: str, content: str) -> str:
-    return f"delivery/{generation}/{content[:_DIGITS]}"
-
-
-def _lost(run: Run, found: dict[str, str], table: SourceTable | SparkTable | None) -> int:
-    """How many files that were delivered are no longer there. A generated log can always be made again."""
-    if "generation" not in run.last or run.last["kind"] == "generator":
-        return 0
-    if table is not None and run.last.get("table_id") == table.id:
-        return 0
-    names = [_transaction(run.last["generation"], content) for content in found]
-    return int(run.last["deliveries"]) - len(spark_io.transactions(run.lake, INTERACTIONS, names))
 
 
 def _settings(config: EtlConfig) -> Any:
     """All that decides what a row of the log becomes. Where files lie doesn't, and neither do the other files."""
-    source = config.source
-    if isinstance(source, GeneratorSource):
-        rules: Any = source.model_dump()
+    log = _log(config)
+    if log is None:
+        rules: Any = config.source.model_dump()
     else:
-        log: LogSource = described(source.root) if isinstance(source, MovielensSource) else source
         rules = {
             **log.events.model_dump(exclude={"path", "version", "options"}),
             "known": log.require_known_items and log.items is not None,
@@ -293,6 +302,6 @@ JOB = Job(
     INTERACTIONS,
     run,
     settings=_settings,
-    files=lambda source, config: source.fingerprint(["events"]),
+    files=lambda source, config: source.fingerprint(_kinds(config)),
     needs_source=True,
 )

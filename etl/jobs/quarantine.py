@@ -8,28 +8,39 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from etl.config import LogSource
+from etl.jobs.event_times import Span
 from etl.jobs.job import Run
+from etl.jobs.kcore import broadcast
 from etl.lake import spark_io
+from etl.lake.file_reader import open_parquet
 from etl.settings import GraftrecError
 from etl.tables import QUARANTINE
 
 UNKNOWN_ITEM = "unknown item"
 STRAY_TIME = "time is too far from the log's other times"
 _SECTIONS = {"interactions": "events"}  # kinds whose section of `source` has another name
-_SETTINGS = {  # a reason -> the settings of the file's section that decide on it
+_SETTINGS = {  # how a reason begins -> the settings of the file's section that decide on it; the first that fits
     r"expected \d+ fields|malformed quoting|a quote that": "separator, quote, escape and multiline",
     r"expected as many|more than|item ends with": "explode",
-    r"not (?!a |finite)": "encoding",
     r"not a (JSON|Python)": "format",
+    r"not ": "encoding",
+    r"the header again": "header",
     r"\w+ is missing": "columns and null_values",
+    r"\w+ is (a float|in scientific|an object)|user and friend": "columns",
     r"time can't be read": "time_unit and time_format",
     r"time fits ": "time_unit",
     r"\w+ is not a number": "columns and decimal",
     r"\w+ is not finite": "null_values",
+}
+_OTHER_SETTINGS = {  # a reason -> settings of other sections
+    UNKNOWN_ITEM: "source.items.path and source.require_known_items",
+    STRAY_TIME: "cleaning.max_gap_years",
+    "time is before cleaning.min_time": "cleaning.min_time",
+    "time is after cleaning.max_time": "cleaning.max_time",
 }
 _SHOWN_CHARACTERS = 80  # of a rejected row, in a message
 
@@ -38,9 +49,37 @@ class TooManyRejected(GraftrecError):
     """A larger share of a file kind's rows can't be used than `cleaning.max_quarantine_share` allows."""
 
 
-def transform(raw: DataFrame) -> DataFrame:
-    """QUARANTINE of raw rows (RAW_EVENTS, RAW_ITEMS, RAW_USERS or RAW_EDGES)."""
-    return raw.where(F.col("reason").isNotNull()).select(*QUARANTINE.schema.names)
+def transform(raw: DataFrame, *, section: str | None) -> DataFrame:
+    """QUARANTINE of raw rows (RAW_EVENTS, RAW_ITEMS, RAW_USERS or RAW_EDGES). `section` of the configuration describes
+    their files; None: they have no settings."""
+    setting = F.lit(None).cast("string")
+    for pattern, found in reversed(_SETTINGS.items() if section else ()):
+        setting = F.when(F.col("reason").rlike(f"^({pattern})"), f"{found} of {section}").otherwise(setting)
+    for reason, found in _OTHER_SETTINGS.items():
+        setting = F.when(F.col("reason") == reason, found).otherwise(setting)
+    rejected = raw.where(F.col("reason").isNotNull()).withColumn("setting", setting)
+    return rejected.select(*QUARANTINE.schema.names)
+
+
+def reject_unknown(events: DataFrame, known: DataFrame, *, column: str = "item") -> DataFrame:
+    """Give events (RAW_EVENTS) of items that `known` (item) lacks a reason, and their content as raw text."""
+    known = broadcast(known.select("item", F.lit(True).alias("_known")), known.count())
+    joined, failed = events.join(known, "item", "left"), F.col("_known").isNull()
+    marked = _reject(joined, failed, UNKNOWN_ITEM, column=column, found="item")
+    return marked.select(*events.columns)
+
+
+def reject_strays(events: DataFrame, bulk: Span, *, column: str = "time") -> DataFrame:
+    """Give events (RAW_EVENTS) outside the bulk of the log's times a reason, and their content as raw text."""
+    outside = ~F.col("time").between(bulk.first, bulk.last)
+    return _reject(events, outside, STRAY_TIME, column=column, found="time")
+
+
+def _reject(events: DataFrame, failed: Column, reason: str, *, column: str, found: str) -> DataFrame:
+    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
+    failed = F.col("reason").isNull() & failed
+    given = {"raw": content, "column": F.lit(column), "found": F.col(found).cast("string"), "reason": F.lit(reason)}
+    return events.withColumns({name: F.when(failed, one).otherwise(F.col(name)) for name, one in given.items()})
 
 
 def reject_rows(
@@ -66,10 +105,22 @@ def reject_rows(
     scope: dict[str, Sequence[Any]] = {"kind": [kind]} if files is None else {"kind": [kind], "file": files}
     if rejected:
         run.notes.append(f"{rejected:,} of {read:,} rows of {kind} quarantined")
-        _replace(run, transform(raw), scope)
+        _replace(run, transform(raw, section=_section(run, kind)), scope)
     else:
         _clear(run, scope)
     return read - rejected
+
+
+def files_of_unknown_items(lake: str) -> set[str]:
+    """Names of the log's files that have events of unknown items here; without Spark."""
+    if spark_io.current_version(lake, QUARANTINE) is None:
+        return set()
+    names = set()
+    for file in spark_io.snapshot_files(lake, QUARANTINE, partitions={"kind": ["interactions"]}):
+        with open_parquet(lake, QUARANTINE, file.path) as opened:
+            if UNKNOWN_ITEM in opened.read(columns=["reason"]).column(0).unique().to_pylist():
+                names.add(str(file.partition["file"]))
+    return names
 
 
 def set_aside_if_any(run: Run, raw: DataFrame, *, kind: str) -> None:
@@ -113,44 +164,48 @@ def _clear(run: Run, scope: dict[str, Sequence[Any]]) -> None:
 
 def _examples(run: Run, raw: DataFrame, kind: str) -> str:
     """The three most frequent reasons, each with its first row and the setting that decides on it."""
+    first = F.struct("file", "line", "place", "column", "found", "raw")
     reasons = (
-        raw.where(F.col("reason").isNotNull())
-        .groupBy("reason")
-        .agg(F.count(F.lit(1)).alias("rows"), F.min(F.struct("file", "line", "raw")).alias("first"))
+        transform(raw, section=_section(run, kind))
+        .groupBy("reason", "setting")
+        .agg(
+            F.count(F.lit(1)).alias("rows"),
+            F.min(first).alias("first"),
+        )
         .orderBy(F.desc("rows"), "reason")
         .limit(3)
         .collect()
     )
     return ", ".join(
-        f"{row['reason']} ({row['rows']:,}, first in {row['first'][0]} line {row['first'][1]}{_shown(row['first'][2])}"
-        f"{_known(run, raw, row['first']) if row['reason'] == UNKNOWN_ITEM else _setting(run, row['reason'], kind)})"
+        f"{row['reason']} ({row['rows']:,}, first in {_where(row['first'])}"
+        f"{_known(run, row['first']['found']) if row['reason'] == UNKNOWN_ITEM else ''}"
+        f"{'' if row['setting'] is None else '; see ' + row['setting']})"
         for row in reasons
     )
 
 
-def _shown(raw: str | None) -> str:
-    if raw is None:
+def _section(run: Run, kind: str) -> str | None:
+    return f"source.{_SECTIONS.get(kind, kind)}" if isinstance(run.config.source, LogSource) else None
+
+
+def _where(first: Any) -> str:
+    """File, line, column, what was found in it, and the row."""
+    column = "" if first["column"] is None else f", column {first['column']}{_shown(first['found'])}"
+    return f"{first['file']} line {first['line']}{column}{_shown(first['raw'], ': ')}"
+
+
+def _shown(found: str | None, before: str = " ") -> str:
+    if found is None:
         return ""
-    return f": {raw[:_SHOWN_CHARACTERS]!r}{'…' if len(raw) > _SHOWN_CHARACTERS else ''}"
+    return f"{before}{found[:_SHOWN_CHARACTERS]!r}{'…' if len(found) > _SHOWN_CHARACTERS else ''}"
 
 
-def _setting(run: Run, reason: str, kind: str) -> str:
-    if reason == STRAY_TIME:
-        return "; see cleaning.max_gap_years"
-    settings = next((found for pattern, found in _SETTINGS.items() if re.match(pattern, reason)), None)
-    if settings is None or not isinstance(run.config.source, LogSource):
-        return ""
-    return f"; see {settings} of source.{_SECTIONS.get(kind, kind)}"
-
-
-def _known(run: Run, raw: DataFrame, first: Any) -> str:
-    """The item of an event of an unknown item, and known ones: those that differ in case and leading zeros first."""
+def _known(run: Run, item: str) -> str:
+    """Items that are known: those that differ from `item` in case and leading zeros first."""
     known = run.engine.source.known_items(run.spark)
-    row = raw.where((F.col("file") == first[0]) & (F.col("line") == first[1])).select("item").first()
-    if known is None or row is None:
+    if known is None:
         return ""
     plain = F.lower(F.regexp_replace("item", r"^0+", ""))
-    other = re.sub(r"^0+", "", row[0]).lower()
+    other = re.sub(r"^0+", "", item).lower()
     near = known.orderBy((plain != other).cast("int"), "item").limit(3).collect()
-    names = ", ".join(repr(one[0]) for one in near)
-    return f"; item {row[0]!r}, known are {names}…; see source.items.path and source.require_known_items"
+    return f"; known are {', '.join(repr(one[0]) for one in near)}…"

@@ -19,11 +19,20 @@ COUNT = "retractions"  # in a commit's metadata: how many runs have taken rows b
 _NEXT = "next_index"
 
 
-def less(rows: DataFrame, others: DataFrame) -> DataFrame:
-    """The rows of INTERACTIONS that `others` lacks; `source_order` aside."""
-    renamed = others.select(*(F.col(name).alias(f"_{name}") for name in INTERACTIONS.key))
-    same = [F.col(name).eqNullSafe(F.col(f"_{name}")) for name in INTERACTIONS.key]
-    return rows.join(renamed, same, "left_anti")
+def less(rows: DataFrame, others: DataFrame, *, also: Sequence[str] = ()) -> DataFrame:
+    """The rows of INTERACTIONS that `others` lacks; `source_order` aside, unless `also` names it."""
+    return _joined(rows, others, [*INTERACTIONS.key, *also], "left_anti")
+
+
+def common(rows: DataFrame, others: DataFrame) -> DataFrame:
+    """The rows of INTERACTIONS that `others` has too; `source_order` aside."""
+    return _joined(rows, others, INTERACTIONS.key, "left_semi")
+
+
+def _joined(rows: DataFrame, others: DataFrame, names: Sequence[str], how: str) -> DataFrame:
+    renamed = others.select(*(F.col(name).alias(f"_{name}") for name in names))
+    same = [F.col(name).eqNullSafe(F.col(f"_{name}")) for name in names]
+    return rows.join(renamed, same, how)
 
 
 def retracted(interactions: DataFrame, gone: DataFrame, new: DataFrame) -> tuple[DataFrame, list[int]]:

@@ -33,6 +33,7 @@ from etl.lake.snapshots import (
     delta_uri,
     local_path,
     make_folder,
+    missing_columns,
     open_table,
     our_commits,
     partition_texts,
@@ -109,6 +110,10 @@ def commit_files(
             return done
         check_contract(handle, lake, table)
         _check_writable(handle, table, mode)
+        if gained := missing_columns(handle, table):
+            with contextlib.suppress(CommitFailedError):  # somebody was faster: look again
+                handle.alter.add_columns(gained)
+            continue
         if _set_properties(handle, table, mode, properties or {}):
             continue
         existing = active_files(handle, table)

@@ -4,6 +4,7 @@ The part of `spark_io` that only looks. What isn't a lake, a table or a whole lo
 table with features (deletion vectors, column mapping…) that a reader of plain Parquet files would get wrong.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from urllib.parse import unquote, urlparse
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-from deltalake import DeltaTable, Schema
+from deltalake import DeltaTable, Field, Schema
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.fs import DeltaStorageHandler
 
@@ -192,10 +193,14 @@ def active_files(handle: DeltaTable, table: Table) -> list[DataFile]:
 
 
 def check_contract(handle: DeltaTable, lake: str, table: Table) -> None:
-    """Raise LakeError unless the table has the contract's columns, types, nullability and partition columns."""
+    """Raise LakeError unless the table has the contract's columns, types, nullability and partition columns.
+
+    Columns that may be null and that the contract has gained at its end since may be missing.
+    """
     found, expected = handle.schema(), Schema.from_arrow(table.schema)
     partitioned = tuple(handle.metadata().partition_columns)
-    if found == expected and partitioned == table.partition_by:
+    gained = missing_columns(handle, table)
+    if found.fields == expected.fields[: len(expected.fields) - len(gained)] and partitioned == table.partition_by:
         return
     ours, theirs = ({field.name: field for field in schema.fields} for schema in (expected, found))
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
@@ -203,6 +208,14 @@ def check_contract(handle: DeltaTable, lake: str, table: Table) -> None:
     raise LakeError(
         f"{table_uri(lake, table)}: expected the columns of etl/tables.py, but {what}; write it anew to another lake"
     )
+
+
+def missing_columns(handle: DeltaTable, table: Table) -> list[Field]:
+    """Columns that may be null, at the contract's end, that a table of an earlier version lacks."""
+    names = {field.name for field in handle.schema().fields}
+    fields: list[Field] = Schema.from_arrow(table.schema).fields
+    last = itertools.takewhile(lambda field: field.nullable and field.name not in names, reversed(fields))
+    return list(last)[::-1]
 
 
 def partition_texts(table: Table, scope: Mapping[str, Sequence[Any]]) -> dict[str, list[str | None]]:

@@ -22,7 +22,6 @@ from etl.lake.file_reader import open_parquet
 from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, KNOWLEDGE, QUARANTINE, RELEASES, SEQUENCES, Table
 
-_BARS = 30  # of the histogram of times, at most
 Ints = npt.NDArray[np.int64]
 Pair = tuple[str, str]
 Pairs = list[Pair]
@@ -30,7 +29,8 @@ Pairs = list[Pair]
 
 @dataclass
 class DomainReport:
-    """One domain's line of Table 1. `covered`: source of knowledge -> kept items it says something about."""
+    """One domain's line of Table 1. `covered`: source of knowledge -> kept items it says something about; `lengths`:
+    items of a user's sequence -> users; `degrees` of kept items in the cleaned log, the largest first."""
 
     name: str
     users: int = 0
@@ -39,6 +39,13 @@ class DomainReport:
     described_items: int = 0
     interactions: int = 0
     covered: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    degrees: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def density(self) -> float:
+        """Interactions per pair of a user and an item."""
+        return self.interactions / (self.users * self.items) if self.users and self.items else 0.0
 
     @property
     def average_length(self) -> float:
@@ -51,8 +58,9 @@ class Report:
     """Of one release and split.
 
     `shared_users`: (domain, domain) -> users with items in both; `shared_items` -> kept items of both; `rejected`:
-    (kind, reason) -> rows; `events`: of the cleaned log; `related`: relation -> kept items that have it; `days`: days
-    since 1970 -> events of the cleaned log, none where times are mere order; `times`: of the first and the last event.
+    (kind, reason) -> rows; `examples`: the first row of each, as QUARANTINE has it; `events`: of the cleaned log;
+    `related`: relation -> kept items that have it; `days`: days since 1970 -> events of the cleaned log, none where
+    times are mere order; `times`: of the first and the last event.
     """
 
     lake: str
@@ -67,6 +75,13 @@ class Report:
     related: dict[str, int]
     days: Counter[int] = field(default_factory=Counter)
     times: tuple[int, int] | None = None
+    examples: dict[Pair, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def outside(self) -> int:
+        """Rows that were rejected for their times."""
+        found = ((kind, reason, count) for (kind, reason), count in self.rejected.items())
+        return sum(count for kind, reason, count in found if kind == "interactions" and reason.startswith("time "))
 
 
 def make_report(lake: str, *, release: int | None = None, split: str | None = None) -> Report:
@@ -79,14 +94,15 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
     splits = sorted({str(file.partition["split"]) for file in files})
     chosen = split or (splits[0] if splits else "")
     known = _known(lake, versions)
-    members = _items(lake, versions, known)
-    domains = {name: _domain(name, items, known["source"]) for name, items in members.items()}
+    members, degrees = _items(lake, versions, known)
+    domains = {name: _domain(name, items, known["source"], degrees) for name, items in members.items()}
     pairs = [(a, b) for a in domains for b in domains if a < b and DOMAIN_ALL not in (a, b)]
     users = _users(lake, [file for file in files if file.partition["split"] == chosen], domains, pairs)
     log = _files(lake, versions, INTERACTIONS)
     last = spark_io.last_commit(lake, INTERACTIONS, versions[INTERACTIONS.name])
     events, days, times = _times(lake, log, ordered=last.get("time") == "ordinal")
     good = int(last["good"])
+    rejected, examples = _rejected(lake, versions)
     return Report(
         lake=lake,
         release=number,
@@ -94,12 +110,13 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
         domains=list(domains.values()),
         shared_users=users,
         shared_items={(a, b): len(members[a] & members[b]) for a, b in pairs},
-        rejected=_rejected(lake, versions),
+        rejected=rejected,
         duplicates=good - events,
         events=events,
         related={relation: len(heads) for relation, heads in known["relation"].items()},
         days=days,
         times=times,
+        examples=examples,
     )
 
 
@@ -117,14 +134,20 @@ def _times(lake: str, log: Sequence[DataFile], *, ordered: bool) -> tuple[int, C
     return events, days, (min(bounds), max(bounds)) if bounds else None
 
 
-def _rejected(lake: str, versions: dict[str, int]) -> Counter[Pair]:
+def _rejected(lake: str, versions: dict[str, int]) -> tuple[Counter[Pair], dict[Pair, dict[str, Any]]]:
+    """(kind, reason) -> rows, and the first of them."""
     rejected: Counter[Pair] = Counter()
+    examples: dict[Pair, dict[str, Any]] = {}
     for file in _files(lake, versions, QUARANTINE):
-        for batch in _batches(lake, QUARANTINE, [file], ["reason"]):
-            counts = batch.column(0).value_counts()
+        kind, name = str(file.partition["kind"]), str(file.partition["file"])
+        for batch in _batches(lake, QUARANTINE, [file], None):
+            counts = batch.column("reason").value_counts()
             for reason, count in zip(counts.field(0).to_pylist(), counts.field(1).to_pylist(), strict=True):
-                rejected[str(file.partition["kind"]), reason] += count
-    return rejected
+                rejected[kind, reason] += count
+                if (kind, reason) not in examples:
+                    row = batch.slice(pc.index(batch.column("reason"), reason).as_py(), 1).to_pylist()[0]
+                    examples[kind, reason] = row | {"file": name}
+    return rejected, examples
 
 
 def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int]:
@@ -139,19 +162,27 @@ def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int]:
     return {entry["table"]: entry["version"] for entry in found[number]}, number
 
 
-def _items(lake: str, versions: dict[str, int], known: dict[str, dict[str, set[int]]]) -> dict[str, set[int]]:
-    """Domain, `all` first, -> its kept items; `known`'s items are cut down to the kept ones."""
-    kept: set[int] = set()
-    for batch in _batches(lake, ITEMS, _files(lake, versions, ITEMS), ["index", "kept"]):
-        kept.update(batch.filter(batch.column("kept")).column("index").to_pylist())
+def _items(
+    lake: str, versions: dict[str, int], known: dict[str, dict[str, set[int]]]
+) -> tuple[dict[str, set[int]], dict[int, int]]:
+    """Domain, `all` first, -> its kept items; kept item -> degree; `known`'s items are cut down to the kept ones."""
+    degrees: dict[int, int] = {}
+    for batch in _batches(lake, ITEMS, _files(lake, versions, ITEMS), ["index", "kept", "degree"]):
+        own = batch.filter(batch.column("kept"))
+        degrees |= dict(zip(own.column("index").to_pylist(), own.column("degree").to_pylist(), strict=True))
+    kept = degrees.keys()
     for heads in (heads for found in known.values() for heads in found.values()):
         heads &= kept
     members: dict[str, set[int]] = {}
     for file in _files(lake, versions, DOMAINS):
-        own = members.setdefault(str(file.partition["domain"]), set())
-        for batch in _batches(lake, DOMAINS, [file], ["index"]):
-            own |= kept.intersection(batch.column(0).to_pylist())
-    return {name: members[name] for name in sorted(members, key=lambda name: (name != DOMAIN_ALL, name))}
+        members.setdefault(str(file.partition["domain"]), set()).update(
+            index
+            for batch in _batches(lake, DOMAINS, [file], ["index"])
+            for index in batch.column(0).to_pylist()
+            if index in kept
+        )
+    ordered = sorted(members, key=lambda name: (name != DOMAIN_ALL, name))
+    return {name: members[name] for name in ordered}, degrees
 
 
 def _known(lake: str, versions: dict[str, int]) -> dict[str, dict[str, set[int]]]:
@@ -165,10 +196,11 @@ def _known(lake: str, versions: dict[str, int]) -> dict[str, dict[str, set[int]]
     return known
 
 
-def _domain(name: str, members: set[int], sources: dict[str, set[int]]) -> DomainReport:
+def _domain(name: str, members: set[int], sources: dict[str, set[int]], degrees: dict[int, int]) -> DomainReport:
     described = members.intersection(set().union(*sources.values()))
     covered = Counter({source: len(members & heads) for source, heads in sources.items()})
-    return DomainReport(name, items=len(members), described_items=len(described), covered=covered)
+    ranked = np.sort(np.fromiter((degrees[item] for item in members), np.int64, len(members)))[::-1]
+    return DomainReport(name, items=len(members), described_items=len(described), covered=covered, degrees=ranked)
 
 
 def _users(lake: str, files: Sequence[DataFile], domains: dict[str, DomainReport], pairs: Pairs) -> dict[Pair, int]:
@@ -183,7 +215,10 @@ def _users(lake: str, files: Sequence[DataFile], domains: dict[str, DomainReport
             for batch in _batches(lake, SEQUENCES, own, ["user", "items", "valid_start", "end"]):
                 found.append(batch.column("user").to_numpy().astype(np.int64))
                 report.users += batch.num_rows
-                report.interactions += pc.sum(pc.list_value_length(batch.column("items"))).as_py() or 0
+                lengths = pc.list_value_length(batch.column("items"))
+                report.interactions += pc.sum(lengths).as_py() or 0
+                each, counts = np.unique(lengths.to_numpy(), return_counts=True)
+                report.lengths.update(dict(zip(each.tolist(), counts.tolist(), strict=True)))
                 report.held_out_users += pc.sum(pc.less(batch.column("valid_start"), batch.column("end"))).as_py() or 0
             users[name] = np.concatenate([np.zeros(0, np.int64), *found])
         for left, right in pairs:
@@ -195,77 +230,7 @@ def _files(lake: str, versions: dict[str, int], table: Table) -> list[DataFile]:
     return spark_io.snapshot_files(lake, table, versions[table.name]) if table.name in versions else []
 
 
-def _batches(lake: str, table: Table, files: Sequence[DataFile], columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(lake: str, table: Table, files: Sequence[DataFile], columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     for file in files:
         with open_parquet(lake, table, file.path) as opened:
             yield from opened.iter_batches(columns=columns)
-
-
-def lines(report: Report) -> list[str]:
-    """The report as text."""
-    sources = sorted({source for domain in report.domains for source in domain.covered})
-    titles = ["domain", "users", "with hold-out", "items", "with metadata", *(f"from {s}" for s in sources)]
-    titles += ["interactions", "average length"]
-    rows = [
-        [
-            domain.name,
-            f"{domain.users:,}",
-            f"{domain.held_out_users:,}",
-            f"{domain.items:,}",
-            f"{domain.described_items:,}",
-            *(f"{domain.covered[source]:,}" for source in sources),
-            f"{domain.interactions:,}",
-            f"{domain.average_length:.1f}",
-        ]
-        for domain in report.domains
-    ]
-    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
-    lines = [f"Release {report.release} of {report.lake}, split {report.split}:"]
-    for row in [titles, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
-    if report.related:
-        known = ", ".join(f"{relation} of {count:,}" for relation, count in sorted(report.related.items()))
-        lines.append(f"known: {known} items")
-    for (left, right), count in report.shared_users.items():
-        items = report.shared_items[left, right]
-        lines.append(f"in both {left} and {right}: {count:,} users, {items:,} items")
-    lines.append(f"{report.events:,} events after cleaning; {report.duplicates:,} exact duplicates dropped")
-    lines += _histogram(report)
-    lines.append(f"{sum(report.rejected.values()):,} rows in quarantine")
-    for (kind, reason), count in report.rejected.most_common(10):
-        lines.append(f"  {count:,} of {kind}: {reason}")
-    return lines
-
-
-def _histogram(report: Report) -> list[str]:
-    """First and last time, the share of rows rejected for their times, and events by day, or by several days."""
-    if report.times is None:
-        return []
-    first, last = report.times
-    outside = sum(
-        count
-        for (kind, reason), count in report.rejected.items()
-        if kind == "interactions" and reason.startswith("time ")
-    )
-    share = outside / (report.events + report.duplicates + sum(report.rejected.values()))
-    span = max(report.days) - min(report.days) + 1
-    width = -(-span // _BARS)
-    lines = [
-        f"times {event_times.written(first)} to {event_times.written(last)} UTC; {outside:,} rows ({share:.2%}) "
-        f"rejected for theirs; events by {'day' if width == 1 else f'{width} days'}:"
-    ]
-    bars: Counter[int] = Counter()
-    for day, count in report.days.items():
-        bars[(day - min(report.days)) // width] += count
-    highest = max(bars.values())
-    for place in range(-(-span // width)):
-        start = event_times.written((min(report.days) + place * width) * event_times.DAY)[:10]
-        lines.append(f"  {start} {bars[place]:>12,} {'#' * -(-bars[place] * 40 // highest)}")
-    return lines
-
-
-def print_report(lake: str) -> None:
-    """Print the report on the newest release. Raises GraftrecError."""
-    for line in lines(make_report(lake)):
-        print(line, flush=True)

@@ -13,12 +13,13 @@ import pyarrow.compute as pc
 from etl.file_config import EdgesFileConfig, EventsFileConfig, ItemsFileConfig, UsersFileConfig
 from etl.identifiers import identifier, text
 from etl.settings import GraftrecError
-from etl.sources import values
+from etl.sources import reasons, values
 from etl.sources.delimited import Chunk
 from etl.sources.entity_keys import person_key
 from etl.sources.files import RawFile
+from etl.sources.reasons import Check
 from etl.sources.reshape import PLACE_BITS
-from etl.sources.rows import Shape, first_reason
+from etl.sources.rows import Shape
 from etl.sources.schema import PEOPLE, RAW_ITEMS
 
 FILE_SHIFT = 40  # source_order = file index · 2^40 + line, or, where lines give several rows, + line · 2^16 + place
@@ -32,20 +33,22 @@ def events(config: EventsFileConfig, *, earliest: int | None, latest: int | None
         size = len(chunk.line)
         cells = dict(zip(config.roles, chunk.columns, strict=True))
         order = _order(chunk, file)
-        user, user_checks = _id(cells["user"], "user")
-        item, item_checks = _id(cells["item"], "item")
+        user, user_checks = _id(cells["user"], "user", config.column("user"))
+        item, item_checks = _id(cells["item"], "item", config.column("item"))
         basket, basket_checks = (
-            _id(cells["basket"], "basket", required=False) if "basket" in cells else (_nulls(size), [])
+            _id(cells["basket"], "basket", config.column("basket"), required=False)
+            if "basket" in cells
+            else (_nulls(size), [])
         )
         event_type = text(cells["event_type"]) if "event_type" in cells else _nulls(size)
         time, time_checks = _time(cells.get("time"), order, config, earliest, latest)
-        value, value_checks = _value(cells.get("value"), "value", size, config.decimal)
+        value, value_checks = _value(cells.get("value"), "value", size, config)
         if config.weights:
             value = pc.coalesce(_weights(event_type, config.weights), value)
         checks = [*user_checks, *item_checks, *basket_checks, *time_checks, *value_checks]
         columns = {"user": user, "item": item, "time": time, "event_type": event_type}
         columns |= {"value": value, "basket": basket, "source_order": order}
-        return pa.table(columns | {"reason": first_reason(chunk, checks)})
+        return pa.table(columns | reasons.first(chunk, checks))
 
     return shape
 
@@ -68,7 +71,7 @@ def items(config: ItemsFileConfig) -> Shape:
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
         size = len(chunk.line)
         cells = iter(chunk.columns)
-        item, checks = _id(next(cells), "item")
+        item, checks = _id(next(cells), "item", str(config.id))
         title = _nulls(size) if config.title is None else text(next(cells))
         categories = None if config.categories is None else values.listed(next(cells), config.categories_separator)
         if _year_in_title(config):
@@ -83,7 +86,7 @@ def items(config: ItemsFileConfig) -> Shape:
             categories = _strings((), [], size)
         columns = {"item": item, "title": title, "year": year, "categories": categories}
         columns["attributes"] = _attributes(config.attributes, [next(cells) for _ in config.attributes], size)
-        return pa.table(columns | {"reason": first_reason(chunk, checks)})
+        return pa.table(columns | reasons.first(chunk, checks))
 
     return shape
 
@@ -117,10 +120,9 @@ def users(config: UsersFileConfig) -> Shape:
     """RAW_USERS."""
 
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
-        user, checks = _id(chunk.columns[0], "user")
+        user, checks = _id(chunk.columns[0], "user", str(config.id))
         attributes = _attributes(config.attributes, chunk.columns[1:], len(chunk.line))
-        reason = first_reason(chunk, checks)
-        return pa.table({"user": user, "attributes": attributes, "reason": reason})
+        return pa.table({"user": user, "attributes": attributes} | reasons.first(chunk, checks))
 
     return shape
 
@@ -132,13 +134,13 @@ def edges(config: EdgesFileConfig) -> Shape:
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
         size = len(chunk.line)
         cells = dict(zip(config.roles, chunk.columns, strict=True))
-        user, user_checks = _id(cells["user"], "user")
-        friend, friend_checks = _id(cells["friend"], "friend")
-        weight, checks = _value(cells.get("weight"), "weight", size, config.decimal)
+        user, user_checks = _id(cells["user"], "user", config.column("user"))
+        friend, friend_checks = _id(cells["friend"], "friend", config.column("friend"))
+        weight, checks = _value(cells.get("weight"), "weight", size, config)
         same = pc.equal(user, friend) if not config.explode else pa.repeat(False, size)
-        alone = (same, "user and friend are the same")
+        alone = Check(same, "user and friend are the same", config.column("friend"), friend)
         columns = {"user": user, "friend": friend, "weight": pc.cast(pc.fill_null(weight, 1.0), pa.float32())}
-        return pa.table(columns | {"reason": first_reason(chunk, [*user_checks, *friend_checks, alone, *checks])})
+        return pa.table(columns | reasons.first(chunk, [*user_checks, *friend_checks, alone, *checks]))
 
     return shape
 
@@ -159,26 +161,25 @@ def _weights(event_type: pa.Array, weights: dict[str, float]) -> pa.Array:
     return pa.array(list(weights.values()), pa.float64()).take(place)
 
 
-Checks = list[tuple[pa.Array, str]]
-
-
-def _id(cells: pa.Array, name: str, *, required: bool = True) -> tuple[pa.Array, Checks]:
+def _id(cells: pa.Array, name: str, column: str, *, required: bool = True) -> tuple[pa.Array, list[Check]]:
     """Ids as text, and checks that refuse rows; `required`: also those without an id."""
     try:
         found, refused = identifier(cells)
     except GraftrecError as error:
         raise GraftrecError(f"{name}: {error}") from None
-    checks = [(failed, f"{name} {why}") for failed, why in refused]
-    return found, [*checks, (pc.is_null(found), f"{name} is missing")] if required else checks
+    checks = [Check(failed, f"{name} {why}", column, cells) for failed, why in refused]
+    missing = [Check(pc.is_null(found), f"{name} is missing", column, cells)] if required else []
+    return found, [*checks, *missing]
 
 
 def _time(
     cells: pa.Array | None, order: pa.Array, config: EventsFileConfig, earliest: int | None, latest: int | None
-) -> tuple[pa.Array, Checks]:
+) -> tuple[pa.Array, list[Check]]:
     if cells is None:
         return order, []
     time = values.time(cells, unit=config.time_unit, form=config.time_format, zone=config.timezone)
     checks = [(pc.invert(values.given(cells)), "time is missing"), (pc.is_null(time), "time can't be read")]
+    column = config.column("time")
     if earliest is not None and latest is not None:
         if config.time_format is None and config.time_unit is not None:
             fits = values.fitting_units(cells, time, unit=config.time_unit, latest=latest)
@@ -186,15 +187,18 @@ def _time(
             checks = [checks[0], *found, *checks[1:]]
         checks.append((pc.less(time, earliest), "time is before cleaning.min_time"))
         checks.append((pc.greater(time, latest), "time is after cleaning.max_time"))
-    return time, checks
+    return time, [Check(failed, reason, column, cells) for failed, reason in checks]
 
 
-def _value(cells: pa.Array | None, name: str, size: int, decimal: str) -> tuple[pa.Array, Checks]:
+def _value(
+    cells: pa.Array | None, name: str, size: int, config: EventsFileConfig | EdgesFileConfig
+) -> tuple[pa.Array, list[Check]]:
     if cells is None:
         return pa.nulls(size, pa.float64()), []
-    value = values.number(values.with_point(cells) if decimal == "," else cells)
-    unreadable = pc.and_(pc.is_null(value), values.given(cells))
-    return value, [(unreadable, f"{name} is not a number"), (pc.invert(pc.is_finite(value)), f"{name} is not finite")]
+    value = values.number(values.with_point(cells) if config.decimal == "," else cells)
+    unreadable, endless = pc.and_(pc.is_null(value), values.given(cells)), pc.invert(pc.is_finite(value))
+    checks = [(unreadable, f"{name} is not a number"), (endless, f"{name} is not finite")]
+    return value, [Check(failed, reason, config.column(name), cells) for failed, reason in checks]
 
 
 def _year_in_title(config: ItemsFileConfig) -> bool:

@@ -33,7 +33,8 @@ class Chunk:
     """Rows as read: `line` int64, one array per wanted column, `reason` (null: good so far), `raw` text of each row.
 
     Rows with a reason have nulls in the columns. `raw` may be null throughout where the format has no text (Parquet).
-    `place`, where lines may give several rows: the row's int64 place in its line.
+    `place`, where lines may give several rows: the row's int64 place in its line. `cell`, where a reason is about one:
+    its column and what it holds, null elsewhere.
     """
 
     line: pa.Array
@@ -41,6 +42,7 @@ class Chunk:
     reason: pa.Array
     raw: pa.Array
     place: pa.Array | None = None
+    cell: tuple[pa.Array, pa.Array] | None = None
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,12 @@ def find_files(root: str, path: str, *, what: str, member: str | None = None) ->
         if info.type == fs.FileType.File:
             found = [info]
         elif info.type == fs.FileType.Directory:
-            found = [i for i in _listing(filesystem, base) if not _hidden(i.path[len(base) :])]
+            found = [i for i in _listing(filesystem, base) if not is_hidden(i.path[len(base) :])]
         else:
             found = []
     else:
         folder = str(PurePosixPath(base[: pattern.start()] + "x").parent)
-        wanted = re.compile(re.escape(base[:named]) + _glob(base[named:]))
+        wanted = re.compile(re.escape(base[:named]) + glob_pattern(base[named:]))
         found = [i for i in _listing(filesystem, folder) if wanted.fullmatch(i.path)]
     if not found:
         raise GraftrecError(f"{what}: expected a file, a folder or a glob, found no file at {base}; {_nearby(root)}")
@@ -88,16 +88,39 @@ def find_files(root: str, path: str, *, what: str, member: str | None = None) ->
     return [_with_member(file, member) if file.compression == "zip" else file for file in named_files]
 
 
+def all_files(root: str, *, hidden: bool = False) -> list[RawFile]:
+    """Every file below a folder, by sorted path, without looking at any; `hidden` ones too. Raises GraftrecError."""
+    filesystem, base, prefix = _locate(root, "")
+    base = base.rstrip("/")
+    found = sorted(_listing(filesystem, base), key=lambda info: info.path)
+    named = [
+        RawFile(prefix + info.path, info.path[len(base) + 1 :], 0, info.size, _COMPRESSIONS.get(_suffix(info.path)))
+        for info in found
+    ]
+    return [file for file in named if hidden or not is_hidden(file.name)]
+
+
+def members(file: RawFile) -> list[RawFile]:
+    """The file itself, or, of a zip archive, the files inside."""
+    if file.compression != "zip":
+        return [file]
+    return [replace(file, member=name) for name in _inside(file)]
+
+
+def _inside(file: RawFile) -> list[str]:
+    with reading(file), open_raw(file.path) as stream, zipfile.ZipFile(stream) as archive:
+        return [info.filename for info in archive.infolist() if not info.is_dir() and not _is_litter(info.filename)]
+
+
 def _with_member(file: RawFile, member: str | None) -> RawFile:
     """A zip archive with the file inside that `member`, a name or a glob, names; None: the only one there."""
-    with reading(file), open_raw(file.path) as stream, zipfile.ZipFile(stream) as archive:
-        inside = [info.filename for info in archive.infolist() if not info.is_dir() and not _is_litter(info.filename)]
+    inside = _inside(file)
     named = (
         inside
         if member is None
         else [member]
         if member in inside
-        else [name for name in inside if re.fullmatch(_glob(member), name)]
+        else [name for name in inside if re.fullmatch(glob_pattern(member), name)]
     )
     if len(named) == 1:
         return replace(file, member=named[0])
@@ -109,7 +132,7 @@ def _with_member(file: RawFile, member: str | None) -> RawFile:
 
 
 def _is_litter(name: str) -> bool:
-    return name.startswith("__MACOSX/") or _hidden(PurePosixPath(name).name)
+    return name.startswith("__MACOSX/") or is_hidden(PurePosixPath(name).name)
 
 
 def _refuse_tables(filesystem: fs.FileSystem, paths: Sequence[str], base: str, what: str) -> None:
@@ -315,11 +338,11 @@ def _listing(filesystem: fs.FileSystem, folder: str) -> list[fs.FileInfo]:
     return [info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
 
 
-def _hidden(inner: str) -> bool:
+def is_hidden(inner: str) -> bool:
     return any(part.startswith((".", "_")) for part in inner.split("/") if part)
 
 
-def _glob(pattern: str) -> str:
+def glob_pattern(pattern: str) -> str:
     """A regular expression for a glob: ``**/`` any folders, ``*`` and ``?`` within a name."""
     words = re.split(r"(\*\*/|\*|\?|\[[^\]]+\])", pattern)
     known = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}

@@ -6,10 +6,11 @@ time before `cleaning.min_time` or after `cleaning.max_time` (unless times are m
 """
 
 import datetime as dt
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import CleaningConfig, LogSource
@@ -17,7 +18,7 @@ from etl.file_config import FileConfig
 from etl.settings import GraftrecError
 from etl.sources import columns, files, filters, reshape, values
 from etl.sources.delta_table import SourceTable
-from etl.sources.rows import RANGE_BYTES, RawRows
+from etl.sources.rows import RANGE_BYTES, RawRows, Shape
 from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
 from etl.sources.spark_table import SparkTable
 
@@ -67,23 +68,16 @@ class FileLog:
 
     def deliveries(self) -> dict[str, str]:
         found = self._files("events")
-        named = zip(files.digests(found), found, strict=True)
-        return {content: file.name for content, file in reversed(list(named))}
+        named: dict[str, str] = {}
+        for content, file in zip(files.digests(found), found, strict=True):
+            named.setdefault(content, file.name)
+        return named
 
-    def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
-        config = self.config.events
-        for name in ("user", "item"):
-            if name not in config.roles:
-                raise GraftrecError(
-                    f"source.events.columns.{name}: expected a column's name or position, found none; set it"
-                )
-        earliest, latest = self._time_bounds()
-        shape = columns.events(config, earliest=earliest, latest=latest)
-        table = self.table()
+    def events(self, spark: SparkSession, *, only: Mapping[str, int] | None = None) -> DataFrame:
+        config, table = self.config.events, self.table()
         found = self._files("events") if table is None else table.files()
         if only is not None:
-            chosen = [file for file in found if file.name in only]
-            found = [replace(file, index=before + place) for place, file in enumerate(chosen)]
+            found = [replace(file, index=only[file.name]) for file in found if file.name in only]
         rows = RawRows(
             config,
             self.config.root,
@@ -93,7 +87,24 @@ class FileLog:
             range_bytes=self.range_bytes,
             table=table,
         )
+        shape = self._event_shape()
         return rows.frame(spark, kind="interactions", shape=shape, schema=RAW_EVENTS, kept=filters.kept(config))
+
+    def first_events(self) -> pa.Table:
+        """RAW_EVENTS of the first block of a few files, read in this process."""
+        config = self.config.events
+        rows = RawRows(config, self.config.root, self._wanted("events"), setting="source.events.path")
+        return rows.first(kind="interactions", shape=self._event_shape(), schema=RAW_EVENTS)
+
+    def _event_shape(self) -> Shape:
+        config = self.config.events
+        for name in ("user", "item"):
+            if name not in config.roles:
+                raise GraftrecError(
+                    f"source.events.columns.{name}: expected a column's name or position, found none; set it"
+                )
+        earliest, latest = self._time_bounds()
+        return columns.events(config, earliest=earliest, latest=latest)
 
     def items(self, spark: SparkSession) -> DataFrame | None:
         config = self.config.items

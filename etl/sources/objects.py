@@ -41,25 +41,25 @@ def object_columns(rows: Chunk, wanted: Sequence[str], form: str = "json") -> Ch
     for line, reason in zip(rows.raw.to_pylist(), rows.reason.to_pylist(), strict=True):
         found: dict[str, Any] = {}
         if reason is None:
-            parsed = _object(line, form)
+            parsed = parsed_object(line, form)
             found, reason = ({}, no_object) if parsed is None else (parsed, None)
         reasons.append(reason)
         for column, key in zip(cells, wanted, strict=True):
-            column.append(_cell(_nested(found, key)))
+            column.append(_cell(value_of(found, key)))
     arrays = [_column(column) for column in cells]
     return Chunk(rows.line, arrays, pa.array(reasons, pa.string()), rows.raw)
 
 
 def array_chunks(file: RawFile, config: FileConfig, wanted: Sequence[str]) -> Iterator[Chunk]:
     """The wanted keys of each element of a file that is one JSON array."""
-    elements, first = _elements(file), 1
+    elements, first = array_elements(file), 1
     while block := list(itertools.islice(elements, _BLOCK_ROWS)):
         data = b"\n".join(element.replace(b"\n", b" ").replace(b"\r", b" ") for element in block)
         yield object_columns(lines(Block(data, first), config.encoding), wanted)
         first += len(block)
 
 
-def _elements(file: RawFile) -> Iterator[bytes]:
+def array_elements(file: RawFile) -> Iterator[bytes]:
     """The elements of one JSON array. Raises GraftrecError where it is none, or damaged."""
     decoder, found, at = json.JSONDecoder(), 0, 0
     with reading(file), open_content(file) as stream:
@@ -111,13 +111,13 @@ def object_keys(file: RawFile, head: bytes, wanted: Sequence[str | int], form: s
     Raises GraftrecError for one that doesn't, and where none of the first hundred lines is an object.
     """
     if form == "json_array":
-        texts = [element.decode("utf-8", "replace") for element in itertools.islice(_elements(file), 100)]
+        texts = [element.decode("utf-8", "replace") for element in itertools.islice(array_elements(file), 100)]
     else:
         texts = head.decode("utf-8", "replace").removeprefix("\ufeff").split("\n")[:100]
-    objects = [found for text in texts if (found := _object(text, form)) is not None]
+    objects = [found for text in texts if (found := parsed_object(text, form)) is not None]
     if not objects:
         raise GraftrecError(f"{file.name}: expected {_OBJECTS[form]} on each line, found {_hint(texts, form)}")
-    keys = list(dict.fromkeys(key for found in objects for key in _keys(found)))
+    keys = list(dict.fromkeys(key for found in objects for key in keys_of(found)))
     quote = "'" if form == "python" else '"'
     late = [str(key) for key in wanted if key not in keys]
     keys += [key for key in late if mentions(file, f"{quote}{key.rsplit('.', 1)[-1]}{quote}")]
@@ -134,27 +134,27 @@ def _hint(texts: Sequence[str], form: str) -> str:
     return f"{first[:60]!r}; {hint}"
 
 
-def _keys(found: dict[str, Any], prefix: str = "", depth: int = 8) -> Iterator[str]:
+def keys_of(found: dict[str, Any], prefix: str = "", depth: int = 8) -> Iterator[str]:
     """Keys of an object, and of objects in it, or in a list in it, as `outer.inner`."""
     for key, value in found.items():
         yield f"{prefix}{key}"
         inside = next(iter(value), None) if isinstance(value, list) else value
         if isinstance(inside, dict) and depth:
-            yield from _keys(inside, f"{prefix}{key}.", depth - 1)
+            yield from keys_of(inside, f"{prefix}{key}.", depth - 1)
 
 
-def _nested(found: dict[str, Any], key: str) -> Any:
+def value_of(found: dict[str, Any], key: str) -> Any:
     """The value of a key, else of `outer.inner` inside, of a list's objects a list; null where there is none."""
     if key in found or "." not in key:
         return found.get(key)
     outer, inner = key.split(".", 1)
     inside = found.get(outer)
     if isinstance(inside, list):
-        return [_nested(one, inner) if isinstance(one, dict) else None for one in inside]
-    return _nested(inside, inner) if isinstance(inside, dict) else None
+        return [value_of(one, inner) if isinstance(one, dict) else None for one in inside]
+    return value_of(inside, inner) if isinstance(inside, dict) else None
 
 
-def _object(line: str, form: str) -> dict[str, Any] | None:
+def parsed_object(line: str, form: str) -> dict[str, Any] | None:
     try:
         if form == "python":
             with warnings.catch_warnings():  # of escapes that Python doesn't know

@@ -37,13 +37,12 @@ def rows(chunk: Chunk, config: FileConfig, matrix: Sequence[str]) -> Iterator[Ch
         raise GraftrecError(f"expected fewer than {MAX_LINES:,} lines, each of several rows, found more; cut the file")
     given = dict(zip((role for role, _ in _own(config)), chunk.columns, strict=False))
     rest = chunk.columns[len(given) :]
-    failed = pc.is_valid(chunk.reason)
+    failed, before = pc.is_valid(chunk.reason), np.zeros(len(chunk.line), np.int64)
     if pc.any(failed).as_py():
-        yield _rejected(chunk, failed, chunk.reason, len(config.roles))
+        yield _rejected(chunk, failed, chunk.reason, len(config.roles), before)
     if matrix:
         yield _of_matrix(chunk, given, rest, matrix, config.roles)
         return
-    before = np.zeros(len(chunk.line), np.int64)
     for entry in config.explode:
         cells, rest = rest[: len(entry.columns)], rest[len(entry.columns) :]
         yield from _exploded(chunk, given, cells, entry, config, before)
@@ -57,10 +56,12 @@ def _own(config: EventsFileConfig | EdgesFileConfig) -> list[tuple[str, str | in
     return [(role, column) for role, column in named.items() if column is not None]
 
 
-def _rejected(chunk: Chunk, failed: pa.Array, reason: pa.Array, num_columns: int) -> Chunk:
+def _rejected(
+    chunk: Chunk, failed: pa.Array, reason: pa.Array, num_columns: int, place: npt.NDArray[np.int64]
+) -> Chunk:
     line, raw, reason = chunk.line.filter(failed), chunk.raw.filter(failed), reason.filter(failed)
     nothing = pa.nulls(len(line), pa.string())
-    return Chunk(line, [nothing] * num_columns, reason, raw, pa.array(np.zeros(len(line), np.int64)))
+    return Chunk(line, [nothing] * num_columns, reason, raw, pa.array(place).filter(failed))
 
 
 def _exploded(
@@ -80,7 +81,8 @@ def _exploded(
     if failed.any():
         said = f"expected as many values in each of {', '.join(map(str, entry.columns.values()))}"
         reasons = pc.if_else(pa.array(uneven), said, _TOO_MANY)
-        yield _rejected(chunk, pa.array(failed), reasons, len(config.roles))
+        yield _rejected(chunk, pa.array(failed), reasons, len(config.roles), before)
+        before += failed
     count = np.where(good & ~failed, counts[0], 0)
     parts = [_kept(one, good & ~failed) for one in lists]
     owner = np.repeat(np.arange(len(count)), count)
@@ -90,9 +92,12 @@ def _exploded(
     found |= {
         role: values.without_nulls(part, config.null_values) for role, part in zip(entry.columns, parts, strict=True)
     }
-    reason = pa.nulls(len(owner), pa.string())
+    reason, cell = pa.nulls(len(owner), pa.string()), None
     if entry.suffixes:
-        found["item"], found["event_type"], reason = _cut_suffixes(found["item"], entry.suffixes)
+        items = text(found["item"])
+        found["item"], found["event_type"], reason = _cut_suffixes(items, entry.suffixes)
+        rejected, column = pc.is_valid(reason), str(entry.columns["item"])
+        cell = (pc.if_else(rejected, column, None), pc.if_else(rejected, items, None))
     elif entry.event_type is not None:
         found["event_type"] = pa.repeat(pa.scalar(entry.event_type), len(owner))
     if entry.time is not None:
@@ -100,7 +105,7 @@ def _exploded(
         found["time"] = pa.repeat(moment, len(owner))
     columns = [found.get(role, pa.nulls(len(owner), pa.string())) for role in config.roles]
     taken = pa.array(owner)
-    yield Chunk(chunk.line.take(taken), columns, reason, chunk.raw.take(taken), pa.array(place))
+    yield Chunk(chunk.line.take(taken), columns, reason, chunk.raw.take(taken), pa.array(place), cell)
 
 
 def _of_matrix(
@@ -145,9 +150,8 @@ def _kept(lists: pa.Array, kept: npt.NDArray[np.bool_]) -> pa.Array:
     return pc.list_flatten(lists if kept.all() else lists.filter(pa.array(kept)))
 
 
-def _cut_suffixes(items: pa.Array, suffixes: dict[str, str]) -> tuple[pa.Array, pa.Array, pa.Array]:
+def _cut_suffixes(words: pa.Array, suffixes: dict[str, str]) -> tuple[pa.Array, pa.Array, pa.Array]:
     """Items without their suffix, the event type that it means, and a reason where they have none."""
-    words = text(items)
     bare, types = words, pa.nulls(len(words), pa.string())
     for suffix in sorted(suffixes, key=len, reverse=True):
         ends = pc.and_(pc.fill_null(pc.ends_with(words, suffix), False), pc.is_null(types))

@@ -4,24 +4,36 @@ The driver finds the files, looks at each one's head, and cuts ranges; a first p
 more than one range, so that every row knows its line. Tasks then read with pyarrow alone inside mapInArrow.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from urllib.parse import unquote
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.file_config import EventsFileConfig, FileConfig
 from etl.settings import GraftrecError
-from etl.sources import delimited, delta_table, files, multiline, objects, parquet, reshape, spark_table, values
+from etl.sources import (
+    delimited,
+    delta_table,
+    files,
+    multiline,
+    objects,
+    parquet,
+    reasons,
+    reshape,
+    spark_table,
+    values,
+)
 from etl.sources.delimited import Chunk, Layout
 from etl.sources.delta_table import SourceTable, TablePart
 from etl.sources.files import RawFile
-from etl.sources.schema import RAW_CHARACTERS, spark_schema
+from etl.sources.schema import spark_schema
 from etl.sources.spark_table import SparkTable
 
 RANGE_BYTES = 16 << 20
+_FIRST_FILES = 3
 Shape = Callable[[Chunk, RawFile], pa.Table]
 
 
@@ -77,14 +89,19 @@ class RawRows:
         schema: pa.Schema,
         kept: Callable[[pa.Table], pa.Table] | None = None,
     ) -> DataFrame:
-        """A lazy frame of `schema`; `shape` gives the columns before `kind`, and `reason`, a row for each row read.
-        `kept` leaves rows out."""
+        """A lazy frame of `schema`; `shape` gives the columns before `kind`, and what `reasons.first` gives, a row for
+        each row read. `kept` leaves rows out."""
 
-        def found(chunk: Chunk, file: RawFile) -> pa.Table:
-            rows = _found(shape(chunk, file), chunk, kind, file.name)
-            return rows if kept is None else kept(rows)
+        return self.map(spark, _located(kind, shape, kept), schema)
 
-        return self.map(spark, found, schema)
+    def first(self, *, kind: str, shape: Shape, schema: pa.Schema) -> pa.Table:
+        """As `frame`, of the first block of a few files alone, in this process."""
+        function, tables = _located(kind, shape, None), [schema.empty_table()]
+        for part in [part for part in self._plan() if part.start == 0][:_FIRST_FILES]:
+            for found in itertools.islice(read_range(part, self.config), 1):
+                for chunk in _reshaped(found, self.config, part.matrix):
+                    tables.append(function(chunk, part.file).cast(schema))
+        return pa.concat_tables(tables)
 
     def map(self, spark: SparkSession, function: Shape, schema: pa.Schema) -> DataFrame:
         """A lazy frame of `schema`: what `function` makes of each chunk."""
@@ -196,6 +213,14 @@ class RawRows:
         return plan
 
 
+def _located(kind: str, shape: Shape, kept: Callable[[pa.Table], pa.Table] | None) -> Shape:
+    def located(chunk: Chunk, file: RawFile) -> pa.Table:
+        rows = reasons.located(shape(chunk, file), chunk, kind, file.name)
+        return rows if kept is None else kept(rows)
+
+    return located
+
+
 def read_range(part: Range, config: FileConfig) -> Iterator[Chunk]:
     """The rows of one range as the file has them, a block at a time."""
     for chunk in _read_range(part, config):
@@ -247,41 +272,6 @@ def _fixed(file: RawFile, wanted: Sequence[str | int]) -> tuple[dict[int, str | 
             keys[unquote(key)] = None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
     fixed = {place: keys[column] for place, column in enumerate(wanted) if isinstance(column, str) and column in keys}
     return fixed, [column for place, column in enumerate(wanted) if place not in fixed]
-
-
-def first_reason(chunk: Chunk, checks: list[tuple[pa.Array, str]]) -> pa.Array:
-    """The chunk's own reasons, else the first check (True: rejected, its reason) that a row fails."""
-    reason = chunk.reason
-    for failed, said in checks:
-        failed = pc.fill_null(failed, False)
-        if pc.any(failed).as_py():
-            reason = pc.coalesce(reason, pc.if_else(failed, said, None))
-    return reason
-
-
-def _found(table: pa.Table, chunk: Chunk, kind: str, name: str) -> pa.Table:
-    """Put kind, file, line, reason and raw (of rejected rows) behind a shaped table, which holds `reason`."""
-    size = len(chunk.line)
-    reason = table.column("reason").combine_chunks()
-    raw = pc.utf8_slice_codeunits(_with_text(chunk, reason), 0, RAW_CHARACTERS)
-    return (
-        table.drop_columns("reason")
-        .append_column("kind", pa.repeat(pa.scalar(kind), size))
-        .append_column("file", pa.repeat(pa.scalar(name), size))
-        .append_column("line", chunk.line)
-        .append_column("reason", reason)
-        .append_column("raw", pc.if_else(pc.is_valid(reason), raw, pa.scalar(None, pa.string())))
-    )
-
-
-def _with_text(chunk: Chunk, reason: pa.Array) -> pa.Array:
-    """The rows' text; of a rejected row of a format without text (Parquet), its wanted cells."""
-    bare = pc.and_(pc.is_valid(reason), pc.is_null(chunk.raw))
-    if not pc.any(bare).as_py():
-        return chunk.raw
-    rows = zip(*(column.to_pylist() for column in (column.filter(bare) for column in chunk.columns)), strict=True)
-    texts = pa.array([", ".join("null" if cell is None else str(cell) for cell in row) for row in rows], pa.string())
-    return pc.replace_with_mask(pc.cast(chunk.raw, pa.string()), bare, texts)
 
 
 def _ends_before(head: bytes, first_row: int) -> bool:

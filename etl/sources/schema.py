@@ -5,7 +5,7 @@ Each row says where it was found (`kind`, `file`, `line`); `reason` is null in a
 rows, always.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import pyarrow as pa
@@ -23,7 +23,10 @@ _FOUND = [
     pa.field("kind", pa.string()),  # interactions | items | users | edges
     pa.field("file", pa.string()),  # relative to the source's root where it lies under it
     pa.field("line", pa.int64()),  # 1-based; of a Parquet file: row number
+    pa.field("place", pa.int64()),  # in its line, from 0, where lines give several rows; else null
     pa.field("reason", pa.string()),  # null: a good row
+    pa.field("column", pa.string()),  # that the reason is about, where it is about one
+    pa.field("found", pa.string()),  # in that column, cut; null: nothing
     pa.field("raw", pa.string()),  # of a rejected row, its first 1,000 characters; null in a good row
 ]
 RAW_EVENTS = pa.schema(
@@ -91,8 +94,8 @@ class Source(Protocol):
         """The table that events come from, None for a log of files."""
         ...
 
-    def events(self, spark: SparkSession, *, only: Sequence[str] | None = None, before: int = 0) -> DataFrame:
-        """RAW_EVENTS; of the files named `only`, where given, numbered on from the `before` that came earlier."""
+    def events(self, spark: SparkSession, *, only: Mapping[str, int] | None = None) -> DataFrame:
+        """RAW_EVENTS; of the files named in `only`, where given, which says each one's place in the log."""
         ...
 
     def items(self, spark: SparkSession) -> DataFrame | None:

@@ -242,14 +242,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_all_engines_leave_the_same_after_a_new_day(tmp_path: Path, server: str, spark: SparkSession) -> None:
-    config = _configure(tmp_path, _log(tmp_path))
-    for day in (1, 2):
-        (tmp_path / "days" / f"day{day}.dat").write_text(
-            _day(day, users=range(18 * (day - 1), 20 + 6 * day)), encoding="utf-8"
-        )
+    log = _log(tmp_path)
+    log["source"]["events"] |= {"keep": ["view", "buy"], "weights": {"buy": 2.0}, "until": "1970-01-20"}
+    config = _configure(tmp_path, log)
+    days = {day: _day(day, users=range(18 * (day - 1), 20 + 6 * day)) for day in (1, 2)}
+    steps = [(1, days[1], "new lake"), (2, days[2], "1 new file(s)")]
+    steps.append((1, days[1].replace("::yesterday::", "::1086425::"), "1 mended file(s)"))
+    for day, content, step in steps:
+        (tmp_path / "days" / f"day{day}.dat").write_text(content, encoding="utf-8")
         assert main(["all", "--config", str(config), "--lake", str(tmp_path / "spark")]) == 0
         said = _command(config, tmp_path / "connect", "--spark.master", server)
-        assert ("1 new file(s)" in said) == (day == 2)
+        assert (step in said) == (step != "new lake")
         _command(config, tmp_path / "sail", "--spark.engine", "sail")
         for name in ("connect", "sail"):
             _assert_same(tmp_path / "spark", tmp_path / name)

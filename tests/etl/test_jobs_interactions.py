@@ -38,10 +38,10 @@ def test_transform_appends_only_what_the_table_lacks(spark: SparkSession) -> Non
 
 def test_reject_unknown_says_so_and_keeps_what_was_read(spark: SparkSession) -> None:
     rows: list[dict[str, Any]] = [EVENT, EVENT | {"item": "i9"}, {"reason": "item is missing", "raw": "u1,,5"}]
-    marked = interactions.reject_unknown(raw_events(spark, rows), frame(spark, [("i1",)], "item string"))
+    marked = quarantine.reject_unknown(raw_events(spark, rows), frame(spark, [("i1",)], "item string"))
     found = {row["line"]: (row["reason"], row["raw"]) for row in marked.collect()}
     assert found[1] == (None, None)
     assert found[2][0] == "unknown item"
     assert '"item":"i9"' in found[2][1]
     assert found[3] == ("item is missing", "u1,,5")
-    assert sorted(row["line"] for row in quarantine.transform(marked).collect()) == [2, 3]
+    assert sorted(row["line"] for row in quarantine.transform(marked, section="source.events").collect()) == [2, 3]

@@ -13,7 +13,8 @@ from pyspark.sql import SparkSession
 
 from etl.__main__ import main
 from etl.lake import spark_io
-from etl.pipeline.report import lines, make_report
+from etl.pipeline.report import make_report
+from etl.pipeline.report_text import lines
 from etl.pipeline.run import JOBS
 from etl.tables import FIRST_INDEX, INTERACTIONS, RELEASES, TABLES
 
@@ -135,6 +136,17 @@ def test_days_append_and_what_is_unchanged_is_skipped(
         ("interactions", "expected 3 fields, found 1"): 5,
     }
     assert any("6 rows in quarantine" in line for line in lines(report))
+    assert main(["report", "--lake", str(lake), "--page", str(place / "report.html")]) == 0
+    page = (place / "report.html").read_text()
+    for shown in (
+        "<td>comedy</td>",
+        "6 rows stand",
+        "days/day1.csv line 51, column item",
+        "<code>i99</code>",
+        "<polyline",
+    ):
+        assert shown in page
+    assert "http" not in page
 
     # A file that was delivered may go; to read the log anew without it is refused.
     (place / "days" / "day1.csv").unlink()
@@ -164,12 +176,12 @@ MISTAKES: dict[str, tuple[dict[str, bytes], list[str], str]] = {
     "too many bad rows": (
         {"days/a.csv": HEADER.encode() + b"u,i1,1000\n,i1,5\n"},
         [],
-        "(1, first in days/a.csv line 3: ',i1,5'; see columns and null_values of source.events)",
+        "(1, first in days/a.csv line 3, column user: ',i1,5'; see columns and null_values of source.events)",
     ),
     "unknown items": (
         {"days/a.csv": HEADER.encode() + b"u,i1,1000\nu,00I2,5\n"},
         [],
-        "item '00I2', known are 'i2', 'i0', 'i1'…; see source.items.path and source.require_known_items",
+        "'; known are 'i2', 'i0', 'i1'…; see source.items.path and source.require_known_items)",
     ),
     "torn gzip": ({"days/a.csv.gz": gzip.compress(HEADER.encode() + _day(1, range(900)).encode())[:900]}, [], "gzip"),
     "not text": ({"days/a.csv": "user,item,ts\n".encode("utf-16")}, [], "UTF-16"),

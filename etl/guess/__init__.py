@@ -1,0 +1,1 @@
+"""A configuration guessed from a folder's files, with comments on what was seen and what is in doubt."""

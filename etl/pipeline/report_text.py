@@ -1,0 +1,73 @@
+"""The report on a release as lines of text."""
+
+from etl.jobs import event_times
+from etl.pipeline.report import Report
+
+_BARS = 30  # of the histogram of times, at most
+Bars = list[tuple[str, int]]  # first day, events
+
+
+def lines(report: Report) -> list[str]:
+    """The report as text."""
+    sources = sorted({source for domain in report.domains for source in domain.covered})
+    titles = ["domain", "users", "with hold-out", "items", "with metadata", *(f"from {s}" for s in sources)]
+    titles += ["interactions", "average length"]
+    rows = [
+        [
+            domain.name,
+            f"{domain.users:,}",
+            f"{domain.held_out_users:,}",
+            f"{domain.items:,}",
+            f"{domain.described_items:,}",
+            *(f"{domain.covered[source]:,}" for source in sources),
+            f"{domain.interactions:,}",
+            f"{domain.average_length:.1f}",
+        ]
+        for domain in report.domains
+    ]
+    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
+    lines = [f"Release {report.release} of {report.lake}, split {report.split}:"]
+    for row in [titles, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    if report.related:
+        known = ", ".join(f"{relation} of {count:,}" for relation, count in sorted(report.related.items()))
+        lines.append(f"known: {known} items")
+    for (left, right), count in report.shared_users.items():
+        items = report.shared_items[left, right]
+        lines.append(f"in both {left} and {right}: {count:,} users, {items:,} items")
+    lines.append(f"{report.events:,} events after cleaning; {report.duplicates:,} exact duplicates dropped")
+    lines += _histogram(report)
+    lines.append(f"{sum(report.rejected.values()):,} rows in quarantine")
+    for (kind, reason), count in report.rejected.most_common(10):
+        lines.append(f"  {count:,} of {kind}: {reason}")
+    return lines
+
+
+def histogram(report: Report, most: int) -> tuple[int, Bars]:
+    """Days a bar, and events by day, or by several days, in at most so many bars."""
+    first = min(report.days)
+    width = -(-(max(report.days) - first + 1) // most)
+    counts = dict.fromkeys(range((max(report.days) - first) // width + 1), 0)
+    for day, count in report.days.items():
+        counts[(day - first) // width] += count
+    days = [event_times.written((first + place * width) * event_times.DAY)[:10] for place in counts]
+    return width, list(zip(days, counts.values(), strict=True))
+
+
+def times(report: Report) -> str:
+    """First and last time, and the share of rows rejected for their times; empty where times are mere order."""
+    if report.times is None:
+        return ""
+    first, last = map(event_times.written, report.times)
+    share = report.outside / (report.events + report.duplicates + sum(report.rejected.values()))
+    return f"times {first} to {last} UTC; {report.outside:,} rows ({share:.2%}) rejected for theirs"
+
+
+def _histogram(report: Report) -> list[str]:
+    if report.times is None:
+        return []
+    width, bars = histogram(report, _BARS)
+    highest = max(count for _, count in bars)
+    lines = [f"{times(report)}; events by {'day' if width == 1 else f'{width} days'}:"]
+    return lines + [f"  {day} {count:>12,} {'#' * -(-count * 40 // highest)}" for day, count in bars]
