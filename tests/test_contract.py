@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     "etl.stopping",
     "etl.plain_path",
+    "etl.text_table",
     "etl.tables",
     "etl.source_hash",
     "etl.redaction",
@@ -74,6 +75,7 @@ OF_ETL = {
     "etl.redaction",
     "etl.source_hash",
     "etl.stopping",
+    "etl.text_table",
 }
 MORE_OF_ETL = {
     "trainer.data": {"etl.lake"},

@@ -6,15 +6,20 @@ import html.parser
 import json
 import re
 import warnings
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from tests.trainer.test_hypotheses import LENGTHS, World, grid, row, survey_was_right
-from trainer.report import report
-from trainer.report.document import Cell, Fold, Heading, Points, Table, Text, to_html, to_markdown
+from trainer.report import document
+from trainer.report.document import Block, Cell, Fold, Heading, Points, Table, Text, to_html, to_markdown
 from trainer.report.hypotheses import judge
-from trainer.report.report import ReportError, main, write
+from trainer.report.labels import duration, percentage_points
+from trainer.report.report import main, write
+from trainer.report.results import ReportError, Results
+from trainer.report.sections.summary import OVERVIEW_ROWS, overview
 
 PROTOCOLS, CONVENTIONS = ["full", "uniform-100"], ["list", "single"]
 METRICS = ["NDCG@1", "NDCG@5", "NDCG@10", "Recall@5", "Recall@10", "MRR"]
@@ -322,7 +327,7 @@ def test_page_pictures_and_tables_have_one_minus_sign(written):
 
 
 def test_a_gain_that_rounds_to_zero_has_no_sign():
-    assert [report._points(value) for value in (0.00004, -0.00004, 0.0, 0.01, -0.01)] == [
+    assert [percentage_points(value) for value in (0.00004, -0.00004, 0.0, 0.01, -0.01)] == [
         "0.00",
         "0.00",
         "0.00",
@@ -335,8 +340,8 @@ def test_the_overview_shows_the_best_of_many_rows(written, results):
     """The best of each model, task and transfer, and two baselines at most."""
     alt = "![NDCG@10 of the best rows and of simple baselines, full, list](report-overview.svg)"
     assert alt in written[1]
-    shown = report._Report(results)._overview()
-    assert len(shown) == report.OVERVIEW_ROWS - 3 + 1, "2 models by 3 transfers, a joint model, an extra; a baseline"
+    shown = overview(Results(results))
+    assert len(shown) == OVERVIEW_ROWS - 3 + 1, "2 models by 3 transfers, a joint model, an extra; a baseline"
     means = [one.mean for one in shown if not one.is_baseline]
     assert means == sorted(means, reverse=True)
     assert sum(one.is_baseline for one in shown) == 1
@@ -400,10 +405,17 @@ def test_patches_stand_beside_whole_copies(small_results, tmp_path):
 
 def test_names_of_users_of_the_platform_are_text_not_markup(small_results, tmp_path):
     odd = copy.deepcopy(small_results)
-    odd["machine"] = "<script>alert(1)</script> & | * _x_"
+    odd["machine"] = odd["experiment"] = odd["data"]["lake"] = "<script>alert(1)</script> & | * _x_"
+    odd["data"]["dataset"] = odd["rows"][1]["reason"] = odd["metrics"][0] = "'\"><script>alert(2)</script>"
+    odd["rows"][1] |= {"status": "missing", "seeds": []}
     page = write(odd, tmp_path).read_text(encoding="utf-8")
     assert "<script>" not in page
     assert "script" not in {tag for tag, _ in parsed(page)}
+    odd["hypotheses"][0]["claim"] = odd["protocols"][0] = '" onload="alert(3)'
+    for one in [*odd["hypotheses"], *odd["comparisons"], *odd["slices"]]:
+        one["protocol"] = odd["protocols"][0]
+    page = write(odd, tmp_path).read_text(encoding="utf-8")
+    assert not [attributes for _, attributes in parsed(page) if "onload" in attributes]
 
 
 def test_writing_again_gives_the_same_page(small_results, tmp_path):
@@ -435,6 +447,11 @@ def test_results_without_a_part_are_refused(small_results, tmp_path):
 
 
 # --- the document -----------------------------------------------------------------------------------------------------
+
+
+def test_the_template_shows_every_kind_of_block():
+    template = (Path(document.__file__).parent / "page.html").read_text(encoding="utf-8")
+    assert set(re.findall(r'kind == "(\w+)"', template)) == {kind.__name__ for kind in get_args(Block)}
 
 
 def test_blocks_as_markdown_and_html():
@@ -471,4 +488,4 @@ def test_blocks_as_markdown_and_html():
     ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (3_661, "1 h 01 min"), (float("nan"), "–")]
 )
 def test_durations(seconds, text):
-    assert report._duration(seconds) == text
+    assert duration(seconds) == text

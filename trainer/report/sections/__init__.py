@@ -1,0 +1,1 @@
+"""Sections of a report: each takes an experiment's results and returns blocks, none if there is nothing to show."""
