@@ -157,7 +157,9 @@ class KnowledgeConfig(Section):
 
 
 class SplitConfig(Section):
-    """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them."""
+    """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them.
+    With `train_until`, hold-out by time: of every user and domain, what comes after that date.
+    """
 
     name: FileName = "last-5"
     validation: int = Field(2, ge=0)
@@ -170,6 +172,14 @@ class SplitConfig(Section):
     # Share of the users of `joint_target` whose whole history there is the test part, and as many again the validation
     # part. By a hash of the raw user id; only users with `min_train` events elsewhere before.
     cold_users: float | None = Field(None, gt=0, lt=0.5)
+    # A split by time: events before this date are trained on. ISO 8601, in UTC unless an offset is given.
+    train_until: str | None = None
+    validate_until: str | None = None  # events from train_until until before this date are the validation part
+    test_until: str | None = None  # and those until before this date the test part; None: all that are left
+
+    @property
+    def is_by_time(self) -> bool:
+        return self.train_until is not None
 
 
 class SequencesConfig(Section):

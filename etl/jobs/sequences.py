@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from etl.config import EtlConfig, SplitConfig
 from etl.histories.reader import Histories, Ints, Key
-from etl.jobs import changed_buckets
+from etl.jobs import changed_buckets, time_splits
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.lake import spark_io
@@ -58,6 +58,8 @@ def rows(
             if split.causal_target not in (None, name):
                 end = np.add.reduceat(at < cuts[split.name][user], np.cumsum(size) - size, dtype=np.int64)
             valid_start, test_start = _parts(end, split)
+            if split.is_by_time:
+                valid_start, test_start, end = time_splits.offsets(histories.time[at], size, split)
             part = cold.get(split.name)
             if part is not None and split.joint_target == name:
                 valid_start = np.where(part[present] > 0, 0, size)
@@ -190,6 +192,7 @@ def check(config: EtlConfig) -> None:
         raise ConfigError(f"splits: expected different names, found {', '.join(names)}; rename one")
     known = names_of(config.domains)
     for split in config.splits:
+        time_splits.check(split)
         if split.causal_target is not None and split.causal_target not in known:
             raise ConfigError(
                 f"splits.{split.name}.causal_target: expected a domain ({', '.join(known)}), "
@@ -215,6 +218,7 @@ def check(config: EtlConfig) -> None:
 
 def run(run: Run) -> Outcome:
     check(run.config)
+    time_splits.check_times(run)
     log = spark_io.last_commit(run.lake, INTERACTIONS)
     return changed_buckets.write(
         run,

@@ -41,7 +41,7 @@ class Validation:
             times=data.answered != data.domain,
             max_users=self.config.train.validation_users,
             baskets=self.config.task.reads_baskets,
-            repeats=self.config.evaluation.ranks_repeats,
+            repeats=self.config.evaluation.ranks_repeats(baskets=self.config.task.reads_baskets),
             values=self.config.task.reads_values,
             event_types=data.event_types,
         )
