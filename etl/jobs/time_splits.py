@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from etl.config import SplitConfig
+from etl.config import EtlConfig, SplitConfig
 from etl.histories.reader import Ints
 from etl.jobs.job import Run
 from etl.lake import spark_io
@@ -55,9 +55,14 @@ def parts(time: npt.NDArray[np.int64], split: SplitConfig) -> npt.NDArray[np.int
     return np.searchsorted([dates.validation, dates.test, dates.end], time, "right")
 
 
+def names(config: EtlConfig) -> list[str]:
+    """The splits by time."""
+    return [split.name for split in config.splits if split.is_by_time]
+
+
 def check_times(run: Run) -> None:
     """Raise ConfigError where a log whose times are mere order is to be split by time."""
-    by_time = [split.name for split in run.config.splits if split.is_by_time]
+    by_time = names(run.config)
     if by_time and spark_io.last_commit(run.lake, INTERACTIONS)["time"] == TIME_ORDINAL:
         raise ConfigError(
             f"splits.{by_time[0]}: expected a log with times, found one whose times are mere order; leave train_until "
@@ -72,10 +77,10 @@ def check(split: SplitConfig) -> None:
         if split.validate_until or split.test_until:
             raise ConfigError(f"{where}: expected train_until beside validate_until or test_until, found none; set it")
         return
-    if split.cold_users or split.causal_target or split.joint_target:
+    if split.cold_users or split.causal_target:
         raise ConfigError(
-            f"{where}: expected train_until without cold_users, causal_target and joint_target, found one of them; a "
-            "split by time cuts all domains at the same date, leave it out"
+            f"{where}: expected train_until without cold_users and causal_target, found one of them; a split by time "
+            "cuts all domains at the same date, leave it out"
         )
     dates = dates_of(split)
     if not dates.validation <= dates.test < dates.end:

@@ -4,6 +4,7 @@ Data files are streamed through Arrow a batch at a time; users are compared buck
 bucket in every domain. Memory grows with the catalogue and with one bucket's users.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from etl.jobs import event_times
 from etl.lake import spark_io
 from etl.lake.datafile import DataFile
 from etl.lake.file_reader import open_parquet
+from etl.pipeline.time_report import TimeSplit, by_time, time_split
 from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, KNOWLEDGE, QUARANTINE, RELEASES, SEQUENCES, Table
 
@@ -67,6 +69,7 @@ class Report:
     related: dict[str, int]
     days: Counter[int] = field(default_factory=Counter)
     times: tuple[int, int] | None = None
+    time_splits: list[TimeSplit] = field(default_factory=list)
 
 
 def make_report(lake: str, *, release: int | None = None, split: str | None = None) -> Report:
@@ -74,7 +77,7 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
 
     Raises GraftrecError where there is none.
     """
-    versions, number = _versions(lake, release)
+    versions, number, settings = _versions(lake, release)
     files = _files(lake, versions, SEQUENCES)
     splits = sorted({str(file.partition["split"]) for file in files})
     chosen = split or (splits[0] if splits else "")
@@ -100,6 +103,12 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
         related={relation: len(heads) for relation, heads in known["relation"].items()},
         days=days,
         times=times,
+        time_splits=[
+            time_split(named, domain, _batches(lake, SEQUENCES, own, ["items", "valid_start", "test_start", "end"]))
+            for named in by_time(settings)
+            for domain in domains
+            if (own := [f for f in files if (f.partition["split"], f.partition["domain"]) == (named["name"], domain)])
+        ],
     )
 
 
@@ -127,16 +136,18 @@ def _rejected(lake: str, versions: dict[str, int]) -> Counter[Pair]:
     return rejected
 
 
-def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int]:
+def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int, dict[str, Any]]:
+    """Tables' versions, the release's number, and the configuration that made it."""
     if spark_io.current_version(lake, RELEASES) is None:
         raise GraftrecError(f"the lake {lake} holds no release; run {etl_command(lake)} first")
-    found: dict[int, list[dict[str, Any]]] = {}
-    for batch in _batches(lake, RELEASES, spark_io.snapshot_files(lake, RELEASES), ["release", "tables"]):
-        found |= {row["release"]: row["tables"] for row in batch.to_pylist()}
+    found: dict[int, dict[str, Any]] = {}
+    for batch in _batches(lake, RELEASES, spark_io.snapshot_files(lake, RELEASES), ["release", "tables", "config"]):
+        found |= {row["release"]: row for row in batch.to_pylist()}
     number = max(found) if release is None else release
     if number not in found:
         raise GraftrecError(f"the lake {lake} holds the releases {min(found)} to {max(found)}, expected {release}")
-    return {entry["table"]: entry["version"] for entry in found[number]}, number
+    row = found[number]
+    return {entry["table"]: entry["version"] for entry in row["tables"]}, number, json.loads(row["config"])
 
 
 def _items(lake: str, versions: dict[str, int], known: dict[str, dict[str, set[int]]]) -> dict[str, set[int]]:
@@ -230,6 +241,7 @@ def lines(report: Report) -> list[str]:
     for (left, right), count in report.shared_users.items():
         items = report.shared_items[left, right]
         lines.append(f"in both {left} and {right}: {count:,} users, {items:,} items")
+    lines += [split.line() for split in report.time_splits]
     lines.append(f"{report.events:,} events after cleaning; {report.duplicates:,} exact duplicates dropped")
     lines += _histogram(report)
     lines.append(f"{sum(report.rejected.values()):,} rows in quarantine")

@@ -376,6 +376,18 @@ def _dates(split: SplitConfig) -> list[float]:
     return [(dt.datetime.fromisoformat(end) - EPOCH) / MICROSECOND if end else float("inf") for end in ends]
 
 
+def _joint_by_time(history: list[Any], split: SplitConfig) -> tuple[list[Any], list[int]]:
+    """The same for a split by time, and where its parts begin and the last one ends."""
+    first, second, third = _dates(split)
+    inside = DOMAINS[split.joint_target or ""]
+    trained = [event for event in history if event[0] < first]
+    validated = [event for event in history if first <= event[0] < second and event[2] in inside]
+    tested = [event for event in history if second <= event[0] < third and event[2] in inside]
+    held = [*trained, *validated, *tested]
+    ends = [len(trained), len(trained) + len(validated), len(held)]
+    return held + [event for event in history if event not in held], ends
+
+
 def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], most: int) -> dict[Any, Any]:
     expected = {}
     for index, history in _histories(log, users, most).items():
@@ -391,6 +403,8 @@ def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], mos
             num_test = split.test if num_held else 0
             if split.train_until:
                 before = [sum(event[0] < date for event in own) for date in _dates(split)]
+                if split.joint_target and domain == "all":
+                    own, before = _joint_by_time(history, split)
                 end, num_held, num_test = before[2], before[2] - before[0], before[2] - before[1]
             if split.cold_users and domain in ("all", split.joint_target):
                 num_held = sum(event[2] in DOMAINS[split.joint_target or ""] for event in own) if cold else 0
@@ -457,6 +471,9 @@ SPLITS = (
     SplitConfig(name="time-ties", train_until=_at(-93), validate_until=_at(-86), test_until=_at(-80)),
     SplitConfig(name="time-early", train_until=_at(-50), validate_until=_at(3), test_until=_at(60)),
     SplitConfig(name="time", train_until=_at(9_000), validate_until=_at(30_000)),
+    SplitConfig(
+        name="time-joint", train_until=_at(-93), validate_until=_at(30), test_until=_at(9_000), joint_target="target"
+    ),
 )
 EAGER = SplitConfig(name="cold", cold_users=0.3, joint_target="target", causal_target="target")
 BY_TIME = SplitConfig(name="time", train_until=_at(-50), validate_until=_at(3), test_until=_at(30_000))
@@ -628,7 +645,8 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
         ((SplitConfig(validate_until="2024-01-01"),), "expected train_until beside"),
         ((SplitConfig(train_until="2024-01-02", validate_until="2024-01-01"),), "put the dates in order"),
         ((SplitConfig(train_until="2024-01-02", test_until="2024-01-02"),), "put the dates in order"),
-        ((SplitConfig(train_until="2024-01-02", joint_target="target"),), "leave it out"),
+        ((SplitConfig(train_until="2024-01-02", causal_target="target"),), "leave it out"),
+        ((SplitConfig(train_until="2024-01-02", joint_target="target", cold_users=0.1),), "leave it out"),
     ]:
         with pytest.raises(ConfigError, match=message):
             sequences.check(config(*splits))
