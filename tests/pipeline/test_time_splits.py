@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -25,6 +26,7 @@ from trainer.inference.scorer import Scores
 from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.pretrain import run as pretrain
 
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
 START = dt.datetime(2024, 1, 1)
 DATES = {"train_until": "2024-03-01", "validate_until": "2024-03-15", "test_until": "2024-04-01"}
 BEFORE = {"train_until": "2024-02-01", "validate_until": "2024-02-15", "test_until": "2024-03-01"}
@@ -188,6 +190,18 @@ def test_evaluation_names_what_is_new(lake, tmp_path):
     assert popularity["known users"] == pytest.approx(own.filter(pl.col("training_items") > 0)["NDCG@10"].mean())
 
 
+def test_training_validates_the_users_who_are_not_new(lake, tmp_path):
+    data = {"lake": lake, "domain": "free", "split": "time"}
+    trained = pretrain(load(PretrainConfig, _config(tmp_path, lake, data=data)))
+    quiet = {"tracking": {"enabled": False}, "runtime": {"progress": False}, "output": str(tmp_path)}
+    asked = {"model": str(trained.model), "part": "validation", "evaluation": {"protocols": ["full"]}}
+    report = evaluate(EvaluateConfig.model_validate({**asked, **quiet}))
+    new = json.loads((report.folder / "summary.json").read_text())["new"]
+    assert 0 < new["new_users"] < new["users"]
+    own = next(one for one in new["means"] if one["label"] == "pretrain")
+    assert trained.metrics["validation/NDCG@10"] == pytest.approx(own["known users"])
+
+
 def test_a_model_that_was_trained_on_later_days_is_refused(lake, tmp_path):
     release = pin(lake, None)
     config = EvaluationConfig(protocols=("full",))
@@ -219,7 +233,7 @@ def _config(folder, lake, **more):
 def test_where_all_that_is_held_out_was_had_before_the_setting_is_named(lake, tmp_path, capsys):
     assert trainer(["pretrain", "--config", str(_config(tmp_path, lake))]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"none among 40 of {LOOPS} users, so nothing can be ranked; set evaluation.repeats=true" in line
+    assert f"none among 40 items of {LOOPS} users, so nothing can be ranked; set evaluation.repeats=true" in line
 
 
 def test_repeats_are_ranked_where_set_and_beside_what_a_user_had_most_often(lake, tmp_path):
@@ -260,3 +274,25 @@ def test_the_report_says_how_many_users_and_items_are_new(lake):
         assert (found.tested, found.new_users) == (len(tested), len(tested - trained))
         assert (found.items, found.new_items) == (test["item"].n_unique(), len(set(test["item"]) - set(train["item"])))
         assert f"{len(tested)} tested until {dates['test_until']} ({len(tested - trained)} new)" in found.line()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "ml-1m").is_dir(), reason="MovieLens-1M is not at ../shared/data/ml-1m")
+def test_movielens_by_time_says_how_few_users_it_can_evaluate(tmp_path, spark):
+    """Most users of MovieLens-1M live less than a day, so nearly all who do something in a week are new."""
+    split = {"name": "time", "train_until": "2000-11-20", "validate_until": "2000-11-27", "test_until": "2000-12-04"}
+    roots = {"source.root": DATA / "ml-1m", "knowledge.root": DATA, "lake": tmp_path, "spark.master": "local[2]"}
+    given = {**roots, "splits": json.dumps([split])}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    assert etl(["all", "--config", "etl/ml1m", *words]) == 0
+    found = next(one for one in make_report(str(tmp_path)).time_splits if one.domain == "all")
+    kept = {name: pl.read_delta(str(tmp_path / f"{name}s")).filter("kept")[name] for name in ("user", "item")}
+    log = pl.read_delta(str(tmp_path / "interactions")).with_columns(pl.from_epoch("time", time_unit="us"))
+    log = log.filter(pl.col("user").is_in(kept["user"].implode()), pl.col("item").is_in(kept["item"].implode()))
+    dates = {name: dt.datetime.fromisoformat(split[name]) for name in PARTS.values()}
+    trained = log.filter(pl.col("time") < dates["train_until"])
+    tested = log.filter(pl.col("time") >= dates["validate_until"], pl.col("time") < dates["test_until"])
+    assert found.trained == trained["user"].n_unique()
+    assert found.tested == tested["user"].n_unique()
+    assert found.new_users == len(set(tested["user"]) - set(trained["user"]))
+    assert found.new_users > found.tested / 2

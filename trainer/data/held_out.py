@@ -174,8 +174,9 @@ def without_repeats(held_out: HeldOut, *, where: str) -> HeldOut:
     rankable = np.flatnonzero((left >= 0).any(1))
     if not len(rankable):
         raise DataError(
-            f"expected held-out items of {where} that are new to their users, found none among {int(again.sum()):,} of "
-            f"{len(targets):,} users, so nothing can be ranked; set evaluation.repeats=true to rank what users have had"
+            f"expected held-out items of {where} that are new to their users, found none among {int(again.sum()):,} "
+            f"items of {len(targets):,} users, so nothing can be ranked; set evaluation.repeats=true to rank what they "
+            "had before"
         )
     return replace(held_out, targets=left, num_repeats=int(again.sum())).take(rankable)
 

@@ -361,7 +361,7 @@ def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:
             f"{data.answered}), or take another split"
         )
     if data.answered == data.domain:
-        return held_out, None
+        return _with_history(held_out), None
     among = rows_of_domain(validation.release, validation.catalogue, data.answered)
     examples = held_out.targets[held_out.targets >= 0]
     if strange := int((~among[examples]).sum()):
@@ -372,4 +372,10 @@ def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:
         )
     given = held_out.histories
     before = given.before(held_out.first_time, always=among[given.items])
-    return replace(held_out, histories=before), torch.from_numpy(among)
+    return _with_history(replace(held_out, histories=before)), torch.from_numpy(among)
+
+
+def _with_history(held_out: HeldOut) -> HeldOut:
+    """Users who are new since training are ranked by popularity, which no epoch changes: they are not validated."""
+    known = has_items(held_out.histories)
+    return held_out if known.all() else held_out.take(np.flatnonzero(known))

@@ -51,7 +51,7 @@ def frequency_scorer(examples: EvaluationSet) -> Scorer:
     def of_user(given: Histories) -> Scores:
         return Scores.of(personal_frequency(given, popular))
 
-    return Scorer(PERSONAL_FREQUENCY, None, of_user, f"all of {examples.domain}")
+    return Scorer(PERSONAL_FREQUENCY, None, of_user, f"all of a user's items of {examples.domain}")
 
 
 def popularity(training: Histories, num_rows: int) -> FloatArray:
