@@ -74,7 +74,7 @@ class GeneratorSource(Section):
     late_share: float = Field(0.0, ge=0, le=1)  # of users, who come to the target after most of their source events
     source_teaches: bool = True  # False: the source domain is drawn by popularity alone, in random order
     # A log with a calendar, to be split by time: where one of the next four is set, dates decide what is taken.
-    returns: float = Field(0.0, ge=0)  # mean number of times that a user comes back after a month's break or more
+    returns: float = Field(0.0, ge=0)  # mean number of breaks of a month and more in a user's 200 days
     new_items: float = Field(0.0, ge=0, lt=1)  # share of items that come out after the log's beginning
     trends: float = Field(0.0, ge=0)  # how far items' popularity rises and falls within a year
     season: float = Field(0.0, ge=0, le=1)  # how far evenings, weekends and winters are busier

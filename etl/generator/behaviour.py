@@ -85,17 +85,17 @@ def pick(
     draws: list[np.random.Generator],
     age_B: npt.NDArray[np.float64],
     *,
-    users: Ints,
     begins_B: Ints,
+    lives: calendar.Lives | None,
 ) -> Picks:
     """`counts` items of each user, in order; fewer if a user runs out of candidates. `age_B`: how far the tastes have
-    drifted at the first, 0 to 1. `begins_B`: when the `users` begin, in seconds."""
+    drifted at the first, 0 to 1. `begins_B`: the time of the first, in seconds; `lives`: of a log with a calendar."""
     num_users, num_picks = len(counts), int(counts.max())
     uniform_5BT = np.ones((5, num_users, num_picks))
     for row, (draw, count) in enumerate(zip(draws, counts, strict=True)):
         uniform_5BT[:, row, :count] = draw.random((5, count))
     begins_BT = _sessions(config, uniform_5BT[0])
-    seconds_BT = calendar.seconds(config, begins_BT, begins_B, counts, users, domain) if config.has_calendar else None
+    seconds_BT = None if lives is None else lives.seconds(begins_BT, begins_B, counts, domain)
     candidates = _candidates(shelf, num_users, draws)
     passed_BT = np.minimum(np.arange(num_picks) / np.maximum(counts - 1, 1)[:, None], 1)
     ages_BT = (age_B[:, None] + (1 - age_B[:, None]) * passed_BT).astype(np.float32)

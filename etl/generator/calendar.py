@@ -4,7 +4,7 @@ Without a calendar a user takes items for about LIFE from the day it joins on. W
 of a month and more, items come out while the log is under way and are in demand for some weeks, every item's popularity
 has its own time of the year, and evenings, weekends and winters are busier.
 
-Shape letters: ``B`` users of a block, ``T`` picks, ``C`` candidates.
+Shape letters: ``B`` users of a block, ``T`` picks, ``C`` candidates, ``N`` breaks.
 """
 
 import functools
@@ -23,7 +23,9 @@ _BREAK = (30 * DAY, 60 * DAY)  # at least, and what is added on average
 _FRESH = 2.0  # logarithm of how much more popular an item is when it comes out
 _FADES = 30  # days until that is a third
 _MOST = 20 * YEAR  # no event is later
-_TIMES = (5, 6)  # random streams of the two domains
+_UNTIL = 0.8  # share of a life after which no break begins
+_NEVER = 1 << 60
+_TIMES, _BREAKS = (5, 6), 7  # random streams; of the two domains
 
 
 def gaps(
@@ -38,19 +40,43 @@ def gaps(
     return gap.astype(np.int64)
 
 
-def seconds(
-    config: GeneratorSource, begins_BT: npt.NDArray[np.bool_], begins_B: Ints, counts: Ints, users: Ints, domain: int
-) -> Ints:
-    """[B, T] times of picks, from `begins_B` on, with breaks, at the hours that the season prefers."""
-    num_picks = begins_BT.shape[1]
-    uniform_3BT = np.zeros((3, *begins_BT.shape))
-    for row, (user, count) in enumerate(zip(users.tolist(), counts.tolist(), strict=True)):
-        uniform_3BT[:, row, :count] = generator(config.seed, _TIMES[domain], user).random((3, count))
-    gap_BT = gaps(begins_BT, uniform_3BT[0], counts[:, None] / config.session_events, np.ones_like(begins_BT))
-    num_breaks = np.maximum((begins_BT & (np.arange(num_picks) < counts[:, None])).sum(1) - 1, 1)
-    comes_back_BT = begins_BT & (uniform_3BT[1] < config.returns / num_breaks[:, None]) & (np.arange(num_picks) > 0)
-    gap_BT += (comes_back_BT * (_BREAK[0] - np.log1p(-uniform_3BT[2]) * _BREAK[1])).astype(np.int64)
-    return _in_season(begins_B[:, None] + np.cumsum(gap_BT, axis=1), config.season)
+@dataclass(frozen=True)
+class Lives:
+    """When the users of a block are there. A break is the same in both domains. `N` breaks of a user, padded."""
+
+    config: GeneratorSource
+    users: Ints  # [B]
+    starts_BN: Ints  # seconds, as if there had been no break before
+    lengths_BN: Ints
+
+    def seconds(self, begins_BT: npt.NDArray[np.bool_], begins_B: Ints, counts: Ints, domain: int) -> Ints:
+        """[B, T] times of a domain's picks, from `begins_B` on, with breaks, at the hours that the season prefers."""
+        uniform_BT = np.zeros(begins_BT.shape)
+        for row, (user, count) in enumerate(zip(self.users.tolist(), counts.tolist(), strict=True)):
+            uniform_BT[row, :count] = generator(self.config.seed, _TIMES[domain], user).random(count)
+        sessions_B1 = counts[:, None] / self.config.session_events
+        gap_BT = gaps(begins_BT, uniform_BT, sessions_B1, np.ones_like(begins_BT))
+        own_BT = self._without_breaks(begins_B)[:, None] + np.cumsum(gap_BT, axis=1)
+        session_BT = np.maximum.accumulate(np.where(begins_BT, own_BT, 0), axis=1)  # a break parts no session
+        passed_BTN = session_BT[..., None] >= self.starts_BN[:, None]
+        return _in_season(own_BT + (passed_BTN * self.lengths_BN[:, None]).sum(-1), self.config.season)
+
+    def _without_breaks(self, time_B: Ints) -> Ints:
+        """The times, less the breaks before them."""
+        ends_BN = self.starts_BN + np.cumsum(self.lengths_BN, axis=1)
+        return time_B - (self.lengths_BN * (ends_BN <= time_B[:, None])).sum(1)
+
+
+def lives(config: GeneratorSource, users: Ints, joined_B: Ints) -> Lives:
+    """The breaks of users who joined then, in seconds: as many as `config.returns` on average."""
+    draws = [generator(config.seed, _BREAKS, int(user)) for user in users]
+    numbers = np.array([draw.poisson(config.returns) for draw in draws])
+    starts_BN = np.full((len(users), int(numbers.max(initial=0))), _NEVER)
+    lengths_BN = np.zeros_like(starts_BN)
+    for row, (draw, number) in enumerate(zip(draws, numbers, strict=True)):
+        starts_BN[row, :number] = joined_B[row] + np.sort(draw.random(number) * _UNTIL * LIFE)
+        lengths_BN[row, :number] = _BREAK[0] + draw.exponential(_BREAK[1], number)
+    return Lives(config, users, starts_BN, lengths_BN)
 
 
 @dataclass(frozen=True)

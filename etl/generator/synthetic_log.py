@@ -18,7 +18,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import GeneratorSource
 from etl.generator.behaviour import COMMUNITY, Picks, draw_tastes, most_picks, pick
-from etl.generator.calendar import gaps
+from etl.generator.calendar import gaps, lives
 from etl.generator.synthetic_catalogue import (
     ACTORS,
     BEGINNING,
@@ -111,6 +111,7 @@ def events(config: GeneratorSource, users: Ints) -> pa.Table:
     late_2B = np.stack([draw.random(2) for draw in draws], axis=1)
     passed = np.where(late_2B[0] < config.late_share, _LATE[0] + (_LATE[1] - _LATE[0]) * late_2B[1], 0)
     begins = BEGINNING + joined
+    calendar = lives(config, users, begins) if config.has_calendar else None
     parts: list[dict[str, npt.NDArray[Any]]] = []
     for domain, share in enumerate((1 - config.target_event_share, config.target_event_share)):
         shelf = place.shelves[domain]
@@ -120,7 +121,7 @@ def events(config: GeneratorSource, users: Ints) -> pa.Table:
         if domain == 1:
             begins = _time_after(parts[0], passed, begins)
         age = passed if domain == 1 else np.zeros_like(passed)
-        picks = pick(config, shelf, tastes, domain, counts, draws, age, users=users, begins_B=begins)
+        picks = pick(config, shelf, tastes, domain, counts, draws, age, begins_B=begins, lives=calendar)
         parts.append(_timed(config, picks, shelf, begins, draws, domain))
     merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((merged["position"], merged["domain"], merged["time"], merged["row"]))

@@ -58,7 +58,8 @@ LOG = _log()
 def lake(tmp_path_factory, spark):
     folder = tmp_path_factory.mktemp("dated")
     LOG.select("user", "item", pl.col("time").dt.strftime("%Y-%m-%d %H:%M:%S")).write_csv(folder / "events.csv")
-    LOG.select("item", "domain").unique().write_csv(folder / "items.csv")
+    kind = pl.col("domain") + "|kind " + (pl.col("item").str.tail(1).cast(int) % 3).cast(str)
+    LOG.select("item", kind.alias("kinds")).unique().write_csv(folder / "items.csv")
     settings = {
         "lake": str(folder / "lake"),
         "source": {
@@ -70,11 +71,12 @@ def lake(tmp_path_factory, spark):
                 "time_format": "%Y-%m-%d %H:%M:%S",
                 "timezone": "UTC",
             },
-            "items": {"path": "items.csv", "id": "item", "categories": "domain"},
+            "items": {"path": "items.csv", "id": "item", "categories": "kinds"},
         },
         "kcore": {"min_user": 1, "min_item": 1},
         "domains": [{"name": "free", "any_of": ["i"]}, {"name": "loop", "any_of": ["l"]}],
         "splits": [{"name": "last-5"}, {"name": "time", **DATES}, {"name": "before", **BEFORE}],
+        "baskets": {"gap_minutes": 720},
         "spark": {"master": "local[2]"},
     }
     (folder / "etl.yaml").write_text(yaml.safe_dump(settings))
@@ -228,6 +230,32 @@ def _config(folder, lake, **more):
     settings = TINY | {"output": str(folder), "data": {"lake": lake, "domain": "loop"}} | more
     (folder / "pretrain.yaml").write_text(yaml.safe_dump(settings))
     return folder / "pretrain.yaml"
+
+
+WIDE = {"width": 16, "max_length": 25}
+TASKS = {
+    "masked items": (TINY["model"], {"kind": "masked_item"}),
+    "several targets": ({"kind": "caser", "width": 16, "max_length": 25}, {"kind": "next_item", "targets": 2}),
+    "one target": ({"kind": "peterrec", "dilations": [1], **WIDE}, {"kind": "target_item"}),
+    "baskets": (TINY["model"], {"kind": "next_basket"}),
+    "pairs of baskets": (TINY["model"], {"kind": "basket_pair"}),
+    "several tasks": ({"kind": "dupn", **WIDE}, {"kind": "multi", "tells": ["next_item", "category"]}),
+    "clicks": ({"kind": "peterrec", "dilations": [1], **WIDE}, {"kind": "click", "content": ["categories"]}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_trains_and_is_evaluated_where_most_users_are_new(lake, tmp_path, name):
+    """Of 50 users 17 have an event before February: batches have sequences without one, or nothing but those."""
+    model, task = TASKS[name]
+    data = {"lake": lake, "domain": "free", "split": "before"}
+    train = {"epochs": 1, "min_epochs": 1, "batch_size": 2}
+    trained = pretrain(load(PretrainConfig, _config(tmp_path, lake, data=data, model=model, task=task, train=train)))
+    assert all(np.isfinite(value) for metric, value in trained.metrics.items() if metric.startswith("validation/"))
+    quiet = {"tracking": {"enabled": False}, "runtime": {"progress": False}, "output": str(tmp_path)}
+    report = evaluate(EvaluateConfig.model_validate({"model": str(trained.model), "name": "seen", **quiet}))
+    assert np.isfinite([row["mean"] for row in report.rows]).all()
 
 
 def test_where_all_that_is_held_out_was_had_before_the_setting_is_named(lake, tmp_path, capsys):
