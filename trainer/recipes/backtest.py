@@ -117,14 +117,14 @@ def _show(config: BacktestConfig, results: Sequence[DateResult], tracked: tracki
     folder, first = Path(config.runs), results[0]
     labels = shown_labels(results)
     header, rows = cells(results, labels)
-    days = f"{config.test_days:g} days after each date, trained on all before it but {config.validation_days:g} days"
-    title = f"{config.name}: {first.metric} ({first.protocol}), {days}"
+    days = f"{config.name}, the {config.test_days:g} days after each date"
+    title = f"{first.metric} ({first.protocol}) of {days}; trained on all before it but {config.validation_days:g} days"
     text = "\n".join([title, *aligned([header, *rows])])
     print(f"\n{text}", flush=True)
     (folder / TABLE).write_text(text + "\n", encoding="utf-8")
     (folder / NUMBERS).write_text(json.dumps([asdict(result) for result in results], indent=1), encoding="utf-8")
     series = {label: [result.means[label] for result in results] for label in labels}
-    picture = figures.metric_by_date(series, [result.date for result in results], metric=first.metric, title=title)
+    picture = figures.metric_by_date(series, [result.date for result in results], metric=first.metric, title=days)
     picture.savefig(folder / PICTURE, dpi=130)
     for number, result in enumerate(results):
         named = {f"test/{result.protocol}/{result.metric}/{label}": mean for label, mean in result.means.items()}
