@@ -73,7 +73,16 @@ class GeneratorSource(Section):
     sequels: float = Field(0.1, ge=0, le=1)  # share of events that are the next part of a series begun, if any
     late_share: float = Field(0.0, ge=0, le=1)  # of users, who come to the target after most of their source events
     source_teaches: bool = True  # False: the source domain is drawn by popularity alone, in random order
+    # A log with a calendar, to be split by time: where one of the next four is set, dates decide what is taken.
+    returns: float = Field(0.0, ge=0)  # mean number of breaks of a month and more in a user's 200 days
+    new_items: float = Field(0.0, ge=0, lt=1)  # share of items that come out after the log's beginning
+    trends: float = Field(0.0, ge=0)  # how far items' popularity rises and falls within a year
+    season: float = Field(0.0, ge=0, le=1)  # how far evenings, weekends and winters are busier
     seed: int = 0
+
+    @property
+    def has_calendar(self) -> bool:
+        return bool(self.returns or self.new_items or self.trends or self.season)
 
 
 SourceConfig = Annotated[LogSource | MovielensSource | GeneratorSource, Field(discriminator="kind")]
@@ -157,7 +166,9 @@ class KnowledgeConfig(Section):
 
 
 class SplitConfig(Section):
-    """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them."""
+    """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them.
+    With `train_until`, hold-out by time: of every user and domain, what comes after that date.
+    """
 
     name: FileName = "last-5"
     validation: int = Field(2, ge=0)
@@ -170,6 +181,15 @@ class SplitConfig(Section):
     # Share of the users of `joint_target` whose whole history there is the test part, and as many again the validation
     # part. By a hash of the raw user id; only users with `min_train` events elsewhere before.
     cold_users: float | None = Field(None, gt=0, lt=0.5)
+    # A split by time, in the place of the counts above: events before this date are trained on. ISO 8601, in UTC unless
+    # an offset is given.
+    train_until: str | None = None
+    validate_until: str | None = None  # events from train_until until before this date are the validation part
+    test_until: str | None = None  # and those until before this date the test part; None: all that are left
+
+    @property
+    def is_by_time(self) -> bool:
+        return self.train_until is not None
 
 
 class SequencesConfig(Section):

@@ -193,7 +193,8 @@ SOCIAL = Table(
 # lies past `end` belongs to no part (the `causal` split cuts there). Rows of the domain `all` under a joint split are
 # three runs, each in time order: trained on, held out, past the end. A user too short for a hold-out has all three
 # equal. A split with cold users holds out their whole row of its target domain (valid_start = 0): for test where
-# test_start = 0 too, else for validation.
+# test_start = 0 too, else for validation. A split by time has them where its dates fall in `times`, the same for all:
+# valid_start = 0 is a user who is new since training.
 SEQUENCES = Table(
     "sequences",
     pa.schema(
@@ -216,7 +217,8 @@ SEQUENCES = Table(
     order=("user",),
 )
 
-# The last basket of a user is the test part, the one before it validation, where there are at least three.
+# The last basket of a user is the test part, the one before it validation, where there are at least three. A split by
+# time cuts baskets at its dates; what is later than the last one is left out.
 BASKETS = Table(
     "baskets",
     pa.schema(
@@ -246,7 +248,9 @@ NEGATIVES = Table(
             _field("protocol", _STRING),  # uniform-100 | popular-100 | top-100
             _field("part", _STRING),  # validation | test
             _field("user", _INT),
-            _field("items", pa.list_(_INT)),  # never an item the user has interacted with, in any part
+            # Never an item the user has interacted with, in any part; of a split by time only items that the log has
+            # before the part ends.
+            _field("items", pa.list_(_INT)),
         ]
     ),
     key=("split", "domain", "protocol", "part", "user"),

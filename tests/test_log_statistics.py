@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from tests.benchmarks.log_statistics import SESSION_GAP, Log, gini, head_share, repeat_distance, statistics
+from tests.benchmarks.log_statistics import (
+    DAY,
+    SESSION_GAP,
+    Log,
+    calendar,
+    gini,
+    head_share,
+    popularity_drift,
+    repeat_distance,
+    statistics,
+)
 
 
 def test_gini_is_0_where_all_are_alike_and_near_1_where_one_has_all():
@@ -36,3 +46,31 @@ def test_sessions_end_where_an_hour_passes_or_the_user_changes():
     assert found["session: events, mean"] == pytest.approx(6 / 3)
     assert found["sessions of a user, mean"] == pytest.approx(3 / 2)
     assert found["history: events, median"] == pytest.approx((4 + 2) / 2)
+
+
+def test_the_calendar_of_a_log_counted_by_hand():
+    """User 0 comes back twice, user 1 never; item 2 is new; day 0 is a Thursday, 2 and 3 are a weekend."""
+    day = np.array([0, 35, 70, 0, 2, 3, 3, 100])
+    log = Log(
+        user=np.array([0, 0, 0, 1, 1, 1, 1, 2]),
+        item=np.array([0, 1, 0, 0, 1, 0, 1, 2]),
+        time=DAY * day + np.array([18, 1, 2, 3, 4, 5, 6, 7]) * SESSION_GAP,
+        category=np.zeros(8, np.int64),
+    )
+    found = calendar(log)
+    assert found["days"] == 101
+    assert found["users who come back after 30 days, share"] == pytest.approx(1 / 3)
+    assert found["breaks of 30 days, mean of a user"] == pytest.approx(2 / 3)
+    assert found["items first taken after a tenth of the days, share"] == pytest.approx(1 / 3)
+    saturdays, sundays = len(range(2, 101, 7)), len(range(3, 101, 7))
+    at_weekends = 3 + 1  # days 2, 3, 3 and 100
+    assert found["events of a weekend day over a weekday's"] == pytest.approx(
+        (at_weekends / (saturdays + sundays)) / ((8 - at_weekends) / (101 - saturdays - sundays))
+    )
+    assert found["events of an evening hour over another's"] == pytest.approx((1 / 6) / (7 / 18))
+
+
+def test_popularity_drifts_where_other_items_are_taken_later():
+    item = np.array([0, 0, 0, 1, 2, 2, 2, 2, 0, 0, 0, 1])
+    log = Log(np.zeros(12, np.int64), item, np.arange(12) * DAY, np.zeros(12, np.int64))
+    assert popularity_drift(log) == pytest.approx(np.corrcoef(np.log1p([3, 0, 0]), np.log1p([2, 1, 0]))[0, 1])

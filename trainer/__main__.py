@@ -23,6 +23,7 @@ RECIPES: dict[str, tuple[type[Section], str]] = {
     "finetune": (configs.FinetuneConfig, "train on a target domain, grafted on a pre-trained model"),
     "search": (configs.SearchConfig, "search settings of pretrain or finetune on the validation part"),
     "evaluate": (configs.EvaluateConfig, "score models beside the simple baselines"),
+    "backtest": (configs.BacktestConfig, "train and test at several dates, each on what was before it"),
     "promote": (configs.PromoteConfig, "ask the gate, and move the champion alias if it agrees"),
     "recommend": (configs.RecommendConfig, "write the top-k of every user as a Delta table"),
 }

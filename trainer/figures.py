@@ -161,6 +161,26 @@ def transfer_gains(
     return figure
 
 
+def metric_by_date(
+    series: Mapping[str, Sequence[float]], dates: Sequence[str], *, metric: str, title: str = ""
+) -> Figure:
+    """A metric at several dates, a line for each name; the first one is the model's."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(dates))
+    model, *baselines = series
+    colours = _colours([model]) | dict.fromkeys(baselines, MUTED)
+    styles = dict(zip(series, ("-", "--", ":", "-."), strict=False))
+    for name, values in series.items():
+        axes.plot(places, values, styles.get(name, "-"), marker="o", markersize=5, color=colours[name], linewidth=1.8)
+    _plain(axes, metric)
+    axes.set_xticks(places, dates, rotation=30 if len(dates) > 6 else 0)
+    axes.set_ylim(bottom=0)
+    _label_ends(axes, {name: (float(places[-1]), float(values[-1])) for name, values in series.items()}, colours)
+    _title(figure, textwrap.fill(title, 90))
+    return figure
+
+
 def confusions(shares: Mapping[str, npt.NDArray[Any]], classes: Sequence[str], *, title: str = "") -> Figure:
     """A square a label: of the users of each class (row), the share predicted to be of each (column), in percent where
     there is room."""

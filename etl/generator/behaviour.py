@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from etl.config import GeneratorSource
+from etl.generator import calendar
 from etl.generator.synthetic_catalogue import DomainItems, Floats, Ints, World, generator, unit
 
 COMMUNITY = 32  # users
@@ -48,6 +49,7 @@ class Picks:
     kept_BT: npt.NDArray[np.bool_]
     begins_BT: npt.NDArray[np.bool_]  # the first of a session
     match_BT: Floats  # taste match, about standard normal over items
+    seconds_BT: Ints | None = None  # since 1970, in a log with a calendar
 
 
 def draw_tastes(config: GeneratorSource, place: World, users: Ints) -> UserTastes:
@@ -82,14 +84,18 @@ def pick(
     counts: Ints,
     draws: list[np.random.Generator],
     age_B: npt.NDArray[np.float64],
+    *,
+    begins_B: Ints,
+    lives: calendar.Lives | None,
 ) -> Picks:
     """`counts` items of each user, in order; fewer if a user runs out of candidates. `age_B`: how far the tastes have
-    drifted at the first, 0 to 1."""
+    drifted at the first, 0 to 1. `begins_B`: the time of the first, in seconds; `lives`: of a log with a calendar."""
     num_users, num_picks = len(counts), int(counts.max())
     uniform_5BT = np.ones((5, num_users, num_picks))
     for row, (draw, count) in enumerate(zip(draws, counts, strict=True)):
         uniform_5BT[:, row, :count] = draw.random((5, count))
     begins_BT = _sessions(config, uniform_5BT[0])
+    seconds_BT = None if lives is None else lives.seconds(begins_BT, begins_B, counts, domain)
     candidates = _candidates(shelf, num_users, draws)
     passed_BT = np.minimum(np.arange(num_picks) / np.maximum(counts - 1, 1)[:, None], 1)
     ages_BT = (age_B[:, None] + (1 - age_B[:, None]) * passed_BT).astype(np.float32)
@@ -97,15 +103,19 @@ def pick(
     taste_2BK = np.stack([tastes.early_DBK[domain], tastes.late_DBK[domain]])
     by_taste = domain == 1 or config.source_teaches
     if by_taste:
-        item_BT, kept_BT = _pick_by_taste(config, shelf, candidates, taste_2BK, topic_BT, ages_BT, uniform_5BT[3:])
+        item_BT, kept_BT = _pick_by_taste(
+            config, shelf, candidates, taste_2BK, topic_BT, ages_BT, uniform_5BT[3:], seconds_BT
+        )
     else:
         item_BT, kept_BT = _pick_by_popularity(candidates, uniform_5BT[3])
+    if seconds_BT is not None:
+        kept_BT &= shelf.released_V[item_BT] <= seconds_BT
     kept_BT &= np.arange(num_picks) < counts[:, None]
     taste_BTK = taste_2BK[0][:, None] * (1 - ages_BT[..., None]) + taste_2BK[1][:, None] * ages_BT[..., None]
     match_BT = np.einsum("btk,btk->bt", taste_BTK, shelf.taste_VK[item_BT]) * np.float32(np.sqrt(config.tastes))
     if not by_taste:
         match_BT = uniform_5BT[4].astype(np.float32) * 2 - 1
-    return Picks(item_BT, kept_BT, begins_BT, match_BT)
+    return Picks(item_BT, kept_BT, begins_BT, match_BT, seconds_BT)
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,7 @@ def _pick_by_taste(
     topic_BT: Ints,
     ages_BT: Floats,
     uniform_2BT: Uniforms,
+    seconds_BT: Ints | None,
 ) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """[B, T] items by series, topic, taste and popularity; and which picks found an item."""
     item_BC = candidates.item_BC
@@ -172,6 +183,7 @@ def _pick_by_taste(
     early_BC, late_BC = (np.einsum("bk,bck->bc", taste, taste_BCK) * strength for taste in taste_2BK)
     free_BC = np.where(shelf.begins_V[item_BC], candidates.liking_BC, _NEVER)  # later parts come as sequels only
     topic_BC = shelf.topic_V[item_BC]
+    offers = calendar.offers(config, shelf, item_BC) if seconds_BT is not None else None
     num_users, num_picks = topic_BT.shape
     rows = np.arange(num_users)
     item_BT, kept_BT = np.zeros((num_users, num_picks), np.int64), np.zeros((num_users, num_picks), bool)
@@ -179,13 +191,18 @@ def _pick_by_taste(
     for step in range(num_picks):
         age_B1 = ages_BT[:, step, None]
         score_BC = free_BC + early_BC * (1 - age_B1) + late_BC * age_B1
+        if offers is not None and seconds_BT is not None:
+            score_BC += offers.at(seconds_BT[:, step])
         kind_B = uniform_2BT[0, :, step]
         on_topic_BC = np.where(topic_BC == topic_BT[:, step, None], score_BC, _NEVER)
         chosen = np.where(kind_B < config.topical, on_topic_BC.argmax(axis=1), score_BC.argmax(axis=1))
         chosen = np.where(np.isfinite(on_topic_BC[rows, chosen]), chosen, score_BC.argmax(axis=1))
         item_B, found_B = item_BC[rows, chosen], np.isfinite(score_BC[rows, chosen])
         if step >= _WAIT:
-            sequel_B, place_B = _sequel(pending_BT[:, : step - _WAIT + 1], uniform_2BT[1, :, step])
+            begun_BT = pending_BT[:, : step - _WAIT + 1]
+            if seconds_BT is not None:
+                begun_BT = np.where(shelf.released_V[begun_BT] <= seconds_BT[:, step, None], begun_BT, -1)
+            sequel_B, place_B = _sequel(begun_BT, uniform_2BT[1, :, step])
             is_sequel = (place_B >= 0) & (kind_B > 1 - config.sequels)
             item_B, found_B = np.where(is_sequel, sequel_B, item_B), found_B | is_sequel
             pending_BT[rows[is_sequel], place_B[is_sequel]] = -1

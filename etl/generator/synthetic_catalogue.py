@@ -8,7 +8,7 @@ topic and taste in each.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ from etl.config import GeneratorSource
 
 DOMAINS = ("source", "target")
 ACTORS = 3
+BEGINNING = 1_577_836_800  # of the log: 2020-01-01, seconds
+YEAR = 365 * 86_400
+YEARS = 2  # in which users join and items come out
+_DATES = 4  # random stream
 _OWN_SHARE = 0.15  # of an item's taste that its people don't explain
 _PERSON_SHARE = 0.5  # of a person's taste that the topic doesn't explain
 _SERIES = (2, 4)  # parts, least and most
@@ -37,6 +41,8 @@ class DomainItems:
     cumulative_V: npt.NDArray[np.float64]  # popularity, up to 1
     sequel_V: Ints  # the position of the series' next part; -1: none
     begins_V: npt.NDArray[np.bool_]  # no later part of a series
+    released_V: Ints  # seconds since 1970; BEGINNING: there from the first day on
+    phase_V: Floats  # where in the year its popularity stands, in radians
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,12 @@ def world(config: GeneratorSource) -> World:
     taste = unit(np.sqrt(1 - _OWN_SHARE) * unit(cast) + np.sqrt(_OWN_SHARE) * own).astype(np.float32)
     topic = topic_DP[domain, director]
     shelves = [_shelf(draw, np.flatnonzero(domain == n), taste, topic, first, part, config) for n in range(2)]
+    dates = generator(config.seed, _DATES, 0)  # a stream of its own, so that a calendar changes no item
+    released, phase = _released(config, dates, first, part), dates.random(num_items) * 2 * np.pi
+    shelves = [
+        replace(shelf, released_V=released[shelf.items], phase_V=phase[shelf.items].astype(np.float32))
+        for shelf in shelves
+    ]
     return World(
         domain_V=domain,
         director_V=director,
@@ -139,6 +151,18 @@ def _series(draw: np.random.Generator, domain: Ints, share: float) -> tuple[Ints
     return first, part
 
 
+def _released(config: GeneratorSource, draw: np.random.Generator, first: Ints, part: Ints) -> Ints:
+    """[V] when each item comes out, in seconds; no part of a series before the one before it."""
+    share, when = draw.random((2, len(first)))
+    released = np.where(share < config.new_items, BEGINNING + (when * YEARS * YEAR).astype(np.int64), BEGINNING)
+    order = np.lexsort((part, first))
+    ordered, goes_on = released[order], np.diff(first[order]) == 0
+    for _ in range(_SERIES[1] - 1):
+        ordered[1:] = np.where(goes_on, np.maximum(ordered[1:], ordered[:-1]), ordered[1:])
+    released[order] = ordered
+    return released
+
+
 def _actors(draw: np.random.Generator, director: Ints, num_actors: int, num_topics: int) -> Ints:
     """[V, ACTORS] of the director's topic (a number modulo `num_topics`)."""
     topic = director % num_topics
@@ -169,6 +193,8 @@ def _shelf(
         cumulative_V=cumulative,
         sequel_V=sequel,
         begins_V=part[items] == 0,
+        released_V=np.full(len(items), BEGINNING),
+        phase_V=np.zeros(len(items), np.float32),
     )
 
 

@@ -18,8 +18,12 @@ from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import GeneratorSource
 from etl.generator.behaviour import COMMUNITY, Picks, draw_tastes, most_picks, pick
+from etl.generator.calendar import gaps, lives
 from etl.generator.synthetic_catalogue import (
     ACTORS,
+    BEGINNING,
+    YEAR,
+    YEARS,
     DomainItems,
     Ints,
     categories,
@@ -36,9 +40,6 @@ from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, 
 BLOCK = 256  # users
 _SPREAD = 0.7  # of the logarithm of users' activity
 _OUTSIDE = 0.15  # share of friends that are anybody
-_START = 1_577_836_800  # 2020-01-01, seconds
-_DAY = 86_400
-_LIFE = 200 * _DAY  # about how long a user stays
 _LATE = (0.5, 0.9)  # share of their source events that users have taken who come to the target late
 _USERS, _FRIENDS = 1, 3  # random streams
 
@@ -106,10 +107,11 @@ def events(config: GeneratorSource, users: Ints) -> pa.Table:
     tastes = draw_tastes(config, place, users)
     draws = [generator(config.seed, _USERS, int(user) | 1 << 55) for user in users]
     activity = np.exp(_SPREAD * np.stack([draw.standard_normal(3) for draw in draws]))
-    joined = np.array([draw.integers(0, 2 * 365 * _DAY) for draw in draws])
+    joined = np.array([draw.integers(0, YEARS * YEAR) for draw in draws])
     late_2B = np.stack([draw.random(2) for draw in draws], axis=1)
     passed = np.where(late_2B[0] < config.late_share, _LATE[0] + (_LATE[1] - _LATE[0]) * late_2B[1], 0)
-    begins = _START + joined
+    begins = BEGINNING + joined
+    calendar = lives(config, users, begins) if config.has_calendar else None
     parts: list[dict[str, npt.NDArray[Any]]] = []
     for domain, share in enumerate((1 - config.target_event_share, config.target_event_share)):
         shelf = place.shelves[domain]
@@ -118,7 +120,8 @@ def events(config: GeneratorSource, users: Ints) -> pa.Table:
         counts = np.clip(np.round(scale), 1, most_picks(shelf)).astype(np.int64)
         if domain == 1:
             begins = _time_after(parts[0], passed, begins)
-        picks = pick(config, shelf, tastes, domain, counts, draws, passed if domain == 1 else np.zeros_like(passed))
+        age = passed if domain == 1 else np.zeros_like(passed)
+        picks = pick(config, shelf, tastes, domain, counts, draws, age, begins_B=begins, lives=calendar)
         parts.append(_timed(config, picks, shelf, begins, draws, domain))
     merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((merged["position"], merged["domain"], merged["time"], merged["row"]))
@@ -170,9 +173,10 @@ def _timed(
         uniform[:, row, at] = draw.random((2, num))
         noise[row, at] = draw.standard_normal(num)
     sessions = num_picks[:, None] / config.session_events
-    between = np.minimum(-np.log1p(-uniform[0]) * _LIFE / (sessions + 1), _LIFE)
-    gap = np.where(picks.begins_BT, 3_600 + between, (20 + 600 * uniform[0]) * picks.kept_BT)
-    seconds = begins[:, None] + np.cumsum(gap.astype(np.int64), axis=1)
+    if picks.seconds_BT is None:
+        seconds = begins[:, None] + np.cumsum(gaps(picks.begins_BT, uniform[0], sessions, picks.kept_BT), axis=1)
+    else:
+        seconds = picks.seconds_BT
     value = np.clip(np.round(2.5 + 0.9 * picks.match_BT + 0.6 * noise), 1, 5)
     columns = {
         "row": np.broadcast_to(np.arange(shape[0])[:, None], shape),

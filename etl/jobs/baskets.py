@@ -2,9 +2,10 @@
 validation, where there are at least three.
 
 Baskets are made per domain: of a basket, a domain sees its own items. Where a split is `causal`, other domains' events
-at or after the first held-out item's time are left out first. Of a user's kept events, of all domains, with or without
-a basket, only the newest `sequences.max_events` count. A log without baskets isn't read, unless gaps in time make them
-in time (`baskets.gap_minutes`), between events of whichever domain.
+at or after the first held-out item's time are left out first. A split by time cuts a basket in two where one of its
+dates falls into it. Of a user's kept events, of all domains, with or without a basket, only the newest
+`sequences.max_events` count. A log without baskets isn't read, unless gaps in time make them in time
+(`baskets.gap_minutes`), between events of whichever domain.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 
 from etl.config import EtlConfig, SplitConfig
 from etl.histories.reader import Histories, Key
-from etl.jobs import changed_buckets
+from etl.jobs import changed_buckets, time_splits
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.sequences import cut, of_domain, settings
@@ -53,7 +54,12 @@ def rows(
             if split.causal_target not in (None, name):
                 at = at[before[at]]
             if len(at):
-                yield (split.name, name), _baskets(histories, at, basket[at])
+                own = basket[at]
+                if split.is_by_time:
+                    own = own * np.int64(4) + time_splits.parts(histories.time[at], split)
+                made = _baskets(histories, at, own, split)
+                if made.num_rows:
+                    yield (split.name, name), made
 
 
 def _sessions(histories: Histories, gap: float) -> np.ndarray:
@@ -63,7 +69,7 @@ def _sessions(histories: Histories, gap: float) -> np.ndarray:
     return np.cumsum(begins)
 
 
-def _baskets(histories: Histories, at: np.ndarray, basket: np.ndarray) -> pa.RecordBatch:
+def _baskets(histories: Histories, at: np.ndarray, basket: np.ndarray, split: SplitConfig) -> pa.RecordBatch:
     """The baskets of the events in rows `at`, each a row, by user and first event."""
     user = histories.user[at]
     order = np.lexsort((basket, user))  # stable: events stay in time order
@@ -80,20 +86,25 @@ def _baskets(histories: Histories, at: np.ndarray, basket: np.ndarray) -> pa.Rec
     number = np.arange(len(owner)) - (np.cumsum(count) - count)[owner]
     left = count[owner] - number
     part = np.where(count[owner] >= _MIN_BASKETS, np.maximum(3 - left, 0), 0)
-    return pa.RecordBatch.from_pydict(
+    time = histories.time[at[first]]
+    if split.is_by_time:
+        part = time_splits.parts(time, split)
+    baskets = pa.RecordBatch.from_pydict(
         {
             "user": pa.array(histories.users[owner], pa.int32()),
             "basket": pa.array(number, pa.int32()),
-            "time": pa.array(histories.time[at[first]], pa.int64()),
-            "part": _PARTS.take(pa.array(part)),
+            "time": pa.array(time, pa.int64()),
+            "part": _PARTS.take(pa.array(np.minimum(part, 2))),
             "items": pa.ListArray.from_arrays(
                 pa.array(offsets, pa.int32()), pa.array(histories.item[at[events]], pa.int32())
             ),
         }
     )
+    return baskets.filter(pa.array(part < len(_PARTS)))
 
 
 def run(run: Run) -> Outcome:
+    time_splits.check_times(run)
     gap = run.config.baskets.gap_minutes
     if gap is not None and spark_io.last_commit(run.lake, INTERACTIONS)["time"] == TIME_ORDINAL:
         raise ConfigError(

@@ -11,7 +11,7 @@ negatives are copied.
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -35,6 +35,7 @@ from etl.histories.negative_sampling import (
     taken,
 )
 from etl.histories.reader import find, stacked
+from etl.jobs import dated_candidates, time_splits
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.lake import spark_io
@@ -62,6 +63,7 @@ class Inputs:
 
     `items`: index, word, degree, bits (bit k: the item belongs to names[k]). `drawn`: earlier negatives; where they are
     known: `before`, the sequences they were drawn for, and `lost`, by domain, what were candidates then and aren't now.
+    `dated`: of splits by time, (split, domain) -> an item's events, see `dated_candidates`.
     """
 
     lake: str
@@ -72,12 +74,13 @@ class Inputs:
     before: Files
     lost: Mapping[str, pa.Array]
     config: NegativesConfig
+    dated: Mapping[tuple[str, str], pa.Table] = field(default_factory=dict)
 
 
 def rows(
     sequences: pa.Table,
     word: Words,
-    chosen: Candidates,
+    chosen_of: Mapping[str, Candidates],
     *,
     domain: str,
     config: NegativesConfig,
@@ -88,6 +91,7 @@ def rows(
     """NEGATIVES, less its partition columns, of users of one split and domain, in the table's order.
 
     `sequences`: user (ascending), items, valid_start, test_start, end of users; `word`: a hash of each one's raw id.
+    `chosen_of`: the candidates of each part.
     `drawn`: earlier negatives, in any order. Where these are known: `before`, the sequences they were drawn for, and
     `lost`, the indices that were candidates then and aren't now.
     """
@@ -98,13 +102,17 @@ def rows(
         settled = ~_changed(sequences, before) & _whole(sequences, drawn, lost, len(config.protocols))
     others = _where(sequences, ~settled)
     user, values, size = others["user"].to_numpy(), *_flat(others["items"])
-    gone = taken(np.repeat(np.arange(len(user)), size), chosen.places(values), chosen)
+    owner = np.repeat(np.arange(len(user)), size)
+    distinct = {id(chosen): chosen for chosen in chosen_of.values()}  # as a rule both parts have the same
+    gone_of = {key: taken(owner, chosen.places(values), chosen) for key, chosen in distinct.items()}
     if drawn is not None:
         drawn = drawn.select(_COLUMNS).combine_chunks()
         place, known = find(sequences["user"].to_numpy(), drawn["user"].to_numpy())
         stays = known & settled[place] if len(settled) else known
     for protocol in sorted(config.protocols):
         for part in sorted(_PARTS):
+            chosen = chosen_of[part]
+            gone = gone_of[id(chosen)]
             found = np.full((len(user), NUM_NEGATIVES), -1, np.int64)
             if drawn is not None:
                 chosen_rows = pc.and_(pc.equal(drawn["protocol"], protocol), pc.equal(drawn["part"], part)).to_numpy()
@@ -216,7 +224,10 @@ def write_task(batches: Iterable[pa.RecordBatch], read: Inputs) -> Iterator[pa.R
 
 def _write_buckets(users: pa.Table, read: Inputs) -> Iterator[pa.RecordBatch]:
     filesystem = table_filesystem(read.lake, NEGATIVES)
-    chosen = {name: _candidates(read, number) for number, name in enumerate(read.names)}
+    of_domain = {name: dict.fromkeys(_PARTS, _candidates(read, number)) for number, name in enumerate(read.names)}
+    of_dated = {}
+    for key, counts in read.dated.items():
+        of_dated[key] = dated_candidates.of_parts(_members(read, read.names.index(key[1])), counts)
     for bucket in users["bucket"].unique().to_pylist():
         mine = users.filter(pc.equal(users["bucket"], bucket))
         index, word = mine["index"].to_numpy(), mine["word"].to_numpy().view(np.uint64)
@@ -225,13 +236,15 @@ def _write_buckets(users: pa.Table, read: Inputs) -> Iterator[pa.RecordBatch]:
             for sequences in _blocks(read, key):
                 user = sequences["user"].to_numpy()
                 span = (int(user[0]), int(user[-1]))
-                before = _span(read, SEQUENCES, read.before, key, span, _SEQUENCE)
-                drawn = _span(read, NEGATIVES, read.drawn, key, span, _COLUMNS)
+                # A split by time draws all again: what was drawn depends on its dates, and on no later day.
+                kept = (split, domain) not in of_dated
+                before = _span(read, SEQUENCES, read.before if kept else {}, key, span, _SEQUENCE)
+                drawn = _span(read, NEGATIVES, read.drawn if kept else {}, key, span, _COLUMNS)
                 writer = FileWriter(filesystem, NEGATIVES, key, packed=["items"])
                 for batch in rows(
                     sequences,
                     word[np.searchsorted(index, user)],
-                    chosen[domain],
+                    of_dated.get((split, domain), of_domain[domain]),
                     domain=domain,
                     config=read.config,
                     drawn=drawn,
@@ -243,8 +256,12 @@ def _write_buckets(users: pa.Table, read: Inputs) -> Iterator[pa.RecordBatch]:
                 yield writer.close()
 
 
+def _members(read: Inputs, number: int) -> pa.Table:
+    return read.items.filter(pa.array(read.items["bits"].to_numpy() & np.int64(1 << number) != 0))
+
+
 def _candidates(read: Inputs, number: int) -> Candidates:
-    mine = read.items.filter(pa.array(read.items["bits"].to_numpy() & np.int64(1 << number) != 0))
+    mine = _members(read, number)
     index, degree = mine["index"].to_numpy().astype(np.int64), mine["degree"].to_numpy()
     return candidates(index, mine["word"].to_numpy().view(np.uint64), degree)
 
@@ -321,7 +338,8 @@ def run(run: Run) -> Outcome:
             lost = _lost(_catalogue(run.read_before(ITEMS), run.read_before(DOMAINS), names), items, names)
             before = _files(run.lake, SEQUENCES, run.before[SEQUENCES.name])
     sequences = _files(run.lake, SEQUENCES, run.inputs[SEQUENCES.name])
-    read = Inputs(run.lake, names, items, sequences, drawn, before, lost, run.config.negatives)
+    dated = dated_candidates.counts(run.read(SEQUENCES), time_splits.names(run.config))
+    read = Inputs(run.lake, names, items, sequences, drawn, before, lost, run.config.negatives, dated)
     buckets = int(spark_io.last_commit(run.lake, INTERACTIONS)["buckets"])
     return run.commit_files(write(run.read(USERS), read, buckets=buckets, tasks=run.config.spark.shuffle_partitions))
 
@@ -358,5 +376,9 @@ JOB = Job(
     NEGATIVES,
     run,
     reads=(USERS, ITEMS, DOMAINS, SEQUENCES),
-    settings=lambda config: [config.negatives.model_dump(), [domain.name for domain in config.domains]],
+    settings=lambda config: [
+        config.negatives.model_dump(),
+        [domain.name for domain in config.domains],
+        *time_splits.names(config),
+    ],
 )

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from etl.config import EtlConfig, SplitConfig
 from etl.histories.reader import Histories, Ints, Key
-from etl.jobs import changed_buckets
+from etl.jobs import changed_buckets, time_splits
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.lake import spark_io
@@ -58,6 +58,8 @@ def rows(
             if split.causal_target not in (None, name):
                 end = np.add.reduceat(at < cuts[split.name][user], np.cumsum(size) - size, dtype=np.int64)
             valid_start, test_start = _parts(end, split)
+            if split.is_by_time:
+                valid_start, test_start, end = time_splits.offsets(histories.time[at], size, split)
             part = cold.get(split.name)
             if part is not None and split.joint_target == name:
                 valid_start = np.where(part[present] > 0, 0, size)
@@ -131,18 +133,25 @@ def _joint(
     cold: Ints | None,
 ) -> tuple[npt.NDArray[np.int64], Ints, Ints, Ints]:
     """The rows `at` of users with `size` events each: first what is trained on, then what the joint target holds out,
-    then what a causal split cuts off, each in time order. And valid_start, test_start and end."""
+    then what a causal split or one by time cuts off, each in time order. And valid_start, test_start and end."""
     assert split.joint_target is not None
     user = histories.user[at]
-    is_late = at >= cut(histories, split, split.joint_target, names, cold)[user]
     in_target = histories.bits[at] & np.int64(1 << list(names).index(split.joint_target)) != 0
-    is_held = is_late & in_target
-    is_past = is_late & ~in_target & (split.causal_target is not None)
+    if split.is_by_time:
+        part = time_splits.parts(histories.time[at], split)
+        is_held = in_target & (part > 0) & (part <= TEST)
+        is_past = (part > 0) & ~is_held
+    else:
+        is_late = at >= cut(histories, split, split.joint_target, names, cold)[user]
+        is_held = is_late & in_target
+        is_past = is_late & ~in_target & (split.causal_target is not None)
     starts = np.cumsum(size) - size
     held = np.add.reduceat(is_held, starts, dtype=np.int64)
     end = size - np.add.reduceat(is_past, starts, dtype=np.int64)
     order = np.lexsort((is_held + 2 * is_past, user))  # stable
     test = np.minimum(held, split.test)
+    if split.is_by_time:
+        test = np.add.reduceat(is_held & (part == TEST), starts, dtype=np.int64)
     if cold is not None:
         test = held * (cold[user[starts]] == TEST)
     return at[order], end - held, end - test, end
@@ -190,6 +199,7 @@ def check(config: EtlConfig) -> None:
         raise ConfigError(f"splits: expected different names, found {', '.join(names)}; rename one")
     known = names_of(config.domains)
     for split in config.splits:
+        time_splits.check(split)
         if split.causal_target is not None and split.causal_target not in known:
             raise ConfigError(
                 f"splits.{split.name}.causal_target: expected a domain ({', '.join(known)}), "
@@ -215,6 +225,7 @@ def check(config: EtlConfig) -> None:
 
 def run(run: Run) -> Outcome:
     check(run.config)
+    time_splits.check_times(run)
     log = spark_io.last_commit(run.lake, INTERACTIONS)
     return changed_buckets.write(
         run,

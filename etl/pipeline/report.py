@@ -4,6 +4,7 @@ Data files are streamed through Arrow a batch at a time; users are compared buck
 bucket in every domain. Memory grows with the catalogue and with one bucket's users.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from etl.jobs import event_times
 from etl.lake import spark_io
 from etl.lake.datafile import DataFile
 from etl.lake.file_reader import open_parquet
+from etl.pipeline.time_report import TimeSplit, by_time, time_split
 from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, KNOWLEDGE, QUARANTINE, RELEASES, SEQUENCES, Table
 
@@ -76,6 +78,7 @@ class Report:
     days: Counter[int] = field(default_factory=Counter)
     times: tuple[int, int] | None = None
     examples: dict[Pair, dict[str, Any]] = field(default_factory=dict)
+    time_splits: list[TimeSplit] = field(default_factory=list)
 
     @property
     def outside(self) -> int:
@@ -89,7 +92,7 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
 
     Raises GraftrecError where there is none.
     """
-    versions, number = _versions(lake, release)
+    versions, number, settings = _versions(lake, release)
     files = _files(lake, versions, SEQUENCES)
     splits = sorted({str(file.partition["split"]) for file in files})
     chosen = split or (splits[0] if splits else "")
@@ -117,6 +120,12 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
         days=days,
         times=times,
         examples=examples,
+        time_splits=[
+            time_split(named, domain, _batches(lake, SEQUENCES, own, ["items", "valid_start", "test_start", "end"]))
+            for named in by_time(settings)
+            for domain in domains
+            if (own := [f for f in files if (f.partition["split"], f.partition["domain"]) == (named["name"], domain)])
+        ],
     )
 
 
@@ -150,16 +159,18 @@ def _rejected(lake: str, versions: dict[str, int]) -> tuple[Counter[Pair], dict[
     return rejected, examples
 
 
-def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int]:
+def _versions(lake: str, release: int | None) -> tuple[dict[str, int], int, dict[str, Any]]:
+    """Tables' versions, the release's number, and the configuration that made it."""
     if spark_io.current_version(lake, RELEASES) is None:
         raise GraftrecError(f"the lake {lake} holds no release; run {etl_command(lake)} first")
-    found: dict[int, list[dict[str, Any]]] = {}
-    for batch in _batches(lake, RELEASES, spark_io.snapshot_files(lake, RELEASES), ["release", "tables"]):
-        found |= {row["release"]: row["tables"] for row in batch.to_pylist()}
+    found: dict[int, dict[str, Any]] = {}
+    for batch in _batches(lake, RELEASES, spark_io.snapshot_files(lake, RELEASES), ["release", "tables", "config"]):
+        found |= {row["release"]: row for row in batch.to_pylist()}
     number = max(found) if release is None else release
     if number not in found:
         raise GraftrecError(f"the lake {lake} holds the releases {min(found)} to {max(found)}, expected {release}")
-    return {entry["table"]: entry["version"] for entry in found[number]}, number
+    row = found[number]
+    return {entry["table"]: entry["version"] for entry in row["tables"]}, number, json.loads(row["config"])
 
 
 def _items(

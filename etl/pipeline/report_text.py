@@ -36,6 +36,7 @@ def lines(report: Report) -> list[str]:
     for (left, right), count in report.shared_users.items():
         items = report.shared_items[left, right]
         lines.append(f"in both {left} and {right}: {count:,} users, {items:,} items")
+    lines += [split.line() for split in report.time_splits]
     lines.append(f"{report.events:,} events after cleaning; {report.duplicates:,} exact duplicates dropped")
     lines += _histogram(report)
     lines.append(f"{sum(report.rejected.values()):,} rows in quarantine")

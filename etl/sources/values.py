@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.identifiers import NO_NUMBER, is_text, text
-from etl.settings import GraftrecError
+from etl.settings import ConfigError
 
 MICROSECONDS = {"s": 1_000_000.0, "ms": 1_000.0, "us": 1.0, "ns": 0.001}
 _WHOLE = r"^[+-]?\d{1,18}$"
@@ -121,11 +121,11 @@ def fitting_units(cells: pa.Array, time: pa.Array, *, unit: str, latest: int) ->
 
 
 def day(written: str, *, setting: str) -> int:
-    """Microseconds of an ISO 8601 date or time in the configuration. Raises GraftrecError."""
+    """Microseconds of an ISO 8601 date or time in the configuration. Raises ConfigError."""
     try:
         return _microseconds(dt.datetime.fromisoformat(written), dt.UTC)
     except ValueError:
-        raise GraftrecError(f"{setting}: expected a date such as 1995-01-31, found {written!r}") from None
+        raise ConfigError(f"{setting}: expected a date such as 1995-01-31, found {written!r}") from None
 
 
 def _int64(numbers: pa.Array) -> pa.Array:

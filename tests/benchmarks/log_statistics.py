@@ -1,5 +1,9 @@
-"""What a log looks like: popularity, repeats, sessions, histories, of a lake's tables `interactions` and `items`."""
+"""What a log looks like: popularity, repeats, sessions, histories, calendar, of `interactions` and `items` of a lake.
 
+python -m tests.benchmarks.log_statistics LAKE
+"""
+
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +14,8 @@ from trainer.data.release import pin
 
 SESSION_GAP = 3_600 * 1_000_000  # microseconds without an event that end a session
 HEAD = 0.1  # share of the items
+DAY = 24 * SESSION_GAP
+BREAK = 30 * DAY  # a user who does nothing for so long, and then something, comes back
 
 Ints = npt.NDArray[np.int64]
 
@@ -61,7 +67,43 @@ def statistics(log: Log) -> dict[str, float]:
         "repeat distance of a genre: events, median": float(np.median(distance)),
         "the same in a history that is shuffled": float(np.median(by_chance)),
         "mean repeat distance over that of a shuffled history": float(distance.mean() / by_chance.mean()),
+        **calendar(log),
     }
+
+
+def calendar(log: Log) -> dict[str, float]:
+    """Days, returning users, new items, and how the log changes with the calendar. Days and weekdays are UTC's."""
+    day = log.time // DAY
+    days = np.bincount(day - day.min())
+    own = np.diff(log.user) == 0
+    breaks = np.bincount(log.user[1:][own & (np.diff(log.time) >= BREAK)], minlength=int(log.user.max()) + 1)
+    first_day = np.full(int(log.item.max()) + 1, day.max())
+    np.minimum.at(first_day, log.item, day)
+    weekend = np.isin((np.arange(day.min(), day.max() + 1) + 3) % 7, (5, 6))  # 1970 began on a Thursday
+    evening = np.isin(log.time % DAY // SESSION_GAP, range(17, 23))
+    return {
+        "days": len(days),
+        "users who come back after 30 days, share": float((breaks > 0).mean()),
+        "breaks of 30 days, mean of a user": float(breaks.mean()),
+        "items first taken after a tenth of the days, share": float((first_day > day.min() + len(days) / 10).mean()),
+        "popularity: correlation of first and last quarter": popularity_drift(log),
+        "events of a weekend day over a weekday's": _ratio(days[weekend], days[~weekend]),
+        "events of an evening hour over another's": float(evening.mean() / 6 / ((1 - evening.mean()) / 18)),
+    }
+
+
+def popularity_drift(log: Log) -> float:
+    """Correlation of the logarithms of items' events in the first and in the last quarter of the log: 1 where nothing
+    changes but chance."""
+    ordered, quarter = log.item[np.argsort(log.time, kind="stable")], len(log.item) // 4
+    size = int(log.item.max()) + 1
+    early, late = (np.log1p(np.bincount(part, minlength=size)) for part in (ordered[:quarter], ordered[-quarter:]))
+    return float(np.corrcoef(early, late)[0, 1])
+
+
+def _ratio(some: Ints, others: Ints) -> float:
+    """Of means; NaN where there are none."""
+    return float(some.mean() / others.mean()) if len(some) and len(others) else float("nan")
 
 
 def gini(counts: Ints) -> float:
@@ -96,3 +138,8 @@ def _shuffled(log: Log) -> Ints:
     """Every user's categories in random order."""
     draw = np.random.default_rng(0).random(len(log.user))
     return log.category[np.lexsort((draw, log.user))]
+
+
+if __name__ == "__main__":
+    for name, value in statistics(read_log(sys.argv[1])).items():
+        print(f"{name:<58}{value:>12,.3f}")

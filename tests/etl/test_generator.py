@@ -188,3 +188,82 @@ def test_users_who_come_late_have_most_of_their_source_events_before():
     by_chance = late(0)
     assert by_chance < 0.25
     assert late(0.3) == pytest.approx(0.3 + 0.7 * by_chance, abs=0.08)
+
+
+# --- with a calendar --------------------------------------------------------------------------------------------------
+
+DAY = 86_400_000_000
+CALENDAR = {"returns": 1.5, "new_items": 0.4, "trends": 0.8, "season": 0.6}
+
+
+def test_a_calendar_changes_neither_items_nor_tastes():
+    plain, dated = world(GeneratorSource(**SMALL)), world(GeneratorSource(**SMALL, **CALENDAR))
+    for name in ("domain_V", "director_V", "actors_VA", "taste_VK", "topic_V", "part_V", "year_V", "word_VW"):
+        assert (getattr(plain, name) == getattr(dated, name)).all()
+    for one, other in zip(plain.shelves, dated.shelves, strict=True):
+        assert (one.items == other.items).all()
+        assert (one.released_V == one.released_V[0]).all()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"source_teaches": False}, {"late_share": 0.5}, {"items": 9_000, "people": 400, "users": 60}]
+)
+def test_no_item_is_taken_before_it_comes_out(more):
+    config, table = made(**{**CALENDAR, **more})
+    place = world(config)
+    released = np.zeros(config.items, np.int64)
+    for shelf in place.shelves:
+        released[shelf.items] = shelf.released_V
+    new = released > released.min()
+    assert new.mean() == pytest.approx(0.4, abs=0.15)
+    later = np.flatnonzero(place.part_V)
+    for item in later[:200].tolist():
+        before = np.flatnonzero((place.first_V == place.first_V[item]) & (place.part_V == place.part_V[item] - 1))
+        assert released[before] <= released[item], "no part before the one before it"
+    frame = table.select(["user", "item", "time"]).to_pandas()
+    number = frame["item"].str[1:].astype(int).to_numpy()
+    assert (frame["time"].to_numpy() >= released[number] * 1_000_000).all()
+    assert new[number].mean() > 0.1
+    assert (frame.groupby("user")["time"].diff().dropna() >= 0).all()
+    assert not frame.duplicated(["user", "item"]).any()
+
+
+def test_a_users_events_do_not_depend_on_the_block_with_a_calendar():
+    config, whole = made(**CALENDAR)
+    mask = pa.compute.equal(whole["user"], "u300")
+    assert events(config, np.array([300])).equals(whole.filter(mask).combine_chunks())
+
+
+def test_users_come_back_after_breaks():
+    def breaks(returns):
+        """Mean of a user."""
+        frame = made(returns=returns, season=0.1, mean_events=120)[1].select(["user", "basket", "time"]).to_pandas()
+        inside = frame.groupby("basket")["time"].agg(["min", "max"])
+        assert (inside["max"] - inside["min"]).max() < DAY, "a break parts no session"
+        return (frame.groupby("user")["time"].diff() >= 30 * DAY).sum() / 600
+
+    assert 1.3 < breaks(2.0) - breaks(0.0) < 2, "some meet, and some begin after the last event"
+
+
+def test_evenings_and_weekends_are_busier():
+    def shares(season):
+        time = made(season=season, returns=0.1)[1]["time"].to_numpy()
+        hour, weekday = time // 3_600_000_000 % 24, (time // DAY + 3) % 7
+        return np.mean((hour >= 17) & (hour < 23)), np.mean(weekday >= 5)
+
+    assert shares(0.0) == pytest.approx((6 / 24, 2 / 7), abs=0.02)
+    evening, weekend = shares(1.0)
+    assert evening > 0.4
+    assert weekend > 0.4
+
+
+def test_popularity_follows_the_year():
+    def likeness(trends):
+        """Correlation of items' events in a season and half a year later."""
+        frame = made(trends=trends, returns=0.1, items=120)[1].select(["item", "time"]).to_pandas()
+        half = frame["time"] // DAY % 365 < 183
+        number = frame["item"].str[1:].astype(int)
+        return np.corrcoef(*(np.log1p(np.bincount(number[part], minlength=120)) for part in (half, ~half)))[0, 1]
+
+    assert likeness(0.0) > 0.85
+    assert likeness(1.5) < likeness(0.0) - 0.1

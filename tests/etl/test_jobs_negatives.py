@@ -147,7 +147,8 @@ def _sequences(histories: Mapping[int, Sequence[int]], hold_out: Mapping[int, tu
 
 def _rows(sequences: pa.Table, chosen: Candidates, **earlier: Any) -> pa.Table:
     word = sequences["user"].to_numpy().astype(np.uint64) * np.uint64(31)
-    return pa.Table.from_batches(negatives.rows(sequences, word, chosen, domain="d", config=CONFIG, **earlier))
+    chosen_of = dict.fromkeys(("validation", "test"), chosen)
+    return pa.Table.from_batches(negatives.rows(sequences, word, chosen_of, domain="d", config=CONFIG, **earlier))
 
 
 def _told(table: pa.Table) -> Drawn:

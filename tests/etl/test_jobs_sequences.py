@@ -1,5 +1,6 @@
 """Sequences, hold-outs and baskets against hand-made ones, and against plain loops over a random log."""
 
+import datetime as dt
 import hashlib
 import itertools
 import json
@@ -34,6 +35,7 @@ LAST = SplitConfig(name="last-2", validation=1, test=1)
 CAUSAL = SplitConfig(name="causal", validation=1, test=1, causal_target="target")
 DOMAINS = {"all": ["a", "b", "c", "d", "x"], "source": ["a", "b", "x"], "target": ["c", "d"]}
 ITEMS = {"a": True, "b": True, "c": True, "d": True, "x": False}
+EPOCH, MICROSECOND = dt.datetime(1970, 1, 1), dt.timedelta(microseconds=1)
 A, B, C, D, X = range(FIRST_INDEX, FIRST_INDEX + 5)
 _USERS = pa.schema([("bucket", pa.int32()), ("user", pa.string()), ("index", pa.int32()), ("degree", pa.int64())])
 Rows = dict[tuple[str, str, int], list[dict[str, Any]]]
@@ -368,6 +370,24 @@ def _joint(history: list[Any], split: SplitConfig, cold: str) -> tuple[list[Any]
     return [*trained, *held, *past], len(trained) + len(held), len(held)
 
 
+def _dates(split: SplitConfig) -> list[float]:
+    """In microseconds since 1970."""
+    ends = (split.train_until, split.validate_until, split.test_until)
+    return [(dt.datetime.fromisoformat(end) - EPOCH) / MICROSECOND if end else float("inf") for end in ends]
+
+
+def _joint_by_time(history: list[Any], split: SplitConfig) -> tuple[list[Any], list[int]]:
+    """The same for a split by time, and where its parts begin and the last one ends."""
+    first, second, third = _dates(split)
+    inside = DOMAINS[split.joint_target or ""]
+    trained = [event for event in history if event[0] < first]
+    validated = [event for event in history if first <= event[0] < second and event[2] in inside]
+    tested = [event for event in history if second <= event[0] < third and event[2] in inside]
+    held = [*trained, *validated, *tested]
+    ends = [len(trained), len(trained) + len(validated), len(held)]
+    return held + [event for event in history if event not in held], ends
+
+
 def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], most: int) -> dict[Any, Any]:
     expected = {}
     for index, history in _histories(log, users, most).items():
@@ -381,6 +401,11 @@ def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], mos
             if split.joint_target and domain == "all":
                 own, end, num_held = _joint(history, split, cold)
             num_test = split.test if num_held else 0
+            if split.train_until:
+                before = [sum(event[0] < date for event in own) for date in _dates(split)]
+                if split.joint_target and domain == "all":
+                    own, before = _joint_by_time(history, split)
+                end, num_held, num_test = before[2], before[2] - before[0], before[2] - before[1]
             if split.cold_users and domain in ("all", split.joint_target):
                 num_held = sum(event[2] in DOMAINS[split.joint_target or ""] for event in own) if cold else 0
                 num_test = num_held if cold == "test" else 0
@@ -407,20 +432,30 @@ def _expected_baskets(log: Any, users: Any, splits: Sequence[SplitConfig], most:
             own = [event for event in history if event[2] in inside and event[5] is not None]
             if split.causal_target not in (None, domain) and (first := _first_held_out(history, split, "")):
                 own = [event for event in own if event[0] < first[0]]
-            lists: dict[str, list[Any]] = {}
+            lists: dict[tuple[str, int], list[Any]] = {}
             for event in own:
-                lists.setdefault(event[5], []).append(event)
+                passed = sum(event[0] >= date for date in _dates(split)) if split.train_until else 0
+                lists.setdefault((event[5], passed), []).append(event)
             for number, basket in enumerate(lists.values()):
                 parts = ["train"] * (len(lists) - 2) + ["validation", "test"]
+                if split.train_until:
+                    passed = sum(basket[0][0] >= date for date in _dates(split))
+                    if passed == 3:
+                        continue
+                    parts = [["train", "validation", "test"][passed]] * max(len(lists), 3)
                 row = {
                     "user": index,
                     "basket": number,
                     "time": basket[0][0],
-                    "part": parts[number] if len(lists) >= 3 else "train",
+                    "part": parts[number] if len(lists) >= 3 or split.train_until else "train",
                     "items": [FIRST_INDEX + list(ITEMS).index(event[2]) for event in basket],
                 }
                 expected.setdefault((split.name, domain, index), []).append(row)
     return expected
+
+
+def _at(microseconds: int) -> str:
+    return (EPOCH + microseconds * MICROSECOND).isoformat()
 
 
 SPLITS = (
@@ -433,9 +468,16 @@ SPLITS = (
     SplitConfig(name="joint-none", validation=0, test=0, joint_target="target"),
     SplitConfig(name="cold-users", cold_users=0.3, joint_target="target", causal_target="target"),
     SplitConfig(name="cold-source", cold_users=0.4, joint_target="source", min_train=2, validation=1, test=1),
+    SplitConfig(name="time-ties", train_until=_at(-93), validate_until=_at(-86), test_until=_at(-80)),
+    SplitConfig(name="time-early", train_until=_at(-50), validate_until=_at(3), test_until=_at(60)),
+    SplitConfig(name="time", train_until=_at(9_000), validate_until=_at(30_000)),
+    SplitConfig(
+        name="time-joint", train_until=_at(-93), validate_until=_at(30), test_until=_at(9_000), joint_target="target"
+    ),
 )
 EAGER = SplitConfig(name="cold", cold_users=0.3, joint_target="target", causal_target="target")
-DAYS_SPLITS = (SplitConfig(name="a-joint", joint_target="target"), EAGER, LAST, CAUSAL)  # a joint row comes first
+BY_TIME = SplitConfig(name="time", train_until=_at(-50), validate_until=_at(3), test_until=_at(30_000))
+DAYS_SPLITS = (SplitConfig(name="a-joint", joint_target="target"), EAGER, LAST, CAUSAL, BY_TIME)  # a joint row first
 
 
 @pytest.mark.parametrize("most", [1_000, 9])
@@ -599,6 +641,12 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
         ((SplitConfig(joint_target="all", causal_target="target"),), "joint_target"),
         ((SplitConfig(joint_target="target", causal_target="all"),), "same domain"),
         ((SplitConfig(cold_users=0.1),), "cold_users: expected a joint_target"),
+        ((SplitConfig(train_until="May"),), r"splits.last-5.train_until: expected a date .* found 'May'"),
+        ((SplitConfig(validate_until="2024-01-01"),), "expected train_until beside"),
+        ((SplitConfig(train_until="2024-01-02", validate_until="2024-01-01"),), "put the dates in order"),
+        ((SplitConfig(train_until="2024-01-02", test_until="2024-01-02"),), "put the dates in order"),
+        ((SplitConfig(train_until="2024-01-02", causal_target="target"),), "leave it out"),
+        ((SplitConfig(train_until="2024-01-02", joint_target="target", cold_users=0.1),), "leave it out"),
     ]:
         with pytest.raises(ConfigError, match=message):
             sequences.check(config(*splits))

@@ -1,5 +1,6 @@
 """Every setting of training, as frozen types (composed from conf/ by `etl.settings.load`)."""
 
+from trainer.config.backtest import BacktestConfig
 from trainer.config.data import DataConfig, TargetDataConfig
 from trainer.config.evaluation import (
     BaselinesConfig,
@@ -38,6 +39,7 @@ from trainer.config.training import (
 from trainer.config.transfer import FinetuneConfig, PatchConfig, TransferName, patch_of, with_transfer
 
 __all__ = [
+    "BacktestConfig",
     "BaselinesConfig",
     "BasketPairConfig",
     "Bert4RecConfig",

@@ -63,15 +63,15 @@ class EvaluationConfig(Section):
         "uniform-100",
         "popular-100",
     )
-    # Of next baskets: whether what a user has had is a candidate too; not in a log where nothing is taken twice.
-    # None: true in training; in `evaluate` and `promote` the models' own setting.
+    # Whether what a user has had is ranked too (music, groceries, news); false: only items that are new to the user.
+    # None: true of next baskets, false of items; in `evaluate` and `promote` the models' own setting. With true, items
+    # are ranked in full only: fixed negatives are never what a user has had.
     repeats: bool | None = None
     batch_size: int = Field(256, ge=1)
     max_users: int | None = Field(None, ge=2)  # about so many, the same for every model; None: all
 
-    @property
-    def ranks_repeats(self) -> bool:
-        return self.repeats is not False
+    def ranks_repeats(self, *, baskets: bool) -> bool:
+        return baskets if self.repeats is None else self.repeats
 
 
 class PretrainConfig(Section):

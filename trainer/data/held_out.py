@@ -42,6 +42,9 @@ class HeldOut:
     first_time: IntArray  # [U] time of the first held-out item; empty where there are no times, or they were not read
     baskets: bool = False  # histories have a SEP behind each
     repeats: bool = False  # what is in the input is a candidate too, for it may be had again
+    # [V] rows that the log has before the part ends, the only candidates of a split by time; None: all
+    candidates: npt.NDArray[np.bool_] | None = None
+    num_repeats: int = 0  # held-out items left out, for the users had had them (see `without_repeats`)
     # [U] value of the first held-out event, NaN: none; empty where they were not read
     first_value: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
     # [U, R] kinds of the held-out events (places among those distinguished, 0 for none); empty where they were not read
@@ -76,7 +79,7 @@ def read_held_out(
     times: bool = False,
     max_users: int | None = None,
     baskets: bool = False,
-    repeats: bool = True,
+    repeats: bool = False,
     values: bool = False,
     event_types: Sequence[str] = (),
 ) -> HeldOut:
@@ -85,7 +88,7 @@ def read_held_out(
     Input at validation: the training part; at test: training part and validation items. `times`: read times too, which
     baselines over several domains need. `max_users`: only about so many users, the same ones for every model and run
     (chosen by a hash of their index), so that memory is bounded whatever the table's size. `baskets`: the next basket
-    is held out, of the table `baskets`; ranked in full only, with `repeats` among what the user has had, too.
+    is held out, of the table `baskets`; ranked in full only. `repeats`: what the user has had is ranked too.
     `values`: the first held-out event's is read. `event_types`: kinds of event that are distinguished, in the
     input and of held-out events (see SequenceDataset).
     Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
@@ -148,10 +151,44 @@ def read_held_out(
         np.bincount(owner[(position < examples.valid_start[owner]) & (rows != SEP)], minlength=len(examples)),
         examples.times[first] if len(examples.times) else examples.times,
         baskets,
-        baskets and repeats,
+        repeats,
+        _until(dataset, catalogue, part) if split in release.by_time else None,
+        0,
         examples.values[first] if len(examples.values) else examples.values,
         kinds,
     )
+
+
+def without_repeats(held_out: HeldOut, *, where: str) -> HeldOut:
+    """Without held-out items that are in the user's input, unless `repeats`: they are no candidates, so nothing could
+    rank them. Users who hold out no others are left out. Raises DataError where that is everyone. `where`: of what.
+    """
+    if held_out.repeats:
+        return held_out
+    targets, given = held_out.targets, held_out.histories
+    had = np.unique(np.repeat(np.arange(len(given)), given.lengths) * held_out.num_rows + given.items)
+    again = np.isin(np.arange(len(targets))[:, None] * held_out.num_rows + targets, had) & (targets >= 0)
+    if not again.any():
+        return held_out
+    left = np.where(again, -1, targets)
+    rankable = np.flatnonzero((left >= 0).any(1))
+    if not len(rankable):
+        raise DataError(
+            f"expected held-out items of {where} that are new to their users, found none among {int(again.sum()):,} "
+            f"items of {len(targets):,} users, so nothing can be ranked; set evaluation.repeats=true to rank what they "
+            "had before"
+        )
+    return replace(held_out, targets=left, num_repeats=int(again.sum())).take(rankable)
+
+
+def _until(dataset: SequenceDataset, catalogue: Catalogue, part: Part) -> npt.NDArray[np.bool_]:
+    """[V] rows that are in anyone's sequence before `part` ends."""
+    found = np.zeros(len(catalogue), bool)
+    for group in range(len(dataset.groups)):
+        sequences = dataset.read([group])
+        is_before = sequences.positions < _bounds(sequences, part)[1][sequences.owners]
+        found[catalogue.rows(sequences.items[is_before])] = True
+    return found
 
 
 def _bounds(sequences: Sequences, part: Part) -> tuple[IntArray, IntArray]:

@@ -48,6 +48,7 @@ class Release:
     number: int
     versions: dict[str, int]
     digests: dict[str, str] = field(default_factory=dict)  # of tables' logs; none of releases of before
+    by_time: frozenset[str] = frozenset()  # the splits by time
 
     def files(self, table: Table, partitions: dict[str, str] | None = None) -> list[TableFile]:
         """Data files of a table's pinned version, sorted by path; only those of the partitions named. Their bytes are
@@ -135,7 +136,7 @@ def pin(lake: str, release: int | None) -> Release:
     handle = _open(lake, tables.RELEASES, None)
     rows = (
         Release(lake, 0, {tables.RELEASES.name: handle.version()})
-        .read(tables.RELEASES, ["release", "tables"])
+        .read(tables.RELEASES, ["release", "tables", "config"])
         .to_pylist()
     )
     known = {row["release"]: row for row in rows}
@@ -149,7 +150,9 @@ def pin(lake: str, release: int | None) -> Release:
     except LakeError as error:
         raise DataError(str(error)) from None
     digests = json.loads(commits[0].get("digests", "{}")) if commits else {}
-    return Release(lake, number, {entry["table"]: entry["version"] for entry in known[number]["tables"]}, digests)
+    versions = {entry["table"]: entry["version"] for entry in known[number]["tables"]}
+    splits = json.loads(known[number]["config"]).get("splits", ())
+    return Release(lake, number, versions, digests, frozenset(s["name"] for s in splits if s.get("train_until")))
 
 
 def known_sequences(release: Release, table: Table) -> list[tuple[str, str]]:

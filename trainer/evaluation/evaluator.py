@@ -31,7 +31,7 @@ class Validation:
     @cached_property
     def held_out(self) -> HeldOut:
         """What the users who are validated hold out; times only where more is read than is predicted."""
-        data = self.config.data
+        data, baskets = self.config.data, self.config.task.reads_baskets
         return read_held_out(
             self.release,
             data.split,
@@ -40,8 +40,8 @@ class Validation:
             "validation",
             times=data.answered != data.domain,
             max_users=self.config.train.validation_users,
-            baskets=self.config.task.reads_baskets,
-            repeats=self.config.evaluation.ranks_repeats,
+            baskets=baskets,
+            repeats=self.config.evaluation.ranks_repeats(baskets=baskets),
             values=self.config.task.reads_values,
             event_types=data.event_types,
         )

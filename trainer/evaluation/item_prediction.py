@@ -19,8 +19,9 @@ from etl.tables import DOMAIN_ALL, FIRST_INDEX
 from trainer.arrays import IntArray
 from trainer.config import BaselinesConfig, EvaluateConfig, TaskSettings
 from trainer.data.catalogue import rows_of_domain
-from trainer.data.held_out import FULL, HeldOut
+from trainer.data.held_out import FULL, HeldOut, without_repeats
 from trainer.data.histories import Histories
+from trainer.evaluation import newness
 from trainer.evaluation.baselines import names, next_basket
 from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
 from trainer.evaluation.evaluator import Evaluator, Measure, Question, Validation
@@ -122,11 +123,18 @@ class Evaluation(Results):
         if protocols[1:]:
             columns = [(protocol, metrics[0]) for protocol in protocols[1:]]
             blocks.append(f"{metrics[0]} among sampled negatives\n" + block(rows, columns))
+        if (new := newness.newness(examples)) is not None:
+            blocks.append(newness.table(self, new, protocols[0], metrics[0]))
         headline = [row for row in rows if (row.protocol, row.metric) == (protocols[0], metrics[0])]
         convention = convention_of(metrics[0])[0]
         notes = [f"several held-out items are relevant in one list (convention `{convention}`)"]
         if examples.held_out.repeats:
             notes.append("what a user has had is a candidate too")
+        if examples.held_out.num_repeats:
+            notes.append(
+                f"{examples.held_out.num_repeats:,} held-out items that their users had had before are left out "
+                "(evaluation.repeats=true ranks them)"
+            )
         notes += notes_on_tests([row for row in rows if row.protocol == protocols[0]], f"gains over {against}")
         notes += [_account(row) for row in headline if row.is_model and row.gain is not None]
         notes += [
@@ -136,7 +144,8 @@ class Evaluation(Results):
         return "\n\n".join(blocks) + "\n\n" + "\n".join(notes)
 
     def tables(self) -> Iterator[pa.Table]:
-        """Label, seed, protocol, convention, user (raw id) and a column a metric."""
+        """Label, seed, protocol, convention, user (raw id), length of its training part (0: it is new) and a column a
+        metric."""
         users = pa.array(self.examples.raw_users, pa.string())
         prefixes = {"list": "", "single": SINGLE} | ({"basket": BASKET} if self.examples.baskets else {})
         lacking = np.full(len(users), np.nan)
@@ -151,6 +160,7 @@ class Evaluation(Results):
                         "protocol": pa.array([protocol] * len(users), pa.string()),
                         "convention": pa.array([convention] * len(users), pa.string()),
                         "user": users,
+                        "training_items": pa.array(self.training_items, pa.int64()),
                     } | {name: metrics.get(prefix + name, lacking) for name in names}
                     yield pa.table(columns)
 
@@ -178,7 +188,8 @@ class Evaluation(Results):
         return GAINS, transfer_gains(gains, metric=rows[0].metric, over=over, title=title)
 
     def summary(self) -> dict[str, Any]:
-        return {
+        new = newness.newness(self.examples)
+        return ({} if new is None else {"new": newness.summary(self, new, self.protocols, self.columns[0])}) | {
             "users": self.num_users,
             "items": len(self.examples.catalogue) - FIRST_INDEX,
             "contenders": [
@@ -270,7 +281,9 @@ class ItemPrediction(Evaluator):
 
     @staticmethod
     def baseline_names(task: TaskSettings) -> tuple[str, ...]:
-        return names.OF_BASKETS if task.reads_baskets else (*names.OF_ONE_DOMAIN, *names.OF_ALL_DOMAINS)
+        if task.reads_baskets:
+            return names.OF_BASKETS
+        return (*names.OF_ONE_DOMAIN, *names.OF_ALL_DOMAINS, names.PERSONAL_FREQUENCY)
 
     @staticmethod
     def table_metrics(task: TaskSettings) -> tuple[str, ...]:
@@ -293,8 +306,9 @@ class ItemPrediction(Evaluator):
     @classmethod
     def read(cls, question: Question) -> Sequence[Self]:
         config, models, baskets = question.config.evaluation, question.models, question.task.reads_baskets
-        # For next baskets no negatives are drawn.
-        protocols, repeats = ((FULL,), repeats_of(config, models)) if baskets else (config.protocols, config.repeats)
+        repeats = repeats_of(config, models, baskets=baskets)
+        # For next baskets no negatives are drawn, and none that a user has had.
+        protocols = (FULL,) if baskets or repeats else config.protocols
         kinds = [name for model in models for name in model.event_types] + list(question.event_types)
         examples = read_evaluation_set(
             question.release,
@@ -314,8 +328,10 @@ class ItemPrediction(Evaluator):
         return model_scorer(model, self.examples, label=label, seed=seed, device=device, must_know=must_know)
 
     def baselines(self, config: BaselinesConfig) -> Sequence[Scorer]:
-        simple = next_basket.baseline_scorers if self.examples.baskets else baseline_scorers
-        return simple(self.examples, config)
+        if self.examples.baskets:
+            return next_basket.baseline_scorers(self.examples, config)
+        repeated = [next_basket.frequency_scorer(self.examples)] if self.examples.held_out.repeats else []
+        return [*baseline_scorers(self.examples, config), *repeated]
 
     def predict(self, scorers: Sequence[Scorer]) -> Evaluation:
         return evaluate_scorers(
@@ -334,7 +350,10 @@ def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:
     joint split has such events in the training part. Raises ConfigError where it would ask for items that are not
     ranked.
     """
-    data, held_out = validation.config.data, validation.held_out
+    data = validation.config.data
+    held_out = without_repeats(
+        validation.held_out, where=f"split {data.split!r} and domain {data.domain!r} for validation"
+    )
     if not has_items(held_out.histories).any():
         raise ConfigError(
             f"expected users with something to read before what split {data.split!r} holds out, found none in domain "
@@ -342,7 +361,7 @@ def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:
             f"{data.answered}), or take another split"
         )
     if data.answered == data.domain:
-        return held_out, None
+        return _with_history(held_out), None
     among = rows_of_domain(validation.release, validation.catalogue, data.answered)
     examples = held_out.targets[held_out.targets >= 0]
     if strange := int((~among[examples]).sum()):
@@ -353,4 +372,10 @@ def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:
         )
     given = held_out.histories
     before = given.before(held_out.first_time, always=among[given.items])
-    return replace(held_out, histories=before), torch.from_numpy(among)
+    return _with_history(replace(held_out, histories=before)), torch.from_numpy(among)
+
+
+def _with_history(held_out: HeldOut) -> HeldOut:
+    """Users who are new since training are ranked by popularity, which no epoch changes: they are not validated."""
+    known = has_items(held_out.histories)
+    return held_out if known.all() else held_out.take(np.flatnonzero(known))

@@ -14,6 +14,7 @@ named as in `trainer.evaluation.ranking_metrics`: bare names are of the conventi
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -72,15 +73,26 @@ def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: b
             found[protocol][users] = ranks_BR.cpu().numpy()
         if FULL in found:
             left_out = histories.until(np.zeros(len(histories), np.int64)) if held_out.repeats else histories
-            found[FULL][users] = rank_in_full(scores, parts[0], targets_BR, left_out, FIRST_INDEX).cpu().numpy()
+            ranks_BR = rank_in_full(scores, parts[0], targets_BR, left_out, FIRST_INDEX, among=held_out.candidates)
+            found[FULL][users] = ranks_BR.cpu().numpy()
         bar.update(len(users))
     bar.close()
     return found
 
 
 @torch.inference_mode()
-def rank_in_full(scores: Scores, scores_BR: Tensor, targets_BR: Tensor, left_out: Histories, first: int) -> Tensor:
+def rank_in_full(
+    scores: Scores,
+    scores_BR: Tensor,
+    targets_BR: Tensor,
+    left_out: Histories,
+    first: int,
+    *,
+    among: npt.NDArray[np.bool_] | None = None,
+) -> Tensor:
     """Ranks int64 [B, R] of held-out items among all rows from `first` but those `left_out`.
+
+    `among` [V]: only among these rows, which the held-out and the left-out ones belong to.
 
     `scores_BR`: the held-out items' (`scores.gather`). Competitors are counted block by block: all that are not below,
     less those of them that don't compete, which are few.
@@ -105,6 +117,10 @@ def rank_in_full(scores: Scores, scores_BR: Tensor, targets_BR: Tensor, left_out
             apart_N = ~(scores_N < scores_BR[owner_N, r])
             above_BR[:, r] += block.shape[1] - _count(block < scores_BR[:, r, None])
             above_BR[:, r] -= torch.bincount(owner_N[apart_N], minlength=B)
+        if among is not None:
+            strange = block[:, torch.from_numpy(np.flatnonzero(~among[start : start + block.shape[1]])).to(device)]
+            for r in range(targets_BR.shape[1]):
+                above_BR[:, r] -= strange.shape[1] - _count(strange < scores_BR[:, r, None])
     targets_BR = targets_BR.to(device)
     return place_targets(above_BR, scores_BR, targets_BR, torch.from_numpy(is_candidate_BR).to(device))
 

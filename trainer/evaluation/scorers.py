@@ -24,7 +24,7 @@ from trainer.arrays import Int8Array
 from trainer.config import BaselinesConfig, EvaluationConfig, PretrainConfig
 from trainer.data.baskets import BasketDataset
 from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
-from trainer.data.held_out import HeldOut, Part, read_held_out, read_users, sampled
+from trainer.data.held_out import HeldOut, Part, read_held_out, read_users, sampled, without_repeats
 from trainer.data.histories import Histories, merge
 from trainer.data.release import Release, domains_with_sequences
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
@@ -178,25 +178,31 @@ def read_evaluation_set(
         times=True,
         max_users=config.max_users,
         baskets=baskets,
-        repeats=config.ranks_repeats,
+        repeats=config.ranks_repeats(baskets=baskets),
         event_types=event_types,
     )
+    held_out = without_repeats(held_out, where=f"split {split!r} and domain {domain!r} for {part}")
     return EvaluationSet(release, split, domain, part, catalogue, held_out, tuple(event_types))
 
 
-def repeats_of(config: EvaluationConfig, models: Sequence[TrainedModel]) -> bool:
-    """Whether what a user has had is a candidate: as configured, else as the models of next baskets were trained.
+def repeats_of(config: EvaluationConfig, models: Sequence[TrainedModel], *, baskets: bool) -> bool:
+    """Whether what a user has had is a candidate: as configured, else as the models of the same task were trained.
 
     Raises EvaluateError where these differ.
     """
-    own = {model.config.evaluation.ranks_repeats for model in models if model.config.task.reads_baskets}
+    named = {
+        model.config.evaluation.ranks_repeats(baskets=baskets): model
+        for model in models
+        if model.config.task.reads_baskets == baskets
+    }
+    own = set(named)
     if config.repeats is None and len(own) > 1:
-        apart = [next(m for m in models if m.config.evaluation.ranks_repeats is flag) for flag in (True, False)]
+        apart = [named[flag] for flag in (True, False)]
         raise EvaluateError(
             f"evaluation.repeats: expected models that were trained with the same, found true in {apart[0].folder} and "
             f"false in {apart[1].folder}; set --evaluation.repeats for all of them"
         )
-    return own.pop() if config.repeats is None and own else config.ranks_repeats
+    return own.pop() if config.repeats is None and own else config.ranks_repeats(baskets=baskets)
 
 
 def aligned(histories: Histories, users: IntArray) -> Histories:
@@ -362,6 +368,8 @@ def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
             "release"
         )
     same = data.domain == examples.domain and examples.baskets == trained_model.config.task.reads_baskets
+    if data.split != examples.split and release.by_time & {data.split, examples.split}:
+        same &= examples.baskets  # sequences of other dates may hold what is asked
     if same or data.domain not in domains_with_sequences(examples.release, data.split):
         return
     dataset = SequenceDataset(examples.release, data.split, data.domain)

@@ -77,7 +77,7 @@ class TopK:
     def __init__(self, trained_model: TrainedModel) -> None:
         baskets = trained_model.config.task.reads_baskets
         self._scorer = trained_model.scorer(baskets=baskets, clicks=True)
-        self._repeats = baskets and trained_model.config.evaluation.ranks_repeats
+        self._repeats = trained_model.config.evaluation.ranks_repeats(baskets=baskets)
         popularity = torch.from_numpy(trained_model.popularity.astype(np.float32))
         if trained_model.model.predicted_V is not None:
             popularity.masked_fill_(~trained_model.model.predicted_V, -torch.inf)
@@ -85,7 +85,7 @@ class TopK:
         self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
 
     def best(self, histories: Histories, k: int) -> tuple[IntArray, Tensor]:
-        """Rows [B, K] and scores [B, K], best first, that are not in the history, or of baskets maybe are; see
+        """Rows [B, K] and scores [B, K], best first, that are not in the history, or with `repeats` maybe are; see
         `trainer.inference.scorer.top_k`."""
         rows, scores = self._popular(k)
         rows_BK, scores_BK = rows.repeat(len(histories), axis=0), scores.repeat(len(histories), 1)

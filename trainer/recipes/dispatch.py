@@ -42,6 +42,10 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.recipes import evaluate
 
             return evaluate.run
+        case "backtest":
+            from trainer.recipes import backtest
+
+            return backtest.run
         case "promote":
             from trainer.recipes import promote
 

@@ -22,6 +22,7 @@ from etl.command import CommandParser, configurations, run_command
 from etl.config import EtlConfig, KnowledgeConfig, MovielensSource
 from etl.settings import GraftrecError, Section, load, replaced
 from etl.tables import RECOMMENDATIONS
+from trainer.config import RuntimeConfig
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
@@ -143,8 +144,9 @@ def train_all(
 
     score = f"validation/{monitor(config.finetune.task)}"  # chooses the candidate; test numbers choose nothing
     trainings, of_target = training_jobs(config, planned, release)
+    jobs = jobs_of(config.jobs, config.finetune.runtime, len(trainings))
     with step("train"):
-        runner.run(trainings, folder=Path(config.runs), jobs=jobs_of(config, len(trainings)), environment=environment)
+        runner.run(trainings, folder=Path(config.runs), jobs=jobs, environment=environment)
     unmeasured = {
         id(training)
         for of_label in of_target.values()
@@ -173,16 +175,15 @@ class TrainingFailed(GraftrecError):
         self.exit_code = exit_code
 
 
-def jobs_of(config: PipelineConfig, trainings: int) -> int:
-    """How many trainings run side by side."""
+def jobs_of(jobs: int | None, runtime: RuntimeConfig, trainings: int) -> int:
+    """How many trainings run side by side. `jobs`: as configured."""
     import torch
 
     from trainer.parallel.cores import usable_cores
 
-    device = config.finetune.runtime.device
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        return config.jobs or 1
-    return config.jobs or max(1, min(trainings, usable_cores() // (config.finetune.runtime.threads or 1)))
+    if runtime.device == "cuda" or (runtime.device == "auto" and torch.cuda.is_available()):
+        return jobs or 1
+    return jobs or max(1, min(trainings, usable_cores() // (runtime.threads or 1)))
 
 
 def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, every: Sequence[Trained]) -> Outcome:

@@ -21,11 +21,12 @@ from typing import Any, Literal
 
 import yaml
 
-from etl.settings import GraftrecError
+from etl.settings import GraftrecError, RunAgain
 from etl.stopping import SIGNALS
 from trainer.config import PretrainConfig
 
 POLL_SECONDS = 0.05
+CHANGED = "expected a model of these settings, code and data, found that one of them changed meanwhile; run again"
 STOP_SECONDS = 30.0  # a stopped run writes a checkpoint first
 # The recipes, and what they import only when needed: for torch's optimizers, MLflow's database, pictures.
 _PRELOADED = (
@@ -106,7 +107,10 @@ def run(trainings: Sequence[TrainingJob], *, folder: Path, jobs: int, environmen
                 del running[key]
                 training.exit_code = _exit_code(process.exitcode)
                 done = _finished(training) if process.exitcode == 0 else None
-                if done is None:
+                if done is None and process.exitcode == 0:
+                    training.exit_code = RunAgain.exit_code
+                    training.failure = CHANGED
+                elif done is None:
                     training.failure = _reason(folder / "logs" / f"{_file(training)}.log", process.exitcode)
                 end(training, f"{done}, {time.monotonic() - begun:.0f} s")
             if running:

@@ -17,7 +17,8 @@ from trainer.evaluation.class_metrics import signed
 from trainer.evaluation.comparison import Results, in_order
 from trainer.evaluation.evaluator import Evaluator, Question
 from trainer.evaluation.evaluators import evaluator_of
-from trainer.evaluation.gate import FROM_SCRATCH, Evidence, Slice, check_must_beat
+from trainer.evaluation.gate import FROM_SCRATCH, Evidence, GateError, Slice, check_must_beat
+from trainer.evaluation.item_prediction import ItemPrediction
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.inference.model_folder import TrainedModel
 from trainer.registry import CHAMPION
@@ -70,7 +71,13 @@ def _evaluator(models: Named, event_types: Sequence[str], config: PromoteConfig,
         runtime=config.runtime,
     )
     found = evaluator_of(task).read(Question(settings, [model for _, model in models], release, event_types))
-    return next((one for one in found if one.name == gate.metric.partition("/")[0]), found[-1])
+    chosen = next((one for one in found if one.name == gate.metric.partition("/")[0]), found[-1])
+    if isinstance(chosen, ItemPrediction) and gate.protocol not in chosen.examples.held_out.protocols:
+        raise GateError(
+            f"gate.protocol: expected {FULL} where what users have had is ranked too (evaluation.repeats), found "
+            f"{gate.protocol!r}; set it to {FULL}"
+        )
+    return chosen
 
 
 def was_transferred(config: PretrainConfig, parent: str | None) -> bool:

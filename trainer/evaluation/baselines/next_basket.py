@@ -44,6 +44,16 @@ def baseline_scorers(examples: EvaluationSet, config: BaselinesConfig) -> list[S
     ]
 
 
+def frequency_scorer(examples: EvaluationSet) -> Scorer:
+    """What the user has had most often, of items that may be had again."""
+    popular = examples.training_interactions / max(examples.training_interactions.sum(), 1)
+
+    def of_user(given: Histories) -> Scores:
+        return Scores.of(personal_frequency(given, popular))
+
+    return Scorer(PERSONAL_FREQUENCY, None, of_user, f"all of a user's items of {examples.domain}")
+
+
 def popularity(training: Histories, num_rows: int) -> FloatArray:
     """[V] share of all interactions."""
     counts = np.bincount(training.items, minlength=num_rows).astype(np.float64)
