@@ -55,7 +55,12 @@ AMONG_TEXT = {
     "popular-100": "100 items sampled by popularity",
     "top-100": "the 100 most popular items",
 }
-CONVENTION_TEXT = {"list": "all of a user's held-out items in one list", "single": "each held-out item by itself"}
+CONVENTION_TEXT = {
+    "list": "all of a user's held-out items in one list",
+    "single": "each held-out item by itself",
+    "basket": "the items of a user's next basket in one list",
+    "": "each user by itself",
+}
 FEW_USERS = 30  # of a slice: their intervals would hide all others
 NAN = float("nan")
 
@@ -72,7 +77,7 @@ class Place:
     convention: str
 
     def __str__(self) -> str:
-        return f"{self.protocol}, {self.convention}"
+        return ", ".join(filter(None, (self.protocol, self.convention)))
 
     def holds(self, entry: Row) -> bool:
         return bool(entry["protocol"] == self.protocol and entry["convention"] == self.convention)
@@ -103,7 +108,8 @@ class _Report:
         self.places = [Place(*pair) for pair in product(results["protocols"], results["conventions"])]
         self.head = self.places[0]
         tested = [*results["hypotheses"], *results["comparisons"]]
-        self.metric: str = tested[0]["metric"] if tested else "NDCG@10"
+        self.metric: str = results.get("metric") or (tested[0]["metric"] if tested else "NDCG@10")
+        self.monitor = results.get("monitor", self.metric)  # of the validation part; older results have none
         self.is_surveys_data = survey.is_of(results["data"]["domains"])
         self.gains = {
             (Place(gain["protocol"], gain["convention"]), gain["row"]): gain for gain in results["comparisons"]
@@ -141,10 +147,10 @@ class _Report:
         where = f"From domain {data['source_domain']} to" if transfers else "On domain"
         held_out = _count(data["held_out"], "held-out item") if data.get("held_out") else "held-out items"
         candidates = AMONG_TEXT.get(self.head.protocol, self.head)
+        what = data.get("evaluated") or f"the {held_out} of {data['evaluated_users']:,} users"
         return (
-            f"{_dataset(data)}. {where} {data['target_domain']}: the {held_out} of {data['evaluated_users']:,} users "
-            f"(split {data['split']}, {data['part']} part) ranked among {candidates}. "
-            f"{self.runs_done()}"
+            f"{_dataset(data)}. {where} {data['target_domain']}: {what} (split {data['split']}, {data['part']} part)"
+            f"{'' if data.get('evaluated') else f' ranked among {candidates}'}. {self.runs_done()}"
         )
 
     def runs_done(self) -> str:
@@ -329,7 +335,7 @@ class _Report:
         if not self.models:
             return []
         rows: list[Sequence[Cell | str] | str] = []
-        metrics = [metric for metric in survey.METRICS if metric in self.results["metrics"]]
+        metrics = [name for name in survey.METRICS if name in self.results["metrics"]] or self.results["metrics"]
         for model in self.models:
             place = Place(survey.PROTOCOL, survey.CONVENTIONS.get(model, self.head.convention))
             place = place if place in self.places else self.head
@@ -483,7 +489,7 @@ class _Report:
                     continue
                 names = self.series if len(families) == 1 else [_series(row) for row in rows]
                 file = f"curves-{number}" if len(families) == 1 else f"curves-{number}-{part}"
-                shows = f"Validation {self.metric} and training loss by epoch, every seed a line: {family}"
+                shows = f"Validation {self.monitor} and training loss by epoch, every seed a line: {family}"
                 blocks += [Heading(family, 3), Picture(file, curve_panels(panels, names=names), shows)]
         text = "The training that ended in the scored model, every seed a line; dots are the epochs that were kept."
         return [Heading("Learning curves"), Text(text), *blocks] if blocks else []
@@ -596,7 +602,7 @@ class _Report:
 
     def cells(self) -> list[Block]:
         """What each number came from."""
-        head = ["row", "run", "folder", "seed", "epochs", f"validation {self.metric}", "model", "pre-trained model"]
+        head = ["row", "run", "folder", "seed", "epochs", f"validation {self.monitor}", "model", "pre-trained model"]
         rows = [
             [
                 _name_of(row),
