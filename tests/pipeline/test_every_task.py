@@ -1,4 +1,5 @@
-"""Every kind of task, and one that only tests know, goes through pre-training, search, gate and pipeline alike."""
+"""Every kind of task, and one that only tests know, goes through pre-training, search, gate, pipeline, experiment and
+report alike."""
 
 import json
 import subprocess
@@ -34,7 +35,11 @@ pipeline.build_tables = lambda config: 1  # a lake that is there
 from trainer.config import SearchConfig
 from trainer.recipes.pipeline_plan import PipelineConfig
 settings = json.loads(sys.argv[1])
-if "space" in settings:
+if "grid" in settings:
+    from trainer.experiment import run
+    from trainer.experiment.plan import ExperimentConfig
+    print("exit", run.run(ExperimentConfig.model_validate(settings)))
+elif "space" in settings:
     (winner,) = search.run(SearchConfig.model_validate(settings))
     print("winner", winner.score)
 else:
@@ -108,3 +113,37 @@ def test_a_task_that_only_tests_know_is_searched(lake: str, tmp_path: Path) -> N
     settings = {"pretrain": recipe, "space": {"train.learning_rate": [0.01, 0.003]}, "trials": 2}
     told = done(tmp_path, settings | {"tracking": {"enabled": False}})
     assert float(told.strip().split()[-1]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_has_an_experiment_and_its_report(name: str, lake: str, tmp_path: Path) -> None:
+    model, task, metric = TASKS[name]
+    preset = {"model": model, "task": task, "train": TRAIN}
+    settings = {
+        "name": "tiny",
+        "runs": "runs",
+        "lake": lake,
+        "grid": {"own": {"label": "ours", "preset": preset, "transfers": ["none", "deep"]}},
+        "seeds": [0, 1],
+        "evaluation": {"protocols": ["full"]},
+        "tracking": {"enabled": False},
+    }
+    assert done(tmp_path, settings).strip().splitlines()[-1] == "exit 0"
+    found = json.loads((tmp_path / "runs/tiny/results.json").read_text())
+    rows = {row["id"]: row for row in found["rows"]}
+    assert {rows[row]["status"] for row in ("own", "own-deep")} == {"done"}
+    assert len([row for row in found["rows"] if row["kind"] == "baseline"]) > 1
+    (compared,) = {(gain["row"], gain["against"], gain["metric"]) for gain in found["comparisons"]}
+    assert compared == ("own-deep", "own", found["metric"])
+    for protocol in found["protocols"]:
+        for convention in found["conventions"]:
+            means = [rows[row]["metrics"][protocol][convention][found["metric"]]["mean"] for row in ("own", "own-deep")]
+            gains = [one for one in found["comparisons"] if one["protocol"] == protocol]
+            gain = next(one["gain"] for one in gains if one["convention"] == convention)
+            assert gain == pytest.approx(means[1] - means[0], abs=1e-9)
+    page = (tmp_path / "runs/tiny/report/report.md").read_text(encoding="utf-8")
+    assert "ours, deep" in page
+    assert f"validation {found['monitor']}" in page
+    if "/" not in metric:
+        assert metric in page

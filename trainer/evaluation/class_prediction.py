@@ -15,9 +15,9 @@ from trainer.arrays import IntArray
 from trainer.data.histories import Histories
 from trainer.evaluation.class_metrics import AUC, LOG_LOSS, PER_EXAMPLE, example_metrics, metrics_of
 from trainer.evaluation.comparison import Key, Row
-from trainer.evaluation.predictions import USERS, PredictionEvaluator, Predictions
+from trainer.evaluation.predictions import PredictionEvaluator, Predictions
 from trainer.evaluation.ranking_metrics import FloatArray
-from trainer.evaluation.scorers import Scorer, as_known
+from trainer.evaluation.scorers import as_known
 from trainer.figures import confusions
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import ModelScorer
@@ -105,7 +105,7 @@ class ClassPrediction(PredictionEvaluator):
     names: tuple[str, ...]  # of its classes
     head: str
     users: LabelledUsers
-    protocol = USERS
+    predictions = ClassPredictions
 
     @staticmethod
     def table_metrics(task: Any) -> tuple[str, ...]:
@@ -128,7 +128,3 @@ class ClassPrediction(PredictionEvaluator):
 
     def user_columns(self, given: FloatArray) -> dict[str, Any]:
         raise NotImplementedError
-
-    def predict(self, scorers: Sequence[Scorer]) -> ClassPredictions:
-        found: ClassPredictions = ClassPredictions.of(scorers, self, self.protocol)
-        return found

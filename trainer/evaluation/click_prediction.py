@@ -179,6 +179,8 @@ class ClickPredictions(Predictions["ClickPrediction"]):
 class ClickPrediction(PredictionEvaluator):
     """Pairs of a user and an item."""
 
+    predictions = ClickPredictions
+
     @staticmethod
     def monitor(task: ClickConfig) -> str:
         return AUC
@@ -276,10 +278,6 @@ class ClickPrediction(PredictionEvaluator):
                 .fit(features.of(checked)[:, :width], checked.taken_N)
             )
             found.append(self.baseline(label, model.predict_proba(features.of(self.pairs)[:, :width])[:, 1]))
-        return found
-
-    def predict(self, scorers: Sequence[Scorer]) -> ClickPredictions:
-        found: ClickPredictions = ClickPredictions.of(scorers, self)
         return found
 
 

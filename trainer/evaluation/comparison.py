@@ -36,6 +36,11 @@ class Results(ABC):
     has_bootstrap: ClassVar[bool] = False  # whether gains get an interval over users, too
 
     @property
+    def conventions(self) -> Mapping[str, str]:
+        """Ways of counting that have the same metrics: name -> prefix of its metrics."""
+        return {"": ""}
+
+    @property
     @abstractmethod
     def columns(self) -> Sequence[str]:
         """Metrics of the table."""
@@ -54,6 +59,11 @@ class Results(ABC):
     def training_items(self) -> IntArray:
         """[U] how many items were read, or trained on, of each user: those of few are cold."""
 
+    @property
+    def items_read(self) -> IntArray:
+        """[U] how many items were read of each user."""
+        return self.training_items
+
     # --- what it came to
 
     @abstractmethod
@@ -67,6 +77,10 @@ class Results(ABC):
     @abstractmethod
     def means(self, key: Key) -> dict[str, dict[str, float]]:
         """Protocol, or what is predicted -> metric -> mean."""
+
+    @abstractmethod
+    def averages(self, key: Key, protocol: str) -> dict[str, float]:
+        """All metrics under one protocol: those that users have, averaged over users."""
 
     @abstractmethod
     def faults(self) -> list[str]:
@@ -101,6 +115,10 @@ class Results(ABC):
     @abstractmethod
     def summary(self) -> dict[str, Any]:
         """What summary.json says besides."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What a report says of the examples."""
 
     # --- users
 

@@ -1,22 +1,26 @@
 """How models are evaluated: one class for each kind of prediction, used by every recipe in the same way."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from trainer.config import BaselinesConfig, EvaluateConfig, PretrainConfig
 from trainer.data.catalogue import Catalogue
 from trainer.data.held_out import HeldOut, Part, read_held_out
 from trainer.data.release import Release
-from trainer.evaluation.comparison import Results
+from trainer.evaluation.comparison import Key, Results, by_key
 from trainer.evaluation.scorers import Scorer
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import ModelScorer
 from trainer.parallel.distributed import World
+
+Output = Mapping[str, npt.NDArray[np.generic]]  # name -> array, so that it can be kept in a file
 
 
 @dataclass(frozen=True)
@@ -140,5 +144,14 @@ class Evaluator(ABC):
         """The simple baselines."""
 
     @abstractmethod
+    def output(self, scorer: Scorer) -> Output:
+        """What a scorer gives for the examples."""
+
+    @abstractmethod
+    def results(self, scorers: Mapping[Key, Scorer], outputs: Mapping[Key, Output]) -> Results:
+        """Of scorers and their outputs."""
+
     def predict(self, scorers: Sequence[Scorer]) -> Results:
-        """Ask all of them. Raises EvaluateError for two of one label and seed."""
+        """Score the examples by all scorers. Raises EvaluateError for two of one label and seed."""
+        named = by_key(scorers)
+        return self.results(named, {key: self.output(scorer) for key, scorer in named.items()})

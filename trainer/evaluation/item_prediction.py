@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from etl.settings import ConfigError, replaced
-from etl.tables import DOMAIN_ALL, FIRST_INDEX
+from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP
 from trainer.arrays import IntArray
 from trainer.config import BaselinesConfig, EvaluateConfig, TaskSettings
 from trainer.data.catalogue import rows_of_domain
@@ -24,8 +24,8 @@ from trainer.data.histories import Histories
 from trainer.evaluation import newness
 from trainer.evaluation.baselines import names, next_basket
 from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
-from trainer.evaluation.evaluator import Evaluator, Measure, Question, Validation
-from trainer.evaluation.item_ranking import BASKET, SINGLE, Score, convention_of, metrics_of, rank, ranks
+from trainer.evaluation.evaluator import Evaluator, Measure, Output, Question, Validation
+from trainer.evaluation.item_ranking import BASKET, SINGLE, convention_of, metrics_of, rank, ranks
 from trainer.evaluation.ranking_metrics import FloatArray, means, metrics_from_ranks
 from trainer.evaluation.scorers import (
     EvaluateError,
@@ -45,6 +45,7 @@ from trainer.parallel.distributed import World, join
 GAINS = "gains.png"
 ITEM_METRICS = ("NDCG@10", "Recall@10", "MRR")
 BASKET_METRICS = tuple(f"{BASKET}{name}" for name in ("NDCG@10", "Recall@10", "F1@10", "HR@10"))
+BROKEN = "broken"  # scores, in an output
 RankArray = npt.NDArray[np.int32]
 
 
@@ -57,6 +58,10 @@ class Evaluation(Results):
     broken: Mapping[Key, int]  # scores that were not a number, or +inf (-inf is what must not be taken)
     shown: Sequence[str] = ITEM_METRICS
     has_bootstrap = True
+
+    @property
+    def conventions(self) -> Mapping[str, str]:
+        return {"basket": BASKET} if self.examples.baskets else {"list": "", "single": SINGLE}
 
     @property
     def columns(self) -> Sequence[str]:
@@ -73,6 +78,11 @@ class Evaluation(Results):
     @property
     def training_items(self) -> IntArray:
         return self.examples.held_out.training_items
+
+    @property
+    def items_read(self) -> IntArray:
+        given = self.examples.held_out.histories
+        return given.keep(given.items != SEP).lengths
 
     def metrics(self, key: Key, protocol: str) -> dict[str, FloatArray]:
         """Metrics of each user [U], in all conventions."""
@@ -94,6 +104,9 @@ class Evaluation(Results):
     def seed_means(self, label: str, protocol: str, metric: str) -> FloatArray:
         found: FloatArray = np.nanmean(self.matrix(label, protocol, metric, seeds=in_order(self.seeds(label))), axis=1)
         return found
+
+    def averages(self, key: Key, protocol: str) -> dict[str, float]:
+        return {name: float(np.nanmean(values)) for name, values in self.metrics(key, protocol).items()}
 
     def means(self, key: Key) -> dict[str, dict[str, float]]:
         return {protocol: means(self.metrics(key, protocol)) for protocol in self.protocols}
@@ -187,6 +200,9 @@ class Evaluation(Results):
         title = f"{self.examples.domain}, {rows[0].protocol} ranking, {self.num_users:,} users"
         return GAINS, transfer_gains(gains, metric=rows[0].metric, over=over, title=title)
 
+    def about(self) -> dict[str, Any]:
+        return {"held_out": int(self.examples.held_out.targets.shape[1])}
+
     def summary(self) -> dict[str, Any]:
         new = newness.newness(self.examples)
         return ({} if new is None else {"new": newness.summary(self, new, self.protocols, self.columns[0])}) | {
@@ -211,30 +227,38 @@ def evaluate_scorers(
 ) -> Evaluation:
     """Rank what the users held out, once by each scorer. Raises EvaluateError for two of one label and seed."""
     named = by_key(scorers)
-    found: dict[Key, Mapping[str, RankArray]] = {}
-    broken = dict.fromkeys(named, 0)
-    for key, scorer in named.items():
-        score = _counting_broken(scorer.score, broken, key)
-        given = ranks(score, examples.held_out, batch_size=batch_size, progress=progress)
-        found[key] = {protocol: ranks_UR.astype(np.int32) for protocol, ranks_UR in given.items()}
-    return Evaluation(named, examples, found, broken, shown)
+    outputs = {key: _ranked(one, examples, batch_size=batch_size, progress=progress) for key, one in named.items()}
+    return _evaluation(named, outputs, examples, shown)
 
 
-def _counting_broken(score: Score, broken: dict[Key, int], key: Key) -> Score:
+def _evaluation(
+    scorers: Mapping[Key, Scorer], outputs: Mapping[Key, Output], examples: EvaluationSet, shown: Sequence[str]
+) -> Evaluation:
+    found: dict[Key, Any] = {key: dict(output) for key, output in outputs.items()}
+    broken = {key: int(output.pop(BROKEN)) for key, output in found.items()}
+    return Evaluation(scorers, examples, found, broken, shown)
+
+
+def _ranked(scorer: Scorer, examples: EvaluationSet, *, batch_size: int, progress: bool) -> Output:
+    """Ranks [U, R] by protocol, and the number of scores that are not numbers."""
+    broken = 0
+
     def counted(histories: Histories) -> Scores:
-        scores = score(histories)
+        scores = scorer.score(histories)
         met: set[int] = set()  # a block may be made twice
 
         def columns(start: int, stop: int) -> Tensor:
-            block = scores.columns(start, stop)
+            nonlocal broken
+            block: Tensor = scores.columns(start, stop)
             if start not in met:
                 met.add(start)
-                broken[key] += int((block.isnan() | block.isposinf()).sum())
+                broken += int((block.isnan() | block.isposinf()).sum())
             return block
 
         return Scores(scores.num_users, scores.num_rows, columns)
 
-    return counted
+    given = ranks(counted, examples.held_out, batch_size=batch_size, progress=progress)
+    return {protocol: ranks_UR.astype(np.int32) for protocol, ranks_UR in given.items()} | {BROKEN: np.array(broken)}
 
 
 def _account(row: Row) -> str:
@@ -333,14 +357,13 @@ class ItemPrediction(Evaluator):
         repeated = [next_basket.frequency_scorer(self.examples)] if self.examples.held_out.repeats else []
         return [*baseline_scorers(self.examples, config), *repeated]
 
-    def predict(self, scorers: Sequence[Scorer]) -> Evaluation:
-        return evaluate_scorers(
-            scorers,
-            self.examples,
-            batch_size=self.config.evaluation.batch_size,
-            progress=self.config.runtime.progress,
-            shown=self.config.metrics or (BASKET_METRICS if self.examples.baskets else ITEM_METRICS),
-        )
+    def output(self, scorer: Scorer) -> Output:
+        batch_size, progress = self.config.evaluation.batch_size, self.config.runtime.progress
+        return _ranked(scorer, self.examples, batch_size=batch_size, progress=progress)
+
+    def results(self, scorers: Mapping[Key, Scorer], outputs: Mapping[Key, Output]) -> Evaluation:
+        shown = self.config.metrics or (BASKET_METRICS if self.examples.baskets else ITEM_METRICS)
+        return _evaluation(scorers, outputs, self.examples, shown)
 
 
 def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:

@@ -15,17 +15,21 @@ import pyarrow as pa
 from trainer.arrays import IntArray
 from trainer.data.catalogue import Catalogue, read_catalogue
 from trainer.data.histories import Histories
-from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
-from trainer.evaluation.evaluator import Evaluator, Question
+from trainer.evaluation.comparison import Key, Results, Row, block, in_order, notes_on_tests
+from trainer.evaluation.evaluator import Evaluator, Output, Question
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.evaluation.scorers import EvaluateError, Scorer, label_of, raw_users
 from trainer.inference.model_folder import TrainedModel
 
 USERS = "users"  # the protocol of what is no ranking
+PROBABILITIES = "probabilities"
 
 
 class PredictionEvaluator(Evaluator):
     """Examples that models give probabilities for."""
+
+    protocol = USERS
+    predictions: "type[Predictions[Any]]"
 
     @classmethod
     def read(cls, question: Question) -> Sequence[Self]:
@@ -78,6 +82,13 @@ class PredictionEvaluator(Evaluator):
     def baseline(self, label: str, probabilities: FloatArray) -> Scorer:
         return Scorer(label, None, lambda: probabilities, self.domain)
 
+    def output(self, scorer: Scorer) -> Output:
+        return {PROBABILITIES: scorer.score()}
+
+    def results(self, scorers: Mapping[Key, Scorer], outputs: Mapping[Key, Output]) -> "Predictions[Any]":
+        given: dict[Key, Any] = {key: output[PROBABILITIES] for key, output in outputs.items()}
+        return self.predictions(scorers, self, given, self.protocol)
+
 
 EvaluatorT = TypeVar("EvaluatorT", bound=PredictionEvaluator)
 
@@ -90,12 +101,6 @@ class Predictions(Results, Generic[EvaluatorT]):
     probabilities: Mapping[Key, FloatArray]
     protocol: str = USERS
     TESTED: ClassVar[tuple[str, ...]]  # of one user each, so that users can be paired
-
-    @classmethod
-    def of(cls, scorers: Sequence[Scorer], examples: EvaluatorT, protocol: str = USERS) -> Any:
-        """Score the examples by all of them. Raises EvaluateError for two of one label and seed."""
-        named = by_key(scorers)
-        return cls(named, examples, {key: scorer.score() for key, scorer in named.items()}, protocol)
 
     @property
     def columns(self) -> Sequence[str]:
@@ -128,6 +133,9 @@ class Predictions(Results, Generic[EvaluatorT]):
 
     def means(self, key: Key) -> dict[str, dict[str, float]]:
         return {self.examples.first.config.task.kind: self.metrics(key)}
+
+    def averages(self, key: Key, protocol: str) -> dict[str, float]:
+        return self.metrics(key)
 
     def faults(self) -> list[str]:
         return [
@@ -177,6 +185,9 @@ class Predictions(Results, Generic[EvaluatorT]):
                     **self.user_columns(given),
                 }
             )
+
+    def about(self) -> dict[str, Any]:
+        return {"evaluated": " of ".join(self.heading())}
 
     def summary(self) -> dict[str, Any]:
         return {"task": self.examples.first.config.task.model_dump(mode="json")}

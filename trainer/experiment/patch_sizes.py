@@ -16,7 +16,7 @@ from etl.tables import FIRST_INDEX
 from trainer.config import patch_of
 from trainer.inference.delta_folder import TENSORS, bytes_of, load_patch, write_patch
 from trainer.inference.model_folder import TrainedModel, config_of, load_model
-from trainer.inference.recommender import Recommender, Request
+from trainer.inference.recommender import Recommender
 from trainer.models import groups_of
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ HISTORY = 50  # items
 
 def beside_copies(rows: Sequence["Row"]) -> list[dict[str, Any]]:
     """For each parent: seed, ids of the rows patched on it, and of both ways MB on disk, seconds, and milliseconds a
-    request; MB of the patches, and of the item tables in them. Missing rows are left out."""
+    request; MB of the patches, and of the item tables in them. Left out: missing rows, models that score no item."""
     together: dict[Path, list[tuple[str, int, Path]]] = {}
     for row in rows:
         for seed, training in row.trainings.items():
-            if training.parent is not None and not training.failure and patch_of(training.config) is not None:
+            if training.parent is None or training.failure or patch_of(training.config) is None:
+                continue
+            if training.config.task.scores_items:
                 together.setdefault(training.parent.folder / "model", []).append(
                     (row.id, seed, training.folder / "model")
                 )
@@ -77,7 +79,8 @@ def milliseconds_to_answer(models: Sequence[TrainedModel], requests: int) -> flo
     for number in range(requests + len(servers)):
         history = random.choice(items, min(HISTORY, len(items)), replace=False).tolist()
         begun = time.perf_counter()
-        servers[number % len(servers)].answer([Request(history)])
+        server = servers[number % len(servers)]
+        server.answer([server.request(history)])
         times.append(time.perf_counter() - begun)
     return float(1e3 * np.median(times[len(servers) :]))
 

@@ -21,6 +21,8 @@ from trainer.config import (
     TransferName,
     with_transfer,
 )
+from trainer.evaluation import evaluators
+from trainer.evaluation.class_metrics import signed
 from trainer.experiment.rows import GridPlan, RowPlan, rows_of_grid
 from trainer.recipes.training_jobs import TrainingJob
 from trainer.report.survey import NAMES, row_id
@@ -103,7 +105,7 @@ class ExperimentConfig(Section):
     rows: tuple[str, ...] = ()  # ids of the only rows to train; (): all. The runs of the others are missing
     evaluation: EvaluationConfig = EvaluationConfig()
     baselines: BaselinesConfig = BaselinesConfig()
-    metric: str = "NDCG@10"  # that differences are tested in
+    metric: str | None = None  # that differences are tested in; None: the one of validation, if each user has it
     jobs: int | None = Field(None, ge=1)  # cells at a time; None: cores / threads
     threads: int = Field(1, ge=1)  # of each cell
     tracking: TrackingConfig = TrackingConfig()
@@ -121,6 +123,23 @@ class ExperimentConfig(Section):
     @property
     def folder(self) -> Path:
         return Path(self.runs) / self.name
+
+    @property
+    def task(self) -> TaskConfig:
+        """Of the first row: all rows' models predict what its models do."""
+        return tasks_of(self)[0][1]
+
+    @property
+    def tested_metric(self) -> str:
+        """A metric that each user has, without a prefix."""
+        tested = tested_metrics(self.task)
+        own = evaluators.monitor(self.task)
+        return self.metric or (own if own in tested else tested[0])
+
+    @property
+    def logged_metrics(self) -> list[str]:
+        """Without prefixes: those that a table of an evaluation shows."""
+        return [metric.rpartition("/")[2] for metric in evaluators.evaluator_of(self.task).table_metrics(self.task)]
 
     @model_validator(mode="before")
     @classmethod
@@ -153,14 +172,20 @@ class ExperimentConfig(Section):
         if unknown := set(self.rows) - {row.id for row in rows_of(self)}:
             known = ", ".join(row.id for row in rows_of(self))
             raise ValueError(f"rows: expected some of {known}; found {', '.join(sorted(unknown))}")
-        for name, row in self.more_rows.items():
-            tasks = [part.task for part in (row.pretrain, row.finetune) if part is not None]
-            where = "grid" if name in gridded else "custom"
-            if others := [task.kind for task in tasks if not task.predicts_other_domains]:
+        (first, leading), *others = tasks_of(self)
+        for name, task in others:
+            if _predicted(task) != _predicted(leading):
                 raise ValueError(
-                    f"{where}.{name}: expected tasks that rank items for sequences, found {others[0]}; `python -m "
-                    "trainer evaluate` compares its models"
+                    f"{name}: expected a task that predicts the same as {leading.kind}, that of {first}, found "
+                    f"{task.kind}; compare them in experiments of their own"
                 )
+        if self.joint and self.plans and not leading.predicts_other_domains:
+            raise ValueError(f"joint: expected false for task {leading.kind}, found true; set it")
+        if self.metric is not None and self.metric not in tested_metrics(leading):
+            raise ValueError(
+                f"metric: expected one that each user has under task {leading.kind} "
+                f"({', '.join(tested_metrics(leading))}), found {self.metric}"
+            )
         ids = [row.id for row in rows_of(self)]
         for name, row in self.custom.items():
             if row.against is not None and (row.against == name or row.against not in ids):
@@ -168,6 +193,30 @@ class ExperimentConfig(Section):
                     f"custom.{name}.against: expected another row, one of {', '.join(ids)}, found {row.against}"
                 )
         return self
+
+
+def tasks_of(config: ExperimentConfig) -> list[tuple[str, TaskConfig]]:
+    """(where it is set, task) of each model that is scored."""
+    found: list[tuple[str, TaskConfig]] = []
+    for name, plan in config.plans.items():
+        found.append((f"{name}.finetune", plan.finetune.task))
+        if config.extras and "none" in config.transfers:
+            found += [(f"{name}.pretrain_tasks", task) for task in plan.pretrain_tasks]
+    gridded = config.more_rows.keys() - config.custom.keys()
+    for name, row in config.more_rows.items():
+        found.append((f"{'grid' if name in gridded else 'custom'}.{name}", row.trained.task))
+    return found
+
+
+def tested_metrics(task: TaskConfig) -> tuple[str, ...]:
+    """Metrics that each user has, so that users can be paired, and of which more is better; without prefixes."""
+    given = [metric.rpartition("/")[2] for metric in evaluators.evaluator_of(task).gate_metrics(task)]
+    return tuple(dict.fromkeys(metric for metric in given if signed(1.0, metric) > 0))
+
+
+def _predicted(task: TaskConfig) -> tuple[Any, ...]:
+    """What must be the same of tasks whose models are compared."""
+    return task.evaluators[0], task.table
 
 
 @dataclass

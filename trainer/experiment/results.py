@@ -6,12 +6,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 import torch
 
@@ -20,21 +19,17 @@ from etl.redaction import redact
 from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, UNK
 from trainer.code_hash import code_hash
-from trainer.config import PretrainConfig
+from trainer.config import EvaluateConfig, PretrainConfig, event_types_read
 from trainer.data.catalogue import read_catalogue, read_knowledge
 from trainer.data.release import Release
 from trainer.data.sequences import SequenceDataset
-from trainer.evaluation.item_ranking import SINGLE, metrics_of, ranks
+from trainer.evaluation.comparison import Key, Results
+from trainer.evaluation.evaluator import Evaluator, Output, Question
+from trainer.evaluation.evaluators import evaluator_of, monitor
 from trainer.evaluation.ranking_metrics import FloatArray
-from trainer.evaluation.scorers import (
-    EvaluationSet,
-    Scorer,
-    baseline_scorers,
-    model_scorer,
-    read_evaluation_set,
-)
+from trainer.evaluation.scorers import Scorer
 from trainer.experiment import patch_sizes
-from trainer.inference.model_folder import load_model, model_hash
+from trainer.inference.model_folder import TrainedModel, load_model, model_hash
 from trainer.parallel.distributed import join
 from trainer.recipes.run_folder import DONE
 from trainer.report import hypotheses
@@ -44,10 +39,7 @@ if TYPE_CHECKING:
     from trainer.experiment.plan import ExperimentConfig, Row
     from trainer.recipes.training_jobs import TrainingJob
 
-SCORE = "NDCG@10"  # of the validation part
-CONVENTIONS = ("list", "single")
-METRICS = ("NDCG@1", "NDCG@5", "NDCG@10", "Recall@1", "Recall@5", "Recall@10", "MRR")
-Scores = dict[tuple[str, str], FloatArray]  # protocol, metric (with the prefix of its convention) -> [U]
+READS = "reads"  # of a scorer, beside its outputs
 
 
 # --- the data, and rows that make no sense on them ---------------------------------------------------------------
@@ -103,80 +95,91 @@ def why_not(row: "Row", facts: DataFacts, config: "ExperimentConfig") -> str:
 
 
 class Scored:
-    """Per-user metrics of every row and seed. Ranks are kept in a folder, by what they depend on: a second run scores
-    only models that are new."""
+    """What models and baselines give, by each evaluator that leads their task. It is kept in a folder, by what it
+    depends on: a second run scores only models that are new. Raises GraftrecError where no model can be loaded."""
 
-    def __init__(self, examples: EvaluationSet, config: "ExperimentConfig") -> None:
-        self.examples, self.config = examples, config
-        self.rows: dict[str, list[Scores]] = {}
-        self.reads: dict[str, str] = {}
-        self._folder = config.folder / "ranks"
+    def __init__(self, config: "ExperimentConfig", release: Release, trainings: Sequence["TrainingJob"]) -> None:
+        self.config, self.release = config, release
+        first = _first_model(trainings)
+        settings = EvaluateConfig(
+            split=config.split,
+            domain=config.target,
+            part=config.part,
+            evaluation=config.evaluation,
+            baselines=config.baselines,
+            runtime=first.config.runtime,
+        )
+        kinds = dict.fromkeys(kind for training in trainings for kind in event_types_read(training.config))
+        self.task = first.config.task
+        self.evaluators = evaluator_of(self.task).read(Question(settings, [first], release, list(kinds)))
+        self._scorers: dict[Key, Scorer] = {}
+        self._outputs: list[dict[Key, Output]] = [{} for _ in self.evaluators]
+        self._folder = config.folder / "outputs"
         self._folder.mkdir(exist_ok=True)
+
+    @property
+    def results(self) -> list[Results]:
+        """By each evaluator."""
+        both = zip(self.evaluators, self._outputs, strict=True)
+        return [evaluator.results(self._scorers, outputs) for evaluator, outputs in both]
 
     def add_model(self, row: "Row", seed: int, training: "TrainingJob") -> None:
         """Raises GraftrecError where the model can't be scored here."""
+        model, found = model_hash(training.model), []
+        for evaluator in self.evaluators:
+            kept = self._folder / f"{self._key(evaluator, model)}.npz"
+            if not kept.is_file():
+                scorer = evaluator.scorer(_load(training), label=row.id, seed=seed)
+                output: dict[str, Any] = {**evaluator.output(scorer), READS: np.array(scorer.reads)}
+                unfinished = kept.with_suffix(".new.npz")
+                np.savez(unfinished, **output)
+                unfinished.replace(kept)
+            with np.load(kept) as opened:
+                found.append({name: opened[name] for name in opened.files})
+        reads = [str(output.pop(READS)) for output in found]
+        self._add(Scorer(row.id, seed, lambda: found, reads[0], is_model=True), found)
 
-        def scorer() -> Scorer:
-            device = str(join(training.config.runtime).device)
-            artifact = load_model(training.folder / "model", device=device)
-            return model_scorer(artifact, self.examples, label=row.id, seed=seed, device=device)
+    def add_baselines(self) -> list[Scorer]:
+        """Those of the first evaluator, for every one has the same ones."""
+        simple = [evaluator.baselines(self.config.baselines) for evaluator in self.evaluators]
+        for same in zip(*simple, strict=True):
+            self._add(same[0], [one.output(scorer) for one, scorer in zip(self.evaluators, same, strict=True)])
+        return list(simple[0])
 
-        kept = self._folder / f"{self._key(model_hash(training.folder / 'model'))}.npz"
-        if kept.is_file():
-            with np.load(kept) as found:
-                given = {name: found[name] for name in found.files}
-            reads = str(given.pop("reads"))
-        else:
-            scored = scorer()
-            given, reads = self._ranks(scored), scored.reads
-            unfinished = kept.with_suffix(".new.npz")
-            np.savez(unfinished, **{**given, "reads": np.array(reads)})  # type: ignore[arg-type]
-            unfinished.replace(kept)
-        self._add(row.id, given, reads)
+    def _add(self, scorer: Scorer, outputs: Sequence[Output]) -> None:
+        key = (scorer.label, scorer.seed)
+        self._scorers[key] = scorer
+        for own, output in zip(self._outputs, outputs, strict=True):
+            own[key] = output
 
-    def add(self, scorer: Scorer) -> None:
-        self._add(scorer.label, self._ranks(scorer), scorer.reads)
-
-    def matrix(self, name: str, protocol: str, convention: str, metric: str) -> FloatArray:
-        """[S, U]"""
-        prefix = SINGLE if convention == "single" else ""
-        return np.stack([scores[protocol, prefix + metric] for scores in self.rows[name]])
-
-    def metrics(self, name: str) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-        """protocol -> convention -> metric -> mean, and that of each seed."""
-        return {
-            protocol: {
-                convention: {metric: self._means(name, protocol, convention, metric) for metric in METRICS}
-                for convention in CONVENTIONS
-            }
-            for protocol in self.config.evaluation.protocols
-        }
-
-    def _means(self, name: str, protocol: str, convention: str, metric: str) -> dict[str, Any]:
-        seeds = np.nanmean(self.matrix(name, protocol, convention, metric), axis=1)
-        return {"mean": float(seeds.mean()), "seeds": seeds.tolist()}
-
-    def _ranks(self, scorer: Scorer) -> dict[str, npt.NDArray[np.int64]]:
-        return ranks(scorer.score, self.examples.held_out, batch_size=self.config.evaluation.batch_size)
-
-    def _add(self, name: str, given: dict[str, npt.NDArray[np.int64]], reads: str) -> None:
-        scores = {(p, metric): values for p, r in given.items() for metric, values in metrics_of(r).items()}
-        self.rows.setdefault(name, []).append(scores)
-        self.reads[name] = reads
-
-    def _key(self, model: str) -> str:
-        examples, code = self.examples, code_hash("trainer.evaluation.scorers")
+    def _key(self, evaluator: Evaluator, model: str) -> str:
         parts = [
             model,
-            examples.release.lake,
-            examples.release.versions,
-            examples.split,
-            examples.domain,
-            examples.part,
-            code,
+            self.release.lake,
+            self.release.versions,
+            evaluator.split,
+            evaluator.domain,
+            evaluator.part,
+            evaluator.name,
+            code_hash(type(evaluator).__module__),
             self.config.evaluation.model_dump(mode="json", exclude={"batch_size"}),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _first_model(trainings: Sequence["TrainingJob"]) -> TrainedModel:
+    """The first one that can be loaded: its task is that of all rows. Raises GraftrecError."""
+    lost = "no run is requested"
+    for training in trainings:
+        try:
+            return _load(training)
+        except GraftrecError as error:
+            lost = str(error)
+    raise GraftrecError(f"expected a trained model, found none: {lost}; see {trainings[0].folder if trainings else ''}")
+
+
+def _load(training: "TrainingJob") -> TrainedModel:
+    return load_model(training.model, device=str(join(training.config.runtime).device))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -187,20 +190,30 @@ def collect(
 ) -> dict[str, Any]:
     """Scores all models and the simple baselines, tests their differences, and gives results.json. A model that can't
     be scored leaves its run missing. Raises GraftrecError where nothing can be scored at all."""
-    examples = read_evaluation_set(release, config.split, config.target, config.part, config.evaluation)
-    scored = Scored(examples, config)
-    written = [_row(row, scored) for row in rows]
-    for scorer in baseline_scorers(examples, config.baselines) if config.baselines.enabled else []:
-        scored.add(scorer)
-        written.append(_baseline(scorer, scored))
-    tested = hypotheses.judge(
-        written,
-        scored.matrix,
-        examples.held_out.histories.lengths,
-        protocols=config.evaluation.protocols,
-        conventions=CONVENTIONS,
-        metric=config.metric,
+    scored = Scored(config, release, trained(rows))
+    seeds = {row.id: list(_scored_seeds(row, scored)) for row in rows}
+    baselines = scored.add_baselines() if config.baselines.enabled else []
+    results = scored.results
+    metrics = _in_order(
+        bare(name) for name in results[0].averages(next(iter(results[0].scorers)), results[0].protocols[0])
     )
+    written = [_row(row, seeds[row.id], results, metrics) for row in rows]
+    written += [_baseline(scorer, results, metrics) for scorer in baselines]
+    tested: dict[str, list[Any]] = {}
+    for one in results:
+
+        def matrix(name: str, protocol: str, convention: str, metric: str, one: Results = one) -> FloatArray:
+            return one.matrix(name, protocol, one.conventions[convention] + metric)
+
+        given = hypotheses.judge(
+            written,
+            matrix,
+            one.items_read,
+            protocols=one.protocols,
+            conventions=list(one.conventions),
+            metric=config.tested_metric,
+        )
+        tested = {name: [*tested.get(name, []), *entries] for name, entries in given.items()}
     commit = provenance.code_version()
     found = {
         "experiment": config.name,
@@ -214,7 +227,7 @@ def collect(
         "finished": time.strftime("%Y-%m-%d %H:%M"),
         "data": {
             "dataset": dataset_name(config),
-            "held_out": int(examples.held_out.targets.shape[1]),
+            **results[0].about(),
             "lake": redact(release.lake),
             "release": release.number,
             "versions": release.versions,
@@ -222,12 +235,14 @@ def collect(
             "part": config.part,
             "source_domain": config.source,
             "target_domain": config.target,
-            "evaluated_users": len(examples.users),
+            "evaluated_users": results[0].num_users,
             "domains": facts.domains,
         },
-        "protocols": list(config.evaluation.protocols),
-        "conventions": list(CONVENTIONS),
-        "metrics": list(METRICS),
+        "protocols": [protocol for one in results for protocol in one.protocols],
+        "conventions": list(results[0].conventions),
+        "metrics": metrics,
+        "metric": config.tested_metric,
+        "monitor": monitor(scored.task),
         "seeds": list(config.seeds),
         "rows": written,
         "patches": patch_sizes.beside_copies(rows),
@@ -236,17 +251,55 @@ def collect(
     return plain
 
 
-def _row(row: "Row", scored: Scored) -> dict[str, Any]:
-    seeds, lost = [], []
+def trained(rows: Sequence["Row"]) -> list["TrainingJob"]:
+    """The runs of all rows that ended well."""
+    return [training for row in rows for training in row.trainings.values() if not training.failure]
+
+
+def _scored_seeds(row: "Row", scored: Scored) -> Iterator[dict[str, Any]]:
+    """The row's runs that can be scored; the others get the reason why not."""
     for seed, training in row.trainings.items():
-        if not training.failure:
-            try:
-                scored.add_model(row, seed, training)
-                seeds.append(_seed(seed, training))
-            except GraftrecError as error:
-                training.failure = str(error)
         if training.failure:
-            lost.append(f"seed {seed}: {training.failure}")
+            continue
+        try:
+            scored.add_model(row, seed, training)
+            yield _seed(seed, training)
+        except GraftrecError as error:
+            training.failure = str(error)
+
+
+def bare(metric: str) -> str:
+    """A metric's name without what is before it: a convention, or what is predicted."""
+    return metric.rpartition("/")[2]
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Each once, those of one kind (NDCG@1, NDCG@5…) together."""
+    found = list(dict.fromkeys(names))
+    kinds = [name.partition("@")[0] for name in found]
+    return sorted(found, key=lambda name: kinds.index(name.partition("@")[0]))
+
+
+def _metrics(label: str, results: Sequence[Results], metrics: Sequence[str]) -> dict[str, Any]:
+    """protocol -> convention -> metric -> mean, and that of each seed."""
+    found: dict[str, Any] = {}
+    for one in results:
+        for protocol in one.protocols:
+            seeds = [one.averages((label, seed), protocol) for seed in one.seeds(label)]
+            found[protocol] = {
+                convention: {
+                    metric: {"mean": float(np.mean(values)), "seeds": values}
+                    for metric in metrics
+                    if (values := [of_seed[prefix + metric] for of_seed in seeds if prefix + metric in of_seed])
+                }
+                for convention, prefix in one.conventions.items()
+            }
+    return found
+
+
+def _row(row: "Row", seeds: list[Any], results: Sequence[Results], metrics: Sequence[str]) -> dict[str, Any]:
+    lost = [f"seed {seed}: {training.failure}" for seed, training in row.trainings.items() if training.failure]
+    reads = {scorer.label: scorer.reads for scorer in results[0].scorers.values()}
     return {
         "id": row.id,
         "kind": row.kind,
@@ -257,15 +310,15 @@ def _row(row: "Row", scored: Scored) -> dict[str, Any]:
         "task": row.task,
         "knowledge": row.knowledge,
         "label": row.label,
-        "reads": scored.reads.get(row.id, ""),
+        "reads": reads.get(row.id, ""),
         "status": "done" if seeds else "missing",
         "reason": row.reason or "; ".join(dict.fromkeys(lost)),
-        "metrics": scored.metrics(row.id) if seeds else {},
+        "metrics": _metrics(row.id, results, metrics) if seeds else {},
         "seeds": seeds,
     }
 
 
-def _baseline(scorer: Scorer, scored: Scored) -> dict[str, Any]:
+def _baseline(scorer: Scorer, results: Sequence[Results], metrics: Sequence[str]) -> dict[str, Any]:
     return {
         "id": scorer.label,
         "kind": "baseline",
@@ -279,7 +332,7 @@ def _baseline(scorer: Scorer, scored: Scored) -> dict[str, Any]:
         "reads": scorer.reads,
         "status": "done",
         "reason": "",
-        "metrics": scored.metrics(scorer.label),
+        "metrics": _metrics(scorer.label, results, metrics),
         "seeds": [],
     }
 
@@ -289,7 +342,7 @@ def _seed(seed: int, training: "TrainingJob") -> dict[str, Any]:
     done, history, account = (
         json.loads((training.folder / name).read_text()) for name in (DONE, "history.json", "transfer.json")
     )
-    trained = sum(epoch["seconds"] for epoch in history)
+    trained, score = sum(epoch["seconds"] for epoch in history), monitor(training.config.task)
     items = sum(epoch["items_per_second"] * epoch["seconds"] for epoch in history)
     return {
         "seed": seed,
@@ -305,9 +358,9 @@ def _seed(seed: int, training: "TrainingJob") -> dict[str, Any]:
         "seconds": done["metrics"]["seconds"],
         "pretrain_seconds": done["metrics"]["pretrain_seconds"] or None,
         "items_per_second": items / trained if trained else None,
-        "validation": done["metrics"][f"validation/{SCORE}"],
+        "validation": done["metrics"][f"validation/{score}"],
         "curve": [
-            {"epoch": epoch["epoch"], "loss": epoch["loss"], "validation": epoch["metrics"][SCORE]} for epoch in history
+            {"epoch": epoch["epoch"], "loss": epoch["loss"], "validation": epoch["metrics"][score]} for epoch in history
         ],
     }
 
@@ -341,20 +394,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def flat_metrics(found: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, mean) of every row, protocol and convention, in the metrics that a table shows, for MLflow."""
+def flat_metrics(found: dict[str, Any], metrics: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """(name, mean) of every row, protocol and convention, in some metrics, for MLflow."""
     for row in found["rows"]:
         for protocol, by_convention in row["metrics"].items():
-            for convention, metrics in by_convention.items():
-                for metric in ("NDCG@10", "Recall@10"):
-                    yield f"{row['id']}/{protocol}/{convention}/{metric}".replace(",", ""), metrics[metric]["mean"]
+            for convention, values in by_convention.items():
+                for metric in [metric for metric in metrics if metric in values]:
+                    name = "/".join(filter(None, (row["id"], protocol, convention, metric)))
+                    yield name.replace(",", ""), values[metric]["mean"]
 
 
 def text_table(found: dict[str, Any], metric: str) -> str:
     """Every row under every protocol and convention, in one metric."""
     places = [(p, c) for p in found["protocols"] for c in found["conventions"]]
     width = max(len(row["id"]) for row in found["rows"]) + 2
-    lines = [f"{metric:<{width}}" + "".join(f"{f'{p}, {c}':>22}" for p, c in places)]
+    lines = [f"{metric:<{width}}" + "".join(f"{', '.join(filter(None, (p, c))):>22}" for p, c in places)]
     for row in sorted(found["rows"], key=lambda row: row["status"] != "done"):
         trainings = (
             [f"{row['metrics'][p][c][metric]['mean']:>22.4f}" for p, c in places] if row["metrics"] else ["  missing"]

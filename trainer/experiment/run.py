@@ -62,18 +62,17 @@ def run(config: ExperimentConfig) -> int:
                 row.trainings = {} if row.reason else row.trainings
             environment = tracking.child_environment(tracked)
             runner.run(training_jobs(rows), folder=folder, jobs=jobs_of(config), environment=environment)
+            if not results.trained(rows):
+                return _print_missing(rows)
             found = results.collect(config, release, rows, facts, started=started["started"])
             kept = folder / "results.json"
             kept.write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
             page = report.write(found, folder / "report")
             tracked.log_artifact(kept)
             tracked.log_artifact(page.parent, "report")
-            tracked.log_metrics(dict(results.flat_metrics(found)))
-    print(f"\n{results.text_table(found, config.metric)}\n\nresults  {kept}\nreport   {page}", flush=True)
-    missing = list(_missing(rows))
-    for line in missing:
-        print(f"missing  {line}", file=sys.stderr)
-    return RUNS_MISSING if missing else 0
+            tracked.log_metrics(dict(results.flat_metrics(found, config.logged_metrics)))
+    print(f"\n{results.text_table(found, config.tested_metric)}\n\nresults  {kept}\nreport   {page}", flush=True)
+    return _print_missing(rows)
 
 
 def _empty(row: Row, release: "Release") -> str:
@@ -82,6 +81,14 @@ def _empty(row: Row, release: "Release") -> str:
     if training.parent is None or not isinstance(training.config, FinetuneConfig):
         return ""
     return empty_by_data(training.config, release, training.parent.config.data.domain)
+
+
+def _print_missing(rows: Sequence[Row]) -> int:
+    """A line on each requested run that is missing; gives the exit code."""
+    missing = list(_missing(rows))
+    for line in missing:
+        print(f"missing  {line}", file=sys.stderr)
+    return RUNS_MISSING if missing else 0
 
 
 def _missing(rows: Sequence[Row]) -> Iterator[str]:

@@ -131,6 +131,10 @@ class Recommender:
             )
         return other
 
+    def request(self, items: Sequence[str]) -> Request:
+        """A request with that history: of one basket, where baskets are read."""
+        return Request([], baskets=[items]) if self._baskets else Request(items)
+
     def answer(self, requests: Sequence[Request], k: int = DEFAULT_K) -> list[Answer]:
         """One answer for each request, in order. Raises RequestError."""
         if not 1 <= k <= MAX_K:
