@@ -48,9 +48,14 @@ class DigestSink:
     def write(self, data: bytes) -> int:
         self.digest = zlib.crc32(data, self.digest)
         self.size += len(data)
-        # In pieces that the buffer takes: longer ones go to the sink as they are, and deltalake's refuses them.
-        for start in range(0, len(data), PIECE_BYTES // 2):
-            self._sink.write(memoryview(data)[start : start + PIECE_BYTES // 2])
+        try:
+            # In pieces that the buffer takes: longer ones go to the sink as they are, and deltalake's refuses them.
+            for start in range(0, len(data), PIECE_BYTES // 2):
+                self._sink.write(memoryview(data)[start : start + PIECE_BYTES // 2])
+        except BaseException:
+            with contextlib.suppress(Exception):  # one left open writes again when dropped, and prints why it fails
+                self._sink.close()
+            raise
         return len(data)
 
     def tell(self) -> int:

@@ -305,6 +305,41 @@ print("survived")
 """
 
 
+LIMITED = """
+import resource, signal, sys
+import pyarrow as pa
+from shows import SHOWS
+from etl.lake.datafile import data_schema
+from etl.lake.snapshots import table_filesystem
+from etl.lake.spark_io import FileWriter
+lake = sys.argv[1]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+rows = [{"user": n, "items": list(range(n, n + 50)), "title": f"title {n}", "score": 0.5} for n in range(70_000)]
+writer = FileWriter(table_filesystem(lake, SHOWS), SHOWS, ("a", 0))
+try:
+    writer.add(pa.Table.from_pylist(rows, schema=data_schema(SHOWS)).to_batches()[0])
+except OSError as error:
+    print("one line:", error)
+del writer
+"""
+
+
+def test_a_file_that_cannot_be_written_prints_nothing_of_its_own(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    (tmp_path / "shows").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.startswith("one line:"), done.stderr
+    assert done.stderr == ""
+
+
 def test_full_disk_is_one_line_and_the_table_stays(tmp_path: Path) -> None:
     if shutil.which("unshare") is None:
         pytest.skip("needs Linux's unshare for a small disk")
