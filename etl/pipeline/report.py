@@ -21,6 +21,7 @@ from etl.lake.datafile import DataFile
 from etl.lake.file_reader import open_parquet
 from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, KNOWLEDGE, QUARANTINE, RELEASES, SEQUENCES, Table
+from etl.text_table import aligned
 
 _BARS = 30  # of the histogram of times, at most
 Ints = npt.NDArray[np.int64]
@@ -219,11 +220,7 @@ def lines(report: Report) -> list[str]:
         ]
         for domain in report.domains
     ]
-    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
-    lines = [f"Release {report.release} of {report.lake}, split {report.split}:"]
-    for row in [titles, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    lines = [f"Release {report.release} of {report.lake}, split {report.split}:", *aligned([titles, *rows])]
     if report.related:
         known = ", ".join(f"{relation} of {count:,}" for relation, count in sorted(report.related.items()))
         lines.append(f"known: {known} items")
