@@ -8,7 +8,8 @@ A Delta table is delivered version by version, known by (table id, version): wha
 Where they deleted or changed rows, the table is compared with what the lake holds: rows that it lacks are retracted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pyspark.sql import Column, DataFrame
@@ -73,6 +74,25 @@ def _reject(events: DataFrame, failed: Column, reason: str) -> DataFrame:
     return marked.withColumn("reason", F.when(failed, F.lit(reason)).otherwise(F.col("reason")))
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """Files of the source that are read in one go: those that are `new` (content -> name), or those of a version of
+    `table`. `before`: how many were delivered earlier, since the log's `generation` began."""
+
+    names: Sequence[str]
+    before: int
+    generation: str
+    new: Mapping[str, str] = field(default_factory=dict)
+    table: SourceTable | SparkTable | None = None
+
+    @property
+    def transactions(self) -> dict[str, int]:
+        """The application transactions that record it: of each file, or the table's id with its version."""
+        if self.table is not None:
+            return {f"delivery/{self.generation}/{self.table.id}": self.table.version}
+        return {_transaction(self.generation, content): 0 for content in self.new}
+
+
 def run(run: Run) -> Outcome:
     table = run.engine.source.table()
     found = {} if table is not None else run.engine.source.deliveries()
@@ -96,8 +116,8 @@ def run(run: Run) -> Outcome:
         )
     generation = f"{run.provenance['config_hash']}-{run.provenance['code_version']}-{(run.base or 0) + 1}"
     if table is not None:
-        return _deliver(run, [file.name for file in table.files()], None, before=0, generation=generation, table=table)
-    return _deliver(run, list(found.values()), None, before=0, generation=generation, new=found)
+        return _deliver(run, None, Delivery([file.name for file in table.files()], 0, generation, table=table))
+    return _deliver(run, None, Delivery(list(found.values()), 0, generation, new=found))
 
 
 def _append(run: Run, found: dict[str, str]) -> Outcome:
@@ -108,7 +128,7 @@ def _append(run: Run, found: dict[str, str]) -> Outcome:
         return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new file", *run.notes))
     run.notes.append(f"{len(new)} new file(s)")
     before = int(run.last["deliveries"])
-    return _deliver(run, list(new.values()), run.own(), before=before, generation=generation, new=new)
+    return _deliver(run, run.own(), Delivery(list(new.values()), before, generation, new=new))
 
 
 def _follow(run: Run, table: SourceTable | SparkTable) -> Outcome:
@@ -117,20 +137,20 @@ def _follow(run: Run, table: SourceTable | SparkTable) -> Outcome:
     added = table.added_since(since)
     generation, before = run.last["generation"], int(run.last["deliveries"])
     if added is None:
-        return _compare(run, table, before=before, generation=generation)
+        return _compare(run, Delivery([file.name for file in table.files()], before, generation, table=table))
     if not added:
         return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new row", *run.notes))
     run.notes.append(f"{len(added)} new file(s) of versions {since + 1} to {table.version}")
     names = [file.name for file in added]
-    return _deliver(run, names, run.own(), before=before, generation=generation, table=table)
+    return _deliver(run, run.own(), Delivery(names, before, generation, table=table))
 
 
-def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generation: str) -> Outcome:
-    """Retract the rows of the lake that the table lacks, and add those that the lake lacks."""
-    own = run.own()
+def _compare(run: Run, delivery: Delivery) -> Outcome:
+    """Retract the rows of the lake that the delivered table lacks, and add those that the lake lacks."""
+    own, table = run.own(), delivery.table
     assert own is not None
-    names = [file.name for file in table.files()]
-    raw = _events(run, names, before)
+    assert table is not None
+    raw = _events(run, delivery)
     events, counted, bulk = _without_strays(run, raw, None)
     good = quarantine.reject_rows(run, events, kind="interactions", counted=counted)
     if good == 0:
@@ -139,7 +159,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     gone, new = held(retraction.less(own, current)), held(retraction.less(current, own))
     num_gone, num_new = gone.count(), new.count()
     run.notes.append(f"version {table.version}: {num_gone:,} rows retracted, {num_new:,} added")
-    metadata = _metadata(run, before=before, new=len(names), good=good, generation=generation, table=table, bulk=bulk)
+    metadata = _metadata(run, delivery, good=good, bulk=bulk)
     if num_gone:
         metadata[retraction.COUNT] = str(int(metadata[retraction.COUNT]) + 1)
         kept, buckets = retraction.retracted(own, gone, new)
@@ -150,35 +170,26 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
         partition_scope={"bucket": buckets} if num_gone else None,
         metadata=metadata,
         properties={PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: run.engine.source.time},
-        transactions=_table_transaction(generation, table),
+        transactions=delivery.transactions,
     )
     raw.unpersist()
     return outcome
 
 
-def _events(run: Run, names: Sequence[str], before: int) -> DataFrame:
-    """The raw events of these files of the source, those of unknown items rejected."""
+def _events(run: Run, delivery: Delivery) -> DataFrame:
+    """The raw events of the delivered files, those of unknown items rejected."""
     source = run.engine.source
-    events = source.events(run.spark, only=names, before=before)
+    events = source.events(run.spark, only=delivery.names, before=delivery.before)
     known = source.known_items(run.spark)
     return (events if known is None else reject_unknown(events, known)).persist()
 
 
-def _deliver(
-    run: Run,
-    names: Sequence[str],
-    old: DataFrame | None,
-    *,
-    before: int,
-    generation: str,
-    new: dict[str, str] | None = None,
-    table: SourceTable | SparkTable | None = None,
-) -> Outcome:
-    """Commit the events of the files `names`: files that are `new` (content -> name), or of a version of `table`."""
+def _deliver(run: Run, old: DataFrame | None, delivery: Delivery) -> Outcome:
+    """Commit the events of the delivered files, beside those that are there."""
     source = run.engine.source
-    raw = _events(run, names, before)
+    raw = _events(run, delivery)
     events, counted, bulk = _without_strays(run, raw, old)
-    files = None if old is None else list(names)
+    files = None if old is None else list(delivery.names)
     good = quarantine.reject_rows(run, events, kind="interactions", files=files, counted=counted)
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
@@ -188,18 +199,13 @@ def _deliver(
         mode="overwrite" if old is None else "append",
         metadata=_metadata(
             run,
-            before=before,
-            new=len(names),
+            delivery,
             good=good + (0 if old is None else int(run.last["good"])),
-            generation=generation,
-            table=table,
             bulk=bulk,
             anew=old is None,
         ),
         properties=properties,
-        transactions=_table_transaction(generation, table)
-        if table is not None
-        else {_transaction(generation, content): 0 for content in new or {}},
+        transactions=delivery.transactions,
     )
     raw.unpersist()
     notes = (*outcome.notes, f"{good - outcome.rows:,} exact duplicates dropped")
@@ -207,22 +213,15 @@ def _deliver(
 
 
 def _metadata(
-    run: Run,
-    *,
-    before: int,
-    new: int,
-    good: int,
-    generation: str,
-    table: SourceTable | SparkTable | None,
-    bulk: event_times.Span | None,
-    anew: bool = False,
+    run: Run, delivery: Delivery, *, good: int, bulk: event_times.Span | None, anew: bool = False
 ) -> dict[str, str]:
     """What a commit records. `anew`: the table replaces what was there, and rows may have left since."""
+    table = delivery.table
     retractions = int(run.last.get(retraction.COUNT, "0")) + (anew and table is not None and run.base is not None)
     found = {} if table is None else {"table_id": table.id, "table_version": str(table.version)}
     return {
-        "generation": generation,
-        "deliveries": str(before + new),
+        "generation": delivery.generation,
+        "deliveries": str(delivery.before + len(delivery.names)),
         "kind": run.config.source.kind,
         "good": str(good),
         "buckets": str(run.config.buckets),
@@ -231,11 +230,6 @@ def _metadata(
         **found,
         **({} if bulk is None else {"first_time": str(bulk.first), "last_time": str(bulk.last)}),
     }
-
-
-def _table_transaction(generation: str, table: SourceTable | SparkTable) -> dict[str, int]:
-    """The application transaction that delivers a version of a table: its id, its version."""
-    return {f"delivery/{generation}/{table.id}": table.version}
 
 
 def _without_strays(

@@ -86,11 +86,13 @@ def _replace(run: Run, rows: DataFrame, scope: dict[str, Sequence[Any]]) -> None
         rows,
         run.lake,
         QUARANTINE,
-        mode="partitions",
-        app=f"quarantine/{uuid.uuid4().hex}",
-        app_version=0,
-        metadata=run.provenance,
-        partition_scope=scope,
+        spark_io.Commit(
+            mode="partitions",
+            app=f"quarantine/{uuid.uuid4().hex}",
+            app_version=0,
+            metadata=run.provenance,
+            partition_scope=scope,
+        ),
     )
 
 
@@ -103,11 +105,13 @@ def _clear(run: Run, scope: dict[str, Sequence[Any]]) -> None:
         run.lake,
         QUARANTINE,
         [],
-        mode="partitions",
-        app=f"quarantine/{uuid.uuid4().hex}",
-        app_version=0,
-        metadata=run.provenance,
-        partition_scope=scope,
+        spark_io.Commit(
+            mode="partitions",
+            app=f"quarantine/{uuid.uuid4().hex}",
+            app_version=0,
+            metadata=run.provenance,
+            partition_scope=scope,
+        ),
     )
 
 
