@@ -1,85 +1,55 @@
-"""The loader that composes YAML into frozen pydantic models, and the errors that users see."""
+"""The loader that composes YAML into frozen pydantic models. What they are made of (`etl.section`) is imported from
+here."""
 
 import difflib
-import hashlib
 import json
 import os
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict
 
-from etl.redaction import has_credentials, is_secret, remember
+from etl.redaction import one_line, remember
+from etl.section import (
+    ConfigError,
+    FileName,
+    GraftrecError,
+    Place,
+    RunAgain,
+    Section,
+    SectionT,
+    config_hash,
+    entries_of,
+    is_union,
+    name_of_a_file,
+    sections_of,
+    without_credentials,
+)
+from etl.setting_errors import explained
+
+__all__ = [
+    "ConfigError",
+    "FileName",
+    "GraftrecError",
+    "Place",
+    "RunAgain",
+    "Section",
+    "conf_root",
+    "config_hash",
+    "load",
+    "name_of_a_file",
+    "named",
+    "overridden",
+    "replaced",
+    "sections_of",
+    "setting_words",
+    "texts",
+    "without_credentials",
+]
 
 CONF_VARIABLE = "GRAFTREC_CONF"  # another folder to take YAML from
-
-
-class GraftrecError(Exception):
-    """A mistake the user can mend: printed as one line, without a traceback; the process ends with `exit_code`.
-
-    The message says what was expected, what was found and what to do.
-    """
-
-    exit_code = 2
-
-
-class RunAgain(GraftrecError):
-    """Another process committed first, or holds the lock: nothing is wrong, the same command can succeed later."""
-
-    exit_code = 5
-
-
-class ConfigError(GraftrecError):
-    """A configuration that can't be composed or validated."""
-
-
-class Section(BaseModel):
-    """Base of every configuration section: frozen, unknown keys refused, and so are numbers that are not finite."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, hide_input_in_errors=True
-    )
-
-
-def without_credentials(place: str) -> str:
-    """A local path or URI as it is. Raises ValueError where it holds credentials."""
-    if has_credentials(place):
-        raise ValueError(
-            "expected a place without user, password, key or signature, found a URI that holds one; take them out: "
-            "credentials come from the environment (AWS_…, AZURE_…, GOOGLE_…)"
-        )
-    return place
-
-
-Place = Annotated[str, AfterValidator(without_credentials)]  # a local path, or a URI, which is shown and kept in files
-
-
-MAX_NAME_BYTES = 180  # of a file's name there are 255; suffixes need room
-
-
-def name_of_a_file(name: str) -> str:
-    """A name, also one with folders in it. Raises ValueError where it leaves its folder or is too long for a file."""
-    if not name:  # of settings that are compared without their names
-        return name
-    parts = name.split("/")
-    if "\0" in name or "\n" in name or not all(part.strip() and part not in (".", "..") for part in parts):
-        raise ValueError(
-            f"expected a name that stays in its folder, found {name[:80]!r}; leave out .., // and a first /"
-        )
-    if (size := max(len(part.encode(errors="replace")) for part in parts)) > MAX_NAME_BYTES:
-        raise ValueError(f"expected at most {MAX_NAME_BYTES} bytes, found {size}: {name[:40]!r}…; shorten it")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(name_of_a_file)]  # of a run, registered model or domain: files are named so
-
-
-SectionT = TypeVar("SectionT", bound=Section)
 
 
 def conf_root() -> Path:
@@ -111,7 +81,7 @@ def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) 
     try:
         return kind.model_validate(raw)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(kind, error)}") from None
+        raise ConfigError(f"{path}: {explained(kind, error)}") from None
 
 
 _in_use: dict[type[Section], str] = {}  # kind -> name or path of the configuration that was loaded last
@@ -141,7 +111,7 @@ def replaced(config: SectionT, **changes: Any) -> SectionT:
     try:
         return type(config).model_validate({**dict(config), **changes})
     except pydantic.ValidationError as error:
-        raise ConfigError(_explain(type(config), error)) from None
+        raise ConfigError(explained(type(config), error)) from None
 
 
 def texts(arguments: Sequence[str]) -> dict[str, str]:
@@ -157,13 +127,9 @@ def _is_text(kind: type[Section], dotted: str) -> bool:
         fields = [one.model_fields[parent] for one in kinds if parent in one.model_fields]
         kinds = [section for field in fields for section in sections_of(field.annotation)]
     annotations = [one.model_fields[last].annotation for one in kinds if last in one.model_fields]
-    parts = [part for found in annotations for part in (get_args(found) if _is_union(found) else (found,))]
+    parts = [part for found in annotations for part in (get_args(found) if is_union(found) else (found,))]
     plain = [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
     return bool(plain) and all(part in (str, type(None)) for part in plain)
-
-
-def _is_union(annotation: Any) -> bool:
-    return get_origin(annotation) in (typing.Union, types.UnionType)
 
 
 def _says(value: Any, text: str) -> bool:
@@ -192,12 +158,6 @@ def _overrides(arguments: Sequence[str]) -> list[tuple[str, Any, str]]:
         except yaml.YAMLError:
             pairs.append((key, value, value))
     return pairs
-
-
-def config_hash(config: Section) -> str:
-    """First 16 hex digits of the SHA-256 of the configuration's canonical JSON."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class _Loader(yaml.SafeLoader):
@@ -258,7 +218,7 @@ def _read(path: Path, other_base: object = None, inherited_by: tuple[Path, ...] 
         where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}: not readable as YAML: {error.problem or error.context}{where}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not readable as YAML: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
     base = raw.pop("base", None)
@@ -321,89 +281,7 @@ def _compose(raw: dict[str, Any], kind: type[Section]) -> dict[str, Any]:
                 wanted = value.get("kind")
                 section = next((s for s in sections if s.model_fields["kind"].default == wanted), section)
             value = _compose(value, section)
-        elif (entry := _entries(field.annotation)) and isinstance(value, dict):
+        elif (entry := entries_of(field.annotation)) and isinstance(value, dict):
             value = {key: _compose(one, entry) if isinstance(one, dict) else one for key, one in value.items()}
         composed[name] = value
     return composed
-
-
-def sections_of(annotation: Any) -> list[type[Section]]:
-    """The Section classes an annotation admits directly (not inside a list or dict)."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    if get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
-        return [section for part in get_args(annotation) for section in sections_of(part)]
-    return []
-
-
-def _entries(annotation: Any) -> type[Section] | None:
-    """The Section class of a dict's values."""
-    if get_origin(annotation) is dict:
-        key, value = get_args(annotation)
-        if key is str and isinstance(value, type) and issubclass(value, Section):
-            return value
-    return None
-
-
-_EXPECTED = {
-    "int": "a whole number",
-    "float": "a number",
-    "string": "a text",
-    "bool": "true or false",
-    "tuple": "a list",
-    "dict": "a mapping",
-    "model": "a section: settings, or the name of its file",
-}
-
-
-def _explain(kind: type[Section], error: pydantic.ValidationError) -> str:
-    """Each mistake of a configuration: where it is, what was expected, what was found, what to do."""
-    parts = []
-    for problem in error.errors():
-        section, steps = _locate(kind, problem["loc"])
-        where, context = ".".join(steps) or "(top)", problem.get("ctx", {})
-        found = "" if isinstance(problem.get("input"), Mapping) else f", found {problem.get('input')!r}"
-        if is_secret(where):
-            found = ""
-        match problem["type"]:
-            case "extra_forbidden":
-                near = difflib.get_close_matches(steps[-1], section.model_fields if section else (), 1)
-                mend = f"did you mean {'.'.join([*steps[:-1], near[0]])}?" if near else "remove it or mend its name"
-                parts.append(f"unknown setting {where}; {mend}")
-            case "missing":
-                parts.append(f"{where}: expected a value, found none; set it in the file, or by --{where}")
-            case "value_error":
-                text = str(context["error"])
-                parts.append(f"{where}: {text}{'' if 'found' in text else found}" if steps else text)
-            case "literal_error":
-                parts.append(f"{where}: expected {context['expected']}{found}")
-            case "union_tag_invalid":
-                parts.append(f"{where}.kind: expected one of {context['expected_tags']}, found {context['tag']!r}")
-            case "union_tag_not_found":
-                parts.append(f"{where}: expected a section with a kind{found or ', found none'}")
-            case other if (name := other.partition("_")[0]) in _EXPECTED and not other.startswith("string_pattern"):
-                parts.append(f"{where}: expected {_EXPECTED[name]}{found}")
-            case _:
-                parts.append(f"{where}: {problem['msg'].replace('Input should be', 'expected')}{found}")
-    return "; ".join(dict.fromkeys(parts))
-
-
-def _locate(kind: type[Section], location: Sequence[str | int]) -> tuple[type[Section] | None, list[str]]:
-    """The innermost section that holds a mistake, and its path as users write it: pydantic adds names of types to it
-    where an annotation is a union."""
-    section: type[Section] | None = kind
-    holder = section
-    chosen: list[type[Section]] = []
-    steps: list[str] = []
-    for step in location:
-        if "[" in str(step):  # pydantic's name of a type in a union, e.g. tuple[int, ...]
-            continue
-        if tagged := [one for one in chosen if "kind" in one.model_fields and one.model_fields["kind"].default == step]:
-            section, chosen = tagged[0], []
-            continue
-        steps.append(str(step))
-        holder = section
-        field = section.model_fields.get(str(step)) if section else None
-        kinds = sections_of(field.annotation) if field else []
-        section, chosen = (kinds[0], []) if len(kinds) == 1 else (None, kinds)
-    return holder, steps

@@ -27,10 +27,13 @@ ROOT = Path(__file__).parent.parent
 ROOMS = (
     "etl.stopping",
     "etl.plain_path",
+    "etl.durable",
     "etl.text_table",
     "etl.tables",
     "etl.source_hash",
     "etl.redaction",
+    "etl.section",
+    "etl.setting_errors",
     "etl.settings",
     "etl.identifiers",
     "etl.file_config",
@@ -74,6 +77,7 @@ OF_ETL = {
     "etl.plain_path",
     "etl.redaction",
     "etl.source_hash",
+    "etl.durable",
     "etl.stopping",
     "etl.text_table",
 }

@@ -10,6 +10,8 @@ WITHOUT_EFFECT = frozenset(
         "etl.settings",
         "etl.redaction",
         "etl.source_hash",
+        "etl.text_table",
+        "trainer.recipes.training_record",
         "trainer.registry.descriptions",
         "trainer.figures",
         "trainer.parallel.rank_states",

@@ -9,6 +9,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from etl.lake.datafile import DataFile
 from etl.lake.snapshots import local_path, make_folder, table_filesystem, table_uri
 from etl.lake.spark_io import ROW_GROUP_BYTES, FileWriter, bucket_of, data_files
 from etl.lake.write_tasks import counted_task
+from etl.redaction import one_line
 from etl.session import engine_of, user_errors
 from etl.settings import GraftrecError
 from etl.tables import Table
@@ -33,25 +35,28 @@ from etl.tables import Table
 _TURNS = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
-def write(
-    users: DataFrame,
-    rows: Rows,
-    lake: str,
-    table: Table,
-    read: Inputs,
-    *,
-    buckets: int,
-    tasks: int,
-    before: PreviousState | None = None,
-) -> list[DataFile]:
-    """Write data files of `table`, partitioned by split, domain and bucket, from the histories of the kept `users`.
+@dataclass(frozen=True)
+class BucketWork:
+    """What becomes of users' histories: rows of `table`, partitioned by split, domain and bucket.
 
-    `rows` turns histories into ((split, domain), rows in the table's order), once for each that has any. `tasks`: how
-    many at most share the buckets. `before`: of SEQUENCES, what can be copied. The files are the caller's to commit.
+    `rows` turns histories into ((split, domain), rows in the table's order), once for each that has any. `before`: of
+    SEQUENCES, what can be copied.
+    """
+
+    rows: Rows
+    lake: str
+    table: Table
+    read: Inputs
+    before: PreviousState | None = None
+
+
+def write(users: DataFrame, work: BucketWork, *, buckets: int, tasks: int) -> list[DataFile]:
+    """Write data files from the histories of the kept `users`. The files are the caller's to commit.
+
+    `tasks`: how many at most share the buckets.
     """
     kept = users.where("kept").select(bucket_of(buckets).alias("bucket"), "user", "index", "degree")
-    task = partial(write_task, rows=rows, lake=lake, table=table, read=read, before=before)
-    return written_by(task, kept, lake, table, buckets=buckets, tasks=tasks)
+    return written_by(partial(write_task, work=work), kept, work.lake, work.table, buckets=buckets, tasks=tasks)
 
 
 def written_by(
@@ -81,17 +86,9 @@ def gathered(users: DataFrame, *, buckets: int, tasks: int) -> DataFrame:
     return users.repartitionById(tasks, F.col("bucket") % tasks)
 
 
-def write_task(
-    batches: Iterable[pa.RecordBatch],
-    rows: Rows,
-    lake: str,
-    table: Table,
-    read: Inputs,
-    before: PreviousState | None = None,
-) -> Iterator[pa.RecordBatch]:
+def write_task(batches: Iterable[pa.RecordBatch], work: BucketWork) -> Iterator[pa.RecordBatch]:
     """One task: the users (bucket, user, index, degree) of some buckets, in any order, to these buckets' files."""
-    write = partial(_write_buckets, rows=rows, lake=lake, table=table, read=read, before=before)
-    yield from in_turn(batches, write, lake, table)
+    yield from in_turn(batches, partial(_write_buckets, work=work), work.lake, work.table)
 
 
 def in_turn(
@@ -110,7 +107,7 @@ def in_turn(
         try:
             written = list(write(users))
         except OSError as error:
-            what = " ".join(str(error).split())
+            what = one_line(error)
             if is_full(error):
                 raise GraftrecError(
                     f"{table.name}: a task can't write its files ({what}); make room in {lake} and in "
@@ -123,10 +120,9 @@ def in_turn(
     yield from written
 
 
-def _write_buckets(
-    users: pa.Table, rows: Rows, lake: str, table: Table, read: Inputs, before: PreviousState | None
-) -> Iterator[pa.RecordBatch]:
-    filesystem = table_filesystem(lake, table)
+def _write_buckets(users: pa.Table, work: BucketWork) -> Iterator[pa.RecordBatch]:
+    rows, table, read, before = work.rows, work.table, work.read, work.before
+    filesystem = table_filesystem(work.lake, table)
     catalogue = read_catalogue(read)
     for bucket, start, stop in runs(users["bucket"].to_numpy()):
         mine = users.slice(start, stop - start)

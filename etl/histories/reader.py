@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from etl.lake.file_reader import open_parquet
 from etl.lake.snapshots import existing_table, snapshot_files
+from etl.redaction import one_line
 from etl.settings import GraftrecError
 from etl.tables import DOMAINS, INTERACTIONS, ITEMS, Table
 
@@ -329,7 +330,7 @@ def _named(table: Table, path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise GraftrecError(
             f"{table.name}: {path} can't be read ({reason}); restore it, or make the table anew"
         ) from None

@@ -27,7 +27,9 @@ def write(
     whole: Sequence[str] = (),
     properties: Mapping[str, str],
 ) -> Outcome:
-    """Write and commit the table of `run`. `rows`, `columns`: see `bucket_writer.write` and `histories.reader.inputs`.
+    """Write and commit the table of `run`.
+
+    `rows`, `columns`: see `bucket_writer.BucketWork` and `histories.reader.inputs`.
 
     `needs`: without any of `columns` in the log there are no rows. `whole`: the splits
     whose rows of the domain `all` hold all that `rows` is given, in that order.
@@ -47,10 +49,8 @@ def write(
             users = users.where(spark_io.bucket_of(buckets).isin(touched))
     files: list[DataFile] = []
     if touched is None or touched:
-        tasks = run.config.spark.shuffle_partitions
-        files = bucket_writer.write(
-            users, rows, run.lake, run.job.table, read, buckets=buckets, tasks=tasks, before=before
-        )
+        work = bucket_writer.BucketWork(rows, run.lake, run.job.table, read, before)
+        files = bucket_writer.write(users, work, buckets=buckets, tasks=run.config.spark.shuffle_partitions)
     if touched is None or len(touched) == buckets:
         return run.commit_files(files, properties=properties)
     return run.commit_files(files, mode="partitions", partition_scope={"bucket": touched}, properties=properties)

@@ -42,20 +42,19 @@ def transform(
 
 
 def grow(
-    log: DataFrame,
-    appended: DataFrame,
+    grown_log: kcore.GrownLog,
     described: DataFrame | None,
     old: DataFrame,
     users: DataFrame,
     config: KCoreConfig,
     *,
-    buckets: int,
     first: int | None = None,
 ) -> DataFrame:
-    """ITEMS as `transform` gives them for `log` and what was `appended` to it, up to the order of indices.
+    """ITEMS as `transform` gives them for a grown log, up to the order of indices.
 
-    `old`, `users`: ITEMS and USERS as `log` gave them.
+    `old`, `users`: ITEMS and USERS as the log before gave them.
     """
+    log, appended, buckets = grown_log.log, grown_log.appended, grown_log.buckets
     found = grown(old, appended, "item")
     if config.iterate:
         kept = kcore.grown_items(log, appended, found, grown(users, appended, "user"), config, buckets=buckets)
@@ -77,8 +76,8 @@ def run(run: Run) -> Outcome:
     if appended is None or old is None or users is None:
         frame = transform(run.read(INTERACTIONS), described, old, config, first=first)
         return run.commit(frame, metadata=then.metadata)
-    log, buckets = run.read_before(INTERACTIONS), run.config.buckets
-    frame = grow(log, appended, described, old, users, config, buckets=buckets, first=first)
+    grown_log = kcore.GrownLog(run.read_before(INTERACTIONS), appended, run.config.buckets)
+    frame = grow(grown_log, described, old, users, config, first=first)
     return run.commit(frame, metadata=then.metadata)
 
 

@@ -186,13 +186,15 @@ class Run:
             frame,
             self.lake,
             self.job.table,
-            mode=mode,
-            app=f"job/{self.job.name}",
-            app_version=0 if self.base is None else self.base + 1,
-            metadata={**self.provenance, **(metadata or {})},
-            properties=properties,
-            partition_scope=partition_scope,
-            transactions=transactions,
+            spark_io.Commit(
+                mode=mode,
+                app=f"job/{self.job.name}",
+                app_version=0 if self.base is None else self.base + 1,
+                metadata={**self.provenance, **(metadata or {})},
+                properties=properties,
+                partition_scope=partition_scope,
+                transactions=transactions,
+            ),
         )
         return self._outcome(written)
 
@@ -209,12 +211,14 @@ class Run:
             self.lake,
             self.job.table,
             files,
-            mode=mode,
-            app=f"job/{self.job.name}",
-            app_version=0 if self.base is None else self.base + 1,
-            metadata=self.provenance,
-            properties=properties,
-            partition_scope=partition_scope,
+            spark_io.Commit(
+                mode=mode,
+                app=f"job/{self.job.name}",
+                app_version=0 if self.base is None else self.base + 1,
+                metadata=self.provenance,
+                properties=properties,
+                partition_scope=partition_scope,
+            ),
         )
         return self._outcome(written)
 

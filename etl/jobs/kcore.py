@@ -8,6 +8,8 @@ A log that only grows has a core that only grows. So after a new day whoever was
 interactions at all goes, and only the *free* are to be decided, by the interactions that have a free end.
 """
 
+from dataclasses import dataclass
+
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -18,6 +20,15 @@ from etl.session import held
 
 _BROADCAST_ROWS = 1_000_000  # ids that each executor may hold
 _OF_LOG = "degree > more"  # of an id: the log so far has some of it
+
+
+@dataclass(frozen=True)
+class GrownLog:
+    """The log as it was, and what was appended to it; its users lie in so many buckets."""
+
+    log: DataFrame
+    appended: DataFrame
+    buckets: int
 
 
 def kept_items(interactions: DataFrame, config: KCoreConfig, degrees: DataFrame | None = None) -> DataFrame:

@@ -137,11 +137,13 @@ def _replace(run: Run, rows: DataFrame, scope: dict[str, Sequence[Any]]) -> None
         rows,
         run.lake,
         QUARANTINE,
-        mode="partitions",
-        app=f"quarantine/{uuid.uuid4().hex}",
-        app_version=0,
-        metadata=run.provenance,
-        partition_scope=scope,
+        spark_io.Commit(
+            mode="partitions",
+            app=f"quarantine/{uuid.uuid4().hex}",
+            app_version=0,
+            metadata=run.provenance,
+            partition_scope=scope,
+        ),
     )
 
 
@@ -154,11 +156,13 @@ def _clear(run: Run, scope: dict[str, Sequence[Any]]) -> None:
         run.lake,
         QUARANTINE,
         [],
-        mode="partitions",
-        app=f"quarantine/{uuid.uuid4().hex}",
-        app_version=0,
-        metadata=run.provenance,
-        partition_scope=scope,
+        spark_io.Commit(
+            mode="partitions",
+            app=f"quarantine/{uuid.uuid4().hex}",
+            app_version=0,
+            metadata=run.provenance,
+            partition_scope=scope,
+        ),
     )
 
 

@@ -63,10 +63,12 @@ def release(engine: RunContext, versions: Mapping[str, int], *, code: str) -> tu
         frame,
         lake,
         RELEASES,
-        mode="append",
-        app="job/releases",
-        app_version=number,
-        metadata={"job": "releases", "release": str(number), "versions": named, "digests": digests},
+        spark_io.Commit(
+            mode="append",
+            app="job/releases",
+            app_version=number,
+            metadata={"job": "releases", "release": str(number), "versions": named, "digests": digests},
+        ),
     )
     if not written.committed and spark_io.last_commit(lake, RELEASES)["versions"] != named:
         raise spark_io.CommitConflict("releases: another run released other versions meanwhile; run again")

@@ -36,23 +36,22 @@ def transform(
 
 
 def grow(
-    log: DataFrame,
-    appended: DataFrame,
+    grown_log: kcore.GrownLog,
     items: DataFrame,
     described: DataFrame | None,
     old: DataFrame,
     config: KCoreConfig,
     *,
-    buckets: int,
     first: int | None = None,
 ) -> DataFrame:
-    """USERS as `transform` gives them for `log` and what was `appended` to it, up to the order of indices.
+    """USERS as `transform` gives them for a grown log, up to the order of indices.
 
-    `items`: item, kept, as they are now; `old`: USERS as `log` gave them.
+    `items`: item, kept, as they are now; `old`: USERS as the log before gave them.
     """
+    log, appended = grown_log.log, grown_log.appended
     found = grown(old, appended, "user")
     if config.iterate:
-        kept = kcore.grown_users(log, appended, items.where("kept"), found, config, buckets=buckets)
+        kept = kcore.grown_users(log, appended, items.where("kept"), found, config, buckets=grown_log.buckets)
     else:
         kept = found.where(F.col("degree") >= config.min_user)
     found = mark_kept(found, kept, "user")
@@ -71,8 +70,8 @@ def run(run: Run) -> Outcome:
     if appended is None or old is None:
         frame = transform(run.read(INTERACTIONS), items, described, old, config, first=first)
     else:
-        log, buckets = run.read_before(INTERACTIONS), run.config.buckets
-        frame = grow(log, appended, items, described, old, config, buckets=buckets, first=first)
+        grown_log = kcore.GrownLog(run.read_before(INTERACTIONS), appended, run.config.buckets)
+        frame = grow(grown_log, items, described, old, config, first=first)
     return run.commit(frame, metadata={"kcore": kcore.rules(config), **then.metadata})
 
 

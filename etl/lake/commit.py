@@ -22,6 +22,7 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Tr
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction
 
+from etl.durable import sync
 from etl.lake.datafile import DataFile, InvalidFile, check_file
 from etl.lake.delta_log import seal, snapshot_digest
 from etl.lake.lease import as_writer, check_lease
@@ -42,6 +43,7 @@ from etl.lake.snapshots import (
     within,
 )
 from etl.lake.store_errors import store_problem
+from etl.redaction import one_line
 from etl.settings import RunAgain
 from etl.tables import Table
 
@@ -63,28 +65,34 @@ class Written:
     committed: bool
 
 
-@as_writer
-def commit_files(
-    lake: str,
-    table: Table,
-    files: Sequence[DataFile],
-    *,
-    mode: Mode,
-    app: str,
-    app_version: int,
-    metadata: Mapping[str, str],
-    properties: Mapping[str, str] | None = None,
-    partition_scope: Mapping[str, Sequence[Any]] | None = None,
-    transactions: Mapping[str, int] | None = None,
-) -> Written:
-    """Verify `files` and commit them all in one transaction, once per (app, app_version).
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What a transaction does to a table, once per (app, app_version), and what it records.
 
     `mode`: "append" adds; "overwrite" replaces the table; "partitions" replaces the partitions the files belong to, or
     those `partition_scope` (column -> values; columns left out match anything) names. `properties` are the table's,
     set when it is made, and when it is overwritten. `transactions` are recorded beside (app, app_version), for
-    `transactions` to find. No file is ever deleted. Only the lake's writer commits (`lake.lease`): others wait.
+    `snapshots.transactions` to find.
+    """
+
+    mode: Mode
+    app: str
+    app_version: int
+    metadata: Mapping[str, str]
+    properties: Mapping[str, str] | None = None
+    partition_scope: Mapping[str, Sequence[Any]] | None = None
+    transactions: Mapping[str, int] | None = None
+
+
+@as_writer
+def commit_files(lake: str, table: Table, files: Sequence[DataFile], commit: Commit) -> Written:
+    """Verify `files` and commit them all in one transaction.
+
+    No file is ever deleted. Only the lake's writer commits (`lake.lease`): others wait.
     Raises InvalidFile, LakeError, CommitConflict, LakeBusy, LeaseLost; the table's rows are then as they were.
     """
+    mode, app, app_version = commit.mode, commit.app, commit.app_version
+    partition_scope, properties = commit.partition_scope, commit.properties or {}
     if done := landed(lake, table, app, app_version):
         return done
     if mode != "partitions" and partition_scope is not None:
@@ -95,8 +103,8 @@ def commit_files(
     actions, rows = _check(lake, table, files)
     _sync_data(lake, table, files)
     mark = uuid.uuid4().hex  # tells our commit from a twin's
-    commit_info = {**metadata, "app": app, "app_version": str(app_version), "rows": str(rows), "commit": mark}
-    landing = {**(transactions or {}), app: app_version}
+    commit_info = {**commit.metadata, "app": app, "app_version": str(app_version), "rows": str(rows), "commit": mark}
+    landing = {**(commit.transactions or {}), app: app_version}
     added = [DataFile(action.path, action.partition_values, action.size) for action in actions]
     deadline = time.monotonic() + PATIENCE_SECONDS
     losses = 0
@@ -104,7 +112,7 @@ def commit_files(
         check_lease(lake)
         handle = open_table(lake, table)
         if handle is None:
-            _create(lake, table, properties or {})
+            _create(lake, table, properties)
             continue
         if done := _landed(handle, lake, table, app, app_version, mark):
             return done
@@ -114,7 +122,7 @@ def commit_files(
             with contextlib.suppress(CommitFailedError):  # somebody was faster: look again
                 handle.alter.add_columns(gained)
             continue
-        if _set_properties(handle, table, mode, properties or {}):
+        if _set_properties(handle, table, mode, properties):
             continue
         existing = active_files(handle, table)
         _check_distinct([file.path for file in (*existing, *files)], table)
@@ -143,7 +151,7 @@ def commit_files(
             if not isinstance(error, CommitFailedError) and landed(lake, table, app, app_version) is None:
                 raise LakeError(
                     store_problem(table_uri(lake, table), error)
-                    or f"{table.name}: the commit failed ({' '.join(str(error).split())}); try again"
+                    or f"{table.name}: the commit failed ({one_line(error)}); try again"
                 ) from None
             losses += 1
             if time.monotonic() > deadline:
@@ -287,9 +295,7 @@ def _create(lake: str, table: Table, properties: Mapping[str, str]) -> None:
     except (DeltaError, OSError) as error:
         if open_table(lake, table) is None:
             reason = store_problem(uri, error)
-            raise LakeError(
-                reason or f"{uri}: a table can't be made ({' '.join(str(error).split())}); mend that"
-            ) from None
+            raise LakeError(reason or f"{uri}: a table can't be made ({one_line(error)}); mend that") from None
     _sync_log(lake, table, 0)
 
 
@@ -318,10 +324,10 @@ def _sync_data(lake: str, table: Table, files: Sequence[DataFile]) -> None:
     folders = {root, root.parent}
     for file in files:
         path = root / file.path
-        _sync(path)
+        sync(path)
         folders.update(parent for parent in path.parents if parent.is_relative_to(root))
     for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
-        _sync(folder)
+        sync(folder)
 
 
 def _sync_log(lake: str, table: Table, version: int) -> None:
@@ -332,12 +338,4 @@ def _sync_log(lake: str, table: Table, version: int) -> None:
     entries = [*log.glob(f"{version:020d}.*"), log / "_last_checkpoint", log]
     for path in [*entries, log.parent, log.parent.parent, log.parent.parent.parent]:
         with contextlib.suppress(FileNotFoundError):
-            _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync(path)

@@ -19,6 +19,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from deltalake.transaction import AddAction
 
+from etl.redaction import one_line
 from etl.settings import GraftrecError
 from etl.tables import Table
 
@@ -148,7 +149,7 @@ def _footer(filesystem: pafs.FileSystem, path: str, size: int, table: Table) -> 
                 raise ValueError("it doesn't begin and end with PAR1")
             metadata = pq.read_metadata(file)
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InvalidFile(f"{table.name}: {path} is no whole Parquet file ({reason}); write it again") from None
     groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
     ends = [_end(group.column(column)) for group in groups for column in range(metadata.num_columns)]

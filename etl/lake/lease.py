@@ -22,6 +22,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from etl.lake.snapshots import LakeError, local_path, make_folder, open_table
 from etl.lake.store_errors import store_problem
+from etl.redaction import one_line
 from etl.settings import RunAgain
 from etl.tables import Table
 
@@ -364,7 +365,7 @@ class _StoreLease:
             yield
         except _failures() as error:
             problem = store_problem(self._lake, error)
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise LakeError(problem or f"{self._lake}: the store failed ({reason}); try again") from None
 
 

@@ -20,6 +20,7 @@ from etl.lake.datafile import DataFile, partition_text, partition_value
 from etl.lake.delta_log import check_log, recorded_snapshot, snapshot_digest
 from etl.lake.store_errors import store_problem
 from etl.plain_path import delta_path
+from etl.redaction import one_line
 from etl.settings import GraftrecError
 from etl.tables import TABLES, Table
 
@@ -249,13 +250,13 @@ def _unreadable(lake: str, table: Table, version: int | None, error: Exception) 
             pass
         else:
             return LakeError(f"{uri}: expected version {version} of {table.name}, newest is {newest}; pin one it has")
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     return LakeError(f"{uri}: expected the Delta table {table.name}, its log can't be read ({reason}); restore the log")
 
 
 def _unreadable_log(place: str, error: Exception) -> LakeError:
     """The fault of the store where it is one, else of the log."""
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     return LakeError(store_problem(place, error) or f"{place}: its log can't be read ({reason}); {_RESTORE}")
 
 

@@ -34,7 +34,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 from pyspark.sql.window import Window
 
-from etl.lake.commit import CHECKERS, CommitConflict, Mode, Written, commit_files, landed
+from etl.lake.commit import CHECKERS, Commit, CommitConflict, Mode, Written, commit_files, landed
 from etl.lake.datafile import DataFile, InvalidFile, data_schema, partition_text, partition_value
 from etl.lake.file_reader import DigestSink, check_files, digest_name, digest_of, open_parquet
 from etl.lake.lease import LakeBusy, LeaseLost, writing
@@ -60,6 +60,7 @@ from etl.settings import GraftrecError
 from etl.tables import Table
 
 __all__ = [
+    "Commit",
     "CommitConflict",
     "DataFile",
     "InvalidFile",
@@ -158,26 +159,13 @@ def _read_sail(
     return frame.select(*_columns(table))
 
 
-def write(
-    spark: SparkSession,
-    frame: DataFrame,
-    lake: str,
-    table: Table,
-    *,
-    mode: Mode,
-    app: str,
-    app_version: int,
-    metadata: Mapping[str, str],
-    properties: Mapping[str, str] | None = None,
-    partition_scope: Mapping[str, Sequence[Any]] | None = None,
-    transactions: Mapping[str, int] | None = None,
-) -> Written:
-    """Write `frame` to `table` in one transaction, once per (app, app_version): see `etl.lake.commit.commit_files`.
+def write(spark: SparkSession, frame: DataFrame, lake: str, table: Table, commit: Commit) -> Written:
+    """Write `frame` to `table` in one transaction: see `etl.lake.commit.commit_files`.
 
-    The frame must have the contract's columns and types, in any order. Where this (app, app_version) has landed
-    already, nothing is computed.
+    The frame must have the contract's columns and types, in any order. Where the commit's (app, app_version) has
+    landed already, nothing is computed.
     """
-    if done := landed(lake, table, app, app_version):
+    if done := landed(lake, table, commit.app, commit.app_version):
         return done
     _check_frame(frame, table)
     lake = absolute(lake)  # executors have folders of their own
@@ -188,18 +176,7 @@ def write(
             files = _write_arrow(_sorted(frame, table), lake, table)
         else:
             files = _write_local(_sorted(frame, table), lake, table)
-        return commit_files(
-            lake,
-            table,
-            files,
-            mode=mode,
-            app=app,
-            app_version=app_version,
-            metadata=metadata,
-            properties=properties,
-            partition_scope=partition_scope,
-            transactions=transactions,
-        )
+        return commit_files(lake, table, files, commit)
 
 
 def _sorted(frame: DataFrame, table: Table) -> DataFrame:

@@ -2,6 +2,7 @@
 
 from etl.jobs import event_times
 from etl.pipeline.report import Report
+from etl.text_table import aligned
 
 _BARS = 30  # of the histogram of times, at most
 Bars = list[tuple[str, int]]  # first day, events
@@ -25,11 +26,7 @@ def lines(report: Report) -> list[str]:
         ]
         for domain in report.domains
     ]
-    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
-    lines = [f"Release {report.release} of {report.lake}, split {report.split}:"]
-    for row in [titles, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    lines = [f"Release {report.release} of {report.lake}, split {report.split}:", *aligned([titles, *rows])]
     if report.related:
         known = ", ".join(f"{relation} of {count:,}" for relation, count in sorted(report.related.items()))
         lines.append(f"known: {known} items")

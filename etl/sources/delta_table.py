@@ -28,6 +28,7 @@ from deltalake.fs import DeltaStorageHandler
 from etl.file_config import FileConfig
 from etl.lake.store_errors import store_problem
 from etl.plain_path import delta_path
+from etl.redaction import one_line
 from etl.settings import GraftrecError
 from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile, reading
@@ -175,7 +176,7 @@ class SourceTable:
         return tuple(steps)
 
     def _unreadable(self, version: int | None, error: Exception) -> GraftrecError:
-        reason = store_problem(self.root, error) or " ".join(str(error).split())
+        reason = store_problem(self.root, error) or one_line(error)
         which = "" if version is None else f" at version {version}"
         return GraftrecError(
             f"{self.setting}: expected a Delta table{which} at {self.root}, found: {reason[:300]}; mend path or version"

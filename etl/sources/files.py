@@ -18,6 +18,7 @@ from typing import IO
 import pyarrow as pa
 from pyarrow import fs
 
+from etl.redaction import one_line
 from etl.settings import GraftrecError
 
 MAX_ROW_BYTES = 1 << 20
@@ -319,7 +320,7 @@ class reading:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, _UNREADABLE):
             what = f"a whole {self.file.compression} file" if self.file.compression else "a readable file"
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise GraftrecError(f"{self.file.name}: expected {what}, found: {reason}; deliver it again") from None
 
 

@@ -15,6 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from etl.file_config import FileConfig
+from etl.redaction import one_line
 from etl.settings import GraftrecError
 from etl.sources.delimited import Chunk
 from etl.sources.files import RawFile
@@ -43,7 +44,7 @@ class SparkTable:
             self._frame = whole.select(*(F.col(name).alias(f"c{place}") for place, name in enumerate(given)))
             assert self._frame.columns  # analysed here
         except (PySparkException, Py4JError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise GraftrecError(
                 f"{setting}: expected a table {self.root} with the columns {', '.join(map(str, wanted))}, found: "
                 f"{reason}; mend path, reader, options or columns, or give the session its catalogue by spark.settings"

@@ -17,7 +17,7 @@ from etl.tables import FIRST_INDEX
 from tests.benchmarks.harness import Case, Numbers, Report, alternate, median
 from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, TrainConfig
 from trainer.data.batch import Batch
-from trainer.models import RowTables, build_model
+from trainer.models import ModelSizes, RowTables, build_model
 from trainer.parallel.distributed import ALONE
 from trainer.tasks import build_task
 from trainer.training.loop import Training, train_step
@@ -65,9 +65,7 @@ def _training(num_items: int, table_optimizer: str) -> Training:
     task = build_task(MaskedItemConfig(loss=LossConfig(kind="sampled", num_negatives=NEGATIVES)))
     model = build_model(
         Bert4RecConfig(blocks=2, width=WIDTH, heads=4, max_length=LENGTH, user_width=0, knowledge={}),
-        num_users=0,
-        num_entities=0,
-        knowledge_VS=torch.zeros(FIRST_INDEX + num_items, 0),
+        ModelSizes(num_users=0, num_entities=0, knowledge_VS=torch.zeros(FIRST_INDEX + num_items, 0)),
         seed=0,
         tables=RowTables(ALONE) if table_optimizer == "rowwise" else None,
     )

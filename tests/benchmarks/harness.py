@@ -23,6 +23,8 @@ from typing import Any
 
 import psutil
 
+from etl import text_table
+
 CLASSES = {"AMX": "amx_bf16", "AVX512-bf16": "avx512_bf16", "AVX512": "avx512f", "AVX2": "avx2"}  # flag of each
 _EMULATED = {"AMX": "AVX512_CORE_AMX", "AVX512-bf16": "AVX512_CORE_BF16", "AVX512": "AVX512", "AVX2": "AVX2"}
 SEEN_ON = "AVX512-bf16"  # where a bar was seen to hold, if it doesn't say otherwise: AMD EPYC (Zen 4), two cores
@@ -72,12 +74,9 @@ class Report:
         self.lines.append(line)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        trainings = [[_text(training) for training in row] for row in rows]
         self.say(f"\n{title}\n")
-        self.say("| " + " | ".join(columns) + " |")
-        self.say("|" + "---|" * len(columns))
-        for row in trainings:
-            self.say("| " + " | ".join(row) + " |")
+        for line in text_table.markdown(columns, [[_text(cell) for cell in row] for row in rows]):
+            self.say(line)
         self.say()
 
     def bar(

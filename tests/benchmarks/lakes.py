@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from etl.lake.commit import commit_files
+from etl.lake.commit import Commit, commit_files
 from etl.lake.snapshots import table_filesystem
 from etl.lake.spark_io import ROW_GROUP_ROWS, FileWriter, data_files
 from etl.tables import DOMAIN_ALL, DOMAINS, FIRST_INDEX, INTERACTIONS, ITEMS, TIME_TIMESTAMP, USERS, Table
@@ -101,7 +101,7 @@ def _write(lake: Path, table: Table, columns: dict[str, pa.Array], key: tuple[st
 def _commit(lake: Path, table: Table, entries: Sequence[str], buckets: int) -> None:
     metadata = {"buckets": str(buckets), "time": TIME_TIMESTAMP}
     files = data_files(entries)
-    commit_files(str(lake), table, files, mode="overwrite", app="benchmark", app_version=0, metadata=metadata)
+    commit_files(str(lake), table, files, Commit(mode="overwrite", app="benchmark", app_version=0, metadata=metadata))
 
 
 def _empty(table: Table, column: str, rows: int) -> pa.Array:

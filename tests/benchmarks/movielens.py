@@ -15,7 +15,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from etl import tables
-from etl.lake.commit import commit_files
+from etl.lake.commit import Commit, commit_files
 from etl.lake.datafile import DataFile, data_schema
 from etl.tables import FIRST_INDEX, Table
 
@@ -192,10 +192,12 @@ def _commit(lake: Path, table: Table, partition: dict[str, str], columns: dict[s
         str(lake),
         table,
         [DataFile(name, partition, path.stat().st_size)],
-        mode="append",
-        app=f"bench-{name}",
-        app_version=1,
-        metadata={},
-        properties={tables.PROPERTY_BUCKETS: str(BUCKETS), tables.PROPERTY_TIME: tables.TIME_ORDINAL},
+        Commit(
+            mode="append",
+            app=f"bench-{name}",
+            app_version=1,
+            metadata={},
+            properties={tables.PROPERTY_BUCKETS: str(BUCKETS), tables.PROPERTY_TIME: tables.TIME_ORDINAL},
+        ),
     )
     return written.version

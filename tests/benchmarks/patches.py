@@ -19,8 +19,8 @@ from trainer.data.catalogue import read_catalogue
 from trainer.data.release import pin
 from trainer.experiment import patch_sizes
 from trainer.inference.delta_folder import bytes_of, load_patch, write_patch
-from trainer.inference.model_folder import load_model, save_model
-from trainer.models import build_model
+from trainer.inference.model_folder import ModelParts, load_model, save_model
+from trainer.models import ModelSizes, build_model
 from trainer.parallel.cores import use_threads
 
 DOMAINS = 16
@@ -72,19 +72,21 @@ def _make(folder: Path, lake: str) -> None:
     def save(name: str, config: PretrainConfig, weights: dict[str, torch.Tensor], parent: str | None) -> str:
         return save_model(
             folder / name,
-            config=config,
-            release=release,
-            catalogue=catalogue,
-            knowledge=nothing.numpy(),
-            popularity=np.ones(len(catalogue), dtype=np.int64),
-            weights=weights,
-            metrics={"seconds": 0.0},
-            parent=parent,
-            users=None,
+            ModelParts(
+                config=config,
+                release=release,
+                catalogue=catalogue,
+                knowledge=nothing.numpy(),
+                popularity=np.ones(len(catalogue), dtype=np.int64),
+                weights=weights,
+                metrics={"seconds": 0.0},
+                parent=parent,
+                users=None,
+            ),
         )
 
     plain = PretrainConfig(model=MODEL, task=NextItemConfig(), data=DataConfig.model_validate(data))
-    given = build_model(MODEL, num_users=0, num_entities=0, knowledge_VS=nothing, seed=0).state_dict()
+    given = build_model(MODEL, ModelSizes(num_users=0, num_entities=0, knowledge_VS=nothing), seed=0).state_dict()
     parent = save("parent", plain, dict(given), None)
     config = FinetuneConfig(
         model=MODEL,
@@ -94,7 +96,9 @@ def _make(folder: Path, lake: str) -> None:
         data=TargetDataConfig.model_validate(data),
     )
     for n in range(DOMAINS):
-        own = build_model(MODEL, num_users=0, num_entities=0, knowledge_VS=nothing, seed=n, patch=config.patch)
+        own = build_model(
+            MODEL, ModelSizes(num_users=0, num_entities=0, knowledge_VS=nothing), seed=n, patch=config.patch
+        )
         weights = {name: given.get(name, tensor).clone() for name, tensor in own.state_dict().items()}
         for name in weights:
             if name.startswith("patches."):

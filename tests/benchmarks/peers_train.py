@@ -23,7 +23,7 @@ from trainer.data.catalogue import Catalogue, read_catalogue
 from trainer.data.loader import Loader
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
-from trainer.models import build_model
+from trainer.models import ModelSizes, build_model
 from trainer.parallel.distributed import join
 from trainer.tasks import build_task
 from trainer.training.loop import Training, train_step
@@ -103,7 +103,7 @@ def ours(
         knowledge={},
     )
     no_knowledge_VS = torch.empty(len(catalogue), 0, dtype=torch.int32)
-    model = build_model(architecture, num_users=0, num_entities=0, knowledge_VS=no_knowledge_VS, seed=0)
+    model = build_model(architecture, ModelSizes(num_users=0, num_entities=0, knowledge_VS=no_knowledge_VS), seed=0)
     data = DataConfig(lake=lake, split=SPLIT, domain=DOMAIN_ALL, window="last", unknown_users=0.0)
     dataset = SequenceDataset(release, SPLIT, DOMAIN_ALL)
     loader = Loader(dataset, catalogue, data, batch_size=batch_size, max_length=length, seed=0)

@@ -23,7 +23,7 @@ from tests.benchmarks.movielens import movielens
 from trainer.config import Bert4RecConfig, MaskedItemConfig
 from trainer.data.histories import Histories
 from trainer.inference.scorer import ModelScorer, top_k
-from trainer.models import Bert4Rec, build_model
+from trainer.models import Bert4Rec, ModelSizes, build_model
 from trainer.tasks import build_task
 
 K = 100
@@ -180,4 +180,4 @@ def _histories(items: np.ndarray, lengths: np.ndarray) -> Histories:
 
 
 def _model(num_rows: int) -> Bert4Rec:
-    return build_model(MODEL, num_users=0, num_entities=0, knowledge_VS=torch.zeros(num_rows, 0), seed=0)
+    return build_model(MODEL, ModelSizes(num_users=0, num_entities=0, knowledge_VS=torch.zeros(num_rows, 0)), seed=0)

@@ -279,6 +279,8 @@ def _written(writer: Any) -> list[str]:
 
 
 def _commit(folder: str, table: Table, files: list[Any]) -> int:
-    from etl.lake.commit import commit_files
+    from etl.lake.commit import Commit, commit_files
 
-    return commit_files(folder, table, files, mode="append", app="benchmark", app_version=1, metadata={}).version
+    return commit_files(
+        folder, table, files, Commit(mode="append", app="benchmark", app_version=1, metadata={})
+    ).version

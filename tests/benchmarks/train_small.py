@@ -28,7 +28,7 @@ from trainer.config import Bert4RecConfig, MaskedItemConfig, TrainConfig
 from trainer.data.batch import Batch
 from trainer.data.loader import Loader
 from trainer.data.order import shuffled
-from trainer.models import build_model
+from trainer.models import ModelSizes, build_model
 from trainer.parallel.cores import use_threads
 from trainer.parallel.distributed import World
 from trainer.tasks import MaskedItem
@@ -228,7 +228,7 @@ def training_of(
 ) -> Training:
     """A run of ours without user and knowledge embeddings, on batches that are given to it one by one."""
     no_knowledge_VS = torch.empty(num_items, 0, dtype=torch.int32)
-    model = build_model(config, num_users=0, num_entities=0, knowledge_VS=no_knowledge_VS, seed=0)
+    model = build_model(config, ModelSizes(num_users=0, num_entities=0, knowledge_VS=no_knowledge_VS), seed=0)
     world = World(0, 1, torch.device(device), torch.float32, autocast=autocast)
     model.to(world.device)
     rates = TrainConfig(learning_rate=RATE, warmup_steps=0, batch_size=BATCH, epochs=EPOCHS)

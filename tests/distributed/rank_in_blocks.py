@@ -15,7 +15,7 @@ from trainer.data.histories import Histories
 from trainer.evaluation.validation import full_ranking
 from trainer.inference import scorer
 from trainer.inference.scorer import ModelScorer
-from trainer.models import RowTables, build_model
+from trainer.models import ModelSizes, RowTables, build_model
 from trainer.parallel.distributed import ALONE, join, leave
 from trainer.tasks import build_task
 
@@ -38,7 +38,7 @@ def model_of(world):
     config = Bert4RecConfig(width=8, blocks=1, max_length=12, user_width=4, knowledge_width=3, dropout=0.0)
     tables = RowTables(world)
     return build_model(
-        config, num_users=NUM_USERS, num_entities=20, knowledge_VS=knowledge, seed=1, tables=tables
+        config, ModelSizes(num_users=NUM_USERS, num_entities=20, knowledge_VS=knowledge), seed=1, tables=tables
     ).double()
 
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 
-def start_ranks(folder, *command, count=2):
+def start_ranks(folder, *command, count=2, nodes=False):
+    """`nodes`: as if each process ran on a machine of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -18,7 +19,12 @@ def start_ranks(folder, *command, count=2):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)},
+            env={**os.environ, **place, **_of_rank(rank, count, nodes=nodes)},
         )
         for rank in range(count)
     ]
+
+
+def _of_rank(rank, count, *, nodes):
+    local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank), "GROUP_WORLD_SIZE": str(count)}
+    return {"RANK": str(rank)} | (local if nodes else {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)})

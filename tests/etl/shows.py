@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable, QueryBuilder
 
 from etl.lake import commit as committing
-from etl.lake.commit import Written, commit_files
+from etl.lake.commit import Commit, Written, commit_files
 from etl.lake.datafile import DataFile, data_schema
 from etl.lake.snapshots import current_version
 from etl.tables import Table
@@ -68,7 +68,7 @@ def commit(
     """Commit `files`; without `app`, as a delivery of its own."""
     app = app or uuid.uuid4().hex
     return commit_files(
-        str(lake), SHOWS, files, mode=mode, app=app, app_version=app_version, metadata={"job": "test"}, **more
+        str(lake), SHOWS, files, Commit(mode=mode, app=app, app_version=app_version, metadata={"job": "test"}, **more)
     )
 
 

@@ -46,7 +46,11 @@ def write(
     **more: Any,
 ) -> spark_io.Written:
     return spark_io.write(
-        spark, frame, str(lake), SHOWS, mode=mode, app="job", app_version=app_version, metadata={"job": "test"}, **more
+        spark,
+        frame,
+        str(lake),
+        SHOWS,
+        spark_io.Commit(mode=mode, app="job", app_version=app_version, metadata={"job": "test"}, **more),
     )
 
 
@@ -196,7 +200,10 @@ def test_files_by_other_writers_are_read(spark: SparkSession, tmp_path: Path) ->
     """Partition values come from the log, wherever a file lies."""
     write(spark, tmp_path, frame_of(spark, ROWS))
     spark_io.commit_files(
-        str(tmp_path), SHOWS, [file_of(tmp_path, [70], ODD, 6)], mode="append", app="x", app_version=1, metadata={}
+        str(tmp_path),
+        SHOWS,
+        [file_of(tmp_path, [70], ODD, 6)],
+        spark_io.Commit(mode="append", app="x", app_version=1, metadata={}),
     )
     found = spark_io.read(spark, str(tmp_path), SHOWS).where("user = 70 or user = 5").sort("user").collect()
     assert [(row["domain"], row["bucket"], row["user"]) for row in found] == [(ODD, 1, 5), (ODD, 6, 70)]

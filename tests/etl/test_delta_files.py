@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shows import SHOWS, commit, file_of, users_of
 
-from etl.lake.commit import commit_files
+from etl.lake.commit import Commit, commit_files
 from etl.lake.datafile import DataFile, InvalidFile, check_path, data_schema, partition_text, partition_value
 from etl.lake.snapshots import LakeError, UnsupportedFeature, active_files, existing_table
 from etl.settings import GraftrecError
@@ -247,7 +247,7 @@ def test_append_only_table_is_not_replaced(tmp_path: Path) -> None:
 def test_table_of_another_contract_is_not_written(other: Table, tmp_path: Path) -> None:
     commit(tmp_path, [file_of(tmp_path, [1])])
     with pytest.raises(LakeError, match=r"etl/tables\.py"):
-        commit_files(str(tmp_path), other, [], mode="append", app="x", app_version=1, metadata={})
+        commit_files(str(tmp_path), other, [], Commit(mode="append", app="x", app_version=1, metadata={}))
     assert users_of(tmp_path) == [1]
 
 

@@ -6,7 +6,7 @@ import pytest
 from deltalake import DeltaTable
 
 from etl.jobs.releases import check_inputs
-from etl.lake.commit import commit_files
+from etl.lake.commit import Commit, commit_files
 from etl.lake.snapshots import current_version
 from etl.settings import RunAgain
 from etl.tables import INTERACTIONS, ITEMS, QUARANTINE, USERS, Table
@@ -18,10 +18,12 @@ def made(lake: Path, table: Table, inputs: str) -> None:
         str(lake),
         table,
         [],
-        mode="overwrite",
-        app="x",
-        app_version=(current_version(str(lake), table) or 0) + 1,
-        metadata={"inputs": inputs},
+        Commit(
+            mode="overwrite",
+            app="x",
+            app_version=(current_version(str(lake), table) or 0) + 1,
+            metadata={"inputs": inputs},
+        ),
     )
 
 

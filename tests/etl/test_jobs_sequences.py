@@ -21,9 +21,10 @@ from written_lakes import BUCKETS, events, vocabulary, write_lake, write_table
 
 from etl.config import DomainConfig, EtlConfig, GeneratorSource, SplitConfig
 from etl.histories import bucket_writer, incremental, reader
+from etl.histories.bucket_writer import BucketWork
 from etl.jobs import baskets, sequences
 from etl.jobs.job import Outcome, Run, RunContext, plan_run
-from etl.lake.commit import commit_files
+from etl.lake.commit import Commit, commit_files
 from etl.lake.snapshots import snapshot_files
 from etl.lake.spark_io import data_files
 from etl.settings import ConfigError, GraftrecError
@@ -73,7 +74,7 @@ def _made(
         for part in (kept[::2], [], kept[1::2])
     ]
     found: Rows = {}
-    for batch in bucket_writer.write_task(iter(batches), rows=rows, lake=str(lake), table=table, read=read):
+    for batch in bucket_writer.write_task(iter(batches), BucketWork(rows, str(lake), table, read)):
         for entry in map(json.loads, batch["file"].to_pylist()):
             part = entry["partition"]
             written = pq.ParquetFile(lake / table.name / entry["path"]).read().to_pylist()
@@ -558,9 +559,11 @@ def test_rows_copied_or_renewed_equal_plain_loops(
         kept = [row | {"bucket": bucket_of(row["user"], BUCKETS)} for row in vocabulary("user", users, degree)]
         batch = pa.RecordBatch.from_pylist([row for row in kept if row["kept"]], schema=_USERS)
         (tmp_path / SEQUENCES.name).mkdir(exist_ok=True)
-        told = bucket_writer.write_task([batch], rows, str(tmp_path), SEQUENCES, read, before)
+        told = bucket_writer.write_task([batch], BucketWork(rows, str(tmp_path), SEQUENCES, read, before))
         files = data_files(entry for batch in told for entry in batch["file"].to_pylist())
-        commit_files(str(tmp_path), SEQUENCES, files, mode="overwrite", app=f"{number}", app_version=0, metadata={})
+        commit_files(
+            str(tmp_path), SEQUENCES, files, Commit(mode="overwrite", app=f"{number}", app_version=0, metadata={})
+        )
         found: dict[Any, Any] = {}
         for file in snapshot_files(str(tmp_path), SEQUENCES):
             written = pq.ParquetFile(tmp_path / SEQUENCES.name / file.path).read().to_pylist()
@@ -623,7 +626,7 @@ def test_a_damaged_file_of_the_log_is_named(tmp_path: Path) -> None:
     users = pa.RecordBatch.from_pylist([{"bucket": bucket_of("u", BUCKETS), "user": "u", "index": 5, "degree": 2}])
     rows = partial(sequences.rows, names=list(DOMAINS), splits=[LAST])
     with pytest.raises(GraftrecError, match=r"bucket=\d/part-[\w.]+: expected the bytes once written"):
-        list(bucket_writer.write_task([users], rows=rows, lake=str(tmp_path), table=SEQUENCES, read=read))
+        list(bucket_writer.write_task([users], BucketWork(rows, str(tmp_path), SEQUENCES, read)))
     assert not list((tmp_path / "sequences").rglob("*.parquet"))
 
 

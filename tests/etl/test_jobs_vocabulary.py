@@ -150,8 +150,9 @@ def test_vocabularies_grown_by_day_equal_those_of_the_whole_log(
     for number in range(1, num_days):
         rows = [row for day in days[: number + 1] for row in day]
         whole, appended = interactions(spark, rows), interactions(spark, days[number])
-        catalogue_now = items.grow(log, appended, None, catalogue, people, config, buckets=BUCKETS).persist()
-        people = users.grow(log, appended, catalogue_now, None, people, config, buckets=BUCKETS).persist()
+        grown_log = kcore.GrownLog(log, appended, BUCKETS)
+        catalogue_now = items.grow(grown_log, None, catalogue, people, config).persist()
+        people = users.grow(grown_log, catalogue_now, None, people, config).persist()
         log, catalogue = whole, catalogue_now
         fresh = items.transform(whole, None, None, config)
         pairs = [(catalogue, fresh), (people, users.transform(whole, fresh, None, None, config))]

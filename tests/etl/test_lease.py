@@ -14,7 +14,7 @@ from shows import SHOWS, commit, deliver, file_of, users_of
 from writers import holder
 
 from etl.lake import lease
-from etl.lake.commit import commit_files
+from etl.lake.commit import Commit, commit_files
 from etl.lake.lease import DEAD_SECONDS, LEASE, LakeBusy, LeaseLost, check_lease, writing
 from etl.lake.retention import remove_orphans
 from etl.lake.snapshots import LakeError, current_version
@@ -127,7 +127,7 @@ def lake(store: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 def test_a_store_has_one_writer(lake: str) -> None:
     for app in ("a", "b"):
-        commit_files(lake, SHOWS, [], mode="append", app=app, app_version=0, metadata={})
+        commit_files(lake, SHOWS, [], Commit(mode="append", app=app, app_version=0, metadata={}))
     with holder(lake) as process:
         with pytest.raises(LakeBusy, match=f"process {process.pid}"):
             wait_for(lake, 4)  # twice as long as a dead one keeps it
@@ -145,7 +145,7 @@ def test_a_killed_writer_of_a_store_is_followed(lake: str) -> None:
 
 
 def test_a_writer_that_slept_is_refused_at_its_commit(lake: str) -> None:
-    commit_files(lake, SHOWS, [], mode="append", app="a", app_version=0, metadata={})
+    commit_files(lake, SHOWS, [], Commit(mode="append", app="a", app_version=0, metadata={}))
     with holder(lake) as process:
         os.kill(process.pid, signal.SIGSTOP)
         wait_for(lake, 30)
@@ -171,7 +171,7 @@ def test_answers_that_are_lost_do_not_lose_the_lease(lake: str, store: str) -> N
 def test_a_store_that_ignores_conditions_is_refused_at_first_use(lake: str, store: str, header: str) -> None:
     with proxy(store, drop=[header.lower()]) as spoiled, variables(settings(spoiled)):
         with pytest.raises(LakeError, match=f"expected a store that heeds {header} ") as told:
-            commit_files(lake, SHOWS, [], mode="append", app="a", app_version=0, metadata={})
+            commit_files(lake, SHOWS, [], Commit(mode="append", app="a", app_version=0, metadata={}))
         assert "\n" not in str(told.value)
         assert current_version(lake, SHOWS) is None
     wait_for(lake, 0)  # nothing is left that keeps others off

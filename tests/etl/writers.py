@@ -19,9 +19,9 @@ with lease.writing(lake, SHOWS):
         time.sleep(60)
     print("holding", os.getpid(), flush=True)
     sys.stdin.readline()  # whoever started it says when to commit
-    from etl.lake.commit import commit_files
+    from etl.lake.commit import Commit, commit_files
     try:
-        commit_files(lake, SHOWS, [], mode="append", app="late", app_version=0, metadata={})
+        commit_files(lake, SHOWS, [], Commit(mode="append", app="late", app_version=0, metadata={}))
     except lease.LeaseLost as error:
         print("refused", error.exit_code, error, flush=True)
     else:

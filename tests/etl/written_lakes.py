@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from etl.lake.commit import Written, commit_files
+from etl.lake.commit import Commit, Written, commit_files
 from etl.lake.snapshots import table_filesystem
 from etl.lake.spark_io import FileWriter, Mode, data_files
 from etl.tables import DOMAINS, FIRST_INDEX, INTERACTIONS, ITEMS, USERS, Table, bucket_of
@@ -32,7 +32,7 @@ def write_table(
             entries += writer.close()["file"].to_pylist()
     metadata = {"buckets": str(BUCKETS), "time": "ordinal"}
     return commit_files(
-        str(lake), table, data_files(entries), mode=mode, app=uuid.uuid4().hex, app_version=0, metadata=metadata
+        str(lake), table, data_files(entries), Commit(mode=mode, app=uuid.uuid4().hex, app_version=0, metadata=metadata)
     )
 
 

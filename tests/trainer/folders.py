@@ -12,8 +12,8 @@ from trainer.config import FinetuneConfig
 from trainer.data.catalogue import read_catalogue, read_knowledge
 from trainer.data.release import pin, vocabulary_size
 from trainer.data.sequences import SequenceDataset
-from trainer.inference.model_folder import load_model, save_model
-from trainer.models import build_model
+from trainer.inference.model_folder import ModelParts, load_model, save_model
+from trainer.models import ModelSizes, build_model
 
 MODEL = {"width": 8, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4, "dropout": 0.0}
 
@@ -59,9 +59,11 @@ def write_model(
     popularity = popularity_of(lake, domain, split)
     model = build_model(
         config.model,
-        num_users=vocabulary_size(release, tables.USERS),
-        num_entities=vocabulary_size(release, tables.ENTITIES),
-        knowledge_VS=torch.from_numpy(knowledge),
+        ModelSizes(
+            num_users=vocabulary_size(release, tables.USERS),
+            num_entities=vocabulary_size(release, tables.ENTITIES),
+            knowledge_VS=torch.from_numpy(knowledge),
+        ),
         seed=seed,
     )
     weights = dict(model.state_dict())
@@ -72,15 +74,17 @@ def write_model(
     weights["output_bias"] = torch.from_numpy(bias).float()
     save_model(
         Path(folder),
-        config=config,
-        release=release,
-        catalogue=catalogue,
-        popularity=popularity,
-        knowledge=knowledge,
-        weights=weights,
-        metrics={"seconds": 10.0 + seed, "pretrain_seconds": 5.0, "validation/NDCG@10": 0.1},
-        parent=None,
-        users=release.read(tables.USERS, ["user", "index"]),
+        ModelParts(
+            config=config,
+            release=release,
+            catalogue=catalogue,
+            popularity=popularity,
+            knowledge=knowledge,
+            weights=weights,
+            metrics={"seconds": 10.0 + seed, "pretrain_seconds": 5.0, "validation/NDCG@10": 0.1},
+            parent=None,
+            users=release.read(tables.USERS, ["user", "index"]),
+        ),
     )
     return str(folder)
 

@@ -5,14 +5,14 @@ import torch
 
 from etl.tables import FIRST_INDEX, PAD, UNK
 from trainer.data.batch import Batch
-from trainer.models import build_model
+from trainer.models import ModelSizes, build_model
 
 NUM_ITEMS = FIRST_INDEX + 30
 
 
 def model_of(config, *, seed=0, slots=4):
     knowledge = torch.from_numpy(np.random.default_rng(7).integers(UNK, 20, (NUM_ITEMS, slots)))
-    model = build_model(config, num_users=50, num_entities=20, knowledge_VS=knowledge, seed=seed)
+    model = build_model(config, ModelSizes(num_users=50, num_entities=20, knowledge_VS=knowledge), seed=seed)
     return model.double().eval()
 
 

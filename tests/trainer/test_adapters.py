@@ -13,11 +13,11 @@ from etl.tables import FIRST_INDEX
 from tests.trainer.networks import NUM_ITEMS, batch_of
 from trainer.config import Bert4RecConfig, FinetuneConfig, PatchConfig, PeterRecConfig, PretrainConfig
 from trainer.inference.model_folder import load_model
-from trainer.models import build_model
+from trainer.models import ModelSizes, build_model
 from trainer.models.adapters import Adapter
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
-from trainer.training.transfer import TransferError, initialise_from
+from trainer.training.transfer import TransferError, TransferPlan, initialise_from
 
 NETWORKS = {
     "bert4rec": Bert4RecConfig(blocks=2, width=16, heads=2, max_length=12, dropout=0.0, user_width=0, knowledge={}),
@@ -38,7 +38,9 @@ MODELS = {
 
 def network(config, *, patch=None, seed=0):
     no_knowledge_VS = torch.empty(NUM_ITEMS, 0, dtype=torch.int32)
-    model = build_model(config, num_users=9, num_entities=0, knowledge_VS=no_knowledge_VS, seed=seed, patch=patch)
+    model = build_model(
+        config, ModelSizes(num_users=9, num_entities=0, knowledge_VS=no_knowledge_VS), seed=seed, patch=patch
+    )
     return model.eval()
 
 
@@ -92,7 +94,7 @@ def test_two_patches_a_block_add_what_they_should(divisor, share):
     added = sum(p.numel() for name, p in model.named_parameters() if name.startswith("patches."))
     block = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks."))
     assert added / block == pytest.approx(share, abs=5e-4)
-    account = initialise_from(model, config, None, "none")
+    account = initialise_from(model, config, None, TransferPlan("none"))
     counts = account.counts()
     assert counts["added"] == added
     assert counts["total"] == sum(p.numel() for p in model.parameters())
@@ -102,7 +104,7 @@ def test_two_patches_a_block_add_what_they_should(divisor, share):
 
 def test_the_default_adds_less_than_a_tenth():
     for config in (PeterRecConfig(), Bert4RecConfig(user_width=0, knowledge={})):
-        counts = initialise_from(network(config, patch=PatchConfig()), config, None, "none").counts()
+        counts = initialise_from(network(config, patch=PatchConfig()), config, None, TransferPlan("none")).counts()
         assert 0 < counts["added"] < 0.1 * counts["backbone"]
 
 
@@ -175,7 +177,10 @@ def network_like(config, num_items):
     """The weights that a run of these settings begins with, as far as they are new."""
     knowledge_VS = torch.empty(num_items, sum(config.model.knowledge.values()), dtype=torch.int32)
     model = build_model(
-        config.model, num_users=9, num_entities=9, knowledge_VS=knowledge_VS, seed=config.train.seed, patch=config.patch
+        config.model,
+        ModelSizes(num_users=9, num_entities=9, knowledge_VS=knowledge_VS),
+        seed=config.train.seed,
+        patch=config.patch,
     )
     return model.state_dict()
 

@@ -13,7 +13,7 @@ from trainer.config import CaserConfig, FinetuneConfig, LossConfig, MaskedItemCo
 from trainer.data.batch import Batch
 from trainer.data.histories import Histories
 from trainer.inference.model_folder import load_model
-from trainer.models import Caser, RowTables, build_model, caser, group_of
+from trainer.models import Caser, ModelSizes, RowTables, build_model, caser, group_of
 from trainer.parallel.distributed import ALONE
 from trainer.recipes import finetune, pretrain
 from trainer.tasks import MaskedItem, NextItem
@@ -153,7 +153,7 @@ def test_learns_a_planted_order(task):
     num_items = 12
     config = CaserConfig(window=3, width=16, horizontal=4, vertical=2, max_length=16, user_width=0, dropout=0.1)
     model = build_model(
-        config, num_users=9, num_entities=0, knowledge_VS=torch.zeros(FIRST_INDEX + num_items, 0), seed=0
+        config, ModelSizes(num_users=9, num_entities=0, knowledge_VS=torch.zeros(FIRST_INDEX + num_items, 0)), seed=0
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     random = np.random.default_rng(0)
@@ -187,9 +187,7 @@ def test_tables_looked_up_by_row_have_the_rows_of_the_dense_gradient():
     rowwise, dense = (
         build_model(
             SMALL.model_copy(update={"dropout": 0.0}),
-            num_users=50,
-            num_entities=20,
-            knowledge_VS=knowledge,
+            ModelSizes(num_users=50, num_entities=20, knowledge_VS=knowledge),
             seed=0,
             tables=tables,
         ).double()

@@ -10,7 +10,7 @@ from deltalake import DeltaTable
 from lakes import build_tiny_lake
 
 from etl import tables
-from etl.lake.commit import commit_files
+from etl.lake.commit import Commit, commit_files
 from etl.lake.snapshots import log_digest, table_filesystem
 from etl.lake.spark_io import FileWriter, data_files
 from etl.tables import TABLES
@@ -30,7 +30,7 @@ def commit_rows(lake, table, rows, **metadata):
         writer = FileWriter(table_filesystem(lake, table), table, key)
         writer.add(pa.Table.from_pylist(own, schema=table.schema).combine_chunks().to_batches()[0])
         files += data_files(writer.close()["file"].to_pylist())
-    return commit_files(lake, table, files, mode="overwrite", app="t", app_version=1, metadata=metadata).version
+    return commit_files(lake, table, files, Commit(mode="overwrite", app="t", app_version=1, metadata=metadata)).version
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def test_results_begin_with_the_best_and_set_models_before_baselines():
     cells = [[cell.strip().removeprefix("&ensp;") for cell in line.split("|")[1:-1]] for line in lines[2:7]]
     assert cells == [
         ["model", "NDCG@10", "gain", "p", "MRR"],
-        ["---", "---:", "---:", "---:", "---:"],
+        [":--", "--:", "--:", "--:", "--:"],
         ["none (from scratch)", "0.2000", "", "", "0.3000"],
         ["deep", "0.2500", "+25.0 %", "<0.001", "0.4000"],
         ["*popularity*", "0.2100", "+5.0 %", "", "0.1000"],

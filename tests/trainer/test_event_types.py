@@ -37,7 +37,7 @@ from trainer.data.sequences import SequenceDataset
 from trainer.evaluation.scorers import model_scorer, read_evaluation_set
 from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request, RequestError, parse
-from trainer.models import build_model
+from trainer.models import ModelSizes, build_model
 from trainer.recipes import promote, recommend
 from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.finetune import run as finetune
@@ -156,7 +156,9 @@ def test_held_out_users_have_the_kinds_of_their_input(lake):
 def network(kinds=2, **more):
     config = DupnConfig(width=16, max_length=16, dropout=0.0, user_width=0, event_types=True, **more)
     return build_model(
-        config, num_users=9, num_entities=0, knowledge_VS=torch.zeros(NUM_ITEMS, 0), seed=0, num_event_types=kinds
+        config,
+        ModelSizes(num_users=9, num_entities=0, knowledge_VS=torch.zeros(NUM_ITEMS, 0), num_event_types=kinds),
+        seed=0,
     )
 
 

@@ -15,17 +15,17 @@ import pytest
 import torch
 from lakes import build_tiny_lake
 
-from etl.lake.commit import commit_files
+from etl.lake.commit import Commit, commit_files
 from etl.lake.datafile import DataFile
 from etl.settings import ConfigError
 from etl.tables import FIRST_INDEX, MASK, PAD, SEQUENCES, UNK
 from trainer.config import Bert4RecConfig, DataConfig, LossConfig, MaskedItemConfig, NextItemConfig
 from trainer.data import order
 from trainer.data.catalogue import Catalogue, Texts, read_catalogue
-from trainer.data.loader import Loader
+from trainer.data.loader import Loader, Share
 from trainer.data.release import DataError, Release, pin
 from trainer.data.sequences import SequenceDataset
-from trainer.models import build_model
+from trainer.models import ModelSizes, build_model
 from trainer.tasks import build_task
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,7 +58,7 @@ def write(lake, bucket, rows, *, group_rows=7, schema=None):
 
 
 def commit(lake, files):
-    done = commit_files(str(lake), SEQUENCES, files, mode="append", app="t", app_version=1, metadata={})
+    done = commit_files(str(lake), SEQUENCES, files, Commit(mode="append", app="t", app_version=1, metadata={}))
     return Release(str(lake), 1, {SEQUENCES.name: done.version})
 
 
@@ -87,8 +87,7 @@ def loader_of(made, catalogue, *, batch_size=8, max_length=12, rank=0, world_siz
         batch_size=batch_size,
         max_length=max_length,
         seed=seed,
-        rank=rank,
-        world_size=world_size,
+        share=Share(rank, world_size),
     )
 
 
@@ -227,9 +226,7 @@ def test_a_rank_without_rows_in_a_short_batch_has_a_loss_of_nothing(task, made, 
     kind = {"masked_item": MaskedItemConfig, "next_item": NextItemConfig}[task]
     model = build_model(
         Bert4RecConfig(width=8, blocks=1, max_length=16, user_width=4, knowledge={}),
-        num_users=200,
-        num_entities=0,
-        knowledge_VS=torch.zeros(len(catalogue), 0, dtype=torch.int32),
+        ModelSizes(num_users=200, num_entities=0, knowledge_VS=torch.zeros(len(catalogue), 0, dtype=torch.int32)),
         seed=0,
     )
     for loss in (LossConfig(), LossConfig(kind="sampled", num_negatives=8)):

@@ -12,6 +12,7 @@ from tests.trainer.networks import NUM_ITEMS, batch_of
 from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, NextItemConfig
 from trainer.data.batch import Batch
 from trainer.models import bert4rec, group_of, groups_of, item_encoder
+from trainer.models.cpu import rotary
 from trainer.parallel.cores import use_threads
 from trainer.tasks import MaskedItem, NextItem, softmax
 from trainer.tasks.loss import sampled_softmax, summed_loss
@@ -134,7 +135,7 @@ def test_rotation_turns_gradients_back(per_row):
     if per_row:
         rotation = rotation[torch.tensor([[0, 4, 2, 2, 1], [3, 3, 0, 1, 2]])][:, None]
     x = torch.randn(2, 2, 5, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: bert4rec._rotated(x, rotation), (x,))
+    assert torch.autograd.gradcheck(lambda x: rotary.rotated(x, rotation), (x,))
 
 
 def test_causal_position_sees_nothing_after_it_and_bidirectional_does():

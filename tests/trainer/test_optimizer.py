@@ -13,7 +13,7 @@ from etl.tables import FIRST_INDEX, UNK
 from trainer.config import Bert4RecConfig, LossConfig, MaskedItemConfig, NextItemConfig, PretrainConfig, TrainConfig
 from trainer.data.batch import Batch
 from trainer.inference.model_folder import load_model
-from trainer.models import RowTables, build_model
+from trainer.models import ModelSizes, RowTables, build_model
 from trainer.models.row_table import BLOCK_ROWS, RowTable, interleave, take_rows
 from trainer.parallel.distributed import ALONE, World
 from trainer.recipes.pretrain import run as pretrain
@@ -32,7 +32,9 @@ def part_of(rank, size):
 
 def model_of(tables):
     knowledge = torch.from_numpy(np.random.default_rng(7).integers(UNK, 20, (NUM_ITEMS, 2)))
-    model = build_model(CONFIG, num_users=NUM_USERS, num_entities=20, knowledge_VS=knowledge, seed=0, tables=tables)
+    model = build_model(
+        CONFIG, ModelSizes(num_users=NUM_USERS, num_entities=20, knowledge_VS=knowledge), seed=0, tables=tables
+    )
     return model.double()
 
 
@@ -205,10 +207,8 @@ def test_what_follows_what_is_learnt_from_few_rows_a_step_too(table_optimizer, k
     config = TrainConfig(table_optimizer=table_optimizer, learning_rate=5e-3, warmup_steps=0)
     model = build_model(
         CONFIG.model_copy(update={"width": 16, "user_width": 0}),
-        num_users=0,
-        num_entities=0,
+        ModelSizes(num_users=0, num_entities=0, knowledge_VS=torch.zeros(FIRST_INDEX + 150, 0)),
         seed=0,
-        knowledge_VS=torch.zeros(FIRST_INDEX + 150, 0),
         tables=RowTables(ALONE) if table_optimizer == "rowwise" else None,
     )
     task = NextItem(NextItemConfig(loss=LossConfig(kind=kind, num_negatives=32)))

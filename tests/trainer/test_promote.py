@@ -24,7 +24,8 @@ from trainer.evaluation.item_prediction import evaluate_scorers
 from trainer.evaluation.scorers import model_scorer, read_evaluation_set
 from trainer.evaluation.significance import p_text
 from trainer.recipes import evaluate, promote
-from trainer.recipes.promote import GateRefused, PromoteError
+from trainer.recipes.compared_models import PromoteError
+from trainer.recipes.promote import GateRefused
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, audit_trail
 from trainer.registry.gate_evidence import evidence_of
 

@@ -110,7 +110,7 @@ def test_a_part_of_a_description_is_replaced_and_the_rest_stays(store, models):
 
 
 def test_the_audit_trail_keeps_all_entries_whatever_a_tag_holds(store, models, monkeypatch):
-    monkeypatch.setattr("trainer.registry.versions.AUDIT_CHARACTERS", 100)
+    monkeypatch.setattr("trainer.registry.version.AUDIT_CHARACTERS", 100)
     registry = Registry()
     number = registry.register(models[0]).number
     entries = [{"action": "refused", "n": n, "text": "é" * n} for n in range(0, 120, 10)]

@@ -13,7 +13,7 @@ from trainer.data.histories import Histories
 from trainer.inference import scorer
 from trainer.inference.model_folder import load_model
 from trainer.inference.scorer import ModelScorer, Scores, top_k
-from trainer.models import build_model
+from trainer.models import ModelSizes, build_model
 from trainer.tasks import build_task
 
 
@@ -97,7 +97,9 @@ def test_scores_of_blocks_and_of_candidates_are_those_of_the_whole(trained_model
 
 
 def test_an_item_table_without_knowledge_is_not_copied():
-    bare = build_model(Bert4RecConfig(), num_users=9, num_entities=0, knowledge_VS=torch.zeros(50, 0), seed=0)
+    bare = build_model(
+        Bert4RecConfig(), ModelSizes(num_users=9, num_entities=0, knowledge_VS=torch.zeros(50, 0)), seed=0
+    )
     scorer = ModelScorer(bare, build_task(MaskedItemConfig()))
     scores = scorer.scores(seen_rows([7, 8]))
     assert scores.whole().shape == (1, 50)

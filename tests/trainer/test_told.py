@@ -50,7 +50,7 @@ def killed(folder, recipe, path, module, function, number=1):
         ("training.checkpoint", "clear", 1),  # just behind done.json
         pytest.param("tracking.queue", "SendQueue.close", 1, marks=[pytest.mark.slow]),  # nothing is sent, maybe
         ("training.loop", "_finish_epoch", 3),  # in mid-run
-        pytest.param("recipes.pretrain", "_tell", 3, marks=[pytest.mark.slow]),  # behind the last checkpoint
+        pytest.param("recipes.pretrain", "log_epoch", 3, marks=[pytest.mark.slow]),  # behind the last checkpoint
     ],
 )
 def test_a_killed_run_that_is_run_again_is_one_finished_run(module, function, number, tiny_lake, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from stores import enter_store, runs_of
 from trainer import tracking
 from trainer.config import PretrainConfig, TrackingConfig
 from trainer.data.release import Release
-from trainer.tracking import child_environment, queue, sender, start_run
+from trainer.tracking import child_environment, queue, sender, spool, start_run
 from trainer.tracking.queue import Refused, SendQueue
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,7 +73,8 @@ def test_run_holds_settings_snapshots_curves_and_pictures(store):
     resolved = PretrainConfig(name="held")
     release = Release("some/lake", 7, {"sequences": 0, "items": 3})
     config = TrackingConfig(system_metrics_seconds=0.05)
-    with start_run(config, name="held", resolved=resolved, release=release, tags={"kind": "test"}) as run:
+    with start_run(config, name="held", resolved=resolved, tags={"kind": "test"}) as run:
+        run.log_release(release)
         for epoch in range(1, 4):
             run.log_metrics({"loss": 1 / epoch, "validation/NDCG@10": epoch / 10}, step=epoch)
         run.log_figure(Figure(), "pictures/empty.png")
@@ -158,7 +160,8 @@ def test_a_description_links_models_pictures_and_the_runs_that_were_reused(store
 
 def test_metrics_of_a_model_are_of_a_snapshot_and_logged_once(store):
     release = Release("lake", 4, {"sequences": 0, "items": 2})
-    with start_run(QUIET, name="trained", resolved=PretrainConfig(), release=release, tables=["sequences"]) as run:
+    with start_run(QUIET, name="trained", resolved=PretrainConfig()) as run:
+        run.log_release(release, tables=["sequences"])
         run.log_model("trained", "c" * 32)
         run.log_model_metrics("c" * 32, {"best/NDCG@10": 0.25, "best/loss": float("nan")}, release, "sequences")
         trained = run.id
@@ -204,7 +207,8 @@ def test_secrets_stay_out(store, monkeypatch):
     release = Release("s3://me:hidden-word@bucket/lake", 1, {"items": 1})
 
     def fail():
-        with start_run(QUIET, name="secretive", resolved=resolved, release=release) as run:
+        with start_run(QUIET, name="secretive", resolved=resolved) as run:
+            run.log_release(release)
             run.set_tags({"where": "http://me:hidden-word@host/"})
             run.log_params({"key": "tell-nobody-0123"})
             run.log_text("tell-nobody-0123", "log.txt")
@@ -426,9 +430,8 @@ def test_training_goes_on_without_a_server_and_the_next_run_sends_the_rest(store
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{broken}/mlflow.db")
     impatient = TrackingConfig(system_metrics=False, close_seconds=1)
     begun = time.monotonic()
-    with start_run(
-        impatient, name="lonely", resolved=PretrainConfig(), release=Release("lake", 1, {"items": 0})
-    ) as run:
+    with start_run(impatient, name="lonely", resolved=PretrainConfig()) as run:
+        run.log_release(Release("lake", 1, {"items": 0}))
         for step in range(100):
             run.log_metrics({"loss": 1 / (1 + step)}, step=step)
         run.log_text("kept", "note.txt")
@@ -453,6 +456,31 @@ def test_training_goes_on_without_a_server_and_the_next_run_sends_the_rest(store
     assert not list((store / "mlflow-unsent").iterdir())
 
 
+@pytest.mark.parametrize("server", ["dead", "silent"])
+def test_system_metrics_outlive_a_server_that_does_not_answer_and_delay_no_end(store, monkeypatch, server):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        if server == "silent":
+            listening.listen()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        impatient = TrackingConfig(system_metrics_seconds=0.05, close_seconds=0.5)
+        with start_run(impatient, name="lonely", resolved=PretrainConfig()) as run:
+            wait_for(lambda: "system/disk_usage_percentage" in str(run._queue._entries))
+            begun = time.monotonic()
+        assert time.monotonic() - begun < 10
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (kept,) = (store / "mlflow-unsent").glob("*/unsent.json")
+    here = spool.fingerprint(tracking.tracking_uri())  # as if the server had answered from here
+    kept.write_text(kept.read_text().replace(spool.fingerprint(address), here))
+    with start_run(QUIET, name="next", resolved=PretrainConfig()):
+        pass
+    found = runs_of(store)["lonely"]
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= found.data.metrics.keys()
+    history = client_of(store).get_metric_history(found.info.run_id, "system/disk_usage_percentage")
+    assert sorted(metric.step for metric in history) == list(range(len(history)))
+
+
 def test_answers_that_get_lost_duplicate_nothing(store, monkeypatch):
     original, lost = sender.Sender._send, set()
 
@@ -463,7 +491,8 @@ def test_answers_that_get_lost_duplicate_nothing(store, monkeypatch):
             raise ConnectionError("the answer got lost")
 
     monkeypatch.setattr(sender.Sender, "_send", send)
-    with start_run(QUIET, name="lossy", resolved=PretrainConfig(), release=Release("lake", 1, {"items": 2})) as run:
+    with start_run(QUIET, name="lossy", resolved=PretrainConfig()) as run:
+        run.log_release(Release("lake", 1, {"items": 2}))
         for step in range(20):
             run.log_metrics({"loss": float(step)}, step=step)
         run.set_tags({"a": "b"})
@@ -491,8 +520,8 @@ def test_a_full_disk_stops_no_training(store, monkeypatch, capfd):
 
     monkeypatch.setattr(sender.Sender, "_send", full)
     monkeypatch.setattr(tempfile, "mkdtemp", full)
-    monkeypatch.setattr(queue.shutil, "copytree", full)
-    monkeypatch.setattr(queue.Path, "replace", full)
+    monkeypatch.setattr(spool.shutil, "copytree", full)
+    monkeypatch.setattr(spool.Path, "replace", full)
     impatient = TrackingConfig(system_metrics=False, close_seconds=0.3)
     with start_run(impatient, name="full", resolved=PretrainConfig()) as run:
         run.log_metrics({"loss": 1.0})

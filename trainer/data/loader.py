@@ -4,6 +4,7 @@ README.md beside this file says what each step costs, and what was tried instead
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,18 @@ from trainer.data.sequences import SequenceDataset
 FloatArray = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class Share:
+    """A rank's share of global batches. `everyone`: its batches hold the items of the whole global batch too."""
+
+    rank: int = 0
+    world_size: int = 1
+    everyone: bool = False
+
+
+WHOLE = Share()
+
+
 class Loader:
     """Training batches of one rank, epoch after epoch.
 
@@ -31,7 +44,6 @@ class Loader:
     slice, so every world size sees the same samples in the same order. Memory: two blocks, plus the cache up to
     `cache_bytes`, whatever the table's size.
 
-    `everyone`: each rank's batches hold the items of the whole global batch too.
     Raises ConfigError for sizes that can't work, DataError for a table without rows, and, while iterating, for a file
     that can't be read.
     """
@@ -45,14 +57,13 @@ class Loader:
         batch_size: int,
         max_length: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        everyone: bool = False,
+        share: Share = WHOLE,
     ) -> None:
-        _check_sizes(dataset, config, batch_size, max_length, rank, world_size)
+        _check_sizes(dataset, config, batch_size, max_length, share)
         self.dataset, self.catalogue, self.config = dataset, catalogue, config
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
-        self.rank, self.world_size, self.everyone = rank, world_size, everyone and world_size > 1
+        self.rank, self.world_size = share.rank, share.world_size
+        self.everyone = share.everyone and share.world_size > 1
         self.epoch, self.step = 0, 0  # the next batch
         self._reader = BlockReader(dataset, catalogue, window=max_length, cache_bytes=config.cache_bytes)
         self._columns_T = np.arange(max_length, dtype=np.int32)
@@ -138,9 +149,8 @@ class Loader:
         return torch.from_numpy(padded).long()
 
 
-def _check_sizes(
-    dataset: SequenceDataset, config: DataConfig, batch_size: int, max_length: int, rank: int, world_size: int
-) -> None:
+def _check_sizes(dataset: SequenceDataset, config: DataConfig, batch_size: int, max_length: int, share: Share) -> None:
+    rank, world_size = share.rank, share.world_size
     if not 0 <= rank < world_size:
         raise ConfigError(
             f"expected a rank from 0 to {world_size - 1}, for {world_size} processes, found {rank}; "

@@ -17,6 +17,7 @@ from etl.lake.datafile import DataFile
 from etl.lake.delta_log import snapshot_digest
 from etl.lake.snapshots import LakeError, checked_files, open_table, our_commits, table_uri, within
 from etl.plain_path import absolute
+from etl.redaction import one_line
 from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, Table
 from trainer.arrays import IntArray
@@ -183,7 +184,7 @@ def blamed(file: TableFile) -> Iterator[None]:
     except GraftrecError as error:
         raise DataError(str(error)) from None
     except (OSError, pa.ArrowException, Damage) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(
             f"can't read {file}: {reason}; restore it, or write its table anew by `python -m etl`"
         ) from None

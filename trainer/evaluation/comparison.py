@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
+from etl.text_table import aligned
 from trainer.arrays import IntArray
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.evaluation.scorers import EvaluateError, Scorer
@@ -297,30 +298,18 @@ def block(rows: Sequence[Row], columns: Sequence[tuple[str, str]]) -> str:
     cells = {(row.label, row.protocol, row.metric): row for row in rows}
     models = [label for label in labels if cells[label, *columns[0]].is_model]
     marks = {row.label: CANDIDATE_MARK for row in rows if row.is_candidate}
-    width = max(len(label) for label in [*(label + marks.get(label, "") for label in labels), "model"])
     compared = any(row.gain for row in rows)
     several = len({protocol for protocol, _ in columns}) > 1 or columns[0][0] != rows[0].protocol
     names = [protocol if several else metric for protocol, metric in columns]
-    wide = max(13, *(len(name) + 2 for name in names))
-    gain_wide = max(9, *(len(_gain(row)) + 2 for row in rows)) if compared else 0
-    head = f"{'model':<{width}} seeds" + "".join(
-        f"{name:>{wide}}" + (f"{'gain':>{gain_wide}}{'p':>8}" if compared else "") for name in names
-    )
-    lines = [head, "─" * len(head)]
+    table = [["model", "seeds", *(title for name in names for title in ([name, "gain", "p"] if compared else [name]))]]
     for label in models + [label for label in labels if label not in models]:
         own = [cells[label, *column] for column in columns]
-        if models and label not in models and len(lines) == 2 + len(models):
-            lines.append("")
-        seeds = own[0].num_seeds if own[0].is_model else "–"
-        name = label + marks.get(label, "")
-        lines.append(f"{name:<{width}} {seeds:>5}{''.join(_cell(row, wide, gain_wide) for row in own)}".rstrip())
-    return "\n".join(lines)
-
-
-def _cell(row: Row, wide: int, gain_wide: int) -> str:
-    """`gain_wide`: 0 where nothing is compared."""
-    tested = f"{_gain(row):>{gain_wide}}{p_text(row.p_value):>8}" if gain_wide else ""
-    return f"{row.mean:>{wide}.4f}{tested}"
+        if models and label not in models and len(table) == 1 + len(models):
+            table.append([])
+        table.append([label + marks.get(label, ""), str(own[0].num_seeds) if own[0].is_model else "–"])
+        for row in own:
+            table[-1] += [f"{row.mean:.4f}", *([_gain(row), p_text(row.p_value)] if compared else [])]
+    return "\n".join(aligned(table, rule=True))
 
 
 def _gain(row: Row) -> str:

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from trainer.data.catalogue import Catalogue, Texts
 from trainer.data.item_features import Content
 from trainer.data.release import Release
 from trainer.inference.scorer import ModelScorer
-from trainer.models import SequenceModel, build_saved
+from trainer.models import ModelSizes, SequenceModel, build_saved
 from trainer.models.row_table import interleave
 from trainer.tasks import Task, build_task
 
@@ -112,33 +112,38 @@ class TrainedModel:
         return ModelScorer(self.model, self.task, device=next(self.model.parameters()).device)
 
 
-def save_model(
-    folder: Path,
-    *,
-    config: PretrainConfig,
-    release: Release,
-    catalogue: Catalogue,
-    popularity: npt.NDArray[np.int64],
-    knowledge: Int32Array,
-    weights: Mapping[str, Tensor | Sequence[Tensor]],
-    metrics: dict[str, float],
-    parent: str | None,
-    users: pa.Table | None,
-    predicted: npt.NDArray[np.bool_] | None = None,
-    classes: Mapping[str, Sequence[str]] | None = None,
-    task_heads: Mapping[str, TaskHead] | None = None,
-    content: Content | None = None,
-) -> str:
-    """Write a model folder in the place of any old one; returns its hash. `users`: user (raw id), index.
-    `predicted`: the rows that are ever an answer; None: all real ones. `classes`: what the task's heads tell, if any;
-    `task_heads`: the task's layers; `content`: what items are, where the task reads it.
+@dataclass(frozen=True, kw_only=True)
+class ModelParts:
+    """What a model folder is made of.
 
     `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
+    `parent`: the hash of its folder. `users`: user (raw id), index. `predicted`: the rows that are ever an answer;
+    None: all real ones. `classes`: of the task's heads, if any; `task_heads`: the task's layers; `content`: what items
+    are, where the task reads it.
     """
+
+    config: PretrainConfig
+    release: Release
+    catalogue: Catalogue
+    popularity: npt.NDArray[np.int64]
+    knowledge: Int32Array
+    weights: Mapping[str, Tensor | Sequence[Tensor]]
+    metrics: dict[str, float]
+    parent: str | None
+    users: pa.Table | None
+    predicted: npt.NDArray[np.bool_] | None = None
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    task_heads: Mapping[str, TaskHead] = field(default_factory=dict)
+    content: Content | None = None
+
+
+def save_model(folder: Path, parts: ModelParts) -> str:
+    """Write a model folder in the place of any old one; returns its hash."""
+    config, release, catalogue, content = parts.config, parts.release, parts.catalogue, parts.content
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    tensors = {name: _whole(parts, new / f"{name}.whole") for name, parts in weights.items()}
+    tensors = {name: _whole(shares, new / f"{name}.whole") for name, shares in parts.weights.items()}
     user_table = tensors.pop(USER_TABLE, None)
     save_file(tensors, new / WEIGHTS)
     if content is not None:
@@ -148,13 +153,13 @@ def save_model(
         "config": replaced(config, data=replaced(config.data, lake="")).model_dump(mode="json"),
         "release": release.number,
         "versions": release.versions,
-        "parent": parent,
-        "classes": {head: list(names) for head, names in (classes or {}).items()},
+        "parent": parts.parent,
+        "classes": {head: list(names) for head, names in parts.classes.items()},
         "task_heads": {
-            name: head if isinstance(head, int) else head.model_dump() for name, head in (task_heads or {}).items()
+            name: head if isinstance(head, int) else head.model_dump() for name, head in parts.task_heads.items()
         },
         "categories": list(content.categories) if content is not None else [],
-        "metrics": {name: value for name, value in metrics.items() if name not in COSTS},
+        "metrics": {name: value for name, value in parts.metrics.items() if name not in COSTS},
         "num_users": 0 if user_table is None else len(user_table),
         "num_entities": len(tensors["entity_embedding.weight"]) if "entity_embedding.weight" in tensors else 0,
     }
@@ -164,23 +169,23 @@ def save_model(
         "index": catalogue.global_index,
         "item": catalogue.raw_ids,
         "title": catalogue.titles,
-        "popularity": popularity,
-        "knowledge": pa.FixedSizeListArray.from_arrays(knowledge.ravel(), knowledge.shape[1])
-        if knowledge.shape[1]
+        "popularity": parts.popularity,
+        "knowledge": pa.FixedSizeListArray.from_arrays(parts.knowledge.ravel(), parts.knowledge.shape[1])
+        if parts.knowledge.shape[1]
         else pa.array([[] for _ in range(len(catalogue))], pa.list_(pa.int32())),
     }
-    if predicted is not None:
-        rows["predicted"] = predicted
+    if parts.predicted is not None:
+        rows["predicted"] = parts.predicted
     pq.write_table(pa.table(rows), new / CATALOGUE)
     if user_table is not None:
         save_file({USER_TABLE: user_table}, new / USERS)
-        if users is not None:
-            pq.write_table(users.select(["user", "index"]), new / USER_IDS)
+        if parts.users is not None:
+            pq.write_table(parts.users.select(["user", "index"]), new / USER_IDS)
     for scratch in new.glob("*.whole"):
         scratch.unlink()
     digests = {path.name: digest_of(path) for path in sorted(new.iterdir())}
     (new / MANIFEST).write_text(json.dumps(digests, indent=1))
-    origin = {"lake": release.lake, "costs": {name: metrics[name] for name in COSTS if name in metrics}}
+    origin = {"lake": release.lake, "costs": {name: parts.metrics[name] for name in COSTS if name in parts.metrics}}
     (new / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
@@ -229,12 +234,14 @@ def read_model(
         weights[USER_TABLE] = nobody.to(next(iter(weights.values())))
     model = build_saved(
         config.model,
-        num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
-        num_entities=described["num_entities"],
-        knowledge_VS=torch.from_numpy(knowledge.copy()),
+        ModelSizes(
+            num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
+            num_entities=described["num_entities"],
+            knowledge_VS=torch.from_numpy(knowledge.copy()),
+            num_event_types=len(config.data.event_types),
+        ),
         weights=weights,
         patch=patch_of(config),
-        num_event_types=len(config.data.event_types),
         task_heads={
             name: TypeAdapter(TaskHead).validate_python(head) for name, head in described.get("task_heads", {}).items()
         },

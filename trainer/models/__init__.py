@@ -1,7 +1,6 @@
 """One file per model: the network, its configuration's meaning, its parameter groups."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from trainer.config import (
     PeterRecConfig,
     TaskHead,
 )
-from trainer.models.base import SequenceModel
+from trainer.models.base import ModelSizes, SequenceModel
 from trainer.models.bert4rec import Bert4Rec
 from trainer.models.caser import Caser
 from trainer.models.dupn import Dupn
@@ -31,6 +30,7 @@ __all__ = [
     "Caser",
     "Dupn",
     "Mlp",
+    "ModelSizes",
     "PeterRec",
     "RowTables",
     "SequenceModel",
@@ -43,25 +43,22 @@ __all__ = [
 
 def build_model(
     config: ModelConfig,
+    sizes: ModelSizes,
     *,
-    num_users: int,
-    num_entities: int,
-    knowledge_VS: Tensor,
     seed: int,
     tables: RowTables | None = None,
     patch: PatchConfig | None = None,
     task_heads: Mapping[str, TaskHead] | None = None,
-    num_event_types: int = 0,
 ) -> SequenceModel:
     """A new model, its weights a function of `seed` alone (the global random state is left as it was).
 
     `patch`: patches that it has beside its blocks. `task_heads`: what tasks tell beside items. `tables`: its item,
-    user and entity tables are row-wise, and this process keeps its share of them. `num_event_types`: kinds of event
-    that are distinguished, for a model that reads them. Raises ConfigError where there are more processes than rows.
+    user and entity tables are row-wise, and this process keeps its share of them. Raises ConfigError where there are
+    more processes than rows.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _new(config, num_users, num_entities, knowledge_VS, tables, patch, task_heads, num_event_types)
+        model = _new(config, sizes, tables, patch, task_heads)
     if tables is not None:
         for place, table in enumerate(module for module in model.modules() if isinstance(module, RowTable)):
             tables.initialise(table, seed=[seed, place], std=model.table_std(table.weight.shape[1]))
@@ -70,20 +67,15 @@ def build_model(
 
 def build_saved(
     config: ModelConfig,
-    *,
-    num_users: int,
-    num_entities: int,
-    knowledge_VS: Tensor,
+    sizes: ModelSizes,
     weights: Mapping[str, Tensor],
+    *,
     patch: PatchConfig | None = None,
     task_heads: Mapping[str, TaskHead] | None = None,
-    num_event_types: int = 0,
 ) -> SequenceModel:
     """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
     with torch.device("meta"):  # nothing is drawn that would be overwritten
-        model = _new(
-            config, num_users, num_entities, knowledge_VS, RowTables(ALONE), patch, task_heads, num_event_types
-        )
+        model = _new(config, sizes, RowTables(ALONE), patch, task_heads)
     model.tables = None  # their modules have served to leave them unfilled
     model.to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights, assign=True)
@@ -92,27 +84,23 @@ def build_saved(
 
 def _new(
     config: ModelConfig,
-    num_users: int,
-    num_entities: int,
-    knowledge_VS: Tensor,
+    sizes: ModelSizes,
     tables: RowTables | None,
     patch: PatchConfig | None,
     task_heads: Mapping[str, TaskHead] | None,
-    num_event_types: int,
 ) -> SequenceModel:
-    sizes: dict[str, Any] = {"num_users": num_users, "num_entities": num_entities, "knowledge_VS": knowledge_VS}
     model: SequenceModel
     match config:
         case Bert4RecConfig():
-            model = Bert4Rec(config, **sizes, tables=tables)
+            model = Bert4Rec(config, sizes, tables)
         case CaserConfig():
-            model = Caser(config, **sizes, tables=tables)
+            model = Caser(config, sizes, tables)
         case PeterRecConfig():
-            model = PeterRec(config, **sizes, tables=tables)
+            model = PeterRec(config, sizes, tables)
         case DupnConfig():
-            model = Dupn(config, **sizes, tables=tables, num_event_types=num_event_types)
+            model = Dupn(config, sizes, tables)
         case MlpConfig():
-            model = Mlp(config, **sizes, tables=tables)
+            model = Mlp(config, sizes, tables)
     if patch is not None:
         assert isinstance(model, TiedModel), "settings refuse others"
         model.add_patches(patch)

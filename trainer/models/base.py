@@ -4,6 +4,7 @@ Shape letters: ``B`` sequences, ``T`` positions, ``D`` width of a hidden state, 
 slots of an item, ``N`` any number of positions, ``C`` candidates, ``Q`` width of what scores.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,21 @@ _EVERY = slice(None)
 TABLE_STD = 0.02
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """What the data give a model's tables: how many users, entities and kinds of event there are, and `knowledge_VS`,
+    the entity index of each slot of each catalogue row, UNK where unknown (survey 4.3: director, actors)."""
+
+    num_users: int
+    num_entities: int
+    knowledge_VS: Tensor
+    num_event_types: int = 0  # kinds that are distinguished, for a model that reads them
+
+    @property
+    def num_slots(self) -> int:
+        return self.knowledge_VS.shape[1]
+
+
 class SequenceModel(nn.Module):
     """items, lengths, users -> hidden states [N, D] of wanted positions, and scores [N, C] of items for them.
 
@@ -27,8 +43,7 @@ class SequenceModel(nn.Module):
     a score is no product of two vectors, the tensors `output_bias`, `user_embedding` (where `config.user_width`) and
     `entity_embedding` (where items have slots), `ROW_TABLES`, and
     `GROUPS`: parameter group (item, user, knowledge, position, body, head) to name prefixes, the one
-    place that says which tensor is of which kind. `knowledge_VS`: entity index of each slot of each catalogue row, UNK
-    where unknown (survey 4.3: director, actors).
+    place that says which tensor is of which kind.
     """
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]]
@@ -42,11 +57,11 @@ class SequenceModel(nn.Module):
     entity_embedding: nn.Embedding | RowTable
     output_bias: nn.Parameter
 
-    def __init__(self, config: ModelConfig, *, knowledge_VS: Tensor, tables: RowTables | None) -> None:
+    def __init__(self, config: ModelConfig, sizes: ModelSizes, tables: RowTables | None) -> None:
         super().__init__()
-        self.config, self.num_items = config, len(knowledge_VS)
+        self.config, self.num_items = config, len(sizes.knowledge_VS)
         self.tables = tables  # None: dense ones
-        self.register_buffer("knowledge_VS", knowledge_VS.int(), persistent=False)
+        self.register_buffer("knowledge_VS", sizes.knowledge_VS.int(), persistent=False)
         self.register_buffer("predicted_V", None, persistent=False)
         self.register_buffer("content_VF", None, persistent=False)
         self.dropout = Dropout(config.dropout)

@@ -14,7 +14,7 @@ read. Counting back from the newest was tried: the predicted position is then ha
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainer.config import Bert4RecConfig
 from trainer.models.adapters import Patches, patched, weight_of
+from trainer.models.base import ModelSizes
+from trainer.models.cpu import attention
 from trainer.models.cpu.dropout import Dropout
+from trainer.models.cpu.rotary import rotated
 from trainer.models.item_encoder import TiedModel
 from trainer.models.row_table import RowTables
 
@@ -69,8 +72,8 @@ class Block(nn.Module):
             (query,) = self._heads(F.linear(asking_BQD, qkv[:D]), 1)
             key, value = self._heads(F.linear(normed_BTD, qkv[D:]), 2)
         if rotation_TE is not None:
-            query = _rotated(query, rotation_TE if wanted is None else rotation_TE[wanted.places_BQ][:, None])
-            key = _rotated(key, rotation_TE)
+            query = rotated(query, rotation_TE if wanted is None else rotation_TE[wanted.places_BQ][:, None])
+            key = rotated(key, rotation_TE)
         # No dropout of attention weights: it would rule out the fused kernels, and the residual branch has its own.
         attended = _attended(query, key, value, mask, causal=causal and mask is None)
         attended_BQD = attended.transpose(1, 2).flatten(2)
@@ -114,18 +117,8 @@ class Bert4Rec(TiedModel):
     config: Bert4RecConfig
     rotation_TE: Tensor
 
-    def __init__(
-        self,
-        config: Bert4RecConfig,
-        *,
-        num_users: int,
-        num_entities: int,
-        knowledge_VS: Tensor,
-        tables: RowTables | None = None,
-    ) -> None:
-        super().__init__(
-            config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
-        )
+    def __init__(self, config: Bert4RecConfig, sizes: ModelSizes, tables: RowTables | None = None) -> None:
+        super().__init__(config, sizes, tables)
         self.position_embedding = nn.Embedding(config.max_length, config.width)
         if config.positions == "rotary":
             self.register_buffer("rotation_TE", _rotation(config), persistent=False)
@@ -171,50 +164,9 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
     if query.device.type == "cuda":
         with sdpa_kernel(CUDA_KERNELS):
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-    # The fused kernel's backward pass takes three times as long in bf16, on a CPU, as these three products.
-    with torch.autocast("cpu", enabled=False):
-        scores = query @ (key * key.shape[-1] ** -0.5).transpose(-1, -2)
-        if causal:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-        if mask is not None:
-            scores = scores + torch.zeros(mask.shape, dtype=scores.dtype).masked_fill_(~mask, -torch.inf)
-        attended: Tensor = scores.softmax(-1) @ value
-        return attended
-
-
-def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
-    """Each pair of coordinates turned by its position's angle, so that a product of two knows their distance only.
-
-    x [B, H, T, E], rotation [T, E] or [B, 1, T, E]: cosines, then sines (Su et al. 2021, equation 15)."""
-    turned: Tensor = _Rotated.apply(x, rotation)  # type: ignore[no-untyped-call]
-    return turned
-
-
-class _Rotated(torch.autograd.Function):
-    """`_rotated`, without what autograd would copy."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
-        ctx.save_for_backward(rotation)
-        cosines, sines = rotation.to(x.dtype).chunk(2, dim=-1)
-        return _Rotated._turned(x, cosines, sines)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (rotation,) = ctx.saved_tensors
-        cosines, sines = rotation.to(gradients[0].dtype).chunk(2, dim=-1)
-        return _Rotated._turned(gradients[0], cosines, -sines), None
-
-    @staticmethod
-    def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        left, right = x.chunk(2, dim=-1)
-        turned = torch.empty_like(x)
-        new_left, new_right = turned.chunk(2, dim=-1)
-        torch.mul(left, cosines, out=new_left).addcmul_(right, sines, value=-1)
-        torch.mul(right, cosines, out=new_right).addcmul_(left, sines)
-        return turned
+    if query.device.type == "cpu":
+        return attention.attended(query, key, value, mask, causal=causal)
+    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
 
 
 def _rotation(config: Bert4RecConfig) -> Tensor:

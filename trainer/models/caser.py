@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import CaserConfig
-from trainer.models.base import SequenceModel
+from trainer.models.base import ModelSizes, SequenceModel
 from trainer.models.cpu.chunks import mapped, order_of, sizes_by_length
 from trainer.models.row_table import RowTables
 
@@ -49,26 +49,18 @@ class Caser(SequenceModel):
 
     config: CaserConfig
 
-    def __init__(
-        self,
-        config: CaserConfig,
-        *,
-        num_users: int,
-        num_entities: int,
-        knowledge_VS: Tensor,
-        tables: RowTables | None = None,
-    ) -> None:
-        super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
-        num_slots = knowledge_VS.shape[1]
+    def __init__(self, config: CaserConfig, sizes: ModelSizes, tables: RowTables | None = None) -> None:
+        super().__init__(config, sizes, tables)
+        num_slots = sizes.num_slots
         L, D = config.window, config.width + num_slots * config.knowledge_width
         hidden = config.width + config.user_width
         self.item_embedding = self.table(self.num_items, config.width)
         self.item_weights = self.table(self.num_items, hidden)
         self.knowledge_projection = nn.Linear(D - config.width, hidden, bias=False) if num_slots else None
         if num_slots:
-            self.entity_embedding = self.table(num_entities, config.knowledge_width)
+            self.entity_embedding = self.table(sizes.num_entities, config.knowledge_width)
         if config.user_width:
-            self.user_embedding = self.table(num_users, config.user_width)
+            self.user_embedding = self.table(sizes.num_users, config.user_width)
         self.horizontal = nn.ModuleList(nn.Linear(height * D, config.horizontal) for height in range(1, L + 1))
         self.vertical = nn.Linear(L, config.vertical)
         self.merged = nn.Linear(L * config.horizontal + D * config.vertical, config.width)

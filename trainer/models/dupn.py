@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import DupnConfig
-from trainer.models.base import TABLE_STD, SequenceModel, initialise
+from trainer.models.base import TABLE_STD, ModelSizes, SequenceModel, initialise
 from trainer.models.row_table import RowTables
 
 MOST = 15.0  # of an attention score's size, so that exponentials of any two can be divided in fp32
@@ -54,31 +54,21 @@ class Dupn(SequenceModel):
 
     config: DupnConfig
 
-    def __init__(
-        self,
-        config: DupnConfig,
-        *,
-        num_users: int,
-        num_entities: int,
-        knowledge_VS: Tensor,
-        tables: RowTables | None = None,
-        num_event_types: int = 0,
-    ) -> None:
-        """`num_event_types`: kinds that are distinguished, where they are read."""
-        super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
-        width, num_slots = config.width, knowledge_VS.shape[1]
+    def __init__(self, config: DupnConfig, sizes: ModelSizes, tables: RowTables | None = None) -> None:
+        super().__init__(config, sizes, tables)
+        width, num_slots = config.width, sizes.num_slots
         self.item_embedding = self.table(self.num_items, width)
         self.knowledge_projection = None
         if num_slots:
-            self.entity_embedding = self.table(num_entities, config.knowledge_width)
+            self.entity_embedding = self.table(sizes.num_entities, config.knowledge_width)
             self.knowledge_projection = nn.Linear(num_slots * config.knowledge_width, width, bias=False)
         if config.event_types:
-            self.event_type_embedding = nn.Embedding(num_event_types + 1, width)
+            self.event_type_embedding = nn.Embedding(sizes.num_event_types + 1, width)
         self.input_norm = nn.LayerNorm(width)
         self.lstm = nn.LSTM(width, width, batch_first=True)
         self.attention_state = nn.Linear(width, width)
         if config.user_width:
-            self.user_embedding = self.table(num_users, config.user_width)
+            self.user_embedding = self.table(sizes.num_users, config.user_width)
             self.attention_user = nn.Linear(config.user_width, width, bias=False)
         self.attention = nn.Linear(width, 1, bias=False)
         self.merged = nn.Linear(2 * width, width)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.config import Bert4RecConfig, PatchConfig, PeterRecConfig
 from trainer.models.adapters import Patches, new_patches
-from trainer.models.base import TABLE_STD, SequenceModel, initialise
+from trainer.models.base import TABLE_STD, ModelSizes, SequenceModel, initialise
 from trainer.models.cpu.chunks import mapped, order_of, sizes_by_length
 from trainer.models.row_table import RowTables
 
@@ -57,25 +57,19 @@ class TiedModel(SequenceModel):
     patches: nn.ModuleList | None  # one a block, where there are any
 
     def __init__(
-        self,
-        config: Bert4RecConfig | PeterRecConfig,
-        *,
-        num_users: int,
-        num_entities: int,
-        knowledge_VS: Tensor,
-        tables: RowTables | None = None,
+        self, config: Bert4RecConfig | PeterRecConfig, sizes: ModelSizes, tables: RowTables | None = None
     ) -> None:
-        super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
-        num_slots = knowledge_VS.shape[1]
+        super().__init__(config, sizes, tables)
+        num_slots = sizes.num_slots
         width = config.width
         self.patches = None
         self.item_embedding = self.table(self.num_items, width)
         self.item_projection = nn.Linear(width, width) if num_slots else None
         if num_slots:
-            self.entity_embedding = self.table(num_entities, config.knowledge_width)
+            self.entity_embedding = self.table(sizes.num_entities, config.knowledge_width)
             self.knowledge_projection = nn.Linear(num_slots * config.knowledge_width, width, bias=False)
         if config.user_width:
-            self.user_embedding = self.table(num_users, config.user_width)
+            self.user_embedding = self.table(sizes.num_users, config.user_width)
             self.user_projection = nn.Linear(config.user_width, width, bias=False)
 
     def _add_head(self) -> None:

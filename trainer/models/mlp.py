@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.config import MlpConfig
-from trainer.models.base import TABLE_STD, SequenceModel, initialise
+from trainer.models.base import TABLE_STD, ModelSizes, SequenceModel, initialise
 from trainer.models.row_table import RowTables
 
 PAIRS = 1 << 18  # of user and item that go through the layers together
@@ -39,23 +39,15 @@ class Mlp(SequenceModel):
 
     config: MlpConfig
 
-    def __init__(
-        self,
-        config: MlpConfig,
-        *,
-        num_users: int,
-        num_entities: int,
-        knowledge_VS: Tensor,
-        tables: RowTables | None = None,
-    ) -> None:
-        super().__init__(config, knowledge_VS=knowledge_VS, tables=tables)
+    def __init__(self, config: MlpConfig, sizes: ModelSizes, tables: RowTables | None = None) -> None:
+        super().__init__(config, sizes, tables)
         first, *others = config.layers
         self.item_embedding = self.table(self.num_items, config.width)
-        self.user_embedding = self.table(num_users, config.user_width)
+        self.user_embedding = self.table(sizes.num_users, config.user_width)
         self.of_user = nn.Linear(config.user_width, first)
         self.of_item = nn.Linear(config.width, first, bias=False)
-        sizes = [first, *others, 1]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
+        widths = [first, *others, 1]
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
         self.head = nn.Identity()
         self.output_bias = self.per_item()
         self.apply(initialise)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trainer.config import PeterRecConfig
 from trainer.models.adapters import Patches, patched, weight_of
+from trainer.models.base import ModelSizes
 from trainer.models.cpu.dropout import Dropout
 from trainer.models.item_encoder import TiedModel
 from trainer.models.row_table import RowTables
@@ -69,18 +70,8 @@ class PeterRec(TiedModel):
 
     config: PeterRecConfig
 
-    def __init__(
-        self,
-        config: PeterRecConfig,
-        *,
-        num_users: int,
-        num_entities: int,
-        knowledge_VS: Tensor,
-        tables: RowTables | None = None,
-    ) -> None:
-        super().__init__(
-            config, num_users=num_users, num_entities=num_entities, knowledge_VS=knowledge_VS, tables=tables
-        )
+    def __init__(self, config: PeterRecConfig, sizes: ModelSizes, tables: RowTables | None = None) -> None:
+        super().__init__(config, sizes, tables)
         self.input_norm = nn.LayerNorm(config.width)
         self.blocks = nn.ModuleList(Block(config, dilation) for dilation in config.dilations)
         self.output_norm = nn.LayerNorm(config.width)

@@ -76,13 +76,12 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             config.tracking,
             name=config.name,
             resolved=config,
-            release=release,
             tags={"graftrec.recipe": "evaluate"},
-            tables=[task.table, "items", "users", "domains", "negatives"],
-            context="evaluation",
             must_record=True,
         ) as run,
     ):
+        read = [task.table, "items", "users", "domains", "negatives"]
+        run.log_release(release, context="evaluation", tables=read)
         device = str(join(config.runtime).device)
         models = [load_model(model.model, device=device) for model in chosen]
         found = _evaluated(config, chosen, models, release)

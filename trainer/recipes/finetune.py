@@ -7,7 +7,8 @@ from etl.plain_path import absolute
 from trainer.config import FinetuneConfig
 from trainer.data.release import pin
 from trainer.inference.model_folder import TrainedModel, load_model
-from trainer.recipes.pretrain import Result, fit, unjudged
+from trainer.recipes.pretrain import fit, unjudged
+from trainer.recipes.run_result import Result
 from trainer.training.empty_transfer import ADVICE, empty_by_data, empty_by_settings
 from trainer.training.loop import Progress
 from trainer.training.transfer import TransferError

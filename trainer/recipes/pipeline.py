@@ -22,6 +22,7 @@ from etl.command import CommandParser, configurations, run_command
 from etl.config import EtlConfig, KnowledgeConfig, MovielensSource
 from etl.settings import GraftrecError, Section, load, replaced
 from etl.tables import RECOMMENDATIONS
+from etl.text_table import aligned
 from trainer.config import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -317,17 +318,7 @@ def gain_table(rows: Sequence[dict[str, Any]]) -> str:
         means = [f"{trainings[label, name]['mean']:.4f}" for name in others]
         name = label + (" *" if row["is_candidate"] else "")
         table.append([name, f"{row['mean']:.4f}", gain, p_text(row["p_value"]), *means])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "    ".join(
-            [
-                f"{name:<{widths[0]}}",
-                *(f"{training:>{width}}" for training, width in zip(line, widths[1:], strict=True)),
-            ]
-        )
-        for name, *line in table
-    ]
-    lines = [line.rstrip() for line in lines]
+    lines = aligned(table, gap=4)
     if any(row["is_candidate"] for row in shown):
         lines.append("* candidate: best on the validation part; its p is the gate's, the others' are adjusted (Holm)")
     return "\n".join(lines)

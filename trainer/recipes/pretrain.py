@@ -4,10 +4,7 @@
 """
 
 import json
-import math
-import re
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,47 +15,53 @@ import torch
 
 from etl import tables
 from etl.redaction import redact
-from etl.settings import ConfigError, GraftrecError, config_hash, replaced
-from etl.tables import FIRST_INDEX
+from etl.settings import ConfigError
 from trainer import figures, tracking
 from trainer.arrays import Int32Array
-from trainer.code_hash import code_hash
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.baskets import BasketDataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
-from trainer.data.loader import Loader
+from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
 from trainer.data.sequences import SequenceDataset, training_interactions
 from trainer.evaluation.evaluators import monitor
 from trainer.evaluation.validation import Validator
-from trainer.inference.model_folder import TrainedModel, load_model, model_hash, save_model
-from trainer.models import RowTables, SequenceModel, build_model
+from trainer.inference.model_folder import ModelParts, TrainedModel, save_model
+from trainer.models import ModelSizes, RowTables, SequenceModel, build_model
 from trainer.parallel.distributed import World, join
-from trainer.recipes.run_folder import DONE, MLFLOW_UID, RunError, alone, clear_other
+from trainer.recipes.run_folder import DONE, MLFLOW_UID, alone, clear_other
+from trainer.recipes.run_result import Result, agreed, finished_in, read_tables, recipe_of, run_identity
+from trainer.recipes.training_record import (
+    curves_of,
+    final_metrics,
+    introduction,
+    log_epoch,
+    log_model,
+    mlflow_uid,
+    size_of,
+)
 from trainer.registry import descriptions
 from trainer.tasks import Task, prepare_task
 from trainer.tracking import Run
 from trainer.training import checkpoint
-from trainer.training.loop import Epoch, NonFiniteLoss, Progress, Training, train
-from trainer.training.transfer import TransferReport, initialise_from
+from trainer.training.loop import NonFiniteLoss, Progress, Training, Watch, train
+from trainer.training.transfer import TransferPlan, TransferReport, initialise_from
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training reads."""
+
+    config: PretrainConfig
+    release: Release
+    catalogue: Catalogue
+    knowledge: Int32Array
+    parent: TrainedModel | None
+    task: Task
 
 
 class NonFiniteScore(NonFiniteLoss):
     """No epoch has a validation score that is a number, so none is the best."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a training run. `metrics`: best validation metrics, epochs, seconds."""
-
-    folder: Path  # of the run; the model is in <folder>/model
-    metrics: dict[str, float]
-    reused: bool  # nothing has changed since the earlier result
-    run_id: str = ""  # of the MLflow run that trained it; "" where that is unknown
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
 
 
 def unjudged(progress: Progress) -> None:
@@ -86,8 +89,8 @@ def _fit(
 ) -> Result:
     say: Callable[[str], None] = print if world.first else lambda line: None
     release = _pinned(config, world)
-    identity = ":".join(_agreed(run_identity(config, release, parent), world).values())
-    if (finished := world.of_first(_finished(folder, identity) if world.first else None)) is not None:
+    identity = ":".join(agreed(run_identity(config, release, parent), world).values())
+    if (finished := world.of_first(finished_in(folder, identity) if world.first else None)) is not None:
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
         tracking.note_reused(config.name, finished.run_id)
         tracking.settle(config.tracking)
@@ -99,7 +102,8 @@ def _fit(
     dataset = _dataset(config, release)
     task = prepare_task(config.task, release, catalogue, dataset)
     validation = Validator(config, release, catalogue, task)
-    model, account = _model(config, release, catalogue, knowledge, parent, task, world)
+    inputs = Inputs(config, release, catalogue, knowledge, parent, task)
+    model, account = _model(inputs, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
         dataset,
@@ -108,16 +112,14 @@ def _fit(
         batch_size=config.train.batch_size,
         max_length=config.model.max_length,
         seed=config.train.seed,
-        rank=world.rank,
-        world_size=world.size,
-        everyone=config.task.reads_all_ranks,
+        share=Share(world.rank, world.size, everyone=config.task.reads_all_ranks),
     )
     training = Training(model, task, loader, config.train, world)
     score = monitor(config.task)
-    say(_introduction(config, release, catalogue, dataset, validation, account))
+    say(introduction(config, release, catalogue, dataset, validation, account))
     say(account.text())
 
-    data = f"release {release.number} of `{redact(release.lake)}`, {_size(config, catalogue, dataset, validation)}"
+    data = f"release {release.number} of `{redact(release.lake)}`, {size_of(config, catalogue, dataset, validation)}"
     copied = parent.hash if parent is not None and account.transfer != "none" else None
     description = descriptions.training(config, parent=copied, counts=account.counts(), data=data)
     with (
@@ -126,29 +128,30 @@ def _fit(
             config.tracking,
             name=config.name,
             resolved=config,
-            release=release,
-            description=description,
-            tables=[table.name for table in _read_tables(config)],
-            uid=_uid(folder, world),
+            uid=mlflow_uid(folder, world),
             must_record=True,
         ) as tracked,
     ):
+        tracked.log_release(release, tables=[table.name for table in read_tables(config)])
+        tracked.describe(description)
         account_text = json.dumps(account.as_dict(), indent=1)
         tracked.log_params({f"parameters.{name}": count for name, count in account.counts().items()})
         tracked.log_text(account_text, "transfer.json")
         if world.first:
             (folder / "transfer.json").write_text(account_text)
-        tracked.set_tags({"graftrec.recipe": _recipe(config), "graftrec.transfer": account.transfer})
+        tracked.set_tags({"graftrec.recipe": recipe_of(config), "graftrec.transfer": account.transfer})
         train(
             training,
             validate=lambda: validation.metrics(model, world),
             score=score,
             checkpoints=folder / "checkpoints",
-            on_epoch=lambda epoch: _tell(epoch, score, tracked, say),
-            on_resume=lambda epochs: tracked.log_history([(epoch.epoch, _curves(epoch)) for epoch in epochs]),
-            judge=judge,
-            show_progress=config.runtime.progress,
-            say=say,
+            watch=Watch(
+                on_epoch=lambda epoch: log_epoch(epoch, score, tracked, say),
+                on_resume=lambda epochs: tracked.log_history([(epoch.epoch, curves_of(epoch)) for epoch in epochs]),
+                judge=judge,
+                show_progress=config.runtime.progress,
+                say=say,
+            ),
         )
         if not training.progress.best_epoch:
             tried = len(training.progress.history)
@@ -160,23 +163,11 @@ def _fit(
         metrics = _summary(training, parent)
         done: dict[str, Any] = {}
         if world.first:
-            done = _finish(
-                folder,
-                config,
-                release,
-                catalogue,
-                knowledge,
-                training,
-                metrics,
-                parent,
-                identity,
-                tracked,
-                task,
-            )
+            done = _finish(folder, inputs, training, metrics, identity, tracked)
             tracked.describe(descriptions.paragraphs(descriptions.outcome(metrics, score), description))
             if judge is unjudged:
                 tracked.log_artifact(folder / "model")
-                _log_model(tracked, done["hash"], config, release, account, metrics)
+                log_model(tracked, done["hash"], config, release, account, metrics)
         world.wait()
     say(
         f"{config.name}: best epoch {training.progress.best_epoch} of {len(training.progress.history)}, validation "
@@ -190,17 +181,6 @@ def _pinned(config: PretrainConfig, world: World) -> Release:
     release = pin(config.data.lake, config.data.release)
     number = world.of_first(release.number)
     return release if number == release.number else pin(config.data.lake, number)
-
-
-def _agreed(identity: dict[str, str], world: World) -> dict[str, str]:
-    """The identity, which must be the same in all processes. Raises RunError."""
-    for rank, other in enumerate(world.objects(identity)):
-        if differing := [name for name in identity if identity[name] != other[name]]:
-            raise RunError(
-                f"expected the same settings, code, data and parent in all processes, found another {differing[0]} in "
-                f"process {rank} than in process {world.rank}; give all hosts the same configuration and code"
-            )
-    return identity
 
 
 def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
@@ -232,25 +212,21 @@ def _check_event_types(dataset: SequenceDataset, setting: str) -> None:
         )
 
 
-def _model(
-    config: PretrainConfig,
-    release: Release,
-    catalogue: Catalogue,
-    knowledge: Int32Array,
-    parent: TrainedModel | None,
-    task: Task,
-    world: World,
-) -> tuple[SequenceModel, TransferReport]:
+def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]:
+    config, release, catalogue = inputs.config, inputs.release, inputs.catalogue
+    parent, task = inputs.parent, inputs.task
     model = build_model(
         config.model,
-        num_users=vocabulary_size(release, tables.USERS),
-        num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
-        knowledge_VS=torch.from_numpy(knowledge),
+        ModelSizes(
+            num_users=vocabulary_size(release, tables.USERS),
+            num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
+            knowledge_VS=torch.from_numpy(inputs.knowledge),
+            num_event_types=len(config.data.event_types),
+        ),
         seed=config.train.seed,
         tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
         patch=patch_of(config),
         task_heads=task.heads,
-        num_event_types=len(config.data.event_types),
     )
     model.to(device=world.device, dtype=world.dtype)
     if task.content is not None:
@@ -261,10 +237,7 @@ def _model(
         shared = None
         if parent is not None and config.shared_items:
             shared = rows_by_raw_id(parent.catalogue, catalogue)
-        return model, initialise_from(
-            model,
-            config.model,
-            parent,
+        plan = TransferPlan(
             config.transfer,
             config.freeze,
             shared,
@@ -272,7 +245,8 @@ def _model(
             unused=task.unused,
             event_types=config.data.event_types,
         )
-    return model, initialise_from(model, config.model, None, "none", unused=task.unused)
+        return model, initialise_from(model, config.model, parent, plan)
+    return model, initialise_from(model, config.model, None, TransferPlan("none", unused=task.unused))
 
 
 def _summary(training: Training, parent: TrainedModel | None) -> dict[str, float]:
@@ -290,36 +264,29 @@ def _summary(training: Training, parent: TrainedModel | None) -> dict[str, float
 
 
 def _finish(
-    folder: Path,
-    config: PretrainConfig,
-    release: Release,
-    catalogue: Catalogue,
-    knowledge: Int32Array,
-    training: Training,
-    metrics: dict[str, float],
-    parent: TrainedModel | None,
-    identity: str,
-    tracked: Run,
-    task: Task,
+    folder: Path, inputs: Inputs, training: Training, metrics: dict[str, float], identity: str, tracked: Run
 ) -> dict[str, Any]:
     """Model folder, curves, and the note that all is done (`_noted` gives it its name), which is returned."""
+    config, release, catalogue, task = inputs.config, inputs.release, inputs.catalogue, inputs.task
     others = bool(config.task.negative_events)  # what was shown only has not been taken
     popularity = training_interactions(training.loader.dataset, catalogue, others=others)
     digest = save_model(
         folder / "model",
-        config=config,
-        release=release,
-        catalogue=catalogue,
-        popularity=popularity,
-        knowledge=knowledge,
-        weights=training.best,
-        metrics=metrics,
-        parent=parent.hash if parent else None,
-        users=release.read(tables.USERS, ["user", "index"]),
-        predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
-        classes=task.class_names,
-        task_heads=task.heads,
-        content=task.content,
+        ModelParts(
+            config=config,
+            release=release,
+            catalogue=catalogue,
+            popularity=popularity,
+            knowledge=inputs.knowledge,
+            weights=training.best,
+            metrics=metrics,
+            parent=inputs.parent.hash if inputs.parent else None,
+            users=release.read(tables.USERS, ["user", "index"]),
+            predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
+            classes=task.class_names,
+            task_heads=task.heads,
+            content=task.content,
+        ),
     )
     history = [vars(epoch) for epoch in training.progress.history]
     (folder / "history.json").write_text(json.dumps(history, indent=1))
@@ -328,7 +295,7 @@ def _finish(
         config.name, [epoch["loss"] for epoch in history], [epoch["metrics"][score] for epoch in history]
     )
     tracked.log_figure(figures.learning_curves([curve], title=config.name, score=score), "pictures/learning_curve.png")
-    tracked.log_metrics(_final(metrics))
+    tracked.log_metrics(final_metrics(metrics))
     tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
     done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
     (folder / (DONE + ".new")).write_text(json.dumps(done, indent=1))
@@ -350,140 +317,3 @@ def _tidy(folder: Path, world: World) -> None:
     if world.first:
         (folder / MLFLOW_UID).unlink(missing_ok=True)
         checkpoint.clear(folder / "checkpoints")
-
-
-def _uid(folder: Path, world: World) -> str:
-    """The uid of the MLflow run that records this training."""
-    if not world.first:
-        return ""
-    place = folder / MLFLOW_UID
-    try:
-        uid = place.read_text()
-    except FileNotFoundError:
-        uid = ""
-    if not re.fullmatch("[0-9a-f]{32}", uid):
-        uid = uuid.uuid4().hex
-        place.write_text(uid)
-    return uid
-
-
-def _final(metrics: Mapping[str, float]) -> dict[str, float]:
-    """A run's result under names that no curve has: the best epoch's metrics (`best/NDCG@10`) and costs."""
-    costs = {"seconds", "epochs", "peak_gb", "pretrain_seconds"}
-    return {
-        f"cost/{name}" if name in costs else f"best/{name.removeprefix('validation/').removeprefix('best_')}": value
-        for name, value in metrics.items()
-    }
-
-
-def _log_model(
-    tracked: Run,
-    digest: str,
-    config: PretrainConfig,
-    release: Release,
-    account: TransferReport,
-    metrics: Mapping[str, float],
-) -> None:
-    """The run's logged model: its parameters, and its validation metrics on the snapshot that it was trained on."""
-    facts = {
-        "recipe": _recipe(config),
-        "model": config.model.kind,
-        "task": config.task.kind,
-        "transfer": account.transfer,
-        "domain": config.data.domain,
-        "predicts": config.data.answered,
-        "split": config.data.split,
-        "seed": config.train.seed,
-        "release": release.number,
-        "parameters": account.counts()["total"],
-    }
-    tracked.log_model(config.name, digest, kind=config.model.kind, params=facts)
-    best = {name: value for name, value in _final(metrics).items() if name.startswith("best/") and name != "best/epoch"}
-    tracked.log_model_metrics(digest, best, release, _sequence_table(config).name)
-
-
-def _curves(epoch: Epoch) -> dict[str, float]:
-    return {f"validation/{name}": value for name, value in epoch.metrics.items()} | {
-        "train/loss": epoch.loss,
-        "train/items_per_second": epoch.items_per_second,
-        "train/epoch_seconds": epoch.seconds,
-    }
-
-
-def _tell(epoch: Epoch, score: str, tracked: Run, say: Callable[[str], None]) -> None:
-    tracked.log_metrics(_curves(epoch), step=epoch.epoch)
-    say(
-        f"epoch {epoch.epoch:>3}  loss {epoch.loss:.4f}  validation {score} {epoch.metrics[score]:.4f}  "
-        f"{epoch.items_per_second:,.0f} items/s  {epoch.seconds:.1f} s"
-    )
-
-
-def _introduction(
-    config: PretrainConfig,
-    release: Release,
-    catalogue: Catalogue,
-    dataset: SequenceDataset,
-    validation: Validator,
-    account: TransferReport,
-) -> str:
-    size = sum(math.prod(line.shape) for line in account.lines)
-    return (
-        f"{config.name}: {config.model.kind}, {size:,} parameters; release {release.number} of {release.lake}, "
-        + _size(config, catalogue, dataset, validation)
-    )
-
-
-def _size(config: PretrainConfig, catalogue: Catalogue, dataset: SequenceDataset, validation: Validator) -> str:
-    return (
-        f"domain {config.data.domain}: {len(catalogue) - FIRST_INDEX:,} items, {dataset.num_rows:,} users, "
-        f"{validation.num_users:,} of them validated"
-    )
-
-
-_READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS)
-
-
-def _sequence_table(config: PretrainConfig) -> tables.Table:
-    return tables.TABLES[config.task.table]
-
-
-def _read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:
-    return (_sequence_table(config), *_READ_TABLES)
-
-
-def _recipe(config: PretrainConfig) -> str:
-    return "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
-
-
-def run_identity(config: PretrainConfig, release: Release, parent: TrainedModel | None) -> dict[str, str]:
-    """Fingerprints of settings, code, data and parent; they change if the weights could, and not with where the run
-    runs."""
-    runtime, tracked = type(config.runtime)(precision=config.runtime.precision), type(config.tracking)()
-    settings = replaced(config, runtime=runtime, tracking=tracked)
-    versions = {table.name: release.versions.get(table.name) for table in _read_tables(config)}
-    return {
-        "settings": config_hash(settings),
-        "code": code_hash(f"trainer.recipes.{_recipe(config)}"),
-        "data": json.dumps(versions, sort_keys=True),
-        "parent": parent.hash if parent else "",
-    }
-
-
-def finished(config: PretrainConfig) -> Result | None:
-    """The result of this run if it is done and its settings, code, data and parent are unchanged. Raises GraftrecError
-    for a lake or parent that does not exist."""
-    parent_folder = config.parent if isinstance(config, FinetuneConfig) and config.transfer != "none" else None
-    parent = load_model(parent_folder, users=False) if parent_folder else None
-    release = pin(config.data.lake, config.data.release)
-    identity = ":".join(run_identity(config, release, parent).values())
-    return _finished(Path(config.output) / config.name, identity)
-
-
-def _finished(folder: Path, identity: str) -> Result | None:
-    try:
-        done = json.loads((folder / DONE).read_text())
-        if done["identity"] == identity and model_hash(folder / "model") == done["hash"]:
-            return Result(folder, done["metrics"], reused=True, run_id=done.get("mlflow_run", ""))
-    except (OSError, ValueError, KeyError, GraftrecError):
-        pass
-    return None

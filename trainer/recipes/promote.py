@@ -11,9 +11,8 @@ champion is read again: if another promoter has changed it meanwhile, the new on
 """
 
 import contextlib
-import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 
 from etl.settings import GraftrecError, RunAgain
 from trainer import tracking
-from trainer.config import PretrainConfig, PromoteConfig, RecommendConfig, event_types_read
+from trainer.config import PromoteConfig, RecommendConfig, event_types_read
 from trainer.data.release import Release, pin
 from trainer.evaluation.comparison import Results
 from trainer.evaluation.gate import (
@@ -31,22 +30,20 @@ from trainer.evaluation.gate import (
     FROM_SCRATCH,
     Decision,
     Evidence,
-    check_gate,
-    contrast_seeds,
     decide,
     next_steps,
 )
-from trainer.evaluation.item_ranking import SINGLE
-from trainer.inference.model_folder import ModelFolderError, config_of, lake_of, load_model, model_hash
+from trainer.inference.model_folder import ModelFolderError, config_of, lake_of, load_model
 from trainer.parallel.distributed import join
+from trainer.recipes.compared_models import Compared, PromoteError, candidate_version, compared_models
 from trainer.recipes.hints import recommend_command
+from trainer.recipes.promotion_record import audit_entry, audited, examples_text, gate_section, means_of, verdict_of
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Promotion, Registry, Version, descriptions
-from trainer.registry.gate_evidence import SCRATCH, VERSION, GateEvidence, was_transferred
+from trainer.registry.gate_evidence import SCRATCH, VERSION, GateEvidence
 from trainer.tracking import Run
 
 TAG_GATE = "graftrec.gate"  # the gate's last result: passed, or why not
 TAG_BEFORE = "graftrec.champion_before"  # number of the champion that a promotion replaced
-TAG_CHARACTERS = 500  # of the verdict; the description of the version holds all of it
 ATTEMPTS = 10  # at a champion that others keep changing
 
 
@@ -59,10 +56,6 @@ class GateRefused(GraftrecError):
     def __init__(self, message: str, decision: Decision, model: str, champion: str | None) -> None:
         super().__init__(message)
         self.decision, self.model, self.champion = decision, model, champion
-
-
-class PromoteError(GraftrecError):
-    """A promotion or rollback that can't be made."""
 
 
 @dataclass(frozen=True)
@@ -79,22 +72,18 @@ def run(config: PromoteConfig) -> Promoted:
     registry = Registry(config.registered_model, family=config.family)
     if config.rollback:
         return _roll_back(registry)
-    compared = _compared(registry, config)
-    version = _candidate(registry, config)
+    compared = compared_models(registry, config)
+    version = candidate_version(registry, config)
     if CHAMPION in version.aliases:
         print(f"{version.label} is the champion already")
         tracking.settle(config.tracking)
         return Promoted(version, None, None)
     release = pin(config.lake or lake_of(compared.candidate.folder), config.release)
-    with tracking.start_run(
-        config.tracking,
-        name=config.name,
-        resolved=config,
-        release=release,
-        tags={"graftrec.recipe": "promote"},
-        tables=("sequences", "baskets", "items", "domains", "negatives"),
-        context="evaluation",
-    ) as tracked:
+    tags = {"graftrec.recipe": "promote"}
+    with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
+        tracked.log_release(
+            release, context="evaluation", tables=("sequences", "baskets", "items", "domains", "negatives")
+        )
         found, faults = _ask(registry, version, compared, config, release)
         decision, promoted = _judge_and_move(registry, version, found, faults, config, tracked)
         record = {"version": version.label, "release": release.number, "lake": release.lake} | decision.as_dict()
@@ -102,8 +91,8 @@ def run(config: PromoteConfig) -> Promoted:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(record, indent=1), encoding="utf-8")
         tracked.log_artifact(place)
-        tracked.set_tags({TAG_GATE: _verdict(decision), "graftrec.version": version.label})
-        tracked.describe(descriptions.promotion(version.label, version.hash, decision, _examples(found)))
+        tracked.set_tags({TAG_GATE: verdict_of(decision), "graftrec.version": version.label})
+        tracked.describe(descriptions.promotion(version.label, version.hash, decision, examples_text(found)))
         for check in decision.checks:
             tracked.log_metrics({f"gate/{check.name}/{name}": value for name, value in check.numbers.items()})
     if found is not None:
@@ -140,25 +129,6 @@ def detectable(decision: Decision, level: float) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """What is read of a model without loading its weights. `parent`: its parent's hash."""
-
-    folder: Path
-    config: PretrainConfig
-    parent: str | None
-    hash: str
-
-
-@dataclass(frozen=True)
-class Compared:
-    """The models that the gate compares."""
-
-    candidate: ModelInfo
-    replicas: tuple[ModelInfo, ...]
-    scratch: tuple[ModelInfo, ...]
-
-
 def _recommend(config: PromoteConfig, compared: Compared, refusal: GateRefused) -> str | None:
     """The command that recommends by the candidate. None: it ranks no items."""
     if not compared.candidate.config.task.scores_items:
@@ -171,62 +141,6 @@ def _recommend(config: PromoteConfig, compared: Compared, refusal: GateRefused) 
         replace=refusal.champion is not None,
     )
     return recommend_command(wanted)
-
-
-def _compared(registry: Registry, config: PromoteConfig) -> Compared:
-    """Find all models, and check them before anything is registered or scored. If nothing was transferred, from-scratch
-    models that are the candidate and its replicas themselves are left out. Raises GraftrecError."""
-    candidate = _model_info(registry, config.candidate or f"@{CANDIDATE}")
-    replicas = tuple(_model_info(registry, name) for name in config.replicas)
-    scratch = tuple(_model_info(registry, name) for name in config.from_scratch)
-    transferred = was_transferred(candidate.config, candidate.parent)
-    for one in scratch:
-        if was_transferred(one.config, one.parent):
-            raise PromoteError(
-                f"from_scratch: expected models of transfer none, found {one.folder}, which has a parent; name it in "
-                "replicas if it has the candidate's settings"
-            )
-    if not transferred and {one.hash for one in scratch} <= {one.hash for one in (candidate, *replicas)}:
-        scratch = ()
-    recipe, other = ([one.config.train.seed for one in models] for models in ((candidate, *replicas), scratch))
-    check_gate(
-        config.gate,
-        task=candidate.config.task,
-        seeds=contrast_seeds(recipe, other),
-        transferred=transferred,
-        has_scratch=bool(scratch),
-        baselines=config.baselines,
-    )
-    return Compared(candidate, replicas, scratch)
-
-
-def _model_info(registry: Registry, name: str) -> ModelInfo:
-    folder = registry.folder(registry.version(name)) if _is_version(name) else Path(name)
-    digest = model_hash(folder)
-    return ModelInfo(folder, *config_of(folder), digest)
-
-
-def _candidate(registry: Registry, config: PromoteConfig) -> Version:
-    """The version named, else the one with the alias `candidate`; a model folder is registered."""
-    named = config.candidate
-    if named is None:
-        return registry.version(CANDIDATE)
-    if _is_version(named):
-        return registry.version(named)
-    trained_model = load_model(named)
-    tags = {
-        "graftrec.release": str(trained_model.release),
-        "graftrec.transfer": str(getattr(trained_model.config, "transfer", "none")),
-    } | ({"graftrec.parent": trained_model.parent} if trained_model.parent else {})
-    version = registry.register(named, tags=tags, alias=None)
-    if CHAMPION not in version.aliases:
-        registry.set_alias(CANDIDATE, version.number)
-    return version
-
-
-def _is_version(name: str) -> bool:
-    """A version's number or alias ("3", "@champion"), rather than a folder."""
-    return name.isdigit() or name.startswith("@")
 
 
 # --- evidence ---------------------------------------------
@@ -302,15 +216,15 @@ def _judge_and_move(
                 continue
             if found and not faults:
                 numbers = {
-                    f"{found.part}/{name}/{k}": v for name, means in _means(found).items() for k, v in means.items()
+                    f"{found.part}/{name}/{k}": v for name, means in means_of(found).items() for k, v in means.items()
                 }
                 registry.log_metrics(version, numbers, found.release, found.table)
-            said = _gate_section(decision, None if faults else found, run)
+            said = gate_section(decision, None if faults else found, run)
             registry.describe(version.number, descriptions.GATE, said)
-            entry = _entry(decision, found, champion, run)
+            entry = audit_entry(decision, found, champion, run)
             if not decision.passed:
-                registry.set_tags(version.number, {TAG_GATE: _verdict(decision)})
-                registry.audit(version.number, _audit("refused", entry))
+                registry.set_tags(version.number, {TAG_GATE: verdict_of(decision)})
+                registry.audit(version.number, audited("refused", entry))
                 return decision, None
             return decision, _crown(registry, promotion, version, champion, decision, entry)
     raise RunAgain(
@@ -328,13 +242,13 @@ def _crown(
 ) -> Promoted:
     """Tags first: a champion without its decision is worse than the decision of a promotion that did not happen."""
     before = str(champion.number) if champion else ""
-    registry.set_tags(version.number, {TAG_GATE: _verdict(decision), TAG_BEFORE: before})
-    registry.audit(version.number, _audit("promoted", entry))
+    registry.set_tags(version.number, {TAG_GATE: verdict_of(decision), TAG_BEFORE: before})
+    registry.audit(version.number, audited("promoted", entry))
     replaced = promotion.crown(version.number)
     if (candidate := registry.find(CANDIDATE)) is not None and candidate.number == version.number:
         promotion.move(CANDIDATE, None)
     if champion is not None:
-        registry.audit(champion.number, _audit("replaced", {"by_version": version.label}))
+        registry.audit(champion.number, audited("replaced", {"by_version": version.label}))
     return Promoted(registry.version(str(version.number)), decision, replaced)
 
 
@@ -347,64 +261,15 @@ def _roll_back(registry: Registry) -> Promoted:
                 f"expected a champion and a previous version of {registry.name} to roll back to, found "
                 f"champion {_number(champion)} and previous {_number(previous)}; promote a version instead"
             )
-        registry.audit(previous.number, _audit("restored", {"instead_of": champion.label}))
+        registry.audit(previous.number, audited("restored", {"instead_of": champion.label}))
         promotion.move(CHAMPION, previous.number)
         before = previous.tags.get(TAG_BEFORE, "")
         known = {version.number for version in registry.versions()}
         promotion.move(PREVIOUS, int(before) if before.isdigit() and int(before) in known else None)
-        registry.audit(champion.number, _audit("rolled back", {"to_version": previous.label}))
+        registry.audit(champion.number, audited("rolled back", {"to_version": previous.label}))
     print(f"{previous.label} is champion again, instead of {champion.label}")
     return Promoted(registry.version(str(previous.number)), None, champion.number)
 
 
 def _number(version: Version | None) -> int | None:
     return None if version is None else version.number
-
-
-def _verdict(decision: Decision) -> str:
-    return ("passed" if decision.passed else f"refused: {'; '.join(decision.reasons)}")[:TAG_CHARACTERS]
-
-
-def _means(found: GateEvidence) -> dict[str, dict[str, float]]:
-    """The version's metrics by protocol or task, each held-out item counted once in one list."""
-    return {
-        name: {metric: value for metric, value in numbers.items() if not metric.startswith(SINGLE)}
-        for name, numbers in found.means().items()
-    }
-
-
-def _gate_section(decision: Decision, found: GateEvidence | None, run: Run) -> str:
-    """The decision in a version's description."""
-    link = tracking.run_link("The gate's run", run.id) + " holds decision.json." if run.id else ""
-    scores = f"This version:\n\n{descriptions.scores(found.part, _means(found))}" if found is not None else ""
-    return descriptions.paragraphs(descriptions.gate(decision, _examples(found)), scores, link)
-
-
-def _examples(found: GateEvidence | None) -> str:
-    """The examples of the gate's numbers, in words."""
-    if found is None:
-        return ""
-    return f"release {found.release.number}, {found.num_users:,} users of domain {found.domain}, {found.part}"
-
-
-def _entry(decision: Decision, found: GateEvidence | None, champion: Version | None, run: Run) -> dict[str, Any]:
-    examples: dict[str, Any] = {}
-    if found is not None:
-        examples = {
-            "release": found.release.number,
-            "split": found.split,
-            "domain": found.domain,
-            "part": found.part,
-            "users": found.num_users,
-        }
-    return examples | {
-        "champion": champion.label if champion else None,
-        "run": run.id,
-        "checks": {check.name: check.verdict for check in decision.checks},  # numbers: the run's decision.json
-    }
-
-
-def _audit(action: str, entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry of the trail: entries are added, never changed."""
-    now = datetime.datetime.now(datetime.UTC)
-    return {"time": now.isoformat(timespec="seconds"), "action": action, **entry}

@@ -131,14 +131,10 @@ def _renew(config: RecommendConfig, models: Models, source: _Source, domain: str
         f"Top {config.k} items of domain {domain} for {num_users:,} users, by {by}; release {release.number} of "
         f"`{redact(release.lake)}`."
     )
-    with tracking.start_run(
-        config.tracking,
-        name=config.name,
-        resolved=config,
-        release=release,
-        description=description,
-        tables=[(tables.BASKETS if source.baskets else tables.SEQUENCES).name, tables.ITEMS.name, tables.USERS.name],
-    ) as tracked:
+    read = [(tables.BASKETS if source.baskets else tables.SEQUENCES).name, tables.ITEMS.name, tables.USERS.name]
+    with tracking.start_run(config.tracking, name=config.name, resolved=config) as tracked:
+        tracked.log_release(release, tables=read)
+        tracked.describe(description)
         tracked.set_tags(
             {"graftrec.recipe": "recommend", "graftrec.model_version": label, "graftrec.hash": trained_model.hash}
             | ({"graftrec.companion": companion} if companion else {})
@@ -266,12 +262,14 @@ def _write(
             rows,
             release.lake,
             tables.RECOMMENDATIONS,
-            mode="partitions",
-            app=app,
-            app_version=number,
-            metadata=metadata,
-            partition_scope={"domain": [domain]},
-            transactions={identity: number},
+            spark_io.Commit(
+                mode="partitions",
+                app=app,
+                app_version=number,
+                metadata=metadata,
+                partition_scope={"domain": [domain]},
+                transactions={identity: number},
+            ),
         )
     if (
         not written.committed

@@ -30,6 +30,7 @@ from trainer import figures, tracking
 from trainer.config import FinetuneConfig, RangeConfig, SearchConfig
 from trainer.evaluation.evaluators import monitor
 from trainer.recipes import finetune, pretrain
+from trainer.recipes.run_result import Result
 from trainer.recipes.trials import Arm, Outcome, SearchBusy, SearchError, as_yaml, open_arms, recipes, score, write
 from trainer.training.loop import NonFiniteLoss, Progress, Pruned
 from trainer.training.transfer import TransferError
@@ -126,7 +127,7 @@ def _try(config: SearchConfig, arm: Arm) -> None:
     )
 
 
-def _train(config: SearchConfig, arm: Arm, number: int, values: Mapping[str, Any], judge: "Judge") -> pretrain.Result:
+def _train(config: SearchConfig, arm: Arm, number: int, values: Mapping[str, Any], judge: "Judge") -> Result:
     folder = arm.run_folder(number)
     settings = replaced(arm.settings(values), name=folder.name, output=str(folder.parent), tracking=config.tracking)
     if (expected := monitor(arm.base.task)) != (found := monitor(settings.task)):

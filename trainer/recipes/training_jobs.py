@@ -130,10 +130,10 @@ def _ready(waiting: list[TrainingJob]) -> TrainingJob | None:
 def _finished(training: TrainingJob) -> str | None:
     """How good its model is, where there is one of these settings, code and data; sets is_done."""
     from trainer.evaluation.evaluators import monitor
-    from trainer.recipes import pretrain
+    from trainer.recipes.run_result import finished
 
     try:
-        done = pretrain.finished(training.config)
+        done = finished(training.config)
     except GraftrecError:
         return None  # its process will report what is wrong
     if done is None:

@@ -22,7 +22,7 @@ from etl.settings import GraftrecError, RunAgain, load, replaced
 from trainer.config import FinetuneConfig, PretrainConfig, PrunerConfig, RangeConfig, SearchConfig, with_transfer
 from trainer.data.release import pin
 from trainer.inference.model_folder import load_model
-from trainer.recipes.pretrain import run_identity
+from trainer.recipes.run_result import run_identity
 
 STORE = "study.db"
 IDLE_TRIALS = 20  # so many in a row that needed no training (tried before, or refused): a small space is exhausted

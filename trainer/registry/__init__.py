@@ -1,23 +1,23 @@
 """Registered model versions, their aliases, and the lock that promoters take."""
 
+from trainer.registry.promotion import Promotion
 from trainer.registry.promotion_lock import LEASE_SECONDS
-from trainer.registry.versions import (
+from trainer.registry.registration import MODEL_FOLDER
+from trainer.registry.version import (
     AUDIT_CHARACTERS,
     CANDIDATE,
     CHAMPION,
     COMPANION,
-    MODEL_FOLDER,
     PREVIOUS,
     TAG_DOMAIN,
     TAG_FAMILY,
     TAG_HASH,
     TAG_KIND,
     TAG_PARENT,
-    Promotion,
-    Registry,
     Version,
     audit_trail,
 )
+from trainer.registry.versions import Registry
 
 __all__ = [
     "AUDIT_CHARACTERS",

@@ -7,6 +7,7 @@ line as plain text: so the result comes first, in plain words.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from etl import text_table
 from etl.redaction import redact
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.evaluation.class_metrics import signed
@@ -30,9 +31,9 @@ def items(lines: Iterable[str]) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
-    spaced = [[line[0], *(f"&ensp;{cell}" for cell in line[1:])] for line in (header, *rows)]
-    lines = [spaced[0], ["---", *["---:"] * (len(header) - 1)], *spaced[1:]]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    plain = [[cell.replace("|", "/") for cell in line] for line in (header, *rows)]
+    head, *spaced = [[line[0], *(f"&ensp;{cell}" for cell in line[1:])] for line in plain]
+    return "\n".join(text_table.markdown(head, spaced))
 
 
 def training(config: PretrainConfig, *, parent: str | None, counts: Mapping[str, int], data: str) -> str:

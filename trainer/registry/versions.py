@@ -15,7 +15,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -25,43 +24,27 @@ import pyarrow.parquet as pq
 from etl.redaction import redact
 from etl.tables import FIRST_INDEX
 from trainer import tracking
-from trainer.config import PretrainConfig, TrackingConfig, patch_of
+from trainer.config import PretrainConfig, patch_of
 from trainer.data.release import Release
 from trainer.inference.delta_folder import PATCH, assemble, write_patch
 from trainer.inference.model_folder import CATALOGUE, MANIFEST, config_of, load_model, model_hash
 from trainer.registry import descriptions
+from trainer.registry.promotion import Promotion
 from trainer.registry.promotion_lock import ServerLock, all_pages, wait
+from trainer.registry.registration import create_registered_model, create_version, logged_model
+from trainer.registry.version import (
+    CANDIDATE,
+    CHAMPION,
+    COMPANION,
+    TAG_DOMAIN,
+    TAG_FAMILY,
+    TAG_HASH,
+    TAG_KIND,
+    TAG_PARENT,
+    Version,
+    audit_tags,
+)
 from trainer.tracking import TrackingError, translated
-
-CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
-COMPANION = "companion"  # for users of whom the champion, which reads its own domain, knows no item
-TAG_HASH = tracking.MODEL_HASH  # of the model folder
-TAG_PARENT = "graftrec.parent"  # hash of the model it was grafted on
-TAG_KIND = "graftrec.kind"  # full | patch: what it has beside its parent, a version too
-TAG_DOMAIN = "graftrec.domain"  # whose items it predicts
-TAG_FAMILY = "graftrec.family"  # its registered model is one of <family>-<domain>, one for each domain
-MODEL_FOLDER = "model"  # of the model folder among the artifacts of the MLflow model
-AUDIT_CHARACTERS = 4_500  # of one tag; what is longer goes on in the next
-
-
-@dataclass(frozen=True)
-class Version:
-    """One version of a registered model. `label` is what answers and tables say: "graftrec/3"."""
-
-    name: str
-    number: int
-    aliases: tuple[str, ...]
-    tags: dict[str, str]
-    run_id: str  # of the run that trained it; "" where that is unknown
-    description: str = ""
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}/{self.number}"
-
-    @property
-    def hash(self) -> str:
-        return self.tags.get(TAG_HASH, "")
 
 
 class Registry:
@@ -146,25 +129,13 @@ class Registry:
         with self._asking(f"can't register {folder} as {self.name}"), tempfile.TemporaryDirectory() as scratch:
             example = _example(folder, config)
             description = descriptions.version(load_model(folder, users=False))
-            self._create_registered_model(config)
-            logged = self._logged_model(digest, run_id)
-            run_id = logged.source_run_id or ""
-            packed = Path(scratch) / "packed"
+            create_registered_model(self._client, self.name, config)
+            logged = logged_model(self._client, self.name, digest, run_id)
             if parent_folder is not None:
                 write_patch(folder, parent_folder, Path(scratch) / "patch")
                 folder = Path(scratch) / "patch"
-            tracking.pack(
-                folder, packed, artifact=MODEL_FOLDER, model_id=logged.model_id, run_id=run_id or None, example=example
-            )
-            self._client.log_model_artifacts(logged.model_id, str(packed))
-            self._client.finalize_logged_model(logged.model_id, "READY")
-            made = self._client.create_model_version(
-                self.name,
-                f"models:/{logged.model_id}",
-                run_id=run_id or None,
-                tags=every,
-                model_id=logged.model_id,
-                description=tracking.resolved(self._client, redact(description)),
+            made = create_version(
+                self._client, self.name, logged, folder, example=example, tags=every, description=description
             )
             # A server has no lock: of two processes the one whose version came first keeps it.
             first = self._own(digest)
@@ -174,26 +145,6 @@ class Registry:
             registered = json.dumps([{"name": self.name, "version": str(made.version)}])
             self._client.set_logged_model_tags(logged.model_id, {tracking.VERSIONS: registered})
         return self._version(made)
-
-    def _create_registered_model(self, config: PretrainConfig) -> None:
-        description = descriptions.registered_model(self.name, config.data.answered)
-        with contextlib.suppress(Exception):  # there is one already, or another process has just made it
-            self._client.create_registered_model(self.name, description=description)
-
-    def _logged_model(self, digest: str, run_id: str) -> Any:
-        """The logged model of the run that trained it; a new one if there is none, or if it holds a registered version,
-        whose files must not change."""
-        found = tracking.models_of(self._client, digest)
-        for model in found:
-            if tracking.VERSIONS not in model.tags and (not run_id or model.source_run_id == run_id):
-                return model
-        run_id = run_id or next((model.source_run_id for model in found if model.source_run_id), "")
-        return self._client.create_logged_model(
-            self._experiment(run_id),
-            name=tracking.model_name(self.name),
-            source_run_id=run_id or None,
-            tags={TAG_HASH: digest},
-        )
 
     def _parent_folder(self, folder: Path, parent: str, trained_on: str) -> Path:
         """That of a patch's parent, registered now if it wasn't."""
@@ -258,11 +209,6 @@ class Registry:
         if found is None or found.number == version.number:
             return None
         return found if found.tags.get(TAG_DOMAIN) == version.tags.get(TAG_DOMAIN) else None
-
-    def _experiment(self, run_id: str) -> str:
-        if run_id:
-            return str(self._client.get_run(run_id).info.experiment_id)
-        return tracking.experiment_id(self._client, TrackingConfig())
 
     def versions(self) -> list[Version]:
         """All, newest first; none where nothing is registered."""
@@ -373,19 +319,13 @@ class Registry:
             tracking.log_model_metrics(self._client, version.hash, values, tracking.snapshot(release, table))
 
     def audit(self, number: int, entry: Mapping[str, Any]) -> None:
-        """Add an entry to a version's audit trail: JSON lists in the tags graftrec.audit, graftrec.audit.2… Under the
-        promotion lock only."""
-        trail = {key: value for key, value in self.version(str(number)).tags.items() if _AUDIT.fullmatch(key)}
-        part = max(len(trail), 1)
-        entries = [*json.loads(trail.get(_audit_tag(part), "[]")), dict(entry)]
-        if len(json.dumps(entries, ensure_ascii=False)) > AUDIT_CHARACTERS and len(entries) > 1:
-            part, entries = part + 1, entries[-1:]
-        self.set_tags(number, {_audit_tag(part): json.dumps(entries, ensure_ascii=False)})
+        """Add an entry to a version's audit trail. Under the promotion lock only."""
+        self.set_tags(number, audit_tags(self.version(str(number)), entry))
 
     # --- one promoter at a time ---------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def promoting(self, *, wait_seconds: float = 900.0) -> Iterator["Promotion"]:
+    def promoting(self, *, wait_seconds: float = 900.0) -> Iterator[Promotion]:
         """Hold this model's promotion lock; waits for another promoter. Raises TrackingError after `wait_seconds`.
 
         A local store has a lock file, which the kernel frees when a promoter dies. A server has none, and no
@@ -433,19 +373,6 @@ class Registry:
         )
 
 
-def audit_trail(version: Version) -> list[dict[str, Any]]:
-    """What happened to a version (promoted, refused, replaced, rolled back, restored), oldest first."""
-    parts = sum(_AUDIT.fullmatch(key) is not None for key in version.tags)
-    return [entry for part in range(1, parts + 1) for entry in json.loads(version.tags[_audit_tag(part)])]
-
-
-_AUDIT = re.compile(r"graftrec\.audit(\.\d+)?")
-
-
-def _audit_tag(part: int) -> str:
-    return "graftrec.audit" if part == 1 else f"graftrec.audit.{part}"
-
-
 def _example(folder: Path, config: PretrainConfig) -> dict[str, Any]:
     """A request that the model knows: its three most popular items, as a history."""
     rows = pq.read_table(folder / CATALOGUE, columns=["item", "popularity"]).slice(FIRST_INDEX)
@@ -466,32 +393,3 @@ def _is(what: str, value: str) -> str:
     if re.fullmatch(r"[\w .-]*", value):
         return f"{what} = '{value}'"
     return f"{what} LIKE '{re.sub(r'[^a-zA-Z0-9 .-]', '_', value)}'"
-
-
-class Promotion:
-    """What the holder of the promotion lock may do. It makes sure that the lock is still held before every write."""
-
-    def __init__(self, registry: Registry, lock: "ServerLock | None") -> None:
-        self._registry, self._lock = registry, lock
-
-    def move(self, alias: str, number: int | None) -> None:
-        """Set an alias to a version, or remove it."""
-        if self._lock is not None:
-            self._lock.check()
-        if number is None:
-            self._registry.drop_alias(alias)
-        else:
-            self._registry.set_alias(alias, number)
-
-    def crown(self, number: int) -> int | None:
-        """Make a version the champion and the old one `previous`; returns the old one's number.
-
-        `previous` moves first: a promoter that dies in between leaves the old champion serving.
-        """
-        old = self._registry.find(CHAMPION)
-        if old is not None and old.number == number:
-            return None
-        if old is not None:
-            self.move(PREVIOUS, old.number)
-        self.move(CHAMPION, number)
-        return None if old is None else old.number

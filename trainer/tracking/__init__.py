@@ -27,23 +27,19 @@ from trainer.tracking.models import (
     pack,
     resolved,
 )
+from trainer.tracking.run import THUMBNAIL_PIXELS, Run, model_link, run_link
 from trainer.tracking.runs import (
     JOINED_VARIABLE,
     PARENT_VARIABLE,
-    REUSED_SHOWN,
     TERMINATED_EXIT,
-    THUMBNAIL_PIXELS,
-    Run,
     child_environment,
-    metric_name,
-    model_link,
     note_reused,
-    run_link,
     settle,
-    snapshot,
     start_run,
 )
-from trainer.tracking.sender import PARAMS_PER_BATCH, UNSENT, end_abandoned
+from trainer.tracking.sender import PARAMS_PER_BATCH, end_abandoned
+from trainer.tracking.spool import UNSENT
+from trainer.tracking.tracked_run import REUSED_SHOWN, metric_name, snapshot
 
 __all__ = [
     "DESCRIPTION",

@@ -5,13 +5,10 @@ later, and a single line says so. What is unsent when the process ends is kept i
 Sending an entry twice (an answer got lost) changes nothing: a metric is keyed by name, step, time and value.
 """
 
-import json
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from etl.redaction import one_line, redact
@@ -110,30 +107,3 @@ class SendQueue:
                 if not self._entries or self._entries[0] is not entry:  # closed meanwhile
                     return None
                 del self._entries[0]
-
-
-def keep(folder: Path, header: Entry, entries: list[Entry]) -> None:
-    """Write unsent entries, and copies of the files they name, to a folder of their own. The JSON comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = []
-    for number, entry in enumerate(entries):
-        if entry["kind"] == "artifact" and (source := Path(entry["path"])).exists():
-            copy = folder / f"{number:04d}" / source.name
-            copy.parent.mkdir(exist_ok=True)
-            (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
-            entry = entry | {"path": str(copy.resolve())}
-        kept.append(entry)
-    (folder / "unsent.tmp").write_text(json.dumps({"header": header, "entries": kept}))
-    (folder / "unsent.tmp").replace(folder / "unsent.json")
-
-
-def kept(root: Path) -> list[tuple[Path, Entry, list[Entry]]]:
-    """(folder, header, entries) of each run whose entries wait under `root`."""
-    found = []
-    for file in sorted(root.glob("*/unsent.json")):
-        try:
-            content = json.loads(file.read_text())
-            found.append((file.parent, content["header"], content["entries"]))
-        except (OSError, ValueError, KeyError) as error:
-            warn(f"can't read {file} ({one_line(error)}); remove it")
-    return found

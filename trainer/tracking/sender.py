@@ -1,38 +1,25 @@
 """Sends queued entries to MLflow."""
 
 import contextlib
-import hashlib
 import shutil
 import socket
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from etl.redaction import one_line
 from trainer.config import TrackingConfig
-from trainer.tracking.provenance import cut
-from trainer.tracking.queue import Entry, Refused, kept
-from trainer.tracking.store import sqlite_file
-
-if TYPE_CHECKING:  # both are slow to import
-    pass
 from trainer.tracking.connection import DESCRIPTION, ERROR, FINAL, TAG_CHARACTERS, connect, experiment_id
 from trainer.tracking.datasets import dataset_input
 from trainer.tracking.locks import file_lock
 from trainer.tracking.models import MODEL_HASH, log_model_metrics, model_name, models_of, resolved
-
-UNSENT = Path("mlflow-unsent")  # what a dead server did not take, until it does
-
+from trainer.tracking.provenance import cut
+from trainer.tracking.queue import Entry, Refused
+from trainer.tracking.spool import UNSENT, fingerprint, kept
 
 PARAMS_PER_BATCH = 100
-
-
-def fingerprint(uri: str) -> str:
-    if (database := sqlite_file(uri)) is not None and database.parent.is_symlink():  # plain_path's, of one process
-        uri = f"sqlite:///{database.parent.readlink() / database.name}"
-    return hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def process(process: psutil.Process) -> str:

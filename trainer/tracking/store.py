@@ -4,7 +4,6 @@ MLflow makes its tables one migration after another, and can't go on where that 
 So a store is made under another name and renamed. One that was left half made by others holds nothing: it is set aside.
 """
 
-import os
 import re
 import sqlite3
 import time
@@ -13,6 +12,7 @@ from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from uuid import uuid4
 
+from etl.durable import sync
 from trainer.tracking.queue import warn
 
 LOCK_SECONDS = 120.0  # making a store takes some seconds
@@ -109,8 +109,7 @@ def _make(database: Path, make: Callable[[Path], None]) -> None:
     new = database.with_name(f"{database.name}.new-{uuid4().hex[:8]}")  # never an earlier name: connections are kept
     try:
         make(new)
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(new)
         new.rename(database)
     except BaseException:
         for leftover in database.parent.glob(f"{new.name}*"):

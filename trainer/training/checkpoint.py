@@ -19,6 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from etl.durable import sync
 from etl.settings import GraftrecError
 from trainer.parallel.distributed import ALONE, World
 
@@ -103,10 +104,10 @@ def _finish(new: Path, folder: Path, digests: dict[str, str]) -> None:
             "that all hosts share"
         )
     for name in digests:
-        _sync(new / name)
+        sync(new / name)
     (new / MANIFEST).write_text(json.dumps(digests))
-    _sync(new / MANIFEST)
-    _sync(new)
+    sync(new / MANIFEST)
+    sync(new)
     if folder.exists():
         replaced = folder.with_name(folder.name + ".old")
         folder.rename(replaced)
@@ -114,7 +115,7 @@ def _finish(new: Path, folder: Path, digests: dict[str, str]) -> None:
         shutil.rmtree(replaced)
     else:
         new.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def newest(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -195,11 +196,3 @@ def _write(tensors: Mapping[str, Tensor], path: Path) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -153,40 +153,48 @@ class Training:
         self.progress = Progress(**progress)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Who follows a run: `on_resume` sees the epochs that a resumed run had done, `on_epoch` each one at its end.
+    `judge` sees each epoch's end too, that which a resumed run was stopped after again, and ends the run by raising."""
+
+    on_epoch: Callable[[Epoch], None]
+    on_resume: Callable[[list[Epoch]], None]
+    judge: Callable[[Progress], None]
+    show_progress: bool
+    say: Callable[[str], None]
+
+
 def train(
     training: Training,
     *,
     validate: Callable[[], dict[str, float]],
     score: str,
     checkpoints: Path,
-    on_epoch: Callable[[Epoch], None],
-    on_resume: Callable[[list[Epoch]], None],
-    judge: Callable[[Progress], None],
-    show_progress: bool,
-    say: Callable[[str], None],
+    watch: Watch,
 ) -> None:
     """Train until the epochs are used up, or `score` (a metric that `validate` returns) has stopped rising.
 
     Resumes from `checkpoints` where there are any. Afterwards `training.best` holds the best epoch's weights.
-    `on_resume` sees the epochs that a resumed run had done. `judge` sees each epoch's end, that which a resumed run was
-    stopped after again, and ends the run by raising.
-    Raises Stopped on SIGTERM and SIGINT, NonFiniteLoss, and what `judge` does.
+    Raises Stopped on SIGTERM and SIGINT, NonFiniteLoss, and what `watch.judge` does.
     """
     config, progress = training.config, training.progress
-    saved = _newest(training.world, checkpoints, say)
+    saved = _newest(training.world, checkpoints, watch.say)
     if saved is not None:
         training.restore(saved)
         progress = training.progress
-        say(f"resuming at epoch {training.loader.epoch + 1}, step {training.loader.step} ({progress.step} steps done)")
+        watch.say(
+            f"resuming at epoch {training.loader.epoch + 1}, step {training.loader.step} ({progress.step} steps done)"
+        )
         if progress.history:
-            on_resume(progress.history)
-            judge(progress)
+            watch.on_resume(progress.history)
+            watch.judge(progress)
     training.world.doing(lambda: f"epoch {training.loader.epoch + 1}, step {training.loader.step}")
     last_saved = time.monotonic()
     with _stop_signals() as signals:
         while not progress.finished:
             begun = time.monotonic()
-            for batch in _shown(training, show_progress):
+            for batch in _shown(training, watch.show_progress):
                 due = training.world.first and time.monotonic() - last_saved >= config.checkpoint_seconds
                 wish = train_step(training, batch, stop=bool(signals), save=due)
                 now = time.monotonic()
@@ -202,8 +210,8 @@ def train(
             is_best = _finish_epoch(training, metrics, score, time.monotonic() - begun)
             _save(training, checkpoints, is_best=is_best)
             last_saved = time.monotonic()
-            on_epoch(progress.history[-1])
-            judge(progress)
+            watch.on_epoch(progress.history[-1])
+            watch.judge(progress)
 
 
 def train_step(training: Training, batch: Batch, *, stop: bool, save: bool = False) -> Wish:

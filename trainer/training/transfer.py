@@ -103,27 +103,36 @@ class TransferReport:
         }
 
 
+@dataclass(frozen=True)
+class TransferPlan:
+    """What a new model takes from its parent, and what of it is trained.
+
+    `freeze`: parameter groups. `shared_V`: the parent's row of each catalogue row, UNK where it has none; those rows
+    are copied too. None: no item. Transfer `patch` freezes what it copies, those rows too, but with `layer_norm` no
+    LayerNorm of the body. `unused`: name prefixes of what no step reaches, which is not trained. `event_types`: those
+    that the model's data distinguish.
+    """
+
+    transfer: TransferName
+    freeze: Sequence[str] = ()
+    shared_V: IntArray | None = None
+    layer_norm: bool = False
+    unused: tuple[str, ...] = ()
+    event_types: tuple[str, ...] = ()
+
+
 @torch.no_grad()
 def initialise_from(
     model: SequenceModel,
     config: ModelConfig,
     parent: TrainedModel | None,
-    transfer: TransferName,
-    freeze: Sequence[str] = (),
-    shared_V: IntArray | None = None,
-    *,
-    layer_norm: bool = False,
-    unused: tuple[str, ...] = (),
-    event_types: tuple[str, ...] = (),
+    plan: TransferPlan,
 ) -> TransferReport:
-    """Copy what `transfer` says from `parent` into `model`, freeze the groups `freeze`, and account for every tensor.
+    """Copy what the plan says from `parent` into `model`, freeze what it says, and account for every tensor.
 
-    `shared_V`: the parent's row of each catalogue row, UNK where it has none; those rows are copied too. None: no item.
-    Transfer `patch` freezes what it copies, those rows too, but with `layer_norm` no LayerNorm of the body.
-    `unused`: name prefixes of what no step reaches, which is not trained. `event_types`: kinds that the model's data
-    tells apart.
     Raises TransferError: no parent where one is needed, an unknown group, or tensors whose shapes don't agree.
     """
+    transfer, freeze, shared_V = plan.transfer, plan.freeze, plan.shared_V
     if transfer != "none" and parent is None:
         raise TransferError(f"transfer {transfer} needs a pre-trained model; set parent to its `model` folder")
     if unknown := set(freeze) - set(groups_of(config)):
@@ -131,10 +140,10 @@ def initialise_from(
             f"freeze: expected parameter groups ({', '.join(groups_of(config))}), found {sorted(unknown)}"
         )
     if parent is not None and transfer != "none":
-        _check_event_types(config, event_types, parent)
+        _check_event_types(config, plan.event_types, parent)
     given = dict(parent.model.named_parameters()) if parent is not None and transfer != "none" else {}
     groups = group_of(model, config)
-    norms = _layer_norms(model) if layer_norm else set()
+    norms = _layer_norms(model) if plan.layer_norm else set()
     lines = []
     for name, tensor in model.named_parameters():
         group = groups[name]
@@ -163,7 +172,7 @@ def initialise_from(
         if group == "patch":
             origin = "added"
         is_kept = transfer == "patch" and origin == "copied" and name not in norms
-        tensor.requires_grad_(group not in freeze and not is_kept and not name.startswith(unused))
+        tensor.requires_grad_(group not in freeze and not is_kept and not name.startswith(plan.unused))
         lines.append(ParameterReport(name, group, shape, origin, tensor.requires_grad))
     return TransferReport(transfer, _named(parent) if given else None, tuple(lines))
 

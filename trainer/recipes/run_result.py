@@ -1,0 +1,88 @@
+"""The result of a training run, and what it depends on: a run whose settings, code, data and parent are unchanged is
+not repeated."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from etl import tables
+from etl.settings import GraftrecError, config_hash, replaced
+from trainer.code_hash import code_hash
+from trainer.config import FinetuneConfig, PretrainConfig
+from trainer.data.release import Release, pin
+from trainer.inference.model_folder import TrainedModel, load_model, model_hash
+from trainer.parallel.distributed import World
+from trainer.recipes.run_folder import DONE, RunError
+
+_READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a training run. `metrics`: best validation metrics, epochs, seconds."""
+
+    folder: Path  # of the run; the model is in <folder>/model
+    metrics: dict[str, float]
+    reused: bool  # nothing has changed since the earlier result
+    run_id: str = ""  # of the MLflow run that trained it; "" where that is unknown
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+
+def recipe_of(config: PretrainConfig) -> str:
+    return "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+
+
+def sequence_table(config: PretrainConfig) -> tables.Table:
+    return tables.TABLES[config.task.table]
+
+
+def read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:
+    return (sequence_table(config), *_READ_TABLES)
+
+
+def run_identity(config: PretrainConfig, release: Release, parent: TrainedModel | None) -> dict[str, str]:
+    """Fingerprints of settings, code, data and parent; they change if the weights could, and not with where the run
+    runs."""
+    runtime, tracked = type(config.runtime)(precision=config.runtime.precision), type(config.tracking)()
+    settings = replaced(config, runtime=runtime, tracking=tracked)
+    versions = {table.name: release.versions.get(table.name) for table in read_tables(config)}
+    return {
+        "settings": config_hash(settings),
+        "code": code_hash(f"trainer.recipes.{recipe_of(config)}"),
+        "data": json.dumps(versions, sort_keys=True),
+        "parent": parent.hash if parent else "",
+    }
+
+
+def agreed(identity: dict[str, str], world: World) -> dict[str, str]:
+    """The identity, which must be the same in all processes. Raises RunError."""
+    for rank, other in enumerate(world.objects(identity)):
+        if differing := [name for name in identity if identity[name] != other[name]]:
+            raise RunError(
+                f"expected the same settings, code, data and parent in all processes, found another {differing[0]} in "
+                f"process {rank} than in process {world.rank}; give all hosts the same configuration and code"
+            )
+    return identity
+
+
+def finished(config: PretrainConfig) -> Result | None:
+    """The result of this run if it is done and its settings, code, data and parent are unchanged. Raises GraftrecError
+    for a lake or parent that does not exist."""
+    parent_folder = config.parent if isinstance(config, FinetuneConfig) and config.transfer != "none" else None
+    parent = load_model(parent_folder, users=False) if parent_folder else None
+    release = pin(config.data.lake, config.data.release)
+    identity = ":".join(run_identity(config, release, parent).values())
+    return finished_in(Path(config.output) / config.name, identity)
+
+
+def finished_in(folder: Path, identity: str) -> Result | None:
+    try:
+        done = json.loads((folder / DONE).read_text())
+        if done["identity"] == identity and model_hash(folder / "model") == done["hash"]:
+            return Result(folder, done["metrics"], reused=True, run_id=done.get("mlflow_run", ""))
+    except (OSError, ValueError, KeyError, GraftrecError):
+        pass
+    return None
