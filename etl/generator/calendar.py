@@ -64,7 +64,8 @@ class Lives:
     def _without_breaks(self, time_B: Ints) -> Ints:
         """The times, less the breaks before them."""
         ends_BN = self.starts_BN + np.cumsum(self.lengths_BN, axis=1)
-        return time_B - (self.lengths_BN * (ends_BN <= time_B[:, None])).sum(1)
+        passed_B: Ints = (self.lengths_BN * (ends_BN <= time_B[:, None])).sum(1)
+        return time_B - passed_B
 
 
 def lives(config: GeneratorSource, users: Ints, joined_B: Ints) -> Lives:
@@ -124,4 +125,5 @@ def _work(season: float) -> npt.NDArray[Any]:
     winter = np.cos(2 * np.pi * day / 365)
     rate = np.exp(season * (0.8 * evening + 0.5 * weekend + 0.4 * winter))
     whole = 24 * 365 * YEARS
-    return np.concatenate([[0], np.cumsum(rate * HOUR)]) * whole / rate[:whole].sum()
+    passed: npt.NDArray[Any] = np.concatenate([[0], np.cumsum(rate * HOUR)]) * whole / rate[:whole].sum()
+    return passed

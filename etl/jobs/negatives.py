@@ -225,9 +225,10 @@ def write_task(batches: Iterable[pa.RecordBatch], read: Inputs) -> Iterator[pa.R
 def _write_buckets(users: pa.Table, read: Inputs) -> Iterator[pa.RecordBatch]:
     filesystem = table_filesystem(read.lake, NEGATIVES)
     of_domain = {name: dict.fromkeys(_PARTS, _candidates(read, number)) for number, name in enumerate(read.names)}
-    of_dated = {}
-    for key, counts in read.dated.items():
-        of_dated[key] = dated_candidates.of_parts(_members(read, read.names.index(key[1])), counts)
+    of_dated = {
+        (split, domain): dated_candidates.of_parts(_members(read, read.names.index(domain)), counts)
+        for (split, domain), counts in read.dated.items()
+    }
     for bucket in users["bucket"].unique().to_pylist():
         mine = users.filter(pc.equal(users["bucket"], bucket))
         index, word = mine["index"].to_numpy(), mine["word"].to_numpy().view(np.uint64)

@@ -47,10 +47,19 @@ def time_split(settings: Mapping[str, Any], domain: str, batches: Iterable[pa.Re
         known, there = (np.pad(flags, (0, grown - len(flags))) for flags in (known, there))
         known[items[place < np.repeat(first, size)]] = True
         there[items[place < np.repeat(end, size)]] = True
-    dates = (settings["train_until"], settings["validate_until"] or settings["train_until"])
-    until = settings["test_until"] or "the log's end"
-    counts = [int(count) for count in users]
-    return TimeSplit(settings["name"], domain, (*dates, until), *counts, int(there.sum()), int((there & ~known).sum()))
+    validate, test = settings["validate_until"] or settings["train_until"], settings["test_until"] or "the log's end"
+    trained, validated, all_tested, new_users = (int(count) for count in users)
+    return TimeSplit(
+        settings["name"],
+        domain,
+        (settings["train_until"], validate, test),
+        trained,
+        validated,
+        all_tested,
+        new_users,
+        items=int(there.sum()),
+        new_items=int((there & ~known).sum()),
+    )
 
 
 def by_time(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

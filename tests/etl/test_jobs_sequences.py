@@ -470,7 +470,6 @@ SPLITS = (
     SplitConfig(name="cold-users", cold_users=0.3, joint_target="target", causal_target="target"),
     SplitConfig(name="cold-source", cold_users=0.4, joint_target="source", min_train=2, validation=1, test=1),
     SplitConfig(name="time-ties", train_until=_at(-93), validate_until=_at(-86), test_until=_at(-80)),
-    SplitConfig(name="time-early", train_until=_at(-50), validate_until=_at(3), test_until=_at(60)),
     SplitConfig(name="time", train_until=_at(9_000), validate_until=_at(30_000)),
     SplitConfig(
         name="time-joint", train_until=_at(-93), validate_until=_at(30), test_until=_at(9_000), joint_target="target"

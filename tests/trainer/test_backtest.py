@@ -2,14 +2,17 @@
 
 import datetime as dt
 import json
+import os
 
 import polars as pl
 import pytest
 
 from etl.settings import ConfigError, load
+from tests.trainer.test_training import tiny
 from trainer.__main__ import main
-from trainer.config import BacktestConfig
+from trainer.config import BacktestConfig, PretrainConfig
 from trainer.figures import metric_by_date
+from trainer.recipes import training_jobs
 from trainer.recipes.backtest import MODEL, DateResult, aligned, cells, shown_labels
 from trainer.tracking import Run
 
@@ -73,6 +76,15 @@ def test_the_picture_has_a_line_for_each_label_over_the_dates():
     axes = figure.axes[0]
     assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[0.3, 0.1], [0.1, 0.2]]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_a_training_that_ended_well_and_left_another_model_is_to_be_run_again(tiny_lake, tmp_path, monkeypatch):
+    """As where code or tables change between the start of a process and its end. It was exit code 0."""
+    monkeypatch.setattr(training_jobs, "_finished", lambda training: None)
+    job = training_jobs.TrainingJob("one", "pretrain", tiny(PretrainConfig, tmp_path, tiny_lake))
+    training_jobs.run([job], folder=tmp_path, jobs=1, environment=dict(os.environ))
+    assert (job.exit_code, job.failure) == (5, training_jobs.CHANGED)
 
 
 @pytest.mark.slow
