@@ -105,7 +105,12 @@ def _append(run: Run, found: dict[str, str]) -> Outcome:
             run.notes.append(f"lines have moved in {', '.join(new.mended)}, so all files are read anew")
             return _anew(run, found, None)
         if moved:
-            run.notes.append(f"{gone:,} rows that {', '.join(new.mended)} held before are no longer there; they stay")
+            names = ", ".join(new.mended)
+            run.notes.append(
+                f"{gone:,} rows that {names} held before are no longer there; they stay"
+                if gone
+                else f"lines have moved in {names}, and other files are gone, so new rows come last"
+            )
             new = deliveries.appended(new, found, generation)
     return _deliver(run, new, run.own(), generation=generation)
 

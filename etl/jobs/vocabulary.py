@@ -15,6 +15,7 @@ from etl.config import EtlConfig, GeneratorSource, LogSource, MovielensSource
 from etl.session import held
 from etl.settings import GraftrecError
 from etl.sources.movielens import described
+from etl.sources.schema import FOUND
 from etl.tables import FIRST_INDEX
 
 RANGE_IDS = 1_000_000  # ids that a task sorts
@@ -117,7 +118,7 @@ def _describe(
 
 def first_described(rows: DataFrame, column: str) -> DataFrame:
     """One row per id where a description file has several: the first by file and line. Rejected rows are left out."""
-    described = [name for name in rows.columns if name not in (column, "kind", "file", "line", "reason", "raw")]
+    described = [name for name in rows.columns if name not in (column, *FOUND)]
     place = F.row_number().over(Window.partitionBy(column).orderBy("file", "line"))
     numbered = rows.where(F.col("reason").isNull()).select(column, *described, place.alias("_place"))
     return numbered.where("_place = 1").select(column, *described)

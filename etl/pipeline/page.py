@@ -31,7 +31,7 @@ def to_html(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = lambda number: f"{number:,}"
-    environment.filters["percent"] = lambda share: f"{share * 100:.3g} %"
+    environment.filters["percent"] = lambda share: f"{share * 100:.3g}\u00a0%"
     width, days = histogram(report, _DAYS) if report.times is not None else (0, [])
     return environment.get_template("page.html.j2").render(
         report=report,

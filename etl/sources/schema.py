@@ -29,6 +29,7 @@ _FOUND = [
     pa.field("found", pa.string()),  # in that column, cut; null: nothing
     pa.field("raw", pa.string()),  # of a rejected row, its first 1,000 characters; null in a good row
 ]
+FOUND = tuple(field.name for field in _FOUND)
 RAW_EVENTS = pa.schema(
     [
         pa.field("user", pa.string()),
