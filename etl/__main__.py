@@ -39,17 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Raw logs to Delta tables. Commands:\n"
             "  all     every table that is out of date, then a release of them\n"
             "  report  what the newest release holds; --lake FOLDER is enough\n"
+            "  migrate  an older lake to this version's tables, in place; --lake FOLDER is enough\n"
             f"  a job   one table: {jobs}\n\n{configurations('etl')}"
         ),
         settings=EtlConfig,
     )
-    parser.add_argument("command", help="all, report, or a job's name")
+    parser.add_argument("command", help="all, report, migrate, or a job's name")
     parser.add_argument("--config", help="a name under conf/, e.g. etl/demo, or a YAML file")
     known, overrides = parser.parse_known_args(arguments)
 
     def work() -> int:
-        if known.command == "report" and known.config is None:
-            _report(_lake(overrides))
+        if known.command in _OF_LAKES and known.config is None:
+            _OF_LAKES[known.command](_lake(known.command, overrides))
         elif known.config is None:
             parser.error("expected --config, which says where the log is and what its tables hold, found none")
         else:
@@ -59,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command("etl", work)
 
 
-def _lake(overrides: Sequence[str]) -> str:
-    """The lake of a report without a configuration. Raises ConfigError unless it is the only setting given."""
+def _lake(command: str, overrides: Sequence[str]) -> str:
+    """The lake of a command without a configuration. Raises ConfigError unless it is the only setting given."""
     given = texts(overrides)
     if list(given) != ["lake"]:
-        raise ConfigError(f"report: expected --lake FOLDER, or --config, found {', '.join(given) or 'neither'}")
+        raise ConfigError(f"{command}: expected --lake FOLDER, or --config, found {', '.join(given) or 'neither'}")
     try:
         return without_credentials(given["lake"])
     except ValueError as error:
@@ -76,9 +77,18 @@ def _report(lake: str) -> None:
     print_report(lake)
 
 
+def _migrate(lake: str) -> None:
+    from etl.pipeline.migrate import migrate
+
+    migrate(lake)
+
+
+_OF_LAKES = {"report": _report, "migrate": _migrate}
+
+
 def _run(command: str, config: EtlConfig) -> None:
-    if command == "report":
-        _report(config.lake)
+    if command in _OF_LAKES:
+        _OF_LAKES[command](config.lake)
         return
     from etl.jobs.job import RunContext
     from etl.pipeline.run import run_all, run_one

@@ -48,9 +48,7 @@ def write(
     files: list[DataFile] = []
     if touched is None or touched:
         tasks = run.config.spark.shuffle_partitions
-        files = bucket_writer.write(
-            users, rows, run.lake, run.job.table, read, buckets=buckets, tasks=tasks, before=before
-        )
+        files = bucket_writer.write(users, rows, run.lake, run.table, read, buckets=buckets, tasks=tasks, before=before)
     if touched is None or len(touched) == buckets:
         return run.commit_files(files, properties=properties)
     return run.commit_files(files, mode="partitions", partition_scope={"bucket": touched}, properties=properties)
