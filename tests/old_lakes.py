@@ -12,7 +12,15 @@ from etl.tables import TABLES
 
 _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _OLD_ATTRIBUTES = pa.list_(pa.struct([("name", pa.string()), ("value", pa.string())]))
-_OF_DELTA = {"version", "timestamp", "operation", "operationParameters", "operationMetrics", "clientVersion"}
+_OF_DELTA = {
+    "version",
+    "timestamp",
+    "operation",
+    "operationParameters",
+    "operationMetrics",
+    "clientVersion",
+    "engineInfo",
+}
 _SEALS = {"seal", "sealed", "snapshot"}
 
 

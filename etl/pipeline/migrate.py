@@ -50,7 +50,15 @@ from etl.tables import (
 _ROWS, _RECORD = "migrate/rows", "migrate/record"  # applications of our two commits; the format is their version
 # What a commit of a job has besides that which its job recorded.
 _OF_COMMITS = {"app", "app_version", "rows", "commit", "snapshot", "sealed", "seal"}
-_OF_DELTA = {"version", "timestamp", "operation", "operationParameters", "operationMetrics", "clientVersion"}
+_OF_DELTA = {
+    "version",
+    "timestamp",
+    "operation",
+    "operationParameters",
+    "operationMetrics",
+    "clientVersion",
+    "engineInfo",
+}
 
 
 def migrate(lake: str, *, wait_seconds: float = WAIT_SECONDS) -> None:
@@ -96,7 +104,8 @@ def _recorded_by_job(handle: DeltaTable) -> dict[str, Any]:
 
 def _renewed(recorded: Mapping[str, Any], newest: Mapping[str, int], last_job: Mapping[str, int]) -> dict[str, str]:
     """What a table's job recorded, with the migrated versions of those inputs that are as it read them."""
-    kept = {name: str(value) for name, value in recorded.items() if name not in _OF_COMMITS | _OF_DELTA}
+    names = str(recorded["sealed"]).split(",") if "sealed" in recorded else recorded.keys() - _OF_DELTA
+    kept = {name: str(recorded[name]) for name in sorted(set(names) - _OF_COMMITS)}
     if "inputs" in kept:
         inputs = json.loads(kept["inputs"])
         inputs |= {name: newest[name] for name, read in inputs.items() if read >= last_job.get(name, read + 1)}

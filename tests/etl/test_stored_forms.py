@@ -19,6 +19,8 @@ from etl.lake.forms import FIRST_ATTRIBUTES, as_map, in_memory
 from etl.lake.snapshots import LakeError, OtherFormat, check_formats, snapshot_files, table_filesystem
 from etl.lake.spark_io import FileWriter, data_files
 from etl.tables import BASKETS, INTERACTIONS, PROPERTY_FORMAT, RELEASES, SEQUENCES, TIME_ORDINAL, Table
+from tests.etl.local_rows import local_rows
+from tests.old_lakes import in_format_1
 
 NOW = 1_700_000_000_123_456
 TIMES = (NOW, NOW + 1, NOW + 10**9 + 543)
@@ -105,6 +107,16 @@ def test_a_lake_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     handle.alter.set_table_properties({PROPERTY_FORMAT: "3"}, raise_if_not_exists=False)
     with pytest.raises(OtherFormat, match="expected format 2 or older, found 3; use a newer graftrec"):
         check_formats(str(tmp_path))
+
+
+def test_a_lakes_events_are_a_source_in_either_form(tmp_path: Path) -> None:
+    write(tmp_path / "new", TIMES)
+    old = in_format_1(tmp_path / "new", tmp_path / "old")
+    assert pl.read_delta(str(old / "interactions"))["time"].to_list() == list(TIMES)
+    columns = {"user": "user", "item": "item", "time": "time"}
+    for lake in ("new", "old"):
+        found = local_rows(tmp_path / lake, path="interactions", format="delta", columns=columns, time_unit="us")
+        assert [(row["user"], row["time"], row["reason"]) for row in found] == [("u", time, None) for time in TIMES]
 
 
 def test_the_contract_says_what_is_stored() -> None:
