@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
 from etl.tables import TABLES
 
@@ -46,7 +46,8 @@ def in_format_1(lake: Path, old: Path) -> Path:
             configuration=properties,
             raise_if_key_not_exists=False,
         )
-        recorded = CommitProperties(custom_metadata=_recorded(handle))
+        landed = [Transaction(app, version) for app, version in _transactions(lake / table.name).items()]
+        recorded = CommitProperties(custom_metadata=_recorded(handle), app_transactions=landed)
         data = pa.Table.from_pylist(rows, schema=schema)
         write_deltalake(str(place), data, mode="append", commit_properties=recorded)
     return old
@@ -62,6 +63,13 @@ def _recorded(handle: DeltaTable) -> dict[str, str]:
         kept["versions"] = json.dumps(dict.fromkeys(json.loads(kept["versions"]), 1), sort_keys=True)
     kept.pop("digests", None)
     return kept
+
+
+def _transactions(table: Path) -> dict[str, int]:
+    """Application -> version, of all that the log names."""
+    lines = [line for entry in sorted(table.glob("_delta_log/*.json")) for line in entry.read_text().splitlines()]
+    found = [json.loads(line).get("txn") for line in lines]
+    return {one["appId"]: one["version"] for one in found if one}
 
 
 def _old_type(kind: pa.DataType) -> pa.DataType:
