@@ -24,7 +24,7 @@ from etl.settings import GraftrecError
 from etl.sources.delta_table import SourceTable
 from etl.sources.movielens import described
 from etl.sources.spark_table import SparkTable
-from etl.tables import INTERACTIONS, PROPERTY_BUCKETS
+from etl.tables import INTERACTIONS, PROPERTY_BUCKETS, PROPERTY_TIME
 
 _IDENTITY = INTERACTIONS.key
 _DIGITS = 16  # of a content's digest in its transaction's name
@@ -35,8 +35,10 @@ class LostDeliveries(GraftrecError):
 
 
 def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> DataFrame:
-    """INTERACTIONS of raw events (RAW_EVENTS), less those that `old`, the table so far, has already; of `old` only rows
-    of these users are looked at."""
+    """INTERACTIONS of raw events (RAW_EVENTS), less those that `old`, the table so far, has already.
+
+    Of `old` only rows of these users are looked at, and, where the caller read no others, of these times.
+    """
     good = events.where(F.col("reason").isNull())
     bucket = spark_io.bucket_of(buckets).alias("bucket")
     unique = good.groupBy(bucket, *_IDENTITY).agg(F.min("source_order").alias("source_order"))
@@ -91,9 +93,8 @@ def run(run: Run) -> Outcome:
         )
     generation = f"{run.provenance['config_hash']}-{run.provenance['code_version']}-{(run.base or 0) + 1}"
     if table is not None:
-        names = [file.name for file in table.files()]
-        return _deliver(run, names, before=0, generation=generation, table=table, anew=True)
-    return _deliver(run, list(found.values()), before=0, generation=generation, new=found, anew=True)
+        return _deliver(run, [file.name for file in table.files()], None, before=0, generation=generation, table=table)
+    return _deliver(run, list(found.values()), None, before=0, generation=generation, new=found)
 
 
 def _append(run: Run, found: dict[str, str]) -> Outcome:
@@ -104,7 +105,7 @@ def _append(run: Run, found: dict[str, str]) -> Outcome:
         return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new file", *run.notes))
     run.notes.append(f"{len(new)} new file(s)")
     before = int(run.last["deliveries"])
-    return _deliver(run, list(new.values()), before=before, generation=generation, new=new)
+    return _deliver(run, list(new.values()), run.own(), before=before, generation=generation, new=new)
 
 
 def _follow(run: Run, table: SourceTable | SparkTable) -> Outcome:
@@ -118,7 +119,7 @@ def _follow(run: Run, table: SourceTable | SparkTable) -> Outcome:
         return Outcome(int(run.last["version"]), int(run.last["rows"]), False, ("no new row", *run.notes))
     run.notes.append(f"{len(added)} new file(s) of versions {since + 1} to {table.version}")
     names = [file.name for file in added]
-    return _deliver(run, names, before=before, generation=generation, table=table)
+    return _deliver(run, names, run.own(), before=before, generation=generation, table=table)
 
 
 def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generation: str) -> Outcome:
@@ -127,7 +128,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     assert own is not None
     names = [file.name for file in table.files()]
     raw = _events(run, names, before)
-    events, counted, bulk, _ = _without_strays(run, raw, anew=True)
+    events, counted, bulk, _ = _without_strays(run, raw, None)
     good = quarantine.reject_rows(run, events, kind="interactions", counted=counted)
     if good == 0:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
@@ -145,7 +146,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
         mode="partitions" if num_gone else "append",
         partition_scope={"bucket": buckets} if num_gone else None,
         metadata=metadata,
-        properties={PROPERTY_BUCKETS: str(run.config.buckets)},
+        properties={PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: run.engine.source.time},
         transactions=_table_transaction(generation, table),
     )
     raw.unpersist()
@@ -163,35 +164,36 @@ def _events(run: Run, names: Sequence[str], before: int) -> DataFrame:
 def _deliver(
     run: Run,
     names: Sequence[str],
+    old: DataFrame | None,
     *,
     before: int,
     generation: str,
     new: dict[str, str] | None = None,
     table: SourceTable | SparkTable | None = None,
-    anew: bool = False,
 ) -> Outcome:
-    """Commit the events of the files `names`: files that are `new` (content -> name), or of a version of `table`.
-    `anew`: in place of what the table has."""
+    """Commit the events of the files `names`: files that are `new` (content -> name), or of a version of `table`."""
+    source = run.engine.source
     raw = _events(run, names, before)
-    events, counted, bulk, times = _without_strays(run, raw, anew=anew)
-    files = None if anew else list(names)
+    events, counted, bulk, times = _without_strays(run, raw, old)
+    files = None if old is None else list(names)
     good = quarantine.reject_rows(run, events, kind="interactions", files=files, counted=counted)
-    if good == 0 and anew:
+    if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
+    properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
     outcome = run.commit(
-        transform(events, None if anew else run.own(times), buckets=run.config.buckets),
-        mode="overwrite" if anew else "append",
+        transform(events, None if old is None else run.own(times), buckets=run.config.buckets),
+        mode="overwrite" if old is None else "append",
         metadata=_metadata(
             run,
             before=before,
             new=len(names),
-            good=good + (0 if anew else int(run.last["good"])),
+            good=good + (0 if old is None else int(run.last["good"])),
             generation=generation,
             table=table,
             bulk=bulk,
-            anew=anew,
+            anew=old is None,
         ),
-        properties={PROPERTY_BUCKETS: str(run.config.buckets)},
+        properties=properties,
         transactions=_table_transaction(generation, table)
         if table is not None
         else {_transaction(generation, content): 0 for content in new or {}},
@@ -234,13 +236,13 @@ def _table_transaction(generation: str, table: SourceTable | SparkTable) -> dict
 
 
 def _without_strays(
-    run: Run, events: DataFrame, *, anew: bool
+    run: Run, events: DataFrame, old: DataFrame | None
 ) -> tuple[DataFrame, tuple[int, int], event_times.Span | None, tuple[int, int] | None]:
     """Events with strays rejected; (rows read, rows rejected); the log's times without strays, None: mere order; the
-    first and the last time, or order, of the events."""
+    first and the last time, or order, of the good events."""
     counts = event_times.count(events, timed=run.engine.source.time == "timestamp")
     log = []
-    if not anew and "first_time" in run.last:
+    if old is not None and "first_time" in run.last:
         log = [event_times.Span(int(run.last["first_time"]), int(run.last["last_time"]), int(run.last["good"]))]
     bulk = event_times.bulk([*counts.days, *log], gap_years=run.config.cleaning.max_gap_years)
     if bulk is None:
@@ -253,7 +255,7 @@ def _without_strays(
         run.notes.append(f"times {event_times.written(first)} to {event_times.written(last)} UTC{outside}")
     if strays:
         events = reject_strays(events, bulk)
-    times = (first, last) if inside else None
+    times = (min(day.first for day in inside), max(day.last for day in inside)) if inside else None
     return events, (counts.read, counts.rejected + strays), bulk, times
 
 

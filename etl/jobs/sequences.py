@@ -25,6 +25,7 @@ from etl.tables import (
     INTERACTIONS,
     ITEMS,
     PROPERTY_BUCKETS,
+    PROPERTY_TIME,
     SEQUENCES,
     USERS,
     cold_user_hash,
@@ -220,7 +221,7 @@ def run(run: Run) -> Outcome:
         partial(rows, names=names_of(run.config.domains), splits=run.config.splits),
         columns=("event_type", "value"),
         whole=tuple(split.name for split in run.config.splits if split.joint_target is None),
-        properties={PROPERTY_BUCKETS: log["buckets"]},
+        properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]},
     )
 
 
