@@ -116,8 +116,8 @@ def read(
     times: tuple[int, int] | None = None,
 ) -> DataFrame:
     """`table` at `version` (None: the newest as of this call), in the contract's columns; only `partitions` if given.
-    `files`: of these files of a snapshot instead (see `etl.lake.snapshots.snapshot_files`). `times`: rows
-    whose `time` lies between these two, both included, are needed alone; on a disk, others are left out.
+    `files`: of these files of a snapshot instead (see `etl.lake.snapshots.snapshot_files`). `times`:
+    only rows whose `time` lies between these two, both included.
 
     Raises LakeError where there is no such table or version, or what is there can't be read.
     """
@@ -141,7 +141,7 @@ def read(
         return _in_memory(reader.parquet(*(f"{root}/{file.path}" for file in files)), table, times)
     rows = [(json.dumps({"path": file.path, "partition": dict(file.partition)}),) for file in files]
     names = spark.createDataFrame(rows, "file string").repartition(len(rows))
-    return names.mapInArrow(partial(_read_files, lake=lake, table=table), schema)
+    return _in_memory(names.mapInArrow(partial(_read_files, lake=lake, table=table), schema), table, times)
 
 
 def _spark_reads(lake: str) -> bool:

@@ -25,6 +25,7 @@ from etl.lake.lease import WAIT_SECONDS, writing
 from etl.lake.retention import unfinished_removed
 from etl.lake.snapshots import (
     LakeError,
+    check_formats,
     checked_files,
     existing_table,
     form_of,
@@ -68,6 +69,7 @@ def migrate(lake: str, *, wait_seconds: float = WAIT_SECONDS) -> None:
         if not found:
             raise LakeError(f"{lake}: expected a lake (a folder of Delta tables), found no table; mend --lake")
         if all(format_of(existing_table(lake, table)) >= table.format for table in found):
+            check_formats(lake)
             print(f"{lake}: every table is of format {FORMAT} already", flush=True)
             return
         kind = _kind_of_time(lake)
@@ -131,8 +133,11 @@ def _migrate_table(lake: str, table: Table, metadata: Mapping[str, str]) -> int:
 def _rewritten(lake: str, table: Table) -> list[DataFile]:
     """The files of the table's newest version, each as a new file of the contract's form."""
     files = checked_files(existing_table(lake, table), lake, table)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         return data_files(pool.map(lambda file: _rewritten_file(lake, table, file), files))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _rewritten_file(lake: str, table: Table, file: DataFile) -> str:
