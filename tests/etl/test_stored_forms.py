@@ -84,6 +84,22 @@ def test_bounds_of_times_are_rounded_outwards(
         assert opened.schema_arrow.field("time").type == pa.int64()
 
 
+def test_spark_reads_integers_and_leaves_row_groups_of_other_times_out(
+    tmp_path: Path, spark: SparkSession, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, TIMES)
+    found = spark_io.read(spark, str(tmp_path), INTERACTIONS, times=(TIMES[1], TIMES[2] - 1))
+    assert [row["time"] for row in found.collect()] == [TIMES[1]]
+    found.explain()
+    assert "GreaterThanOrEqual(time,2023-11-14" in capsys.readouterr().out
+    rows = spark_io.read(spark, str(tmp_path), INTERACTIONS)
+    commit = Commit(mode="overwrite", app="a", app_version=0, metadata={})
+    spark_io.write(spark, rows, str(tmp_path / "copy"), INTERACTIONS, commit)
+    tables = [DeltaTable(lake / "interactions").to_pyarrow_table() for lake in (tmp_path, tmp_path / "copy")]
+    assert tables[0].schema == tables[1].schema
+    assert sorted(map(repr, tables[0].to_pylist())) == sorted(map(repr, tables[1].to_pylist()))
+
+
 def test_order_stays_integers(tmp_path: Path) -> None:
     write(tmp_path, (3, 1, 2), INTERACTIONS.of(TIME_ORDINAL))
     assert pl.read_delta(str(tmp_path / "interactions"))["time"].to_list() == [3, 1, 2]
