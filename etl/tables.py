@@ -28,7 +28,8 @@ PROPERTY_FORMAT = "graftrec.format"  # how a table is stored; without it: 1
 #   interactions.time, sequences.times, baskets.time, releases.created: timestamps, were integers (microseconds, UTC);
 #   they stay integers where they are mere order (PROPERTY_TIME)
 #   items.attributes, users.attributes: maps, were lists of structs {name, value}
-# Tables of an older format are refused; `python -m etl migrate` brings a lake to this one.
+# Tables of an older format are refused; `python -m etl migrate` brings a lake to this one. Columns added at a table's
+# end that may be null need no new format: a table gains them with the next commit.
 FORMAT = 2
 
 

@@ -107,7 +107,7 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
     last = spark_io.last_commit(lake, INTERACTIONS, versions[INTERACTIONS.name])
     events, days, times = _times(lake, log, ordered=last.get("time") == "ordinal")
     good = int(last["good"])
-    rejected, examples = _rejected(lake, versions)
+    rejected, examples = rejected_rows(lake, versions)
     return Report(
         lake=lake,
         release=number,
@@ -145,7 +145,7 @@ def _times(lake: str, log: Sequence[DataFile], *, ordered: bool) -> tuple[int, C
     return events, days, (min(bounds), max(bounds)) if bounds else None
 
 
-def _rejected(lake: str, versions: dict[str, int]) -> tuple[Counter[Pair], dict[Pair, dict[str, Any]]]:
+def rejected_rows(lake: str, versions: dict[str, int]) -> tuple[Counter[Pair], dict[Pair, dict[str, Any]]]:
     """(kind, reason) -> rows, and the first of them."""
     rejected: Counter[Pair] = Counter()
     examples: dict[Pair, dict[str, Any]] = {}
@@ -157,7 +157,8 @@ def _rejected(lake: str, versions: dict[str, int]) -> tuple[Counter[Pair], dict[
                 rejected[kind, reason] += count
                 if (kind, reason) not in examples:
                     row = batch.slice(pc.index(batch.column("reason"), reason).as_py(), 1).to_pylist()[0]
-                    examples[kind, reason] = row | {"file": name}
+                    # Of a column that the table has gained since: None.
+                    examples[kind, reason] = dict.fromkeys(QUARANTINE.schema.names) | row | {"kind": kind, "file": name}
     return rejected, examples
 
 

@@ -15,6 +15,7 @@ from pyspark.sql import SparkSession
 
 from etl.__main__ import main
 from etl.lake import spark_io
+from etl.pipeline.report import rejected_rows
 from etl.tables import QUARANTINE
 from tests.etl.written_lakes import write_table
 
@@ -140,6 +141,9 @@ def test_a_quarantine_of_an_earlier_version_gains_the_new_columns(tmp_path: Path
     assert found.columns == QUARANTINE.schema.names
     assert found["column"].to_list() == ["time", None, "value", "value", None]
     assert found.row(4, named=True) == dict.fromkeys(QUARANTINE.schema.names) | row
+    version = spark_io.current_version(str(lake), QUARANTINE)
+    _, examples = rejected_rows(str(lake), {QUARANTINE.name: version})
+    assert all(example.keys() == set(QUARANTINE.schema.names) for example in examples.values())
 
 
 @pytest.mark.slow
