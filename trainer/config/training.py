@@ -87,6 +87,11 @@ class PretrainConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def ranks_repeats(self) -> bool:
+        """Whether what a user has had is a candidate too."""
+        return self.task.needs.repeats and self.evaluation.ranks_repeats
+
     @model_validator(mode="after")
     def _rows_are_few(self) -> "PretrainConfig":
         if self.train.table_optimizer == "rowwise" and self.task.scores_catalogue:

@@ -78,7 +78,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             resolved=config,
             release=release,
             tags={"graftrec.recipe": "evaluate"},
-            tables=[task.table, "items", "users", "domains", "negatives"],
+            tables=[task.needs.table, "items", "users", "domains", "negatives"],
             context="evaluation",
             must_record=True,
         ) as run,
@@ -120,7 +120,9 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         shown = {row.metric for row in own}
         for model, of_model in zip(models, results.scorers, strict=False):
             if model.config.data.answered == evaluator.domain:
-                run.log_model_metrics(model.hash, _numbers(results, of_model, config.part, shown), release, task.table)
+                run.log_model_metrics(
+                    model.hash, _numbers(results, of_model, config.part, shown), release, task.needs.table
+                )
     return report
 
 

@@ -24,7 +24,7 @@ from trainer import figures, tracking
 from trainer.arrays import Int32Array
 from trainer.code_hash import code_hash
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
-from trainer.data.baskets import BasketDataset
+from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
 from trainer.data.loader import Loader
 from trainer.data.release import Release, pin, vocabulary_size
@@ -205,11 +205,9 @@ def _agreed(identity: dict[str, str], world: World) -> dict[str, str]:
 
 def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
     split, domain = config.data.split, config.data.domain
-    if config.task.reads_baskets:
-        return BasketDataset(release, split, domain)
-    negatives = config.task.negative_events
+    negatives, table = config.task.negative_events, config.task.needs.table
     setting, types = ("task.impressions", negatives) if negatives else ("data.event_types", config.data.event_types)
-    dataset = SequenceDataset(release, split, domain, values=config.task.reads_values, event_types=types)
+    dataset = open_dataset(table, release, split, domain, values=config.task.reads_values, event_types=types)
     _check_event_types(dataset, setting)
     return dataset
 
@@ -444,7 +442,7 @@ _READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, t
 
 
 def _sequence_table(config: PretrainConfig) -> tables.Table:
-    return tables.TABLES[config.task.table]
+    return tables.TABLES[config.task.needs.table]
 
 
 def _read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:
