@@ -10,9 +10,9 @@ import torch
 
 from etl.tables import FIRST_INDEX
 from trainer.config import Bert4RecConfig, MaskedItemConfig, RuntimeConfig
+from trainer.data.events import Events
 from trainer.data.held_out import FULL, HeldOut
-from trainer.data.histories import Histories
-from trainer.evaluation.validation import full_ranking
+from trainer.evaluation.item_prediction import validate
 from trainer.inference import scorer
 from trainer.inference.scorer import ModelScorer
 from trainer.models import ModelSizes, RowTables, build_model
@@ -27,7 +27,7 @@ def held_out():
     lengths = random.integers(1, 9, NUM_USERS)
     items = random.integers(FIRST_INDEX, NUM_ITEMS, lengths.sum())
     users = np.arange(NUM_USERS)
-    histories = Histories(users, np.concatenate([[0], np.cumsum(lengths)]), items, np.empty(0, dtype=np.int64))
+    histories = Events.of(users, np.concatenate([[0], np.cumsum(lengths)]), items, np.empty(0, dtype=np.int64))
     targets = random.integers(FIRST_INDEX, NUM_ITEMS, (NUM_USERS, 2))
     targets[:, 1] = np.where(targets[:, 1] == targets[:, 0], -1, targets[:, 1])
     return HeldOut(users, histories, targets, {}, (FULL,), NUM_ITEMS, lengths, np.empty(0, dtype=np.int64))
@@ -55,9 +55,9 @@ def main():
 
     scorer.Scores.blocks = counted
     told = {
-        "whole": full_ranking(ModelScorer(model_of(ALONE), task), held_out(), ALONE, batch_size=8),
+        "whole": validate(ModelScorer(model_of(ALONE), task), held_out(), ALONE, batch_size=8),
         "blocks": len(blocks),
-        "shared_out": full_ranking(ModelScorer(model_of(world), task), held_out(), world, batch_size=8),
+        "shared_out": validate(ModelScorer(model_of(world), task), held_out(), world, batch_size=8),
     }
     (Path(sys.argv[1]) / f"{os.environ['RANK']}.json").write_text(json.dumps(told))
     leave()

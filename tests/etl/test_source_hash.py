@@ -34,7 +34,7 @@ def edit(file: Path) -> None:
         ("trainer.recipes.pretrain", "models/cpu/chunks"),
         ("trainer.recipes.finetune", "models/adapters"),
         ("trainer.recipes.evaluate", "evaluation/ranking_metrics"),
-        ("trainer.recipes.recommend", "data/histories"),
+        ("trainer.recipes.recommend", "data/events"),
         ("trainer.recipes.recommend", "data/baskets"),
         ("trainer.evaluation.scorers", "evaluation/baselines/sequences"),
         ("trainer.evaluation.scorers", "tasks/user_vector"),

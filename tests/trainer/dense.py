@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.evaluation.item_ranking import rank_among, rank_in_full
 from trainer.evaluation.ranking_metrics import MISSED, PADDED
 from trainer.inference.scorer import Scores
@@ -18,7 +18,7 @@ def left_out(candidates_BV):
     """What is no candidate, as histories."""
     owner, rows = (~candidates_BV).nonzero(as_tuple=True)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(owner.numpy(), minlength=len(candidates_BV)))])
-    return Histories(np.arange(len(candidates_BV)), offsets, rows.numpy(), np.empty(0, np.int64))
+    return Events.of(np.arange(len(candidates_BV)), offsets, rows.numpy(), np.empty(0, np.int64))
 
 
 def rank_targets(scores_BV, targets_BR, candidates_BV=None):

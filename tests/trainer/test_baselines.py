@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.data.histories import Histories, merge
+from trainer.data.events import Events, merge
 from trainer.evaluation.baselines.sequences import item_to_item, popularity, transitions
 
 
 def histories(sequences, *, users=None, times=None):
     """Lists of items (and of times) as flat arrays."""
     lengths = [len(items) for items in sequences]
-    return Histories(
+    return Events.of(
         np.arange(len(sequences)) if users is None else np.array(users),
         np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         np.array([item for items in sequences for item in items], dtype=np.int64),

@@ -25,6 +25,7 @@ from trainer.config import (
     CaserConfig,
     EvaluateConfig,
     EvaluatedModel,
+    EvaluationConfig,
     FinetuneConfig,
     NextBasketConfig,
     PeterRecConfig,
@@ -34,14 +35,14 @@ from trainer.config import (
 from trainer.data.baskets import BasketDataset
 from trainer.data.batch import Batch
 from trainer.data.catalogue import read_catalogue
+from trainer.data.events import Events
 from trainer.data.held_out import read_held_out
-from trainer.data.histories import Histories
 from trainer.data.release import DataError, pin
 from trainer.evaluation.baselines import next_basket
 from trainer.evaluation.item_ranking import ranks
 from trainer.evaluation.ranking_metrics import metrics_from_ranks
-from trainer.evaluation.scorers import EvaluateError
-from trainer.inference.model_folder import ModelFolderError, digest_of, load_model
+from trainer.evaluation.scorers import EvaluateError, model_scorer, read_evaluation_set
+from trainer.inference.model_folder import digest_of, load_model
 from trainer.inference.scorer import Scores
 from trainer.recipes import promote
 from trainer.recipes.evaluate import run as evaluate
@@ -119,7 +120,7 @@ def test_a_table_that_lacks_them_is_named(tiny_lake):
 def test_the_next_basket_is_held_out(tiny_lake):
     release = pin(tiny_lake, None)
     catalogue = read_catalogue(release, "target")
-    examples = read_held_out(release, "last-5", "target", catalogue, "test", baskets=True)
+    examples = read_held_out(release, "last-5", "target", catalogue, "test", table="baskets")
     rows = pl.read_delta(f"{tiny_lake}/baskets").filter((pl.col("split") == "last-5") & (pl.col("domain") == "target"))
     held = {row["user"]: row["items"] for row in rows.filter(pl.col("part") == "test").to_dicts()}
     assert examples.users.tolist() == sorted(held)
@@ -131,7 +132,7 @@ def test_the_next_basket_is_held_out(tiny_lake):
             map(len, rows.filter((pl.col("user") == user) & (pl.col("part") != "test"))["items"])
         )
     with pytest.raises(ConfigError, match="ranked in full only"):
-        read_held_out(release, "last-5", "target", catalogue, "test", ("full", "uniform-100"), baskets=True)
+        read_held_out(release, "last-5", "target", catalogue, "test", ("full", "uniform-100"), table="baskets")
 
 
 # --- what is asked ---------------------------------------------
@@ -399,7 +400,7 @@ def random_histories(seed, users=40, rows=20):
     ]
     flat = [[i for basket in user for i in [*basket, SEP]] for user in lists]
     offsets = np.concatenate([[0], np.cumsum([len(user) for user in flat])])
-    return lists, Histories(np.arange(users), offsets, np.concatenate(flat), np.empty(0, np.int64))
+    return lists, Events.of(np.arange(users), offsets, np.concatenate(flat), np.empty(0, np.int64))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -501,7 +502,7 @@ def test_what_was_had_can_be_left_out(tiny_lake):
 
     found = {}
     for repeats in (False, True):
-        examples = read_held_out(release, "last-5", "target", catalogue, "test", baskets=True, repeats=repeats)
+        examples = read_held_out(release, "last-5", "target", catalogue, "test", table="baskets", repeats=repeats)
         found[repeats] = ranks(by_frequency, examples)["full"]
     had = np.array([len(set(examples.histories.take(np.array([row])).items) - {SEP}) for row in range(len(examples))])
     num_items = len(catalogue) - FIRST_INDEX
@@ -545,8 +546,9 @@ def test_evaluate_and_promote_obey_the_models_own_repeats(trained, tmp_path, mon
 
 def test_baskets_are_no_sequences(trained, tiny_lake, tmp_path):
     _, _, models = trained
-    with pytest.raises(ModelFolderError, match="expected a model of item sequences"):
-        load_model(models["deep"]).scorer()
+    examples = read_evaluation_set(pin(tiny_lake, None), "last-5", "target", "test", EvaluationConfig())
+    with pytest.raises(EvaluateError, match=r"reads the table sequences, found .* which reads baskets"):
+        model_scorer(load_model(models["deep"]), examples)
     with pytest.raises(ValueError, match="expected a model of kind bert4rec, peterrec, found caser"):
         PretrainConfig(model=CaserConfig(), task=NextBasketConfig())
     with pytest.raises(ValueError, match="predicts the domain that it reads"):

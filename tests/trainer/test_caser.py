@@ -11,7 +11,7 @@ from tests.trainer import networks
 from tests.trainer.networks import NUM_ITEMS, batch_of, descend
 from trainer.config import CaserConfig, FinetuneConfig, LossConfig, MaskedItemConfig, NextItemConfig, PretrainConfig
 from trainer.data.batch import Batch
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.inference.model_folder import load_model
 from trainer.models import Caser, ModelSizes, RowTables, build_model, caser, group_of
 from trainer.parallel.distributed import ALONE
@@ -237,7 +237,7 @@ def test_trains_transfers_and_scores_after_loading_as_before(tiny_lake, tmp_path
             assert same == (groups[name] in copied), name
     users, offsets = np.array([7, 9]), np.array([0, 4, 6])
     items = np.arange(FIRST_INDEX, FIRST_INDEX + 6)
-    histories = Histories(users, offsets, items, np.zeros(6, np.int64))
+    histories = Events.of(users, offsets, items, np.zeros(6, np.int64))
     both = [load_model(pretrained.model).scorer().score(histories) for _ in range(2)]
     assert torch.equal(*both)
     again = pretrain.run(PretrainConfig.model_validate(source))

@@ -32,7 +32,7 @@ from trainer.config import (
 from trainer.data import item_features
 from trainer.data.batch import Batch
 from trainer.data.catalogue import read_catalogue
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.data.item_features import read_content
 from trainer.data.release import pin
 from trainer.evaluation import click_metrics, click_prediction
@@ -479,14 +479,15 @@ def test_an_item_that_a_model_does_not_know_is_told_by_what_it_is(trained):
     ids = list(trained_model.catalogue.raw_ids)
     ids[strange] = "not there"
     stranger = dataclasses.replace(trained_model, catalogue=dataclasses.replace(trained_model.catalogue, raw_ids=ids))
-    given = Histories(
+    given = Events.of(
         np.array([tables.FIRST_INDEX, tables.FIRST_INDEX + 1]),
         np.array([0, 2, 5]),
         np.array([FIRST_INDEX, FIRST_INDEX + 1, FIRST_INDEX + 4, strange, FIRST_INDEX + 5]),
         np.empty(0, np.int64),
     )
     row = np.array([strange, FIRST_INDEX + 3, strange, FIRST_INDEX + 6])
-    pairs = click_prediction.Pairs(given, np.array([0, 0, 1, 1]), row, np.array([True, False, True, False]))
+    examples = {"items": row, "taken": np.array([True, False, True, False])}
+    pairs = click_prediction.Pairs(given, Events(given.users, np.array([0, 2, 4]), examples))
     (evaluator,) = click_prediction.ClickPrediction.read(Question(EvaluateConfig(), [trained_model], release))
     evaluator.pairs, evaluator.raw_users = pairs, ["u000", "u001"]
     before = trained_model.model.content_VF

@@ -15,7 +15,7 @@ from etl.settings import ConfigError
 from etl.tables import FIRST_INDEX, UNK
 from trainer.config import BaselinesConfig, EvaluateConfig, EvaluationConfig, MaskedItemConfig
 from trainer.data.catalogue import Catalogue
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.data.release import pin
 from trainer.evaluation.baselines.names import PERSONAL_FREQUENCY
 from trainer.evaluation.comparison import compare_table, gain_over
@@ -24,7 +24,6 @@ from trainer.evaluation.ranking_metrics import means
 from trainer.evaluation.scorers import (
     EvaluateError,
     Scorer,
-    aligned,
     baseline_scorers,
     model_scorer,
     read_evaluation_set,
@@ -100,9 +99,9 @@ def test_raw_users_and_training_interactions(tiny_lake, examples):
     assert examples.training_interactions.tolist() == popularity_of(tiny_lake).tolist()
 
 
-def test_aligned_gives_empty_histories_to_strangers():
-    given = Histories(np.array([3, 5]), np.array([0, 2, 3]), np.array([7, 8, 9]), np.empty(0, np.int64))
-    found = aligned(given, np.array([1, 3, 4, 5, 9]))
+def test_strangers_have_no_events():
+    given = Events.of(np.array([3, 5]), np.array([0, 2, 3]), np.array([7, 8, 9]), np.empty(0, np.int64))
+    found = given.of_users(np.array([1, 3, 4, 5, 9]))
     assert found.users.tolist() == [1, 3, 4, 5, 9]
     assert found.offsets.tolist() == [0, 0, 2, 2, 3, 3]
     assert found.items.tolist() == [7, 8, 9]
@@ -464,7 +463,7 @@ def test_run_refuses_a_candidate_that_is_no_label(tmp_path, models):
 
 def test_baselines_have_the_names_that_are_listed(tiny_lake, examples):
     """What the gate accepts before training is what is scored later."""
-    listed = ItemPrediction.baseline_names(MaskedItemConfig())
+    listed = ItemPrediction.metrics_of(MaskedItemConfig()).baselines
     scored = {scorer.label for scorer in baseline_scorers(examples, BaselinesConfig())}
     assert scored | {PERSONAL_FREQUENCY} == set(listed), "that one where repeats are ranked"
 

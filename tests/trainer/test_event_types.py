@@ -29,8 +29,8 @@ from trainer.config import (
 )
 from trainer.data.batch import Batch
 from trainer.data.catalogue import read_catalogue
+from trainer.data.events import Events
 from trainer.data.held_out import read_held_out
-from trainer.data.histories import Histories
 from trainer.data.loader import Loader
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
@@ -125,7 +125,7 @@ def test_batches_hold_the_kinds_of_their_items(lake):
 
 
 def test_histories_keep_the_kinds_of_what_is_kept():
-    given = Histories(
+    given = Events.of(
         np.array([3, 4]),
         np.array([0, 3, 5]),
         np.array([10, 11, 12, 13, 14]),
@@ -293,7 +293,7 @@ def test_a_trained_model_is_asked_with_kinds(trained, lake, tmp_path):
 
 
 def bare(histories):
-    return Histories(histories.users, histories.offsets, histories.items, histories.times)
+    return Events.of(histories.users, histories.offsets, histories.items, histories.times)
 
 
 def test_kinds_are_told_beside_the_users_own_past(trained, lake, tmp_path):
@@ -333,7 +333,7 @@ def test_a_server_takes_kinds_where_it_is_given_them(trained):
     assert plain.scores != other.scores
     assert (strange.items, strange.scores) == (other.items, other.scores)
     rows = trained_model.catalogue
-    history = Histories(
+    history = Events.of(
         np.array([UNK]),
         np.array([0, 3]),
         np.arange(FIRST_INDEX, FIRST_INDEX + 3),
@@ -437,7 +437,7 @@ def test_a_model_of_all_domains_reads_the_kinds_of_all(lake, tmp_path):
         read = sorted((time, item, code_of(kind)) for time, item, kind in events if time < first)
         items = trained_model.catalogue.rows(np.array([item for _, item, _ in read], dtype=np.int64)).astype(np.int64)
         codes = np.array([code for *_, code in read], dtype=np.int8)
-        history = Histories(np.array([UNK]), np.array([0, len(read)]), items, np.empty(0, np.int64), codes)
+        history = Events.of(np.array([UNK]), np.array([0, len(read)]), items, np.empty(0, np.int64), codes)
         expected = trained_model.scorer().score(history)[0]
         of_target = trained_model.catalogue.rows(examples.catalogue.global_index[FIRST_INDEX:])
         torch.testing.assert_close(scores[place, FIRST_INDEX:], expected[torch.from_numpy(of_target.copy()).long()])

@@ -426,8 +426,8 @@ def test_check_gate_refuses_what_no_training_mends(gate, settings, message):
 def test_metrics_and_baselines_of_every_task_are_named():
     for task in (MaskedItemConfig(), NextBasketConfig(), ProfileConfig(attribute="age"), ClickConfig(), MultiConfig()):
         for evaluator in evaluators_of(task):
-            assert evaluator.gate_metrics(task)
-            names = evaluator.baseline_names(task)
+            assert evaluator.metrics_of(task).per_user
+            names = evaluator.metrics_of(task).baselines
             assert len(names) == len(set(names)) >= 2
 
 

@@ -23,7 +23,7 @@ from trainer.config import (
     PretrainConfig,
     RuntimeConfig,
 )
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.inference.model_folder import load_model
 from trainer.inference.scorer import ModelScorer, top_k
 from trainer.parallel.distributed import join
@@ -84,7 +84,7 @@ def test_bf16_is_taken_by_itself_and_its_loss_is_near():
 def test_scores_and_the_best_rows_are_the_cpus(name):
     lengths = [5, 0, 11, 3]
     items = np.random.default_rng(0).integers(FIRST_INDEX, FIRST_INDEX + 30, sum(lengths))
-    histories = Histories(np.array([3, 4, 5, 99]), np.cumsum([0, *lengths]), items, np.empty(0, np.int64))
+    histories = Events.of(np.array([3, 4, 5, 99]), np.cumsum([0, *lengths]), items, np.empty(0, np.int64))
     task, found = build_task(TASKS["next"]), []
     for device in ("cpu", "cuda"):
         scorer = ModelScorer(model_of(MODELS[name]).to(device), task, device=device)
@@ -132,7 +132,7 @@ def test_what_a_graft_copies_gets_there(tiny_lake, tmp_path):
 
 def test_a_model_trained_there_scores_alike_on_a_cpu(uninterrupted):
     items = np.array([FIRST_INDEX, FIRST_INDEX + 3, FIRST_INDEX + 5])
-    histories = Histories(np.array([FIRST_INDEX]), np.array([0, 3]), items, np.empty(0, np.int64))
+    histories = Events.of(np.array([FIRST_INDEX]), np.array([0, 3]), items, np.empty(0, np.int64))
     found = []
     for device in ("cpu", "cuda"):
         trained_model = load_model(uninterrupted / "model", device=device)

@@ -14,7 +14,7 @@ from test_training import tiny
 from etl.tables import FIRST_INDEX
 from trainer import registry
 from trainer.config import PretrainConfig, RecommendConfig
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.inference import delta_folder
 from trainer.inference.model_folder import ModelFolderError, load_model, model_hash
 from trainer.inference.recommender import Recommender, Request, RequestError
@@ -74,7 +74,7 @@ def test_it_holds_what_was_trained_and_no_more(made, tmp_path):
 
 def scores_of(trained_model):
     items = np.array([FIRST_INDEX, FIRST_INDEX + 3, FIRST_INDEX + 5])
-    histories = Histories(np.array([FIRST_INDEX + 1]), np.array([0, 3]), items, np.empty(0, np.int64))
+    histories = Events.of(np.array([FIRST_INDEX + 1]), np.array([0, 3]), items, np.empty(0, np.int64))
     return trained_model.scorer().score(histories)
 
 

@@ -277,7 +277,7 @@ def test_models_of_other_questions_are_not_compared(trained, lake, tmp_path):
     other = finetune(
         settings(FinetuneConfig, tmp_path, lake, name="other", transfer="none", task=TASTE | {"test": 0.25})
     ).model
-    for model, message in ((other, "the same users held out"), (parent, "models that predict a profile")):
+    for model, message in ((other, "test 0.3,.*test 0.25,"), (parent, "attribute taste.*kind next_item")):
         config = EvaluateConfig(
             output=str(tmp_path),
             models=tuple(EvaluatedModel(model=str(m)) for m in (models["none"], model)),

@@ -9,7 +9,7 @@ from folders import write_model
 
 from etl.tables import FIRST_INDEX, UNK
 from trainer.config import Bert4RecConfig, MaskedItemConfig, NextItemConfig
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.inference import scorer
 from trainer.inference.model_folder import load_model
 from trainer.inference.scorer import ModelScorer, Scores, top_k
@@ -21,7 +21,7 @@ def seen_rows(*rows):
     """Histories of rows."""
     offsets = np.cumsum([0, *map(len, rows)])
     items = np.array([row for history in rows for row in history], dtype=np.int64)
-    return Histories(np.full(len(rows), UNK), offsets, items, np.empty(0, np.int64))
+    return Events.of(np.full(len(rows), UNK), offsets, items, np.empty(0, np.int64))
 
 
 def sorted_rows(scores, seen, k):

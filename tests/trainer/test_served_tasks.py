@@ -14,7 +14,7 @@ from test_training import TINY
 
 from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.config import EvaluateConfig, EvaluatedModel, FinetuneConfig, PromoteConfig, RecommendConfig
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.evaluation.gate import GateError
 from trainer.inference.model_folder import ModelFolderError, load_model
 from trainer.inference.recommender import Recommender, Request, RequestError, parse
@@ -68,7 +68,7 @@ def in_rows(trained_model, *lists):
     """One user's history of raw ids; a SEP behind each list."""
     row_of = {raw: row for row, raw in enumerate(trained_model.catalogue.raw_ids)}
     rows = np.array([row for items in lists for row in (*(row_of[item] for item in items), SEP)], dtype=np.int64)
-    return Histories(np.array([UNK]), np.array([0, len(rows)]), rows, np.empty(0, np.int64))
+    return Events.of(np.array([UNK]), np.array([0, len(rows)]), rows, np.empty(0, np.int64))
 
 
 # --- served ---------------------------------------------
@@ -80,7 +80,7 @@ def test_next_baskets_are_answered_from_baskets(name, models):
     items = list(trained_model.catalogue.raw_ids[FIRST_INDEX : FIRST_INDEX + 5])
     given = [items[:2], items[2:]]
     answer = Recommender(trained_model, "graftrec/1").answer([Request([], baskets=given)], k=1_000)[0]
-    scores = trained_model.scorer(baskets=True).score(in_rows(trained_model, *given))[0]
+    scores = trained_model.scorer().score(in_rows(trained_model, *given))[0]
     left_out = [] if name == "baskets" else range(FIRST_INDEX, FIRST_INDEX + 5)
     rows = [row for row in range(FIRST_INDEX, len(trained_model.catalogue)) if row not in left_out]
     rows.sort(key=lambda row: -float(scores[row]))
@@ -129,7 +129,7 @@ def test_clicks_are_answered_by_how_likely_each_item_is(models):
     kinds = ["buy", "look", "", "look"]
     server = Recommender(trained_model, "graftrec/1")
     answer, taken = server.answer([Request(items, None, kinds), Request([items[0], items[2]])], k=1_000)
-    read = Histories(np.array([UNK]), np.array([0, 2]), np.array([FIRST_INDEX, FIRST_INDEX + 2]), np.empty(0, np.int64))
+    read = Events.of(np.array([UNK]), np.array([0, 2]), np.array([FIRST_INDEX, FIRST_INDEX + 2]), np.empty(0, np.int64))
     hidden = trained_model.user_scorer().hidden(read)
     rows = torch.arange(FIRST_INDEX, len(trained_model.catalogue))
     with torch.inference_mode():

@@ -16,7 +16,7 @@ from folders import alike, write_model
 from stores import enter_store
 
 from etl.tables import FIRST_INDEX, UNK
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request, RequestError, parse
 from trainer.registry import CHAMPION, Registry
@@ -39,7 +39,7 @@ def recommender(trained_model):
 
 def histories(trained_model, *rows, users=None):
     """Histories of catalogue rows."""
-    return Histories(
+    return Events.of(
         np.array(users or [UNK] * len(rows)),
         np.cumsum([0, *map(len, rows)]),
         np.array([row for history in rows for row in history], dtype=np.int64),

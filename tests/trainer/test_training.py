@@ -19,7 +19,7 @@ from stores import enter_store, runs_of
 from etl.settings import load
 from trainer import tracking
 from trainer.config import FinetuneConfig, PretrainConfig, TrainConfig
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.data.release import pin
 from trainer.evaluation.validation import Validator
 from trainer.inference.model_folder import ModelFolderError, load_model, model_hash
@@ -365,7 +365,7 @@ def test_a_model_without_its_user_table_serves_everybody_as_unknown(uninterrupte
     assert bare.users is None
     assert bare.hash == whole.hash, "the user table is no part of a version's identity"
     item = len(whole.catalogue) - 1
-    histories = Histories(np.array([9, 10]), np.array([0, 1, 2]), np.array([item, item]), np.empty(0, dtype=np.int64))
+    histories = Events.of(np.array([9, 10]), np.array([0, 1, 2]), np.array([item, item]), np.empty(0, dtype=np.int64))
     scores = bare.scorer().score(histories)
     assert torch.equal(scores[0], scores[1])
     assert not torch.equal(*whole.scorer().score(histories))

@@ -21,7 +21,6 @@ import numpy as np
 
 from etl.settings import GraftrecError
 from trainer.config import BaselinesConfig, GateConfig, TaskSettings
-from trainer.data.held_out import FULL
 from trainer.evaluation.evaluators import evaluator_of
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.evaluation.significance import (
@@ -136,20 +135,23 @@ def check_gate(
     from-scratch, or too few seeds of it.
     """
     evaluator = evaluator_of(task)
-    metrics = evaluator.gate_metrics(task)
+    metrics = evaluator.metrics_of(task).per_user
     if gate.metric not in metrics:
         raise GateError(
             f"gate.metric: expected a metric that task {task.kind} has for each user ({', '.join(metrics)}), found "
             f"{gate.metric!r}; set gate.metric to one of them"
         )
-    if task.reads_baskets and gate.protocol != FULL:
-        raise GateError(f"gate.protocol: expected {FULL} for next baskets, found {gate.protocol!r}; set it to {FULL}")
+    if evaluator.protocols and gate.protocol not in evaluator.protocols:
+        known = ", ".join(evaluator.protocols)
+        raise GateError(
+            f"gate.protocol: expected {known} for task {task.kind}, found {gate.protocol!r}; set it to {known}"
+        )
     if gate.must_beat and not baselines.enabled:
         raise GateError(
             f"gate.must_beat: expected simple baselines to be scored for {', '.join(gate.must_beat)}, found "
             "baselines.enabled false; set it to true, or must_beat to []"
         )
-    check_must_beat(gate, evaluator.baseline_names(task))
+    check_must_beat(gate, evaluator.metrics_of(task).baselines)
     if transferred and not has_scratch:
         raise GateError(
             "expected from-scratch models beside a candidate that was transferred, found none; train them with "

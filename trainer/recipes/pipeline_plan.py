@@ -332,7 +332,7 @@ def evaluate_config(config: PipelineConfig, target: str, release: int, trained: 
     models = tuple(EvaluatedModel(model=str(one.model), label=one.label, seed=one.seed) for one in trained)
     candidate, gate = choose(trained)[0].label, config.promote.gate
     protocols = tuple(dict.fromkeys([gate.protocol, *config.evaluate.evaluation.protocols]))
-    shown = evaluator_of(config.finetune.task).table_metrics(config.finetune.task)
+    shown = evaluator_of(config.finetune.task).metrics_of(config.finetune.task).table
     return replaced(
         config.evaluate,
         model=None,

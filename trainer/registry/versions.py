@@ -377,7 +377,8 @@ def _example(folder: Path, config: PretrainConfig) -> dict[str, Any]:
     """A request that the model knows: its three most popular items, as a history."""
     rows = pq.read_table(folder / CATALOGUE, columns=["item", "popularity"]).slice(FIRST_INDEX)
     popular = rows.sort_by([("popularity", "descending")])["item"].slice(0, 3).to_pylist()
-    return {"baskets": [popular[:2], popular[2:]]} if config.task.reads_baskets else {"items": popular}
+    forms = {"items": popular, "baskets": [popular[:2], popular[2:]]}
+    return {config.task.needs.request: forms[config.task.needs.request]}
 
 
 def _scratch() -> str:
