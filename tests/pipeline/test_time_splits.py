@@ -18,16 +18,18 @@ from etl.pipeline.report import make_report
 from etl.settings import load
 from tests.trainer.folders import write_model
 from trainer.__main__ import main as trainer
-from trainer.config import EvaluateConfig, EvaluationConfig, PretrainConfig
+from trainer.config import EvaluateConfig, EvaluationConfig, PretrainConfig, PromoteConfig
 from trainer.data.catalogue import read_catalogue
 from trainer.data.held_out import read_held_out, without_repeats
 from trainer.data.release import pin
+from trainer.evaluation.gate import GateError
 from trainer.evaluation.item_ranking import ranks
 from trainer.evaluation.scorers import EvaluateError, model_scorer, read_evaluation_set
 from trainer.inference.model_folder import load_model
 from trainer.inference.scorer import Scores
 from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.pretrain import run as pretrain
+from trainer.registry.gate_evidence import VERSION, GateEvidence
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -196,6 +198,18 @@ def test_evaluation_names_what_is_new(lake, tmp_path):
     own = users.filter(label="popularity", protocol="full", convention="list")
     assert popularity["new users"] == pytest.approx(own.filter(pl.col("training_items") == 0)["NDCG@10"].mean())
     assert popularity["known users"] == pytest.approx(own.filter(pl.col("training_items") > 0)["NDCG@10"].mean())
+
+
+def test_the_gate_is_shown_the_users_of_the_same_days(lake, tmp_path):
+    model = load_model(write_model(tmp_path / "model", lake, domain="free", split="time"))
+    settings = {"gate": {"must_beat": []}, "runtime": {"progress": False}}
+    found = GateEvidence([(VERSION, model)], (), PromoteConfig.model_validate(settings), pin(lake, None))
+    given, whole = (_of_users(_until("free", DATES, part)) for part in ("validation", "test"))
+    held = [user for user, items in whole.items() if set(items[len(given.get(user, [])) :]) - set(given.get(user, []))]
+    assert found.num_users == len(found.evidence(None, PromoteConfig().gate).version_U) == len(held)
+    settings |= {"evaluation": {"repeats": True}, "gate": {"protocol": "uniform-100", "must_beat": []}}
+    with pytest.raises(GateError, match=r"gate.protocol: expected full .* found 'uniform-100'; set it to full"):
+        GateEvidence([(VERSION, model)], (), PromoteConfig.model_validate(settings), pin(lake, None))
 
 
 def test_training_validates_the_users_who_are_not_new(lake, tmp_path):
