@@ -75,7 +75,7 @@ def sample_table(root: str, path: str) -> Sample:
 def with_folder_keys(sample: Sample) -> Sample:
     """The sample, with the keys of folders `key=value` as columns."""
     pairs = [folder.partition("=") for folder in sample.file.name.split("/")[:-1]]
-    keys = {key: [value] * sample.num_rows for key, is_pair, value in pairs if is_pair}
+    keys: dict[Column, list[Any]] = {key: [value] * sample.num_rows for key, is_pair, value in pairs if is_pair}
     return replace(sample, columns=sample.columns | keys)
 
 
