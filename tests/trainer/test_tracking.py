@@ -137,7 +137,8 @@ def test_experiments_are_of_model_training_also_where_others_made_them(store):
 
 
 def test_a_description_links_models_pictures_and_the_runs_that_were_reused(store):
-    with start_run(QUIET, name="parent", resolved=PretrainConfig(), description="Pre-trains.") as parent:
+    with start_run(QUIET, name="parent", resolved=PretrainConfig()) as parent:
+        parent.describe("Pre-trains.")
         parent.log_model("some/name.1", "a" * 32, kind="bert4rec", params={"seed": 3})
     with start_run(QUIET, name="child", resolved=PretrainConfig()) as run:
         tracking.note_reused("pretrain-0", parent.id)
@@ -479,6 +480,33 @@ def test_system_metrics_outlive_a_server_that_does_not_answer_and_delay_no_end(s
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= found.data.metrics.keys()
     history = client_of(store).get_metric_history(found.info.run_id, "system/disk_usage_percentage")
     assert sorted(metric.step for metric in history) == list(range(len(history)))
+
+
+def test_gpus_are_among_the_system_metrics(store):
+    """By MLflow's monitor of NVIDIA's GPUs, here of one that is made up."""
+    (store / "pynvml.py").write_text(
+        "from types import SimpleNamespace as Of\n"
+        "class NVMLError(Exception): pass\n"
+        "def nvmlInit(): pass\n"
+        "def nvmlDeviceGetCount(): return 1\n"
+        "def nvmlDeviceGetHandleByIndex(number): return number\n"
+        "def nvmlDeviceGetMemoryInfo(gpu): return Of(used=3e9, total=4e9)\n"
+        "def nvmlDeviceGetUtilizationRates(gpu): return Of(gpu=42)\n"
+        "def nvmlDeviceGetPowerUsage(gpu): return 100_000\n"
+        "def nvmlDeviceGetEnforcedPowerLimit(gpu): return 200_000\n"
+    )
+    script = (
+        "config = TrackingConfig(system_metrics_seconds=0.05, close_seconds=90)\n"
+        "with start_run(config, name='trains', resolved=PretrainConfig()) as run:\n"
+        "    log, seen = run.log_metrics, set()\n"
+        "    run.log_metrics = lambda values, step: (seen.update(values), log(values, step=step))\n"
+        "    while 'system/gpu_0_utilization_percentage' not in seen: time.sleep(0.05)\n"
+    )
+    path = os.pathsep.join([str(store), str(ROOT)])
+    assert in_process(script, store, PYTHONPATH=path).wait(120) == 0
+    metrics = runs_of(store)["trains"].data.metrics
+    assert metrics["system/gpu_0_utilization_percentage"] == 42
+    assert metrics["system/gpu_0_memory_usage_percentage"] == 75
 
 
 def test_answers_that_get_lost_duplicate_nothing(store, monkeypatch):
