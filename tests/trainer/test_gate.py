@@ -159,6 +159,14 @@ def test_gate_says_how_many_seeds_would_show_the_gain():
     assert check.remedy in check.text
 
 
+def test_gate_advises_no_seeds_where_another_check_would_refuse():
+    short = by_hand((0.03, 0.01, 0.05))
+    decision = decide(dataclasses.replace(short, champion_U=short.version_U + 0.2), PLAIN)
+    assert [check.name for check in decision.refused] == ["from-scratch", "champion"]
+    assert "seeds would show it" not in decision.text()
+    assert not any("seeds" in step for step in next_steps(decision, recommend=None))
+
+
 def test_gate_says_how_many_users_would_where_no_seeds_do():
     check = check_of(decide(by_hand((0.004, 0.004, 0.004), spread=0.1), PLAIN), "from-scratch")
     # the seeds agree: users alone, (1.96·0.1/0.004)² = 2,401
