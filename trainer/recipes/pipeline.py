@@ -259,20 +259,13 @@ def promote(
     do."""
     from trainer.evaluation.gate import next_steps
     from trainer.recipes import promote
-    from trainer.recipes.hints import recommend_command
 
+    recommend = recommend_config(config, target, release)
     try:
-        promote.run(promote_config(config, target, release, trained))
+        promote.run(promote_config(config, target, release, trained), recommend)
     except promote.GateRefused as refusal:
-        again = replaced(
-            recommend_config(config, target, release),
-            model=refusal.model,
-            release=None,
-            replace=refusal.champion is not None,
-        )
-        steps = next_steps(
-            refusal.decision, recommend=recommend_command(again), champion=refusal.champion, results=str(results)
-        )
+        command = promote.refused_command(refusal, recommend) if config.finetune.task.scores_items else None
+        steps = next_steps(refusal.decision, recommend=command, champion=refusal.champion, results=str(results))
         return str(refusal), steps
     return "", ()
 
