@@ -218,7 +218,9 @@ def decide(evidence: Evidence, config: GateConfig) -> Decision:
 
 def _without_seeds(check: Check) -> Check:
     """The check without advice to add seeds, where another would refuse all the same."""
-    return replace(check, text=check.text.removesuffix(f"; {check.remedy}"), remedy="", seeds=()) if check.seeds else check
+    if not check.seeds:
+        return check
+    return replace(check, text=check.text.removesuffix(f"; {check.remedy}"), remedy="", seeds=())
 
 
 def _not_finite(evidence: Evidence) -> list[str]:
