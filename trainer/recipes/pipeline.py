@@ -61,12 +61,16 @@ class Outcome:
 
 def detectable_gains(config: PipelineConfig, planned: Plan, release: "Release") -> list[str]:
     """A line for each target: the smallest gain that its seeds and users can show."""
+    from trainer.data.held_out import num_evaluated
     from trainer.data.sequences import SequenceDataset
     from trainer.evaluation.significance import detectable_text
 
-    lines = []
+    lines, task, split = [], config.finetune.task, config.finetune.data.split
     for target in planned.targets:
-        users = SequenceDataset(release, config.finetune.data.split, target).num_rows
+        if task.scores_items and not task.reads_baskets:
+            users = num_evaluated(release, split, target, config.promote.part)
+        else:
+            users = SequenceDataset(release, split, target).num_rows
         text = detectable_text(len(config.seeds), max(users, 2), level=config.promote.gate.level)
         lines.append(f"{target}: {text} (typical spreads; p ≤ {config.promote.gate.level:g})")
     return lines
