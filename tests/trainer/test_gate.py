@@ -19,6 +19,7 @@ from trainer.config import (
     NextBasketConfig,
     ProfileConfig,
 )
+from trainer.config.metrics import known_metric
 from trainer.evaluation.evaluators import evaluators_of
 from trainer.evaluation.gate import (
     Decision,
@@ -414,7 +415,7 @@ def test_check_gate_passes_what_training_can_meet(gate, settings):
         ({"min_seeds": 9}, {}, r'--seeds "\[0, 1, 2, 3, 4, 5, 6, 7, 8\]"'),
         ({}, {"has_scratch": False}, "found none; train them with transfer none"),
         ({}, {"transferred": False, "seeds": (0,)}, "found 1"),
-        ({"metric": "NDGC@10"}, {}, "NDCG@10, .*found 'NDGC@10'"),
+        ({"metric": "user AUC"}, {}, "NDCG@10, .*found 'user AUC'"),
         ({"metric": "basket/F1@5"}, {}, "gate.metric"),
         ({"metric": "accuracy"}, {"task": ClickConfig()}, "user AUC, log loss"),
         ({"protocol": "uniform-100"}, {"task": NextBasketConfig()}, "expected full for next baskets"),
@@ -435,6 +436,8 @@ def test_metrics_and_baselines_of_every_task_are_named():
     for task in (MaskedItemConfig(), NextBasketConfig(), ProfileConfig(attribute="age"), ClickConfig(), MultiConfig()):
         for evaluator in evaluators_of(task):
             assert evaluator.gate_metrics(task)
+            for name in (*evaluator.gate_metrics(task), *evaluator.table_metrics(task)):
+                assert known_metric(name) == name, "settings take it"
             names = evaluator.baseline_names(task)
             assert len(names) == len(set(names)) >= 2
 

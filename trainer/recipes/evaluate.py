@@ -120,6 +120,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         for model, of_model in zip(models, results.scorers, strict=False):
             if model.config.data.answered == evaluator.domain:
                 run.log_model_metrics(model.hash, _numbers(results, of_model, config.part, shown), release, task.table)
+    print(f"evaluate: {config.name}: results in {folder}")
     return report
 
 

@@ -24,6 +24,7 @@ from trainer.config import (
     TransferName,
     with_transfer,
 )
+from trainer.config.data import READS_ALL
 from trainer.recipes.training_jobs import TrainingJob
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 
 SCRATCH: TransferName = "none"
-READS_ALL = "all-domains"  # label of the model that reads every domain and predicts the target's items
 COLD = "cold-users"  # the same, trained without the target history of some users, on whom it is evaluated
 COLD_SHARE = 0.1
 
