@@ -25,6 +25,7 @@ from etl.jobs.job import Job, Outcome, RunContext, digest, job_code_version, pla
 from etl.lake import spark_io
 from etl.session import user_errors
 from etl.settings import ConfigError, GraftrecError
+from etl.sources.root import check_root
 from etl.tables import DOMAIN_ALL, QUARANTINE, RELEASES, SEQUENCES
 
 _MODULES = (interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives)
@@ -48,6 +49,7 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
 def run_all(engine: RunContext) -> int:
     """Run every job that is due, then release what they left. Gives the release's number. Raises LakeBusy."""
     config = engine.config
+    check_root(config.source)
     domains.check(config.domains)
     sequences.check(config)
     with spark_io.writing(config.lake, RELEASES, wait_seconds=config.wait_seconds):
@@ -107,6 +109,8 @@ def run_one(engine: RunContext, name: str) -> None:
     if job is None:
         known = ", ".join(job.name for job in JOBS)
         raise ConfigError(f"expected all, report or a job ({known}), found {name!r}")
+    if not job.reads:
+        check_root(engine.config.source)
     with spark_io.writing(engine.config.lake, job.table, wait_seconds=engine.config.wait_seconds):
         run_job(job, engine)
 

@@ -81,10 +81,12 @@ def run(config: PipelineConfig) -> int:
 
     Raises RunAgain where another pipeline is running in the same folder.
     """
+    from etl.sources.root import check_root
     from trainer.recipes.alone import alone
 
     config, planned = plan(config)
     check_plan(config, planned)
+    check_root(config.etl.source, "etl.source.root")
     with alone(Path(config.runs), "pipeline"):
         return _run(config, planned)
 
@@ -353,7 +355,12 @@ def movielens_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
 
 
 def movielens_etl(etl: EtlConfig, folder: Path) -> EtlConfig:
-    """The log in `folder`, and of the knowledge files those that are there."""
+    """The log in `folder`, and of the knowledge files those that are there. Raises GraftrecError where it is none."""
+    if not folder.expanduser().is_dir():
+        raise GraftrecError(
+            f"--data (make: DATA): expected a folder with ratings.dat, movies.dat and users.dat, found none at "
+            f"{folder}; mend it"
+        )
     files = []
     for file in etl.knowledge.files:
         places = [folder / Path(file.path).name, folder.parent / file.path]
