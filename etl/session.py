@@ -9,6 +9,7 @@ import atexit
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -280,11 +281,15 @@ def _context(conf: "SparkConf") -> "SparkContext":
         return SparkContext.getOrCreate(conf)
     reader, writer = os.pipe()
     threading.Thread(target=_filter, args=(os.fdopen(reader, errors="replace"),), daemon=True).start()
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         gateway = launch_gateway(conf, popen_kwargs={"stderr": writer})
     finally:
         os.close(writer)
-    return SparkContext(conf=conf, gateway=gateway)
+    context = SparkContext(conf=conf, gateway=gateway)
+    if threading.current_thread() is threading.main_thread() and interrupt is not None:
+        signal.signal(signal.SIGINT, interrupt)  # pyspark's own calls the JVM, maybe amid another call
+    return context
 
 
 def _filter(lines: IO[str]) -> None:

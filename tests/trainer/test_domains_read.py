@@ -17,6 +17,7 @@ from trainer.config import (
     MaskedItemConfig,
     NextItemConfig,
     PretrainConfig,
+    TargetDataConfig,
     TrainConfig,
 )
 from trainer.data.catalogue import read_catalogue, rows_by_raw_id
@@ -24,7 +25,7 @@ from trainer.data.held_out import read_held_out
 from trainer.data.release import DataError, pin
 from trainer.evaluation.item_prediction import evaluate_scorers
 from trainer.evaluation.ranking_metrics import means
-from trainer.evaluation.scorers import model_scorer, read_evaluation_set
+from trainer.evaluation.scorers import label_of, model_scorer, read_evaluation_set
 from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request
 from trainer.recipes.finetune import run as finetune
@@ -198,3 +199,10 @@ def test_a_joint_model_learns_from_all_and_is_judged_by_one_domain(tiny_lake, tm
 def test_items_are_shared_with_a_parent_only():
     with pytest.raises(ValueError, match="takes nothing from a parent"):
         FinetuneConfig(transfer="none", shared_items=True, train=TrainConfig())
+
+
+def test_a_model_of_all_domains_has_that_as_its_label():
+    data = TargetDataConfig(domain="all", predicted="target")
+    assert label_of(FinetuneConfig(transfer="none", data=data)) == "all-domains"
+    assert label_of(FinetuneConfig(transfer="deep", data=data)) == "deep"
+    assert label_of(FinetuneConfig(transfer="none")) == "none"

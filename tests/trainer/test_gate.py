@@ -19,6 +19,7 @@ from trainer.config import (
     NextBasketConfig,
     ProfileConfig,
 )
+from trainer.config.metrics import known_metric
 from trainer.evaluation.evaluators import evaluators_of
 from trainer.evaluation.gate import (
     Decision,
@@ -157,6 +158,14 @@ def test_gate_says_how_many_seeds_would_show_the_gain():
     assert check.text.endswith("5 seeds would show it if the gain stays as observed")
     assert check.seeds == (0, 1, 2, 3, 4)
     assert check.remedy in check.text
+
+
+def test_gate_advises_no_seeds_where_another_check_would_refuse():
+    short = by_hand((0.03, 0.01, 0.05))
+    decision = decide(dataclasses.replace(short, champion_U=short.version_U + 0.2), PLAIN)
+    assert [check.name for check in decision.refused] == ["from-scratch", "champion"]
+    assert "seeds would show it" not in decision.text()
+    assert not any("seeds" in step for step in next_steps(decision, recommend=None))
 
 
 def test_gate_says_how_many_users_would_where_no_seeds_do():
@@ -406,7 +415,7 @@ def test_check_gate_passes_what_training_can_meet(gate, settings):
         ({"min_seeds": 9}, {}, r'--seeds "\[0, 1, 2, 3, 4, 5, 6, 7, 8\]"'),
         ({}, {"has_scratch": False}, "found none; train them with transfer none"),
         ({}, {"transferred": False, "seeds": (0,)}, "found 1"),
-        ({"metric": "NDGC@10"}, {}, "NDCG@10, .*found 'NDGC@10'"),
+        ({"metric": "user AUC"}, {}, "NDCG@10, .*found 'user AUC'"),
         ({"metric": "basket/F1@5"}, {}, "gate.metric"),
         ({"metric": "accuracy"}, {"task": ClickConfig()}, "user AUC, log loss"),
         ({"protocol": "uniform-100"}, {"task": NextBasketConfig()}, "expected full for next baskets"),
@@ -426,8 +435,11 @@ def test_check_gate_refuses_what_no_training_mends(gate, settings, message):
 def test_metrics_and_baselines_of_every_task_are_named():
     for task in (MaskedItemConfig(), NextBasketConfig(), ProfileConfig(attribute="age"), ClickConfig(), MultiConfig()):
         for evaluator in evaluators_of(task):
-            assert evaluator.metrics_of(task).per_user
-            names = evaluator.metrics_of(task).baselines
+            metrics = evaluator.metrics_of(task)
+            assert metrics.per_user
+            for name in (*metrics.per_user, *metrics.table):
+                assert known_metric(name) == name, "settings take it"
+            names = metrics.baselines
             assert len(names) == len(set(names)) >= 2
 
 

@@ -137,7 +137,7 @@ def test_promote_refuses_weights_that_are_no_numbers(store, models):
         ("deep-0", {"from_scratch": []}, "from-scratch models beside a candidate that was transferred, found none"),
         ("deep-0", {"gate": GATE | {"min_seeds": 4}}, r"at least 4 seeds \(gate.min_seeds\), found 2 \(0, 1\)"),
         ("deep-0", {"gate": GATE | {"must_beat": ["gossip"]}}, "found gossip"),
-        ("deep-0", {"gate": GATE | {"metric": "NDGC@10"}}, "found 'NDGC@10'"),
+        ("deep-0", {"gate": GATE | {"metric": "user AUC"}}, "found 'user AUC'"),
         ("weak-2", {"from_scratch": "deep"}, "from_scratch: expected models of transfer none"),
     ],
 )

@@ -13,7 +13,7 @@ from ranx import Qrels, Run, evaluate
 
 from etl.tables import FIRST_INDEX
 from trainer.data.catalogue import read_catalogue
-from trainer.data.held_out import read_held_out
+from trainer.data.held_out import num_evaluated, read_held_out
 from trainer.data.release import DataError, pin
 from trainer.evaluation.item_ranking import rank, ranks
 from trainer.evaluation.ranking_metrics import means
@@ -63,6 +63,7 @@ def test_read_held_out_is_what_the_tables_say(tiny_lake, part, domain):
     catalogue, held_out = examples(tiny_lake, part, EVERY, domain, times=True)
     expected = literal(tiny_lake, "last-5", domain, part)
     assert held_out.users.tolist() == sorted(expected)
+    assert num_evaluated(pin(tiny_lake, None), "last-5", domain, part) == len(held_out)
     assert min(len(held_out.histories.items), held_out.targets.size) > 0
     times = {row["user"]: row["times"] for row in rows_of(tiny_lake, "sequences", split="last-5", domain=domain)}
     for n, user in enumerate(held_out.users.tolist()):

@@ -190,6 +190,14 @@ def _bounds(sequences: Sequences, part: Part) -> tuple[IntArray, IntArray]:
     return sequences.test_start, sequences.end
 
 
+def num_evaluated(release: Release, split: str, domain: str, part: Part) -> int:
+    """Users of a domain that hold out items in `part`."""
+    wanted = {"split": split, "domain": domain}
+    bounds = release.read(tables.SEQUENCES, ["valid_start", "test_start", "end"], wanted)
+    first, last = ("valid_start", "test_start") if part == "validation" else ("test_start", "end")
+    return int(pc.sum(pc.less(bounds[first], bounds[last])).as_py() or 0)
+
+
 def read_users(
     dataset: SequenceDataset, wanted: Callable[[Sequences], npt.NDArray[np.bool_]], *, times: bool = False
 ) -> Sequences | None:

@@ -14,7 +14,7 @@ Shape letters: ``S`` seeds, ``U`` users of the evaluation release, ``C`` users o
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -213,7 +213,16 @@ def decide(evidence: Evidence, config: GateConfig) -> Decision:
         checks.append(_against_champion(evidence.version_U, evidence.champion_U, config))
     checks += [_against_baseline(evidence, name, config) for name in config.must_beat]
     checks += [_in_slice(part, config) for part in evidence.slices]
+    if any(check.verdict == "refused" and not check.seeds for check in checks):
+        checks = [_without_seeds(check) for check in checks]
     return Decision(tuple(checks))
+
+
+def _without_seeds(check: Check) -> Check:
+    """The check without advice to add seeds, where another would refuse all the same."""
+    if not check.seeds:
+        return check
+    return replace(check, text=check.text.removesuffix(f"; {check.remedy}"), remedy="", seeds=())
 
 
 def _not_finite(evidence: Evidence) -> list[str]:
@@ -472,7 +481,7 @@ def next_steps(
     if results is not None:
         steps.append(f"look at the comparison: {results}")
     seeds = max((check.seeds for check in decision.refused), key=len, default=())
-    if seeds and all(check.refusal == "not shown" for check in decision.refused):
+    if seeds:
         steps.append(
             f"add seeds: run the same command with --seeds {seed_list(seeds)}"
             if results is not None
@@ -481,5 +490,5 @@ def next_steps(
         )
     beaten_by = [c for c in decision.refused if c.refusal == "worse" and c.name not in (FROM_SCRATCH, VERSION)]
     if any("baseline" in check.numbers for check in beaten_by):
-        steps.append("recommend without training: a simple baseline is better here (see the table)")
+        steps.append("a simple baseline is better here than this model (see the table)")
     return steps

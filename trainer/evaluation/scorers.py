@@ -22,6 +22,7 @@ from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array
 from trainer.config import BaselinesConfig, EvaluationConfig, PretrainConfig
+from trainer.config.data import READS_ALL
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
 from trainer.data.events import Events, beside, merge
@@ -204,7 +205,8 @@ class Scorer:
 
 def label_of(config: PretrainConfig) -> str:
     """The row of a model that is given no other name."""
-    return str(getattr(config, "transfer", config.name))
+    transfer = str(getattr(config, "transfer", config.name))
+    return READS_ALL if transfer == "none" and config.data.predicted is not None else transfer
 
 
 def as_known(

@@ -20,8 +20,9 @@ version at the alias `companion` answers if it knows one, and `version` says so.
 (`etl.identifiers`): " 5" and, where a caller's schema lets them through, the numbers 5 and 5.0 are "5".
 
 `params: {"domain": "books"}` asks for another domain's items: of that domain's champion in the same family of
-registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. This module
-knows nothing of MLflow; `pyfunc.py` is what MLflow runs.
+registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. Fields and
+params of other names never arrive: MLflow leaves them out, with a warning in the server's log. This module knows
+nothing of MLflow; `pyfunc.py` is what MLflow runs.
 """
 
 import functools
@@ -43,6 +44,8 @@ from trainer.inference.scorer import Scores, has_items, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
 BATCH_SIZE = 256  # histories scored at once
+FIELDS = ("items", "user", "event_types", "baskets")  # of a record
+_UNREAD = f"fields of other names than {', '.join(FIELDS)} are not read"
 MODEL, POPULAR = "model", "popular"  # what an answer is based on
 
 
@@ -206,12 +209,12 @@ def _read(request: Request) -> Sequence[str | None]:
 def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
     """Requests of records with `items` or `baskets`, and perhaps `user`. Raises RequestError."""
     if not records:
-        raise RequestError("expected one record at least, with `items` or `baskets`, found none")
+        raise RequestError(f"expected one record at least, with `items` or `baskets`, found none; {_UNREAD}")
     return [_parse(record, place) for place, record in enumerate(records)]
 
 
 def _parse(record: Mapping[str, Any], place: int) -> Request:
-    items, user, kinds, baskets = (_plain(record.get(name)) for name in ("items", "user", "event_types", "baskets"))
+    items, user, kinds, baskets = (_plain(record.get(name)) for name in FIELDS)
     if baskets is not None:
         if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
             raise RequestError(
@@ -219,6 +222,11 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
                 f"found {str(baskets)[:100]!r}"
             )
         items, baskets = [], [_ids(basket, place, "baskets") for basket in baskets]
+    if items is None:
+        raise RequestError(
+            f"record {place}: `items` is a list of raw item ids (strings), or `baskets` a list of such lists, found "
+            f"neither; {_UNREAD}"
+        )
     if not _is_ids(items):
         raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {str(items)[:100]!r}")
     if user is not None and not _is_ids([user]):

@@ -122,6 +122,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
                 run.log_model_metrics(
                     model.hash, _numbers(results, of_model, config.part, shown), release, task.needs.table
                 )
+    print(f"evaluate: {config.name}: results in {folder}")
     return report
 
 

@@ -61,12 +61,16 @@ class Outcome:
 
 def detectable_gains(config: PipelineConfig, planned: Plan, release: "Release") -> list[str]:
     """A line for each target: the smallest gain that its seeds and users can show."""
+    from trainer.data.held_out import num_evaluated
     from trainer.data.sequences import SequenceDataset
     from trainer.evaluation.significance import detectable_text
 
-    lines = []
+    lines, task, split = [], config.finetune.task, config.finetune.data.split
     for target in planned.targets:
-        users = SequenceDataset(release, config.finetune.data.split, target).num_rows
+        if task.scores_items and not task.reads_baskets:
+            users = num_evaluated(release, split, target, config.promote.part)
+        else:
+            users = SequenceDataset(release, split, target).num_rows
         text = detectable_text(len(config.seeds), max(users, 2), level=config.promote.gate.level)
         lines.append(f"{target}: {text} (typical spreads; p ≤ {config.promote.gate.level:g})")
     return lines
@@ -77,10 +81,12 @@ def run(config: PipelineConfig) -> int:
 
     Raises RunAgain where another pipeline is running in the same folder.
     """
+    from etl.sources.root import check_root
     from trainer.recipes.alone import alone
 
     config, planned = plan(config)
     check_plan(config, planned)
+    check_root(config.etl.source, "etl.source.root")
     with alone(Path(config.runs), "pipeline"):
         return _run(config, planned)
 
@@ -259,20 +265,13 @@ def promote(
     do."""
     from trainer.evaluation.gate import next_steps
     from trainer.recipes import promote
-    from trainer.recipes.hints import recommend_command
 
+    recommend = recommend_config(config, target, release)
     try:
-        promote.run(promote_config(config, target, release, trained))
+        promote.run(promote_config(config, target, release, trained), recommend)
     except promote.GateRefused as refusal:
-        again = replaced(
-            recommend_config(config, target, release),
-            model=refusal.model,
-            release=None,
-            replace=refusal.champion is not None,
-        )
-        steps = next_steps(
-            refusal.decision, recommend=recommend_command(again), champion=refusal.champion, results=str(results)
-        )
+        command = promote.refused_command(refusal, recommend) if config.finetune.task.scores_items else None
+        steps = next_steps(refusal.decision, recommend=command, champion=refusal.champion, results=str(results))
         return str(refusal), steps
     return "", ()
 
@@ -356,7 +355,12 @@ def movielens_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
 
 
 def movielens_etl(etl: EtlConfig, folder: Path) -> EtlConfig:
-    """The log in `folder`, and of the knowledge files those that are there."""
+    """The log in `folder`, and of the knowledge files those that are there. Raises GraftrecError where it is none."""
+    if not folder.expanduser().is_dir():
+        raise GraftrecError(
+            f"--data (make: DATA): expected a folder with ratings.dat, movies.dat and users.dat, found none at "
+            f"{folder}; mend it"
+        )
     files = []
     for file in etl.knowledge.files:
         places = [folder / Path(file.path).name, folder.parent / file.path]

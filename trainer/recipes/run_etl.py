@@ -12,6 +12,7 @@ from etl.command import CommandParser, configurations, run_command
 from etl.config import EtlConfig
 from etl.redaction import redact
 from etl.settings import load
+from etl.sources.root import check_root
 from trainer import tracking
 from trainer.config import TrackingConfig
 from trainer.data.release import Release, domains_with_sequences, pin
@@ -25,6 +26,7 @@ def run(config: EtlConfig, track: TrackingConfig, *, job: str = "all") -> int:
     from etl.jobs.job import RunContext
     from etl.pipeline.run import run_all, run_one
 
+    check_root(config.source)
     with tracking.start_run(track, name="etl", resolved=config, tags={"graftrec.recipe": "etl"}) as tracked:
         if job != "all":
             run_one(RunContext(config), job)

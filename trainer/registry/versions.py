@@ -230,8 +230,9 @@ class Registry:
             if wanted == str(version.number) or wanted in version.aliases:
                 return version
         there = ", ".join(f"{v.number}{''.join(f' @{a}' for a in v.aliases)}" for v in versions[:10]) or "nothing"
+        mend = "promote one, or name a number" if versions else "register one first"
         raise TrackingError(
-            f"no version or alias {wanted!r} of the registered model {self.name}, it has {there}; register one first"
+            f"no version or alias {wanted!r} of the registered model {self.name}, it has {there}; {mend}"
         )
 
     def folder(self, version: Version) -> Path:
