@@ -24,13 +24,13 @@ from etl.settings import GraftrecError, Section, load, replaced
 from etl.tables import RECOMMENDATIONS
 from etl.text_table import aligned
 from trainer.config import RuntimeConfig
+from trainer.config.data import READS_ALL
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
     from trainer.recipes.evaluate import EvaluationReport
 from trainer.recipes.pipeline_plan import (
     COLD,
-    READS_ALL,
     PipelineConfig,
     Plan,
     Trained,
@@ -61,13 +61,14 @@ class Outcome:
 
 def detectable_gains(config: PipelineConfig, planned: Plan, release: "Release") -> list[str]:
     """A line for each target: the smallest gain that its seeds and users can show."""
+    from trainer.data.baskets import open_dataset
     from trainer.data.held_out import num_evaluated
     from trainer.data.sequences import SequenceDataset
     from trainer.evaluation.significance import detectable_text
 
     lines, task, split = [], config.finetune.task, config.finetune.data.split
     for target in planned.targets:
-        if task.scores_items and not task.reads_baskets:
+        if task.scores_items and open_dataset(task.needs.table, release, split, target).has_negatives:
             users = num_evaluated(release, split, target, config.promote.part)
         else:
             users = SequenceDataset(release, split, target).num_rows
