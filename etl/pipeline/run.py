@@ -22,6 +22,7 @@ from etl.jobs import (
 )
 from etl.jobs.job import Job, Outcome, RunContext, digest, job_code_version, plan_run
 from etl.lake import spark_io
+from etl.lake.snapshots import check_formats
 from etl.session import user_errors
 from etl.settings import ConfigError, GraftrecError
 from etl.tables import QUARANTINE, RELEASES
@@ -50,6 +51,7 @@ def run_all(engine: RunContext) -> int:
     domains.check(config.domains)
     sequences.check(config)
     with spark_io.writing(config.lake, RELEASES, wait_seconds=config.wait_seconds):
+        check_formats(config.lake)
         return _run_and_release(engine)
 
 
@@ -82,6 +84,7 @@ def run_one(engine: RunContext, name: str) -> None:
         known = ", ".join(job.name for job in JOBS)
         raise ConfigError(f"expected all, report or a job ({known}), found {name!r}")
     with spark_io.writing(engine.config.lake, job.table, wait_seconds=engine.config.wait_seconds):
+        check_formats(engine.config.lake)
         run_job(job, engine)
 
 
