@@ -257,6 +257,8 @@ def _bounds(metadata: pq.FileMetaData) -> dict[str, dict[str, int | str]]:
         all_null = [s for s in statistics if s is not None and not s.has_min_max and s.num_values == 0]
         if not known or len(known) + len(all_null) != len(statistics):
             continue
+        smallest: Any
+        largest: Any
         if metadata.schema.column(index).logical_type.type == "TIMESTAMP":
             smallest, largest = _to_milliseconds(min(s.min_raw for s in known), max(s.max_raw for s in known))
         else:
