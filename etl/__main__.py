@@ -41,11 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "  all     every table that is out of date, then a release of them\n"
             "  report  what the newest release holds; --lake FOLDER is enough\n"
             "  guess   print a configuration for the log in a folder: guess FOLDER > my.yaml\n"
+            "  migrate  an older lake to this version's tables, in place; --lake FOLDER is enough\n"
             f"  a job   one table: {jobs}\n\n{configurations('etl')}"
         ),
         settings=EtlConfig,
     )
-    parser.add_argument("command", help="all, report, guess, or a job's name")
+    parser.add_argument("command", help="all, report, migrate, guess, or a job's name")
     parser.add_argument("folder", nargs="?", help="of guess: where the log is")
     parser.add_argument("--config", help="a name under conf/, e.g. etl/demo, or a YAML file")
     parser.add_argument("--page", help="of report: write it into this HTML file too")
@@ -58,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _guess(known.folder)
         elif known.folder is not None:
             parser.error(f"expected --section.key value, found {known.folder!r}; give every setting its name")
-        elif known.command == "report" and known.config is None:
-            _report(_lake(overrides), known.page)
+        elif known.command in ("report", "migrate") and known.config is None:
+            _with_lake(known.command, _lake(known.command, overrides), known.page)
         elif known.config is None:
             parser.error("expected --config, which says where the log is and what its tables hold, found none")
         else:
@@ -69,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command("etl", work)
 
 
-def _lake(overrides: Sequence[str]) -> str:
-    """The lake of a report without a configuration. Raises ConfigError unless it is the only setting given."""
+def _lake(command: str, overrides: Sequence[str]) -> str:
+    """The lake of a command without a configuration. Raises ConfigError unless it is the only setting given."""
     given = texts(overrides)
     if list(given) != ["lake"]:
-        raise ConfigError(f"report: expected --lake FOLDER, or --config, found {', '.join(given) or 'neither'}")
+        raise ConfigError(f"{command}: expected --lake FOLDER, or --config, found {', '.join(given) or 'neither'}")
     try:
         return without_credentials(given["lake"])
     except ValueError as error:
@@ -94,6 +95,20 @@ def _report(lake: str, page: str | None = None) -> None:
     print(f"page: {page}", flush=True)
 
 
+def _migrate(lake: str) -> None:
+    from etl.pipeline.migrate import migrate
+
+    migrate(lake)
+
+
+def _with_lake(command: str, lake: str, page: str | None) -> None:
+    """The commands that need nothing but a lake."""
+    if command == "migrate":
+        _migrate(lake)
+    else:
+        _report(lake, page)
+
+
 def _guess(folder: str) -> None:
     from etl.guess.configuration import configuration
     from etl.guess.survey import survey
@@ -102,8 +117,8 @@ def _guess(folder: str) -> None:
 
 
 def _run(command: str, config: EtlConfig, page: str | None) -> None:
-    if command == "report":
-        _report(config.lake, page)
+    if command in ("report", "migrate"):
+        _with_lake(command, config.lake, page)
         return
     from etl.jobs.job import RunContext
     from etl.pipeline.run import run_all, run_one

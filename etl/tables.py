@@ -7,7 +7,7 @@ imports pyarrow and nothing heavier, so that trainers can read the contract with
 
 import hashlib
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -20,20 +20,56 @@ PARTS = ("train", "validation", "test")
 
 # Table properties (Delta `configuration`) that tell a reader what the values mean.
 PROPERTY_BUCKETS = "graftrec.buckets"  # number of user buckets of this lake
-PROPERTY_TIME = "graftrec.time"  # "timestamp": microseconds since 1970 UTC; "ordinal": order only
+PROPERTY_TIME = "graftrec.time"  # of tables with times: "timestamp" or, for order only, "ordinal"
 TIME_TIMESTAMP, TIME_ORDINAL = "timestamp", "ordinal"
+PROPERTY_FORMAT = "graftrec.format"  # how a table is stored; without it: 1
+
+# Format 2 changed six tables:
+#   interactions.time, sequences.times, baskets.time, releases.created: timestamps, were integers (microseconds, UTC);
+#   they stay integers where they are mere order (PROPERTY_TIME)
+#   items.attributes, users.attributes: maps, were lists of structs {name, value}
+# Tables of an older format are refused; `python -m etl migrate` brings a lake to this one.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table: `schema` in column order, `key` unique columns, `partition_by` Delta partitions, `order` inside a
-    file."""
+    """One table: `schema` of its rows in memory, in column order, `key` unique columns, `partition_by` Delta
+    partitions, `order` inside a file.
+
+    `times`: columns that are integers in memory, microseconds since 1970 UTC, and timestamps in files. Where `time` is
+    "ordinal" they are mere order, and integers in files too. `format`: see FORMAT.
+    """
 
     name: str
     schema: pa.Schema
     key: tuple[str, ...]
     partition_by: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
+    times: tuple[str, ...] = ()
+    time: str = TIME_TIMESTAMP
+    format: int = 1
+
+    @property
+    def stored(self) -> pa.Schema:
+        """The schema of its files and of the Delta log."""
+        times = self.times if self.time == TIME_TIMESTAMP else ()
+        fields = [field.with_type(_timed(field.type)) if field.name in times else field for field in self.schema]
+        return pa.schema(fields)
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """The table properties that say how it is stored."""
+        time = {PROPERTY_TIME: self.time} if self.times else {}
+        return time if self.format == 1 else {PROPERTY_FORMAT: str(self.format), **time}
+
+    def of(self, time: str) -> "Table":
+        """The table in a lake whose times are "timestamp" or "ordinal"."""
+        return replace(self, time=time)
+
+
+def _timed(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(_timed(kind.value_type)) if pa.types.is_list(kind) else pa.timestamp("us", "UTC")
 
 
 def bucket_of(raw_user_id: str, num_buckets: int) -> int:
@@ -56,7 +92,7 @@ def _field(name: str, kind: pa.DataType, *, null: bool = False) -> pa.Field:
 
 
 _STRING, _INT, _LONG = pa.string(), pa.int32(), pa.int64()
-_ATTRIBUTES = pa.list_(pa.struct([pa.field("name", _STRING), pa.field("value", _STRING)]))
+ATTRIBUTES = pa.map_(_STRING, _STRING)  # name -> value, each name once
 
 INTERACTIONS = Table(
     "interactions",
@@ -65,7 +101,7 @@ INTERACTIONS = Table(
             _field("bucket", _INT),
             _field("user", _STRING),
             _field("item", _STRING),
-            _field("time", _LONG),  # microseconds since 1970 UTC, or order (PROPERTY_TIME)
+            _field("time", _LONG),  # in files a timestamp, unless it is mere order: see Table
             _field("event_type", _STRING, null=True),
             _field("value", pa.float64(), null=True),
             _field("basket", _STRING, null=True),
@@ -74,6 +110,8 @@ INTERACTIONS = Table(
     ),
     key=("user", "item", "time", "event_type", "value", "basket"),
     partition_by=("bucket",),
+    times=("time",),
+    format=FORMAT,
 )
 
 QUARANTINE = Table(
@@ -106,11 +144,12 @@ ITEMS = Table(
             _field("title", _STRING, null=True),
             _field("year", _INT, null=True),
             _field("categories", pa.list_(_STRING)),  # genres, markets…; empty where unknown
-            _field("attributes", _ATTRIBUTES),
+            _field("attributes", ATTRIBUTES),
         ]
     ),
     key=("item",),
     order=("index",),
+    format=FORMAT,
 )
 
 USERS = Table(
@@ -121,11 +160,12 @@ USERS = Table(
             _field("index", _INT),
             _field("kept", pa.bool_()),
             _field("degree", _LONG),
-            _field("attributes", _ATTRIBUTES),
+            _field("attributes", ATTRIBUTES),
         ]
     ),
     key=("user",),
     order=("index",),
+    format=FORMAT,
 )
 
 ENTITIES = Table(
@@ -204,7 +244,7 @@ SEQUENCES = Table(
             _field("bucket", _INT),
             _field("user", _INT),  # global user index
             _field("items", pa.list_(_INT)),  # global item indices in (time, source_order); kept items only
-            _field("times", pa.list_(_LONG), null=True),
+            _field("times", pa.list_(_LONG), null=True),  # in files timestamps, as in interactions
             _field("event_types", pa.list_(_STRING), null=True),
             _field("values", pa.list_(pa.float32()), null=True),
             _field("valid_start", _INT),
@@ -215,6 +255,8 @@ SEQUENCES = Table(
     key=("split", "domain", "user"),
     partition_by=("split", "domain", "bucket"),
     order=("user",),
+    times=("times",),
+    format=FORMAT,
 )
 
 # The last basket of a user is the test part, the one before it validation, where there are at least three. A split by
@@ -236,6 +278,8 @@ BASKETS = Table(
     key=("split", "domain", "user", "basket"),
     partition_by=("split", "domain", "bucket"),
     order=("user", "basket"),
+    times=("time",),
+    format=FORMAT,
 )
 
 NEGATIVES = Table(
@@ -282,7 +326,7 @@ RELEASES = Table(
     pa.schema(
         [
             _field("release", _LONG),  # 1, 2, 3…
-            _field("created", _LONG),  # microseconds since 1970 UTC
+            _field("created", _LONG),  # in files a timestamp, whatever the log's times are
             _field("tables", pa.list_(pa.struct([pa.field("table", _STRING), pa.field("version", _LONG)]))),
             _field("config", _STRING),  # the ETL configuration, JSON
             _field("config_hash", _STRING),
@@ -291,6 +335,8 @@ RELEASES = Table(
     ),
     key=("release",),
     order=("release",),
+    times=("created",),
+    format=FORMAT,
 )
 
 TABLES: dict[str, Table] = {

@@ -229,7 +229,7 @@ def _items(config: GeneratorSource, items: Ints) -> pa.Table:
 
 
 def _users(config: GeneratorSource, users: Ints) -> pa.Table:
-    named = [[{"name": "community", "value": str(user // COMMUNITY)}] for user in users.tolist()]
+    named = [[("community", str(user // COMMUNITY))] for user in users.tolist()]
     attributes = pa.array(named, RAW_USERS.field("attributes").type)
     return _found(pa.table({"user": _ids("u", users), "attributes": attributes}), "users", users)
 

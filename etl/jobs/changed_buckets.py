@@ -49,7 +49,7 @@ def write(
             users = users.where(spark_io.bucket_of(buckets).isin(touched))
     files: list[DataFile] = []
     if touched is None or touched:
-        work = bucket_writer.BucketWork(rows, run.lake, run.job.table, read, before)
+        work = bucket_writer.BucketWork(rows, run.lake, run.table, read, before)
         files = bucket_writer.write(users, work, buckets=buckets, tasks=run.config.spark.shuffle_partitions)
     if touched is None or len(touched) == buckets:
         return run.commit_files(files, properties=properties)

@@ -56,9 +56,7 @@ def _meets(domain: DomainConfig) -> Column:
     def has(name: str) -> Column:
         if domain.attribute is None:
             return F.array_contains("categories", name)
-        wanted = F.struct(F.lit(domain.attribute).alias("name"), F.lit(name).alias("value"))
-        # With a lambda Sail couldn't push the condition down to the files.
-        return F.coalesce(F.arrays_overlap("attributes", F.array(wanted)), F.lit(False))
+        return F.coalesce(F.try_element_at("attributes", F.lit(domain.attribute)) == name, F.lit(False))
 
     conditions = [~has(name) for name in domain.none_of] + [has(name) for name in domain.all_of]
     if domain.any_of:
@@ -87,7 +85,7 @@ def run(run: Run) -> Outcome:
 def advice(items: DataFrame, domain: DomainConfig) -> str:
     """What items have of that which the domain's rule tests."""
     if domain.attribute is not None:
-        entries = items.select(F.explode("attributes").alias("entry")).select("entry.name", "entry.value")
+        entries = items.select(F.explode("attributes").alias("name", "value"))
         if values := _commonest(entries.where(F.col("name") == domain.attribute), "value"):
             return f"the commonest values of {domain.attribute} are {', '.join(values)}"
         return f"the items' attributes are {', '.join(_commonest(entries, 'name')) or 'none at all'}"

@@ -22,11 +22,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows of raw events, and the good ones by day, where they have times."""
+    """Rows of raw events, and the good ones by day, where they have times. `times`: the first and the last of the good
+    ones, or the order of these."""
 
     read: int
     rejected: int
     days: tuple[Span, ...]
+    times: tuple[int, int] | None
 
 
 def count(events: DataFrame, *, timed: bool) -> Counts:
@@ -36,7 +38,8 @@ def count(events: DataFrame, *, timed: bool) -> Counts:
     rows = events.groupBy(day.alias("day")).agg(F.count(F.lit(1)), F.min("time"), F.max("time")).collect()
     read, accepted = sum(row[1] for row in rows), [row for row in rows if row[0] is not None]
     days = tuple(Span(row[2], row[3], row[1]) for row in accepted) if timed else ()
-    return Counts(read, read - sum(row[1] for row in accepted), days)
+    times = (min(row[2] for row in accepted), max(row[3] for row in accepted)) if accepted else None
+    return Counts(read, read - sum(row[1] for row in accepted), days, times)
 
 
 def bulk(spans: Sequence[Span], *, gap_years: float | None) -> Span | None:

@@ -35,17 +35,14 @@ _ITEMS = "items"  # in a commit's metadata: the files that say which items are k
 def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> DataFrame:
     """INTERACTIONS of raw events (RAW_EVENTS), less those that `old`, the table so far, has already.
 
-    Of `old` only what can be a duplicate is looked at: rows of these users, in row groups of these times.
+    Of `old` only rows of these users are looked at, and, where the caller read no others, of these times.
     """
     good = events.where(F.col("reason").isNull())
     bucket = spark_io.bucket_of(buckets).alias("bucket")
     unique = good.groupBy(bucket, *_IDENTITY).agg(F.min("source_order").alias("source_order"))
     if old is not None:
-        span = good.agg(F.min("time"), F.max("time"), F.count_distinct("user")).first()
-        assert span is not None
-        if span[0] is not None:
-            old = old.where(F.col("time").between(span[0], span[1]))
-        users = broadcast(good.select("user").distinct(), span[2])
+        users = good.select("user").distinct()
+        users = broadcast(users, users.count())
         known = old.join(users, "user", "left_semi").select(*(F.col(name).alias(f"_{name}") for name in _IDENTITY))
         same = [F.col(name).eqNullSafe(F.col(f"_{name}")) for name in _IDENTITY]
         unique = unique.join(known, same, "left_anti")
@@ -136,7 +133,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     assert own is not None
     places = deliveries.whole([file.name for file in table.files()], before)
     raw = _events(run, places)
-    events, counted, bulk = _without_strays(run, raw, None)
+    events, counted, bulk, _ = _without_strays(run, raw, None)
     good = quarantine.reject_rows(run, events, kind="interactions", counted=counted)
     if good == 0:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
@@ -210,7 +207,7 @@ def _deliver(
     source = run.engine.source
     twice = [*new.mended, *new.again]
     raw = _events(run, new.places, old if twice else None)
-    events, counted, bulk = _without_strays(run, raw, old)
+    events, counted, bulk, times = _without_strays(run, raw, old)
     files = None if old is None else list(new.places)
     good = quarantine.reject_rows(run, events, kind="interactions", files=files, counted=counted)
     if good == 0 and old is None:
@@ -221,7 +218,7 @@ def _deliver(
         good -= retraction.common(again, before).count()
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
     outcome = run.commit(
-        transform(events, old, buckets=run.config.buckets),
+        transform(events, None if old is None else run.own(times), buckets=run.config.buckets),
         mode="overwrite" if old is None else "append",
         metadata=_metadata(
             run,
@@ -269,15 +266,16 @@ def _metadata(
 
 def _without_strays(
     run: Run, events: DataFrame, old: DataFrame | None
-) -> tuple[DataFrame, tuple[int, int], event_times.Span | None]:
-    """Events with strays rejected; (rows read, rows rejected); the log's times without strays, None: mere order."""
+) -> tuple[DataFrame, tuple[int, int], event_times.Span | None, tuple[int, int] | None]:
+    """Events with strays rejected; (rows read, rows rejected); the log's times without strays, None: mere order; the
+    first and the last time, or order, of the good events."""
     counts = event_times.count(events, timed=run.engine.source.time == "timestamp")
     log = []
     if old is not None and "first_time" in run.last:
         log = [event_times.Span(int(run.last["first_time"]), int(run.last["last_time"]), int(run.last["good"]))]
     bulk = event_times.bulk([*counts.days, *log], gap_years=run.config.cleaning.max_gap_years)
     if bulk is None:
-        return events, (counts.read, counts.rejected), None
+        return events, (counts.read, counts.rejected), None, counts.times
     inside = [day for day in counts.days if bulk.first <= day.first and day.last <= bulk.last]
     strays = sum(day.rows for day in counts.days) - sum(day.rows for day in inside)
     if inside:
@@ -286,7 +284,8 @@ def _without_strays(
         run.notes.append(f"times {event_times.written(first)} to {event_times.written(last)} UTC{outside}")
     if strays:
         events = quarantine.reject_strays(events, bulk, column=_column(run.config, "time"))
-    return events, (counts.read, counts.rejected + strays), bulk
+    times = (min(day.first for day in inside), max(day.last for day in inside)) if inside else None
+    return events, (counts.read, counts.rejected + strays), bulk, times
 
 
 def _settings(config: EtlConfig) -> Any:

@@ -22,7 +22,7 @@ _TYPES = {
     "title": "string",
     "year": "int",
     "categories": "array<string>",
-    "attributes": "array<struct<name: string, value: string>>",
+    "attributes": "map<string, string>",
 }
 
 

@@ -21,7 +21,7 @@ from etl.session import spark_session
 from etl.settings import GraftrecError
 from etl.source_hash import source_hash
 from etl.sources.schema import Source
-from etl.tables import Table
+from etl.tables import INTERACTIONS, Table
 
 Frame = TypeVar("Frame", DataFrame, DataFrame | None)
 
@@ -130,6 +130,16 @@ class Run:
         """Whether the table's last commit was made by these settings and this code (of other inputs, then)."""
         return all(self.last.get(key) == self.provenance[key] for key in ("job", "config_hash", "code_version"))
 
+    @functools.cached_property
+    def table(self) -> Table:
+        """The job's table, as a lake with this kind of time stores it."""
+        table = self.job.table
+        if not table.times:
+            return table
+        if INTERACTIONS in self.job.reads:
+            return table.of(spark_io.last_commit(self.lake, INTERACTIONS)["time"])
+        return table.of(self.engine.source.time)
+
     def read(self, table: Table) -> DataFrame:
         """A table as pinned when the run began."""
         return spark_io.read(self.spark, self.lake, table, version=self.inputs[table.name])
@@ -164,11 +174,11 @@ class Run:
         new = self.appended_files(table)
         return None if new is None else spark_io.read(self.spark, self.lake, table, files=new)
 
-    def own(self) -> DataFrame | None:
-        """The job's own table as it was, None where there is none yet."""
+    def own(self, times: tuple[int, int] | None = None) -> DataFrame | None:
+        """The job's own table as it was, None where there is none yet. `times`: see spark_io.read."""
         if self.base is None:
             return None
-        return spark_io.read(self.spark, self.lake, self.job.table, version=self.base)
+        return spark_io.read(self.spark, self.lake, self.job.table, version=self.base, times=times)
 
     def commit(
         self,
@@ -185,7 +195,7 @@ class Run:
             self.spark,
             frame,
             self.lake,
-            self.job.table,
+            self.table,
             spark_io.Commit(
                 mode=mode,
                 app=f"job/{self.job.name}",
@@ -209,7 +219,7 @@ class Run:
         """As `commit`, of data files that tasks have written."""
         written = spark_io.commit_files(
             self.lake,
-            self.job.table,
+            self.table,
             files,
             spark_io.Commit(
                 mode=mode,

@@ -11,7 +11,7 @@ from etl.jobs.vocabulary import described_by, first_described, grown, mark_kept,
 from etl.session import held
 from etl.tables import INTERACTIONS, ITEMS, USERS
 
-_TYPES = {"attributes": "array<struct<name: string, value: string>>"}
+_TYPES = {"attributes": "map<string, string>"}
 
 
 def transform(

@@ -102,7 +102,8 @@ def mark_kept(found: DataFrame, kept: DataFrame, column: str) -> DataFrame:
 def _describe(
     frame: DataFrame, described: DataFrame | None, old: DataFrame | None, *, key: str, types: dict[str, str]
 ) -> DataFrame:
-    """Add the columns `types`: from the new description where the id has one, else the old; empty lists for none."""
+    """Add the columns `types`: from the new description where the id has one, else the old; empty lists and maps for
+    none."""
     for number, table in enumerate([described, old]):
         if table is not None:
             columns = [F.col(name).cast(kind).alias(f"_{name}{number}") for name, kind in types.items()]
@@ -112,7 +113,8 @@ def _describe(
         for number, table in reversed(list(enumerate([described, old]))):
             if table is not None:
                 value = F.when(F.col(f"_described{number}"), F.col(f"_{name}{number}")).otherwise(value)
-        frame = frame.withColumn(name, F.coalesce(value, F.array().cast(kind)) if kind.startswith("array") else value)
+        empty = {"array": F.array(), "map": F.create_map()}.get(kind.partition("<")[0])
+        frame = frame.withColumn(name, value if empty is None else F.coalesce(value, empty.cast(kind)))
     return frame
 
 

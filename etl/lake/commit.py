@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction
 
@@ -45,7 +45,7 @@ from etl.lake.snapshots import (
 from etl.lake.store_errors import store_problem
 from etl.redaction import one_line
 from etl.settings import RunAgain
-from etl.tables import Table
+from etl.tables import PROPERTY_FORMAT, Table
 
 Mode = Literal["append", "overwrite", "partitions"]
 PATIENCE_SECONDS = 120.0  # how long a loser of races tries again
@@ -71,8 +71,8 @@ class Commit:
 
     `mode`: "append" adds; "overwrite" replaces the table; "partitions" replaces the partitions the files belong to, or
     those `partition_scope` (column -> values; columns left out match anything) names. `properties` are the table's,
-    set when it is made, and when it is overwritten. `transactions` are recorded beside (app, app_version), for
-    `snapshots.transactions` to find.
+    beside the contract's, set when it is made, and when it is overwritten. `transactions` are recorded beside
+    (app, app_version), for `snapshots.transactions` to find.
     """
 
     mode: Mode
@@ -122,8 +122,11 @@ def commit_files(lake: str, table: Table, files: Sequence[DataFile], commit: Com
             with contextlib.suppress(CommitFailedError):  # somebody was faster: look again
                 handle.alter.add_columns(gained)
             continue
-        if _set_properties(handle, table, mode, properties):
+        if changed := _changed_properties(handle, table, mode, properties):
+            set_properties(handle, lake, table, changed)
             continue
+        if mode != "overwrite":
+            check_contract(handle, lake, table, exact=True)
         existing = active_files(handle, table)
         _check_distinct([file.path for file in (*existing, *files)], table)
         how, filters, replaced = _replacement(table, files, existing, mode, scope)
@@ -140,7 +143,7 @@ def commit_files(lake: str, table: Table, files: Sequence[DataFile], commit: Com
             handle.create_write_transaction(
                 actions,
                 how,
-                handle.schema(),
+                Schema.from_arrow(table.stored),
                 list(table.partition_by),
                 filters,
                 commit_properties=commit_properties,
@@ -285,10 +288,10 @@ def _create(lake: str, table: Table, properties: Mapping[str, str]) -> None:
     try:
         DeltaTable.create(
             delta_uri(lake, table),
-            table.schema,
+            table.stored,
             mode="error",
             partition_by=list(table.partition_by),
-            configuration=dict(properties),
+            configuration={**table.properties, **properties},
             raise_if_key_not_exists=False,
             commit_properties=CommitProperties(max_commit_retries=0),  # a retry would add a second table's metadata
         )
@@ -299,18 +302,24 @@ def _create(lake: str, table: Table, properties: Mapping[str, str]) -> None:
     _sync_log(lake, table, 0)
 
 
-def _set_properties(handle: DeltaTable, table: Table, mode: Mode, properties: Mapping[str, str]) -> bool:
-    """Whether table properties had to be changed, in a commit of its own, which only an overwrite may do."""
+def _changed_properties(handle: DeltaTable, table: Table, mode: Mode, properties: Mapping[str, str]) -> dict[str, str]:
+    """The table properties that have to be changed, which only an overwrite may do. The format is none: migration sets
+    it."""
     found = handle.metadata().configuration
-    changed = {key: value for key, value in properties.items() if found.get(key) != value}
-    if not changed:
-        return False
-    if mode != "overwrite":
+    wanted = {key: value for key, value in table.properties.items() if key != PROPERTY_FORMAT} | dict(properties)
+    changed = {key: value for key, value in wanted.items() if found.get(key) != value}
+    if changed and mode != "overwrite":
         differing = ", ".join(f"{key}={found.get(key)} (now {value})" for key, value in changed.items())
         raise LakeError(f"{table.name}: its rows were written with {differing}; overwrite it all, or keep the setting")
-    with contextlib.suppress(CommitFailedError):  # somebody was faster: look again
-        handle.alter.set_table_properties(changed, raise_if_not_exists=False)
-    return True
+    return changed
+
+
+def set_properties(handle: DeltaTable, lake: str, table: Table, properties: Mapping[str, str]) -> None:
+    """Set table properties, in a commit of its own, unless somebody was faster: look again."""
+    check_lease(lake)
+    with contextlib.suppress(CommitFailedError):
+        handle.alter.set_table_properties(dict(properties), raise_if_not_exists=False)
+    _sync_log(lake, table, int(handle.version()))
 
 
 # --- to disk ----------------------------------------------------------------------------------------------------------

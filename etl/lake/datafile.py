@@ -49,8 +49,13 @@ class DataFile:
 
 
 def data_schema(table: Table) -> pa.Schema:
-    """The columns a data file holds: all but the partition columns, which only the log holds."""
+    """The columns of a data file's rows in memory: all but the partition columns, which only the log holds."""
     return pa.schema([field for field in table.schema if field.name not in table.partition_by])
+
+
+def file_schema(table: Table) -> pa.Schema:
+    """As data_schema, as a data file holds them."""
+    return pa.schema([field for field in table.stored if field.name not in table.partition_by])
 
 
 def check_file(filesystem: pafs.FileSystem, file: DataFile, table: Table) -> tuple[AddAction, int]:
@@ -165,7 +170,7 @@ def _end(chunk: pq.ColumnChunkMetaData) -> int:
 
 def _check_columns(metadata: pq.FileMetaData, path: str, table: Table) -> None:
     found = {field.name: field.type for field in metadata.schema.to_arrow_schema()}
-    expected = {field.name: field.type for field in data_schema(table)}
+    expected = {field.name: field.type for field in file_schema(table)}
     if missing := [name for name in expected if name not in found]:
         raise InvalidFile(f"{table.name}: {path} lacks the columns {missing}; write all of {list(expected)}")
     if extra := [name for name in found if name not in expected]:
@@ -181,6 +186,8 @@ def _plain(kind: pa.DataType) -> Any:
         return _plain(kind.value_type)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return ("list", _plain(kind.value_type))
+    if pa.types.is_map(kind):
+        return ("map", _plain(kind.key_type), _plain(kind.item_type))
     if pa.types.is_struct(kind):
         return ("struct", *((field.name, _plain(field.type)) for field in kind))
     if pa.types.is_large_string(kind):
@@ -240,7 +247,8 @@ def _count_nulls(filesystem: pafs.FileSystem, path: str, name: str) -> int:
 
 
 def _bounds(metadata: pq.FileMetaData) -> dict[str, dict[str, int | str]]:
-    """`minValues` and `maxValues` of integer and string columns. Floats get none: their NaNs have no place in them."""
+    """`minValues` and `maxValues` of integer, timestamp and string columns. Floats get none: their NaNs have no place
+    in them."""
     low: dict[str, int | str] = {}
     high: dict[str, int | str] = {}
     for name, index in _flat(metadata).items():
@@ -249,10 +257,28 @@ def _bounds(metadata: pq.FileMetaData) -> dict[str, dict[str, int | str]]:
         all_null = [s for s in statistics if s is not None and not s.has_min_max and s.num_values == 0]
         if not known or len(known) + len(all_null) != len(statistics):
             continue
-        smallest, largest = min(s.min for s in known), max(s.max for s in known)
+        smallest: Any
+        largest: Any
+        if metadata.schema.column(index).logical_type.type == "TIMESTAMP":
+            smallest, largest = _to_milliseconds(min(s.min_raw for s in known), max(s.max_raw for s in known))
+        else:
+            smallest, largest = min(s.min for s in known), max(s.max for s in known)
         if isinstance(smallest, bool) or not isinstance(smallest, int | str):
             continue
         if isinstance(smallest, str) and max(len(smallest), len(largest)) > MAX_STATISTIC:
             continue
         low[name], high[name] = smallest, largest
     return {"minValues": low, "maxValues": high}
+
+
+def _to_milliseconds(smallest: int, largest: int) -> tuple[str | None, str | None]:
+    """Bounds of timestamps in microseconds as the log spells them, to the millisecond and rounded outwards; None beyond
+    the years 1 to 9999."""
+    try:
+        low, high = (
+            datetime.datetime(1970, 1, 1) + datetime.timedelta(milliseconds=number)
+            for number in (smallest // 1_000, -(-largest // 1_000))
+        )
+    except OverflowError:
+        return None, None
+    return f"{low.isoformat(timespec='milliseconds')}Z", f"{high.isoformat(timespec='milliseconds')}Z"

@@ -1,4 +1,5 @@
 """Data files, opened where the lake lies, on disks and in object stores alike, if their bytes are those once written.
+Their rows come in their form in memory (`etl.lake.forms`).
 
 A data file's name carries the CRC-32 of its bytes, ``part-<UUID>.<CRC-32>.zstd.parquet``. A commit names its files, so
 it records their digests, and whoever has a path can check, on every engine and machine. CRC-32 (zlib) finds any damaged
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from etl.lake.forms import in_memory, schema_in_memory
 from etl.lake.snapshots import local_path, table_filesystem, table_uri
 from etl.settings import GraftrecError
 from etl.tables import Table
@@ -68,6 +70,25 @@ class DigestSink:
         self._sink.close()
 
 
+class LakeFile(pq.ParquetFile):  # type: ignore[misc]
+    """A data file whose rows and `schema_arrow` are in memory's form."""
+
+    @property
+    def schema_arrow(self) -> pa.Schema:
+        return schema_in_memory(super().schema_arrow)
+
+    def read(self, columns: Sequence[str] | None = None, *, use_threads: bool = True) -> pa.Table:
+        return in_memory(super().read(columns, use_threads=use_threads))
+
+    def read_row_group(self, i: int, columns: Sequence[str] | None = None, *, use_threads: bool = True) -> pa.Table:
+        return in_memory(super().read_row_group(i, columns, use_threads=use_threads))
+
+    def iter_batches(
+        self, batch_size: int = 65_536, *, columns: Sequence[str] | None = None, use_threads: bool = True
+    ) -> Iterator[pa.RecordBatch]:
+        return map(in_memory, super().iter_batches(batch_size, columns=columns, use_threads=use_threads))
+
+
 @contextmanager
 def open_parquet(
     lake: str,
@@ -76,14 +97,14 @@ def open_parquet(
     *,
     metadata: pq.FileMetaData | None = None,
     read_dictionary: Sequence[str] | None = None,
-) -> Iterator[pq.ParquetFile]:
+) -> Iterator[LakeFile]:
     """A data file at `path` (relative to its table, as `DataFile` has it), closed at the end of the context.
 
     `metadata`: its footer, where it was read before. `read_dictionary`: columns to read as dictionaries. Raises
     GraftrecError where its bytes are not those its name says, OSError.
     """
     with open_data_file(lake, table, path) as file:
-        yield pq.ParquetFile(
+        yield LakeFile(
             file, metadata=metadata, read_dictionary=read_dictionary, pre_buffer=False, page_checksum_verification=True
         )
 

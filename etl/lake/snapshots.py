@@ -5,6 +5,7 @@ table with features (deletion vectors, column mapping…) that a reader of plain
 """
 
 import itertools
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from deltalake.fs import DeltaStorageHandler
 
 from etl.lake.datafile import DataFile, partition_text, partition_value
 from etl.lake.delta_log import check_log, recorded_snapshot, snapshot_digest
+from etl.lake.forms import forms
 from etl.lake.store_errors import store_problem
 from etl.plain_path import delta_path
 from etl.redaction import one_line
 from etl.settings import GraftrecError
-from etl.tables import TABLES, Table
+from etl.tables import FORMAT, PROPERTY_FORMAT, TABLES, Table
 
 STAGING = "_staging-"  # folders of unfinished writes, beside the data
 _ADVICE = "give an empty folder or another --lake"
@@ -31,6 +33,10 @@ _RESTORE = "restore the log from a copy"
 
 class LakeError(GraftrecError):
     """What lies at a lake's or a table's place can't be used as one."""
+
+
+class OtherFormat(LakeError):
+    """A lake whose tables are stored in an older format, or in one that this version doesn't know."""
 
 
 class UnsupportedFeature(LakeError):
@@ -193,20 +199,64 @@ def active_files(handle: DeltaTable, table: Table) -> list[DataFile]:
     return sorted(files, key=lambda file: file.path)
 
 
-def check_contract(handle: DeltaTable, lake: str, table: Table) -> None:
-    """Raise LakeError unless the table has the contract's columns, types, nullability and partition columns.
+def check_formats(lake: str) -> None:
+    """Raise OtherFormat where a table of the lake is stored in another format than the contract's."""
+    for table in TABLES.values():
+        handle = open_table(lake, table)
+        if handle is not None:
+            check_format(handle, lake, table)
+
+
+def check_format(handle: DeltaTable, lake: str, table: Table) -> None:
+    """Raise OtherFormat unless the table is stored in the contract's format."""
+    found = format_of(handle)
+    if found > FORMAT:
+        raise OtherFormat(
+            f"{table_uri(lake, table)}: expected format {FORMAT} or older, found {found}; use a newer graftrec"
+        )
+    if found < table.format:
+        raise OtherFormat(
+            f"{lake}: expected tables of format {table.format} (times as timestamps, attributes as maps), found "
+            f"{table.name} of format {found}; run `python -m etl migrate --lake {shlex.quote(lake)}`"
+        )
+
+
+def format_of(handle: DeltaTable) -> int:
+    """The format a table is stored in: see `etl.tables.FORMAT`."""
+    return int(handle.metadata().configuration.get(PROPERTY_FORMAT, "1"))
+
+
+def check_contract(handle: DeltaTable, lake: str, table: Table, *, exact: bool = False) -> None:
+    """Raise LakeError unless the table has the contract's columns, types, nullability and partition columns. `exact`:
+    as `table` is stored, not as a lake of another kind of time, or an older format, stores it.
 
     Columns that may be null and that the contract has gained at its end since may be missing.
     """
-    found, expected = handle.schema(), Schema.from_arrow(table.schema)
-    partitioned = tuple(handle.metadata().partition_columns)
-    gained = missing_columns(handle, table)
-    if found.fields == expected.fields[: len(expected.fields) - len(gained)] and partitioned == table.partition_by:
-        return
+    form = form_of(handle, lake, table)
+    if exact and form != table.stored:
+        raise _other_columns(handle, lake, table)
+
+
+def form_of(handle: DeltaTable, lake: str, table: Table) -> pa.Schema:
+    """The schema that the table is stored in: see `etl.lake.forms`. Raises LakeError where it is none of these."""
+    found, gained = handle.schema().fields, len(missing_columns(handle, table))
+    for form in forms(table):
+        if found == Schema.from_arrow(form).fields[: len(form) - gained]:
+            break
+    else:
+        raise _other_columns(handle, lake, table)
+    if tuple(handle.metadata().partition_columns) != table.partition_by:
+        raise _other_columns(handle, lake, table)
+    return form
+
+
+def _other_columns(handle: DeltaTable, lake: str, table: Table) -> LakeError:
+    found, partitioned = handle.schema(), handle.metadata().partition_columns
+    expected = Schema.from_arrow(table.stored)
     ours, theirs = ({field.name: field for field in schema.fields} for schema in (expected, found))
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     what = f"columns {differing} differ" if differing else f"order or partition columns {list(partitioned)} differ"
-    raise LakeError(
+    return LakeError(
         f"{table_uri(lake, table)}: expected the columns of etl/tables.py, but {what}; write it anew to another lake"
     )
 

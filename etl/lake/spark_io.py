@@ -35,7 +35,7 @@ from pyspark.sql.types import StructType
 from pyspark.sql.window import Window
 
 from etl.lake.commit import CHECKERS, Commit, CommitConflict, Mode, Written, commit_files, landed
-from etl.lake.datafile import DataFile, InvalidFile, data_schema, partition_text, partition_value
+from etl.lake.datafile import DataFile, InvalidFile, data_schema, file_schema, partition_text, partition_value
 from etl.lake.file_reader import DigestSink, check_files, digest_name, digest_of, open_parquet
 from etl.lake.lease import LakeBusy, LeaseLost, writing
 from etl.lake.retention import remove_orphans, unfinished_removed
@@ -44,6 +44,8 @@ from etl.lake.snapshots import (
     LakeError,
     UnsupportedFeature,
     current_version,
+    existing_table,
+    form_of,
     last_commit,
     local_path,
     log_digest,
@@ -112,14 +114,16 @@ def read(
     version: int | None = None,
     partitions: Mapping[str, Sequence[Any]] | None = None,
     files: Sequence[DataFile] | None = None,
+    times: tuple[int, int] | None = None,
 ) -> DataFrame:
     """`table` at `version` (None: the newest as of this call), in the contract's columns; only `partitions` if given.
-    `files`: of these files of a snapshot instead (see `etl.lake.snapshots.snapshot_files`).
+    `files`: of these files of a snapshot instead (see `etl.lake.snapshots.snapshot_files`). `times`:
+    only rows whose `time` lies between these two, both included.
 
     Raises LakeError where there is no such table or version, or what is there can't be read.
     """
     lake = absolute(lake)  # executors have folders of their own
-    schema = from_arrow_schema(_nullable(table))  # as Spark reads any file
+    schema = from_arrow_schema(_nullable(table.schema))
     whole = files is None
     if files is None:
         version = current_version(lake, table) if version is None else version
@@ -131,14 +135,15 @@ def read(
     if local_path(lake) is not None and engine_of(spark) == "sail":
         root = table_uri(lake, table)
         if whole and is_plain(root):
-            return _read_sail(spark, lake, table, version, partitions or {})
+            return _in_memory(_read_sail(spark, lake, table, version, partitions or {}), table, times)
     elif _spark_reads(lake) and all(_hive_partition(file.path, table) == file.partition for file in files):
         root = table_uri(lake, table)
-        reader = spark.read.schema(schema).option("basePath", root).option("__globPaths__", "false")
-        return reader.parquet(*(f"{root}/{file.path}" for file in files)).select(*_columns(table))
+        stored = _nullable(form_of(existing_table(lake, table, version), lake, table))
+        reader = spark.read.schema(from_arrow_schema(stored)).option("basePath", root).option("__globPaths__", "false")
+        return _in_memory(reader.parquet(*(f"{root}/{file.path}" for file in files)), table, times)
     rows = [(json.dumps({"path": file.path, "partition": dict(file.partition)}),) for file in files]
     names = spark.createDataFrame(rows, "file string").repartition(len(rows))
-    return names.mapInArrow(partial(_read_files, lake=lake, table=table), schema)
+    return _in_memory(names.mapInArrow(partial(_read_files, lake=lake, table=table), schema), table, times)
 
 
 def _spark_reads(lake: str) -> bool:
@@ -156,7 +161,30 @@ def _read_sail(
     for name, values in partitions.items():
         given = F.col(f"`{name}`").isin([value for value in values if value is not None])
         frame = frame.where(given | F.col(f"`{name}`").isNull() if None in values else given)
-    return frame.select(*_columns(table))
+    return frame
+
+
+def _in_memory(frame: DataFrame, table: Table, times: tuple[int, int] | None) -> DataFrame:
+    """Rows as files have them in memory's form, and those within `times` alone. The filter comes first: none is pushed
+    down through the conversion."""
+    kinds = dict(frame.dtypes)
+    if times is not None:
+        bounds = [F.lit(time) for time in times]
+        if kinds["time"] == "timestamp":
+            bounds = [F.timestamp_micros(bound) for bound in bounds]
+        frame = frame.where(F.col("time").between(*bounds))
+    return frame.select(*(_column_in_memory(name, kinds[name]) for name in table.schema.names))
+
+
+def _column_in_memory(name: str, kind: str) -> Column:
+    column = F.col(f"`{name}`")
+    if kind == "timestamp":
+        return F.unix_micros(column).alias(name)
+    if kind == "array<timestamp>":
+        return F.transform(column, F.unix_micros).alias(name)
+    if kind == "array<struct<name:string,value:string>>":
+        return F.map_from_entries(column).alias(name)
+    return column
 
 
 def write(spark: SparkSession, frame: DataFrame, lake: str, table: Table, commit: Commit) -> Written:
@@ -181,7 +209,7 @@ def write(spark: SparkSession, frame: DataFrame, lake: str, table: Table, commit
 
 def _sorted(frame: DataFrame, table: Table) -> DataFrame:
     """The rows of a partition together, each task's in the order of partitions, then the table's."""
-    frame = frame.select(*(_opaque(name) if name in table.partition_by else f"`{name}`" for name in table.schema.names))
+    frame = frame.select(*(_opaque(f.name) if f.name in table.partition_by else _as_stored(f) for f in table.stored))
     if table.partition_by:
         frame = frame.repartition(*table.partition_by)
     order = [*table.partition_by, *table.order]
@@ -195,6 +223,15 @@ def _placed(frame: DataFrame, table: Table) -> DataFrame:
     return frame.select(*_columns(table), place.alias("_place"))
 
 
+def _as_stored(field: pa.Field) -> Column:
+    column = F.col(f"`{field.name}`")
+    if pa.types.is_timestamp(field.type):
+        return F.timestamp_micros(column).alias(field.name)
+    if pa.types.is_list(field.type) and pa.types.is_timestamp(field.type.value_type):
+        return F.transform(column, F.timestamp_micros).alias(field.name)
+    return column
+
+
 def _opaque(name: str) -> Column:
     """The column, but no constant to the optimizer, which would drop that from our order, find the rows not sorted by
     partition, and sort them again by partition alone, losing ours.
@@ -206,8 +243,9 @@ def _columns(table: Table) -> list[str]:
     return [f"`{name}`" for name in table.schema.names]
 
 
-def _nullable(table: Table) -> pa.Schema:
-    return pa.schema([field.with_nullable(True) for field in table.schema])
+def _nullable(schema: pa.Schema) -> pa.Schema:
+    """As Spark reads any file."""
+    return pa.schema([field.with_nullable(True) for field in schema])
 
 
 def _check_frame(frame: DataFrame, table: Table) -> None:
@@ -340,13 +378,13 @@ class FileWriter:
         """`packed`: columns of lists of integers in no order: packed into few bits, not a dictionary and zstd."""
         check_wanted()
         self.key = key
-        self._filesystem, self._table, self._schema = filesystem, table, data_schema(table)
+        self._filesystem, self._table, self._schema = filesystem, table, file_schema(table)
         folder = _hive_folder(table, key)
         if folder:
             filesystem.create_dir(folder, recursive=True)
         self._path = f"{folder}part-{uuid.uuid4().hex}.zstd.parquet"
         self._sink = DigestSink(filesystem.open_output_stream(self._path))
-        leaves = [leaf for field in self._schema for leaf in _leaves(field.name, field.type)]
+        leaves = [leaf for field in data_schema(table) for leaf in _leaves(field.name, field.type)]
         packs = {f"{name}.list.element" for name in packed}
         self._writer = pq.ParquetWriter(
             self._sink,
@@ -400,6 +438,8 @@ def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
     """The columns of numbers or strings that Parquet makes of a column: path, type."""
     if pa.types.is_list(kind):
         yield from _leaves(f"{path}.list.element", kind.value_type)
+    elif pa.types.is_map(kind):
+        yield from ((f"{path}.key_value.key", kind.key_type), (f"{path}.key_value.value", kind.item_type))
     elif pa.types.is_struct(kind):
         for field in kind:
             yield from _leaves(f"{path}.{field.name}", field.type)
@@ -422,7 +462,7 @@ def _runs(batch: pa.RecordBatch, table: Table) -> Iterator[tuple[tuple[Any, ...]
 
 def _read_files(batches: Iterator[pa.RecordBatch], lake: str, table: Table) -> Iterator[pa.RecordBatch]:
     """One task: the named files, row group by row group, with the log's partition values as columns."""
-    schema = _nullable(table)
+    schema = _nullable(table.schema)
     for entry in (json.loads(text) for batch in batches for text in batch.column(0).to_pylist()):
         values = {
             name: partition_value(entry["partition"][name], table.schema.field(name)) for name in table.partition_by

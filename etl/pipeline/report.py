@@ -20,6 +20,7 @@ from etl.jobs import event_times
 from etl.lake import spark_io
 from etl.lake.datafile import DataFile
 from etl.lake.file_reader import open_parquet
+from etl.lake.snapshots import check_formats
 from etl.pipeline.time_report import TimeSplit, by_time, time_split
 from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, KNOWLEDGE, QUARANTINE, RELEASES, SEQUENCES, Table
@@ -92,6 +93,7 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
 
     Raises GraftrecError where there is none.
     """
+    check_formats(lake)
     versions, number, settings = _versions(lake, release)
     files = _files(lake, versions, SEQUENCES)
     splits = sorted({str(file.partition["split"]) for file in files})

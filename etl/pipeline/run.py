@@ -23,6 +23,7 @@ from etl.jobs import (
 )
 from etl.jobs.job import Job, Outcome, RunContext, digest, job_code_version, plan_run
 from etl.lake import spark_io
+from etl.lake.snapshots import check_formats
 from etl.session import user_errors
 from etl.settings import ConfigError, GraftrecError
 from etl.sources.root import check_root
@@ -53,6 +54,7 @@ def run_all(engine: RunContext) -> int:
     domains.check(config.domains)
     sequences.check(config)
     with spark_io.writing(config.lake, RELEASES, wait_seconds=config.wait_seconds):
+        check_formats(config.lake)
         if note := removed_sequences(config):
             print(note, file=sys.stderr, flush=True)
         return _run_and_release(engine)
@@ -112,6 +114,7 @@ def run_one(engine: RunContext, name: str) -> None:
     if not job.reads:
         check_root(engine.config.source)
     with spark_io.writing(engine.config.lake, job.table, wait_seconds=engine.config.wait_seconds):
+        check_formats(engine.config.lake)
         run_job(job, engine)
 
 

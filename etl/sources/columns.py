@@ -20,7 +20,7 @@ from etl.sources.files import RawFile
 from etl.sources.reasons import Check
 from etl.sources.reshape import PLACE_BITS
 from etl.sources.rows import Shape
-from etl.sources.schema import PEOPLE, RAW_ITEMS
+from etl.sources.schema import PEOPLE
 
 FILE_SHIFT = 40  # source_order = file index · 2^40 + line, or, where lines give several rows, + line · 2^16 + place
 _TITLE_YEAR = r"^(?P<title>.*)\((?P<year>\d{4})\)\s*$"
@@ -230,14 +230,13 @@ def _strings(names: Sequence[str], flagged: Sequence[pa.Array], size: int) -> pa
 
 
 def _attributes(named: dict[str, str | int], cells: Sequence[pa.Array], size: int) -> pa.Array:
-    """list<struct<name, value>> of the cells that hold something, row by row."""
+    """ATTRIBUTES of the cells that hold something, row by row."""
     columns = [text(column) for column in cells]
     offsets, where = _interleave([pc.is_valid(column) for column in columns], size)
     places, rows = where % max(len(columns), 1), where // max(len(columns), 1)
     flat = pa.concat_arrays([*columns, pa.array([], pa.string())])
     names = pa.array(list(named), pa.string()).take(pa.array(places))
-    structs = pa.StructArray.from_arrays([names, flat.take(pa.array(places * size + rows))], ["name", "value"])
-    return pa.ListArray.from_arrays(offsets, structs).cast(RAW_ITEMS.field("attributes").type)
+    return pa.MapArray.from_arrays(offsets, names, flat.take(pa.array(places * size + rows)))
 
 
 def _interleave(flagged: Sequence[pa.Array], size: int) -> tuple[pa.Array, np.ndarray]:

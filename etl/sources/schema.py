@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
+from etl.tables import ATTRIBUTES
+
 if TYPE_CHECKING:
     from etl.sources.delta_table import SourceTable
     from etl.sources.spark_table import SparkTable
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 KINDS = ("events", "items", "users", "edges")  # of files
 RAW_CHARACTERS = 1_000  # of a rejected row kept for the quarantine
 
-_ATTRIBUTES = pa.list_(pa.struct([pa.field("name", pa.string()), pa.field("value", pa.string())]))
 _FOUND = [
     pa.field("kind", pa.string()),  # interactions | items | users | edges
     pa.field("file", pa.string()),  # relative to the source's root where it lies under it
@@ -48,11 +49,11 @@ RAW_ITEMS = pa.schema(
         pa.field("title", pa.string()),
         pa.field("year", pa.int32()),
         pa.field("categories", pa.list_(pa.string())),
-        pa.field("attributes", _ATTRIBUTES),
+        pa.field("attributes", ATTRIBUTES),
         *_FOUND,
     ]
 )
-RAW_USERS = pa.schema([pa.field("user", pa.string()), pa.field("attributes", _ATTRIBUTES), *_FOUND])
+RAW_USERS = pa.schema([pa.field("user", pa.string()), pa.field("attributes", ATTRIBUTES), *_FOUND])
 RAW_EDGES = pa.schema(
     [pa.field("user", pa.string()), pa.field("friend", pa.string()), pa.field("weight", pa.float32()), *_FOUND]
 )
@@ -138,6 +139,8 @@ def spark_schema(schema: pa.Schema) -> str:
 def _spark_type(kind: pa.DataType) -> str:
     if pa.types.is_list(kind):
         return f"array<{_spark_type(kind.value_type)}>"
+    if pa.types.is_map(kind):
+        return f"map<{_spark_type(kind.key_type)}, {_spark_type(kind.item_type)}>"
     if pa.types.is_struct(kind):
         return f"struct<{', '.join(f'{field.name}: {_spark_type(field.type)}' for field in kind)}>"
     return _SPARK_TYPES[kind]

@@ -105,5 +105,4 @@ def _commit(lake: Path, table: Table, entries: Sequence[str], buckets: int) -> N
 
 
 def _empty(table: Table, column: str, rows: int) -> pa.Array:
-    kind = table.schema.field(column).type
-    return pa.ListArray.from_arrays(pa.array(np.zeros(rows + 1, np.int32)), pa.array([], kind.value_type))
+    return pa.array([[]] * rows, table.schema.field(column).type)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from etl import tables
 from etl.lake.commit import Commit, commit_files
-from etl.lake.datafile import DataFile, data_schema
+from etl.lake.datafile import DataFile, file_schema
 from etl.tables import FIRST_INDEX, Table
 
 Ints = npt.NDArray[np.int64]
@@ -182,7 +182,8 @@ def _write_lake(lake: Path, items: Ints, offsets: Ints) -> None:
 
 def _commit(lake: Path, table: Table, partition: dict[str, str], columns: dict[str, object]) -> int:
     """Append one data file of these columns; the table's version."""
-    schema = data_schema(table)
+    table = table if table.name == tables.RELEASES.name else table.of(tables.TIME_ORDINAL)
+    schema = file_schema(table)
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     name = "/".join([*(f"{column}={value}" for column, value in partition.items()), "part-0.parquet"])
     path = lake / table.name / name
@@ -197,7 +198,7 @@ def _commit(lake: Path, table: Table, partition: dict[str, str], columns: dict[s
             app=f"bench-{name}",
             app_version=1,
             metadata={},
-            properties={tables.PROPERTY_BUCKETS: str(BUCKETS), tables.PROPERTY_TIME: tables.TIME_ORDINAL},
+            properties={tables.PROPERTY_BUCKETS: str(BUCKETS)},
         ),
     )
     return written.version

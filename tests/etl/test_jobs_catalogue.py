@@ -20,15 +20,12 @@ TOLD = "item string, relation string, rank int, name string, key string, source 
 
 def test_domains_follow_their_rules(spark: SparkSession) -> None:
     rows = [
-        ("a", 5, ["Action", "War"], []),
-        ("b", 6, ["Comedy"], [("market", "de")]),
-        ("c", 7, [], [("market", "fr")]),
+        ("a", 5, ["Action", "War"], {}),
+        ("b", 6, ["Comedy"], {"market": "de"}),
+        ("c", 7, [], {"market": "fr"}),
     ]
-    items = frame(
-        spark,
-        rows,
-        "item string, index int, categories array<string>, attributes array<struct<name: string, value: string>>",
-    )
+    schema = "item string, index int, categories array<string>, attributes map<string, string>"
+    items = frame(spark, rows, schema)
     rules = [
         DomainConfig(name="war", all_of=("Action", "War")),
         DomainConfig(name="any", any_of=("Action", "Comedy")),
@@ -55,13 +52,11 @@ def test_domains_follow_their_rules(spark: SparkSession) -> None:
 
 def test_what_items_have_is_named_beside_a_rule_that_none_meets(spark: SparkSession) -> None:
     rows = [
-        ("a", ["War"], [("market", "de"), ("year", "1")]),
-        ("b", ["War", "Action"], [("market", "fr")]),
-        ("c", [], [("market", "fr")]),
+        ("a", ["War"], {"market": "de", "year": "1"}),
+        ("b", ["War", "Action"], {"market": "fr"}),
+        ("c", [], {"market": "fr"}),
     ]
-    items = frame(
-        spark, rows, "item string, categories array<string>, attributes array<struct<name: string, value: string>>"
-    )
+    items = frame(spark, rows, "item string, categories array<string>, attributes map<string, string>")
     told = {
         attribute: domains.advice(items, DomainConfig(name="x", any_of=("x",), attribute=attribute))
         for attribute in (None, "market", "Market")

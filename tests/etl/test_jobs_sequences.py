@@ -28,7 +28,17 @@ from etl.lake.commit import Commit, commit_files
 from etl.lake.snapshots import snapshot_files
 from etl.lake.spark_io import data_files
 from etl.settings import ConfigError, GraftrecError
-from etl.tables import BASKETS, FIRST_INDEX, INTERACTIONS, SEQUENCES, USERS, Table, bucket_of, cold_user_hash
+from etl.tables import (
+    BASKETS,
+    FIRST_INDEX,
+    INTERACTIONS,
+    SEQUENCES,
+    TIME_ORDINAL,
+    USERS,
+    Table,
+    bucket_of,
+    cold_user_hash,
+)
 from etl.tables import DOMAINS as DOMAINS_TABLE
 from etl.tables import ITEMS as ITEMS_TABLE
 
@@ -61,6 +71,7 @@ def _made(
     read = reader.inputs(str(lake), versions, names=list(DOMAINS), columns=columns, max_events=max_events)
     if table is BASKETS and not read.columns and gap is None:
         return {}
+    table = table.of(TIME_ORDINAL)
     rows = partial(job.rows, names=list(DOMAINS), splits=splits)
     if gap is not None:
         rows = partial(rows, gap=gap)
@@ -558,10 +569,11 @@ def test_rows_copied_or_renewed_equal_plain_loops(
         kept = [row | {"bucket": bucket_of(row["user"], BUCKETS)} for row in vocabulary("user", users, degree)]
         batch = pa.RecordBatch.from_pylist([row for row in kept if row["kept"]], schema=_USERS)
         (tmp_path / SEQUENCES.name).mkdir(exist_ok=True)
-        told = bucket_writer.write_task([batch], BucketWork(rows, str(tmp_path), SEQUENCES, read, before))
+        ordinal = SEQUENCES.of(TIME_ORDINAL)
+        told = bucket_writer.write_task([batch], BucketWork(rows, str(tmp_path), ordinal, read, before))
         files = data_files(entry for batch in told for entry in batch["file"].to_pylist())
         commit_files(
-            str(tmp_path), SEQUENCES, files, Commit(mode="overwrite", app=f"{number}", app_version=0, metadata={})
+            str(tmp_path), ordinal, files, Commit(mode="overwrite", app=f"{number}", app_version=0, metadata={})
         )
         found: dict[Any, Any] = {}
         for file in snapshot_files(str(tmp_path), SEQUENCES):

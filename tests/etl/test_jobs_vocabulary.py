@@ -72,11 +72,11 @@ def test_kcore_once_goes_by_raw_degrees(spark: SparkSession) -> None:
 
 def test_items_are_those_of_the_log_and_of_the_file_described_anew(spark: SparkSession) -> None:
     log = interactions(spark, [("u1", "b", 1), ("u2", "b", 2), ("u1", "c", 3)])
-    attributes = "attributes array<struct<name: string, value: string>>"
+    attributes = "attributes map<string, string>"
     schema = f"item string, title string, year int, categories array<string>, {attributes}"
-    described = frame(spark, [("a", "A", 1990, ["x"], [("k", "v")]), ("b", "New", None, [], [])], schema)
+    described = frame(spark, [("a", "A", 1990, ["x"], {"k": "v"}), ("b", "New", None, [], {})], schema)
     old_schema = f"item string, index int, title string, year int, categories array<string>, {attributes}"
-    old = frame(spark, [("b", 5, "Old", 1980, ["y"], []), ("z", 6, "Z", 1970, ["w"], [])], old_schema)
+    old = frame(spark, [("b", 5, "Old", 1980, ["y"], {}), ("z", 6, "Z", 1970, ["w"], {})], old_schema)
     once = KCoreConfig(min_user=1, min_item=2, iterate=False)
     found = items.transform(log, described, old, once)
     assert found.columns == ITEMS.schema.names
@@ -94,9 +94,9 @@ def test_items_are_those_of_the_log_and_of_the_file_described_anew(spark: SparkS
         "title": None,
         "year": None,
         "categories": [],
-        "attributes": [],
+        "attributes": {},
     }
-    assert rows["a"]["attributes"] == [{"name": "k", "value": "v"}]
+    assert rows["a"]["attributes"] == {"k": "v"}
 
 
 def test_users_are_kept_by_their_events_with_kept_items(spark: SparkSession) -> None:

@@ -245,7 +245,7 @@ def test_items_title_year_flags_attributes_people(
         (None, "x", None, ["Drama"]),
         ("4", "(1999)", 1999, []),
     ]
-    assert rows[0]["attributes"] == [{"name": "language", "value": "fr"}]
+    assert rows[0]["attributes"] == [("language", "fr")]
     assert rows[1]["attributes"] == []
     assert _reasons(rows) == {3: "item is missing"}
     events = {"path": "log", "columns": {"user": 0, "item": 1}}
@@ -269,7 +269,7 @@ def test_items_categories_by_separator_and_year_column(read: Callable[..., Rows]
 def test_users_and_edges_both_directions(read_by_engine: Callable[..., Rows], tmp_path: Path) -> None:
     (tmp_path / "log").write_text("a,b,0.5\nb,b,1\nb,,1\nb,c,none\nc,d,\n")
     rows = read_by_engine("users", header=False, id=0, attributes={"friend": 1, "weight": 2})
-    assert rows[0]["attributes"] == [{"name": "friend", "value": "b"}, {"name": "weight", "value": "0.5"}]
+    assert rows[0]["attributes"] == [("friend", "b"), ("weight", "0.5")]
     rows = read_by_engine("edges", header=False, user=0, friend=1, weight=2)
     assert sorted((r["user"], r["friend"], r["weight"]) for r in rows if not r["reason"]) == [
         ("a", "b", 0.5),

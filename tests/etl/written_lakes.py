@@ -10,7 +10,7 @@ import pyarrow as pa
 from etl.lake.commit import Commit, Written, commit_files
 from etl.lake.snapshots import table_filesystem
 from etl.lake.spark_io import FileWriter, Mode, data_files
-from etl.tables import DOMAINS, FIRST_INDEX, INTERACTIONS, ITEMS, USERS, Table, bucket_of
+from etl.tables import DOMAINS, FIRST_INDEX, INTERACTIONS, ITEMS, TIME_ORDINAL, USERS, Table, bucket_of
 
 BUCKETS = 4
 
@@ -18,7 +18,8 @@ BUCKETS = 4
 def write_table(
     lake: Path, table: Table, rows: Sequence[Mapping[str, Any]], *, mode: Mode = "overwrite", files: int = 1
 ) -> Written:
-    """Commit `rows`, in `files` files a partition, to which they are dealt out in turn."""
+    """Commit `rows`, in `files` files a partition, to which they are dealt out in turn. Times are mere order."""
+    table = table.of(TIME_ORDINAL)
     (lake / table.name).mkdir(parents=True, exist_ok=True)
     by_partition: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -30,7 +31,7 @@ def write_table(
             dealt = pa.Table.from_pylist([dict(row) for row in of_partition[number::files]], schema=table.schema)
             writer.add(dealt.to_batches()[0])
             entries += writer.close()["file"].to_pylist()
-    metadata = {"buckets": str(BUCKETS), "time": "ordinal"}
+    metadata = {"buckets": str(BUCKETS), "time": TIME_ORDINAL}
     return commit_files(
         str(lake), table, data_files(entries), Commit(mode=mode, app=uuid.uuid4().hex, app_version=0, metadata=metadata)
     )

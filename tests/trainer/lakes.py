@@ -67,8 +67,8 @@ def build_tiny_lake(folder, *, seed=0, share_tastes=True, num_users=NUM_USERS, d
                 "kept": True,
                 "degree": len(log[0]),
                 "attributes": [
-                    {"name": "taste", "value": f"t{(u['index'] - FIRST_INDEX) % NUM_TASTES}"},
-                    {"name": "born", "value": str(1990 + (u["index"] - FIRST_INDEX) // 58)},
+                    ("taste", f"t{(u['index'] - FIRST_INDEX) % NUM_TASTES}"),
+                    ("born", str(1990 + (u["index"] - FIRST_INDEX) // 58)),
                 ],
             }
             for u, log in zip(users, logs, strict=True)
@@ -154,16 +154,16 @@ class _Writer:
     def __call__(self, name, rows):
         table = TABLES[name]
         data = pa.Table.from_pylist(rows, schema=table.schema)
-        properties = {tables.PROPERTY_BUCKETS: str(BUCKETS), tables.PROPERTY_TIME: tables.TIME_TIMESTAMP}
+        properties = {tables.PROPERTY_BUCKETS: str(BUCKETS), **table.properties}
         place = f"{self.lake}/{name}"
         DeltaTable.create(
             place,
-            table.schema,
+            table.stored,
             partition_by=list(table.partition_by) or None,
             configuration=properties,
             raise_if_key_not_exists=False,  # the properties are ours, not Delta's
         )
-        write_deltalake(place, data, mode="append")
+        write_deltalake(place, data.cast(table.stored), mode="append")
         self.written[name] = DeltaTable(place).version()
 
 

@@ -11,6 +11,7 @@ from lakes import build_tiny_lake
 
 from etl import tables
 from etl.lake.commit import Commit, commit_files
+from etl.lake.forms import in_memory
 from etl.lake.snapshots import log_digest, table_filesystem
 from etl.lake.spark_io import FileWriter, data_files
 from etl.tables import TABLES
@@ -39,7 +40,7 @@ def made(tmp_path_factory):
     lake = build_tiny_lake(tmp_path_factory.mktemp("made") / "lake")
     versions = dict(pin(lake, None).versions)
     for name in REWRITTEN:
-        rows = DeltaTable(f"{lake}/{name}").to_pyarrow_table().to_pylist()
+        rows = in_memory(DeltaTable(f"{lake}/{name}").to_pyarrow_table()).to_pylist()
         versions[name] = commit_rows(lake, TABLES[name], rows)
     digests = {name: log_digest(lake, TABLES[name], version) for name, version in versions.items()}
     row = {

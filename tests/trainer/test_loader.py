@@ -16,7 +16,7 @@ import torch
 from lakes import build_tiny_lake
 
 from etl.lake.commit import Commit, commit_files
-from etl.lake.datafile import DataFile
+from etl.lake.datafile import DataFile, file_schema
 from etl.settings import ConfigError
 from etl.tables import FIRST_INDEX, MASK, PAD, SEQUENCES, UNK
 from trainer.config import Bert4RecConfig, DataConfig, LossConfig, MaskedItemConfig, NextItemConfig
@@ -47,7 +47,7 @@ def sequences_of(random, num_users, longest):
 
 def write(lake, bucket, rows, *, group_rows=7, schema=None):
     """One data file, as the ETL writes it."""
-    schema = schema or pa.schema([f for f in SEQUENCES.schema if f.name not in SEQUENCES.partition_by])
+    schema = schema or file_schema(SEQUENCES)
     path = f"{PLACE}{bucket}/part-{bucket}.zstd.parquet"
     place = Path(lake) / SEQUENCES.name / path
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -98,9 +98,10 @@ def test_classes_are_the_tables_and_parts_are_disjoint(lake):
     release = pin(lake, None)
     found = profile.read_classes(release, ProfileConfig.model_validate(TASTE))
     assert found.names == tuple(f"t{taste}" for taste in range(NUM_TASTES))
-    users = pl.from_arrow(release.read(tables.USERS, ["index", "attributes"]))
-    values = users.explode("attributes").unnest("attributes").filter(pl.col("name") == "taste")
-    expected = dict(zip(values["index"], values["value"], strict=True))
+    users = release.read(tables.USERS, ["index", "attributes"]).to_pydict()
+    expected = {
+        index: dict(attributes)["taste"] for index, attributes in zip(users["index"], users["attributes"], strict=True)
+    }
     assert len(expected) == NUM_USERS
     parts = {part: np.flatnonzero(found.of(part) >= 0) for part in tables.PARTS}
     assert sorted(np.concatenate(list(parts.values()))) == sorted(expected)

@@ -11,6 +11,7 @@ from folders import popularity_of
 from lakes import PROTOCOLS, build_tiny_lake
 from ranx import Qrels, Run, evaluate
 
+from etl.lake.forms import in_memory
 from etl.tables import FIRST_INDEX
 from trainer.data.catalogue import read_catalogue
 from trainer.data.held_out import num_evaluated, read_held_out
@@ -25,7 +26,7 @@ EVERY = ("full", *PROTOCOLS)
 
 def rows_of(lake, table, **equal):
     """Rows of a table as dicts, filtered by hand."""
-    rows = deltalake.DeltaTable(f"{lake}/{table}").to_pyarrow_table().to_pylist()
+    rows = in_memory(deltalake.DeltaTable(f"{lake}/{table}").to_pyarrow_table()).to_pylist()
     return [row for row in rows if all(row[key] == value for key, value in equal.items())]
 
 

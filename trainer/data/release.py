@@ -15,7 +15,15 @@ from etl.config import etl_command
 from etl.lake import file_reader
 from etl.lake.datafile import DataFile
 from etl.lake.delta_log import snapshot_digest
-from etl.lake.snapshots import LakeError, checked_files, open_table, our_commits, table_uri, within
+from etl.lake.snapshots import (
+    LakeError,
+    check_format,
+    checked_files,
+    open_table,
+    our_commits,
+    table_uri,
+    within,
+)
 from etl.plain_path import absolute
 from etl.redaction import one_line
 from etl.settings import GraftrecError
@@ -135,6 +143,10 @@ def pin(lake: str, release: int | None) -> Release:
     """The release to read: the one named, else the newest. Raises DataError."""
     lake = absolute(lake)  # what a run records is known from every folder
     handle = _open(lake, tables.RELEASES, None)
+    try:
+        check_format(handle, lake, tables.RELEASES)
+    except LakeError as error:
+        raise DataError(str(error)) from None
     rows = (
         Release(lake, 0, {tables.RELEASES.name: handle.version()})
         .read(tables.RELEASES, ["release", "tables", "config"])

@@ -87,10 +87,9 @@ class Classes:
 def read_classes(release: Release, config: ProfileConfig) -> Classes:
     """Raises ConfigError: nobody has the attribute, it has one value only, or a part lacks one of its values."""
     users = release.read(tables.USERS, ["index", "kept", "attributes"])
-    lists = users["attributes"].combine_chunks()
-    owner = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False)
-    flat = lists.flatten()
-    named, value = pc.struct_field(flat, "name"), pc.struct_field(flat, "value")
+    maps = users["attributes"].combine_chunks()
+    owner = np.repeat(np.arange(len(maps)), np.diff(maps.offsets.to_numpy()))
+    named, value = maps.keys, maps.items
     wanted = pc.equal(named, config.attribute).fill_null(False).to_numpy(zero_copy_only=False)
     given = pa.array(value.filter(pa.array(wanted))).to_pylist()
     owner = owner[wanted]

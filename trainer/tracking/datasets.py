@@ -59,7 +59,9 @@ def _schema(name: str) -> str | None:
             return {"type": "array", "items": described(kind.value_type)}
         if pa.types.is_struct(kind):
             return {"type": "object", "properties": {f.name: described(f.type) | {"required": True} for f in kind}}
-        return {"type": _TYPES.get(str(kind), "string")}
+        if pa.types.is_map(kind):
+            return {"type": "map", "values": described(kind.item_type)}
+        return {"type": "datetime" if pa.types.is_timestamp(kind) else _TYPES.get(str(kind), "string")}
 
-    columns = [described(f.type) | {"name": f.name, "required": not f.nullable} for f in table.schema]
+    columns = [described(f.type) | {"name": f.name, "required": not f.nullable} for f in table.stored]
     return json.dumps({"mlflow_colspec": columns})
