@@ -16,6 +16,7 @@ from torch import Tensor
 
 from etl.settings import ConfigError, replaced
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP
+from etl.text_table import with_sign
 from trainer.arrays import IntArray
 from trainer.config import BaselinesConfig, EvaluateConfig, TaskSettings
 from trainer.data.catalogue import rows_of_domain
@@ -274,7 +275,8 @@ def _account(row: Row) -> str:
     gain = row.gain
     assert gain is not None
     varied = "users and seeds" if gain.seeds_varied else "users, one seed"
-    text = f"{row.label}: {row.metric} {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] ({varied})"
+    interval = f"[{with_sign(gain.low, 4)}, {with_sign(gain.high, 4)}]"
+    text = f"{row.label}: {row.metric} {with_sign(gain.gain, 4)} {interval} ({varied})"
     if row.bootstrap is not None:
         text += f", bootstrap [{row.bootstrap[0]:+.4f}, {row.bootstrap[1]:+.4f}] (users)"
     return text + f"; pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"
