@@ -1,13 +1,15 @@
 """Settings of the ETL, as frozen types."""
 
 import shlex
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
 from etl.file_config import EdgesFileConfig, EventsFileConfig, FileConfig, ItemsFileConfig, UsersFileConfig
 from etl.redaction import remember
-from etl.settings import FileName, Place, Section, named, overridden, setting_words
+from etl.settings import ConfigError, FileName, Place, Section, named, overridden, setting_words
 
 
 class SparkConfig(Section):
@@ -86,6 +88,20 @@ class GeneratorSource(Section):
 
 
 SourceConfig = Annotated[LogSource | MovielensSource | GeneratorSource, Field(discriminator="kind")]
+
+
+def check_root(source: "SourceConfig", setting: str = "source.root") -> None:
+    """Before an engine starts, a lake is made or a run is recorded. `setting`: the root's name, as the user gives it.
+
+    Raises ConfigError where a local root is no folder.
+    """
+    if isinstance(source, GeneratorSource):
+        return
+    if isinstance(source, LogSource) and (source.events.format == "table" or source.events.path.startswith("/")):
+        return  # the root is not read
+    folder = unquote(source.root.removeprefix("file://")) if source.root.startswith("file://") else source.root
+    if "://" not in folder and not Path(folder).expanduser().is_dir():
+        raise ConfigError(f"{setting}: expected the folder of the log, found none at {source.root}; mend it")
 
 
 class CleaningConfig(Section):

@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -235,6 +236,16 @@ def test_a_model_that_was_trained_on_later_days_is_refused(lake, tmp_path):
     for examples, split in ((early, "time"), (early, "last-5"), (late, "last-5")):
         with pytest.raises(EvaluateError, match="has not seen what it is asked"):
             model_scorer(models[split], examples)
+    for date, is_refused in (
+        (dt.datetime(2024, 2, 1, tzinfo=dt.UTC), True),
+        (dt.datetime(2024, 4, 1, tzinfo=dt.UTC), False),
+    ):
+        moved = replace(late, release=replace(release, number=2, by_time={"time": date}))  # the same name, other dates
+        if is_refused:
+            with pytest.raises(EvaluateError, match=r"trained until 2024-02-01, .* found .*, trained until 2024-03-01"):
+                model_scorer(models["time"], moved)
+        else:
+            model_scorer(models["time"], moved)
 
 
 TINY = {

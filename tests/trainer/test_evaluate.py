@@ -236,7 +236,7 @@ def test_model_of_all_domains_reads_what_came_before_everywhere(tiny_lake, examp
             return Scores.of(torch.zeros(len(histories), len(candidates)))
 
     watched = dataclasses.replace(trained_model)
-    object.__setattr__(watched, "scorer", lambda device, baskets: Watching())
+    object.__setattr__(watched, "scorer", lambda device: Watching())
     scorer = model_scorer(watched, examples, label="joint")
     scorer.score(examples.held_out.histories)
     sequences = {row["user"]: row for row in rows_of(tiny_lake, "sequences", split="last-5", domain="all")}

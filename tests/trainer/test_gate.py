@@ -418,7 +418,7 @@ def test_check_gate_passes_what_training_can_meet(gate, settings):
         ({"metric": "user AUC"}, {}, "NDCG@10, .*found 'user AUC'"),
         ({"metric": "basket/F1@5"}, {}, "gate.metric"),
         ({"metric": "accuracy"}, {"task": ClickConfig()}, "user AUC, log loss"),
-        ({"protocol": "uniform-100"}, {"task": NextBasketConfig()}, "expected full for next baskets"),
+        ({"protocol": "uniform-100"}, {"task": NextBasketConfig()}, "expected full for task next_basket"),
         ({"must_beat": ("gossip",)}, {}, "best, popularity; item-to-item; .*found gossip"),
         ({"must_beat": ("Markov chain",)}, {}, "found Markov chain"),
         ({}, {"baselines": BaselinesConfig(enabled=False)}, "found baselines.enabled false"),

@@ -366,7 +366,7 @@ def test_what_is_told_beside_items_follows_their_table(trained, tmp_path):
 
 
 def test_models_that_tell_other_things_are_not_compared(trained, tmp_path):
-    with pytest.raises(EvaluateError, match=r"predict what .* does"):
+    with pytest.raises(EvaluateError, match="expected models that predict the same as"):
         evaluated(tmp_path, {"none": trained[2]["none"], "other": trained[1]}, "mixed")
 
 

@@ -207,7 +207,7 @@ def test_the_gate_judges_next_baskets(models, tmp_path, monkeypatch, capsys):
         promote.run(judged())
     with pytest.raises(GateError, match="popularity; personal frequency; Markov chain, found item-to-item"):
         promote.run(judged(must_beat=["item-to-item"]))
-    with pytest.raises(GateError, match="expected full for next baskets"):
+    with pytest.raises(GateError, match="expected full for task next_basket"):
         promote.run(judged(protocol="uniform-100"))
     told = capsys.readouterr().out
     assert "cold items" in told

@@ -81,11 +81,10 @@ class BlockReader:
             return cached
         read = self.dataset.read_group(group, held_out=False)
         found = read.with_columns(items=self.catalogue.rows(read.items))
-        size = sum(array.nbytes for array in (found.users, found.offsets, found.valid_start, *found.columns.values()))
         with self._lock:
-            if self._cached_bytes + size <= self.cache_bytes:
+            if self._cached_bytes + found.nbytes <= self.cache_bytes:
                 self._cache[group] = found
-                self._cached_bytes += size
+                self._cached_bytes += found.nbytes
         return found
 
     def _block(

@@ -42,6 +42,11 @@ class Sequences(Events):
         test."""
         return {"train": self.valid_start, "validation": self.valid_start, "test": self.test_start}[part]
 
+    @property
+    def nbytes(self) -> int:
+        bounds = (self.valid_start, self.test_start, self.end)
+        return sum(array.nbytes for array in (self.users, self.offsets, *bounds, *self.columns.values()))
+
     def take(self, rows: IntArray) -> "Sequences":
         """The sequences of some rows, in that order."""
         taken = super().take(rows)

@@ -27,7 +27,7 @@ from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
 from trainer.data.events import Events, beside, merge
 from trainer.data.held_out import HeldOut, Part, read_held_out, read_users, sampled, without_repeats
-from trainer.data.release import Release, domains_with_sequences
+from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
 from trainer.evaluation.baselines.names import (
     ITEM_TO_ITEM,
@@ -336,7 +336,15 @@ def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
             "release"
         )
     same = (data.domain, trained_model.config.task.needs.table) == (examples.domain, examples.table)
-    same &= data.split == examples.split or not release.by_time & {data.split, examples.split}  # of other dates
+    same &= data.split == examples.split or not release.by_time.keys() & {data.split, examples.split}  # of other dates
+    if data.split == examples.split and trained_model.lake == release.lake and data.split in release.by_time:
+        until = pin(release.lake, trained_model.release).by_time.get(data.split)
+        if until is not None and until > release.by_time[data.split]:
+            raise EvaluateError(
+                f"expected a model trained until {release.by_time[data.split]:%Y-%m-%d}, as split {data.split!r} of "
+                f"release {release.number} has it, found {trained_model.folder}, trained until {until:%Y-%m-%d} on "
+                f"release {trained_model.release}; train it again, or evaluate later dates"
+            )
     if same or data.domain not in domains_with_sequences(examples.release, data.split):
         return
     dataset = SequenceDataset(examples.release, data.split, data.domain)

@@ -82,7 +82,7 @@ def run(config: PipelineConfig) -> int:
 
     Raises RunAgain where another pipeline is running in the same folder.
     """
-    from etl.sources.root import check_root
+    from etl.config import check_root
     from trainer.recipes.alone import alone
 
     config, planned = plan(config)

@@ -170,17 +170,15 @@ def _models(config: RecommendConfig) -> list[tuple[TrainedModel, str]]:
             return [(trained_model, label)]
         folder, name = registry.folder(found), found.label
     companion = load_model(folder, users=False)
-    if companion.config.task.needs != trained_model.config.task.needs:  # it can't read the same histories
+    own, other = trained_model.config, companion.config
+    reads_alike = other.task.needs == own.task.needs
+    if not reads_alike and config.companion is None:  # the alias is for versions that read other histories
         return [(trained_model, label)]
-    if (
-        companion.config.data.domain != DOMAIN_ALL
-        or companion.config.data.answered != trained_model.config.data.answered
-    ):
+    if not reads_alike or other.data.domain != DOMAIN_ALL or other.data.answered != own.data.answered:
         raise GraftrecError(
-            f"expected a companion that reads domain {DOMAIN_ALL!r} and predicts "
-            f"{trained_model.config.data.answered!r}, found {name}, which reads "
-            f"{companion.config.data.domain!r} and predicts "
-            f"{companion.config.data.answered!r}; name another, or move the alias {COMPANION!r}"
+            f"expected a companion that reads domain {DOMAIN_ALL!r} and predicts {own.data.answered!r}, from "
+            f"{own.task.needs.table}, found {name}, which reads {other.data.domain!r} and predicts "
+            f"{other.data.answered!r}, from {other.task.needs.table}; name another, or move the alias {COMPANION!r}"
         )
     return [(trained_model, label), (companion, name)]
 
