@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from pyspark.errors import PySparkException
 
-from etl.config import EtlConfig
+from etl.config import EtlConfig, check_root
 from etl.jobs import (
     baskets,
     domains,
@@ -25,7 +25,6 @@ from etl.jobs.job import Job, Outcome, RunContext, digest, job_code_version, pla
 from etl.lake import spark_io
 from etl.session import user_errors
 from etl.settings import ConfigError, GraftrecError
-from etl.sources.root import check_root
 from etl.tables import DOMAIN_ALL, QUARANTINE, RELEASES, SEQUENCES
 
 _MODULES = (interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives)

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import MovielensSource
+from etl.config import MovielensSource, check_root
 from etl.settings import ConfigError, GraftrecError, config_hash, load, replaced
-from etl.sources.root import check_root
 from trainer.config import (
     FinetuneConfig,
     TrackingConfig,

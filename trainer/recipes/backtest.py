@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from etl.config import check_root
 from etl.settings import replaced
-from etl.sources.root import check_root
 from trainer import figures, tracking
 from trainer.config import EvaluatedModel
 from trainer.config.backtest import BacktestConfig

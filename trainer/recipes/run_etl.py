@@ -9,10 +9,9 @@ import numpy as np
 
 from etl import tables
 from etl.command import CommandParser, configurations, run_command
-from etl.config import EtlConfig
+from etl.config import EtlConfig, check_root
 from etl.redaction import redact
 from etl.settings import load
-from etl.sources.root import check_root
 from trainer import tracking
 from trainer.config import TrackingConfig
 from trainer.data.release import Release, domains_with_sequences, pin
