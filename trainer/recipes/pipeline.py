@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from etl.command import CommandParser, configurations, run_command
 from etl.config import EtlConfig, KnowledgeConfig, MovielensSource, check_root
 from etl.settings import GraftrecError, Section, load, replaced
-from etl.tables import RECOMMENDATIONS
+from etl.tables import RECOMMENDATIONS, SEQUENCES
 from etl.text_table import aligned
 from trainer.config import RuntimeConfig
 
@@ -67,7 +67,7 @@ def detectable_gains(config: PipelineConfig, planned: Plan, release: "Release") 
 
     lines, task, split = [], config.finetune.task, config.finetune.data.split
     for target in planned.targets:
-        if task.scores_items and not task.reads_baskets:
+        if task.scores_items and task.table == SEQUENCES.name:
             users = num_evaluated(release, split, target, config.promote.part)
         else:
             users = SequenceDataset(release, split, target).num_rows
