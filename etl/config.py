@@ -246,6 +246,17 @@ class EtlConfig(Section):
     wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
 
 
+def check_root(source: SourceConfig, setting: str = "source.root") -> None:
+    """Raises ConfigError where a log's local `root` is no folder, before an engine starts, a lake is made or a run is
+    recorded. `setting`: its name, as the user gives it."""
+    if isinstance(source, GeneratorSource):
+        return
+    if isinstance(source, LogSource) and (source.events.format == "table" or source.events.path.startswith("/")):
+        return  # the root is not read
+    if "://" not in source.root and not Path(source.root).expanduser().is_dir():
+        raise ConfigError(f"{setting}: expected the folder of the log, found none at {source.root}; mend it")
+
+
 def etl_command(lake: str, job: str = "all") -> str:
     """The command that writes a lake's tables, for hints in messages. It names the configuration in use, with the
     settings of the command line, since others would write another log into the lake."""

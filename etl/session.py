@@ -27,6 +27,7 @@ from etl.config import SparkConfig
 from etl.plain_path import plain_path
 from etl.redaction import redact
 from etl.settings import ConfigError, GraftrecError
+from etl.stopping import is_stopped
 
 if TYPE_CHECKING:
     from pyspark import SparkConf, SparkContext
@@ -294,5 +295,5 @@ def _context(conf: "SparkConf") -> "SparkContext":
 
 def _filter(lines: IO[str]) -> None:
     for line in lines:
-        if not _NOISE.search(line):
+        if not _NOISE.search(line) and not is_stopped():
             print(redact(line), end="", file=sys.__stderr__, flush=True)

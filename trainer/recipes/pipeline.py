@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import EtlConfig, KnowledgeConfig, MovielensSource
+from etl.config import EtlConfig, KnowledgeConfig, MovielensSource, check_root
 from etl.settings import GraftrecError, Section, load, replaced
 from etl.tables import RECOMMENDATIONS
 from etl.text_table import aligned
@@ -82,7 +82,6 @@ def run(config: PipelineConfig) -> int:
 
     Raises RunAgain where another pipeline is running in the same folder.
     """
-    from etl.config import check_root
     from trainer.recipes.alone import alone
 
     config, planned = plan(config)
