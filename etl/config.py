@@ -90,20 +90,6 @@ class GeneratorSource(Section):
 SourceConfig = Annotated[LogSource | MovielensSource | GeneratorSource, Field(discriminator="kind")]
 
 
-def check_root(source: "SourceConfig", setting: str = "source.root") -> None:
-    """Before an engine starts, a lake is made or a run is recorded. `setting`: the root's name, as the user gives it.
-
-    Raises ConfigError where a local root is no folder.
-    """
-    if isinstance(source, GeneratorSource):
-        return
-    if isinstance(source, LogSource) and (source.events.format == "table" or source.events.path.startswith("/")):
-        return  # the root is not read
-    folder = unquote(source.root.removeprefix("file://")) if source.root.startswith("file://") else source.root
-    if "://" not in folder and not Path(folder).expanduser().is_dir():
-        raise ConfigError(f"{setting}: expected the folder of the log, found none at {source.root}; mend it")
-
-
 class CleaningConfig(Section):
     max_quarantine_share: float = Field(0.01, ge=0, le=1)  # of a file kind's rows; above it the job fails
     min_rows: int = Field(100, ge=0)  # fewer rejected rows of appended files count as a share of the whole log
@@ -253,7 +239,8 @@ def check_root(source: SourceConfig, setting: str = "source.root") -> None:
         return
     if isinstance(source, LogSource) and (source.events.format == "table" or source.events.path.startswith("/")):
         return  # the root is not read
-    if "://" not in source.root and not Path(source.root).expanduser().is_dir():
+    folder = unquote(source.root.removeprefix("file://")) if source.root.startswith("file://") else source.root
+    if "://" not in folder and not Path(folder).expanduser().is_dir():
         raise ConfigError(f"{setting}: expected the folder of the log, found none at {source.root}; mend it")
 
 
