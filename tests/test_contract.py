@@ -19,10 +19,10 @@ import yaml
 import etl.config
 import trainer.config
 from etl.settings import ConfigError, Section, load, replaced
+from tests.fixtures.places import ROOT
 from trainer.experiment.plan import ExperimentConfig
 from trainer.recipes.pipeline_plan import PipelineConfig
 
-ROOT = Path(__file__).parent.parent
 # In the order of imports: a room imports itself and rooms above it only.
 ROOMS = (
     "etl.stopping",
@@ -154,6 +154,15 @@ def test_trainer_imports_only_the_contract_of_etl(path: Path) -> None:
 def test_etl_imports_nothing_of_trainer_nor_torch(path: Path) -> None:
     for package in ("trainer", "torch", "mlflow"):
         assert not of(imports(path), package)
+
+
+def test_no_test_file_imports_another() -> None:
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for name in imports(path):
+            parts = name.split(".")
+            assert not any(part.startswith("test_") for part in parts), f"{path}: {name} belongs in tests/fixtures"
+            shared = parts[0] != "tests" or parts[1:2] in ([], ["fixtures"], ["benchmarks"], ["chaos"])
+            assert shared, f"{path}: {name} belongs in tests/fixtures"
 
 
 def test_only_tracking_imports_mlflow() -> None:

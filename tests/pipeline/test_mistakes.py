@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from etl.__main__ import main as etl
+from tests.fixtures.places import ROOT
 from trainer.__main__ import main as trainer
 from trainer.experiment.run import main as experiment
 from trainer.recipes.pipeline import main as pipeline
 from trainer.report.report import main as report
 
-ROOT = Path(__file__).parent.parent.parent
 FILES = {
     "torn.yaml": b"a: [",
     "bytes.yaml": b"\xff\xfe\x00",

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 
 from etl.settings import ConfigError, GraftrecError, load, replaced
+from tests.fixtures.places import ROOT
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
 from trainer.config import FinetuneConfig, GateConfig
 from trainer.recipes import companion, pipeline, pipeline_plan
 from trainer.recipes.pipeline_plan import PipelineConfig, Trained
-
-ROOT = Path(__file__).parents[2]
 
 
 def demo(*overrides: str) -> PipelineConfig:

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tests.chaos.invariants import orphans
+from tests.fixtures.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 WAIT_SECONDS = 60  # pyspark's own retries take ten minutes
 COMMANDS: dict[str, Sequence[str]] = {
     "etl": ("-m", "etl", "all", "--config", "etl/demo"),

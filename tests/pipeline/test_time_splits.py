@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -17,7 +16,8 @@ import yaml
 from etl.__main__ import main as etl
 from etl.pipeline.report import make_report
 from etl.settings import load
-from tests.trainer.folders import write_model
+from tests.fixtures.folders import write_model
+from tests.fixtures.places import ROOT
 from trainer.__main__ import main as trainer
 from trainer.config import EvaluateConfig, EvaluationConfig, PretrainConfig, PromoteConfig
 from trainer.data.catalogue import read_catalogue
@@ -32,7 +32,6 @@ from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.pretrain import run as pretrain
 from trainer.registry.gate_evidence import VERSION, GateEvidence
 
-ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 START = dt.datetime(2024, 1, 1)
 DATES = {"train_until": "2024-03-01", "validate_until": "2024-03-15", "test_until": "2024-04-01"}
