@@ -17,7 +17,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 	bench-growth bench-demo check format clean clean-all
 
 help:  ## this list
-	@echo "graftrec: recommenders whose knowledge transfers between domains. Needs Python 3.11+ and Java 17+."
+	@echo "graftrec: recommenders whose knowledge transfers between domains. Needs Python 3.11+; the tests Java 17+."
 	@echo
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
@@ -39,7 +39,6 @@ pipeline: $(BIN)/.installed  ## the same on your own log: make pipeline CONFIG=p
 	@$(BIN)/python mlflow_projects/pipeline.py --config "$(CONFIG)" $(ARGS)
 
 PRESET ?= cpu
-PAGE_MODE := choose \"Model training\" at the top left once, the browser remembers it
 
 table2:  ## the survey's experiment: make table2 DATA=folder/of/ratings.dat [PRESET=paper]; hours
 both:  ## what reading both domains gains: make both DATA=…
@@ -58,7 +57,7 @@ models: $(BIN)/.installed  ## each model by each transfer, on a generated log, o
 	@$(BIN)/python mlflow_projects/experiment.py --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)
 
 page: $(BIN)/.installed  ## the MLflow page on http://127.0.0.1:5000 (PORT=…)
-	@echo "Open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning ($(PAGE_MODE))"
+	@echo "Open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
 	@exec $(BIN)/python -m trainer.page --port $(PORT)
 
 test: $(BIN)/.dev  ## the default tests

@@ -1,4 +1,4 @@
-"""``python -m etl all|<job>|report|migrate --config NAME [--section.key value …]``, ``python -m etl guess FOLDER``.
+"""``python -m etl all|<job>|report --config NAME [--section.key value …]``, ``python -m etl guess FOLDER``.
 
 Exit codes: 0 done, or unchanged; 2 a mistake to mend (one line says which); 5 another process wrote the same table:
 run again; 143 stopped by a signal: the same command continues.
@@ -29,7 +29,6 @@ JOBS = (
     tables.BASKETS,
     tables.NEGATIVES,
 )
-_OF_LAKES = ("report", "migrate")  # commands that need to know a lake alone
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "Raw logs to Delta tables. Commands:\n"
             "  all     every table that is out of date, then a release of them\n"
             "  report  what the newest release holds; --lake FOLDER is enough\n"
-            "  migrate  an older lake to this version's tables, in place; --lake FOLDER is enough\n"
             "  guess   print a configuration for the log in a folder: guess FOLDER > my.yaml\n"
+            "  migrate  an older lake to this version's tables, in place; --lake FOLDER is enough\n"
             f"  a job   one table: {jobs}\n\n{configurations('etl')}"
         ),
         settings=EtlConfig,
@@ -60,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _guess(known.folder)
         elif known.folder is not None:
             parser.error(f"expected --section.key value, found {known.folder!r}; give every setting its name")
-        elif known.command in _OF_LAKES and known.config is None:
-            _of_lake(known.command, _lake(known.command, overrides), known.page)
+        elif known.command in ("report", "migrate") and known.config is None:
+            _with_lake(known.command, _lake(known.command, overrides), known.page)
         elif known.config is None:
             parser.error("expected --config, which says where the log is and what its tables hold, found none")
         else:
@@ -102,6 +101,14 @@ def _migrate(lake: str) -> None:
     migrate(lake)
 
 
+def _with_lake(command: str, lake: str, page: str | None) -> None:
+    """The commands that need nothing but a lake."""
+    if command == "migrate":
+        _migrate(lake)
+    else:
+        _report(lake, page)
+
+
 def _guess(folder: str) -> None:
     from etl.guess.configuration import configuration
     from etl.guess.survey import survey
@@ -109,16 +116,9 @@ def _guess(folder: str) -> None:
     print(configuration(survey(folder), folder), end="", flush=True)
 
 
-def _of_lake(command: str, lake: str, page: str | None) -> None:
-    if command == "report":
-        _report(lake, page)
-    else:
-        _migrate(lake)
-
-
 def _run(command: str, config: EtlConfig, page: str | None) -> None:
-    if command in _OF_LAKES:
-        _of_lake(command, config.lake, page)
+    if command in ("report", "migrate"):
+        _with_lake(command, config.lake, page)
         return
     from etl.jobs.job import RunContext
     from etl.pipeline.run import run_all, run_one

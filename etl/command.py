@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 
 from etl.redaction import one_line, redact, redacted_output
 from etl.settings import GraftrecError, Section, conf_root, sections_of
-from etl.stopping import STOPPED, interruptible
+from etl.stopping import STOPPED, interruptible, is_stopped
 
 NAME_WIDTH = 34
 HELP_WIDTH = 100
@@ -68,6 +68,7 @@ def run_command(name: str, work: Callable[[], int]) -> int:
 
 
 def _run_command(name: str, work: Callable[[], int]) -> int:
+    stopped = "stopped; run the same command to continue"
     try:
         with interruptible():
             return work()
@@ -80,9 +81,9 @@ def _run_command(name: str, work: Callable[[], int]) -> int:
         )
         code = GraftrecError.exit_code
     except KeyboardInterrupt:
-        message, code = "stopped; run the same command to continue", STOPPED
+        message, code = stopped, STOPPED
     except Exception as error:
-        if not is_full(error):
+        if not is_full(error) and not is_stopped():
             traceback.print_exc()
             return 1
         message = (
@@ -90,6 +91,8 @@ def _run_command(name: str, work: Callable[[], int]) -> int:
             "the limit on file sizes, and run the same command again: it goes on from what is there"
         )
         code = GraftrecError.exit_code
+    if is_stopped():
+        message, code = stopped, STOPPED
     print(f"{name}: {message}", file=sys.stderr)
     return code
 

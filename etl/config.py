@@ -1,13 +1,15 @@
 """Settings of the ETL, as frozen types."""
 
 import shlex
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
 from etl.file_config import EdgesFileConfig, EventsFileConfig, FileConfig, ItemsFileConfig, UsersFileConfig
 from etl.redaction import remember
-from etl.settings import FileName, Place, Section, named, overridden, setting_words
+from etl.settings import ConfigError, FileName, Place, Section, named, overridden, setting_words
 
 
 class SparkConfig(Section):
@@ -228,6 +230,18 @@ class EtlConfig(Section):
     spark: SparkConfig = SparkConfig()
     buckets: int = Field(4, ge=1)  # of users; fixed when the lake is made
     wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
+
+
+def check_root(source: SourceConfig, setting: str = "source.root") -> None:
+    """Raises ConfigError where a log's local `root` is no folder, before an engine starts, a lake is made or a run is
+    recorded. `setting`: its name, as the user gives it."""
+    if isinstance(source, GeneratorSource):
+        return
+    if isinstance(source, LogSource) and (source.events.format == "table" or source.events.path.startswith("/")):
+        return  # the root is not read
+    folder = unquote(source.root.removeprefix("file://")) if source.root.startswith("file://") else source.root
+    if "://" not in folder and not Path(folder).expanduser().is_dir():
+        raise ConfigError(f"{setting}: expected the folder of the log, found none at {source.root}; mend it")
 
 
 def etl_command(lake: str, job: str = "all") -> str:

@@ -9,6 +9,7 @@ import atexit
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from etl.config import SparkConfig
 from etl.plain_path import plain_path
 from etl.redaction import redact
 from etl.settings import ConfigError, GraftrecError
+from etl.stopping import is_stopped
 
 if TYPE_CHECKING:
     from pyspark import SparkConf, SparkContext
@@ -280,14 +282,18 @@ def _context(conf: "SparkConf") -> "SparkContext":
         return SparkContext.getOrCreate(conf)
     reader, writer = os.pipe()
     threading.Thread(target=_filter, args=(os.fdopen(reader, errors="replace"),), daemon=True).start()
+    interrupt = signal.getsignal(signal.SIGINT)
     try:
         gateway = launch_gateway(conf, popen_kwargs={"stderr": writer})
     finally:
         os.close(writer)
-    return SparkContext(conf=conf, gateway=gateway)
+    context = SparkContext(conf=conf, gateway=gateway)
+    if threading.current_thread() is threading.main_thread() and interrupt is not None:
+        signal.signal(signal.SIGINT, interrupt)  # pyspark's own calls the JVM, maybe amid another call
+    return context
 
 
 def _filter(lines: IO[str]) -> None:
     for line in lines:
-        if not _NOISE.search(line):
+        if not _NOISE.search(line) and not is_stopped():
             print(redact(line), end="", file=sys.__stderr__, flush=True)

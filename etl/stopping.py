@@ -1,6 +1,7 @@
 """How the process of a command is stopped by SIGINT or SIGTERM, and how it ends.
 
 While it imports, a signal ends it at once; during the work, a signal raises KeyboardInterrupt; both end with STOPPED.
+Libraries may turn the interrupt into an error of their own: `is_stopped` says that a signal was the cause.
 This module imports nothing slow: a command calls `begin` before its other imports.
 """
 
@@ -17,6 +18,7 @@ from typing import NoReturn
 STOPPED = 143  # exit code of what a signal ended, SIGINT too
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _code: int | None = None  # of the command that has ended
+_signalled = False
 
 
 def begin() -> None:
@@ -42,6 +44,11 @@ def interruptible() -> Iterator[None]:
     finally:
         for number in mine:
             signal.signal(number, before[number])
+
+
+def is_stopped() -> bool:
+    """Whether a signal has interrupted the work: what fails after it fails because of it."""
+    return _signalled
 
 
 def leave(code: int) -> NoReturn:
@@ -70,5 +77,11 @@ def _stop_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    threading.excepthook = lambda failure: None  # threads fail because all is being stopped
+    global _signalled
+    _signalled = True
+    # Threads, destructors and calls to engines fail because all is being stopped.
+    threading.excepthook = lambda failure: None
+    sys.unraisablehook = lambda failure: None
+    if logging := sys.modules.get("logging"):
+        logging.disable()
     raise KeyboardInterrupt

@@ -6,6 +6,12 @@ The first `words` columns are words and stand left, the others are numbers and s
 from collections.abc import Sequence
 
 
+def with_sign(value: float, decimals: int) -> str:
+    """A difference: +0.12, -0.12, and without a sign if it rounds to zero."""
+    text = f"{value:+.{decimals}f}"
+    return text if text.strip("+-0.") else text[1:]
+
+
 def aligned(rows: Sequence[Sequence[str]], *, words: int = 1, gap: int = 2, rule: bool = False) -> list[str]:
     """Lines of a table whose first row is its head; an empty row is an empty line. `rule`: a line below the head."""
     columns = max(map(len, rows))

@@ -1,4 +1,4 @@
-"""Shared by all tests: one Spark session."""
+"""Shared by all tests: one Spark session, one tiny lake."""
 
 from collections.abc import Iterator
 
@@ -17,3 +17,11 @@ def spark() -> Iterator[SparkSession]:
     session = spark_session(config, name="tests")
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_lake(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A lake of 60 users and 40 items in two domains, read only; `build_tiny_lake` makes others."""
+    from tests.fixtures.lakes import build_tiny_lake  # imports torch, which tests of ETL don't need
+
+    return build_tiny_lake(tmp_path_factory.mktemp("tiny") / "lake")

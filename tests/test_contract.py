@@ -19,10 +19,10 @@ import yaml
 import etl.config
 import trainer.config
 from etl.settings import ConfigError, Section, load, replaced
+from tests.fixtures.places import ROOT
 from trainer.experiment.plan import ExperimentConfig
 from trainer.recipes.pipeline_plan import PipelineConfig
 
-ROOT = Path(__file__).parent.parent
 # In the order of imports: a room imports itself and rooms above it only.
 ROOMS = (
     "etl.stopping",
@@ -156,30 +156,23 @@ def test_etl_imports_nothing_of_trainer_nor_torch(path: Path) -> None:
         assert not of(imports(path), package)
 
 
+def test_no_test_file_imports_another() -> None:
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for name in imports(path):
+            parts = name.split(".")
+            assert not any(part.startswith("test_") for part in parts), f"{path}: {name} belongs in tests/fixtures"
+            shared = parts[0] != "tests" or parts[1:2] in ([], ["fixtures"], ["benchmarks"], ["chaos"])
+            assert shared, f"{path}: {name} belongs in tests/fixtures"
+
+
 def test_only_tracking_imports_mlflow() -> None:
     users = {room_of(name_of(path)) for path in ALL if of(imports(path), "mlflow")}
     assert users == {"trainer.tracking"}
 
 
-# Where a task's kind still decides something outside `trainer.tasks`: histories of baskets are another table, another
-# request and another ranking. The counts may only fall.
-READS_BASKETS = {
-    "trainer.evaluation.evaluator": 1,
-    "trainer.evaluation.gate": 1,
-    "trainer.evaluation.item_prediction": 4,
-    "trainer.evaluation.scorers": 3,
-    "trainer.inference.model_folder": 1,
-    "trainer.inference.recommender": 2,
-    "trainer.recipes.pretrain": 1,
-    "trainer.recipes.recommend": 3,
-    "trainer.registry.gate_evidence": 1,
-    "trainer.registry.versions": 1,
-}
-
-
 @pytest.mark.parametrize("path", modules("trainer"), ids=name_of)
 def test_no_file_asks_which_task_it_is(path: Path) -> None:
-    """A task says what it reads, how it is scored, and by which evaluators it is judged."""
+    """A task's `needs` say what it reads; its evaluators, how it is scored and compared."""
     if name_of(path).startswith(("trainer.tasks", "trainer.config.task")):
         return
     text = path.read_text(encoding="utf-8")
@@ -188,7 +181,32 @@ def test_no_file_asks_which_task_it_is(path: Path) -> None:
     assert len(kinds) == 9
     assert re.findall(rf"isinstance\([^()]*\b(?:{named})(?:Config)?\b|case (?:{named})(?:Config)?\(", text) == []
     assert re.findall(r"task\.kind (?:==|!=|in|not in) *[\"'({[]|match [\w.]*task\b", text) == []
-    assert text.count(".reads_baskets") <= READS_BASKETS.get(name_of(path), 0)
+    for form in ASKED_OTHERWISE:
+        assert re.findall(form, text) == []
+
+
+_TABLE = r"(?:(?:tables\.)?(?:BASKETS|SEQUENCES)(?:\.name)?|[\"'](?:baskets|sequences)[\"'])"
+ASKED_OTHERWISE = (  # by its table, by its evaluators, or by a flag that only tasks of one kind set
+    rf"(?:==|!=|\bis|\bin|\bmatch|\bcase)\s+\(?{_TABLE}|{_TABLE}\s*(?:==|!=)",
+    r"\bevaluators(?:\[0\])?\s*(?:==|!=)\s*[\"'(]|[\"']\s+(?:not\s+)?in\s+[\w.]*evaluators\b",
+    r"\breads_baskets\b|\b(?:if|elif|and|or|not)\s+\w[\w.]*\.baskets\b(?!\s+is)",
+)
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        "if config.task.needs.table == tables.BASKETS.name:",
+        'read = one if task.needs.table == "baskets" else other',
+        "match task.needs.table:\n    case tables.BASKETS.name:",
+        "if source.baskets:",
+        "names if task.reads_baskets else others",
+        'if "items" in task.evaluators:',
+        'if task.evaluators[0] == "clicks":',
+    ],
+)
+def test_a_branch_on_a_tasks_kind_is_seen_in_any_form(branch: str) -> None:
+    assert any(re.search(form, branch) for form in ASKED_OTHERWISE)
 
 
 def issubclass_of_task(name: str) -> bool:

@@ -17,10 +17,10 @@ import pytest
 
 from etl.config import EtlConfig
 from etl.settings import load
+from tests.fixtures.places import ROOT
 from trainer.config import FinetuneConfig
 from trainer.recipes.pipeline_plan import PipelineConfig
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = ("etl", "infra", "mlflow_projects", "tests", "trainer")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 

@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
+from etl.text_table import with_sign
+
 FloatArray = npt.NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -148,7 +150,7 @@ def transfer_gains(
     axes = figure.subplots()
     for row, gain in enumerate(rows):
         _interval(axes, gain, row, colour=_gain_colour(gain), size=9)
-        text = f"{gain.gain:+.3f}" + (f"  ({gain.note})" if gain.note else "")
+        text = with_sign(gain.gain, 3) + (f"  ({gain.note})" if gain.note else "")
         axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=11, color=INK)
     axes.axvline(0, color=INK, linewidth=1)
     _plain(axes, "", grid="x")
@@ -316,7 +318,7 @@ def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10"
     for axes, (name, gains), own in zip(rows, panels.items(), labels, strict=False):
         for place, gain in enumerate(gains):
             _interval(axes, gain, place, colour=_gain_colour(gain), size=6)
-            text = gain.note or f"{gain.gain:+.2f}"
+            text = gain.note or with_sign(gain.gain, 2)
             axes.annotate(
                 text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=SMALL, color=INK
             )

@@ -130,7 +130,8 @@ def _no_rating(sample: Sample) -> str | None:
     numbers = sorted({float(cell.replace(",", ".")) for cell in cells if is_numeric([cell])})
     if len(numbers) < 3 or numbers[-1] < 90 or numbers[-1] < 4 * abs(numbers[-2]):
         return None
-    return next(str(cell) for cell in cells if is_numeric([cell]) and float(cell.replace(",", ".")) == numbers[-1])
+    found: str = next(cell for cell in cells if is_numeric([cell]) and float(cell.replace(",", ".")) == numbers[-1])
+    return found
 
 
 def _id_of(lines: list[Line]) -> Column:

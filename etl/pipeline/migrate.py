@@ -154,8 +154,8 @@ def _rewritten_file(lake: str, table: Table, file: DataFile) -> str:
 
 def _commit(lake: str, table: Table, files: list[DataFile], app: str, metadata: Mapping[str, str]) -> int:
     """The rows that replace the table's."""
-    commit = Commit(mode="overwrite", app=app, app_version=FORMAT, metadata=metadata)
-    return commit_files(lake, table, files, commit).rows
+    done = Commit(mode="overwrite", app=app, app_version=FORMAT, metadata=metadata)
+    return commit_files(lake, table, files, done).rows
 
 
 def _set_format(lake: str, table: Table) -> None:
@@ -224,5 +224,5 @@ def _written(lake: str, rows: pa.Table) -> list[DataFile]:
 def _commit_release(lake: str, rows: pa.Table, metadata: Mapping[str, str]) -> None:
     number = int(metadata["release"])
     files = _written(lake, rows)
-    commit = Commit(mode="overwrite", app="job/releases", app_version=number, metadata=metadata)
-    commit_files(lake, RELEASES, files, commit)
+    done = Commit(mode="overwrite", app="job/releases", app_version=number, metadata=metadata)
+    commit_files(lake, RELEASES, files, done)

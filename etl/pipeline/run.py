@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from pyspark.errors import PySparkException
 
+from etl.config import EtlConfig, check_root
 from etl.jobs import (
     baskets,
     domains,
@@ -25,7 +26,7 @@ from etl.lake import spark_io
 from etl.lake.snapshots import check_formats
 from etl.session import user_errors
 from etl.settings import ConfigError, GraftrecError
-from etl.tables import QUARANTINE, RELEASES
+from etl.tables import DOMAIN_ALL, QUARANTINE, RELEASES, SEQUENCES
 
 _MODULES = (interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives)
 JOBS: tuple[Job, ...] = tuple(module.JOB for module in _MODULES)
@@ -48,11 +49,37 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
 def run_all(engine: RunContext) -> int:
     """Run every job that is due, then release what they left. Gives the release's number. Raises LakeBusy."""
     config = engine.config
+    check_root(config.source)
     domains.check(config.domains)
     sequences.check(config)
     with spark_io.writing(config.lake, RELEASES, wait_seconds=config.wait_seconds):
         check_formats(config.lake)
+        if note := removed_sequences(config):
+            print(note, file=sys.stderr, flush=True)
         return _run_and_release(engine)
+
+
+def removed_sequences(config: EtlConfig) -> str:
+    """A warning that names the lake's splits and domains that this configuration lacks; "" where it lacks none."""
+    if spark_io.current_version(config.lake, SEQUENCES) is None:
+        return ""
+    kept = {
+        "split": {split.name for split in config.splits},
+        "domain": {DOMAIN_ALL, *(domain.name for domain in config.domains)},
+    }
+    files = spark_io.snapshot_files(config.lake, SEQUENCES)
+    removed = [
+        f"{name} {', '.join(gone)}"
+        for name, wanted in kept.items()
+        if (gone := sorted({str(file.partition[name]) for file in files} - wanted))
+    ]
+    if not removed:
+        return ""
+    return (
+        f"warning: the next release of {config.lake} lacks what this configuration does not name: "
+        f"{'; '.join(removed)}; models that read it need the release before. A pipeline adds splits of its own: run "
+        "the pipeline's command again to have them"
+    )
 
 
 def _run_and_release(engine: RunContext) -> int:
@@ -83,6 +110,8 @@ def run_one(engine: RunContext, name: str) -> None:
     if job is None:
         known = ", ".join(job.name for job in JOBS)
         raise ConfigError(f"expected all, report or a job ({known}), found {name!r}")
+    if not job.reads:
+        check_root(engine.config.source)
     with spark_io.writing(engine.config.lake, job.table, wait_seconds=engine.config.wait_seconds):
         check_formats(engine.config.lake)
         run_job(job, engine)

@@ -15,7 +15,7 @@ from tests.benchmarks.environments import PEERS, peers_table, pythons
 from tests.benchmarks.harness import Case, Numbers, Report, alternate
 from tests.benchmarks.movielens import movielens
 from tests.benchmarks.peers_train import ARCHITECTURE, ours
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.inference.scorer import ModelScorer, top_k
 
 K = 100
@@ -46,10 +46,10 @@ def score(*, lake: str, k: int) -> Numbers:
     made = ours(lake=lake, **ARCHITECTURE)
     read = made.loader.dataset.read_all()
     rows = made.catalogue.rows(read.items).astype(np.int64)
-    everyone = Histories(read.users, read.offsets, rows, np.empty(0, np.int64)).until(read.valid_start)
+    everyone = Events.of(read.users, read.offsets, rows, np.empty(0, np.int64)).until(read.valid_start)
     scorer = ModelScorer(made.training.model, made.training.task)
 
-    def answer(histories: Histories) -> int:
+    def answer(histories: Events) -> int:
         """Global index and score of each user's best; their number."""
         order = np.argsort(histories.lengths, kind="stable")
         found = np.empty((len(histories), k), np.int64), np.empty((len(histories), k), np.float32)

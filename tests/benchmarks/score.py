@@ -21,7 +21,7 @@ from tests.benchmarks.__main__ import Options
 from tests.benchmarks.harness import Case, Numbers, Report, alternate, median, run
 from tests.benchmarks.movielens import movielens
 from trainer.config import Bert4RecConfig, MaskedItemConfig
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.inference.scorer import ModelScorer, top_k
 from trainer.models import Bert4Rec, ModelSizes, build_model
 from trainer.tasks import build_task
@@ -113,7 +113,7 @@ def _resident(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def _best(scorer: ModelScorer, histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+def _best(scorer: ModelScorer, histories: Events) -> tuple[np.ndarray, np.ndarray]:
     """Rows and scores [U, K], users in batches of like lengths."""
     order = np.argsort(histories.lengths, kind="stable")
     rows, best = np.empty((len(order), K), np.int64), np.empty((len(order), K), np.float32)
@@ -125,7 +125,7 @@ def _best(scorer: ModelScorer, histories: Histories) -> tuple[np.ndarray, np.nda
 
 
 @torch.inference_mode()
-def _plain(model: Bert4Rec, histories: Histories) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _plain(model: Bert4Rec, histories: Events) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows [U, K], scores [U, K], and all scores [U, V] of the last batch's shape."""
     model.eval()
     table_VD = model.item_vectors()
@@ -165,7 +165,7 @@ def _plain_hidden(model: Bert4Rec, items_BT: Tensor, lengths_B: Tensor) -> Tenso
     return hidden_BTD
 
 
-def _asked(train: str) -> tuple[Histories, Bert4Rec]:
+def _asked(train: str) -> tuple[Events, Bert4Rec]:
     """USERS of the log, and a model of its catalogue."""
     table = pq.read_table(train, columns=["user", "item"])
     items = np.unique(table["item"].to_numpy(), return_inverse=True)[1]
@@ -174,9 +174,9 @@ def _asked(train: str) -> tuple[Histories, Bert4Rec]:
     return _histories(items + FIRST_INDEX, lengths).take(chosen), _model(int(items.max()) + 1 + FIRST_INDEX)
 
 
-def _histories(items: np.ndarray, lengths: np.ndarray) -> Histories:
+def _histories(items: np.ndarray, lengths: np.ndarray) -> Events:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Histories(np.arange(len(lengths)), offsets, items.astype(np.int64), np.empty(0, np.int64))
+    return Events.of(np.arange(len(lengths)), offsets, items.astype(np.int64), np.empty(0, np.int64))
 
 
 def _model(num_rows: int) -> Bert4Rec:

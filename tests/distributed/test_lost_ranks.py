@@ -3,10 +3,11 @@
 import json
 import signal
 import time
-from pathlib import Path
 
 import pytest
-from ranks import start_ranks
+
+from tests.fixtures.places import ROOT
+from tests.fixtures.ranks import start_ranks
 
 SETTINGS = {
     "model": {"width": 16, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4},
@@ -38,7 +39,7 @@ def said_by(process, seconds):
 @pytest.mark.parametrize("fast", [pytest.param(0, marks=[pytest.mark.slow, pytest.mark.ci]), 1])
 def test_ranks_save_together_though_one_clock_runs_fast(fast, tiny_lake, tmp_path):
     config = configured(tmp_path, tiny_lake, checkpoint_seconds=60)
-    script = str(Path(__file__).parent / "fast_clock.py")
+    script = str(ROOT / "tests/fixtures/fast_clock.py")
     ranks = start_ranks(tmp_path, script, str(fast), str(config))
     try:
         said = [said_by(rank, 90) for rank in ranks]

@@ -1,7 +1,8 @@
 """System metrics of all nodes come to the one run, though only its process has a way to the store."""
 
 from mlflow import MlflowClient
-from ranks import start_ranks
+
+from tests.fixtures.ranks import start_ranks
 
 SCRIPT = """
 import os, time

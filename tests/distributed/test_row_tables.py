@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.fixtures.places import ROOT
+
 SETTINGS = {
     "model": {"width": 16, "blocks": 1, "max_length": 24, "user_width": 4, "knowledge_width": 4, "dropout": 0.0},
     "task": {"kind": "masked_item", "loss": {"kind": "sampled", "num_negatives": 16}},
@@ -127,7 +129,7 @@ def test_each_process_grafts_its_rows_of_the_parents_tables(tiny_lake, tmp_path,
 @pytest.mark.slow
 def test_the_full_ranking_of_a_shared_out_table_takes_many_blocks(tmp_path):
     """Each process ranks users of its own against rows that all keep together, block by block."""
-    worker = Path(__file__).parent / "rank_in_blocks.py"
+    worker = ROOT / "tests/fixtures/rank_in_blocks.py"
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
         [sys.executable, *launcher, str(worker), str(tmp_path)],

@@ -15,10 +15,9 @@ from etl.__main__ import main as etl
 from etl.command import settings_help, type_text, value_text, version
 from etl.config import EtlConfig, SparkConfig
 from etl.settings import Section, load, replaced
+from tests.fixtures.places import ROOT
 from trainer.__main__ import RECIPES
 from trainer.__main__ import main as trainer
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 class Inner(Section):

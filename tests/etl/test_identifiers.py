@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etl.identifiers import raw_ids
-from tests.etl.local_rows import local_rows
+from tests.fixtures.local_rows import local_rows
 
 NULLS = {"", "\\N", "NULL", "NA", "NaN", "None"}
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)

@@ -9,9 +9,8 @@ from etl import source_hash as sources
 from etl.jobs.job import job_code_version
 from etl.pipeline.run import JOBS
 from etl.source_hash import imported_sources, source_hash
+from tests.fixtures.places import ROOT
 from trainer.code_hash import WITHOUT_EFFECT, code_hash
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def edit(file: Path) -> None:
         ("trainer.recipes.pretrain", "models/cpu/chunks"),
         ("trainer.recipes.finetune", "models/adapters"),
         ("trainer.recipes.evaluate", "evaluation/ranking_metrics"),
-        ("trainer.recipes.recommend", "data/histories"),
+        ("trainer.recipes.recommend", "data/events"),
         ("trainer.recipes.recommend", "data/baskets"),
         ("trainer.evaluation.scorers", "evaluation/baselines/sequences"),
         ("trainer.evaluation.scorers", "tasks/user_vector"),

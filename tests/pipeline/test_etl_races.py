@@ -12,8 +12,8 @@ import yaml
 
 from etl.config import EtlConfig
 from etl.pipeline.run import JOBS
+from tests.fixtures.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 DAYS = {"a": range(8), "b": range(3, 14)}  # users of either log
 
 

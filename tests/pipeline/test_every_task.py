@@ -10,9 +10,9 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tests.trainer.lakes import build_tiny_lake
+from tests.fixtures.lakes import build_tiny_lake
+from tests.fixtures.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 TRAIN = {"batch_size": 16, "epochs": 2, "learning_rate": 0.01, "warmup_steps": 0, "min_epochs": 2}
 PEER = {"kind": "peterrec", "width": 16, "dilations": [1, 2], "max_length": 24}
 DUPN = {"kind": "dupn", "width": 16, "max_length": 24}
@@ -27,10 +27,10 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {  # model, task,
 # In a process of its own: the task of tests changes the configurations' types.
 SCRIPT = """
 import json, sys
-from tests import toy_task
+from tests.fixtures import toy_task
 from etl.settings import GraftrecError, load
 from trainer.recipes import pipeline, promote, search, training_jobs
-training_jobs._PRELOADED += ("tests.toy_task",)
+training_jobs._PRELOADED += ("tests.fixtures.toy_task",)
 pipeline.build_tables = lambda config: 1  # a lake that is there
 from trainer.config import SearchConfig
 from trainer.recipes.pipeline_plan import PipelineConfig

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from etl.settings import ConfigError
-from tests.trainer.folders import write_model
-from tests.trainer.lakes import build_tiny_lake
+from tests.fixtures.folders import write_model
+from tests.fixtures.lakes import build_tiny_lake
+from tests.fixtures.places import ROOT
 from trainer.config import FinetuneConfig
 from trainer.data.release import pin
 from trainer.evaluation.item_prediction import evaluate_scorers
@@ -31,7 +32,6 @@ from trainer.inference.model_folder import load_model
 from trainer.report import survey
 from trainer.report.hypotheses import from_scratch_of
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"width": 8, "max_length": 24, "user_width": 4, "knowledge_width": 4}
 TRAIN = {"epochs": 2, "min_epochs": 1, "batch_size": 16, "warmup_steps": 0, "checkpoint_seconds": 0}
 

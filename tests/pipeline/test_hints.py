@@ -48,7 +48,8 @@ def settings_of(message: str, monkeypatch: pytest.MonkeyPatch) -> RecommendConfi
 
 @pytest.mark.parametrize("champion", [None, "shop-target/2"])
 def test_a_pipelines_hint_runs_as_it_is_printed(champion: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(config: object) -> None:
+    def refuse(config: object, recommend: RecommendConfig) -> None:
+        assert recommend.spark.engine == "sail", "of the command that promote prints"
         raise promote.GateRefused("refused", Decision((SHORT,)), "my runs/it's a model", champion)
 
     monkeypatch.setattr(promote, "run", refuse)

@@ -17,7 +17,7 @@ from etl.__main__ import main
 from etl.lake import spark_io
 from etl.pipeline.report import rejected_rows
 from etl.tables import QUARANTINE
-from tests.etl.written_lakes import write_table
+from tests.fixtures.written_lakes import write_table
 
 HEADER = "user,items,time,value"
 GOOD = ["a,x,100,1", "a,y,101,1", "b,x,100,2", "b,y z,102,2", "c,z x,103,3"]

@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 from etl.__main__ import main
 from etl.pipeline.run import JOBS
 from etl.tables import TABLES
-from tests.old_lakes import in_format_1
+from tests.fixtures.old_lakes import in_format_1
 
 
 def _day(day: int, users: range) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from etl.__main__ import main as etl
+from tests.fixtures.places import ROOT
 from trainer.__main__ import main as trainer
 from trainer.experiment.run import main as experiment
 from trainer.recipes.pipeline import main as pipeline
 from trainer.report.report import main as report
 
-ROOT = Path(__file__).parent.parent.parent
 FILES = {
     "torn.yaml": b"a: [",
     "bytes.yaml": b"\xff\xfe\x00",
@@ -46,7 +46,7 @@ MISTAKES = [
     (["pipeline"], "required: --config"),
     (["pipeline", "--config", "pipeline/demo", "--trian.epochs", "3"], "unknown setting trian"),
     # no configuration, or one that can't be read
-    (["trainer", "pretrain", "--config", "nope"], "no configuration nope: .*the folders are etl, "),
+    (["trainer", "pretrain", "--config", "nope"], "no configuration nope: .*the folders are backtest, etl, "),
     (["trainer", "pretrain", "--config", "demo"], "did you mean .*pretrain/demo"),
     (["trainer", "pretrain", "--config", "pretrain/nope"], "one of conf/pretrain/: .*demo"),
     (["trainer", "pretrain", "--config", "{}"], "expected a YAML file, found a folder"),
@@ -87,7 +87,24 @@ MISTAKES = [
     ([*PRETRAIN, "--model", "3"], "model.kind: expected one of"),
     ([*ETL, "--source", "{{kind: log}}"], "source.events: expected a value, found none; set it in the file"),
     (["trainer", "search", "--config", "search/demo", "--space.train.x", "[1, 2]"], "space.train.low: expected"),
+    (
+        ["trainer", "promote", "--config", "promote/default", "--gate.metric", "NDGC@10"],
+        "gate.metric: expected a metric .*found 'NDGC@10'; did you mean NDCG@10\\?",
+    ),
+    (
+        ["trainer", "evaluate", "--config", "evaluate/default", "--metrics", "[MRR, single/NDGC@10]"],
+        "metrics: expected a metric .*did you mean single/NDCG@10\\?",
+    ),
     # folders and lakes
+    (["pipeline", "--config", "pipeline/ml1m", "--data", "{}/nowhere"], "--data \\(make: DATA\\): expected a folder"),
+    (
+        ["pipeline", "--config", "pipeline/ml1m", "--etl.source.root", "{}/nowhere", "--runs", "{}/runs"],
+        "etl.source.root: expected the folder of the log, found none at",
+    ),
+    (
+        ["etl", "all", "--config", "etl/ml100k", "--source.root", "{}/nowhere", "--lake", "{}/new"],
+        "source.root: expected",
+    ),
     ([*PRETRAIN, "--data.lake", "{}/nowhere"], "no table releases in the lake .*--lake .*nowhere`"),
     ([*PRETRAIN, "--data.lake", "{}/empty"], "no table releases in the lake"),
     ([*PRETRAIN, "--data.lake", "{}/other"], "expected a lake .*found thesis.tex"),

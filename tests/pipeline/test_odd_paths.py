@@ -13,10 +13,10 @@ from etl.config import EtlConfig
 from etl.plain_path import plain_path
 from etl.settings import ConfigError, load, texts
 from etl.sources.files import find_files
+from tests.fixtures.places import ROOT
 from trainer.config import PretrainConfig
 
 ODD = "o d é+&=,@()':[]{}#?%~ %20;!$"
-ROOT = Path(__file__).parents[2]
 
 
 def _run(folder: Path, *command: str) -> str:

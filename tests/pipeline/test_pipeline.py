@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 
 from etl.settings import ConfigError, GraftrecError, load, replaced
+from tests.fixtures.places import ROOT
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
 
 from trainer.config import FinetuneConfig, GateConfig
 from trainer.recipes import companion, pipeline, pipeline_plan
 from trainer.recipes.pipeline_plan import PipelineConfig, Trained
-
-ROOT = Path(__file__).parents[2]
 
 
 def demo(*overrides: str) -> PipelineConfig:
@@ -185,8 +184,9 @@ def test_without_domains_one_model_of_the_whole_log_is_trained() -> None:
     assert planned.joint_splits == {}
 
 
-def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scratch() -> None:
-    config = demo("--etl.domains", "[{name: music, any_of: [music]}]")
+@pytest.mark.parametrize("given", [(), ("--source", "music"), ("--source", "music", "--targets", "[music]")])
+def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scratch(given: Sequence[str]) -> None:
+    config = demo("--etl.domains", "[{name: music, any_of: [music]}]", *given)
     config, planned = pipeline_plan.plan(config)
     assert (planned.source, planned.targets, planned.transfers) == (None, ("music",), ("none",))
     examples = pipeline_plan.promote_config(config, "music", 1, trained(none=[0.1, 0.3]))
@@ -203,7 +203,7 @@ def test_of_one_domain_nothing_is_transferred_and_the_gate_asks_for_no_from_scra
         ),
         (lambda: shop("music", targets="[music, books]"), r"targets: expected domains other than 'books'"),
         (lambda: shop("music", targets="[books]"), r"targets: expected domains other than 'books', .*set source to"),
-        (lambda: demo("--etl.domains", "[{name: a}]", "--source", "a"), r"targets: expected domains other than 'a'"),
+        (lambda: demo("--etl.domains", "[{name: a}]", "--source", "b"), r"source: .*\(a, all\), found 'b'"),
         (lambda: demo("--targets", "[source]"), r"targets: expected domains other than 'source'"),
         (lambda: demo("--targets", "[Books]"), r"targets: .*source, target, all.* found Books"),
         (lambda: demo("--finetune.data.split", "last5"), r"finetune\.data\.split: .*last-5, .* found 'last5'"),

@@ -13,7 +13,8 @@ import polars as pl
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.fixtures.places import ROOT
+
 QUIET = ["--tracking.system_metrics", "false", "--tracking.close_seconds", "6"]
 
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tests.chaos.invariants import orphans
+from tests.fixtures.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 WAIT_SECONDS = 60  # pyspark's own retries take ten minutes
 COMMANDS: dict[str, Sequence[str]] = {
     "etl": ("-m", "etl", "all", "--config", "etl/demo"),
@@ -40,8 +40,8 @@ def _started(command: Sequence[str], folder: Path, *path: Path) -> "subprocess.P
     )
 
 
-def _configure(folder: Path, *, users: int) -> None:
-    """A log of these users, and settings that make its tables on Sail."""
+def _configure(folder: Path, *, users: int, engine: str = "sail") -> None:
+    """A log of these users, and settings that make its tables."""
     (folder / "events.csv").write_text(
         "user,item,ts\n" + "".join(f"u{n // 12},i{n % 12},{n}\n" for n in range(12 * users))
     )
@@ -52,7 +52,7 @@ def _configure(folder: Path, *, users: int) -> None:
             "events": {"path": "events.csv", "columns": {"user": "user", "item": "item", "time": "ts"}},
         },
         "kcore": {"min_user": 2, "min_item": 2},
-        "spark": {"engine": "sail", "shuffle_partitions": 2},
+        "spark": {"engine": engine, "shuffle_partitions": 2},
     }
     (folder / "etl.yaml").write_text(yaml.safe_dump(config))
 
@@ -67,10 +67,18 @@ def test_a_command_is_stopped_while_it_imports(command: str, number: signal.Sign
 
 
 @pytest.mark.parametrize(
-    ("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+    ("engine", "number", "to_group"),
+    [
+        ("sail", signal.SIGINT, True),
+        ("sail", signal.SIGINT, False),
+        ("sail", signal.SIGTERM, True),
+        ("sail", signal.SIGTERM, False),
+        ("spark", signal.SIGINT, True),
+        ("spark", signal.SIGTERM, False),
+    ],
 )
-def test_etl_on_sail_is_stopped_by_a_signal(number: signal.Signals, to_group: bool, tmp_path: Path) -> None:
-    _configure(tmp_path, users=7)
+def test_etl_is_stopped_by_a_signal(engine: str, number: signal.Signals, to_group: bool, tmp_path: Path) -> None:
+    _configure(tmp_path, users=7, engine=engine)
     running = _started(("-m", "etl", "all", "--config", "etl.yaml"), tmp_path)
     assert running.stdout is not None
     assert "[1/10]" in running.stdout.readline()
@@ -107,6 +115,34 @@ def work():
 
 stopping.leave(run_command("work", work))
 """
+
+
+_ENGINE_FAILS_AFTER_A_SIGNAL = """
+from etl import stopping
+stopping.begin()
+import logging, os, signal
+from etl.command import run_command
+
+class Row:
+    def __del__(self):
+        raise RuntimeError("no server")
+
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        row = Row()
+        del row
+        logging.error("Exception while sending command")
+        raise RuntimeError("connection refused")
+
+stopping.leave(run_command("work", work))
+"""
+
+
+def test_what_fails_after_a_signal_is_the_stop(tmp_path: Path) -> None:
+    _, errors = (stopped := _started(("-c", _ENGINE_FAILS_AFTER_A_SIGNAL), tmp_path)).communicate(timeout=WAIT_SECONDS)
+    assert (stopped.returncode, errors) == (143, "work: stopped; run the same command to continue\n")
 
 
 def test_a_command_ends_while_a_task_of_sail_still_runs(tmp_path: Path) -> None:

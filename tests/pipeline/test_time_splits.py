@@ -4,8 +4,8 @@ import datetime as dt
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -16,20 +16,22 @@ import yaml
 from etl.__main__ import main as etl
 from etl.pipeline.report import make_report
 from etl.settings import load
-from tests.trainer.folders import write_model
+from tests.fixtures.folders import write_model
+from tests.fixtures.places import ROOT
 from trainer.__main__ import main as trainer
-from trainer.config import EvaluateConfig, EvaluationConfig, PretrainConfig
+from trainer.config import EvaluateConfig, EvaluationConfig, PretrainConfig, PromoteConfig
 from trainer.data.catalogue import read_catalogue
 from trainer.data.held_out import read_held_out, without_repeats
 from trainer.data.release import pin
+from trainer.evaluation.gate import GateError
 from trainer.evaluation.item_ranking import ranks
 from trainer.evaluation.scorers import EvaluateError, model_scorer, read_evaluation_set
 from trainer.inference.model_folder import load_model
 from trainer.inference.scorer import Scores
 from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.pretrain import run as pretrain
+from trainer.registry.gate_evidence import VERSION, GateEvidence
 
-ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
 START = dt.datetime(2024, 1, 1)
 DATES = {"train_until": "2024-03-01", "validate_until": "2024-03-15", "test_until": "2024-04-01"}
@@ -198,6 +200,18 @@ def test_evaluation_names_what_is_new(lake, tmp_path):
     assert popularity["known users"] == pytest.approx(own.filter(pl.col("training_items") > 0)["NDCG@10"].mean())
 
 
+def test_the_gate_is_shown_the_users_of_the_same_days(lake, tmp_path):
+    model = load_model(write_model(tmp_path / "model", lake, domain="free", split="time"))
+    settings = {"gate": {"must_beat": []}, "runtime": {"progress": False}}
+    found = GateEvidence([(VERSION, model)], (), PromoteConfig.model_validate(settings), pin(lake, None))
+    given, whole = (_of_users(_until("free", DATES, part)) for part in ("validation", "test"))
+    held = [user for user, items in whole.items() if set(items[len(given.get(user, [])) :]) - set(given.get(user, []))]
+    assert found.num_users == len(found.evidence(None, PromoteConfig().gate).version_U) == len(held)
+    settings |= {"evaluation": {"repeats": True}, "gate": {"protocol": "uniform-100", "must_beat": []}}
+    with pytest.raises(GateError, match=r"gate.protocol: expected full .* found 'uniform-100'; set it to full"):
+        GateEvidence([(VERSION, model)], (), PromoteConfig.model_validate(settings), pin(lake, None))
+
+
 def test_training_validates_the_users_who_are_not_new(lake, tmp_path):
     data = {"lake": lake, "domain": "free", "split": "time"}
     trained = pretrain(load(PretrainConfig, _config(tmp_path, lake, data=data)))
@@ -221,6 +235,16 @@ def test_a_model_that_was_trained_on_later_days_is_refused(lake, tmp_path):
     for examples, split in ((early, "time"), (early, "last-5"), (late, "last-5")):
         with pytest.raises(EvaluateError, match="has not seen what it is asked"):
             model_scorer(models[split], examples)
+    for date, is_refused in (
+        (dt.datetime(2024, 2, 1, tzinfo=dt.UTC), True),
+        (dt.datetime(2024, 4, 1, tzinfo=dt.UTC), False),
+    ):
+        moved = replace(late, release=replace(release, number=2, by_time={"time": date}))  # the same name, other dates
+        if is_refused:
+            with pytest.raises(EvaluateError, match=r"trained until 2024-02-01, .* found .*, trained until 2024-03-01"):
+                model_scorer(models["time"], moved)
+        else:
+            model_scorer(models["time"], moved)
 
 
 TINY = {

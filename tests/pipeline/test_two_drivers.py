@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.fixtures.places import ROOT
+
 SCRIPTS = ROOT / "mlflow_projects"
 # Holds the folder as a driver does, in place of all that a driver computes there.
 _HOLDS = """

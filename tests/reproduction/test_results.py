@@ -14,10 +14,10 @@ import pytest
 
 from etl.config import MovielensSource
 from etl.settings import load
+from tests.fixtures.places import ROOT
 from trainer.experiment.plan import ExperimentConfig
 from trainer.report import report
 
-ROOT = Path(__file__).parents[2]
 KEPT = sorted((Path(__file__).parent / "results").glob("*.json"))
 DATA = os.environ.get("GRAFTREC_DATA")
 

@@ -6,6 +6,8 @@ from pydantic import Field, field_validator
 
 from etl.settings import Place, Section
 
+READS_ALL = "all-domains"  # label of a model that reads every domain, predicts one, and has no parent
+
 
 def each_once(names: tuple[str, ...], what: str) -> tuple[str, ...]:
     if len(set(names)) < len(names):

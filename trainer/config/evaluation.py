@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from etl.config import SparkConfig
 from etl.settings import FileName, Place, Section
 from trainer.config.data import each_once
+from trainer.config.metrics import known_metric
 from trainer.config.training import EvaluationConfig, RuntimeConfig, TrackingConfig
 
 
@@ -52,6 +53,11 @@ class EvaluateConfig(Section):
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(known_metric, names))
+
 
 class GateConfig(Section):
     """What a model version must show before the alias moves to it. Margins are shares of a mean."""
@@ -77,6 +83,11 @@ class GateConfig(Section):
         if isinstance(given, dict) and "above" in given:
             raise ValueError("above is now must_beat; rename it (`best` is the simple baseline with the highest mean)")
         return given
+
+    @field_validator("metric")
+    @classmethod
+    def _metric_is_known(cls, name: str) -> str:
+        return known_metric(name)
 
     @field_validator("must_beat")
     @classmethod

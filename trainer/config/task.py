@@ -1,5 +1,6 @@
 """Settings of training objectives. Each says what others must know of it, so that nobody asks which task it is."""
 
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -28,19 +29,24 @@ class LossConfig(Section):
         return self
 
 
+@dataclass(frozen=True)
+class DataNeeds:
+    """What a task reads; other rooms ask this, and never which task it is."""
+
+    table: str = SEQUENCES.name
+    request: Literal["items", "baskets"] = "items"  # what holds the history in a request
+    separators: bool = False  # whether it reads a SEP behind each basket
+    repeats: bool = False  # whether what a user has had may be predicted again
+
+
 class TaskSettings(Section):
     """What every task says of itself; a task overrides what differs."""
 
     kind: str
-    table: ClassVar[str] = SEQUENCES.name  # that it reads
+    needs: ClassVar[DataNeeds] = DataNeeds()
     reads_event_types: ClassVar[bool] = False  # whether a model may read the events' types
     reads_all_ranks: ClassVar[bool] = False  # whether a step reads the users of other ranks
     networks: ClassVar[tuple[str, ...]] = ()  # kinds of model that it can train; (): all
-
-    @property
-    def reads_baskets(self) -> bool:
-        """Whether histories are of baskets."""
-        return self.table == BASKETS.name
 
     @property
     def evaluators(self) -> tuple[str, ...]:
@@ -53,9 +59,14 @@ class TaskSettings(Section):
         return True
 
     @property
+    def ranks_items(self) -> bool:
+        """Whether its models are evaluated by how they rank items."""
+        return self.scores_items
+
+    @property
     def predicts_other_domains(self) -> bool:
         """Whether its models may read one domain and predict another's items."""
-        return self.evaluators == ("items",) and not self.reads_baskets
+        return self.evaluators == ("items",)
 
     @property
     def predicts(self) -> str:
@@ -183,8 +194,12 @@ class ProfileConfig(TaskSettings):
 class BasketTaskSettings(TaskSettings):
     """A task that reads baskets."""
 
-    table: ClassVar[str] = BASKETS.name
+    needs: ClassVar[DataNeeds] = DataNeeds(BASKETS.name, "baskets", separators=True, repeats=True)
     networks: ClassVar[tuple[str, ...]] = ("bert4rec", "peterrec")  # that read whole sequences
+
+    @property
+    def evaluators(self) -> tuple[str, ...]:
+        return ("baskets",)
 
     def check_data(self, data: DataConfig) -> None:
         _same_domain(self, data)
@@ -301,6 +316,10 @@ class ClickConfig(TaskSettings):
     @property
     def evaluators(self) -> tuple[str, ...]:
         return ("clicks",)
+
+    @property
+    def ranks_items(self) -> bool:
+        return False
 
     @property
     def predicts(self) -> str:

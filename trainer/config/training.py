@@ -70,8 +70,8 @@ class EvaluationConfig(Section):
     batch_size: int = Field(256, ge=1)
     max_users: int | None = Field(None, ge=2)  # about so many, the same for every model; None: all
 
-    def ranks_repeats(self, *, baskets: bool) -> bool:
-        return baskets if self.repeats is None else self.repeats
+    def ranks_repeats(self, by_default: bool) -> bool:
+        return by_default if self.repeats is None else self.repeats
 
 
 class PretrainConfig(Section):
@@ -86,6 +86,11 @@ class PretrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def ranks_repeats(self) -> bool:
+        """Whether what a user has had is a candidate too."""
+        return self.evaluation.ranks_repeats(self.task.needs.repeats)
 
     @model_validator(mode="after")
     def _rows_are_few(self) -> "PretrainConfig":

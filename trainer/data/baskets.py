@@ -1,5 +1,7 @@
 """Baskets read as sequences: a user's baskets one behind the other, a SEP behind each."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -8,6 +10,7 @@ from etl import tables
 from etl.config import etl_command
 from etl.tables import SEP
 from trainer.arrays import Int32Array, IntArray
+from trainer.data.events import Column
 from trainer.data.release import DataError, Release, TableFile, blamed, known_sequences, open_parquet
 from trainer.data.sequences import SequenceDataset, Sequences
 
@@ -16,10 +19,18 @@ class BasketDataset(SequenceDataset):
     """The baskets of one split and domain, each user a sequence; its parts are those of the baskets.
 
     A group is a data file, that is, a bucket's users or a part of them: a user's baskets lie in one file, but maybe in
-    several row groups of it. Raises DataError where there are none, and for a file that can't be read.
+    several row groups of it. They have no values and no event types, whichever are requested. Raises DataError where
+    there are none, and for a file that can't be read.
     """
 
-    def __init__(self, release: Release, split: str, domain: str) -> None:
+    table = tables.BASKETS
+    held_out = "a basket"
+    advice = "give users of three baskets and more"
+    has_negatives = False  # they would be items that the user never had
+
+    def __init__(
+        self, release: Release, split: str, domain: str, *, values: bool = False, event_types: Sequence[str] = ()
+    ) -> None:
         self.release, self.split, self.domain = release, split, domain
         has_any = tables.BASKETS.name in release.versions
         self.files = release.files(tables.BASKETS, {"split": split, "domain": domain}) if has_any else []
@@ -67,8 +78,10 @@ def _joined(baskets: pa.Table) -> Sequences:
 
     trained, until_test, whole = (length(*tables.PARTS[: count + 1]) for count in range(len(tables.PARTS)))
     offsets = np.concatenate([[0], np.cumsum(whole)]).astype(np.int64)
-    times = np.repeat(baskets["time"].to_numpy(), size) if "time" in baskets.column_names else np.empty(0, np.int64)
-    return Sequences(user[first], offsets, items, times, trained, until_test, whole)
+    columns: dict[str, Column] = {"items": items}
+    if "time" in baskets.column_names:
+        columns["times"] = np.repeat(baskets["time"].to_numpy(), size)
+    return Sequences(user[first], offsets, columns, trained, until_test, whole)
 
 
 def separated(baskets: pa.ListArray) -> tuple[Int32Array, IntArray]:
@@ -79,3 +92,13 @@ def separated(baskets: pa.ListArray) -> tuple[Int32Array, IntArray]:
     is_item[np.cumsum(size) - 1] = False
     items[is_item] = baskets.flatten().to_numpy()
     return items, size
+
+
+DATASETS = {dataset.table.name: dataset for dataset in (SequenceDataset, BasketDataset)}
+
+
+def open_dataset(
+    table: str, release: Release, split: str, domain: str, *, values: bool = False, event_types: Sequence[str] = ()
+) -> SequenceDataset:
+    """What a task's `needs.table` has of a split and domain. Raises DataError."""
+    return DATASETS[table](release, split, domain, values=values, event_types=event_types)

@@ -5,7 +5,7 @@ the interpreter's lock, so that threads do what worker processes would, without 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -14,42 +14,25 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from etl.tables import PAD
-from trainer.arrays import FloatArray, Int8Array, Int32Array, IntArray
+from trainer.arrays import Int32Array, IntArray
 from trainer.data.catalogue import Catalogue
-from trainer.data.sequences import SequenceDataset
+from trainer.data.sequences import SequenceDataset, Sequences
 
 READERS = 2  # threads: a core decodes some 100 M items a second, far more than a network trains on
-
-
-@dataclass(frozen=True)
-class Group:
-    """What training needs of one row group: sequences of U users one behind the other."""
-
-    users: IntArray  # [U]
-    lengths: IntArray  # [U] of whole sequences
-    trained: IntArray  # [U] of training parts
-    rows: Int32Array  # [sum of lengths] catalogue rows
-    values: FloatArray  # [sum of lengths], or empty where no one asks
-    event_types: Int8Array  # likewise
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in vars(self).values())
 
 
 @dataclass(frozen=True)
 class Block:
     """Some row groups' sequences, in the order of the block's batches: each batch is a slice of `users` and the like.
 
-    `windows_NT` [N, T] is a view of all sequences one behind the other: row n is the T catalogue rows from place n on.
+    `windows` holds a view [N, T] of each column of all sequences one behind the other: row n is the T events from place
+    n on, items as catalogue rows.
     """
 
     users: IntArray  # [U]
     trained: IntArray  # [U] of training parts
     firsts: IntArray  # [U] the place where each sequence begins
-    windows_NT: Int32Array
-    values_NT: FloatArray | None  # of the same places
-    event_types_NT: Int8Array | None
+    windows: Mapping[str, Any]
 
 
 class BlockReader:
@@ -61,7 +44,7 @@ class BlockReader:
     def __init__(self, dataset: SequenceDataset, catalogue: Catalogue, *, window: int, cache_bytes: int) -> None:
         self.dataset, self.catalogue, self.window, self.cache_bytes = dataset, catalogue, window, cache_bytes
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="loader")
-        self._cache: dict[int, Group] = {}
+        self._cache: dict[int, Sequences] = {}
         self._cached_bytes, self._lock = 0, threading.Lock()
 
     def read(self, blocks: Sequence[IntArray], order_of: Callable[[int, int], IntArray]) -> Iterator[tuple[int, Block]]:
@@ -72,7 +55,7 @@ class BlockReader:
         """
         # Used in turn, so that no epoch asks the system for new memory, and touches every page of it, at each block.
         buffers = [np.empty(0, np.int32), np.empty(0, np.int32)]
-        ahead: list[tuple[list[Future[Group]], Future[Block]]] = []
+        ahead: list[tuple[list[Future[Sequences]], Future[Block]]] = []
 
         def begin(number: int) -> None:
             groups = [self._pool.submit(self._group, int(group)) for group in blocks[number]]
@@ -93,12 +76,11 @@ class BlockReader:
                 wait([group for group in groups if not group.cancel()])
                 wait([whole] if not whole.cancel() else [])
 
-    def _group(self, group: int) -> Group:
+    def _group(self, group: int) -> Sequences:
         if (cached := self._cache.get(group)) is not None:
             return cached
         read = self.dataset.read_group(group, held_out=False)
-        rows = self.catalogue.rows(read.items)
-        found = Group(read.users, np.diff(read.offsets), read.valid_start, rows, read.values, read.event_types)
+        found = read.with_columns(items=self.catalogue.rows(read.items))
         with self._lock:
             if self._cached_bytes + found.nbytes <= self.cache_bytes:
                 self._cache[group] = found
@@ -107,33 +89,32 @@ class BlockReader:
 
     def _block(
         self,
-        waiting: Sequence[Future[Group]],
+        waiting: Sequence[Future[Sequences]],
         buffers: list[Int32Array],
         number: int,
         order_of: Callable[[int, int], IntArray],
     ) -> Block:
         groups = [group.result() for group in waiting]
         users, lengths, trained = (
-            np.concatenate([getattr(group, name) for group in groups]) for name in ("users", "lengths", "trained")
+            np.concatenate([getattr(group, name) for group in groups]) for name in ("users", "lengths", "valid_start")
         )
         total = int(lengths.sum())
         needed = total + self.window  # behind the last sequence a window more, so that one may begin anywhere
         if len(buffers[number % 2]) < needed:
             buffers[number % 2] = np.empty(needed + needed // 8, np.int32)
         rows = buffers[number % 2][:needed]
-        np.concatenate([group.rows for group in groups], out=rows[:total])
+        np.concatenate([group.items for group in groups], out=rows[:total])
         rows[total:] = PAD
         order = order_of(number, len(trained))
 
         def windows(name: str) -> Any:
-            parts = [getattr(group, name) for group in groups]
+            parts = [group.columns[name] for group in groups]
             return sliding_window_view(np.concatenate([*parts, np.zeros(self.window, parts[0].dtype)]), self.window)
 
         return Block(
             users[order],
             trained[order],
             (np.cumsum(lengths) - lengths)[order],
-            sliding_window_view(rows, self.window),
-            windows("values") if self.dataset.values else None,
-            windows("event_types") if self.dataset.event_types else None,
+            {"items": sliding_window_view(rows, self.window)}
+            | {name: windows(name) for name in groups[0].columns if name != "items"},
         )

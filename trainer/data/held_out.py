@@ -17,11 +17,11 @@ from etl import tables
 from etl.settings import ConfigError
 from etl.tables import SEP, UNK
 from trainer.arrays import IntArray
-from trainer.data.baskets import BasketDataset
+from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.data.release import DataError, Release, TableFile, blamed, open_parquet
-from trainer.data.sequences import SequenceDataset, Sequences
+from trainer.data.sequences import SequenceDataset, Sequences, together
 
 Part = Literal["validation", "test"]
 
@@ -33,14 +33,14 @@ class HeldOut:
     """The examples, one a user: input, held-out items, and negatives by protocol. Users ascend."""
 
     users: IntArray  # [U] global index
-    histories: Histories  # the input, in rows
+    histories: Events  # the input, in rows
     targets: IntArray  # [U, R] rows, -1 padded
     negatives: dict[str, IntArray]  # protocol -> [U, N] rows, -1 padded
     protocols: tuple[str, ...]
     num_rows: int  # V
     training_items: IntArray  # [U] length of the training part
     first_time: IntArray  # [U] time of the first held-out item; empty where there are no times, or they were not read
-    baskets: bool = False  # histories have a SEP behind each
+    table: str = tables.SEQUENCES.name  # that they are of
     repeats: bool = False  # what is in the input is a candidate too, for it may be had again
     # [V] rows that the log has before the part ends, the only candidates of a split by time; None: all
     candidates: npt.NDArray[np.bool_] | None = None
@@ -78,7 +78,7 @@ def read_held_out(
     *,
     times: bool = False,
     max_users: int | None = None,
-    baskets: bool = False,
+    table: str = tables.SEQUENCES.name,
     repeats: bool = False,
     values: bool = False,
     event_types: Sequence[str] = (),
@@ -87,22 +87,19 @@ def read_held_out(
 
     Input at validation: the training part; at test: training part and validation items. `times`: read times too, which
     baselines over several domains need. `max_users`: only about so many users, the same ones for every model and run
-    (chosen by a hash of their index), so that memory is bounded whatever the table's size. `baskets`: the next basket
-    is held out, of the table `baskets`; ranked in full only. `repeats`: what the user has had is ranked too.
+    (chosen by a hash of their index), so that memory is bounded whatever the table's size. `table`: of `baskets` the
+    next basket is held out, which is ranked in full only. `repeats`: what the user has had is ranked too.
     `values`: the first held-out event's is read. `event_types`: kinds of event that are distinguished, in the
     input and of held-out events (see SequenceDataset).
     Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
     that the catalogue lacks (it must be of the same release and domain).
     """
-    if baskets and (drawn := [protocol for protocol in protocols if protocol != FULL]):
+    dataset = open_dataset(table, release, split, domain, values=values, event_types=event_types)
+    if not dataset.has_negatives and (drawn := [protocol for protocol in protocols if protocol != FULL]):
         raise ConfigError(
             f"evaluation.protocols: baskets are ranked in full only, for fixed negatives are never what a user has "
             f"had, found {', '.join(drawn)}; set it to [{FULL}]"
         )
-    if baskets:
-        dataset: SequenceDataset = BasketDataset(release, split, domain)
-    else:
-        dataset = SequenceDataset(release, split, domain, values=values, event_types=event_types)
     share = 1.0 if max_users is None else max_users / max(dataset.num_rows, 1)
 
     def holds_out(sequences: Sequences) -> npt.NDArray[np.bool_]:
@@ -112,13 +109,8 @@ def read_held_out(
     examples = read_users(dataset, holds_out, times=times)
     if examples is None:
         raise DataError(
-            f"no user of split {split!r} and domain {domain!r} holds out {'a basket' if baskets else 'items'} for "
-            f"{part} in release {release.number} of {release.lake}; "
-            + (
-                "give users of three baskets and more"
-                if baskets
-                else "shorten the split's hold-out, or give more interactions per user"
-            )
+            f"no user of split {split!r} and domain {domain!r} holds out {dataset.held_out} for {part} in release "
+            f"{release.number} of {release.lake}; {dataset.advice}"
         )
     start, stop = _bounds(examples, part)
     rows = catalogue.rows(examples.items).astype(np.int64)
@@ -135,7 +127,7 @@ def read_held_out(
     if len(examples.event_types):
         kinds = np.zeros(targets.shape, np.int8)
         kinds[owner[is_target], (position - start[owner])[is_target]] = examples.event_types[is_target]
-    histories = Histories(examples.users, examples.offsets, rows, examples.times, examples.event_types).until(start)
+    histories = examples.with_columns(items=rows).until(start)
     first = examples.offsets[:-1] + start
     return HeldOut(
         examples.users,
@@ -150,7 +142,7 @@ def read_held_out(
         len(catalogue),
         np.bincount(owner[(position < examples.valid_start[owner]) & (rows != SEP)], minlength=len(examples)),
         examples.times[first] if len(examples.times) else examples.times,
-        baskets,
+        table,
         repeats,
         _until(dataset, catalogue, part) if split in release.by_time else None,
         0,
@@ -198,6 +190,14 @@ def _bounds(sequences: Sequences, part: Part) -> tuple[IntArray, IntArray]:
     return sequences.test_start, sequences.end
 
 
+def num_evaluated(release: Release, split: str, domain: str, part: Part) -> int:
+    """Users of a domain that hold out items in `part`."""
+    wanted = {"split": split, "domain": domain}
+    bounds = release.read(tables.SEQUENCES, ["valid_start", "test_start", "end"], wanted)
+    first, last = ("valid_start", "test_start") if part == "validation" else ("test_start", "end")
+    return int(pc.sum(pc.less(bounds[first], bounds[last])).as_py() or 0)
+
+
 def read_users(
     dataset: SequenceDataset, wanted: Callable[[Sequences], npt.NDArray[np.bool_]], *, times: bool = False
 ) -> Sequences | None:
@@ -211,19 +211,8 @@ def read_users(
         kept.append(sequences.take(np.flatnonzero(wanted(sequences))))
     if not sum(map(len, kept)):
         return None
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(s.offsets) for s in kept]))])
-    together = Sequences(
-        np.concatenate([s.users for s in kept]),
-        offsets,
-        np.concatenate([s.items for s in kept]),
-        np.concatenate([s.times for s in kept]),
-        np.concatenate([s.valid_start for s in kept]),
-        np.concatenate([s.test_start for s in kept]),
-        np.concatenate([s.end for s in kept]),
-        np.concatenate([s.values for s in kept]),
-        np.concatenate([s.event_types for s in kept]),
-    )
-    return together.take(np.argsort(together.users, kind="stable"))
+    found = together(kept)
+    return found.take(np.argsort(found.users, kind="stable"))
 
 
 def sampled(users: IntArray, share: float) -> npt.NDArray[np.bool_]:

@@ -121,13 +121,10 @@ class Loader:
         mine = order.rank_slice(len(full), self.rank, self.world_size)
         width = max(int(lengths.max()), 1)
         begins = (block.firsts[batch] + starts)[mine]
-        values = event_types = None
-        if block.values_NT is not None:
-            values = torch.from_numpy(block.values_NT[:, :width][begins])
-        if block.event_types_NT is not None:
-            event_types = torch.from_numpy(block.event_types_NT[:, :width][begins]).long()
+        items_NT, names = block.windows["items"], block.windows.keys() - {"items"}
+        more = {name: torch.from_numpy(block.windows[name][:, :width][begins]) for name in names}
         return Batch(
-            self._padded(block.windows_NT, begins, lengths[mine], width),
+            self._padded(items_NT, begins, lengths[mine], width),
             torch.from_numpy(lengths[mine]),
             torch.from_numpy(users[mine]),
             len(full),
@@ -135,9 +132,9 @@ class Loader:
             (self.seed, self.epoch, self.step),
             int(lengths.sum()),
             torch.from_numpy(block.users[batch][mine]),
-            self._padded(block.windows_NT, block.firsts[batch] + starts, lengths, width) if self.everyone else None,
-            values,
-            event_types,
+            self._padded(items_NT, block.firsts[batch] + starts, lengths, width) if self.everyone else None,
+            more.get("values"),
+            more["event_types"].long() if "event_types" in more else None,
         )
 
     def _padded(self, windows_NT: Int32Array, starts: IntArray, lengths: IntArray, width: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """A pinned release of the lake: its tables, and their data files, checked and opened."""
 
+import datetime as dt
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ class Release:
     number: int
     versions: dict[str, int]
     digests: dict[str, str] = field(default_factory=dict)  # of tables' logs; none of releases of before
-    by_time: frozenset[str] = frozenset()  # the splits by time
+    by_time: Mapping[str, dt.datetime] = field(default_factory=dict)  # split by time -> until when it trains
 
     def files(self, table: Table, partitions: dict[str, str] | None = None) -> list[TableFile]:
         """Data files of a table's pinned version, sorted by path; only those of the partitions named. Their bytes are
@@ -165,7 +166,14 @@ def pin(lake: str, release: int | None) -> Release:
     digests = json.loads(commits[0].get("digests", "{}")) if commits else {}
     versions = {entry["table"]: entry["version"] for entry in known[number]["tables"]}
     splits = json.loads(known[number]["config"]).get("splits", ())
-    return Release(lake, number, versions, digests, frozenset(s["name"] for s in splits if s.get("train_until")))
+    by_time = {split["name"]: _date(split["train_until"]) for split in splits if split.get("train_until")}
+    return Release(lake, number, versions, digests, by_time)
+
+
+def _date(written: str) -> dt.datetime:
+    """As the ETL reads it: in UTC unless it gives an offset."""
+    date = dt.datetime.fromisoformat(written)
+    return date if date.tzinfo else date.replace(tzinfo=dt.UTC)
 
 
 def known_sequences(release: Release, table: Table) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 
 from etl import tables
 from etl.tables import FIRST_INDEX
-from trainer.arrays import FloatArray, Int8Array, Int32Array, IntArray
+from trainer.arrays import FloatArray, Int8Array, IntArray
 from trainer.data.catalogue import Catalogue
+from trainer.data.events import Events, joined
 from trainer.data.release import (
     FOOTERS,
     Damage,
@@ -29,56 +30,45 @@ from trainer.data.release import (
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Many users' sequences as flat arrays: row u's items are ``items[offsets[u]:offsets[u + 1]]`` (global indices).
+class Sequences(Events):
+    """Users' events of one split, by global index, and where its parts begin and end in each."""
 
-    Arrays that were not requested are empty.
-    """
-
-    users: IntArray  # [U] global user index
-    offsets: IntArray  # [U + 1]
-    items: Int32Array  # [sum of lengths]
-    times: IntArray  # [sum of lengths]
-    valid_start: IntArray  # [U]
-    test_start: IntArray  # [U]
-    end: IntArray  # [U]
-    values: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))  # [sum of lengths]; NaN: none
-    event_types: Int8Array = field(default_factory=lambda: np.empty(0, np.int8))  # [sum of lengths]; 0: none of them
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    @property
-    def owners(self) -> IntArray:
-        """[sum of lengths] row of each place."""
-        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
-
-    @property
-    def positions(self) -> IntArray:
-        """[sum of lengths] of each place within its sequence."""
-        return np.arange(len(self.items)) - self.offsets[self.owners]
+    valid_start: IntArray  # [B]
+    test_start: IntArray  # [B]; empty, as `end`, where what is held out was not read
+    end: IntArray  # [B]
 
     def history_end(self, part: str) -> IntArray:
         """Where the input ends when `part` is requested: training part for validation, training and validation for
         test."""
         return {"train": self.valid_start, "validation": self.valid_start, "test": self.test_start}[part]
 
+    @property
+    def nbytes(self) -> int:
+        bounds = (self.valid_start, self.test_start, self.end)
+        return sum(array.nbytes for array in (self.users, self.offsets, *bounds, *self.columns.values()))
+
     def take(self, rows: IntArray) -> "Sequences":
         """The sequences of some rows, in that order."""
-        starts, lengths = self.offsets[rows], np.diff(self.offsets)[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        flat = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Sequences(
-            self.users[rows],
-            offsets,
-            self.items[flat],
-            self.times[flat] if len(self.times) else self.times,
-            self.valid_start[rows],
-            self.test_start[rows],
-            self.end[rows],
-            self.values[flat] if len(self.values) else self.values,
-            self.event_types[flat] if len(self.event_types) else self.event_types,
-        )
+        taken = super().take(rows)
+        bounds = (self.valid_start[rows], self.test_start[rows], self.end[rows])
+        return Sequences(taken.users, taken.offsets, taken.columns, *bounds)
+
+
+def together(parts: Sequence[Sequences]) -> Sequences:
+    """Those of all parts, one behind the other."""
+    none = np.empty(0, np.int64)
+
+    def joined_users(name: str) -> IntArray:
+        return np.concatenate([none, *(getattr(part, name) for part in parts)])
+
+    lengths = np.concatenate([none, *(part.lengths for part in parts)])
+    names = dict.fromkeys(name for part in parts for name in ("items", *part.columns)) or {"items": None}
+    return Sequences(
+        joined_users("users"),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        {name: joined(parts, name) for name in names},
+        *(joined_users(name) for name in ("valid_start", "test_start", "end")),
+    )
 
 
 class SequenceDataset:
@@ -89,8 +79,12 @@ class SequenceDataset:
     Raises DataError where there are none, and for a file that is missing, damaged or not of the contract's schema.
     """
 
+    table = tables.SEQUENCES
     values = False
     event_types: Sequence[str] = ()
+    held_out = "items"  # by a user, in words
+    advice = "shorten the split's hold-out, or give more interactions per user"  # where nobody holds out anything
+    has_negatives = True  # fixed ones, of the table `negatives`
 
     def __init__(
         self, release: Release, split: str, domain: str, *, values: bool = False, event_types: Sequence[str] = ()
@@ -121,7 +115,7 @@ class SequenceDataset:
     def read(self, groups: Sequence[int], *, times: bool = False) -> Sequences:
         """Some row groups, in the order given. Raises DataError naming a file that can't be read."""
         parts = [self.read_group(group, times=times) for group in groups]
-        return parts[0] if len(parts) == 1 else _concatenated(parts)
+        return parts[0] if len(parts) == 1 else together(parts)
 
     def read_group(self, group: int, *, times: bool = False, held_out: bool = True) -> Sequences:
         """One row group. `held_out` False: without test_start and end. Raises DataError naming a file that can't be
@@ -188,16 +182,20 @@ def _flatten(table: pa.Table, num_rows: int, event_types: Sequence[str]) -> Sequ
     items = lists.flatten()
     lengths = pc.list_value_length(lists).to_numpy()
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    times = pc.list_flatten(column("times")).to_numpy() if "times" in table.column_names else np.empty(0, np.int64)
     valid_start, test_start, end = integers("valid_start"), integers("test_start"), integers("end")
     bounds = [valid_start, test_start, end, lengths] if len(end) else [valid_start, lengths]
     if items.null_count or (len(items) and items.to_numpy().min() < FIRST_INDEX):
         raise Damage(f"expected item indices from {FIRST_INDEX} on, found {pc.min(items)} or null")
     if any((before > after).any() for before, after in itertools.pairwise([np.zeros_like(valid_start), *bounds])):
         raise Damage("expected 0 <= valid_start <= test_start <= end <= length of items, found a row that isn't so")
-    values = _values(table["values"], lengths) if "values" in table.column_names else np.empty(0, np.float32)
-    kinds = event_type_codes(table["event_types"], lengths, event_types) if event_types else np.empty(0, np.int8)
-    return Sequences(integers("user"), offsets, items.to_numpy(), times, valid_start, test_start, end, values, kinds)
+    columns: dict[str, npt.NDArray[Any]] = {"items": items.to_numpy()}
+    if "times" in table.column_names:
+        columns["times"] = pc.list_flatten(column("times")).to_numpy()
+    if "values" in table.column_names:
+        columns["values"] = _values(table["values"], lengths)
+    if event_types:
+        columns["event_types"] = event_type_codes(table["event_types"], lengths, event_types)
+    return Sequences(integers("user"), offsets, columns, valid_start, test_start, end)
 
 
 def _values(column: pa.ChunkedArray, lengths: IntArray) -> FloatArray:
@@ -226,22 +224,3 @@ def _beside(column: pa.ChunkedArray, lengths: IntArray, what: str) -> tuple[pa.A
     if len(flat) != int(lengths[has_any].sum()):
         raise Damage(f"expected as many {what} as items, found {len(flat):,} for {int(lengths[has_any].sum()):,}")
     return flat, np.repeat(has_any, lengths)
-
-
-def _concatenated(parts: Sequence[Sequences]) -> Sequences:
-    lengths = np.concatenate([np.empty(0, np.int64), *(np.diff(part.offsets) for part in parts)])
-
-    def together(name: str, kind: type) -> npt.NDArray[Any]:
-        return np.concatenate([np.empty(0, kind), *(getattr(part, name) for part in parts)])
-
-    return Sequences(
-        together("users", np.int64),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        together("items", np.int32),
-        together("times", np.int64),
-        together("valid_start", np.int64),
-        together("test_start", np.int64),
-        together("end", np.int64),
-        together("values", np.float32),
-        together("event_types", np.int8),
-    )

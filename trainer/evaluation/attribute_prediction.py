@@ -14,17 +14,16 @@ import scipy.sparse as sp
 
 from trainer.config import BaselinesConfig, ProfileConfig
 from trainer.data.catalogue import Catalogue
+from trainer.data.events import Events
 from trainer.data.held_out import read_users
-from trainer.data.histories import Histories
 from trainer.data.release import DataError, Release
 from trainer.data.sequences import SequenceDataset, Sequences
 from trainer.evaluation.baselines.names import MOST_FREQUENT, REGRESSION
 from trainer.evaluation.class_metrics import AUC, PER_EXAMPLE, metrics_of, scikit_learn
-from trainer.evaluation.class_prediction import ClassPrediction, LabelledUsers, validate
-from trainer.evaluation.evaluator import Measure, Question, Validation
+from trainer.evaluation.class_prediction import CLASS_METRICS, ClassPrediction, LabelledUsers, validate
+from trainer.evaluation.evaluator import Measure, Question, TaskMetrics, Validation
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.evaluation.scorers import EvaluateError, Scorer
-from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import ModelScorer
 from trainer.parallel.distributed import World
 from trainer.tasks import profile
@@ -36,18 +35,11 @@ class AttributePrediction(ClassPrediction):
     """Users on whose attribute no model was trained."""
 
     head = profile.HEAD
+    same = ("kind", "attribute", "validation", "test", "min_users")
 
     @staticmethod
-    def monitor(task: ProfileConfig) -> str:
-        return AUC
-
-    @staticmethod
-    def gate_metrics(task: ProfileConfig) -> tuple[str, ...]:
-        return PER_EXAMPLE
-
-    @staticmethod
-    def baseline_names(task: ProfileConfig) -> tuple[str, ...]:
-        return MOST_FREQUENT, REGRESSION
+    def metrics_of(task: ProfileConfig) -> TaskMetrics:
+        return TaskMetrics(AUC, PER_EXAMPLE, CLASS_METRICS, (MOST_FREQUENT, REGRESSION))
 
     @staticmethod
     def measure(validation: Validation) -> Measure:
@@ -62,8 +54,6 @@ class AttributePrediction(ClassPrediction):
 
     def __init__(self, question: Question, catalogue: Catalogue) -> None:
         super().__init__(question, catalogue)
-        for model in question.models:
-            self.check(model)
         self.name = question.task.attribute
         self.classes = profile.read_classes(question.release, question.task)
         self.names = self.first.classes[profile.HEAD]
@@ -77,16 +67,6 @@ class AttributePrediction(ClassPrediction):
     def _users(self, part: profile.Part) -> LabelledUsers:
         return labelled_users(self.release, self.split, self.domain, self.catalogue, self.classes, part)
 
-    def check(self, model: TrainedModel) -> None:
-        same, first = {"kind", "attribute", "validation", "test", "min_users"}, self.first
-        task = model.config.task.model_dump(include=same)
-        if task != first.config.task.model_dump(include=same) or model.classes != first.classes:
-            raise EvaluateError(
-                f"expected models that predict a profile with the same users held out, as {first.folder}, found "
-                f"another in {model.folder}"
-            )
-        self.check_domain(model)
-
     def baselines(self, config: BaselinesConfig) -> Sequence[Scorer]:
         trained, checked = self._users("train"), self._users("validation")
         shares = np.bincount(trained.class_N, minlength=len(self.names)) / len(trained)
@@ -95,9 +75,10 @@ class AttributePrediction(ClassPrediction):
             self.baseline(REGRESSION, _regression(trained, checked, self.users, len(self.catalogue))),
         ]
 
-    def counts(self) -> str:
+    def heading(self) -> tuple[str, str]:
+        name, users = super().heading()
         count = np.bincount(self.users.class_N, minlength=len(self.names))
-        return f" ({', '.join(f'{name} {users:,}' for name, users in zip(self.names, count, strict=True))})"
+        return name, f"{users} ({', '.join(f'{name} {one:,}' for name, one in zip(self.names, count, strict=True))})"
 
     def notes(self) -> list[str]:
         return ["reads the training part; AUC of more than two values: each against the rest, averaged"]
@@ -125,8 +106,7 @@ def labelled_users(
             "domain that users with that attribute have items of"
         )
     rows = catalogue.rows(found.items).astype(np.int64)
-    histories = Histories(found.users, found.offsets, rows, found.times).until(found.valid_start)
-    return LabelledUsers(histories, class_U[found.users])
+    return LabelledUsers(found.with_columns(items=rows).until(found.valid_start), class_U[found.users])
 
 
 def _regression(trained: LabelledUsers, checked: LabelledUsers, examples: LabelledUsers, num_rows: int) -> FloatArray:
@@ -141,7 +121,7 @@ def _regression(trained: LabelledUsers, checked: LabelledUsers, examples: Labell
     return found
 
 
-def _items(histories: Histories, num_rows: int) -> sp.csr_matrix:
+def _items(histories: Events, num_rows: int) -> sp.csr_matrix:
     found = sp.csr_matrix(
         (np.ones(len(histories.items)), histories.items, histories.offsets), shape=(len(histories), num_rows)
     )

@@ -6,7 +6,7 @@ regression on the validation part. They know which items are, not what they are.
 Shape letters: ``U`` users, ``N`` pairs of a user and an item, user by user.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from etl.tables import UNK
 from trainer.arrays import IntArray
 from trainer.config import BaselinesConfig, ClickConfig
 from trainer.data.catalogue import Catalogue
+from trainer.data.events import Events
 from trainer.data.held_out import Part, read_held_out
-from trainer.data.histories import Histories
 from trainer.data.item_features import read_content
 from trainer.data.release import DataError, Release
 from trainer.data.sequences import SequenceDataset
@@ -29,11 +29,10 @@ from trainer.evaluation.baselines.names import POPULARITY, POPULARITY_AND_ITEMS
 from trainer.evaluation.baselines.sequences import item_to_item, popularity
 from trainer.evaluation.class_metrics import AUC, LOG_LOSS, example_metrics, scikit_learn
 from trainer.evaluation.click_metrics import ERROR, OF_USER, metrics_of, reliability, user_auc
-from trainer.evaluation.comparison import Key, Row
-from trainer.evaluation.evaluator import Measure, Question, Validation
-from trainer.evaluation.predictions import PredictionEvaluator, Predictions
+from trainer.evaluation.evaluator import Measure, Question, TaskMetrics, Validation
+from trainer.evaluation.predictions import PredictionEvaluator
 from trainer.evaluation.ranking_metrics import FloatArray
-from trainer.evaluation.scorers import EvaluateError, Scorer, as_known, training_histories
+from trainer.evaluation.scorers import Scorer, as_known, training_histories
 from trainer.figures import reliability_curves
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import ModelScorer
@@ -45,25 +44,28 @@ RELIABILITY = "reliability.png"
 
 @dataclass(frozen=True)
 class Pairs:
-    """The examples: each user's held-out items, and some of the user's fixed negatives for each."""
+    """Each user's held-out items, and some of the user's fixed negatives for each. Users ascend."""
 
-    histories: Histories  # in rows; users ascend
-    owner_N: IntArray  # place of the pair's user
-    row_N: IntArray  # of the catalogue
-    taken_N: npt.NDArray[np.bool_]
+    histories: Events  # in rows
+    examples: Events  # of the same users: `items` in rows, and whether they were `taken`
+
+    @property
+    def owner_N(self) -> IntArray:
+        return self.examples.owners
+
+    @property
+    def row_N(self) -> IntArray:
+        return self.examples.items
+
+    @property
+    def taken_N(self) -> npt.NDArray[np.bool_]:
+        return self.examples.columns["taken"]
 
     def __len__(self) -> int:
         return len(self.histories)
 
     def take(self, users: IntArray) -> "Pairs":
-        """The pairs of some users, in that order."""
-        count = np.bincount(self.owner_N, minlength=len(self))
-        first = np.cumsum(count) - count
-        size = count[users]
-        at = np.repeat(first[users] - (np.cumsum(size) - size), size) + np.arange(size.sum())
-        return Pairs(
-            self.histories.take(users), np.repeat(np.arange(len(users)), size), self.row_N[at], self.taken_N[at]
-        )
+        return Pairs(self.histories.take(users), self.examples.take(users))
 
 
 def read_pairs(
@@ -100,14 +102,17 @@ def read_pairs(
     items = np.concatenate([examples.targets, shuffled], axis=1)
     owner, place = np.concatenate([is_taken | is_shown, is_chosen], axis=1).nonzero()
     yes = np.concatenate([is_taken, np.zeros_like(is_chosen)], axis=1)
-    pairs = Pairs(histories, owner, items[owner, place], yes[owner, place])
+    number = np.bincount(owner, minlength=len(histories))
+    offsets = np.concatenate([[0], np.cumsum(number)])
+    columns = {"items": items[owner, place], "taken": yes[owner, place]}
+    pairs = Pairs(histories, Events(histories.users, offsets, columns))
     if not pairs.taken_N.any() or pairs.taken_N.all():
         raise DataError(
             f"expected items that were taken and others in the {part} part of split {split!r}, domain {domain!r}, "
             f"found {int(pairs.taken_N.sum()):,} and {int((~pairs.taken_N).sum()):,}; mend task.impressions, or raise "
             "task.negatives"
         )
-    return pairs.take(np.flatnonzero(np.bincount(owner, minlength=len(pairs))))
+    return pairs.take(np.flatnonzero(number))
 
 
 def probabilities(scorer: ModelScorer, pairs: Pairs, *, batch_size: int) -> FloatArray:
@@ -123,79 +128,16 @@ def probabilities(scorer: ModelScorer, pairs: Pairs, *, batch_size: int) -> Floa
     return np.concatenate(found)
 
 
-@dataclass(frozen=True)
-class ClickPredictions(Predictions["ClickPrediction"]):
-    """Probabilities [N] that a user takes an item."""
-
-    TESTED = (OF_USER, LOG_LOSS)
-
-    @property
-    def num_users(self) -> int:
-        return len(self.examples.pairs)
-
-    def metrics(self, key: Key) -> dict[str, float]:
-        pairs = self.examples.pairs
-        return metrics_of(pairs.taken_N, self.probabilities[key], pairs.owner_N)
-
-    def of_users(self, key: Key, protocol: str, metric: str) -> FloatArray:
-        given_N, pairs = self.probabilities[key], self.examples.pairs
-        if metric == OF_USER:
-            return user_auc(pairs.taken_N, given_N, pairs.owner_N)
-        losses = example_metrics(pairs.taken_N.astype(np.int64), np.stack([1 - given_N, given_N], axis=1))[metric]
-        found: FloatArray = np.bincount(pairs.owner_N, losses) / np.bincount(pairs.owner_N)
-        return found
-
-    def heading(self) -> tuple[str, str]:
-        return "clicks", f"{self.num_users:,} users"
-
-    def notes(self) -> list[str]:
-        pairs, shown = self.examples.pairs, ", ".join(self.examples.task.impressions)
-        taken = int(pairs.taken_N.sum())
-        others = f"drawn uniformly or shown and not taken ({shown})" if shown else "drawn uniformly, which were not"
-        return [
-            f"{taken:,} items taken and {len(pairs.taken_N) - taken:,} {others}",
-            "popularity and item-to-item are calibrated by a logistic regression on the validation part",
-        ]
-
-    @property
-    def example_users(self) -> pa.Array:
-        return super().example_users.take(pa.array(self.examples.pairs.owner_N))
-
-    def user_columns(self, given: FloatArray) -> dict[str, Any]:
-        """Whether the item was taken, and the probability."""
-        return {"taken": self.examples.pairs.taken_N, "probability": given}
-
-    def curve(self, label: str) -> FloatArray:
-        """`reliability` of a label, its seeds together."""
-        seeds = self.seeds(label)
-        given = np.concatenate([self.probabilities[label, seed] for seed in seeds])
-        return reliability(np.tile(self.examples.pairs.taken_N, len(seeds)), given)
-
-    def figure(self, rows: Sequence[Row], *, against: str) -> tuple[str, Figure] | None:
-        curves = {label: self.curve(label) for label in self.labels}
-        return RELIABILITY, reliability_curves(curves, title=f"{self.examples.domain}, {self.num_users:,} users")
-
-
 class ClickPrediction(PredictionEvaluator):
     """Pairs of a user and an item."""
 
-    predictions = ClickPredictions
+    same = ("kind", "negatives", "impressions")
+    tested = (OF_USER, LOG_LOSS)
 
     @staticmethod
-    def monitor(task: ClickConfig) -> str:
-        return AUC
-
-    @staticmethod
-    def gate_metrics(task: ClickConfig) -> tuple[str, ...]:
-        return OF_USER, LOG_LOSS
-
-    @staticmethod
-    def baseline_names(task: ClickConfig) -> tuple[str, ...]:
-        return POPULARITY, POPULARITY_AND_ITEMS
-
-    @staticmethod
-    def table_metrics(task: ClickConfig) -> tuple[str, ...]:
-        return AUC, OF_USER, LOG_LOSS, ERROR
+    def metrics_of(task: ClickConfig) -> TaskMetrics:
+        table = (AUC, OF_USER, LOG_LOSS, ERROR)
+        return TaskMetrics(AUC, (OF_USER, LOG_LOSS), table, (POPULARITY, POPULARITY_AND_ITEMS))
 
     @staticmethod
     def measure(validation: Validation) -> Measure:
@@ -224,9 +166,6 @@ class ClickPrediction(PredictionEvaluator):
 
     def __init__(self, question: Question, catalogue: Catalogue) -> None:
         super().__init__(question, catalogue)
-        self.task: ClickConfig = question.task
-        for model in question.models:
-            self.check(model)
         self.pairs = self._pairs(self.part)
 
     def _pairs(self, part: Part) -> Pairs:
@@ -234,21 +173,8 @@ class ClickPrediction(PredictionEvaluator):
         return read_pairs(self.release, self.split, self.domain, self.catalogue, part, self.task, max_users=max_users)
 
     @property
-    def histories(self) -> Histories:
+    def histories(self) -> Events:
         return self.pairs.histories
-
-    def check(self, model: TrainedModel) -> None:
-        task, own, first = model.config.task, model.config.data, self.task
-        same = {"kind", "negatives", "impressions"}
-        if task.model_dump(include=same) != first.model_dump(include=same) or (own.split, own.domain) != (
-            self.split,
-            self.domain,
-        ):
-            raise EvaluateError(
-                f"expected models of task click that read domain {self.domain!r} of split {self.split!r} with "
-                f"{first.negatives} negatives for each item and impressions {', '.join(first.impressions) or 'none'}, "
-                f"found {model.folder} of task {task.kind}, domain {own.domain!r}, split {own.split!r}"
-            )
 
     def probabilities(self, model: TrainedModel) -> FloatArray:
         """Items that the model doesn't know are skipped in histories, and scored by what they are."""
@@ -262,7 +188,7 @@ class ClickPrediction(PredictionEvaluator):
             content = read_content(self.release, self.catalogue, self.task.content, known=model.categories).vectors_VF
             rows[new] = len(known) + np.arange(len(new))  # behind those it knows
             network.describe(torch.cat([known, torch.from_numpy(content[new]).to(known)]))
-        pairs = Pairs(own, self.pairs.owner_N, rows[self.pairs.row_N], self.pairs.taken_N)
+        pairs = Pairs(own, self.pairs.examples.with_columns(items=rows[self.pairs.row_N]))
         try:
             return probabilities(model.user_scorer(), pairs, batch_size=self.config.evaluation.batch_size)
         finally:
@@ -279,6 +205,44 @@ class ClickPrediction(PredictionEvaluator):
             )
             found.append(self.baseline(label, model.predict_proba(features.of(self.pairs)[:, :width])[:, 1]))
         return found
+
+    def metrics(self, given: FloatArray) -> dict[str, float]:
+        return metrics_of(self.pairs.taken_N, given, self.pairs.owner_N)
+
+    def of_users(self, given: FloatArray, metric: str) -> FloatArray:
+        pairs = self.pairs
+        if metric == OF_USER:
+            return user_auc(pairs.taken_N, given, pairs.owner_N)
+        losses = example_metrics(pairs.taken_N.astype(np.int64), np.stack([1 - given, given], axis=1))[metric]
+        found: FloatArray = np.bincount(pairs.owner_N, losses) / np.bincount(pairs.owner_N)
+        return found
+
+    def heading(self) -> tuple[str, str]:
+        return "clicks", f"{len(self.pairs):,} users"
+
+    def notes(self) -> list[str]:
+        shown, taken = ", ".join(self.task.impressions), int(self.pairs.taken_N.sum())
+        others = f"drawn uniformly or shown and not taken ({shown})" if shown else "drawn uniformly, which were not"
+        return [
+            f"{taken:,} items taken and {len(self.pairs.taken_N) - taken:,} {others}",
+            "popularity and item-to-item are calibrated by a logistic regression on the validation part",
+        ]
+
+    @property
+    def example_users(self) -> pa.Array:
+        return super().example_users.take(pa.array(self.pairs.owner_N))
+
+    def user_columns(self, given: FloatArray) -> dict[str, Any]:
+        """Whether the item was taken, and the probability."""
+        return {"taken": self.pairs.taken_N, "probability": given}
+
+    def picture(self, by_label: Mapping[str, Sequence[FloatArray]]) -> tuple[str, Figure]:
+        """Reliability of each label, its seeds together."""
+        curves = {
+            label: reliability(np.tile(self.pairs.taken_N, len(seeds)), np.concatenate(seeds))
+            for label, seeds in by_label.items()
+        }
+        return RELIABILITY, reliability_curves(curves, title=f"{self.domain}, {len(self.pairs):,} users")
 
 
 class _Features:

@@ -35,7 +35,7 @@ class Validation:
     @cached_property
     def held_out(self) -> HeldOut:
         """What the users who are validated hold out; times only where more is read than is predicted."""
-        data, baskets = self.config.data, self.config.task.reads_baskets
+        data = self.config.data
         return read_held_out(
             self.release,
             data.split,
@@ -44,11 +44,21 @@ class Validation:
             "validation",
             times=data.answered != data.domain,
             max_users=self.config.train.validation_users,
-            baskets=baskets,
-            repeats=self.config.evaluation.ranks_repeats(baskets=baskets),
+            table=self.config.task.needs.table,
+            repeats=self.config.ranks_repeats,
             values=self.config.task.reads_values,
             event_types=data.event_types,
         )
+
+
+@dataclass(frozen=True)
+class TaskMetrics:
+    """Names of metrics and baselines, as settings and tables have them."""
+
+    monitor: str  # of the validation part, that early stopping, searches and the pipeline go by: larger is better
+    per_user: tuple[str, ...]  # that each user has, so that users can be paired: the gate's
+    table: tuple[str, ...]  # that a table shows where no others are requested
+    baselines: tuple[str, ...]  # all simple ones that can stand beside a model
 
 
 @dataclass(frozen=True)
@@ -96,28 +106,14 @@ class Evaluator(ABC):
     domain: str
     part: Part
     name = ""  # of what is predicted, where a task predicts several things
+    protocols: tuple[str, ...] = ()  # the only ones that there are; (): any
 
     # --- what follows from a task
 
     @staticmethod
     @abstractmethod
-    def monitor(task: Any) -> str:
-        """The validation metric that early stopping, searches and the pipeline go by: larger is better."""
-
-    @staticmethod
-    @abstractmethod
-    def gate_metrics(task: Any) -> tuple[str, ...]:
-        """Metrics that each user has, so that users can be paired."""
-
-    @staticmethod
-    @abstractmethod
-    def baseline_names(task: Any) -> tuple[str, ...]:
-        """All simple baselines that can stand beside a model."""
-
-    @staticmethod
-    @abstractmethod
-    def table_metrics(task: Any) -> tuple[str, ...]:
-        """Metrics that a table shows where no others are requested."""
+    def metrics_of(task: Any) -> TaskMetrics:
+        """What models of a task are measured by."""
 
     @staticmethod
     @abstractmethod

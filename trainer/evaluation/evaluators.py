@@ -2,6 +2,7 @@
 
 from trainer.config import TaskSettings
 from trainer.evaluation.attribute_prediction import AttributePrediction
+from trainer.evaluation.basket_prediction import BasketPrediction
 from trainer.evaluation.click_prediction import ClickPrediction
 from trainer.evaluation.evaluator import Evaluator
 from trainer.evaluation.event_prediction import EventPrediction
@@ -9,6 +10,7 @@ from trainer.evaluation.item_prediction import ItemPrediction
 
 EVALUATORS: dict[str, type[Evaluator]] = {
     "items": ItemPrediction,
+    "baskets": BasketPrediction,
     "attributes": AttributePrediction,
     "events": EventPrediction,
     "clicks": ClickPrediction,
@@ -27,4 +29,4 @@ def evaluator_of(task: TaskSettings) -> type[Evaluator]:
 
 def monitor(task: TaskSettings) -> str:
     """The validation metric that early stopping, searches and the pipeline go by: larger is better."""
-    return evaluator_of(task).monitor(task)
+    return evaluator_of(task).metrics_of(task).monitor

@@ -18,8 +18,8 @@ from trainer.data.held_out import HeldOut, read_held_out, read_users
 from trainer.data.sequences import SequenceDataset, Sequences
 from trainer.evaluation.baselines.names import OWN_PAST, SHARES
 from trainer.evaluation.class_metrics import AUC, PER_EXAMPLE
-from trainer.evaluation.class_prediction import ClassPrediction, LabelledUsers, validate
-from trainer.evaluation.evaluator import Measure, Question, Validation
+from trainer.evaluation.class_prediction import CLASS_METRICS, ClassPrediction, LabelledUsers, validate
+from trainer.evaluation.evaluator import Measure, Question, TaskMetrics, Validation
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.evaluation.scorers import EvaluateError, Scorer
 from trainer.inference.model_folder import TrainedModel
@@ -34,17 +34,12 @@ PRIOR = 5.0  # events that the shares of all users count for beside a user's own
 class EventPrediction(ClassPrediction):
     """The first held-out event of users, in one of the ways that it is predicted beside the item."""
 
-    @staticmethod
-    def monitor(task: MultiConfig) -> str:
-        return f"{task.tells[0]}/{AUC}"
+    same = ("kind", "tells")
 
     @staticmethod
-    def gate_metrics(task: MultiConfig) -> tuple[str, ...]:
-        return tuple(f"{name}/{metric}" for name in task.tells for metric in PER_EXAMPLE)
-
-    @staticmethod
-    def baseline_names(task: MultiConfig) -> tuple[str, ...]:
-        return SHARES, OWN_PAST
+    def metrics_of(task: MultiConfig) -> TaskMetrics:
+        per_user = tuple(f"{name}/{metric}" for name in task.tells for metric in PER_EXAMPLE)
+        return TaskMetrics(f"{task.tells[0]}/{AUC}", per_user, CLASS_METRICS, (SHARES, OWN_PAST))
 
     @staticmethod
     def measure(validation: Validation) -> Measure:
@@ -65,8 +60,6 @@ class EventPrediction(ClassPrediction):
     def read(cls, question: Question) -> Sequence[Self]:
         task, first, release = question.task, question.models[0], question.release
         split, domain, types = question.split, question.read_domain, first.config.data.event_types
-        for model in question.models:
-            _check_events(model, first, split, domain)
         if not first.classes:
             return []
         dataset = SequenceDataset(release, split, domain, values=task.reads_values, event_types=types)
@@ -107,8 +100,8 @@ class EventPrediction(ClassPrediction):
         self.name = self.head = self.protocol = name
         self.names = classes.names[name]
 
-    def check(self, model: TrainedModel) -> None:
-        _check_events(model, self.first, self.split, self.domain)
+    def predicted(self, model: TrainedModel) -> tuple[Any, ...]:
+        return model.classes, model.config.data.event_types
 
     def baselines(self, config: BaselinesConfig) -> Sequence[Scorer]:
         own_UC, shares_C = self._counts()
@@ -141,18 +134,6 @@ class EventPrediction(ClassPrediction):
             "is": [self.names[one] for one in is_N],
             "probability": given[np.arange(len(is_N)), is_N],
         }
-
-
-def _check_events(model: TrainedModel, first: TrainedModel, split: str, domain: str) -> None:
-    """Raises EvaluateError for a model that was not trained for the same as the first."""
-    own = model.config.data
-    same = (own.split, own.domain, model.classes) == (split, domain, first.classes)
-    if not same or own.event_types != first.config.data.event_types:
-        raise EvaluateError(
-            f"expected models that read domain {domain!r} of split {split!r} and predict what {first.folder} does "
-            f"({', '.join(first.classes)}), of the same event types, found {model.folder}, which "
-            f"reads {own.domain!r} of {own.split!r} and predicts {', '.join(model.classes) or 'items only'}"
-        )
 
 
 def examples_of(held_out: HeldOut, classes: multi.Classes, name: str) -> LabelledUsers:

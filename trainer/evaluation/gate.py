@@ -14,14 +14,13 @@ Shape letters: ``S`` seeds, ``U`` users of the evaluation release, ``C`` users o
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from etl.settings import GraftrecError
 from trainer.config import BaselinesConfig, GateConfig, TaskSettings
-from trainer.data.held_out import FULL
 from trainer.evaluation.evaluators import evaluator_of
 from trainer.evaluation.ranking_metrics import FloatArray
 from trainer.evaluation.significance import (
@@ -136,20 +135,23 @@ def check_gate(
     from-scratch, or too few seeds of it.
     """
     evaluator = evaluator_of(task)
-    metrics = evaluator.gate_metrics(task)
+    metrics = evaluator.metrics_of(task).per_user
     if gate.metric not in metrics:
         raise GateError(
             f"gate.metric: expected a metric that task {task.kind} has for each user ({', '.join(metrics)}), found "
             f"{gate.metric!r}; set gate.metric to one of them"
         )
-    if task.reads_baskets and gate.protocol != FULL:
-        raise GateError(f"gate.protocol: expected {FULL} for next baskets, found {gate.protocol!r}; set it to {FULL}")
+    if evaluator.protocols and gate.protocol not in evaluator.protocols:
+        known = ", ".join(evaluator.protocols)
+        raise GateError(
+            f"gate.protocol: expected {known} for task {task.kind}, found {gate.protocol!r}; set it to {known}"
+        )
     if gate.must_beat and not baselines.enabled:
         raise GateError(
             f"gate.must_beat: expected simple baselines to be scored for {', '.join(gate.must_beat)}, found "
             "baselines.enabled false; set it to true, or must_beat to []"
         )
-    check_must_beat(gate, evaluator.baseline_names(task))
+    check_must_beat(gate, evaluator.metrics_of(task).baselines)
     if transferred and not has_scratch:
         raise GateError(
             "expected from-scratch models beside a candidate that was transferred, found none; train them with "
@@ -211,7 +213,16 @@ def decide(evidence: Evidence, config: GateConfig) -> Decision:
         checks.append(_against_champion(evidence.version_U, evidence.champion_U, config))
     checks += [_against_baseline(evidence, name, config) for name in config.must_beat]
     checks += [_in_slice(part, config) for part in evidence.slices]
+    if any(check.verdict == "refused" and not check.seeds for check in checks):
+        checks = [_without_seeds(check) for check in checks]
     return Decision(tuple(checks))
+
+
+def _without_seeds(check: Check) -> Check:
+    """The check without advice to add seeds, where another would refuse all the same."""
+    if not check.seeds:
+        return check
+    return replace(check, text=check.text.removesuffix(f"; {check.remedy}"), remedy="", seeds=())
 
 
 def _not_finite(evidence: Evidence) -> list[str]:
@@ -470,7 +481,7 @@ def next_steps(
     if results is not None:
         steps.append(f"look at the comparison: {results}")
     seeds = max((check.seeds for check in decision.refused), key=len, default=())
-    if seeds and all(check.refusal == "not shown" for check in decision.refused):
+    if seeds:
         steps.append(
             f"add seeds: run the same command with --seeds {seed_list(seeds)}"
             if results is not None
@@ -479,5 +490,5 @@ def next_steps(
         )
     beaten_by = [c for c in decision.refused if c.refusal == "worse" and c.name not in (FROM_SCRATCH, VERSION)]
     if any("baseline" in check.numbers for check in beaten_by):
-        steps.append("recommend without training: a simple baseline is better here (see the table)")
+        steps.append("a simple baseline is better here than this model (see the table)")
     return steps

@@ -1,11 +1,11 @@
-"""Models that rank items, or the items of a next basket, evaluated by what users held out.
+"""Models that rank items, evaluated by what users held out.
 
 Shape letters: ``S`` seeds, ``U`` users, ``R`` held-out items of a user.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +16,16 @@ from torch import Tensor
 
 from etl.settings import ConfigError, replaced
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP
+from etl.text_table import with_sign
 from trainer.arrays import IntArray
 from trainer.config import BaselinesConfig, EvaluateConfig, TaskSettings
 from trainer.data.catalogue import rows_of_domain
+from trainer.data.events import Events
 from trainer.data.held_out import FULL, HeldOut, without_repeats
-from trainer.data.histories import Histories
 from trainer.evaluation import newness
 from trainer.evaluation.baselines import names, next_basket
 from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
-from trainer.evaluation.evaluator import Evaluator, Measure, Output, Question, Validation
+from trainer.evaluation.evaluator import Evaluator, Measure, Output, Question, TaskMetrics, Validation
 from trainer.evaluation.item_ranking import BASKET, SINGLE, convention_of, metrics_of, rank, ranks
 from trainer.evaluation.ranking_metrics import FloatArray, means, metrics_from_ranks
 from trainer.evaluation.scorers import (
@@ -34,7 +35,6 @@ from trainer.evaluation.scorers import (
     baseline_scorers,
     model_scorer,
     read_evaluation_set,
-    repeats_of,
 )
 from trainer.evaluation.significance import gain_text, p_text
 from trainer.figures import Gain, transfer_gains
@@ -44,7 +44,6 @@ from trainer.parallel.distributed import World, join
 
 GAINS = "gains.png"
 ITEM_METRICS = ("NDCG@10", "Recall@10", "MRR")
-BASKET_METRICS = tuple(f"{BASKET}{name}" for name in ("NDCG@10", "Recall@10", "F1@10", "HR@10"))
 BROKEN = "broken"  # scores, in an output
 RankArray = npt.NDArray[np.int32]
 
@@ -59,9 +58,19 @@ class Evaluation(Results):
     shown: Sequence[str] = ITEM_METRICS
     has_bootstrap = True
 
+    @classmethod
+    def of(
+        cls, scorers: Mapping[Key, Scorer], outputs: Mapping[Key, Output], examples: EvaluationSet, shown: Sequence[str]
+    ) -> Self:
+        found: dict[Key, Any] = {key: dict(output) for key, output in outputs.items()}
+        broken = {key: int(output.pop(BROKEN)) for key, output in found.items()}
+        return cls(scorers, examples, found, broken, shown)
+
+    prefixes: ClassVar[tuple[str, ...]] = (SINGLE,)  # of conventions beside `list`
+
     @property
     def conventions(self) -> Mapping[str, str]:
-        return {"basket": BASKET} if self.examples.baskets else {"list": "", "single": SINGLE}
+        return {"list": "", "single": SINGLE}
 
     @property
     def columns(self) -> Sequence[str]:
@@ -86,7 +95,7 @@ class Evaluation(Results):
 
     def metrics(self, key: Key, protocol: str) -> dict[str, FloatArray]:
         """Metrics of each user [U], in all conventions."""
-        return metrics_of(self.ranks[key][protocol].astype(np.int64), baskets=self.examples.baskets)
+        return metrics_of(self.ranks[key][protocol].astype(np.int64), prefixes=self.prefixes)
 
     def of_users(
         self, key: Key, protocol: str, metric: str, only_UR: npt.NDArray[np.bool_] | None = None
@@ -160,7 +169,7 @@ class Evaluation(Results):
         """Label, seed, protocol, convention, user (raw id), length of its training part (0: it is new) and a column a
         metric."""
         users = pa.array(self.examples.raw_users, pa.string())
-        prefixes = {"list": "", "single": SINGLE} | ({"basket": BASKET} if self.examples.baskets else {})
+        prefixes = {convention_of(prefix)[0]: prefix for prefix in ("", *self.prefixes)}
         lacking = np.full(len(users), np.nan)
         for (label, seed), by_protocol in self.ranks.items():
             for protocol in by_protocol:
@@ -228,22 +237,14 @@ def evaluate_scorers(
     """Rank what the users held out, once by each scorer. Raises EvaluateError for two of one label and seed."""
     named = by_key(scorers)
     outputs = {key: _ranked(one, examples, batch_size=batch_size, progress=progress) for key, one in named.items()}
-    return _evaluation(named, outputs, examples, shown)
-
-
-def _evaluation(
-    scorers: Mapping[Key, Scorer], outputs: Mapping[Key, Output], examples: EvaluationSet, shown: Sequence[str]
-) -> Evaluation:
-    found: dict[Key, Any] = {key: dict(output) for key, output in outputs.items()}
-    broken = {key: int(output.pop(BROKEN)) for key, output in found.items()}
-    return Evaluation(scorers, examples, found, broken, shown)
+    return Evaluation.of(named, outputs, examples, shown)
 
 
 def _ranked(scorer: Scorer, examples: EvaluationSet, *, batch_size: int, progress: bool) -> Output:
     """Ranks [U, R] by protocol, and the number of scores that are not numbers."""
     broken = 0
 
-    def counted(histories: Histories) -> Scores:
+    def counted(histories: Events) -> Scores:
         scores = scorer.score(histories)
         met: set[int] = set()  # a block may be made twice
 
@@ -261,12 +262,21 @@ def _ranked(scorer: Scorer, examples: EvaluationSet, *, batch_size: int, progres
     return {protocol: ranks_UR.astype(np.int32) for protocol, ranks_UR in given.items()} | {BROKEN: np.array(broken)}
 
 
+def validate(scorer: ModelScorer, held_out: HeldOut, world: World, *, batch_size: int) -> dict[str, float]:
+    """Mean metrics of ranks in full; each process ranks its share of the users."""
+    ranked = rank(scorer.scores, held_out.take(world.share(len(held_out))), batch_size=batch_size)[FULL]
+    names = [name for name in ranked if not name.startswith(SINGLE)]
+    table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))[: len(held_out)]
+    return means({name: table[:, place].numpy() for place, name in enumerate(names)})
+
+
 def _account(row: Row) -> str:
     """A model's gain with its intervals, and what it cost."""
     gain = row.gain
     assert gain is not None
     varied = "users and seeds" if gain.seeds_varied else "users, one seed"
-    text = f"{row.label}: {row.metric} {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] ({varied})"
+    interval = f"[{with_sign(gain.low, 4)}, {with_sign(gain.high, 4)}]"
+    text = f"{row.label}: {row.metric} {with_sign(gain.gain, 4)} {interval} ({varied})"
     if row.bootstrap is not None:
         text += f", bootstrap [{row.bootstrap[0]:+.4f}, {row.bootstrap[1]:+.4f}] (users)"
     return text + f"; pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"
@@ -289,61 +299,59 @@ def _beside_baselines(headline: Sequence[Row]) -> list[str]:
 
 
 class ItemPrediction(Evaluator):
-    """Held-out items, or those of the next basket, ranked."""
+    """Held-out items, ranked."""
+
+    evaluation: ClassVar[type[Evaluation]] = Evaluation
 
     def __init__(self, examples: EvaluationSet, config: EvaluateConfig) -> None:
         self.examples, self.config, self.release = examples, config, examples.release
         self.split, self.domain, self.part = examples.split, examples.domain, examples.part
 
     @staticmethod
-    def monitor(task: TaskSettings) -> str:
-        return "NDCG@10"
-
-    @staticmethod
-    def gate_metrics(task: TaskSettings) -> tuple[str, ...]:
-        return tuple(metrics_of(np.ones((1, 1), np.int64), baskets=task.reads_baskets))
-
-    @staticmethod
-    def baseline_names(task: TaskSettings) -> tuple[str, ...]:
-        if task.reads_baskets:
-            return names.OF_BASKETS
-        return (*names.OF_ONE_DOMAIN, *names.OF_ALL_DOMAINS, names.PERSONAL_FREQUENCY)
-
-    @staticmethod
-    def table_metrics(task: TaskSettings) -> tuple[str, ...]:
-        return BASKET_METRICS if task.reads_baskets else ITEM_METRICS
+    def metrics_of(task: TaskSettings | None) -> TaskMetrics:
+        per_user = tuple(metrics_of(np.ones((1, 1), np.int64)))
+        baselines = (*names.OF_ONE_DOMAIN, *names.OF_ALL_DOMAINS, names.PERSONAL_FREQUENCY)
+        return TaskMetrics("NDCG@10", per_user, ITEM_METRICS, baselines)
 
     @staticmethod
     def measure(validation: Validation) -> Measure:
         held_out, among = _validated(validation)
         batch_size = validation.config.evaluation.batch_size
-
-        def metrics(scorer: ModelScorer, world: World) -> dict[str, float]:
-            """Each process ranks its share of the users."""
-            ranked = rank(scorer.scores, held_out.take(world.share(len(held_out))), batch_size=batch_size)[FULL]
-            names = [name for name in ranked if not name.startswith(SINGLE)]
-            table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))[: len(held_out)]
-            return means({name: table[:, place].numpy() for place, name in enumerate(names)})
-
-        return Measure(len(held_out), metrics, among)
+        return Measure(
+            len(held_out), lambda scorer, world: validate(scorer, held_out, world, batch_size=batch_size), among
+        )
 
     @classmethod
     def read(cls, question: Question) -> Sequence[Self]:
-        config, models, baskets = question.config.evaluation, question.models, question.task.reads_baskets
-        repeats = repeats_of(config, models, baskets=baskets)
-        # For next baskets no negatives are drawn, and none that a user has had.
-        protocols = (FULL,) if baskets or repeats else config.protocols
-        kinds = [name for model in models for name in model.event_types] + list(question.event_types)
+        config, repeats = question.config.evaluation, cls.repeats(question)
+        # No negatives are drawn for baskets, and none that a user has had.
+        protocols = (FULL,) if repeats else cls.protocols or config.protocols
+        kinds = [name for model in question.models for name in model.event_types] + list(question.event_types)
         examples = read_evaluation_set(
             question.release,
             question.split,
             question.domain,
             question.config.part,
-            replaced(config, protocols=protocols, repeats=repeats),
-            baskets=baskets,
+            replaced(config, protocols=protocols),
+            table=question.task.needs.table,
+            repeats=repeats,
             event_types=list(dict.fromkeys(kinds)),
         )
         return [cls(examples, question.config)]
+
+    @staticmethod
+    def repeats(question: Question) -> bool:
+        """Whether what a user has had is a candidate too: as configured, else as the models of the same task were
+        trained. Raises EvaluateError where these differ."""
+        config, needs = question.config.evaluation, question.task.needs
+        models = [model for model in question.models if model.config.task.needs.table == needs.table]
+        named = {model.config.ranks_repeats: model for model in models}
+        if config.repeats is None and len(named) > 1:
+            raise EvaluateError(
+                "evaluation.repeats: expected models that were trained with the same, found true in "
+                f"{named[True].folder} and false in {named[False].folder}; set --evaluation.repeats for all of them"
+            )
+        return next(iter(named)) if config.repeats is None and named else config.ranks_repeats(needs.repeats)
 
     def scorer(
         self, model: TrainedModel, *, label: str | None = None, seed: int | None = None, must_know: bool = True
@@ -352,8 +360,6 @@ class ItemPrediction(Evaluator):
         return model_scorer(model, self.examples, label=label, seed=seed, device=device, must_know=must_know)
 
     def baselines(self, config: BaselinesConfig) -> Sequence[Scorer]:
-        if self.examples.baskets:
-            return next_basket.baseline_scorers(self.examples, config)
         repeated = [next_basket.frequency_scorer(self.examples)] if self.examples.held_out.repeats else []
         return [*baseline_scorers(self.examples, config), *repeated]
 
@@ -362,8 +368,8 @@ class ItemPrediction(Evaluator):
         return _ranked(scorer, self.examples, batch_size=batch_size, progress=progress)
 
     def results(self, scorers: Mapping[Key, Scorer], outputs: Mapping[Key, Output]) -> Evaluation:
-        shown = self.config.metrics or (BASKET_METRICS if self.examples.baskets else ITEM_METRICS)
-        return _evaluation(scorers, outputs, self.examples, shown)
+        shown = self.config.metrics or self.metrics_of(None).table
+        return self.evaluation.of(scorers, outputs, self.examples, shown)
 
 
 def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:

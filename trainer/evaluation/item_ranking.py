@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from etl.tables import FIRST_INDEX
 from trainer.arrays import IntArray
+from trainer.data.events import Events
 from trainer.data.held_out import FULL, HeldOut
-from trainer.data.histories import Histories
 from trainer.evaluation.ranking_metrics import KS, Convention, FloatArray, metrics_from_ranks, place_targets
 from trainer.inference.scorer import Scores
 
-Score = Callable[[Histories], Scores]  # histories in rows -> [B, V]
+Score = Callable[[Events], Scores]  # histories in rows -> [B, V]
 
 SINGLE, BASKET = "single/", "basket/"  # prefixes of metrics of the conventions `single` and `basket`
 CONVENTIONS: dict[str, Convention] = {SINGLE: "single", BASKET: "basket"}
@@ -85,7 +85,7 @@ def rank_in_full(
     scores: Scores,
     scores_BR: Tensor,
     targets_BR: Tensor,
-    left_out: Histories,
+    left_out: Events,
     first: int,
     *,
     among: npt.NDArray[np.bool_] | None = None,
@@ -142,12 +142,13 @@ def _count(flags_BV: Tensor) -> Tensor:
     return torch.from_numpy(np.count_nonzero(flags_BV.numpy(), axis=1))
 
 
-def metrics_of(ranks_UR: IntArray, *, ks: Sequence[int] = KS, baskets: bool = False) -> dict[str, FloatArray]:
-    """Per-user metrics of both conventions, and of `basket` where requested; names of others than `list` are
-    prefixed."""
+def metrics_of(
+    ranks_UR: IntArray, *, ks: Sequence[int] = KS, prefixes: Sequence[str] = (SINGLE,)
+) -> dict[str, FloatArray]:
+    """Per-user metrics of the convention `list`, and of those with a prefix, which their names have."""
     given = torch.from_numpy(ranks_UR)
     found = metrics_from_ranks(given, ks=ks)
-    for prefix in (SINGLE, *([BASKET] if baskets else [])):
+    for prefix in prefixes:
         of_convention = metrics_from_ranks(given, convention=convention_of(prefix)[0], ks=ks)
         found |= {prefix + name: values for name, values in of_convention.items()}
     return found

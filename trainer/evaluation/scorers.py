@@ -22,11 +22,12 @@ from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array
 from trainer.config import BaselinesConfig, EvaluationConfig, PretrainConfig
-from trainer.data.baskets import BasketDataset
+from trainer.config.data import READS_ALL
+from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
+from trainer.data.events import Events, beside, merge
 from trainer.data.held_out import HeldOut, Part, read_held_out, read_users, sampled, without_repeats
-from trainer.data.histories import Histories, merge
-from trainer.data.release import Release, domains_with_sequences
+from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
 from trainer.evaluation.baselines.names import (
     ITEM_TO_ITEM,
@@ -65,9 +66,9 @@ class EvaluationSet:
         return self.held_out.users
 
     @property
-    def baskets(self) -> bool:
-        """Whether next baskets are predicted."""
-        return self.held_out.baskets
+    def table(self) -> str:
+        """That the users' events are of."""
+        return self.held_out.table
 
     @functools.cached_property
     def raw_users(self) -> list[str]:
@@ -87,27 +88,26 @@ class EvaluationSet:
         return [d for d in domains_with_sequences(self.release, self.split) if d not in (self.domain, DOMAIN_ALL)]
 
     @functools.cached_property
-    def input_anywhere(self) -> Histories:
+    def input_anywhere(self) -> Events:
         """The users' inputs as rows of `everything`, with times."""
         given = self.held_out.histories
-        rows = self.everything.rows(self.catalogue.global_index[given.items]).astype(np.int64)
-        return dataclasses.replace(given, items=rows)
+        return given.with_columns(items=self.everything.rows(self.catalogue.global_index[given.items]).astype(np.int64))
 
     @functools.cached_property
-    def elsewhere(self) -> Histories:
+    def elsewhere(self) -> Events:
         """What the users did in other domains strictly before their first held-out item, as rows of `everything`."""
         users = np.asarray(self.users)
         dataset = SequenceDataset(self.release, self.split, DOMAIN_ALL, event_types=self.event_types)
         found = read_users(dataset, _is_among(users), times=True)
-        others = aligned(self._rows(found), users).before(self.held_out.first_time)
+        others = self._rows(found).of_users(users).before(self.held_out.first_time)
         return others.keep(~np.isin(others.items, self.own_rows))
 
     @functools.cached_property
-    def training_elsewhere(self) -> Histories:
+    def training_elsewhere(self) -> Events:
         """The training parts of the users in other domains, as rows of `everything`."""
         users = np.asarray(self.users)
         parts = [
-            aligned(self._rows(read_users(dataset, _is_among(users), times=True), training=True), users)
+            self._rows(read_users(dataset, _is_among(users), times=True), training=True).of_users(users)
             for dataset in (SequenceDataset(self.release, self.split, domain) for domain in self.other_domains)
         ]
         together = functools.reduce(merge, parts)
@@ -116,34 +116,32 @@ class EvaluationSet:
     @functools.cached_property
     def training_interactions(self) -> IntArray:
         """[V] interactions of each row of the catalogue in the domain's training parts, of all users."""
-        read = BasketDataset if self.baskets else SequenceDataset
-        return training_interactions(read(self.release, self.split, self.domain), self.catalogue)
+        return training_interactions(open_dataset(self.table, self.release, self.split, self.domain), self.catalogue)
 
     @functools.cached_property
     def own_rows(self) -> IntArray:
         """[V] rows of the evaluated catalogue's items in `everything`."""
         return self.everything.rows(self.catalogue.global_index).astype(np.int64)
 
-    def _rows(self, sequences: Sequences | None, *, training: bool = False) -> Histories:
+    def _rows(self, sequences: Sequences | None, *, training: bool = False) -> Events:
         return in_rows(sequences, self.everything, training=training)
 
-    def training(self, domain: str, *, max_users: int) -> Histories:
+    def training(self, domain: str, *, max_users: int) -> Events:
         """Training parts of a domain, of about `max_users` users, as rows of `everything`; without times."""
         dataset = SequenceDataset(self.release, self.split, domain)
         return training_histories(dataset, self.everything, max_users=max_users)
 
 
-def in_rows(sequences: Sequences | None, catalogue: Catalogue, *, training: bool = False) -> Histories:
+def in_rows(sequences: Sequences | None, catalogue: Catalogue, *, training: bool = False) -> Events:
     """Sequences, or their training parts, as rows of a catalogue."""
     if sequences is None:
         none = np.empty(0, np.int64)
-        return Histories(none, np.zeros(1, np.int64), none, none)
-    rows = catalogue.rows(sequences.items).astype(np.int64)
-    whole = Histories(sequences.users, sequences.offsets, rows, sequences.times, sequences.event_types)
+        return Events.of(none, np.zeros(1, np.int64), none)
+    whole = sequences.with_columns(items=catalogue.rows(sequences.items).astype(np.int64))
     return whole.until(sequences.valid_start if training else sequences.end)
 
 
-def training_histories(dataset: SequenceDataset, catalogue: Catalogue, *, max_users: int) -> Histories:
+def training_histories(dataset: SequenceDataset, catalogue: Catalogue, *, max_users: int) -> Events:
     """Training parts of about `max_users` users, in rows of a catalogue; without times."""
     share = max_users / max(dataset.num_rows, 1)
     return in_rows(read_users(dataset, lambda s: sampled(s.users, share)), catalogue, training=True)
@@ -163,7 +161,8 @@ def read_evaluation_set(
     part: Part,
     config: EvaluationConfig,
     *,
-    baskets: bool = False,
+    table: str = tables.SEQUENCES.name,
+    repeats: bool = False,
     event_types: Sequence[str] = (),
 ) -> EvaluationSet:
     """Pin the examples. `event_types`: kinds of event that models read. Raises GraftrecError."""
@@ -177,42 +176,12 @@ def read_evaluation_set(
         config.protocols,
         times=True,
         max_users=config.max_users,
-        baskets=baskets,
-        repeats=config.ranks_repeats(baskets=baskets),
+        table=table,
+        repeats=repeats,
         event_types=event_types,
     )
     held_out = without_repeats(held_out, where=f"split {split!r} and domain {domain!r} for {part}")
     return EvaluationSet(release, split, domain, part, catalogue, held_out, tuple(event_types))
-
-
-def repeats_of(config: EvaluationConfig, models: Sequence[TrainedModel], *, baskets: bool) -> bool:
-    """Whether what a user has had is a candidate: as configured, else as the models of the same task were trained.
-
-    Raises EvaluateError where these differ.
-    """
-    named = {
-        model.config.evaluation.ranks_repeats(baskets=baskets): model
-        for model in models
-        if model.config.task.reads_baskets == baskets
-    }
-    own = set(named)
-    if config.repeats is None and len(own) > 1:
-        apart = [named[flag] for flag in (True, False)]
-        raise EvaluateError(
-            f"evaluation.repeats: expected models that were trained with the same, found true in {apart[0].folder} and "
-            f"false in {apart[1].folder}; set --evaluation.repeats for all of them"
-        )
-    return own.pop() if config.repeats is None and own else config.ranks_repeats(baskets=baskets)
-
-
-def aligned(histories: Histories, users: IntArray) -> Histories:
-    """The histories of exactly these users, in that order; empty for a user that has none. `histories` by user."""
-    if not len(histories):
-        return Histories(users, np.zeros(len(users) + 1, np.int64), histories.items, histories.times)
-    place = np.minimum(np.searchsorted(histories.users, users), len(histories) - 1)
-    found = histories.users[place] == users
-    taken = histories.take(place)
-    return dataclasses.replace(taken.keep(np.repeat(found, taken.lengths)), users=users)
 
 
 def _is_among(users: IntArray) -> Callable[[Sequences], npt.NDArray[np.bool_]]:
@@ -236,18 +205,17 @@ class Scorer:
 
 def label_of(config: PretrainConfig) -> str:
     """The row of a model that is given no other name."""
-    return str(getattr(config, "transfer", config.name))
+    transfer = str(getattr(config, "transfer", config.name))
+    return READS_ALL if transfer == "none" and config.data.predicted is not None else transfer
 
 
 def as_known(
-    trained_model: TrainedModel, given: Histories, raw_users: Sequence[str], catalogue: Catalogue
-) -> tuple[Histories, IntArray]:
+    trained_model: TrainedModel, given: Events, raw_users: Sequence[str], catalogue: Catalogue
+) -> tuple[Events, IntArray]:
     """(Histories of a catalogue's rows as a model knows users and items, others left out; [V] its row of each row of
     the catalogue, UNK where it has none)."""
     rows = rows_by_raw_id(trained_model.catalogue, catalogue)
-    own = Histories(
-        user_rows(trained_model, raw_users), given.offsets, rows[given.items], given.times, given.event_types
-    )
+    own = dataclasses.replace(given.with_columns(items=rows[given.items]), users=user_rows(trained_model, raw_users))
     return own.keep(own.items != UNK), rows
 
 
@@ -270,10 +238,11 @@ def model_scorer(
     `must_know` such a model finds nothing.
     """
     reads_all = trained_model.config.data.domain == DOMAIN_ALL != examples.domain and bool(examples.other_domains)
-    if examples.baskets and trained_model.config.data.domain != examples.domain:
+    needs = trained_model.config.task.needs
+    if needs.separators and needs.table != examples.table:
         raise EvaluateError(
-            f"expected a model that reads domain {examples.domain!r}, whose next baskets are asked for, found "
-            f"{trained_model.folder}, which reads {trained_model.config.data.domain!r}"
+            f"expected a model that reads the table {examples.table}, found {trained_model.folder}, which reads "
+            f"{needs.table}; name a model first that does, too"
         )
     own_kinds = _kinds_as_known(trained_model, examples)
     rows = rows_by_raw_id(trained_model.catalogue, examples.catalogue)
@@ -292,20 +261,19 @@ def model_scorer(
     own_users = user_rows(trained_model, examples.raw_users)
     item_rows = rows_by_raw_id(trained_model.catalogue, examples.everything) if reads_all else rows
     source = merge(examples.input_anywhere, examples.elsewhere) if reads_all else examples.held_out.histories
-    scorer = trained_model.scorer(device=device, baskets=examples.baskets)
-    reads_pauses = trained_model.config.task.reads_baskets
+    scorer = trained_model.scorer(device=device)
     candidates = rows[known]
     width = len(examples.catalogue)
 
-    def score(histories: Histories) -> Scores:
+    def score(histories: Events) -> Scores:
         place = np.searchsorted(examples.users, histories.users)
         given = source.take(place) if reads_all else histories
         kinds = own_kinds[given.event_types] if len(own_kinds) else own_kinds
-        own = Histories(own_users[place], given.offsets, item_rows[given.items], given.times, kinds)
+        own = Events.of(own_users[place], given.offsets, item_rows[given.items], given.times, kinds)
         if len(known) == 0:
             return Scores.of(torch.full((1, 1), -torch.inf).expand(len(histories), width))
         is_read = own.items != UNK
-        if examples.baskets and not reads_pauses:  # the same items, without what stands between baskets
+        if not needs.separators:  # the same items, without what stands between baskets
             is_read &= own.items != SEP
         read = own.keep(is_read)
         scores, nothing_B = scorer.scores(read, candidates), torch.from_numpy(~has_items(read))
@@ -367,27 +335,28 @@ def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
             f"trained on, found {release.number}, which may hold out what the model has seen; evaluate on a newer "
             "release"
         )
-    same = data.domain == examples.domain and examples.baskets == trained_model.config.task.reads_baskets
-    if data.split != examples.split and release.by_time & {data.split, examples.split}:
-        same &= examples.baskets  # sequences of other dates may hold what is asked
+    same = (data.domain, trained_model.config.task.needs.table) == (examples.domain, examples.table)
+    same &= data.split == examples.split or not release.by_time.keys() & {data.split, examples.split}  # of other dates
+    if data.split == examples.split and trained_model.lake == release.lake and data.split in release.by_time:
+        until = pin(release.lake, trained_model.release).by_time.get(data.split)
+        if until is not None and until > release.by_time[data.split]:
+            raise EvaluateError(
+                f"expected a model trained until {release.by_time[data.split]:%Y-%m-%d}, as split {data.split!r} of "
+                f"release {release.number} has it, found {trained_model.folder}, trained until {until:%Y-%m-%d} on "
+                f"release {trained_model.release}; train it again, or evaluate later dates"
+            )
     if same or data.domain not in domains_with_sequences(examples.release, data.split):
         return
     dataset = SequenceDataset(examples.release, data.split, data.domain)
-    trained = aligned(examples._rows(read_users(dataset, _is_among(examples.users)), training=True), examples.users)
-    owner = np.repeat(np.arange(len(trained)), trained.lengths)
-    own = np.bincount(owner[np.isin(trained.items, examples.own_rows)], minlength=len(trained))
+    trained = examples._rows(read_users(dataset, _is_among(examples.users)), training=True).of_users(examples.users)
+    own = np.bincount(trained.owners[np.isin(trained.items, examples.own_rows)], minlength=len(trained))
     given = examples.held_out.histories
     leaked = int(np.maximum(own - given.keep(given.items != SEP).lengths, 0).sum())
-    if leaked and examples.baskets:
-        raise EvaluateError(
-            f"expected a model that has not seen what it is asked, found {leaked:,} items of last baskets in what "
-            f"{trained_model.folder} was trained on (split {data.split!r}); train it on a split that holds out more"
-        )
     if leaked:
         raise EvaluateError(
             f"expected a model that has not seen what it is asked, found {leaked:,} held-out interactions of domain "
             f"{examples.domain!r} in what {trained_model.folder} was trained on (split {data.split!r}, domain "
-            f"{data.domain!r}); train it on a split that is causal for {examples.domain!r}"
+            f"{data.domain!r}); train it on a split that is causal for {examples.domain!r}, and holds out as much"
         )
 
 
@@ -405,59 +374,35 @@ def baseline_scorers(examples: EvaluationSet, config: BaselinesConfig) -> list[S
     steps, fading = config.transition_steps, config.transition_decay
     following = transitions(own, num_items, steps=steps, decay=fading, towards=own_rows)
     here = examples.input_anywhere
-    last = f"last {config.last}"
-    scorers = [
-        Scorer(POPULARITY, None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing"),
-        _over(ITEM_TO_ITEM, within, here, f"{last} of {examples.domain}", examples),
-        _over(
-            ITEM_TO_ITEM_DECAYED, decayed, here, f"{examples.domain}, the n-th last weighs {config.decay}^n", examples
-        ),
-        _over(
-            TRANSITIONS,
-            following,
-            here,
-            f"last {steps} of {examples.domain}, the n-th last weighs {fading}^n",
-            examples,
-        ),
+    last, weighed = f"last {config.last}", f"the n-th last weighs {config.decay}^n"
+    domain, by_step = examples.domain, f"the n-th last weighs {fading}^n"
+    rows: list[tuple[str, Any, Events, str]] = [
+        (ITEM_TO_ITEM, within, here, f"{last} of {domain}"),
+        (ITEM_TO_ITEM_DECAYED, decayed, here, f"{domain}, {weighed}"),
+        (TRANSITIONS, following, here, f"last {steps} of {domain}, {by_step}"),
     ]
     if examples.other_domains:
-        rest = [examples.training(domain, max_users=config.max_users) for domain in examples.other_domains]
-        joined = functools.reduce(_side_by_side, [own, *rest])
+        rest = [examples.training(other, max_users=config.max_users) for other in examples.other_domains]
+        joined = functools.reduce(beside, [own, *rest])
         across = item_to_item(joined, num_items, last=config.last, towards=own_rows)
         across = dataclasses.replace(across, popularity=popular)
-        decayed = dataclasses.replace(across, last=None, decay=config.decay)
+        fading_across = dataclasses.replace(across, last=None, decay=config.decay)
         training, prior = merge(here, examples.training_elsewhere), merge(here, examples.elsewhere)
-        before = "others: until the first held-out item"
-        scorers += [
-            _over(
-                ITEM_TO_ITEM_ALL_TRAINING, across, training, f"{last} of all domains (others: training part)", examples
-            ),
-            _over(ITEM_TO_ITEM_ALL, across, prior, f"{last} of all domains ({before})", examples),
-            _over(
-                ITEM_TO_ITEM_ALL_DECAYED,
-                decayed,
-                prior,
-                f"all domains ({before}), the n-th last weighs {config.decay}^n",
-                examples,
-            ),
+        before = "all domains (others: until the first held-out item)"
+        rows += [
+            (ITEM_TO_ITEM_ALL_TRAINING, across, training, f"{last} of all domains (others: training part)"),
+            (ITEM_TO_ITEM_ALL, across, prior, f"{last} of {before}"),
+            (ITEM_TO_ITEM_ALL_DECAYED, fading_across, prior, f"{before}, {weighed}"),
         ]
-    return scorers
+    by_count = Scorer(POPULARITY, None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing")
+    return [by_count, *(_over(*row, examples) for row in rows)]
 
 
-def _over(label: str, scorer: Any, histories: Histories, reads: str, examples: EvaluationSet) -> Scorer:
+def _over(label: str, scorer: Any, histories: Events, reads: str, examples: EvaluationSet) -> Scorer:
     """A baseline that reads its own histories of the evaluated users, as rows of all domains' catalogue."""
 
-    def score(given: Histories) -> Scores:
+    def score(given: Events) -> Scores:
         own, rows = histories.take(np.searchsorted(examples.users, given.users)), examples.own_rows
         return Scores(len(own), len(rows), lambda start, stop: scorer.score(own, rows[start:stop]))
 
     return Scorer(label, None, score, reads)
-
-
-def _side_by_side(first: Histories, second: Histories) -> Histories:
-    """Both domains' interactions of each user, the order of domains for want of times: for counting only."""
-    users, places = np.unique(np.concatenate([first.users, second.users]), return_inverse=True)
-    owner = np.repeat(places, np.concatenate([first.lengths, second.lengths]))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(users)))])
-    items = np.concatenate([first.items, second.items])[np.argsort(owner, kind="stable")]
-    return Histories(users, offsets, items, np.empty(0, np.int64))

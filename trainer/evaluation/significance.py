@@ -19,6 +19,7 @@ import numpy.typing as npt
 from scipy import optimize, special
 
 from etl.settings import GraftrecError
+from etl.text_table import with_sign
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -253,7 +254,7 @@ def users_to_show(gain: Comparison, *, num_seeds: int, level: float = 0.05) -> i
 
 def gain_text(gain: float, relative: float) -> str:
     """A gain as tables, messages and the gate print it: in percent; as it is where the other mean is 0."""
-    return f"{100 * relative:+.1f} %" if math.isfinite(relative) else f"{gain:+.4f}"
+    return f"{with_sign(100 * relative, 1)} %" if math.isfinite(relative) else with_sign(gain, 4)
 
 
 def p_text(p_value: float | None) -> str:

@@ -139,7 +139,7 @@ class ExperimentConfig(Section):
     @property
     def logged_metrics(self) -> list[str]:
         """Without prefixes: those that a table of an evaluation shows."""
-        return [metric.rpartition("/")[2] for metric in evaluators.evaluator_of(self.task).table_metrics(self.task)]
+        return [metric.rpartition("/")[2] for metric in evaluators.evaluator_of(self.task).metrics_of(self.task).table]
 
     @model_validator(mode="before")
     @classmethod
@@ -174,7 +174,7 @@ class ExperimentConfig(Section):
             raise ValueError(f"rows: expected some of {known}; found {', '.join(sorted(unknown))}")
         (first, leading), *others = tasks_of(self)
         for name, task in others:
-            if _predicted(task) != _predicted(leading):
+            if task.evaluators[0] != leading.evaluators[0]:
                 raise ValueError(
                     f"{name}: expected a task that predicts the same as {leading.kind}, that of {first}, found "
                     f"{task.kind}; compare them in experiments of their own"
@@ -210,13 +210,8 @@ def tasks_of(config: ExperimentConfig) -> list[tuple[str, TaskConfig]]:
 
 def tested_metrics(task: TaskConfig) -> tuple[str, ...]:
     """Metrics that each user has, so that users can be paired, and of which more is better; without prefixes."""
-    given = [metric.rpartition("/")[2] for metric in evaluators.evaluator_of(task).gate_metrics(task)]
+    given = [metric.rpartition("/")[2] for metric in evaluators.evaluator_of(task).metrics_of(task).per_user]
     return tuple(dict.fromkeys(metric for metric in given if signed(1.0, metric) > 0))
-
-
-def _predicted(task: TaskConfig) -> tuple[Any, ...]:
-    """What must be the same of tasks whose models are compared."""
-    return task.evaluators[0], task.table
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import MovielensSource
+from etl.config import MovielensSource, check_root
 from etl.settings import ConfigError, GraftrecError, config_hash, load, replaced
 from trainer.config import (
     FinetuneConfig,
@@ -45,6 +45,8 @@ def run(config: ExperimentConfig) -> int:
     from trainer.report import report
 
     check_rows(planned(config, config.lake or "", 1))  # wrong settings are refused before tables are built
+    if config.etl is not None:
+        check_root(config.etl.source, "etl.source.root")
     folder = config.folder
     with alone(folder, "experiment"):
         started = _started(config)

@@ -86,16 +86,11 @@ class TrainedModel:
         """The kinds of event that the model reads, or passes over."""
         return event_types_read(self.config)
 
-    def scorer(self, *, device: str = "cpu", baskets: bool = False, clicks: bool = False) -> ModelScorer:
-        """`baskets`: histories are of baskets. `clicks`: items may be scored by whether a user takes each. Raises
-        ArtifactError for a model that ranks no items for such."""
+    def scorer(self, *, device: str = "cpu", clicks: bool = False) -> ModelScorer:
+        """`clicks`: items may be scored by whether a user takes each. Raises ModelFolderError for a model that ranks no
+        items."""
         task = self.config.task
-        if task.reads_baskets and not baskets:
-            raise ModelFolderError(
-                f"expected a model of item sequences, found {self.folder}, which reads baskets; `python -m trainer "
-                "evaluate` scores it"
-            )
-        if not task.scores_items or not (clicks or "items" in task.evaluators):
+        if not (task.ranks_items or (clicks and task.scores_items)):
             raise ModelFolderError(
                 f"expected a model that ranks items, found {self.folder}, which predicts a user's {task.predicts}; "
                 "`python -m trainer evaluate` scores it"

@@ -20,8 +20,9 @@ version at the alias `companion` answers if it knows one, and `version` says so.
 (`etl.identifiers`): " 5" and, where a caller's schema lets them through, the numbers 5 and 5.0 are "5".
 
 `params: {"domain": "books"}` asks for another domain's items: of that domain's champion in the same family of
-registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. This module
-knows nothing of MLflow; `pyfunc.py` is what MLflow runs.
+registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. Fields and
+params of other names never arrive: MLflow leaves them out, with a warning in the server's log. This module knows
+nothing of MLflow; `pyfunc.py` is what MLflow runs.
 """
 
 import functools
@@ -37,12 +38,14 @@ from etl.identifiers import raw_ids
 from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array, IntArray
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, has_items, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
 BATCH_SIZE = 256  # histories scored at once
+FIELDS = ("items", "user", "event_types", "baskets")  # of a record
+_UNREAD = f"fields of other names than {', '.join(FIELDS)} are not read"
 MODEL, POPULAR = "model", "popular"  # what an answer is based on
 
 
@@ -58,6 +61,11 @@ class Request:
     user: str | None = None
     event_types: Sequence[str] | None = None  # of each item
     baskets: Sequence[Sequence[str]] | None = None
+
+    @property
+    def form(self) -> str:
+        """Name of what holds the history."""
+        return "items" if self.baskets is None else "baskets"
 
 
 @dataclass(frozen=True)
@@ -75,16 +83,15 @@ class TopK:
     """The best rows for histories: the model's, and for an empty history the popular ones."""
 
     def __init__(self, trained_model: TrainedModel) -> None:
-        baskets = trained_model.config.task.reads_baskets
-        self._scorer = trained_model.scorer(baskets=baskets, clicks=True)
-        self._repeats = trained_model.config.evaluation.ranks_repeats(baskets=baskets)
+        self._scorer = trained_model.scorer(clicks=True)
+        self._repeats = trained_model.config.ranks_repeats
         popularity = torch.from_numpy(trained_model.popularity.astype(np.float32))
         if trained_model.model.predicted_V is not None:
             popularity.masked_fill_(~trained_model.model.predicted_V, -torch.inf)
         self._popularity = Scores.of(popularity[None])
         self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
 
-    def best(self, histories: Histories, k: int) -> tuple[IntArray, Tensor]:
+    def best(self, histories: Events, k: int) -> tuple[IntArray, Tensor]:
         """Rows [B, K] and scores [B, K], best first, that are not in the history, or with `repeats` maybe are; see
         `trainer.inference.scorer.top_k`."""
         rows, scores = self._popular(k)
@@ -97,8 +104,8 @@ class TopK:
         return rows_BK, scores_BK
 
     def _popular_rows(self, k: int) -> tuple[IntArray, Tensor]:
-        none = np.empty(0, dtype=np.int64)
-        return top_k(self._popularity, Histories(np.array([UNK]), np.zeros(2, np.int64), none, none), k)
+        nothing = Events.of(np.array([UNK]), np.zeros(2, np.int64), np.empty(0, dtype=np.int64))
+        return top_k(self._popularity, nothing, k)
 
 
 class Recommender:
@@ -114,7 +121,7 @@ class Recommender:
     ) -> None:
         self.trained_model, self.version, self._beside = trained_model, version, functools.cache(beside)
         self._companion = functools.cache(companion)
-        self._shortlist, self._baskets = TopK(trained_model), trained_model.config.task.reads_baskets
+        self._shortlist, self.reads = TopK(trained_model), trained_model.config.task.needs.request
         self._place_of = {name: place for place, name in enumerate(trained_model.event_types, 1)}
         self._row_of = {raw: row for row, raw in enumerate(trained_model.catalogue.raw_ids) if row >= FIRST_INDEX}
 
@@ -133,21 +140,23 @@ class Recommender:
 
     def request(self, items: Sequence[str]) -> Request:
         """A request with that history: of one basket, where baskets are read."""
-        return Request([], baskets=[items]) if self._baskets else Request(items)
+        return {"items": Request(items), "baskets": Request([], baskets=[items])}[self.reads]
 
     def answer(self, requests: Sequence[Request], k: int = DEFAULT_K) -> list[Answer]:
         """One answer for each request, in order. Raises RequestError."""
         if not 1 <= k <= MAX_K:
             raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {k}")
         for place, request in enumerate(requests):
-            if (request.baskets is not None) != self._baskets:
-                wanted, found = ("baskets", "items") if self._baskets else ("items", "baskets")
-                raise RequestError(f"record {place}: expected `{wanted}`, which {self.version} reads, found `{found}`")
+            if request.form != self.reads:
+                raise RequestError(
+                    f"record {place}: expected `{self.reads}`, which {self.version} reads, found `{request.form}`"
+                )
         answers: list[Answer] = []
         for start in range(0, len(requests), BATCH_SIZE):
             answers += self._answer(requests[start : start + BATCH_SIZE], k)
         unread = [place for place, answer in enumerate(answers) if answer.basis == POPULAR and answer.unknown]
-        if unread and not self._baskets and (companion := self._companion()) is not None:
+        companion = self._companion() if unread else None
+        if companion is not None and companion.reads == self.reads:
             others = companion.answer([requests[place] for place in unread], k)
             for place, other in zip(unread, others, strict=True):
                 if other.basis == MODEL:
@@ -159,7 +168,7 @@ class Recommender:
         rows = [[SEP if item is None else self._row_of.get(item, UNK) for item in items] for items in read]
         users = self.trained_model.users or {}
         given = np.array([row for history in rows for row in history], dtype=np.int64)
-        whole = Histories(
+        whole = Events.of(
             np.array([users.get(request.user or "", UNK) for request in requests], dtype=np.int64),
             np.concatenate([[0], np.cumsum([len(history) for history in rows])]).astype(np.int64),
             given,
@@ -200,12 +209,12 @@ def _read(request: Request) -> Sequence[str | None]:
 def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
     """Requests of records with `items` or `baskets`, and perhaps `user`. Raises RequestError."""
     if not records:
-        raise RequestError("expected one record at least, with `items` or `baskets`, found none")
+        raise RequestError(f"expected one record at least, with `items` or `baskets`, found none; {_UNREAD}")
     return [_parse(record, place) for place, record in enumerate(records)]
 
 
 def _parse(record: Mapping[str, Any], place: int) -> Request:
-    items, user, kinds, baskets = (_plain(record.get(name)) for name in ("items", "user", "event_types", "baskets"))
+    items, user, kinds, baskets = (_plain(record.get(name)) for name in FIELDS)
     if baskets is not None:
         if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
             raise RequestError(
@@ -213,6 +222,11 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
                 f"found {str(baskets)[:100]!r}"
             )
         items, baskets = [], [_ids(basket, place, "baskets") for basket in baskets]
+    if items is None:
+        raise RequestError(
+            f"record {place}: `items` is a list of raw item ids (strings), or `baskets` a list of such lists, found "
+            f"neither; {_UNREAD}"
+        )
     if not _is_ids(items):
         raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {str(items)[:100]!r}")
     if user is not None and not _is_ids([user]):

@@ -17,7 +17,7 @@ from torch import Tensor
 from etl.tables import FIRST_INDEX, PAD, SEP
 from trainer.arrays import IntArray
 from trainer.data.batch import Batch
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.models import SequenceModel
 from trainer.parallel.cores import torch_threads_for
 from trainer.tasks import Task
@@ -69,21 +69,21 @@ class Scores:
         return torch.zeros(rows_BN.shape) if found is None else found
 
 
-def has_items(histories: Histories) -> npt.NDArray[np.bool_]:
+def has_items(histories: Events) -> npt.NDArray[np.bool_]:
     """[B] whether there is anything in a history but the ends of baskets."""
     flags: npt.NDArray[np.bool_] = histories.keep(histories.items != SEP).lengths > 0
     return flags
 
 
 @torch.inference_mode()
-def top_k(scores: Scores, seen: Histories, k: int) -> tuple[IntArray, Tensor]:
+def top_k(scores: Scores, seen: Events, k: int) -> tuple[IntArray, Tensor]:
     """Rows [B, K] and scores [B, K], on the CPU, of the best rows not in `seen` (rows), K = min(k, V), best first.
 
     Equal scores are in order of rows. -inf where there are no more; a score that is NaN is as good as -inf. The scores
     of `seen` are overwritten. Memory: one block of scores, whatever the catalogue.
     """
     B, wanted = scores.num_users, min(k, scores.num_rows)
-    owner = torch.from_numpy(np.repeat(np.arange(len(seen)), seen.lengths))
+    owner = torch.from_numpy(seen.owners)
     items = torch.from_numpy(seen.items)
     best_BK, rows_BK = torch.empty(B, 0), torch.empty(B, 0, dtype=torch.long)
     for start, block in scores.blocks(FIRST_INDEX):
@@ -129,7 +129,7 @@ class ModelScorer:
         among = model.predicted_V if among is None else among
         self._left_out_V = None if among is None else ~among.to(self.device)
 
-    def scores(self, histories: Histories, candidates: IntArray | None = None) -> Scores:
+    def scores(self, histories: Events, candidates: IntArray | None = None) -> Scores:
         """Scores [B, C] float32 on the model's device; items and candidates are catalogue rows, users global indices.
 
         Candidates None: every row. The newest items that fit the model are read, the rest is cut. Users beyond the
@@ -155,7 +155,7 @@ class ModelScorer:
         return Scores(len(histories), self.model.num_items if candidates is None else len(candidates), columns)
 
     @torch.inference_mode()
-    def score(self, histories: Histories, candidates: IntArray | None = None) -> Tensor:
+    def score(self, histories: Events, candidates: IntArray | None = None) -> Tensor:
         """As `scores`, all of them [B, C] on the CPU; without candidates, the reserved rows at -inf."""
         whole = self.scores(histories, candidates).whole()
         if candidates is None:
@@ -187,7 +187,7 @@ class ModelScorer:
         return None if self._table_VD is None else self.model.bias()
 
     @torch.inference_mode()
-    def hidden(self, histories: Histories) -> Tensor:
+    def hidden(self, histories: Events) -> Tensor:
         """The query of each user, [B, D]. Users of like lengths are read together: less padding."""
         was_training = self.model.training
         self.model.eval()
@@ -202,22 +202,16 @@ class ModelScorer:
         finally:
             self.model.train(was_training)
 
-    def _batch(self, histories: Histories) -> Batch:
+    def _batch(self, histories: Events) -> Batch:
         """Padded at the end to the longest."""
-        lengths = histories.lengths
-        width = int(lengths.max(initial=0))
-        items = np.full((len(histories), width), PAD, dtype=np.int64)
-        items[np.arange(width) < lengths[:, None]] = histories.items
         batch = Batch(
-            torch.from_numpy(items),
-            torch.from_numpy(lengths.astype(np.int64)),
+            torch.from_numpy(histories.padded("items", PAD)),
+            torch.from_numpy(histories.lengths.astype(np.int64)),
             torch.from_numpy(histories.users.astype(np.int64)),
             len(histories),
             slice(0, len(histories)),
             (),
         )
         if len(histories.event_types):
-            kinds = np.zeros(items.shape, dtype=np.int64)
-            kinds[np.arange(width) < lengths[:, None]] = histories.event_types
-            batch.event_types = torch.from_numpy(kinds)
+            batch.event_types = torch.from_numpy(histories.padded("event_types"))
         return batch.to(self.device)

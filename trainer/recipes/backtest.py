@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from etl.config import check_root
 from etl.settings import replaced
 from trainer import figures, tracking
 from trainer.config import EvaluatedModel
@@ -45,6 +46,7 @@ class DateResult:
 
 def run(config: BacktestConfig) -> list[DateResult]:
     """Run the backtest as configured. Raises GraftrecError."""
+    check_root(config.etl.source, "etl.source.root")
     with alone(Path(config.runs), "backtest"):
         return _run(config)
 

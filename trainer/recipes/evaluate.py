@@ -80,7 +80,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             must_record=True,
         ) as run,
     ):
-        read = [task.table, "items", "users", "domains", "negatives"]
+        read = [task.needs.table, "items", "users", "domains", "negatives"]
         run.log_release(release, context="evaluation", tables=read)
         device = str(join(config.runtime).device)
         models = [load_model(model.model, device=device) for model in chosen]
@@ -119,7 +119,10 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         shown = {row.metric for row in own}
         for model, of_model in zip(models, results.scorers, strict=False):
             if model.config.data.answered == evaluator.domain:
-                run.log_model_metrics(model.hash, _numbers(results, of_model, config.part, shown), release, task.table)
+                run.log_model_metrics(
+                    model.hash, _numbers(results, of_model, config.part, shown), release, task.needs.table
+                )
+    print(f"evaluate: {config.name}: results in {folder}")
     return report
 
 

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import EtlConfig, KnowledgeConfig, MovielensSource
+from etl.config import EtlConfig, KnowledgeConfig, MovielensSource, check_root
 from etl.settings import GraftrecError, Section, load, replaced
 from etl.tables import RECOMMENDATIONS
 from etl.text_table import aligned
 from trainer.config import RuntimeConfig
+from trainer.config.data import READS_ALL
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
     from trainer.recipes.evaluate import EvaluationReport
 from trainer.recipes.pipeline_plan import (
     COLD,
-    READS_ALL,
     PipelineConfig,
     Plan,
     Trained,
@@ -61,12 +61,17 @@ class Outcome:
 
 def detectable_gains(config: PipelineConfig, planned: Plan, release: "Release") -> list[str]:
     """A line for each target: the smallest gain that its seeds and users can show."""
+    from trainer.data.baskets import open_dataset
+    from trainer.data.held_out import num_evaluated
     from trainer.data.sequences import SequenceDataset
     from trainer.evaluation.significance import detectable_text
 
-    lines = []
+    lines, task, split = [], config.finetune.task, config.finetune.data.split
     for target in planned.targets:
-        users = SequenceDataset(release, config.finetune.data.split, target).num_rows
+        if task.scores_items and open_dataset(task.needs.table, release, split, target).has_negatives:
+            users = num_evaluated(release, split, target, config.promote.part)
+        else:
+            users = SequenceDataset(release, split, target).num_rows
         text = detectable_text(len(config.seeds), max(users, 2), level=config.promote.gate.level)
         lines.append(f"{target}: {text} (typical spreads; p ≤ {config.promote.gate.level:g})")
     return lines
@@ -81,6 +86,7 @@ def run(config: PipelineConfig) -> int:
 
     config, planned = plan(config)
     check_plan(config, planned)
+    check_root(config.etl.source, "etl.source.root")
     with alone(Path(config.runs), "pipeline"):
         return _run(config, planned)
 
@@ -259,20 +265,13 @@ def promote(
     do."""
     from trainer.evaluation.gate import next_steps
     from trainer.recipes import promote
-    from trainer.recipes.hints import recommend_command
 
+    recommend = recommend_config(config, target, release)
     try:
-        promote.run(promote_config(config, target, release, trained))
+        promote.run(promote_config(config, target, release, trained), recommend)
     except promote.GateRefused as refusal:
-        again = replaced(
-            recommend_config(config, target, release),
-            model=refusal.model,
-            release=None,
-            replace=refusal.champion is not None,
-        )
-        steps = next_steps(
-            refusal.decision, recommend=recommend_command(again), champion=refusal.champion, results=str(results)
-        )
+        command = promote.refused_command(refusal, recommend) if config.finetune.task.scores_items else None
+        steps = next_steps(refusal.decision, recommend=command, champion=refusal.champion, results=str(results))
         return str(refusal), steps
     return "", ()
 
@@ -356,7 +355,12 @@ def movielens_in(config: PipelineConfig, folder: Path) -> PipelineConfig:
 
 
 def movielens_etl(etl: EtlConfig, folder: Path) -> EtlConfig:
-    """The log in `folder`, and of the knowledge files those that are there."""
+    """The log in `folder`, and of the knowledge files those that are there. Raises GraftrecError where it is none."""
+    if not folder.expanduser().is_dir():
+        raise GraftrecError(
+            f"--data (make: DATA): expected a folder with ratings.dat, movies.dat and users.dat, found none at "
+            f"{folder}; mend it"
+        )
     files = []
     for file in etl.knowledge.files:
         places = [folder / Path(file.path).name, folder.parent / file.path]

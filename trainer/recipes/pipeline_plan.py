@@ -24,6 +24,7 @@ from trainer.config import (
     TransferName,
     with_transfer,
 )
+from trainer.config.data import READS_ALL
 from trainer.recipes.training_jobs import TrainingJob
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 
 SCRATCH: TransferName = "none"
-READS_ALL = "all-domains"  # label of the model that reads every domain and predicts the target's items
 COLD = "cold-users"  # the same, trained without the target history of some users, on whom it is evaluated
 COLD_SHARE = 0.1
 
@@ -111,9 +111,10 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     else:
         targets = (config.finetune.data.domain,)
     known = [*names, DOMAIN_ALL]
-    if source is not None and source not in known:
+    named = config.source if names and source is None else source
+    if named is not None and named not in known:
         raise ConfigError(
-            f"source: expected one of the log's domains ({', '.join(known)}), found {source!r}; mend the "
+            f"source: expected one of the log's domains ({', '.join(known)}), found {named!r}; mend the "
             "name, or set transfers to [none]"
         )
     if unknown := [name for name in targets if name not in known]:
@@ -125,7 +126,7 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
             "targets: expected names that a folder and a registered model can have (none of / : @), found "
             f"{unfit[0]!r}; rename the domain"
         )
-    if targets == (source,) and ((config.source is None and len(names) == 1) or set(config.transfers) == {SCRATCH}):
+    if targets == (source,) and (len(names) == 1 or set(config.transfers) == {SCRATCH}):
         source = None  # the only domain there is, or nothing is to be transferred
     if source in targets:
         raise ConfigError(
@@ -332,7 +333,7 @@ def evaluate_config(config: PipelineConfig, target: str, release: int, trained: 
     models = tuple(EvaluatedModel(model=str(one.model), label=one.label, seed=one.seed) for one in trained)
     candidate, gate = choose(trained)[0].label, config.promote.gate
     protocols = tuple(dict.fromkeys([gate.protocol, *config.evaluate.evaluation.protocols]))
-    shown = evaluator_of(config.finetune.task).table_metrics(config.finetune.task)
+    shown = evaluator_of(config.finetune.task).metrics_of(config.finetune.task).table
     return replaced(
         config.evaluate,
         model=None,

@@ -19,7 +19,7 @@ from etl.settings import ConfigError
 from trainer import figures, tracking
 from trainer.arrays import Int32Array
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
-from trainer.data.baskets import BasketDataset
+from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
 from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
@@ -185,11 +185,9 @@ def _pinned(config: PretrainConfig, world: World) -> Release:
 
 def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
     split, domain = config.data.split, config.data.domain
-    if config.task.reads_baskets:
-        return BasketDataset(release, split, domain)
-    negatives = config.task.negative_events
+    negatives, table = config.task.negative_events, config.task.needs.table
     setting, types = ("task.impressions", negatives) if negatives else ("data.event_types", config.data.event_types)
-    dataset = SequenceDataset(release, split, domain, values=config.task.reads_values, event_types=types)
+    dataset = open_dataset(table, release, split, domain, values=config.task.reads_values, event_types=types)
     _check_event_types(dataset, setting)
     return dataset
 

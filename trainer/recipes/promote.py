@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from etl.settings import GraftrecError, RunAgain
+from etl.settings import GraftrecError, RunAgain, replaced
 from trainer import tracking
 from trainer.config import PromoteConfig, RecommendConfig, event_types_read
 from trainer.data.release import Release, pin
@@ -67,8 +67,9 @@ class Promoted:
     replaced: int | None  # number of the champion before
 
 
-def run(config: PromoteConfig) -> Promoted:
-    """Promote or roll back, as configured. Raises GateRefused (exit code 3) or another GraftrecError (2)."""
+def run(config: PromoteConfig, recommend: RecommendConfig | None = None) -> Promoted:
+    """Promote or roll back, as configured. `recommend`: settings of the command that is printed after a refusal; None:
+    the default ones. Raises GateRefused (exit code 3) or another GraftrecError (2)."""
     registry = Registry(config.registered_model, family=config.family)
     if config.rollback:
         return _roll_back(registry)
@@ -108,7 +109,13 @@ def run(config: PromoteConfig) -> Promoted:
             model,
             champion.label if champion else None,
         )
-        for step in next_steps(decision, recommend=_recommend(config, compared, refusal), champion=refusal.champion):
+        ranks = compared.candidate.config.task.scores_items
+        if recommend is None:
+            recommend = RecommendConfig(
+                registered_model=config.registered_model, lake=config.lake, domain=config.domain
+            )
+        command = refused_command(refusal, recommend) if ranks else None
+        for step in next_steps(decision, recommend=command, champion=refusal.champion):
             print(f"  → {step}")
         raise refusal
     print(f"{promoted.version.label} is champion" + (f", after {promoted.replaced}" if promoted.replaced else ""))
@@ -129,18 +136,10 @@ def detectable(decision: Decision, level: float) -> str:
     return ""
 
 
-def _recommend(config: PromoteConfig, compared: Compared, refusal: GateRefused) -> str | None:
-    """The command that recommends by the candidate. None: it ranks no items."""
-    if not compared.candidate.config.task.scores_items:
-        return None
-    wanted = RecommendConfig(
-        registered_model=config.registered_model,
-        model=refusal.model,
-        lake=config.lake,
-        domain=config.domain,
-        replace=refusal.champion is not None,
-    )
-    return recommend_command(wanted)
+def refused_command(refusal: GateRefused, settings: RecommendConfig) -> str:
+    """The command that recommends by the refused candidate."""
+    replace = refusal.champion is not None
+    return recommend_command(replaced(settings, model=refusal.model, release=None, replace=replace))
 
 
 # --- evidence ---------------------------------------------

@@ -20,7 +20,7 @@ import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +46,8 @@ from trainer import tracking
 from trainer.arrays import IntArray
 from trainer.code_hash import code_hash
 from trainer.config import RecommendConfig
-from trainer.data.baskets import BasketDataset, separated
-from trainer.data.histories import Histories
+from trainer.data.baskets import open_dataset, separated
+from trainer.data.events import Column, Events
 from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, event_type_codes
 from trainer.inference.model_folder import MANIFEST, USER_IDS, TrainedModel, load_model
@@ -84,7 +84,7 @@ class _Source:
     split: str
     reads: str
     reads_all: bool
-    baskets: bool
+    table: Table
     event_types: bool
     num_users: int  # with any event, in whichever domain
 
@@ -94,20 +94,19 @@ def run(config: RecommendConfig) -> Result:
     models = _models(config)
     trained_model = models[0][0]
     companion = models[1][1] if len(models) > 1 else ""
-    baskets = trained_model.config.task.reads_baskets
+    table = tables.TABLES[trained_model.config.task.needs.table]
     for one, _ in models:
-        one.scorer(baskets=one.config.task.reads_baskets, clicks=True)  # refuses a model that ranks no items
+        one.scorer(clicks=True)  # refuses a model that ranks no items
     own = trained_model.config.data
     predicts = own.predicted or own.domain
     split, domain = config.split or own.split, config.domain or predicts
     reads = own.domain if domain == predicts else domain  # rows are of what is predicted, whatever is read for it
     release = pin(config.lake or trained_model.lake, config.release)
-    num_users = (BasketDataset if baskets else SequenceDataset)(release, split, reads).num_rows
+    num_users = open_dataset(table.name, release, split, reads).num_rows
     if DOMAIN_ALL in domains_with_sequences(release, split):
         num_users = SequenceDataset(release, split, DOMAIN_ALL).num_rows
     kinds = any(one.event_types for one, _ in models)
-    reads_all = not baskets and (companion != "" or reads == DOMAIN_ALL)
-    source = _Source(release, split, reads, reads_all, baskets, kinds, num_users)
+    source = _Source(release, split, reads, companion != "" or reads == DOMAIN_ALL, table, kinds, num_users)
     with spark_io.writing(release.lake, tables.RECOMMENDATIONS, wait_seconds=config.wait_seconds):
         return _renew(config, models, source, domain)
 
@@ -131,7 +130,7 @@ def _renew(config: RecommendConfig, models: Models, source: _Source, domain: str
         f"Top {config.k} items of domain {domain} for {num_users:,} users, by {by}; release {release.number} of "
         f"`{redact(release.lake)}`."
     )
-    read = [(tables.BASKETS if source.baskets else tables.SEQUENCES).name, tables.ITEMS.name, tables.USERS.name]
+    read = [source.table.name, tables.ITEMS.name, tables.USERS.name]
     with tracking.start_run(config.tracking, name=config.name, resolved=config) as tracked:
         tracked.log_release(release, tables=read)
         tracked.describe(description)
@@ -160,7 +159,7 @@ def _models(config: RecommendConfig) -> list[tuple[TrainedModel, str]]:
     "unregistered/<hash>" for a folder."""
     folder, label, version = _model(config, config.model)
     trained_model = load_model(folder, users=False)
-    if trained_model.config.data.domain == DOMAIN_ALL or trained_model.config.task.reads_baskets:
+    if trained_model.config.data.domain == DOMAIN_ALL:
         return [(trained_model, label)]
     if config.companion is not None:
         folder, name, _ = _model(config, config.companion)
@@ -171,15 +170,15 @@ def _models(config: RecommendConfig) -> list[tuple[TrainedModel, str]]:
             return [(trained_model, label)]
         folder, name = registry.folder(found), found.label
     companion = load_model(folder, users=False)
-    if (
-        companion.config.data.domain != DOMAIN_ALL
-        or companion.config.data.answered != trained_model.config.data.answered
-    ):
+    own, other = trained_model.config, companion.config
+    reads_alike = other.task.needs == own.task.needs
+    if not reads_alike and config.companion is None:  # the alias is for versions that read other histories
+        return [(trained_model, label)]
+    if not reads_alike or other.data.domain != DOMAIN_ALL or other.data.answered != own.data.answered:
         raise GraftrecError(
-            f"expected a companion that reads domain {DOMAIN_ALL!r} and predicts "
-            f"{trained_model.config.data.answered!r}, found {name}, which reads "
-            f"{companion.config.data.domain!r} and predicts "
-            f"{companion.config.data.answered!r}; name another, or move the alias {COMPANION!r}"
+            f"expected a companion that reads domain {DOMAIN_ALL!r} and predicts {own.data.answered!r}, from "
+            f"{own.task.needs.table}, found {name}, which reads {other.data.domain!r} and predicts "
+            f"{other.data.answered!r}, from {other.task.needs.table}; name another, or move the alias {COMPANION!r}"
         )
     return [(trained_model, label), (companion, name)]
 
@@ -225,8 +224,8 @@ def _users_by_model(lake: str, domain: str) -> dict[str, int]:
 def _identity(config: RecommendConfig, models: Models, source: _Source, domain: str) -> str:
     """A hash of everything that the rows depend on."""
     release = source.release
-    read = [tables.BASKETS] if source.baskets else []
-    versions = [release.versions.get(table.name) for table in (*read, tables.SEQUENCES, tables.USERS)]
+    read = dict.fromkeys(table.name for table in (source.table, tables.SEQUENCES, tables.USERS))
+    versions = [release.versions.get(name) for name in read]
     examples = [(trained_model.hash, label) for trained_model, label in models]
     parts = [examples, release.number, versions, source.split, domain, config.k, code_hash("trainer.recipes.recommend")]
     return f"recommend/{domain}/{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
@@ -292,17 +291,11 @@ def _histories(spark: SparkSession, source: _Source, parallel: int) -> DataFrame
         partitions = {"split": [source.split], "domain": [domain]}
         return spark_io.read(spark, release.lake, table, version=release.versions[table.name], partitions=partitions)
 
+    domain = DOMAIN_ALL if source.reads_all else source.reads
+    own = _ONE_ROW_A_USER[source.table.name](read(source.table, domain))
     more = ["event_types"] if source.event_types else []
-    if source.baskets:
-        in_order = F.sort_array(F.collect_list(F.struct("basket", "items")))
-        together = read(tables.BASKETS, source.reads).groupBy("user", "bucket").agg(in_order.alias("baskets"))
-        own = together.select("user", "bucket", F.col("baskets.items").alias("items"))
-    elif source.reads_all:
-        more.append("times")
-        own = read(tables.SEQUENCES, DOMAIN_ALL)
-    else:
-        own = read(tables.SEQUENCES, source.reads)
-    if not source.reads_all and DOMAIN_ALL in domains_with_sequences(release, source.split):
+    more += ["times"] if source.reads_all and "times" in own.columns else []
+    if "times" not in more and DOMAIN_ALL in domains_with_sequences(release, source.split):
         everyone = read(tables.SEQUENCES, DOMAIN_ALL).select("user", "bucket")
         own = everyone.join(own.drop("bucket"), "user", "left")
     vocabulary = spark_io.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
@@ -310,6 +303,19 @@ def _histories(spark: SparkSession, source: _Source, parallel: int) -> DataFrame
     joined = own.select(F.col("user").alias("index"), "bucket", "items", *more).join(users, "index")
     tasks = max(parallel, -(-source.num_users // USERS_PER_TASK))
     return joined.repartition(tasks, "index").select("raw", "index", "bucket", "items", *more)
+
+
+def _joined(baskets: DataFrame) -> DataFrame:
+    """A user's baskets in one row, as lists of items in order."""
+    in_order = F.sort_array(F.collect_list(F.struct("basket", "items")))
+    together = baskets.groupBy("user", "bucket").agg(in_order.alias("baskets"))
+    return together.select("user", "bucket", F.col("baskets.items").alias("items"))
+
+
+_ONE_ROW_A_USER: dict[str, Callable[[DataFrame], DataFrame]] = {
+    tables.SEQUENCES.name: lambda sequences: sequences,
+    tables.BASKETS.name: _joined,
+}
 
 
 # --- in the executors ---------------------------------------------
@@ -385,7 +391,7 @@ def _best(model: _Model, label: str, chosen: pa.RecordBatch, k: int, domain: str
     )
 
 
-def _as_histories(batch: pa.RecordBatch, model: _Model) -> Histories:
+def _as_histories(batch: pa.RecordBatch, model: _Model) -> Events:
     """The users' items that the model knows, as its rows, by time where there are times: a row of the domain `all` may
     have held-out items at the end."""
     items = batch.column("items")
@@ -395,14 +401,15 @@ def _as_histories(batch: pa.RecordBatch, model: _Model) -> Histories:
     rows = model.catalogue.rows(items.flatten().to_numpy(zero_copy_only=False)).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     users = batch.column("index").to_numpy().astype(np.int64)
-    kinds = np.empty(0, np.int8)
+    columns: dict[str, Column] = {"items": rows}
     if model.event_types:
-        kinds = event_type_codes(pa.chunked_array([batch.column("event_types")]), lengths, model.event_types)
+        kinds = pa.chunked_array([batch.column("event_types")])
+        columns["event_types"] = event_type_codes(kinds, lengths, model.event_types)
     if "times" in batch.schema.names:
-        times = batch.column("times").flatten().to_numpy(zero_copy_only=False)
-        order = np.lexsort((times, np.repeat(np.arange(len(lengths)), lengths)))  # stable
-        rows, kinds = rows[order], kinds[order] if len(kinds) else kinds
-    return Histories(users, offsets, rows, np.empty(0, dtype=np.int64), kinds).keep(rows != UNK)
+        columns["times"] = batch.column("times").flatten().to_numpy(zero_copy_only=False)
+    found = Events(users, offsets, columns)
+    found = found.in_time_order() if "times" in columns else found
+    return found.keep(found.items != UNK)
 
 
 def _lengths(lists: pa.Array) -> IntArray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from etl import tables
 from etl.command import CommandParser, configurations, run_command
-from etl.config import EtlConfig
+from etl.config import EtlConfig, check_root
 from etl.redaction import redact
 from etl.settings import load
 from trainer import tracking
@@ -25,6 +25,7 @@ def run(config: EtlConfig, track: TrackingConfig, *, job: str = "all") -> int:
     from etl.jobs.job import RunContext
     from etl.pipeline.run import run_all, run_one
 
+    check_root(config.source)
     with tracking.start_run(track, name="etl", resolved=config, tags={"graftrec.recipe": "etl"}) as tracked:
         if job != "all":
             run_one(RunContext(config), job)

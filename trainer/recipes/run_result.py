@@ -36,7 +36,7 @@ def recipe_of(config: PretrainConfig) -> str:
 
 
 def sequence_table(config: PretrainConfig) -> tables.Table:
-    return tables.TABLES[config.task.table]
+    return tables.TABLES[config.task.needs.table]
 
 
 def read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:

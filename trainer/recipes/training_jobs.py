@@ -77,17 +77,15 @@ def run(trainings: Sequence[TrainingJob], *, folder: Path, jobs: int, environmen
         (folder / name).mkdir(parents=True, exist_ok=True)
     context = _context()
     waiting, running = list(trainings), dict[int, tuple[TrainingJob, BaseProcess, float]]()
-    finished, begun_all = 0, time.monotonic()
+    finished, trained, begun_all = 0, 0, time.monotonic()
 
     def end(training: TrainingJob, how: str) -> None:
         nonlocal finished
         finished += 1
-        each = (time.monotonic() - begun_all) / finished
-        left = (
-            f"  (about {each * (len(trainings) - finished):.0f} s left)"
-            if finished < len(trainings) and each > 0.5
-            else ""
-        )
+        each = (time.monotonic() - begun_all) / max(trained, 1)  # what is unchanged takes no time
+        left = ""
+        if trained and finished < len(trainings) and each > 0.5:
+            left = f"  (about {each * (len(trainings) - finished):.0f} s left)"
         print(f"[{finished}/{len(trainings)}] {training.name}: {training.failure or how}{left}", flush=True)
 
     try:
@@ -105,6 +103,7 @@ def run(trainings: Sequence[TrainingJob], *, folder: Path, jobs: int, environmen
                 if process.exitcode is None:
                     continue
                 del running[key]
+                trained += 1
                 training.exit_code = _exit_code(process.exitcode)
                 done = _finished(training) if process.exitcode == 0 else None
                 if done is None and process.exitcode == 0:

@@ -36,7 +36,7 @@ class GateEvidence:
         first, self.release, self.part = models[0][1], release, config.part
         self.transferred = was_transferred(first.config, first.parent)
         self.evaluator = _evaluator(models, event_types, config, release)
-        self.split, self.domain, self.table = self.evaluator.split, self.evaluator.domain, first.config.task.table
+        self.split, self.domain, self.table = self.evaluator.split, self.evaluator.domain, first.config.task.needs.table
         scorers = [self.evaluator.scorer(model, label=label) for label, model in models]
         if config.gate.must_beat:
             baselines = self.evaluator.baselines(config.baselines)
@@ -61,7 +61,7 @@ class GateEvidence:
 def _evaluator(models: Named, event_types: Sequence[str], config: PromoteConfig, release: Release) -> Evaluator:
     """The one that has the gate's metric."""
     task, gate = models[0][1].config.task, config.gate
-    protocols = (FULL,) if task.reads_baskets else (*config.evaluation.protocols, gate.protocol)
+    protocols = (*config.evaluation.protocols, gate.protocol)
     settings = EvaluateConfig(
         split=config.split,
         domain=config.domain,

@@ -230,8 +230,9 @@ class Registry:
             if wanted == str(version.number) or wanted in version.aliases:
                 return version
         there = ", ".join(f"{v.number}{''.join(f' @{a}' for a in v.aliases)}" for v in versions[:10]) or "nothing"
+        mend = "promote one, or name a number" if versions else "register one first"
         raise TrackingError(
-            f"no version or alias {wanted!r} of the registered model {self.name}, it has {there}; register one first"
+            f"no version or alias {wanted!r} of the registered model {self.name}, it has {there}; {mend}"
         )
 
     def folder(self, version: Version) -> Path:
@@ -377,7 +378,8 @@ def _example(folder: Path, config: PretrainConfig) -> dict[str, Any]:
     """A request that the model knows: its three most popular items, as a history."""
     rows = pq.read_table(folder / CATALOGUE, columns=["item", "popularity"]).slice(FIRST_INDEX)
     popular = rows.sort_by([("popularity", "descending")])["item"].slice(0, 3).to_pylist()
-    return {"baskets": [popular[:2], popular[2:]]} if config.task.reads_baskets else {"items": popular}
+    forms = {"items": popular, "baskets": [popular[:2], popular[2:]]}
+    return {config.task.needs.request: forms[config.task.needs.request]}
 
 
 def _scratch() -> str:

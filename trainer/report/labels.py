@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from etl.text_table import with_sign
 from trainer.evaluation.significance import p_text
 from trainer.report import survey
 
@@ -72,8 +73,7 @@ def percent(value: float | None) -> str:
 
 def percentage_points(value: float) -> str:
     """A difference in percentage points."""
-    text = f"{100 * value:+.2f}"
-    return text[1:] if text in ("+0.00", "-0.00") else text
+    return with_sign(100 * value, 2)
 
 
 def interval(entry: Row) -> str:

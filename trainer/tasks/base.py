@@ -33,7 +33,7 @@ class Task(ABC):
     @property
     def unused(self) -> tuple[str, ...]:
         """Name prefixes of tensors that no step reaches."""
-        return () if "items" in self.config.evaluators else ITEM_TENSORS
+        return () if self.config.ranks_items else ITEM_TENSORS
 
     @abstractmethod
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:

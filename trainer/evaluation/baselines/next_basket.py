@@ -15,7 +15,7 @@ from etl.tables import FIRST_INDEX, SEP
 from trainer.arrays import IntArray
 from trainer.config import BaselinesConfig
 from trainer.data.baskets import BasketDataset
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 from trainer.evaluation.baselines.names import MARKOV_CHAIN, PERSONAL_FREQUENCY, POPULARITY
 from trainer.evaluation.baselines.sequences import TIE_BREAK
 from trainer.evaluation.ranking_metrics import FloatArray
@@ -31,10 +31,10 @@ def baseline_scorers(examples: EvaluationSet, config: BaselinesConfig) -> list[S
     popular = popularity(training, num_rows)
     chain = markov_chain(training, num_rows)
 
-    def of_everyone(given: Histories) -> Scores:
+    def of_everyone(given: Events) -> Scores:
         return Scores.of(torch.from_numpy(popular).expand(len(given), -1))
 
-    def of_user(given: Histories) -> Scores:
+    def of_user(given: Events) -> Scores:
         return Scores.of(personal_frequency(given, popular))
 
     return [
@@ -48,13 +48,13 @@ def frequency_scorer(examples: EvaluationSet) -> Scorer:
     """What the user has had most often, of items that may be had again."""
     popular = examples.training_interactions / max(examples.training_interactions.sum(), 1)
 
-    def of_user(given: Histories) -> Scores:
+    def of_user(given: Events) -> Scores:
         return Scores.of(personal_frequency(given, popular))
 
     return Scorer(PERSONAL_FREQUENCY, None, of_user, f"all of a user's items of {examples.domain}")
 
 
-def popularity(training: Histories, num_rows: int) -> FloatArray:
+def popularity(training: Events, num_rows: int) -> FloatArray:
     """[V] share of all interactions."""
     counts = np.bincount(training.items, minlength=num_rows).astype(np.float64)
     counts[:FIRST_INDEX] = 0
@@ -62,9 +62,9 @@ def popularity(training: Histories, num_rows: int) -> FloatArray:
     return shares
 
 
-def personal_frequency(given: Histories, popular: FloatArray) -> Tensor:
+def personal_frequency(given: Events, popular: FloatArray) -> Tensor:
     """[B, V]: how often the user has had an item; what the user never had, and ties, by popularity."""
-    owner = np.repeat(np.arange(len(given)), given.lengths)
+    owner = given.owners
     scores = TIE_BREAK * np.tile(popular, (len(given), 1))
     np.add.at(scores, (owner, given.items), 1.0)
     return torch.from_numpy(scores)
@@ -77,17 +77,17 @@ class MarkovChain:
     transitions: sp.csr_array
     popular: FloatArray
 
-    def score(self, given: Histories) -> Tensor:
+    def score(self, given: Events) -> Tensor:
         """[B, V]: the mean over the items of the last basket."""
         last = last_baskets(given, len(self.popular))
         scores = np.asarray((last @ self.transitions).todense()) + TIE_BREAK * self.popular
         return torch.from_numpy(scores)
 
 
-def markov_chain(training: Histories, num_rows: int) -> MarkovChain:
+def markov_chain(training: Events, num_rows: int) -> MarkovChain:
     """Of all pairs of consecutive baskets, each pair of an item of the first and one of the second counts once."""
     number, is_item = _basket_numbers(training)
-    owner = np.repeat(np.arange(len(training)), training.lengths)
+    owner = training.owners
     has = sp.csr_array(
         (np.ones(int(is_item.sum())), (number[is_item], training.items[is_item])),
         shape=(int(number.max(initial=-1)) + 1, num_rows),
@@ -101,10 +101,10 @@ def markov_chain(training: Histories, num_rows: int) -> MarkovChain:
     return MarkovChain(counts.tocsr(), popularity(training, num_rows))
 
 
-def last_baskets(given: Histories, num_rows: int) -> sp.csr_array:
+def last_baskets(given: Events, num_rows: int) -> sp.csr_array:
     """[B, V], each row the distribution over the items of a user's last basket; empty for a user without one."""
     number, is_item = _basket_numbers(given)
-    owner = np.repeat(np.arange(len(given)), given.lengths)
+    owner = given.owners
     newest = np.full(len(given), -1)
     newest[owner] = number  # the last one written stays
     chosen = is_item & (number == newest[owner])
@@ -115,7 +115,7 @@ def last_baskets(given: Histories, num_rows: int) -> sp.csr_array:
     return (sp.diags_array(1 / size) @ found).tocsr()
 
 
-def _basket_numbers(given: Histories) -> tuple[IntArray, np.ndarray]:
+def _basket_numbers(given: Events) -> tuple[IntArray, np.ndarray]:
     """(number of each place's basket, counted through all users; whether it is an item)."""
     is_item = given.items != SEP
     return np.cumsum(~is_item) - ~is_item, is_item

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.arrays import IntArray
-from trainer.data.histories import Histories
+from trainer.data.events import Events
 
 SIMILARITIES_PER_BLOCK = 1 << 23  # made at once, 4 bytes each
 PAIRS_PER_BLOCK = 1 << 22  # of transitions, counted at once, about 40 bytes each
@@ -31,12 +31,12 @@ class Popularity:
 
     counts: npt.NDArray[np.float32]  # [num_items]
 
-    def score(self, histories: Histories, candidates: IntArray) -> Tensor:
+    def score(self, histories: Events, candidates: IntArray) -> Tensor:
         """Scores float32 [B, C]; a candidate that was never trained on scores 0."""
         return torch.from_numpy(self.counts[candidates]).expand(len(histories), -1)
 
 
-def popularity(train: Histories, num_items: int) -> Popularity:
+def popularity(train: Events, num_items: int) -> Popularity:
     """Interactions of each item in the training parts; item indices are below `num_items`."""
     return Popularity(np.bincount(train.items, minlength=num_items).astype(np.float32))
 
@@ -50,7 +50,7 @@ class ItemToItem:
     last: int | None  # None: the whole history
     decay: float
 
-    def score(self, histories: Histories, candidates: IntArray) -> Tensor:
+    def score(self, histories: Events, candidates: IntArray) -> Tensor:
         """Scores float32 [B, C]. Items of a history that were never trained on add nothing."""
         lengths = histories.lengths
         age = np.repeat(histories.offsets[1:], lengths) - 1 - np.arange(len(histories.items))
@@ -65,7 +65,7 @@ class ItemToItem:
 
 
 def item_to_item(
-    train: Histories,
+    train: Events,
     num_items: int,
     *,
     last: int | None = 5,
@@ -82,7 +82,7 @@ def item_to_item(
     with a million events costs no more than its share.
     """
     recent = train.newest(max_history)
-    owner = np.repeat(np.arange(len(recent)), recent.lengths)
+    owner = recent.owners
     seen = sp.csr_array((np.ones(len(owner), np.float32), (owner, recent.items)), shape=(len(recent), num_items))
     seen.sum_duplicates()
     seen.data[:] = 1  # repeats count once
@@ -112,7 +112,7 @@ def _nearest(similarity: npt.NDArray[np.float32], start: int, neighbours: int) -
 
 
 def transitions(
-    train: Histories,
+    train: Events,
     num_items: int,
     *,
     steps: int = 8,
@@ -130,7 +130,7 @@ def transitions(
     blocks, so that memory is bounded by them and by the neighbours kept.
     """
     recent = train.newest(max_history)
-    owner = np.repeat(np.arange(len(recent)), recent.lengths)
+    owner = recent.owners
     popular = popularity(train, num_items)
     scale = (1 / np.sqrt(np.maximum(popular.counts, 1))).astype(np.float32)
     wanted = np.zeros(num_items, dtype=bool)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from etl.text_table import with_sign
 from trainer.evaluation.significance import p_text
 from trainer.figures import Gain, gain_panels
 from trainer.report.document import Block, Cell, Fold, Heading, Picture, Table, Text, fold
@@ -55,7 +56,7 @@ def _gain_cells(results: Results, place: Place, row: Row) -> list[Cell]:
     gain = results.gains.get((place, row["id"]))
     if gain is None:
         return [Cell("")] * 4
-    relative = "" if gain["relative_gain"] is None else f"{100 * gain['relative_gain']:+.1f} %"
+    relative = "" if gain["relative_gain"] is None else f"{with_sign(100 * gain['relative_gain'], 1)} %"
     bootstrap = {"low": gain["bootstrap"][0], "high": gain["bootstrap"][1]}
     return [
         Cell(percentage_points(gain["gain"]), interval(gain), results.tone(place, row)),
