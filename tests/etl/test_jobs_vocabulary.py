@@ -113,8 +113,8 @@ def test_users_are_kept_by_their_events_with_kept_items(spark: SparkSession) -> 
 def test_first_described_takes_the_first_line_that_can_be_used(spark: SparkSession) -> None:
     rows = [
         ("a", None, None, None, None, "items", "f", 1, None, "item is torn", None, None, "a|"),
-        ("a", "second", 1, [], [], "items", "f", 2, None, None, None, None, None),
-        ("a", "third", 1, [], [], "items", "f", 3, None, None, None, None, None),
+        ("a", "second", 1, [], {}, "items", "f", 2, None, None, None, None, None),
+        ("a", "third", 1, [], {}, "items", "f", 3, None, None, None, None, None),
     ]
     found = first_described(frame(spark, rows, spark_schema(RAW_ITEMS)), "item").collect()
     assert [(row["item"], row["title"]) for row in found] == [("a", "second")]
