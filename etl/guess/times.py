@@ -18,6 +18,7 @@ _WHOLE = ["%a %b %d %H:%M:%S %Y", "%a %b %d %H:%M:%S %z %Y", "%a, %d %b %Y %H:%M
 PATTERNS = [*_WHOLE, *map("".join, itertools.product(_DAYS, _CLOCKS, _ZONES))]
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d{1,2})?")
 _BEGAN = dt.datetime(1990, 1, 1, tzinfo=dt.UTC).timestamp()
+_LEAST_DIGITS = 4  # of a date
 _MOST = 0.9  # of the cells that a pattern must read
 
 
@@ -78,8 +79,12 @@ def _iso(words: list[str]) -> Times | None:
 
 def _patterns(words: list[str]) -> Times | None:
     fitting = {}
+    if sum(map(str.isdigit, words[0])) < _LEAST_DIGITS:
+        return None
     for form in PATTERNS:
-        if not any(_moment(word, form) for word in words[:3]):
+        if words[0].isdigit() != (re.fullmatch(r"(%[A-Za-z])+", form) is not None) or not any(
+            _moment(word, form) for word in words[:3]
+        ):
             continue
         found = [moment for word in words if (moment := _moment(word, form))]
         if len(found) >= _MOST * len(words) and _plausible(found):
