@@ -16,10 +16,20 @@ _CLOCKS = ["", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p
 _ZONES = ["", " %z", "%z"]
 _WHOLE = ["%a %b %d %H:%M:%S %Y", "%a %b %d %H:%M:%S %z %Y", "%a, %d %b %Y %H:%M:%S %z"]
 PATTERNS = [*_WHOLE, *map("".join, itertools.product(_DAYS, _CLOCKS, _ZONES))]
+_OFFSET = re.compile(r"[+-]\d\d:?\d\d(?= |$)|Z$")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d{1,2})?")
 _BEGAN = dt.datetime(1990, 1, 1, tzinfo=dt.UTC).timestamp()
-_LEAST_DIGITS = 4  # of a date
 _MOST = 0.9  # of the cells that a pattern must read
+
+
+def _marks(text: str) -> str:
+    """What stands between words and numbers: `x-x-x x:x`."""
+    return re.sub(r"[A-Za-z0-9]+", "x", text)
+
+
+_BY_MARKS: dict[str, list[str]] = {}  # compiling a pattern is dear, so only those that may fit are tried
+for _form in PATTERNS:
+    _BY_MARKS.setdefault(_marks(re.sub("%[A-Za-z]", "x", _form.replace("%z", "§"))), []).append(_form)
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,10 @@ def _iso(words: list[str]) -> Times | None:
 
 def _patterns(words: list[str]) -> Times | None:
     fitting = {}
-    if sum(map(str.isdigit, words[0])) < _LEAST_DIGITS:
-        return None
-    for form in PATTERNS:
-        if words[0].isdigit() != (re.fullmatch(r"(%[A-Za-z])+", form) is not None) or not any(
-            _moment(word, form) for word in words[:3]
-        ):
+    first = words[0]
+    spelled = [first, *(f"{first[: one.start()]}§{first[one.end() :]}" for one in _OFFSET.finditer(first))]
+    for form in [form for marks in dict.fromkeys(map(_marks, spelled)) for form in _BY_MARKS.get(marks, [])]:
+        if not any(_moment(word, form) for word in words[:3]):
             continue
         found = [moment for word in words if (moment := _moment(word, form))]
         if len(found) >= _MOST * len(words) and _plausible(found):
