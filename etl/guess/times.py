@@ -16,9 +16,20 @@ _CLOCKS = ["", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p
 _ZONES = ["", " %z", "%z"]
 _WHOLE = ["%a %b %d %H:%M:%S %Y", "%a %b %d %H:%M:%S %z %Y", "%a, %d %b %Y %H:%M:%S %z"]
 PATTERNS = [*_WHOLE, *map("".join, itertools.product(_DAYS, _CLOCKS, _ZONES))]
+_OFFSET = re.compile(r"[+-]\d\d:?\d\d(?= |$)|Z$")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d{1,2})?")
 _BEGAN = dt.datetime(1990, 1, 1, tzinfo=dt.UTC).timestamp()
 _MOST = 0.9  # of the cells that a pattern must read
+
+
+def _marks(text: str) -> str:
+    """What stands between words and numbers: `x-x-x x:x`."""
+    return re.sub(r"[A-Za-z0-9]+", "x", text)
+
+
+_BY_MARKS: dict[str, list[str]] = {}  # compiling a pattern is dear, so only those that may fit are tried
+for _form in PATTERNS:
+    _BY_MARKS.setdefault(_marks(re.sub("%[A-Za-z]", "x", _form.replace("%z", "§"))), []).append(_form)
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,9 @@ def _iso(words: list[str]) -> Times | None:
 
 def _patterns(words: list[str]) -> Times | None:
     fitting = {}
-    for form in PATTERNS:
+    first = words[0]
+    spelled = [first, *(f"{first[: one.start()]}§{first[one.end() :]}" for one in _OFFSET.finditer(first))]
+    for form in [form for marks in dict.fromkeys(map(_marks, spelled)) for form in _BY_MARKS.get(marks, [])]:
         if not any(_moment(word, form) for word in words[:3]):
             continue
         found = [moment for word in words if (moment := _moment(word, form))]
