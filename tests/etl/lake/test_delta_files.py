@@ -239,7 +239,7 @@ def test_append_only_table_is_not_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        replace(SHOWS, schema=SHOWS.schema.append(pa.field("extra", pa.string()))),
+        replace(SHOWS, schema=SHOWS.schema.append(pa.field("extra", pa.string(), nullable=False))),
         replace(SHOWS, schema=SHOWS.schema.set(2, pa.field("user", pa.int64()))),
         replace(SHOWS, partition_by=("domain",)),
     ],
