@@ -166,7 +166,7 @@ def _expected_ranks(split, dates, part, scores, *, repeats):
 def test_ranks_are_those_counted_by_hand(lake, split, dates, part, repeats):
     release = pin(lake, None)
     config = EvaluationConfig(protocols=("full",), repeats=repeats)
-    examples = read_evaluation_set(release, split, "free", part, config)
+    examples = read_evaluation_set(release, split, "free", part, config, repeats=repeats)
     draw = np.random.default_rng(3).permutation(len(examples.catalogue)).astype(np.float32)
     scores = dict(zip(examples.catalogue.raw_ids, draw.tolist(), strict=True))
     expected = _expected_ranks(split, dates, part, scores, repeats=repeats)

@@ -67,7 +67,7 @@ def test_a_version_is_code_and_json_with_a_signature_over_raw_ids(store, models)
         "code/etl/tables.py",
         "requirements.txt",
     } <= files
-    plain = {"", ".py", ".md", ".txt", ".yaml", ".json", ".parquet", ".safetensors", ".properties", ".html"}
+    plain = {"", ".py", ".md", ".txt", ".yaml", ".json", ".parquet", ".safetensors", ".properties", ".html", ".j2"}
     assert {Path(name).suffix for name in files} <= plain
     described = yaml.safe_load((packed / "MLmodel").read_text())
     assert described["flavors"]["python_function"]["loader_module"] == "mlflow.pyfunc.loaders.code_model"
