@@ -103,22 +103,22 @@ def _with_others(
     times: Times | None,
     sample: Sample,
 ) -> Roles:
-    """Users and items that no name tells, by what their columns hold; then lists."""
+    """Users and items that no name shows, by what their columns hold; then lists."""
     doubts, by_position = [], all(isinstance(column, int) for column in sample.columns)
     ids = [column for column, cells in taken.free.items() if _is_id(_given(cells))]
     if "user" not in taken.found and ids:
         again = [column for column in ids if len(set(cells := _given(taken.columns[column]))) < len(cells)]
         taken.found["user"] = (again or ids)[0]
         ids.remove(taken.found["user"])
-        doubts.append(f"no name tells the users: column {taken.found['user']!r} is taken")
+        doubts.append(f"no name shows the users: column {taken.found['user']!r} is taken")
     found_lists: dict[str, Column] = {}
     if "item" not in taken.found and (item_lists or (lists and not _best_item(ids, taken))):
         found_lists["item"] = next(iter(item_lists or lists))
         if not item_lists:
-            doubts.append(f"no name tells the items: the lists in column {found_lists['item']!r} are taken")
+            doubts.append(f"no name shows the items: the lists in column {found_lists['item']!r} are taken")
     elif "item" not in taken.found and ids:
         taken.found["item"] = _best_item(ids, taken) or ids[0]
-        doubts.append(f"no name tells the items: column {taken.found['item']!r} is taken")
+        doubts.append(f"no name shows the items: column {taken.found['item']!r} is taken")
     if by_position and "value" not in taken.found and len(sample.columns) <= 8:
         for column, cells in taken.free.items():
             if "event_type" not in taken.found and _are_types(_given(cells)):
@@ -128,7 +128,7 @@ def _with_others(
         last = [column for column, given in numbers.items() if column == len(sample.columns) - 1]
         if found := few or last:
             taken.found["value"] = found[0]
-            doubts.append(f"no name tells the values: column {found[0]} is taken")
+            doubts.append(f"no name shows the values: column {found[0]} is taken")
     if "item" in found_lists:
         outer = str(found_lists["item"]).rpartition(".")[0]
         for column in lists:

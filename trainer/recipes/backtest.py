@@ -15,6 +15,7 @@ import numpy as np
 
 from etl.config import check_root
 from etl.settings import replaced
+from etl.text_table import aligned
 from trainer import figures, tracking
 from trainer.config import EvaluatedModel
 from trainer.config.backtest import BacktestConfig
@@ -166,12 +167,3 @@ def cells(results: Sequence[DateResult], labels: Sequence[str]) -> tuple[list[st
         spread = [f"{np.std(of_label[label], ddof=1):.4f}" for label in labels]
         rows.append(["deviation", "", "", "", "", *spread])
     return header, rows
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells below each other: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(rest, widths[1:], strict=True))])
-        for first, *rest in lines
-    ]

@@ -238,7 +238,7 @@ def test_what_lies_beside_the_log_and_what_is_doubtful_is_said(tmp_path: Path) -
     }
     assert guessed["source"]["users"]["attributes"] == {"column1": 1, "column2": 2}
     assert "#   - {name: drama, any_of: [Drama]}   # 25 items" in text
-    assert "# ? no name tells the users: column 0 is taken" in text
+    assert "# ? no name shows the users: column 0 is taken" in text
     assert "require_known_items" not in text
 
 

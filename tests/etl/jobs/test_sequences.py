@@ -570,8 +570,8 @@ def test_rows_copied_or_renewed_equal_plain_loops(
         batch = pa.RecordBatch.from_pylist([row for row in kept if row["kept"]], schema=_USERS)
         (tmp_path / SEQUENCES.name).mkdir(exist_ok=True)
         ordinal = SEQUENCES.of(TIME_ORDINAL)
-        told = bucket_writer.write_task([batch], BucketWork(rows, str(tmp_path), ordinal, read, before))
-        files = data_files(entry for batch in told for entry in batch["file"].to_pylist())
+        written = bucket_writer.write_task([batch], BucketWork(rows, str(tmp_path), ordinal, read, before))
+        files = data_files(entry for batch in written for entry in batch["file"].to_pylist())
         commit_files(
             str(tmp_path), ordinal, files, Commit(mode="overwrite", app=f"{number}", app_version=0, metadata={})
         )

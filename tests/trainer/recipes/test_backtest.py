@@ -8,12 +8,13 @@ import polars as pl
 import pytest
 
 from etl.settings import ConfigError, load
+from etl.text_table import aligned
 from tests.fixtures.trainings import tiny
 from trainer.__main__ import main
 from trainer.config import BacktestConfig, PretrainConfig
 from trainer.figures import metric_by_date
 from trainer.recipes import training_jobs
-from trainer.recipes.backtest import MODEL, DateResult, aligned, cells, shown_labels
+from trainer.recipes.backtest import MODEL, DateResult, cells, shown_labels
 from trainer.tracking import Run
 
 
