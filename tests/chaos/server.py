@@ -3,7 +3,6 @@
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
+
+from tests.fixtures.ports import free_port
 
 Mode = Literal["whole", "dead", "slow", "500"]
 _START_SECONDS = 180.0
@@ -36,9 +37,7 @@ class Server:
 
     def _start(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         arguments = [
             "--host",
             "127.0.0.1",

@@ -7,7 +7,6 @@ A process has one engine, so each run that isn't on the shared Spark is a comman
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from etl.session import choose_engine, num_bytes
 from etl.settings import ConfigError
 from etl.tables import QUARANTINE, RELEASES, TABLES, Table
 from tests.fixtures.places import ROOT
+from tests.fixtures.ports import free_port
 
 DIFFERS = {RELEASES.name: ["created", "config", "config_hash"]}  # when, where and on what a release was made
 WRITTEN = [*(job.table for job in JOBS), QUARANTINE, RELEASES]
@@ -203,9 +203,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Spark Connect server on a free port of the loopback; gives its address."""
     home, folder = Path(pyspark.__file__).parent, tmp_path_factory.mktemp("connect")
     (jar,) = (home / "jars").glob("spark-connect_*.jar")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     settings = {
         "spark.connect.grpc.binding.address": "127.0.0.1",
         "spark.connect.grpc.binding.port": str(port),

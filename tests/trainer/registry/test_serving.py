@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from etl.tables import FIRST_INDEX, UNK
 from tests.fixtures.folders import alike, write_model
+from tests.fixtures.ports import free_port
 from tests.fixtures.stores import enter_store
 from trainer.data.events import Events
 from trainer.inference.model_folder import load_model
@@ -165,9 +165,7 @@ def scoring_server(folder, tmp_path_factory):
         store = tmp_path_factory.mktemp("store")
         enter_store(store, patch)
         Registry().register(folder, alias=CHAMPION)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         command = ["mlflow", "models", "serve", "-m", "models:/graftrec@champion", "--env-manager", "local"]
         with (store / "server.log").open("w") as log:
             server = subprocess.Popen(

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.fixtures.places import ROOT
+from tests.fixtures.ports import free_port
 from tests.fixtures.stores import enter_store, runs_of
 from trainer import tracking
 from trainer.config import PretrainConfig, TrackingConfig
@@ -584,12 +585,8 @@ def test_processes_that_make_a_store_at_once_all_get_in(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_server_killed_and_started_again_gets_everything_once(tmp_path, monkeypatch):
-    import socket
-
     enter_store(tmp_path, monkeypatch)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
 
     def serve():
