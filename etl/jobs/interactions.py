@@ -38,8 +38,10 @@ def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> Data
     Of `old` only rows of these users are looked at, and, where the caller read no others, of these times.
     """
     good = events.where(F.col("reason").isNull())
-    bucket = spark_io.bucket_of(buckets).alias("bucket")
-    unique = good.groupBy(bucket, *_IDENTITY).agg(F.min("source_order").alias("source_order"))
+    good = good.select(spark_io.bucket_of(buckets).alias("bucket"), *_IDENTITY, "source_order")
+    if old is None:
+        good = good.repartition("bucket")  # which is how the table is written: equal rows meet without another shuffle
+    unique = good.groupBy("bucket", *_IDENTITY).agg(F.min("source_order").alias("source_order"))
     if old is not None:
         users = good.select("user").distinct()
         users = broadcast(users, users.count())
@@ -132,9 +134,8 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     own = run.own()
     assert own is not None
     places = deliveries.whole([file.name for file in table.files()], before)
-    raw = _events(run, places)
-    events, counted, bulk, _ = _without_strays(run, raw, None)
-    good = quarantine.reject_rows(run, events, kind="interactions", counted=counted)
+    events, counted, bulk, _ = _without_strays(run, _events(run, places), None)
+    good = quarantine.reject_rows(run, quarantine.folded_back(events), kind="interactions", counted=counted)
     if good == 0:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     current = held(transform(events, None, buckets=run.config.buckets))
@@ -155,7 +156,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
         properties={PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: run.engine.source.time},
         transactions=deliveries.of_table(generation, table),
     )
-    raw.unpersist()
+    events.unpersist()
     return outcome
 
 
@@ -168,7 +169,7 @@ def _events(run: Run, places: Mapping[str, int], old: DataFrame | None = None) -
         if old is not None:
             known = known.unionByName(old.select("item")).distinct()
         events = quarantine.reject_unknown(events, known, column=_column(run.config, "item"))
-    return events.persist()
+    return events
 
 
 def _known(run: Run) -> str:
@@ -206,20 +207,23 @@ def _deliver(
     """Commit the events of new files, or of files of a version of `table`."""
     source = run.engine.source
     twice = [*new.mended, *new.again]
-    raw = _events(run, new.places, old if twice else None)
-    events, counted, bulk, times = _without_strays(run, raw, old)
+    events, counted, bulk, times = _without_strays(run, _events(run, new.places, old if twice else None), old)
     files = None if old is None else list(new.places)
-    good = quarantine.reject_rows(run, events, kind="interactions", files=files, counted=counted)
+    rejected = quarantine.folded_back(events)
+    good = quarantine.reject_rows(run, rejected, kind="interactions", files=files, counted=counted)
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     if old is not None and twice:  # rows that were counted when they first came
-        before = deliveries.of_places(old, [new.places[name] for name in twice])
-        again = events.where(F.col("reason").isNull() & F.col("file").isin(twice))
+        before, again = (
+            deliveries.of_places(rows, [new.places[name] for name in twice])
+            for rows in (old, events.where(F.col("reason").isNull()))
+        )
         good -= retraction.common(again, before).count()
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
     outcome = run.commit(
         transform(events, None if old is None else run.own(times), buckets=run.config.buckets),
         mode="overwrite" if old is None else "append",
+        partitioned=old is None,
         metadata=_metadata(
             run,
             num_places=new.num_places,
@@ -232,7 +236,7 @@ def _deliver(
         properties=properties,
         transactions=new.transactions,
     )
-    raw.unpersist()
+    events.unpersist()
     notes = (*outcome.notes, f"{good - outcome.rows:,} exact duplicates dropped")
     return Outcome(outcome.version, outcome.rows, outcome.committed, notes)
 
@@ -265,10 +269,11 @@ def _metadata(
 
 
 def _without_strays(
-    run: Run, events: DataFrame, old: DataFrame | None
+    run: Run, raw: DataFrame, old: DataFrame | None
 ) -> tuple[DataFrame, tuple[int, int], event_times.Span | None, tuple[int, int] | None]:
-    """Events with strays rejected; (rows read, rows rejected); the log's times without strays, None: mere order; the
-    first and the last time, or order, of the good events."""
+    """Raw events with strays rejected, folded and persisted; (rows read, rows rejected); the log's times without
+    strays, None: mere order; the first and the last time, or order, of the good events."""
+    events = quarantine.folded(raw).persist()
     counts = event_times.count(events, timed=run.engine.source.time == "timestamp")
     log = []
     if old is not None and "first_time" in run.last:
@@ -283,7 +288,8 @@ def _without_strays(
         outside = f"; {strays:,} rows ({strays / counts.read:.2%}) have times far from these" if strays else ""
         run.notes.append(f"times {event_times.written(first)} to {event_times.written(last)} UTC{outside}")
     if strays:
-        events = quarantine.reject_strays(events, bulk, column=_column(run.config, "time"))
+        events.unpersist()
+        events = quarantine.folded(quarantine.reject_strays(raw, bulk, column=_column(run.config, "time"))).persist()
     times = (min(day.first for day in inside), max(day.last for day in inside)) if inside else None
     return events, (counts.read, counts.rejected + strays), bulk, times
 

@@ -18,6 +18,7 @@ from etl.jobs.kcore import broadcast
 from etl.lake import spark_io
 from etl.lake.file_reader import open_parquet
 from etl.settings import GraftrecError
+from etl.sources.schema import FOUND, RAW_EVENTS
 from etl.tables import QUARANTINE
 
 UNKNOWN_ITEM = "unknown item"
@@ -61,6 +62,19 @@ def transform(raw: DataFrame, *, section: str | None) -> DataFrame:
     return rejected.select(*QUARANTINE.schema.names)
 
 
+def folded(events: DataFrame) -> DataFrame:
+    """Raw events (RAW_EVENTS) to be kept: where and why a row was rejected as one column, null in good rows, which are
+    nearly all and have nothing to say there."""
+    names = [name for name in RAW_EVENTS.names if name not in FOUND]
+    rejected = F.when(F.col("reason").isNotNull(), F.struct(*FOUND))
+    return events.select(*names, "reason", rejected.alias("rejected"))
+
+
+def folded_back(events: DataFrame) -> DataFrame:
+    """Where and why (FOUND) the rejected rows of folded events were rejected."""
+    return events.where(F.col("reason").isNotNull()).select("rejected.*")
+
+
 def reject_unknown(events: DataFrame, known: DataFrame, *, column: str = "item") -> DataFrame:
     """Give events (RAW_EVENTS) of items that `known` (item) lacks a reason, and their content as raw text."""
     known = broadcast(known.select("item", F.lit(True).alias("_known")), known.count())
@@ -89,7 +103,7 @@ def reject_rows(
 
     `files` are the names of the files that `raw` holds, None where these are all of `kind`. Fewer than
     `cleaning.min_rows` rejected rows that are appended count as a share of the whole log. Raises TooManyRejected before
-    anything is written. `counted`: rows of `raw` and rejected ones, where they are known.
+    anything is written. `counted`: rows read and rejected ones, where they are known: `raw` may then lack good rows.
     """
     counts = raw.agg(F.count(F.lit(1)), F.count("reason")).first() if counted is None else counted
     assert counts is not None
