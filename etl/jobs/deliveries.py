@@ -76,7 +76,7 @@ def compared(run: Run, new: Delivery) -> tuple[int, int]:
     own = run.own()
     assert own is not None
     places = {name: new.places[name] for name in new.mended}
-    events = held(run.engine.source.events(run.spark, only=places).where("reason is null"))
+    events = held(run.engine.source.events(run.spark, only=places).where("rejected is null"))
     before = held(of_places(own, list(places.values())))
     moved = less(before, events, also=["source_order"]).count()
     return less(before, events).count() if moved else 0, moved

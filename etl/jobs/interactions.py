@@ -37,7 +37,7 @@ def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> Data
 
     Of `old` only rows of these users are looked at, and, where the caller read no others, of these times.
     """
-    good = events.where(F.col("reason").isNull())
+    good = events.where(F.col("rejected").isNull())
     good = good.select(spark_io.bucket_of(buckets).alias("bucket"), *_IDENTITY, "source_order")
     if old is None:
         good = good.repartition("bucket")  # which is how the table is written: equal rows meet without another shuffle
@@ -134,8 +134,9 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     own = run.own()
     assert own is not None
     places = deliveries.whole([file.name for file in table.files()], before)
-    events, counted, bulk, _ = _without_strays(run, _events(run, places), None)
-    good = quarantine.reject_rows(run, quarantine.folded_back(events), kind="interactions", counted=counted)
+    raw = _events(run, places)
+    events, counted, bulk, _ = _without_strays(run, raw, places, None)
+    good = quarantine.reject_rows(run, quarantine.rejected_events(events), kind="interactions", counted=counted)
     if good == 0:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     current = held(transform(events, None, buckets=run.config.buckets))
@@ -156,7 +157,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
         properties={PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: run.engine.source.time},
         transactions=deliveries.of_table(generation, table),
     )
-    events.unpersist()
+    raw.unpersist()
     return outcome
 
 
@@ -168,8 +169,9 @@ def _events(run: Run, places: Mapping[str, int], old: DataFrame | None = None) -
     if known is not None:
         if old is not None:
             known = known.unionByName(old.select("item")).distinct()
-        events = quarantine.reject_unknown(events, known, column=_column(run.config, "item"))
-    return events
+        found_in = source.found_in(F.col("source_order"), places)
+        events = quarantine.reject_unknown(events, known, found_in=found_in, column=_column(run.config, "item"))
+    return events.persist()
 
 
 def _known(run: Run) -> str:
@@ -207,18 +209,17 @@ def _deliver(
     """Commit the events of new files, or of files of a version of `table`."""
     source = run.engine.source
     twice = [*new.mended, *new.again]
-    events, counted, bulk, times = _without_strays(run, _events(run, new.places, old if twice else None), old)
+    raw = _events(run, new.places, old if twice else None)
+    events, counted, bulk, times = _without_strays(run, raw, new.places, old)
     files = None if old is None else list(new.places)
-    rejected = quarantine.folded_back(events)
+    rejected = quarantine.rejected_events(events)
     good = quarantine.reject_rows(run, rejected, kind="interactions", files=files, counted=counted)
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     if old is not None and twice:  # rows that were counted when they first came
-        before, again = (
-            deliveries.of_places(rows, [new.places[name] for name in twice])
-            for rows in (old, events.where(F.col("reason").isNull()))
-        )
-        good -= retraction.common(again, before).count()
+        places = [new.places[name] for name in twice]
+        again = deliveries.of_places(events.where(F.col("rejected").isNull()), places)
+        good -= retraction.common(again, deliveries.of_places(old, places)).count()
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
     outcome = run.commit(
         transform(events, None if old is None else run.own(times), buckets=run.config.buckets),
@@ -236,7 +237,7 @@ def _deliver(
         properties=properties,
         transactions=new.transactions,
     )
-    events.unpersist()
+    raw.unpersist()
     notes = (*outcome.notes, f"{good - outcome.rows:,} exact duplicates dropped")
     return Outcome(outcome.version, outcome.rows, outcome.committed, notes)
 
@@ -269,11 +270,10 @@ def _metadata(
 
 
 def _without_strays(
-    run: Run, raw: DataFrame, old: DataFrame | None
+    run: Run, events: DataFrame, places: Mapping[str, int], old: DataFrame | None
 ) -> tuple[DataFrame, tuple[int, int], event_times.Span | None, tuple[int, int] | None]:
-    """Raw events with strays rejected, folded and persisted; (rows read, rows rejected); the log's times without
-    strays, None: mere order; the first and the last time, or order, of the good events."""
-    events = quarantine.folded(raw).persist()
+    """Events with strays rejected; (rows read, rows rejected); the log's times without strays, None: mere order; the
+    first and the last time, or order, of the good events."""
     counts = event_times.count(events, timed=run.engine.source.time == "timestamp")
     log = []
     if old is not None and "first_time" in run.last:
@@ -288,8 +288,8 @@ def _without_strays(
         outside = f"; {strays:,} rows ({strays / counts.read:.2%}) have times far from these" if strays else ""
         run.notes.append(f"times {event_times.written(first)} to {event_times.written(last)} UTC{outside}")
     if strays:
-        events.unpersist()
-        events = quarantine.folded(quarantine.reject_strays(raw, bulk, column=_column(run.config, "time"))).persist()
+        found_in = run.engine.source.found_in(F.col("source_order"), places)
+        events = quarantine.reject_strays(events, bulk, found_in=found_in, column=_column(run.config, "time"))
     times = (min(day.first for day in inside), max(day.last for day in inside)) if inside else None
     return events, (counts.read, counts.rejected + strays), bulk, times
 
