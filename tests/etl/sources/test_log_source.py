@@ -24,7 +24,8 @@ from etl.settings import GraftrecError
 from etl.sources import delimited, files, objects, values
 from etl.sources.files import RawFile
 from etl.sources.log import FileLog
-from tests.fixtures.local_rows import LocalSpark, read_rows
+from tests.fixtures.local_rows import LocalSpark
+from tests.fixtures.local_rows import read_rows as rows_of_log
 
 Rows = list[dict[str, Any]]
 
@@ -51,7 +52,7 @@ def _reader(spark: SparkSession | LocalSpark, tmp_path: Path) -> Callable[..., R
             config[part] = {"path": "log"} | set
         source = FileLog(LogSource.model_validate(config), cleaning or CleaningConfig(), range_bytes=range_bytes)
         with user_errors():
-            return sorted(read_rows(source, part, spark), key=lambda row: (row["file"], row["line"]))
+            return sorted(rows_of_log(source, part, spark), key=lambda row: (row["file"], row["line"]))
 
     return read_rows
 
