@@ -24,6 +24,7 @@ from etl.lake import spark_io
 from etl.session import held
 from etl.settings import GraftrecError
 from etl.sources.delta_table import SourceTable
+from etl.sources.found_events import filled
 from etl.sources.movielens import described
 from etl.sources.spark_table import SparkTable
 from etl.tables import INTERACTIONS, PROPERTY_BUCKETS, PROPERTY_TIME
@@ -135,7 +136,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     assert own is not None
     places = deliveries.whole([file.name for file in table.files()], before)
     raw = _events(run, places)
-    events, counted, bulk, _ = _without_strays(run, raw, places, None)
+    events, counted, bulk, _ = _without_strays(run, filled(raw), places, None)
     good = quarantine.reject_rows(run, quarantine.rejected_events(events), kind="interactions", counted=counted)
     if good == 0:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
@@ -210,7 +211,7 @@ def _deliver(
     source = run.engine.source
     twice = [*new.mended, *new.again]
     raw = _events(run, new.places, old if twice else None)
-    events, counted, bulk, times = _without_strays(run, raw, new.places, old)
+    events, counted, bulk, times = _without_strays(run, filled(raw), new.places, old)
     files = None if old is None else list(new.places)
     rejected = quarantine.rejected_events(events)
     good = quarantine.reject_rows(run, rejected, kind="interactions", files=files, counted=counted)

@@ -19,6 +19,7 @@ from etl.lake import spark_io
 from etl.lake.file_reader import open_parquet
 from etl.settings import GraftrecError
 from etl.sources import found_events
+from etl.sources.schema import EXTRAS
 from etl.tables import QUARANTINE
 
 UNKNOWN_ITEM = "unknown item"
@@ -88,7 +89,7 @@ def reject_strays(events: DataFrame, bulk: Span, *, found_in: dict[str, Column],
 
 
 def _reject(events: DataFrame, failed: Column, found: Mapping[str, Column]) -> DataFrame:
-    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
+    content = F.to_json(F.struct(*(name for name in ("user", "item", "time", *EXTRAS) if name in events.columns)))
     rejected = found_events.rejected({"kind": F.lit("interactions"), "raw": content, **found})
     failed = F.col("rejected").isNull() & failed
     return events.withColumn("rejected", F.when(failed, rejected).otherwise(F.col("rejected")))

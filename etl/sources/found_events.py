@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark.sql import Column
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from etl.sources.columns import FILE_SHIFT
 from etl.sources.reshape import PLACE_BITS
-from etl.sources.schema import FOUND, RAW_EVENTS
+from etl.sources.schema import EXTRAS, FOUND, RAW_EVENTS
 
 _REJECTED = RAW_EVENTS.field("rejected").type
 
@@ -23,6 +23,13 @@ def pack(events: pa.Table) -> pa.Table:
         rows = zip(*texts, strict=True)
         rejected = pa.array([list(next(rows)) if one else None for one in failed.to_pylist()], _REJECTED)
     return events.drop_columns(list(FOUND)).append_column("rejected", rejected)
+
+
+def filled(events: DataFrame) -> DataFrame:
+    """All columns of RAW_EVENTS; nulls in those that the log lacks."""
+    lacking = {name: F.lit(None).cast("double" if name == "value" else "string") for name in EXTRAS}
+    columns = [F.col(name) if name in events.columns else lacking[name].alias(name) for name in RAW_EVENTS.names]
+    return events.select(*columns)
 
 
 def rejected(values: Mapping[str, Column]) -> Column:

@@ -18,9 +18,10 @@ from etl.file_config import FileConfig
 from etl.settings import GraftrecError
 from etl.sources import columns, files, filters, found_events, reshape, values
 from etl.sources import rows as rows_of_files
+from etl.sources.delimited import Chunk
 from etl.sources.delta_table import SourceTable
 from etl.sources.rows import RANGE_BYTES, RawRows, Shape
-from etl.sources.schema import FOUND_EVENTS, KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
+from etl.sources.schema import EXTRAS, FOUND_EVENTS, KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
 from etl.sources.spark_table import SparkTable
 
 
@@ -89,7 +90,13 @@ class FileLog:
             table=table,
         )
         located = rows_of_files.located("interactions", self._event_shape(), filters.kept(config))
-        return rows.map(spark, lambda chunk, file: found_events.pack(located(chunk, file)), RAW_EVENTS)
+        given = {*config.roles, *(["value"] if config.weights else [])}
+        schema = pa.schema([field for field in RAW_EVENTS if field.name not in EXTRAS or field.name in given])
+
+        def packed(chunk: Chunk, file: files.RawFile) -> pa.Table:
+            return found_events.pack(located(chunk, file)).select(schema.names)
+
+        return rows.map(spark, packed, schema)
 
     def found_in(self, order: Column, places: Mapping[str, int]) -> dict[str, Column]:
         events = self.config.events

@@ -4,8 +4,8 @@ Each row says where it was found (`kind`, `file`, `line`); `reason` is null in a
 `reason` and its text (`raw`, cut), and nulls elsewhere where nothing could be read. Rows read = good rows + rejected
 rows, always.
 
-Of events only rejected rows say so, in one column; of the others `source_order` tells it. What rows bring decides the
-time of a reading: one of 20 million took a third less so.
+Of events only rejected rows say so, in one column; of the others `source_order` tells it. A log without event types
+brings no column of them. The time of a reading is decided by what its rows bring.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,6 +44,7 @@ _EVENT = [
     pa.field("source_order", pa.int64()),  # file's place among the sorted paths · 2^40 + line
 ]
 RAW_EVENTS = pa.schema([*_EVENT, pa.field("rejected", pa.list_(pa.string()))])  # FOUND as text; null: a good row
+EXTRAS = ("event_type", "value", "basket")  # of events: columns that frames of a log without them lack
 FOUND_EVENTS = pa.schema([*_EVENT, *_FOUND])  # as tasks find them
 RAW_ITEMS = pa.schema(
     [
@@ -99,7 +100,8 @@ class Source(Protocol):
         ...
 
     def events(self, spark: SparkSession, *, only: Mapping[str, int] | None = None) -> DataFrame:
-        """RAW_EVENTS; of the files named in `only`, where given, which says each one's place in the log."""
+        """RAW_EVENTS, of EXTRAS what the log has; of the files named in `only`, where given, which says each one's
+        place in the log."""
         ...
 
     def found_in(self, order: Column, places: Mapping[str, int]) -> dict[str, Column]:
