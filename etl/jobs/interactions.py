@@ -34,15 +34,16 @@ _ITEMS = "items"  # in a commit's metadata: the files that say which items are k
 
 
 def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> DataFrame:
-    """INTERACTIONS of raw events (RAW_EVENTS), less those that `old`, the table so far, has already.
+    """INTERACTIONS of raw events (RAW_EVENTS, of EXTRAS what the log has), less those that `old`, the table so far, has already.
 
     Of `old` only rows of these users are looked at, and, where the caller read no others, of these times.
     """
     good = events.where(F.col("rejected").isNull())
-    good = good.select(spark_io.bucket_of(buckets).alias("bucket"), *_IDENTITY, "source_order")
+    given = [name for name in _IDENTITY if name in events.columns]
+    good = good.select(spark_io.bucket_of(buckets).alias("bucket"), *given, "source_order")
     if old is None:
         good = good.repartition("bucket")  # which is how the table is written: equal rows meet without another shuffle
-    unique = good.groupBy("bucket", *_IDENTITY).agg(F.min("source_order").alias("source_order"))
+    unique = filled(good.groupBy("bucket", *given).agg(F.min("source_order").alias("source_order")))
     if old is not None:
         users = good.select("user").distinct()
         users = broadcast(users, users.count())
@@ -136,7 +137,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     assert own is not None
     places = deliveries.whole([file.name for file in table.files()], before)
     raw = _events(run, places)
-    events, counted, bulk, _ = _without_strays(run, filled(raw), places, None)
+    events, counted, bulk, _ = _without_strays(run, raw, places, None)
     good = quarantine.reject_rows(run, quarantine.rejected_events(events), kind="interactions", counted=counted)
     if good == 0:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
@@ -211,7 +212,7 @@ def _deliver(
     source = run.engine.source
     twice = [*new.mended, *new.again]
     raw = _events(run, new.places, old if twice else None)
-    events, counted, bulk, times = _without_strays(run, filled(raw), new.places, old)
+    events, counted, bulk, times = _without_strays(run, raw, new.places, old)
     files = None if old is None else list(new.places)
     rejected = quarantine.rejected_events(events)
     good = quarantine.reject_rows(run, rejected, kind="interactions", files=files, counted=counted)
@@ -220,7 +221,7 @@ def _deliver(
     if old is not None and twice:  # rows that were counted when they first came
         places = [new.places[name] for name in twice]
         again = deliveries.of_places(events.where(F.col("rejected").isNull()), places)
-        good -= retraction.common(again, deliveries.of_places(old, places)).count()
+        good -= retraction.common(filled(again), deliveries.of_places(old, places)).count()
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
     outcome = run.commit(
         transform(events, None if old is None else run.own(times), buckets=run.config.buckets),

@@ -26,10 +26,9 @@ def pack(events: pa.Table) -> pa.Table:
 
 
 def filled(events: DataFrame) -> DataFrame:
-    """All columns of RAW_EVENTS; nulls in those that the log lacks."""
-    lacking = {name: F.lit(None).cast("double" if name == "value" else "string") for name in EXTRAS}
-    columns = [F.col(name) if name in events.columns else lacking[name].alias(name) for name in RAW_EVENTS.names]
-    return events.select(*columns)
+    """Events with nulls in the columns (EXTRAS) that their log lacks."""
+    kinds = {name: "double" if name == "value" else "string" for name in EXTRAS if name not in events.columns}
+    return events.withColumns({name: F.lit(None).cast(kind) for name, kind in kinds.items()})
 
 
 def rejected(values: Mapping[str, Column]) -> Column:
