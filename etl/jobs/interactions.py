@@ -34,7 +34,8 @@ _ITEMS = "items"  # in a commit's metadata: the files that say which items are k
 
 
 def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> DataFrame:
-    """INTERACTIONS of raw events (RAW_EVENTS, of EXTRAS what the log has), less those that `old`, the table so far, has already.
+    """INTERACTIONS of raw events (RAW_EVENTS, of EXTRAS what the log has), less those that `old`, the table so far, has
+    already.
 
     Of `old` only rows of these users are looked at, and, where the caller read no others, of these times.
     """
