@@ -10,6 +10,7 @@ from trainer.config.evaluation import (
     PromoteConfig,
     RecommendConfig,
 )
+from trainer.config.features import FeaturesConfig, TextConfig
 from trainer.config.model import Bert4RecConfig, CaserConfig, DupnConfig, MlpConfig, ModelConfig, PeterRecConfig
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.task import (
@@ -51,6 +52,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluatedModel",
     "EvaluationConfig",
+    "FeaturesConfig",
     "FinetuneConfig",
     "GateConfig",
     "LossConfig",
@@ -76,6 +78,7 @@ __all__ = [
     "TaskConfig",
     "TaskHead",
     "TaskSettings",
+    "TextConfig",
     "TrackingConfig",
     "TrainConfig",
     "TransferName",
