@@ -6,13 +6,8 @@ more, leave. One commit replaces the encoder's partition, or appends to it where
 """
 
 import functools
-import os
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -26,12 +21,10 @@ from etl.tables import FEATURES, Table
 from trainer.config import FeaturesConfig
 from trainer.config.features import COLUMNS, TextConfig
 from trainer.data.release import Release, pin
-from trainer.encoders import TextEncoder, text_encoder
-from trainer.encoders.text import source_hash, text_of
-from trainer.parallel.cores import use_threads
+from trainer.encoders import text_encoder
+from trainer.encoders.batches import ROWS, encoded, rendered
 
 _THINGS = {"item": tables.ITEMS, "user": tables.USERS, "entity": tables.ENTITIES}
-_ROWS = ["id", "index", "vector", "source_hash"]
 _TEXTS = "id string, index int, text string, source_hash bigint"
 
 
@@ -115,7 +108,7 @@ def _renew(
         features.write_frame(spark, lake, rows, encoding, max_shared=config.max_shared)
         return total, covered, covered
     old = spark_io.read(spark, lake, FEATURES, partitions=encoding.partition)
-    kept = old.join(texts.select("id", "source_hash"), ["id", "source_hash"], "left_semi").select(*_ROWS)
+    kept = old.join(texts.select("id", "source_hash"), ["id", "source_hash"], "left_semi").select(*ROWS)
     new = held(texts.join(old.select("id", "source_hash"), ["id", "source_hash"], "left_anti"))
     encoded = new.count()
     all_kept = old.count() == covered - encoded
@@ -143,9 +136,6 @@ def _check_shared(texts: DataFrame, encoding: Encoding, covered: int, max_shared
         )
 
 
-# --- in the executors ---------------------------------------------
-
-
 def _texts(things: DataFrame, text: TextConfig) -> DataFrame:
     """id, index, text and its hash, of the things that have a text."""
     columns = [
@@ -155,52 +145,11 @@ def _texts(things: DataFrame, text: TextConfig) -> DataFrame:
     named = [column.alias(f"_{place}") for place, column in enumerate(columns)]
     placeholders = frozenset(placeholder.strip().casefold() for placeholder in text.placeholders)
     given = things.select(F.col(text.kind).alias("id"), "index", *named)
-    return given.mapInArrow(functools.partial(_rendered, placeholders=placeholders), _TEXTS)
-
-
-def _rendered(batches: Iterator[pa.RecordBatch], *, placeholders: frozenset[str]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        parts = zip(*(column.to_pylist() for column in batch.columns[2:]), strict=True)
-        texts = [text_of(each, placeholders) for each in parts]
-        hashes = [source_hash(text) for text in texts]
-        rows = [batch.column(0), batch.column(1), pa.array(texts, pa.string()), pa.array(hashes, pa.int64())]
-        filled = pa.array([bool(text) for text in texts])
-        yield pa.RecordBatch.from_arrays(rows, names=["id", "index", "text", "source_hash"]).filter(filled)
+    return given.mapInArrow(functools.partial(rendered, placeholders=placeholders), _TEXTS)
 
 
 def _encoded(texts: DataFrame, text: TextConfig, count: int, parallel: int) -> DataFrame:
     """ROWS of `count` texts, spread over enough tasks to keep every core busy."""
     tasks = max(1, min(count, max(parallel, -(-count // text.texts_at_once))))
-    encode = functools.partial(_encode, name=text.encoder, at_once=text.texts_at_once)
+    encode = functools.partial(encoded, name=text.encoder, at_once=text.texts_at_once)
     return texts.repartition(tasks, "id").mapInArrow(encode, features.ROWS)
-
-
-def _encode(batches: Iterator[pa.RecordBatch], *, name: str, at_once: int) -> Iterator[pa.RecordBatch]:
-    """A task's texts in the order of their indices, so that what an encoder is given together depends on them alone,
-    and not on how the engine cut them into batches."""
-    filled = [batch for batch in batches if batch.num_rows]
-    if not filled:
-        return
-    given = pa.Table.from_batches(filled).sort_by("index")
-    encoder = _loaded(name)
-    for start in range(0, len(given), at_once):
-        rows = given.slice(start, at_once)
-        vectors = encoder.encode(rows["text"].to_pylist())
-        offsets = np.arange(len(rows) + 1, dtype=np.int32) * encoder.width
-        lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(vectors.ravel()))
-        columns = [rows["id"], rows["index"], lists, rows["source_hash"]]
-        yield from pa.table(columns, names=_ROWS).combine_chunks().to_batches()
-
-
-_loading = threading.Lock()  # Sail's tasks are threads of one process
-
-
-def _loaded(name: str) -> TextEncoder:
-    """An encoder, kept by a worker from task to task."""
-    use_threads(1)  # there are as many tasks at once as cores
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _loading:
-        return _encoder(name)
-
-
-_encoder = functools.lru_cache(maxsize=1)(text_encoder)

@@ -25,7 +25,7 @@ pytest.importorskip("wordllama")
 
 
 def config(lake: Path, **settings: Any) -> FeaturesConfig:
-    return FeaturesConfig.model_validate({"lake": str(lake)} | settings)
+    return FeaturesConfig.model_validate({"lake": str(lake), "spark": {"shuffle_partitions": 1}} | settings)
 
 
 def vectors_of(lake: Path) -> dict[str, list[float]]:
@@ -119,7 +119,7 @@ def test_sail_leaves_what_spark_leaves(spark: SparkSession, tiny_lake: str, tmp_
         "import sys; from trainer.recipes import features; from trainer.config import FeaturesConfig;"
         "given = FeaturesConfig.model_validate_json(sys.argv[1]); features.run(given); print(features.run(given))"
     )
-    given = config(theirs, text=texts, max_shared=1, spark={"engine": "sail"})
+    given = config(theirs, text=texts, max_shared=1, spark={"engine": "sail", "shuffle_partitions": 1})
     done = subprocess.run(
         [sys.executable, "-c", script, given.model_dump_json()], capture_output=True, text=True, timeout=300
     )
