@@ -11,7 +11,15 @@ from trainer.config.evaluation import (
     RecommendConfig,
 )
 from trainer.config.features import FeaturesConfig, TextConfig
-from trainer.config.model import Bert4RecConfig, CaserConfig, DupnConfig, MlpConfig, ModelConfig, PeterRecConfig
+from trainer.config.model import (
+    Bert4RecConfig,
+    CaserConfig,
+    DupnConfig,
+    ItemFeaturesConfig,
+    MlpConfig,
+    ModelConfig,
+    PeterRecConfig,
+)
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.task import (
     BasketPairConfig,
@@ -55,6 +63,7 @@ __all__ = [
     "FeaturesConfig",
     "FinetuneConfig",
     "GateConfig",
+    "ItemFeaturesConfig",
     "LossConfig",
     "MaskedItemConfig",
     "MlpConfig",

@@ -5,6 +5,31 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from etl.settings import Section
+from trainer.config.data import each_once
+
+
+class ItemFeaturesConfig(Section):
+    """Vectors of items from the table `features`, beside the items' own (survey 2, Eq. 1)."""
+
+    encoders: tuple[str, ...] = ()  # names in the table; (): none
+    width: int = Field(64, ge=1)  # that an encoder's vectors are projected to
+    # How they join the item's own vector: see trainer/models/features.py. With each, a model begins as one without.
+    aggregate: Literal["concat", "sum", "gate", "attention"] = "gate"
+    # What stands for the vector of an item that has none: learned: one that is trained; zero; mean: of those that have.
+    missing: Literal["learned", "zero", "mean"] = "learned"
+    whitening: bool = True  # centred, and of equal variance in all directions, over the items that are trained on
+    id_dropout: float = Field(0.0, ge=0, lt=1)  # share of items that a step sees without their own vector (DropoutNet)
+
+    @field_validator("encoders")
+    @classmethod
+    def _encoders_differ(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return each_once(names, "encoder")
+
+    @model_validator(mode="after")
+    def _ids_stand_beside_features(self) -> "ItemFeaturesConfig":
+        if self.id_dropout and not self.encoders:
+            raise ValueError("id_dropout: expected encoders whose vectors are left, found none; name them, or set 0")
+        return self
 
 
 class Bert4RecConfig(Section):
@@ -23,6 +48,7 @@ class Bert4RecConfig(Section):
     # relation -> slots; {}: metadata off
     knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
     knowledge_width: int = Field(16, ge=1)  # of each slot
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "Bert4RecConfig":
@@ -46,6 +72,7 @@ class CaserConfig(Section):
     # relation -> slots; {}: metadata off
     knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
     knowledge_width: int = Field(25, ge=1)  # of each slot
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
 
 class PeterRecConfig(Section):
@@ -59,6 +86,7 @@ class PeterRecConfig(Section):
     user_width: int = Field(0, ge=0)  # 0: no user embedding
     knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
     knowledge_width: int = Field(16, ge=1)  # of each slot
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
     @field_validator("dilations")
     @classmethod
@@ -79,6 +107,7 @@ class DupnConfig(Section):
     event_types: bool = False  # what kind of event each was is read too, of data.event_types
     knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
     knowledge_width: int = Field(16, ge=1)  # of each slot
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
 
 class MlpConfig(Section):
@@ -92,6 +121,7 @@ class MlpConfig(Section):
     dropout: Literal[0] = 0
     knowledge: dict[str, int] = Field(default_factory=dict, max_length=0)  # none
     knowledge_width: int = Field(16, ge=1)
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
     @field_validator("layers")
     @classmethod

@@ -8,7 +8,7 @@ from etl.settings import FileName, Section, replaced
 from trainer.config.data import TargetDataConfig
 from trainer.config.training import PretrainConfig
 
-TransferName = Literal["none", "shallow", "deep", "patch"]
+TransferName = Literal["none", "shallow", "shallow+features", "deep", "patch"]
 
 
 class PatchConfig(Section):

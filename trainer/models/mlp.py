@@ -57,7 +57,8 @@ class Mlp(SequenceModel):
         return TABLE_STD
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
-        vectors: Tensor = self.of_item(self.rows_of(self.item_embedding.weight, rows))
+        own = self.own_vectors(self.item_embedding.weight, rows)
+        vectors: Tensor = self.of_item(self.with_features(own, rows))
         return vectors
 
     @property
