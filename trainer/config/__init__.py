@@ -10,7 +10,7 @@ from trainer.config.evaluation import (
     PromoteConfig,
     RecommendConfig,
 )
-from trainer.config.features import FeaturesConfig, TextConfig
+from trainer.config.features import AttributesConfig, FeaturesConfig, TextConfig
 from trainer.config.model import (
     Bert4RecConfig,
     CaserConfig,
@@ -48,6 +48,7 @@ from trainer.config.training import (
 from trainer.config.transfer import FinetuneConfig, PatchConfig, TransferName, patch_of, with_transfer
 
 __all__ = [
+    "AttributesConfig",
     "BacktestConfig",
     "BaselinesConfig",
     "BasketPairConfig",

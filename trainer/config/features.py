@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from etl.config import SparkConfig
 from etl.settings import FileName, Place, Section
@@ -35,11 +35,32 @@ class TextConfig(Section):
         """The text as the table's commit records it, e.g. "{title}. {categories}"."""
         return ". ".join(f"{{{column}}}" for column in self.columns)
 
-    def unknown_columns(self) -> list[str]:
-        """Those that the table of these things hasn't."""
-        attributes = self.kind != "entity"
-        known = COLUMNS[self.kind]
-        return [name for name in self.columns if name not in known and not (attributes and _COLUMN.fullmatch(name))]
+
+class AttributesConfig(Section):
+    """Vectors of columns of items or users: flags and standardised numbers. Name none that the log's end decides, such
+    as counts of votes or mean ratings: they tell what is held out."""
+
+    kind: Literal["item", "user"] = "item"
+    categorical: tuple[str, ...] = ()  # columns, or attributes.<name>; each value gets a flag
+    numeric: tuple[str, ...] = ()
+    min_things: int = Field(2, ge=1)  # a value that fewer have gets no flag
+
+    @model_validator(mode="after")
+    def _columns_are_some(self) -> "AttributesConfig":
+        if not self.columns:
+            raise ValueError("expected columns in categorical or numeric, found none; name some")
+        each_once(self.columns, "column")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.categorical + self.numeric
+
+
+def unknown_columns(of: TextConfig | AttributesConfig) -> list[str]:
+    """Columns that the table of these things hasn't."""
+    attributes, known = of.kind != "entity", COLUMNS[of.kind]
+    return [name for name in of.columns if name not in known and not (attributes and _COLUMN.fullmatch(name))]
 
 
 class FeaturesConfig(Section):
@@ -49,6 +70,7 @@ class FeaturesConfig(Section):
     lake: Place = "lake"
     release: int | None = None  # that is read; None: the newest
     text: TextConfig = TextConfig()
+    attributes: AttributesConfig | None = None  # instead of `text`
     max_shared: float = Field(0.01, gt=0, le=1)  # of things: how many may have the same text, or the same vector
     wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
     spark: SparkConfig = SparkConfig()

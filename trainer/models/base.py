@@ -68,7 +68,7 @@ class SequenceModel(nn.Module):
         self.register_buffer("content_VF", None, persistent=False)
         self.dropout = Dropout(config.dropout)
         self.task_heads = nn.ModuleDict()
-        self.features = nn.ModuleDict()  # `items`: of the vectors that score
+        self.features = nn.ModuleDict()  # `scored`: of the vectors that score
 
     def table(self, num_embeddings: int, width: int) -> nn.Embedding | RowTable:
         """A table of item, user or entity vectors, dense or row-wise."""
@@ -111,7 +111,7 @@ class SequenceModel(nn.Module):
     def add_features(self, tables: tuple[FeatureTable, ...]) -> None:
         """Vectors from outside the log beside items' own: `item_vectors` has them from now on. Drawn from the global
         random state, and at first without effect."""
-        self.features["items"] = ItemFeatures(self.config.features, self.item_width, tables)
+        self.features["scored"] = ItemFeatures(self.config.features, self.item_width, tables)
 
     @property
     def item_width(self) -> int:
@@ -124,7 +124,7 @@ class SequenceModel(nn.Module):
         share = self.config.features.id_dropout
         return drop_ids(own, share) if self.training and share and len(self.features) else own
 
-    def with_features(self, vectors: Tensor, rows: Tensor | None, place: str = "items") -> Tensor:
+    def with_features(self, vectors: Tensor, rows: Tensor | None, place: str = "scored") -> Tensor:
         """Vectors of catalogue rows with what comes from outside the log; as they are where nothing does."""
         if not len(self.features):
             return vectors

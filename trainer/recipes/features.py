@@ -1,4 +1,5 @@
-"""Vectors of items, users or entities from their texts, in the Delta table `features`, and a release with them.
+"""Vectors of items, users or entities from their texts or columns, in the Delta table `features`, and a release with
+them.
 
 Executors encode in parallel, on one thread each, what has no vector yet or another text than when it was encoded. A
 second run encodes nothing and reads nothing of the tables. The vectors of things that have left, or have no text any
@@ -8,6 +9,8 @@ more, leave. One commit replaces the encoder's partition, or appends to it where
 import functools
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -19,10 +22,12 @@ from etl.session import held, spark_session, user_errors
 from etl.settings import ConfigError
 from etl.tables import FEATURES, Table
 from trainer.config import FeaturesConfig
-from trainer.config.features import COLUMNS, TextConfig
+from trainer.config.features import COLUMNS, AttributesConfig, TextConfig, unknown_columns
 from trainer.data.release import Release, pin
-from trainer.encoders import text_encoder
+from trainer.encoders import TextEncoder, text_encoder
+from trainer.encoders.attributes import attribute_vectors
 from trainer.encoders.batches import ROWS, encoded, rendered
+from trainer.encoders.text import Part
 
 _THINGS = {"item": tables.ITEMS, "user": tables.USERS, "entity": tables.ENTITIES}
 _TEXTS = "id string, index int, text string, source_hash bigint"
@@ -41,45 +46,88 @@ class Result:
 
 def run(config: FeaturesConfig) -> Result:
     """The recipe `features`. Raises GraftrecError."""
-    text = config.text
-    if unknown := text.unknown_columns():
-        known = [*COLUMNS[text.kind], *([] if text.kind == "entity" else ["attributes.<name>"])]
-        raise ConfigError(f"text.columns: expected columns of {text.kind}s ({', '.join(known)}), found {unknown[0]!r}")
-    encoder = text_encoder(text.encoder)
-    table = _THINGS[text.kind]
+    given = config.text if config.attributes is None else config.attributes
+    if unknown := unknown_columns(given):
+        known = [*COLUMNS[given.kind], *([] if given.kind == "entity" else ["attributes.<name>"])]
+        setting = "text" if config.attributes is None else "attributes"
+        raise ConfigError(f"{setting}: expected columns of {given.kind}s ({', '.join(known)}), found {unknown[0]!r}")
+    encoder = text_encoder(config.text.encoder) if config.attributes is None else None
     release = pin(config.lake, config.release)
     with spark_io.writing(release.lake, FEATURES, wait_seconds=config.wait_seconds):
         release = pin(config.lake, config.release)  # another writer may have made a newer one meanwhile
-        encoding = Encoding(
-            kind=text.kind,
-            encoder=config.name or encoder.name,
-            width=encoder.width,
-            weights=encoder.weights,
-            template=_template(text),
-            inputs={table.name: release.versions[table.name]},
-        )
-        before = features.check_weights(release.lake, encoding)
-        if before == encoding:
-            things = covered = encoded = 0
+        if encoder is not None:
+            encoding, (things, covered, encoded) = _of_texts(config, release, encoder)
         else:
-            with user_errors():
-                things, covered, encoded = _renew(config, release, table, encoding, before)
+            assert config.attributes is not None
+            encoding, (things, covered, encoded) = _of_attributes(config, config.attributes, release)
         version = spark_io.current_version(release.lake, FEATURES)
         assert version is not None
         number, committed = releases.release_with(release.lake, {FEATURES.name: version})
-    fate = "new" if committed else "unchanged"
-    if before == encoding:
+    released = f"release {number} ({'new' if committed else 'unchanged'}) in {release.lake}"
+    if things:
         print(
-            f"features {encoding.name}: unchanged, 0 encoded; release {number} ({fate}) in {release.lake}", flush=True
-        )
-    else:
-        share = covered / things if things else 0.0
-        print(
-            f"features {encoding.name}: {encoded:,} encoded, {covered:,} of {things:,} {text.kind}s ({share:.1%}) have "
-            f"one, {encoding.width} wide; release {number} ({fate}) in {release.lake}",
+            f"features {encoding.name}: {encoded:,} encoded, {covered:,} of {things:,} {given.kind}s "
+            f"({covered / things:.1%}) have one, {encoding.width} wide; {released}",
             flush=True,
         )
+    else:
+        print(f"features {encoding.name}: unchanged, 0 encoded; {released}", flush=True)
     return Result(things, covered, encoded, number, committed)
+
+
+Counts = tuple[int, int, int]  # things, those with a vector, those encoded now; zeros where nothing was read
+
+
+def _of_texts(config: FeaturesConfig, release: Release, encoder: TextEncoder) -> tuple[Encoding, Counts]:
+    table = _THINGS[config.text.kind]
+    encoding = Encoding(
+        kind=config.text.kind,
+        encoder=config.name or encoder.name,
+        width=encoder.width,
+        weights=encoder.weights,
+        template=_template(config.text),
+        inputs={table.name: release.versions[table.name]},
+    )
+    before = features.check_weights(release.lake, encoding)
+    if before == encoding:
+        return encoding, (0, 0, 0)
+    with user_errors():
+        return encoding, _renew(config, release, table, encoding, before)
+
+
+def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Release) -> tuple[Encoding, Counts]:
+    """Without Spark: a vocabulary's columns are few, and its values are counted over all of it."""
+    table = _THINGS[given.kind]
+    read = ["attributes" if name.startswith("attributes.") else name for name in given.columns]
+    rows = release.read(table, [given.kind, "index", *dict.fromkeys(read)])
+    cells = {name: _cells(rows, name) for name in given.columns}
+    vectors, names = attribute_vectors(
+        {name: cells[name] for name in given.categorical},
+        {name: cells[name] for name in given.numeric},
+        min_things=given.min_things,
+    )
+    encoding = Encoding(
+        kind=given.kind,
+        encoder=config.name or "attributes",
+        width=len(names),
+        template="; ".join(names),
+        inputs={table.name: release.versions[table.name]},
+    )
+    if features.check_weights(release.lake, encoding) == encoding:
+        return encoding, (0, 0, 0)
+    has = np.flatnonzero(vectors.any(axis=1))
+    ids, index = rows[given.kind].take(has).to_pylist(), rows["index"].to_numpy()[has]
+    # Many share all of these columns: none of them is a placeholder.
+    features.write_arrays(release.lake, ids, index, vectors[has], encoding, max_shared=1)
+    return encoding, (len(rows), len(has), len(has))
+
+
+def _cells(rows: pa.Table, name: str) -> list[Part]:
+    if not name.startswith("attributes."):
+        found: list[Part] = rows[name].to_pylist()
+        return found
+    key = name.removeprefix("attributes.")
+    return [dict(attributes or ()).get(key) for attributes in rows["attributes"].to_pylist()]
 
 
 def _template(text: TextConfig) -> str:
@@ -90,8 +138,8 @@ def _template(text: TextConfig) -> str:
 
 def _renew(
     config: FeaturesConfig, release: Release, table: Table, encoding: Encoding, before: Encoding | None
-) -> tuple[int, int, int]:
-    """Encode what is new or changed and commit it: things, those with a vector, those encoded."""
+) -> Counts:
+    """Encode what is new or changed, and commit it."""
     spark = spark_session(config.spark, name="graftrec features")
     lake, text = release.lake, config.text
     things = spark_io.read(spark, lake, table, version=release.versions[table.name])
@@ -110,16 +158,16 @@ def _renew(
     old = spark_io.read(spark, lake, FEATURES, partitions=encoding.partition)
     kept = old.join(texts.select("id", "source_hash"), ["id", "source_hash"], "left_semi").select(*ROWS)
     new = held(texts.join(old.select("id", "source_hash"), ["id", "source_hash"], "left_anti"))
-    encoded = new.count()
-    all_kept = old.count() == covered - encoded
-    if all_kept and not encoded and before.template == encoding.template:
+    num_new = new.count()
+    all_kept = old.count() == covered - num_new
+    if all_kept and not num_new and before.template == encoding.template:
         return total, covered, 0
-    rows = held(_encoded(new, text, encoded, config.spark.shuffle_partitions)) if encoded else None
+    rows = held(_encoded(new, text, num_new, config.spark.shuffle_partitions)) if num_new else None
     if rows is None or not all_kept:
         rows = kept if rows is None else kept.unionByName(rows)
         all_kept = False
     features.write_frame(spark, lake, rows, encoding, append=all_kept, max_shared=config.max_shared)
-    return total, covered, encoded
+    return total, covered, num_new
 
 
 def _check_shared(texts: DataFrame, encoding: Encoding, covered: int, max_shared: float) -> None:

@@ -73,11 +73,11 @@ def test_a_model_folder_has_the_vectors_it_was_trained_on(done):
     assert one.vectors_VF.shape == (len(loaded.catalogue), 10)
     assert one.vectors_VF.dtype == np.float16
     assert 0 < one.has_V.sum() < len(loaded.catalogue)
-    module = loaded.model.features["items"]
+    module = loaded.model.features["scored"]
     assert module.out.weight.any()  # trained
     assert torch.equal(module.vectors_0, torch.from_numpy(one.vectors_VF).float())
     without = load_model(done.featured.model)
-    torch.nn.init.zeros_(without.model.features["items"].out.weight)
+    torch.nn.init.zeros_(without.model.features["scored"].out.weight)
     assert not torch.equal(scores_of(loaded), scores_of(without))
     assert loaded.versions["features"] == 1
 
