@@ -1,5 +1,6 @@
 """The recipe `features`: only what is new or changed is encoded; a release has the vectors; mistakes write nothing."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def test_sail_leaves_what_spark_leaves_and_held_out_events_play_no_part(
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"text": {"columns": ["plot"]}}, r"text.columns: expected columns of items \(title, year, categories, attr"),
+        ({"text": {"columns": ["plot"]}}, r"text: expected columns of items \(title, year, categories, attr"),
         ({"text": {"encoder": "bert"}}, r"expected a text encoder \(minilm, wordllama\), found 'bert'"),
         (
             {"text": {"columns": ["attributes.plot"]}},
@@ -158,6 +159,34 @@ def test_placeholders_that_the_settings_name_are_no_text(spark: SparkSession, ti
         features.run(config(lake, text={"columns": ["title"]}))
     told = features.run(config(lake, text={"columns": ["title"], "placeholders": ["no plot yet"]}))
     assert (told.things, told.covered) == (40, 36)
+
+
+def test_columns_are_encoded_without_spark(tiny_lake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lake = copied(tiny_lake, tmp_path / "lake")
+    given = {"kind": "user", "categorical": ["attributes.taste"], "numeric": ["attributes.born"]}
+    assert dataclasses.astuple(features.run(config(lake, attributes=given))) == (60, 60, 60, 2, True)
+    names = [*(f"attributes.taste=t{taste}" for taste in range(4)), "attributes.born", "attributes.born known"]
+    encoding = encodings(str(lake))["user/attributes"]
+    assert (encoding.template, encoding.width, encoding.weights) == ("; ".join(names), 6, "")
+    assert vectors_of(lake)["u001"][:4] == [0, 1, 0, 0]
+    assert {tuple(vector[5:]) for vector in vectors_of(lake).values()} == {(1.0,)}
+    assert features.run(config(lake, attributes=given)).committed is False
+    assert "features user/attributes: unchanged, 0 encoded; release 2 (unchanged)" in capsys.readouterr().out
+    items = {"categorical": ["categories"], "min_things": 20}
+    features.run(config(lake, attributes=items, name="domain"))
+    assert encodings(str(lake))["item/domain"].template == "categories=source"
+    assert len(vectors_of(lake)) == 60 + 24  # those of the other domain have none
+    for wrong, told in (
+        ({"categorical": ["plot"]}, r"attributes: expected columns of items \(title, year, .*, found 'plot'"),
+        (
+            {"categorical": ["attributes.studio"]},
+            "attributes.studio: expected a value that 2 have at least, found none",
+        ),
+        ({"numeric": ["title"]}, "title: expected numbers, found none"),
+    ):
+        with pytest.raises(GraftrecError, match=told):
+            features.run(config(lake, attributes=wrong))
+    assert pin(str(lake), None).number == 3
 
 
 def test_another_writer_is_waited_for_then_left_alone(tiny_lake: str, tmp_path: Path) -> None:
