@@ -60,6 +60,12 @@ class FinetuneConfig(PretrainConfig):
         return self
 
     @model_validator(mode="after")
+    def _features_are_there(self) -> "FinetuneConfig":
+        if self.transfer == "shallow+features" and not self.model.features.encoders:
+            raise ValueError("transfer shallow+features: expected model.features.encoders, found none; set shallow")
+        return self
+
+    @model_validator(mode="after")
     def _items_come_from_a_parent(self) -> "FinetuneConfig":
         if self.shared_items and self.transfer == "none":
             raise ValueError("shared_items: transfer none takes nothing from a parent; set it to false, or transfer")
