@@ -14,6 +14,7 @@ from trainer.config.features import AttributesConfig, FeaturesConfig, TextConfig
 from trainer.config.model import (
     Bert4RecConfig,
     CaserConfig,
+    DocumentConfig,
     DupnConfig,
     ItemFeaturesConfig,
     MlpConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "Choice",
     "ClickConfig",
     "DataConfig",
+    "DocumentConfig",
     "DupnConfig",
     "EvaluateConfig",
     "EvaluatedModel",

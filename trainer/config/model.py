@@ -1,5 +1,6 @@
 """Settings of networks."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -8,10 +9,28 @@ from etl.settings import Section
 from trainer.config.data import each_once
 
 
+class DocumentConfig(Section):
+    """A text's vector by a convolution and attention over word vectors, trained with the recommender (survey 2.1)."""
+
+    columns: tuple[str, ...] = Field(("title", "categories"), min_length=1)  # of `items`, or attributes.<name>
+    placeholders: tuple[str, ...] = ()  # that stand for no text, besides "", "[]", "unknown" and the like
+    max_words: int = Field(32, ge=1)  # of a text; what is behind them is not read
+    window: int = Field(3, ge=1)  # words that the convolution sees at once
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_known(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        known = ("title", "year", "categories")
+        if unknown := [name for name in columns if name not in known and not re.fullmatch(r"attributes\..+", name)]:
+            raise ValueError(f"expected columns of items ({', '.join(known)}, attributes.<name>), found {unknown[0]!r}")
+        return each_once(columns, "column")
+
+
 class ItemFeaturesConfig(Section):
     """Vectors of items from the table `features`, beside the items' own (survey 2, Eq. 1)."""
 
     encoders: tuple[str, ...] = ()  # names in the table; (): none
+    document: DocumentConfig | None = None  # a trained encoder of texts, beside those or alone
     width: int = Field(64, ge=1)  # that an encoder's vectors are projected to
     # How they join the item's own vector: see trainer/models/features.py. With each, a model begins as one without.
     aggregate: Literal["concat", "sum", "gate", "attention"] = "gate"
@@ -27,9 +46,14 @@ class ItemFeaturesConfig(Section):
 
     @model_validator(mode="after")
     def _ids_stand_beside_features(self) -> "ItemFeaturesConfig":
-        if self.id_dropout and not self.encoders:
+        if self.id_dropout and not self.given:
             raise ValueError("id_dropout: expected encoders whose vectors are left, found none; name them, or set 0")
         return self
+
+    @property
+    def given(self) -> bool:
+        """Whether there are any features."""
+        return bool(self.encoders) or self.document is not None
 
 
 class Bert4RecConfig(Section):

@@ -61,8 +61,8 @@ class FinetuneConfig(PretrainConfig):
 
     @model_validator(mode="after")
     def _features_are_there(self) -> "FinetuneConfig":
-        if self.transfer == "shallow+features" and not self.model.features.encoders:
-            raise ValueError("transfer shallow+features: expected model.features.encoders, found none; set shallow")
+        if self.transfer == "shallow+features" and not self.model.features.given:
+            raise ValueError("transfer shallow+features: expected encoders in model.features, found none; set shallow")
         return self
 
     @model_validator(mode="after")

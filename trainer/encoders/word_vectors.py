@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from trainer.arrays import FloatArray
+from trainer.arrays import FloatArray, IntArray
 from trainer.encoders.weights import checked_sha256, package_folder
 
 SHA256 = "64b47a2dc493cb8e85944076601189739852d7b64e0e1eedcb1937a251cd9fd5"
@@ -39,11 +39,21 @@ class WordLlamaEncoder:
 
         Without the padding, and the array of all tokens' vectors, of the package's own `embed`.
         """
-        ids = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        ids = self.tokens(texts)
         lengths = torch.tensor([len(one) for one in ids], dtype=torch.int64)
         tokens = torch.tensor(list(itertools.chain.from_iterable(ids)), dtype=torch.int64)
         starts = lengths.cumsum(0) - lengths
         with torch.inference_mode():
-            tokens = tokens.clamp(max=len(self._vectors) - 1)
             pooled: FloatArray = F.embedding_bag(tokens, self._vectors, starts, mode="mean").numpy()
         return pooled
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's words and parts of words, as places of their vectors."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        last = len(self._vectors) - 1
+        return [[min(token, last) for token in encoding.ids] for encoding in encodings]
+
+    def vectors_of(self, tokens: IntArray) -> FloatArray:
+        """[U, 256]"""
+        found: FloatArray = self._vectors[torch.from_numpy(tokens)].numpy()
+        return found

@@ -18,6 +18,7 @@ from trainer.config import (
 from trainer.models.base import ModelSizes, SequenceModel
 from trainer.models.bert4rec import Bert4Rec
 from trainer.models.caser import Caser
+from trainer.models.documents import DocumentTable
 from trainer.models.dupn import Dupn
 from trainer.models.features import FeatureTable
 from trainer.models.item_encoder import TiedModel
@@ -29,6 +30,7 @@ from trainer.parallel.distributed import ALONE
 __all__ = [
     "Bert4Rec",
     "Caser",
+    "DocumentTable",
     "Dupn",
     "FeatureTable",
     "Mlp",
@@ -108,8 +110,8 @@ def _new(
         model.add_patches(patch)
     for name, head in (task_heads or {}).items():
         model.add_task_head(name, head)
-    if sizes.features:  # last: what else is drawn is as without
-        model.add_features(sizes.features)
+    if sizes.features or sizes.documents is not None:  # last: what else is drawn is as without
+        model.add_features(sizes.features, sizes.documents)
     return model
 
 

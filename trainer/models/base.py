@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from etl.tables import UNK
 from trainer.config import ModelConfig, PairHeadConfig, TaskHead, WeightsHeadConfig
 from trainer.models.cpu.dropout import Dropout
+from trainer.models.documents import DocumentTable
 from trainer.models.features import FeatureTable, ItemFeatures, drop_ids
 from trainer.models.heads import LossWeights, PairHead
 from trainer.models.row_table import RowTable, RowTables
@@ -32,6 +33,7 @@ class ModelSizes:
     knowledge_VS: Tensor
     num_event_types: int = 0  # kinds that are distinguished, for a model that reads them
     features: tuple[FeatureTable, ...] = ()  # of `config.features.encoders`, in their order
+    documents: DocumentTable | None = None  # of `config.features.document`
 
     @property
     def num_slots(self) -> int:
@@ -108,10 +110,10 @@ class SequenceModel(nn.Module):
         """The vectors that score catalogue rows, [V, Q] or [*rows.shape, Q]."""
         raise NotImplementedError
 
-    def add_features(self, tables: tuple[FeatureTable, ...]) -> None:
+    def add_features(self, tables: tuple[FeatureTable, ...], documents: DocumentTable | None) -> None:
         """Vectors from outside the log beside items' own: `item_vectors` has them from now on. Drawn from the global
         random state, and at first without effect."""
-        self.features["scored"] = ItemFeatures(self.config.features, self.item_width, tables)
+        self.features["scored"] = ItemFeatures(self.config.features, self.item_width, tables, documents)
 
     @property
     def item_width(self) -> int:

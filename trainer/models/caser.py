@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from trainer.config import CaserConfig
 from trainer.models.base import ModelSizes, SequenceModel
 from trainer.models.cpu.chunks import mapped, order_of, sizes_by_length
+from trainer.models.documents import DocumentTable
 from trainer.models.features import FeatureTable, ItemFeatures
 from trainer.models.row_table import RowTables
 
@@ -81,9 +82,9 @@ class Caser(SequenceModel):
         own = self.own_vectors(self.item_weights.weight, rows)
         return self.with_features(self.with_knowledge(own, rows, self.knowledge_projection), rows)
 
-    def add_features(self, tables: tuple[FeatureTable, ...]) -> None:
-        super().add_features(tables)
-        self.features["read"] = ItemFeatures(self.config.features, self.config.width, tables)
+    def add_features(self, tables: tuple[FeatureTable, ...], documents: DocumentTable | None) -> None:
+        super().add_features(tables, documents)
+        self.features["read"] = ItemFeatures(self.config.features, self.config.width, tables, documents)
 
     @property
     def item_width(self) -> int:

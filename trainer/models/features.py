@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from etl.tables import FIRST_INDEX
 from trainer.config import ItemFeaturesConfig
+from trainer.models.documents import DocumentEncoder, DocumentTable
 
 
 class FeatureTable(NamedTuple):
@@ -35,15 +36,27 @@ class ItemFeatures(nn.Module):
     """Vectors of items [N, D] and their catalogue rows -> vectors of items [N, D]. Drawn from the global random
     state."""
 
-    def __init__(self, config: ItemFeaturesConfig, width: int, tables: tuple[FeatureTable, ...]) -> None:
+    def __init__(
+        self,
+        config: ItemFeaturesConfig,
+        width: int,
+        tables: tuple[FeatureTable, ...],
+        documents: DocumentTable | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.num_encoders = config, len(tables)
+        self.config = config
+        lacking = [~table.has_V for table in tables]
+        self.document: DocumentEncoder | None = None
+        if documents is not None:
+            assert config.document is not None
+            lacking.append(~(documents.words_VL != 0).any(1))
+            self.document = DocumentEncoder(documents, config.width, config.document.window)
         for place, table in enumerate(tables):
-            lacks_V = ~table.has_V
-            lacks_V[:FIRST_INDEX] = False  # reserved rows lack nothing
             self.register_buffer(f"vectors_{place}", table.vectors_VF.float(), persistent=False)
+        for place, lacks_V in enumerate(lacking):
+            lacks_V[:FIRST_INDEX] = False  # reserved rows lack nothing
             self.register_buffer(f"lacks_{place}", lacks_V, persistent=False)
-        W, K = config.width, len(tables)
+        W, K = config.width, len(lacking)
         self.projections = nn.ModuleList(nn.Linear(table.vectors_VF.shape[1], W, bias=False) for table in tables)
         self.missing = nn.Parameter(torch.empty(K, W)) if config.missing == "learned" else None
         match config.aggregate:
@@ -90,17 +103,19 @@ class ItemFeatures(nn.Module):
 
     def projected(self, rows: Tensor | None) -> Tensor:
         """[N, K, W]. Of more rows than the catalogue has, those of the whole catalogue are looked up."""
-        if rows is not None and rows.numel() > len(self._buffer("vectors", 0)):
+        if rows is not None and rows.numel() > len(self._buffer("lacks", 0)):
             whole_VKW = self.projected(None)
             return F.embedding(rows, whole_VKW.flatten(1)).unflatten(-1, whole_VKW.shape[1:])  # type: ignore[no-untyped-call, no-any-return]
         found = []
         for place, projection in enumerate(self.projections):
-            vectors, lacks = self._buffer("vectors", place), self._buffer("lacks", place)
-            projected = projection(vectors if rows is None else vectors[rows])
-            if self.missing is not None:
-                flags = (lacks if rows is None else lacks[rows])[..., None]
-                projected = projected + flags * self.missing[place]
-            found.append(projected)
+            vectors = self._buffer("vectors", place)
+            found.append(projection(vectors if rows is None else vectors[rows]))
+        if self.document is not None:
+            found.append(self.document(rows))
+        if self.missing is not None:
+            for place, missing_W in enumerate(self.missing):
+                lacks = self._buffer("lacks", place)
+                found[place] = found[place] + (lacks if rows is None else lacks[rows])[..., None] * missing_W
         return torch.stack(found, dim=-2)
 
     def _buffer(self, name: str, place: int) -> Tensor:

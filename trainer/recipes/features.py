@@ -10,7 +10,6 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -23,11 +22,11 @@ from etl.settings import ConfigError
 from etl.tables import FEATURES, Table
 from trainer.config import FeaturesConfig
 from trainer.config.features import COLUMNS, AttributesConfig, TextConfig, unknown_columns
+from trainer.data.documents import cells_of
 from trainer.data.release import Release, pin
 from trainer.encoders import TextEncoder, text_encoder
 from trainer.encoders.attributes import attribute_vectors
 from trainer.encoders.batches import ROWS, encoded, rendered
-from trainer.encoders.text import Part
 
 _THINGS = {"item": tables.ITEMS, "user": tables.USERS, "entity": tables.ENTITIES}
 _TEXTS = "id string, index int, text string, source_hash bigint"
@@ -100,7 +99,7 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     table = _THINGS[given.kind]
     read = ["attributes" if name.startswith("attributes.") else name for name in given.columns]
     rows = release.read(table, [given.kind, "index", *dict.fromkeys(read)])
-    cells = {name: _cells(rows, name) for name in given.columns}
+    cells = {name: cells_of(rows, name) for name in given.columns}
     vectors, names = attribute_vectors(
         {name: cells[name] for name in given.categorical},
         {name: cells[name] for name in given.numeric},
@@ -120,14 +119,6 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     # Many share all of these columns: none of them is a placeholder.
     features.write_arrays(release.lake, ids, index, vectors[has], encoding, max_shared=1)
     return encoding, (len(rows), len(has), len(has))
-
-
-def _cells(rows: pa.Table, name: str) -> list[Part]:
-    if not name.startswith("attributes."):
-        found: list[Part] = rows[name].to_pylist()
-        return found
-    key = name.removeprefix("attributes.")
-    return [dict(attributes or ()).get(key) for attributes in rows["attributes"].to_pylist()]
 
 
 def _template(text: TextConfig) -> str:

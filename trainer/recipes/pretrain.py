@@ -21,13 +21,14 @@ from trainer.arrays import Int32Array
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
+from trainer.data.documents import Documents, read_documents
 from trainer.data.item_vectors import ItemVectors, read_item_vectors
 from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
 from trainer.data.sequences import SequenceDataset, training_interactions
 from trainer.evaluation.evaluators import monitor
 from trainer.evaluation.validation import Validator
-from trainer.inference.model_folder import ModelParts, TrainedModel, feature_tables, save_model
+from trainer.inference.model_folder import ModelParts, TrainedModel, document_table, feature_tables, save_model
 from trainer.models import ModelSizes, RowTables, SequenceModel, build_model
 from trainer.parallel.distributed import World, join
 from trainer.recipes.run_folder import DONE, MLFLOW_UID, alone, clear_other
@@ -60,6 +61,7 @@ class Inputs:
     parent: TrainedModel | None
     task: Task
     features: dict[str, ItemVectors]
+    documents: Documents | None
 
 
 class NonFiniteScore(NonFiniteLoss):
@@ -105,7 +107,9 @@ def _fit(
     task = prepare_task(config.task, release, catalogue, dataset)
     validation = Validator(config, release, catalogue, task)
     features = _features(config, release, catalogue, dataset, parent)
-    inputs = Inputs(config, release, catalogue, knowledge, parent, task, features)
+    document = config.model.features.document
+    documents = None if document is None else read_documents(release, catalogue, document)
+    inputs = Inputs(config, release, catalogue, knowledge, parent, task, features, documents)
     model, account = _model(inputs, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
@@ -246,6 +250,7 @@ def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]
             knowledge_VS=torch.from_numpy(inputs.knowledge),
             num_event_types=len(config.data.event_types),
             features=feature_tables(inputs.features),
+            documents=document_table(inputs.documents),
         ),
         seed=config.train.seed,
         tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
@@ -311,6 +316,7 @@ def _finish(
             task_heads=task.heads,
             content=task.content,
             features=inputs.features,
+            documents=inputs.documents,
         ),
     )
     history = [vars(epoch) for epoch in training.progress.history]

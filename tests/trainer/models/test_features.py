@@ -9,13 +9,15 @@ from tests.fixtures.networks import NUM_ITEMS, batch_of
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
+    DocumentConfig,
     DupnConfig,
     ItemFeaturesConfig,
     MlpConfig,
     NextItemConfig,
     PeterRecConfig,
 )
-from trainer.models import FeatureTable, ModelSizes, build_model, group_of, groups_of
+from trainer.models import DocumentTable, FeatureTable, ModelSizes, build_model, group_of, groups_of
+from trainer.models.documents import DocumentEncoder
 from trainer.models.features import ItemFeatures, drop_ids
 from trainer.tasks import build_task
 
@@ -41,15 +43,26 @@ def tables(widths=(6,), *, seed=0):
     return tuple(found)
 
 
-def model_of(kind, *, features=(), seed=3, **settings):
+def documents(*, seed=0):
+    """Texts of up to 6 of 11 words; a fifth of the items has none."""
+    random = np.random.default_rng(seed)
+    words = random.integers(1, 12, (NUM_ITEMS, 6))
+    words[np.arange(6) >= random.integers(1, 7, NUM_ITEMS)[:, None]] = 0
+    words[::5] = words[:FIRST_INDEX] = 0
+    vectors = np.concatenate([np.zeros((1, 4)), random.normal(size=(11, 4))]).astype(np.float16)
+    return DocumentTable(torch.from_numpy(words), torch.from_numpy(vectors))
+
+
+def model_of(kind, *, features=(), texts=None, seed=3, **settings):
     config = NETWORKS[kind]
-    if features:
+    if features or texts is not None:
         names = tuple(f"e{place}" for place in range(len(features)))
-        settings = {"features": ItemFeaturesConfig(encoders=names, width=5, **settings)}
+        document = DocumentConfig() if texts is not None else None
+        settings = {"features": ItemFeaturesConfig(encoders=names, document=document, width=5, **settings)}
         config = type(config).model_validate(config.model_dump() | settings)
     slots = sum(config.knowledge.values())
     knowledge = torch.from_numpy(np.random.default_rng(7).integers(5, 20, (NUM_ITEMS, slots)))
-    sizes = ModelSizes(num_users=50, num_entities=20, knowledge_VS=knowledge, features=features)
+    sizes = ModelSizes(num_users=50, num_entities=20, knowledge_VS=knowledge, features=features, documents=texts)
     return build_model(config, sizes, seed=seed)
 
 
@@ -62,7 +75,7 @@ def loss_of(model):
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_an_untrained_model_with_features_is_the_same_without_to_the_bit(kind, aggregate):
-    plain, other = model_of(kind), model_of(kind, features=tables((6, 9)), aggregate=aggregate)
+    plain, other = model_of(kind), model_of(kind, features=tables((6, 9)), texts=documents(), aggregate=aggregate)
     theirs = other.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in plain.state_dict().items())
     assert any(name.startswith("features.") for name in theirs)
@@ -82,7 +95,7 @@ def test_an_untrained_model_with_features_is_the_same_without_to_the_bit(kind, a
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_training_reaches_every_part_of_the_features(kind, aggregate):
-    model = model_of(kind, features=tables((6, 9)), aggregate=aggregate)
+    model = model_of(kind, features=tables((6, 9)), texts=documents(), aggregate=aggregate)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
     for _ in range(3):
@@ -166,9 +179,35 @@ def test_ids_are_left_out_in_training_alone():
     assert torch.equal(dropped, ~drop_ids(table[rows], 0.5).any(1))  # of the global random state: resume is exact
 
 
+def test_a_document_is_what_numpy_makes_of_its_words():
+    table, width, window = documents(), 5, 3
+    torch.manual_seed(0)
+    module = DocumentEncoder(table, width, window).double()
+    w = {name: tensor.detach().numpy() for name, tensor in module.named_parameters()}
+    vectors, found = table.vectors_UF.double().numpy(), module(None).detach().numpy()
+    for row, words in enumerate(table.words_VL.numpy()):
+        length = int((words != 0).sum())
+        text = [np.zeros(4), *vectors[words], np.zeros(4)]
+        places = [
+            np.maximum(np.concatenate(text[at : at + window]) @ w["convolution.weight"].T + w["convolution.bias"], 0)
+            for at in range(length)
+        ]
+        scores = [
+            np.tanh(place @ w["attention.weight"].T + w["attention.bias"]) @ w["query.weight"][0] for place in places
+        ]
+        weights = np.exp(scores) / np.exp(scores).sum() if length else []
+        expected = sum((weight * place for weight, place in zip(weights, places, strict=True)), np.zeros(width))
+        np.testing.assert_allclose(found[row], expected, atol=1e-12)
+    assert not found[::5].any()
+    rows = torch.tensor([[7, 9], [12, 6]])
+    torch.testing.assert_close(module(rows), module(None)[rows])
+
+
 def test_settings_that_go_together():
     with pytest.raises(ValueError, match="id_dropout: expected encoders whose vectors are left"):
         ItemFeaturesConfig(id_dropout=0.1)
     with pytest.raises(ValueError, match="expected each encoder once, found a, a"):
         ItemFeaturesConfig(encoders=("a", "a"))
-    assert all(not config.features.encoders for config in NETWORKS.values())
+    with pytest.raises(ValueError, match=r"expected columns of items .*, found 'plot'"):
+        DocumentConfig(columns=("plot",))
+    assert not any(config.features.given for config in NETWORKS.values())

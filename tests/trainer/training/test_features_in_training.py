@@ -151,3 +151,30 @@ def test_ids_that_are_left_out_change_what_is_learned_and_resume_exactly(done):
     without = {"model": {"features": TEXT}, "train": settings["train"]}
     other = load_model(pretrain(tiny(PretrainConfig, done.root, done.lake, name="kept", **without)).model).model
     assert not torch.equal(other.state_dict()["head.0.weight"], one["head.0.weight"])
+
+
+def test_a_trained_encoder_of_texts_through_training_and_transfer(done):
+    pytest.importorskip("wordllama")
+    features = {"encoders": ["text"], "document": {"columns": ["title", "categories"], "max_words": 9}, "width": 6}
+    train = {"epochs": 1, "min_epochs": 0, "learning_rate": 0.01}
+    settings = {"model": {"features": features}, "train": train}
+    parent = pretrain(tiny(PretrainConfig, done.root, done.lake, name="documents", **settings))
+    loaded = load_model(parent.model)
+    assert loaded.documents.words_VL.shape[1] <= 9
+    assert loaded.documents.words_VL[5:].any(1).all()
+    fresh = tiny(PretrainConfig, done.root, done.lake, name="fresh", model={"features": features}, train=STILL)
+    first, state = load_model(pretrain(fresh).model).model.state_dict(), loaded.model.state_dict()
+    trained = [name for name in state if ".document." in name]
+    assert len(trained) == 5
+    assert not any(torch.equal(first[name], state[name]) for name in trained)
+    own = grafted(
+        done,
+        "texts",
+        parent,
+        transfer="deep",
+        data={"domain": "target"},
+        train=STILL,
+        model={"features": features},
+    )
+    assert all(torch.allclose(own.model.state_dict()[name], state[name], atol=1e-25, rtol=0) for name in trained)
+    assert own.documents.words_VL.shape != loaded.documents.words_VL.shape
