@@ -232,7 +232,7 @@ SOCIAL = Table(
 
 # Vectors of items, users and entities by encoders: of text, of graphs. What an encoder has no vector of has no row. The
 # partition of an encoder is written whole, or gains rows; its commit records what the vectors were made by and from
-# (`etl.jobs.features.Encoding`).
+# (`etl.lake.encodings`).
 FEATURES = Table(
     "features",
     pa.schema(

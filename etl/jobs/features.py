@@ -5,9 +5,8 @@ none of its rows has changed. Encoders lie elsewhere (`trainer`): this module ta
 as arrays. It is no job of `python -m etl all`, since it doesn't know when an encoder should run.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from etl.lake import spark_io
+from etl.lake.encodings import Encoding, encodings, recorded
 from etl.lake.snapshots import local_path, make_folder, table_filesystem, table_uri
 from etl.session import user_errors
 from etl.settings import GraftrecError
@@ -33,38 +33,6 @@ _WRITE_ROWS = 16_384
 
 class FeatureError(GraftrecError):
     """Vectors that must not be committed, or an encoder that isn't the one that made the others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoding:
-    """What the vectors of one partition of FEATURES were made by, and from.
-
-    `split`: whose training part was read; "" where no interaction was. `weights`: SHA-256 of the encoder's weights, ""
-    for none. `template`: of the text, "" for none. `inputs`: the version of each table that was read.
-    """
-
-    kind: str
-    encoder: str
-    split: str = ""
-    width: int
-    weights: str = ""
-    template: str = ""
-    inputs: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """As messages and applications name it, e.g. "item/minilm"."""
-        return "/".join(filter(None, (self.kind, self.encoder, self.split)))
-
-    @property
-    def partition(self) -> dict[str, list[str | None]]:
-        return {"kind": [self.kind], "encoder": [self.encoder], "split": [self.split or None]}
-
-
-def encodings(lake: str, version: int | None = None) -> dict[str, Encoding]:
-    """Name -> Encoding of all that FEATURES holds at `version` (None: now); {} where there is no such table."""
-    recorded = json.loads(spark_io.last_commit(lake, FEATURES, version).get("encodings", "[]"))
-    return {found.name: found for found in (Encoding(**entry) for entry in recorded)}
 
 
 def check_weights(lake: str, encoding: Encoding) -> Encoding | None:
@@ -242,12 +210,12 @@ def _grouped(batches: Sequence[pa.RecordBatch]) -> Found:
 
 def _commit(lake: str, encoding: Encoding, *, append: bool) -> spark_io.Commit:
     app = f"features/{encoding.name}"
-    recorded = spark_io.transactions(lake, FEATURES, [app]).get(app, 0)
+    last = spark_io.transactions(lake, FEATURES, [app]).get(app, 0)
     known = encodings(lake) | {encoding.name: encoding}
     return spark_io.Commit(
         mode="append" if append else "partitions",
         app=app,
-        app_version=recorded + 1,
-        metadata={"job": "features", "encodings": json.dumps([asdict(known[name]) for name in sorted(known)])},
+        app_version=last + 1,
+        metadata={"job": "features", "encodings": recorded(known)},
         partition_scope=None if append else encoding.partition,
     )

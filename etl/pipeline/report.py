@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 
 from etl.config import etl_command
 from etl.jobs import event_times
-from etl.jobs.features import encodings
 from etl.lake import spark_io
 from etl.lake.datafile import DataFile
+from etl.lake.encodings import encodings
 from etl.lake.file_reader import open_parquet
 from etl.lake.snapshots import check_formats, within
 from etl.pipeline.time_report import TimeSplit, by_time, time_split

@@ -13,8 +13,9 @@ import yaml
 from pyspark.sql import SparkSession
 
 from etl.__main__ import main
-from etl.jobs.features import Encoding, write_arrays
+from etl.jobs.features import write_arrays
 from etl.lake import spark_io
+from etl.lake.encodings import Encoding
 from etl.pipeline.report import make_report
 from etl.pipeline.report_text import lines
 from etl.pipeline.run import JOBS

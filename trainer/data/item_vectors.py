@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
+from etl import tables
+from etl.lake.encodings import encodings
 from etl.tables import FEATURES, FIRST_INDEX
 from trainer.arrays import FloatArray
 from trainer.config import ItemFeaturesConfig
@@ -20,6 +22,7 @@ from trainer.data.catalogue import Catalogue
 from trainer.data.release import DataError, Release
 
 BoolArray = npt.NDArray[np.bool_]
+_OF_SPLITS = (tables.SEQUENCES.name, tables.BASKETS.name)  # what is trained on, and held out
 SHRINKAGE = 1e-2  # of the mean variance, added to each direction's: those that hardly vary are noise
 
 
@@ -98,6 +101,8 @@ def _read(release: Release, catalogue: Catalogue, encoder: str, split: str) -> t
             f"{where}{read}; run `python -m trainer features`, or name another encoder"
         )
     scope = {"kind": "item", "encoder": encoder, "split": split if split in splits else None}
+    if split in splits:
+        _check_inputs(release, encoder, split)
     table = release.read(FEATURES, ["index", "vector"], scope)
     rows = catalogue.rows(table["index"].to_numpy())
     inside = rows >= FIRST_INDEX
@@ -118,6 +123,20 @@ def _read(release: Release, catalogue: Catalogue, encoder: str, split: str) -> t
     has_V = np.zeros(len(catalogue), dtype=bool)
     has_V[rows[inside]] = True
     return raw_VF, has_V
+
+
+def _check_inputs(release: Release, encoder: str, split: str) -> None:
+    """Raises DataError where the vectors were made from other sequences than the release has: these may train on what
+    was held out, or the other way round."""
+    known = encodings(release.lake, release.versions[FEATURES.name])
+    read = next((one.inputs for one in known.values() if (one.encoder, one.split) == (encoder, split)), {})
+    for table, version in read.items():
+        if table in _OF_SPLITS and release.versions.get(table) != version:
+            raise DataError(
+                f"model.features: expected vectors by {encoder!r} made from version {release.versions.get(table)} of "
+                f"{table}, which release {release.number} of {release.lake} has, found version {version}; run "
+                "`python -m trainer features` again"
+            )
 
 
 def _fitted(vectors_NF: FloatArray, *, full: bool) -> Whitening:

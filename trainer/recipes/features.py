@@ -15,8 +15,9 @@ from pyspark.sql import functions as F
 
 from etl import tables
 from etl.jobs import features, releases
-from etl.jobs.features import Encoding, FeatureError
+from etl.jobs.features import FeatureError
 from etl.lake import spark_io
+from etl.lake.encodings import Encoding
 from etl.session import held, spark_session, user_errors
 from etl.settings import ConfigError
 from etl.tables import FEATURES, Table

@@ -11,8 +11,9 @@ import pytest
 from pyspark.sql import SparkSession
 
 from etl.jobs import features, releases
-from etl.jobs.features import Encoding, FeatureError
+from etl.jobs.features import FeatureError
 from etl.lake import spark_io
+from etl.lake.encodings import Encoding, encodings
 from etl.tables import FEATURES, RELEASES
 
 ENCODING = Encoding(kind="item", encoder="text", width=2, weights="w", template="{title}", inputs={"items": 3})
@@ -37,10 +38,10 @@ def test_a_partition_is_replaced_or_gains_rows_and_others_stay(spark: SparkSessi
     written = {("item", "text", None, "a"): [1, 0], ("item", "text", None, "b"): [0, 1]}
     of_graph = {("item", "graph", "last-5", "a"): [1], ("item", "graph", "last-5", "b"): [2]}
     assert rows_of(tmp_path) == written | of_graph | {("item", "text", None, "c"): [1, 1]}
-    assert features.encodings(lake) == {"item/text": ENCODING, "item/graph/last-5": graph}
+    assert encodings(lake) == {"item/text": ENCODING, "item/graph/last-5": graph}
     features.write_frame(spark, lake, frame(spark, {"d": [3, 1]}), ENCODING)
     assert rows_of(tmp_path) == of_graph | {("item", "text", None, "d"): [3, 1]}
-    assert features.encodings(lake, 2) == {"item/text": ENCODING, "item/graph/last-5": graph}  # as it was then
+    assert encodings(lake, 2) == {"item/text": ENCODING, "item/graph/last-5": graph}  # as it was then
     read = spark_io.read(spark, lake, FEATURES, partitions=graph.partition)
     assert sorted((row["id"], row["split"]) for row in read.collect()) == [("a", "last-5"), ("b", "last-5")]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from etl.jobs import features, releases
-from etl.jobs.features import Encoding
 from etl.lake import spark_io
+from etl.lake.encodings import Encoding
 from etl.tables import FEATURES, FIRST_INDEX, ITEMS
 from trainer.arrays import FloatArray
 from trainer.config import ItemFeaturesConfig
@@ -18,7 +18,14 @@ from trainer.data.item_vectors import SHRINKAGE, read_item_vectors
 from trainer.data.release import DataError, Release, pin
 
 
-def lake_with(tiny_lake: str, folder: Path, vectors: dict[tuple[str, str], FloatArray], *, items: range) -> Release:
+def lake_with(
+    tiny_lake: str,
+    folder: Path,
+    vectors: dict[tuple[str, str], FloatArray],
+    *,
+    items: range,
+    inputs: dict[str, int] | None = None,
+) -> Release:
     """A copy of the tiny lake with vectors, (encoder, split) -> [N, F], of the items at these places of its
     vocabulary."""
     shutil.copytree(tiny_lake, folder)
@@ -28,7 +35,7 @@ def lake_with(tiny_lake: str, folder: Path, vectors: dict[tuple[str, str], Float
     index = np.array([row["index"] for row in chosen])
     with spark_io.writing(lake, FEATURES):
         for (encoder, split), whole in vectors.items():
-            encoding = Encoding(kind="item", encoder=encoder, split=split, width=whole.shape[1])
+            encoding = Encoding(kind="item", encoder=encoder, split=split, width=whole.shape[1], inputs=inputs or {})
             features.write_arrays(lake, [row["item"] for row in chosen], index, whole, encoding)
         version = spark_io.current_version(lake, FEATURES)
         assert version is not None
@@ -147,6 +154,21 @@ def test_a_run_reads_vectors_of_its_split_or_of_none(release: Release, catalogue
         DataError, match=r"by 'graph' for split 'joint-5', found those by graph, text .* causal, last-5"
     ):
         read_item_vectors(release, catalogue, config("graph"), split="joint-5", trained_V=trained(catalogue))
+
+
+def test_vectors_of_a_split_are_of_the_releases_own_sequences(tiny_lake: str, tmp_path: Path) -> None:
+    release = lake_with(tiny_lake, tmp_path / "lake", {("graph", "last-5"): RAW}, items=range(30), inputs={"items": 0})
+    given = {"split": "last-5", "trained_V": trained(read_catalogue(release, "all"))}
+    catalogue = read_catalogue(release, "all")
+    read_item_vectors(release, catalogue, config("graph"), **given)  # of items: they grow
+    with spark_io.writing(release.lake, FEATURES):
+        one = Encoding(kind="item", encoder="graph", split="last-5", width=4, inputs={"sequences": 9})
+        features.write_arrays(release.lake, ["i05"], np.array([5]), RAW[:1], one)
+        version = spark_io.current_version(release.lake, FEATURES)
+        assert version is not None
+        releases.release_with(release.lake, {FEATURES.name: version})
+    with pytest.raises(DataError, match=r"made from version 1 of sequences, which release 3 of .*, found version 9"):
+        read_item_vectors(pin(release.lake, None), catalogue, config("graph"), **given)
 
 
 def test_an_encoder_that_there_is_not(release: Release, catalogue: Catalogue, tiny_lake: str) -> None:

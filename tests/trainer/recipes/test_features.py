@@ -13,8 +13,8 @@ from deltalake import DeltaTable, write_deltalake
 from pyspark.sql import SparkSession
 
 from etl.jobs import releases
-from etl.jobs.features import encodings
 from etl.lake import spark_io
+from etl.lake.encodings import encodings
 from etl.settings import GraftrecError, RunAgain
 from etl.tables import FEATURES, ITEMS, RELEASES
 from trainer.config import FeaturesConfig

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from etl.jobs import features, releases
-from etl.jobs.features import Encoding
 from etl.lake import spark_io
+from etl.lake.encodings import Encoding
 from etl.settings import GraftrecError
 from etl.tables import FEATURES, ITEMS
 from tests.fixtures.trainings import tiny
