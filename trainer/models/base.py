@@ -124,7 +124,7 @@ class SequenceModel(nn.Module):
         """As `rows_of`; in training without those that `config.features.id_dropout` leaves out."""
         own = self.rows_of(table, rows)
         share = self.config.features.id_dropout
-        return drop_ids(own, share) if self.training and share and len(self.features) else own
+        return drop_ids(own, rows, share) if self.training and share and len(self.features) else own
 
     def with_features(self, vectors: Tensor, rows: Tensor | None, place: str = "scored") -> Tensor:
         """Vectors of catalogue rows with what comes from outside the log; as they are where nothing does."""

@@ -122,8 +122,10 @@ class ItemFeatures(nn.Module):
         return self.get_buffer(f"{name}_{place}")
 
 
-def drop_ids(own_ND: Tensor, share: float) -> Tensor:
+def drop_ids(own_ND: Tensor, rows: Tensor | None, share: float) -> Tensor:
     """Zero for a share of items, at random: what an item that nobody has taken begins with (Volkovs et al. 2017,
-    DropoutNet)."""
-    kept_N = torch.rand(own_ND.shape[:-1], device=own_ND.device) >= share
+    DropoutNet). `rows` as in ItemFeatures; reserved ones are kept."""
+    if rows is None:
+        rows = torch.arange(len(own_ND), device=own_ND.device)
+    kept_N = (torch.rand(rows.shape, device=own_ND.device) >= share) | (rows < FIRST_INDEX)
     return own_ND * kept_N[..., None]

@@ -176,7 +176,7 @@ def test_ids_are_left_out_in_training_alone():
     dropped = ~model.train().own_vectors(table, rows).any(1)
     assert 0.45 < dropped.float().mean() < 0.55
     torch.manual_seed(1)
-    assert torch.equal(dropped, ~drop_ids(table[rows], 0.5).any(1))  # of the global random state: resume is exact
+    assert torch.equal(dropped, ~drop_ids(table[rows], rows, 0.5).any(1))  # of the global random state: resume is exact
 
 
 def test_a_document_is_what_numpy_makes_of_its_words():
@@ -201,6 +201,14 @@ def test_a_document_is_what_numpy_makes_of_its_words():
     assert not found[::5].any()
     rows = torch.tensor([[7, 9], [12, 6]])
     torch.testing.assert_close(module(rows), module(None)[rows])
+
+
+def test_reserved_rows_are_never_left_out():
+    model = model_of("bert4rec", features=tables(), id_dropout=0.9).train()
+    table = model.item_embedding.weight
+    assert torch.equal(model.own_vectors(table, None)[:FIRST_INDEX], table[:FIRST_INDEX])
+    rows = torch.arange(FIRST_INDEX).repeat(50)
+    assert torch.equal(model.own_vectors(table, rows), table[rows])
 
 
 def test_settings_that_go_together():
