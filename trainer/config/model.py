@@ -135,12 +135,15 @@ class DupnConfig(Section):
 
 
 class MlpConfig(Section):
-    """User and item embeddings and layers over both (Hu et al. 2018's baseline; He et al. 2017)."""
+    """User and item vectors and a score of both, without a sequence (survey 2, Eq. 2): Hu et al. 2018's baseline."""
 
     kind: Literal["mlp"] = "mlp"
+    # mlp: layers over both (He et al. 2017); dot: their product (Koren et al. 2009); fm: the products of all pairs of
+    # user, item and features (Rendle 2010).
+    score: Literal["mlp", "dot", "fm"] = "mlp"
     width: int = Field(64, ge=1)  # of an item's embedding
-    user_width: int = Field(64, ge=1)
-    layers: tuple[int, ...] = Field((64, 32), min_length=1)  # widths
+    user_width: int = Field(64, ge=1)  # of dot and fm: as width
+    layers: tuple[int, ...] = Field((64, 32), min_length=1)  # widths, of mlp
     max_length: int = Field(200, ge=2)  # items of a user that a step trains
     dropout: Literal[0] = 0
     knowledge: dict[str, int] = Field(default_factory=dict, max_length=0)  # none
@@ -153,6 +156,15 @@ class MlpConfig(Section):
         if min(layers) < 1:
             raise ValueError(f"expected widths of 1 and more, found {', '.join(map(str, layers))}")
         return layers
+
+    @model_validator(mode="after")
+    def _vectors_are_multiplied(self) -> "MlpConfig":
+        if self.score != "mlp" and self.user_width != self.width:
+            raise ValueError(f"score {self.score}: expected user_width as width, {self.width}, found {self.user_width}")
+        features = self.features
+        if self.score == "fm" and features.given and features.aggregate != "sum":
+            raise ValueError(f"score fm: expected features.aggregate sum, found {features.aggregate}; set that")
+        return self
 
 
 def _kind_of(given: Any) -> str:

@@ -101,6 +101,12 @@ class ItemFeatures(nn.Module):
         vectors_ND: Tensor = own_ND + added
         return vectors_ND
 
+    def parts(self, rows: Tensor | None) -> Tensor:
+        """What each encoder adds to an item's vector, [N, K, D], where their sum is what is added."""
+        assert self.config.aggregate == "sum"
+        added: Tensor = self.out(self.projected(rows))
+        return added
+
     def projected(self, rows: Tensor | None) -> Tensor:
         """[N, K, W]. Of more rows than the catalogue has, those of the whole catalogue are looked up."""
         if rows is not None and rows.numel() > len(self._buffer("lacks", 0)):
