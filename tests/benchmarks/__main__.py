@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks bench|gpu|peers|growth|demo [--only NAME…] [--data FOLDER] [--work FOLDER]``.
+"""``python -m tests.benchmarks bench|gpu|features|peers|growth|demo [--only NAME…] [--data FOLDER] [--work FOLDER]``.
 
 Each benchmark is a module of this package with ``measure(report, options)``, which prints tables and holds bars.
 """
@@ -15,6 +15,7 @@ from tests.benchmarks.harness import Report, machine
 SUITES = {
     "bench": ("stream", "train_small", "train_survey", "threads", "catalogue", "score", "patches"),
     "gpu": ("train_gpu",),
+    "features": ("encoders",),
     "peers": ("peers_stream", "peers_train", "peers_score", "peers_etl"),
     "demo": ("demo",),
     "growth": ("growth", "new_day", "heavy_user"),
