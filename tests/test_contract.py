@@ -60,6 +60,7 @@ ROOMS = (
     "trainer.tasks",
     "trainer.inference",
     "trainer.training",
+    "trainer.knowledge_graph",
     "trainer.evaluation",
     "trainer.registry",
     "trainer.report",

@@ -1,0 +1,78 @@
+"""What every embedding of a knowledge graph has in common: tables of vectors, queries and candidates.
+
+A triple without its tail is a *query*: a vector made of head and relation, that all entities as tails are compared
+with. A triple without its head is one in the same way. So a model is three short functions, and scoring, training and
+ranking are the same for all.
+
+Shape letters: ``S`` chunks, ``C`` triples of a chunk, ``K`` candidates of a chunk, ``E`` width of an entity's row.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from trainer.config.features import GraphModelConfig
+from trainer.knowledge_graph.similarity import Queries, Similarity
+
+ENTITIES, RELATIONS = "entities", "relations"
+Rows = Mapping[str, Tensor]  # name of a relation table -> rows [S, C, *], or [S, 1, *] where a chunk has one relation
+
+
+class GraphModel(ABC):
+    """Scores of triples from rows of tables. It holds settings only; whoever calls it holds the tables."""
+
+    similarity: Similarity
+    # Whether all triples of a chunk are of one relation, since candidates depend on it.
+    one_relation: ClassVar[bool] = False
+
+    def __init__(self, config: GraphModelConfig) -> None:
+        self.config = config
+
+    @property
+    @abstractmethod
+    def widths(self) -> dict[str, int]:
+        """Name -> width of the rows of each table: ENTITIES, RELATIONS, and others by relation."""
+
+    @abstractmethod
+    def tail_queries(self, heads_SCE: Tensor, relations: Rows) -> Queries:
+        """(h, r, ?)."""
+
+    @abstractmethod
+    def head_queries(self, tails_SCE: Tensor, relations: Rows) -> Queries:
+        """(?, r, t)."""
+
+    def candidates(self, entities: Tensor, relations: Rows) -> Tensor:
+        """Vectors [S, *, D] that queries are compared with, of entities [S, *, E] of the same chunks."""
+        return entities
+
+    def constrain(self, table: str, rows_UE: Tensor) -> None:
+        """Bring rows of a table back to where the paper keeps them, in place, after a step that changed them."""
+
+    def initial_scale(self, table: str, margin: float) -> float:
+        """Standard deviation that a table's numbers begin with."""
+        # Distances of about the margin, so that neither side of the loss is flat (Sun et al. 2019 use a uniform one).
+        if self.config.is_distance:
+            return (margin + 2) / self.config.width / 3**0.5
+        return float(self.config.width) ** -0.5
+
+    def initialise(self, table: str, rows_RE: Tensor) -> None:
+        """Fill a table by relation that does not begin with chance, in place."""
+
+    def scores(self, heads_SCE: Tensor, relations: Rows, tails_SCE: Tensor) -> Tensor:
+        """[S, C]: of each triple, higher is truer."""
+        queries = self.tail_queries(heads_SCE, relations)
+        return self.similarity.of_pairs(queries, self.candidates(tails_SCE, relations))
+
+
+def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of rows whose second half is imaginary."""
+    real, imaginary = rows.chunk(2, dim=-1)
+    return real, imaginary
+
+
+def clamp_norm(rows: Tensor) -> Tensor:
+    """Rows longer than 1 shortened to 1."""
+    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1)
