@@ -4,8 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from etl.settings import FileName, Place, Section
-from trainer.config.training import RuntimeConfig, TrackingConfig
+from etl.settings import Section
 
 GraphKind = Literal["transe", "transh", "transr", "distmult", "complex", "rotate"]
 

@@ -50,6 +50,7 @@ class GraphModel(ABC):
 
     def constrain(self, table: str, rows_UE: Tensor) -> None:
         """Bring rows of a table back to where the paper keeps them, in place, after a step that changed them."""
+        return
 
     def initial_scale(self, table: str, margin: float) -> float:
         """Standard deviation that a table's numbers begin with."""
@@ -60,6 +61,7 @@ class GraphModel(ABC):
 
     def initialise(self, table: str, rows_RE: Tensor) -> None:
         """Fill a table by relation that does not begin with chance, in place."""
+        return
 
     def scores(self, heads_SCE: Tensor, relations: Rows, tails_SCE: Tensor) -> Tensor:
         """[S, C]: of each triple, higher is truer."""

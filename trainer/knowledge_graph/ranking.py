@@ -1,9 +1,10 @@
 """Filtered ranking of held-out triples, by relation and side (Bordes et al. 2013), ties realistic.
 
 A triple (h, r, t) asks twice: which tail has (h, r, ?), which head (?, r, t). All entities are candidates but the other
-known answers, of every part. Where others score the same, the rank is the mean of the best and the worst place (Berrendorf
-et al. 2020, *On the Ambiguity of Rank-Based Evaluation of Entity Alignment or Link Prediction Methods*): a model that
-scores all alike has the mean rank (n + 1) / 2, not 1. The answer's score comes from the same product as all others.
+known answers, of every part. Where others score the same, the rank is the mean of the best and the worst place
+(Berrendorf et al. 2020, *On the Ambiguity of Rank-Based Evaluation of Entity Alignment or Link Prediction Methods*): a
+model that scores all alike has the mean rank (n + 1) / 2, not 1. The answer's score comes from the same product as all
+others.
 
 Shape letters: ``N`` triples, ``C`` of them at once, ``V`` entities.
 """
