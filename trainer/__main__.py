@@ -21,6 +21,7 @@ from trainer.recipes.dispatch import run
 RECIPES: dict[str, tuple[type[Section], str]] = {
     "pretrain": (configs.PretrainConfig, "train a model on one domain"),
     "finetune": (configs.FinetuneConfig, "train on a target domain, grafted on a pre-trained model"),
+    "features": (configs.FeaturesConfig, "embed the knowledge graph, for vectors of items, users and entities"),
     "search": (configs.SearchConfig, "search settings of pretrain or finetune on the validation part"),
     "evaluate": (configs.EvaluateConfig, "score models beside the simple baselines"),
     "backtest": (configs.BacktestConfig, "train and test at several dates, each on what was before it"),

@@ -10,6 +10,7 @@ from trainer.config.evaluation import (
     PromoteConfig,
     RecommendConfig,
 )
+from trainer.config.features import FeaturesConfig, GraphDataConfig, GraphModelConfig, GraphTrainConfig
 from trainer.config.model import Bert4RecConfig, CaserConfig, DupnConfig, MlpConfig, ModelConfig, PeterRecConfig
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.task import (
@@ -51,8 +52,12 @@ __all__ = [
     "EvaluateConfig",
     "EvaluatedModel",
     "EvaluationConfig",
+    "FeaturesConfig",
     "FinetuneConfig",
     "GateConfig",
+    "GraphDataConfig",
+    "GraphModelConfig",
+    "GraphTrainConfig",
     "LossConfig",
     "MaskedItemConfig",
     "MlpConfig",

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from etl.settings import Section
+from etl.settings import FileName, Place, Section
+from trainer.config.training import RuntimeConfig, TrackingConfig
 
 GraphKind = Literal["transe", "transh", "transr", "distmult", "complex", "rotate"]
 
@@ -15,6 +16,7 @@ class GraphModelConfig(Section):
     kind: GraphKind = "transe"
     width: int = Field(64, ge=1)  # of entities and relations; complex numbers in `complex` and `rotate`
     norm: Literal[1, 2] = 2  # of the distance; `transe` only has a choice
+    max_norm: float | None = Field(1.0, gt=0)  # of `transr`: of entities, relations and projections. None: any
 
     @property
     def is_distance(self) -> bool:
@@ -43,3 +45,50 @@ class GraphTrainConfig(Section):
     seed: int = 0
     checkpoint_seconds: float = Field(60.0, ge=0)  # 0: every step
     keep_checkpoints: int = Field(2, ge=1)
+
+
+class GraphDataConfig(Section):
+    """Which triples are read."""
+
+    lake: Place = "lake"
+    release: int | None = None  # None: the newest complete one, pinned when the run starts
+    relations: tuple[str, ...] | None = None  # of the table `knowledge`; None: all there are
+    # Events of users with items as edges of the graph, a relation for each event type: those of the training part of
+    # one split and domain, and no others. None: no events.
+    events: str | None = None  # the split
+    domain: str = "all"
+    event_types: tuple[str, ...] = ()  # distinguished; all others are one relation
+    validation: float = Field(0.02, ge=0, lt=1)  # share of triples that validation ranks
+    test: float = Field(0.02, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _something_is_trained_on(self) -> "GraphDataConfig":
+        if self.validation + self.test >= 1:
+            raise ValueError(f"expected validation and test below 1 together, found {self.validation + self.test:g}")
+        if self.relations == () and self.events is None:
+            raise ValueError("expected relations or events, found neither; name relations, or set events to a split")
+        return self
+
+
+class FeaturesConfig(Section):
+    """One run: an embedding of the knowledge graph of a release."""
+
+    name: FileName = "features"
+    output: str = "runs"  # the run's folder is <output>/<name>
+    data: GraphDataConfig = GraphDataConfig()
+    model: GraphModelConfig = GraphModelConfig()
+    train: GraphTrainConfig = GraphTrainConfig()
+    parent: str | None = None  # folder of a run of `transe` of the same width, which `transr` begins from
+    validation_triples: int = Field(2_000, ge=0)  # ranked after each epoch, at most
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _transr_has_a_parent(self) -> "FeaturesConfig":
+        if (self.model.kind == "transr") != (self.parent is not None):
+            found = "none" if self.parent is None else f"one of {self.model.kind}"
+            raise ValueError(
+                f"parent: expected one of transr only, which fails from a random start, found {found}; run features "
+                "with model.kind transe first, and name its folder"
+            )
+        return self

@@ -53,11 +53,12 @@ class GraphModel(ABC):
         return
 
     def initial_scale(self, table: str, margin: float) -> float:
-        """Standard deviation that a table's numbers begin with."""
-        # Distances of about the margin, so that neither side of the loss is flat (Sun et al. 2019 use a uniform one).
-        if self.config.is_distance:
-            return (margin + 2) / self.config.width / 3**0.5
-        return float(self.config.width) ** -0.5
+        """Standard deviation of the numbers that a table begins with."""
+        # A distance, of a sum of three vectors, begins at about the margin, so that neither side of the loss is flat.
+        width = self.widths[ENTITIES]
+        if not self.config.is_distance:
+            return float(width) ** -0.5
+        return (margin + 2) / ((3 * width) ** 0.5 if self.config.norm == 2 else 1.4 * width)
 
     def initialise(self, table: str, rows_RE: Tensor) -> None:
         """Fill a table by relation that does not begin with chance, in place."""
@@ -75,6 +76,6 @@ def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
     return real, imaginary
 
 
-def clamp_norm(rows: Tensor) -> Tensor:
-    """Rows longer than 1 shortened to 1."""
-    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=1)
+def clamp_norm(rows: Tensor, most: float) -> Tensor:
+    """Rows longer than `most` shortened to it."""
+    return rows / (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) / most).clamp(min=1)

@@ -1,8 +1,8 @@
 """Training: a step reads and changes the rows of its batch only, whatever the length of the tables.
 
 A step is a function of weights and batch alone, and batches are one of (triples, seed, epoch), so a run that was
-killed goes on bit for bit. Tables are shared out over processes row by row (`RowTables`), and row-wise Adagrad keeps one number
-a row.
+killed goes on bit for bit. Tables are shared out over processes row by row (`RowTables`), and row-wise Adagrad keeps
+one number a row.
 
 Shape letters: ``S`` chunks, ``C`` triples of a chunk, ``K`` negatives of a side, ``E`` width of an entity's row.
 """
@@ -118,6 +118,8 @@ class GraphTraining:
 
     def _backward(self, batch: TripleBatch, read: Mapping[str, "_Read"]) -> float:
         """Leave the gradients of the batch with the rows read. Returns the loss of all processes' triples."""
+        if not len(batch.triples):  # fewer chunks than processes
+            return self.world.sum(0.0)[0]
         heads, tails, other_heads, other_tails = read[ENTITIES].leaves
         relations = {name: rows.leaves[0] for name, rows in read.items() if name != ENTITIES}
         model = self.model
@@ -199,6 +201,13 @@ class GraphTraining:
         progress["history"] = [GraphEpoch(**line) for line in progress["history"]]
         self.progress = GraphProgress(**progress)
 
+    @torch.no_grad()
+    def begin(self, whole: Mapping[str, Tensor]) -> None:
+        """Take these weights, of all rows of every table, instead of those by chance."""
+        for name, table in self.tables.items():
+            take_rows(table, [whole[name]], self.world)
+            self.model.constrain(name, table)
+
     def whole(self) -> dict[str, Tensor]:
         """All rows of every table, on each process; to be read only."""
         return {name: self.rows.whole(table, self.rows.num_rows(table)) for name, table in self.tables.items()}
@@ -218,7 +227,7 @@ class _Read:
         values_UE = tables.fetch(table.detach(), distinct.rows_U)
         parts = distinct.places_N.split([math.prod(shape) for shape in shapes])
         leaves = [
-            values_UE.index_select(0, part).view(*shape, -1).requires_grad_()
+            values_UE.index_select(0, part).view(*shape, values_UE.shape[1]).requires_grad_()
             for part, shape in zip(parts, shapes, strict=True)
         ]
         return cls(distinct, values_UE, leaves)

@@ -1,4 +1,5 @@
-"""TransR (Lin et al. 2015, *Learning Entity and Relation Embeddings for Knowledge Graph Completion*): -‖hM + r - tM‖."""
+"""TransR: -‖hM + r - tM‖ (Lin et al. 2015, *Learning Entity and Relation Embeddings for Knowledge Graph
+Completion*)."""
 
 import torch
 from torch import Tensor
@@ -12,9 +13,9 @@ PROJECTIONS = "projections"
 class TransR(GraphModel):
     """A relation is a space of its own, with a projection M of entities into it, and a translation there.
 
-    Entities, relations and projected entities have length 1 at most. Projections begin as the identity, and entities
-    and relations as TransE's: from a random start it is known to fail (the paper, 4.1). An entity's vector means
-    something only after a projection.
+    Entities, relations and projected entities have length `max_norm` at most, 1 in the paper. Projections begin as the
+    identity, and entities and relations as TransE's: from a random start it is known to fail (the paper, 4.1). An
+    entity's vector means something only after a projection.
     """
 
     similarity = Euclidean()
@@ -33,12 +34,15 @@ class TransR(GraphModel):
 
     def candidates(self, entities: Tensor, relations: Rows) -> Tensor:
         projections = relations[PROJECTIONS].view(-1, self.config.width, self.config.width)
-        return clamp_norm(torch.matmul(entities, projections))
+        return self._clamped(torch.matmul(entities, projections))
 
     def constrain(self, table: str, rows_UE: Tensor) -> None:
         if table != PROJECTIONS:
-            rows_UE.copy_(clamp_norm(rows_UE))
+            rows_UE.copy_(self._clamped(rows_UE))
 
     def initialise(self, table: str, rows_RE: Tensor) -> None:
         if table == PROJECTIONS:
             rows_RE.copy_(torch.eye(self.config.width, dtype=rows_RE.dtype).flatten())
+
+    def _clamped(self, rows: Tensor) -> Tensor:
+        return rows if self.config.max_norm is None else clamp_norm(rows, self.config.max_norm)

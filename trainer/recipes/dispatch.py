@@ -34,6 +34,10 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.recipes import finetune
 
             return finetune.run
+        case "features":
+            from trainer.recipes import features
+
+            return features.run
         case "search":
             from trainer.recipes import search
 
