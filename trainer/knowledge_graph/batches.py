@@ -8,6 +8,7 @@ Shape letters: ``S`` chunks, ``C`` triples of a chunk, ``K`` negatives of a side
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,18 +71,27 @@ class TripleBatches:
         return sum(num_batches(self._rows, [np.array([block]) for block in range(len(self._rows))], self._size))
 
     def epoch(self, epoch: int, *, first_step: int = 0) -> Iterator[TripleBatch]:
-        """From step `first_step` on."""
-        step = 0
-        seed, rows = self.settings.seed, self.settings.block_rows
-        for block in blocks_of(self._rows, block_rows=1, seed=seed, epoch=epoch):
-            (number,) = block
-            order: IntArray | None = None
-            for first in range(0, self._rows[number], self._size):
-                if step >= first_step:
-                    if order is None:
-                        order = shuffled(self._rows[number], seed=seed, epoch=epoch, block=int(number))
-                    yield self._batch(order[first : first + self._size] + number * rows, epoch, step)
-                step += 1
+        """From step `first_step` on; a thread makes each batch while the one before it is in use."""
+        ahead: Future[TripleBatch] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            for step, places in self._places(epoch, first_step):
+                following = thread.submit(self._batch, places, epoch, step)
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = following
+            if ahead is not None:
+                yield ahead.result()
+
+    def _places(self, epoch: int, first_step: int) -> Iterator[tuple[int, IntArray]]:
+        """Steps, and the places of their triples."""
+        step, seed, rows = 0, self.settings.seed, self.settings.block_rows
+        for (block,) in blocks_of(self._rows, block_rows=1, seed=seed, epoch=epoch):
+            steps = -(-self._rows[block] // self._size)
+            if step + steps > first_step:
+                order = shuffled(self._rows[block], seed=seed, epoch=epoch, block=int(block)) + block * rows
+                for number in range(max(0, first_step - step), steps):
+                    yield step + number, order[number * self._size : (number + 1) * self._size]
+            step += steps
 
     @property
     def _size(self) -> int:

@@ -24,6 +24,7 @@ from trainer.knowledge_graph.rows import DistinctRows, distinct_rows
 from trainer.knowledge_graph.similarity import Queries
 from trainer.knowledge_graph.triples import RELATION, Side
 from trainer.models.row_table import RowTable, RowTables, take_rows
+from trainer.parallel.cores import on_threads
 from trainer.parallel.distributed import World
 from trainer.training.checkpoint import Checkpoint
 from trainer.training.loop import NonFiniteLoss
@@ -147,30 +148,37 @@ class GraphTraining:
         self, queries: Queries, candidates_SKD: Tensor, batch: TripleBatch, side: Side
     ) -> tuple[list[Tensor], float]:
         """Gradients of the queries' vectors, of candidates, and of normals where there are some: a few chunks at a
-        time, so that what lies between stays in a core's cache. And the loss of the side, as in the batch's first chunk
+        time, on each core, so that what lies between stays in its cache. And the loss of the side, as in the batch's first chunk
         (to be looked at, while a logarithm of every score would cost a tenth of the step)."""
-        num_chunks, size, _ = queries.vectors_SCD.shape
-        count, similarity, config = candidates_SKD.shape[1], self.model.similarity, self.config
-        step = max(1, _CACHED_SCORES // (size * count))
-        parts: list[tuple[Queries, Tensor]] = []
-        total = 0.0
-        for first in range(0, num_chunks, step):
-            chunks = slice(first, min(first + step, num_chunks))
-            some, theirs = queries[chunks], candidates_SKD[chunks]
-            scores = similarity.of_all(some, theirs)
-            known = torch.from_numpy(batch.known_in(chunks, side))
-            weights, slopes = loss.of_negatives(scores, known, config.margin, config.adversarial_temperature)
-            if first == 0:
-                seen = int(batch.sizes[0])
-                losses = loss.summed(scores[:1, :seen], weights[:1, :seen], config.margin)
-                total = float(losses.mean()) * int(batch.sizes.sum())
-            for chunk in np.flatnonzero(batch.sizes[chunks] < size):
-                slopes[chunk, batch.sizes[first + chunk] :] = 0.0
-            parts.append(similarity.gradients(some, theirs, scores, slopes))
-        found = [torch.cat([part.vectors_SCD for part, _ in parts]), torch.cat([part for _, part in parts])]
+        size, count = queries.vectors_SCD.shape[1], candidates_SKD.shape[1]
+        at_once = max(1, _CACHED_SCORES // (size * count))
+
+        def work(number: int) -> tuple[Queries, Tensor, float]:
+            chunks = slice(number * at_once, min((number + 1) * at_once, len(batch.sizes)))
+            return self._some_negatives(queries[chunks], candidates_SKD[chunks], batch, side, chunks)
+
+        parts = list(on_threads(work, -(-len(batch.sizes) // at_once)))
+        found = [torch.cat([part.vectors_SCD for part, _, _ in parts]), torch.cat([part for _, part, _ in parts])]
         if queries.normals_SCD is not None:
-            found.append(torch.cat([part.normals_SCD for part, _ in parts if part.normals_SCD is not None]))
-        return found, total
+            found.append(torch.cat([part.normals_SCD for part, _, _ in parts if part.normals_SCD is not None]))
+        return found, parts[0][2] * int(batch.sizes.sum())
+
+    def _some_negatives(
+        self, queries: Queries, candidates_SKD: Tensor, batch: TripleBatch, side: Side, chunks: slice
+    ) -> tuple[Queries, Tensor, float]:
+        """Gradients of some chunks' queries and candidates, and the mean loss of the first of them."""
+        similarity, config = self.model.similarity, self.config
+        scores = similarity.of_all(queries, candidates_SKD)
+        known = torch.from_numpy(batch.known_in(chunks, side))
+        weights, slopes = loss.of_negatives(scores, known, config.margin, config.adversarial_temperature)
+        mean = 0.0
+        if chunks.start == 0:
+            seen = int(batch.sizes[0])
+            mean = float(loss.summed(scores[:1, :seen], weights[:1, :seen], config.margin).mean())
+        sizes = batch.sizes[chunks]
+        for chunk in np.flatnonzero(sizes < slopes.shape[1]):
+            slopes[chunk, sizes[chunk] :] = 0.0
+        return *similarity.gradients(queries, candidates_SKD, scores, slopes), mean
 
     @torch.no_grad()
     def _update(self, name: str, read: "_Read", rate: float) -> None:
