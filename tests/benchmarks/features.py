@@ -1,9 +1,10 @@
 """Knowledge graph embeddings beside pykeen: scores, filtered ranks, speed, cost at 10 M entities, FB15k-237 in minutes.
 
 Speed is triples per CPU-second of one thread, with d = 50 (complex numbers where a model has them) and as many
-negatives a triple here and there, on FB15k-237 (DATA=folder of its OpenKE files) or a generated graph of its shape. Here
-negatives are shared by a chunk and Adagrad touches the rows of a batch; pykeen draws them for each triple, and its Adam
-is dense, as its pipelines set it. Batches are equally large in both; beside them stands pykeen's best size of four.
+negatives a triple here and there, on FB15k-237 (DATA=folder of its OpenKE files) or a generated graph of its shape.
+Here negatives are shared by a chunk and Adagrad touches the rows of a batch; pykeen draws them for each triple, and its
+Adam is dense, as its pipelines set it. Batches are equally large in both; beside them stands pykeen's best size of
+four.
 """
 
 import importlib.util

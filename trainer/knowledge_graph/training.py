@@ -147,9 +147,9 @@ class GraphTraining:
     def _negatives(
         self, queries: Queries, candidates_SKD: Tensor, batch: TripleBatch, side: Side
     ) -> tuple[list[Tensor], float]:
-        """Gradients of the queries' vectors, of candidates, and of normals where there are some: a few chunks at a
-        time, on each core, so that what lies between stays in its cache. And the loss of the side, as in the batch's first chunk
-        (to be looked at, while a logarithm of every score would cost a tenth of the step)."""
+        """Gradients of the queries' vectors, of candidates, and of normals where there are some: on each core a few
+        chunks at a time, so that what lies between stays in its cache. And the loss of the side, as in the batch's
+        first chunk (to be looked at, while a logarithm of every score would cost a tenth of the step)."""
         size, count = queries.vectors_SCD.shape[1], candidates_SKD.shape[1]
         at_once = max(1, _CACHED_SCORES // (size * count))
 
