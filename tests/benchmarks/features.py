@@ -254,14 +254,7 @@ def training_of(
     model = build_graph_model(config)
     batches = TripleBatches(
         KnownTriples(train, num_entities=entities, num_relations=RELATIONS),
-        BatchSettings(
-            batch_size=settings.batch_size,
-            chunk=settings.chunk,
-            negatives=settings.negatives,
-            block_rows=settings.block_rows,
-            seed=settings.seed,
-            one_relation=model.one_relation,
-        ),
+        BatchSettings.of(settings, one_relation=model.one_relation),
     )
     return GraphTraining(model, batches, settings, ALONE)
 

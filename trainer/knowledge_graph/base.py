@@ -70,10 +70,14 @@ class GraphModel(ABC):
         return self.similarity.of_pairs(queries, self.candidates(tails_SCE, relations))
 
 
-def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part of rows whose second half is imaginary."""
-    real, imaginary = rows.chunk(2, dim=-1)
-    return real, imaginary
+def as_complex(rows: Tensor) -> Tensor:
+    """Rows of numbers whose real and imaginary parts alternate, as complex numbers."""
+    return torch.view_as_complex(rows.unflatten(-1, (-1, 2)))
+
+
+def as_real(rows: Tensor) -> Tensor:
+    """The reverse of `as_complex`."""
+    return torch.view_as_real(rows).flatten(-2)
 
 
 def clamp_norm(rows: Tensor, most: float) -> Tensor:

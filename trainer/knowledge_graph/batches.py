@@ -14,9 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.arrays import IntArray
+from trainer.config.features import GraphTrainConfig
 from trainer.data.order import blocks_of, num_batches, rank_slice, shuffled
 from trainer.knowledge_graph.negatives import known_places
 from trainer.knowledge_graph.triples import HEAD, RELATION, SIDES, TAIL, KnownTriples, Side
+
+_MOST_OF_ONE_RELATION = 32  # triples
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,18 @@ class BatchSettings:
     block_rows: int
     seed: int
     one_relation: bool = False
+
+    @classmethod
+    def of(cls, config: GraphTrainConfig, *, one_relation: bool) -> "BatchSettings":
+        """Chunks of one relation are short, since most relations are rare and places that a chunk lacks are padded."""
+        return cls(
+            batch_size=config.batch_size,
+            chunk=min(config.chunk, _MOST_OF_ONE_RELATION) if one_relation else config.chunk,
+            negatives=config.negatives,
+            block_rows=config.block_rows,
+            seed=config.seed,
+            one_relation=one_relation,
+        )
 
 
 class TripleBatches:

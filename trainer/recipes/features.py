@@ -157,14 +157,7 @@ def _training(inputs: _Inputs, world: World) -> GraphTraining:
     model = build_graph_model(config.model)
     batches = TripleBatches(
         inputs.trained,
-        BatchSettings(
-            batch_size=settings.batch_size,
-            chunk=settings.chunk,
-            negatives=settings.negatives,
-            block_rows=settings.block_rows,
-            seed=settings.seed,
-            one_relation=model.one_relation,
-        ),
+        BatchSettings.of(settings, one_relation=model.one_relation),
         rank=world.rank,
         world_size=world.size,
     )
