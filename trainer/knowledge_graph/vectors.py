@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from etl.settings import ConfigError
+from etl.settings import ConfigError, GraftrecError
 from trainer.arrays import FloatArray, IntArray
 from trainer.data.release import Release
 from trainer.inference.model_folder import MANIFEST, digest_of, model_hash
@@ -39,14 +39,23 @@ class Features:
     ids: list[str]  # raw
     indices: IntArray
     vectors: FloatArray  # [V, F]
+    properties: Mapping[str, str]  # of the encoder: the hash of its weights, the snapshots that it read
 
 
 def write_features(path: Path, features: Features) -> None:
     """Write vectors as rows (kind, id, index, encoder, split, vector) of a Parquet file, in order of kind and index.
 
     The one place where a features run hands its vectors on: for now a file in the run's folder, whose rows a writer of
-    the table `features` can take as they are.
+    the table `features` can take as they are; the encoder's properties are the file's metadata. Raises GraftrecError
+    for a vector that is zero or no number.
     """
+    lengths = np.abs(features.vectors).sum(1)
+    if len(bad := np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))):
+        first = f"{features.kinds[bad[0]]} {features.ids[bad[0]]}"
+        raise GraftrecError(
+            f"{features.encoder}: expected vectors of numbers that are not all zero, found {len(bad)} that are not, the "
+            f"first of {first}; lower train.learning_rate"
+        )
     order = np.lexsort((features.indices, np.array(features.kinds)))
     width = features.vectors.shape[1]
     count = len(order)
@@ -59,7 +68,7 @@ def write_features(path: Path, features: Features) -> None:
         "split": pa.array([features.split] * count, pa.string()),
         "vector": pa.ListArray.from_arrays(pa.array(np.arange(count + 1) * width, pa.int32()), flat),
     }
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns).replace_schema_metadata(dict(features.properties)), path)
 
 
 def features_of(
@@ -149,7 +158,7 @@ def load_embedding(folder: Path) -> Embedding:
 
 
 def weights_hash(tables: Mapping[str, Tensor]) -> str:
-    """12 hex digits of the tables' bytes: part of an encoder's name."""
+    """12 hex digits of the tables' bytes."""
     digest = hashlib.sha256()
     for name in sorted(tables):
         digest.update(name.encode() + tables[name].detach().contiguous().numpy().tobytes())

@@ -219,8 +219,13 @@ def _finish(
         ranks = filtered_ranks(training.model, whole, inputs.split.test, inputs.known)
         metrics |= {f"test/{name}": value for name, value in ranks.metrics().items()}
         kinds, ids, indices, vectors = features_of(training.model, whole, graph, inputs.split.train, inputs.raw_ids)
-        encoder = f"graph-{config.model.kind}-{weights_hash(whole)}"
-        features = Features(encoder, config.data.events or "", kinds, ids, indices, vectors)
+        versions = {table.name: inputs.release.versions.get(table.name) for table in _READ}
+        properties = {
+            "graftrec.weights": weights_hash(whole),
+            "graftrec.width": str(vectors.shape[1]),
+            "graftrec.snapshots": json.dumps(versions, sort_keys=True),
+        }
+        features = Features(config.name, config.data.events or "", kinds, ids, indices, vectors, properties)
         digest = save_embedding(
             folder / "model",
             kind=config.model.kind,

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from etl import tables
-from etl.settings import ConfigError, load
+from etl.settings import ConfigError, GraftrecError, load
 from tests.fixtures.lakes import build_tiny_lake
 from trainer.config import FeaturesConfig
 from trainer.data.release import DataError, pin
 from trainer.data.sequences import SequenceDataset
 from trainer.knowledge_graph.graph import KINDS, read_graph
+from trainer.knowledge_graph.vectors import Features, write_features
 from trainer.recipes import features
 from trainer.training.loop import Stopped
 
@@ -55,7 +56,10 @@ def test_vectors_of_items_and_entities_by_raw_id(tiny_lake: str, tmp_path: Path,
         assert (items if row["kind"] == "item" else entities)[row["id"]] == row["index"]
         assert len(row["vector"]) == 8
         assert row["split"] == ""
-    assert len({row["encoder"] for row in rows}) == 1
+    assert {row["encoder"] for row in rows} == {"features"}
+    metadata = pq.read_schema(result.model / "features.parquet").metadata
+    assert metadata[b"graftrec.width"] == b"8"
+    assert json.loads(metadata[b"graftrec.snapshots"])["knowledge"] == release.versions["knowledge"]
     report = (result.folder / "report.md").read_text()
     assert "director" in report
     assert "| source" in report
@@ -202,3 +206,13 @@ def test_a_stop_says_how_to_go_on(tiny_lake: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(features.GraphTraining, "step", stopped)
     with pytest.raises(Stopped, match="epoch 1, step 1; the state is saved"):
         features.run(tiny(tmp_path, tiny_lake))
+
+
+@pytest.mark.parametrize("spoilt", [0.0, float("nan")])
+def test_a_vector_that_says_nothing_is_refused(spoilt: float, tmp_path: Path) -> None:
+    vectors = np.ones((2, 3), dtype=np.float32)
+    vectors[1] = spoilt
+    rows = Features("graph", "", ["item", "entity"], ["7", "person:x"], np.array([5, 6]), vectors, {})
+    with pytest.raises(GraftrecError, match="found 1 that are not, the first of entity person:x"):
+        write_features(tmp_path / "features.parquet", rows)
+    assert not list(tmp_path.iterdir())
