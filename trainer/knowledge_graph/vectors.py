@@ -53,7 +53,7 @@ def write_features(path: Path, features: Features) -> None:
     if len(bad := np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))):
         first = f"{features.kinds[bad[0]]} {features.ids[bad[0]]}"
         raise GraftrecError(
-            f"{features.encoder}: expected vectors of numbers that are not all zero, found {len(bad)} that are not, the "
+            f"{features.encoder}: expected vectors of numbers, not all zero, found {len(bad)} that are not, the "
             f"first of {first}; lower train.learning_rate"
         )
     order = np.lexsort((features.indices, np.array(features.kinds)))

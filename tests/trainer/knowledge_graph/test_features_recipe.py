@@ -83,8 +83,8 @@ def test_a_thing_without_a_training_triple_has_no_vector(tiny_lake: str, tmp_pat
 
 def test_a_killed_run_goes_on_bit_for_bit(tiny_lake: str, tmp_path: Path) -> None:
     """Killed in its second epoch, in a process; checkpoints after every step."""
-    whole = features.run(tiny(tmp_path, tiny_lake, name="whole"))
-    path = config_file(tmp_path, tiny_lake, name="broken", train={"checkpoint_seconds": 0})
+    whole = features.run(tiny(tmp_path, tiny_lake, output=str(tmp_path / "whole")))
+    path = config_file(tmp_path, tiny_lake, train={"checkpoint_seconds": 0})
     script = (
         "import os, signal, sys\n"
         "from trainer.knowledge_graph import training\n"
@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_lake: str, tmp_path: Path) -> Non
     assert codes == [-signal.SIGKILL, 0], done.stdout + done.stderr
     assert "resuming at epoch" in done.stdout
     for name in ("tables.safetensors", "features.parquet"):
-        assert (tmp_path / "runs/broken/model" / name).read_bytes() == (whole.model / name).read_bytes()
+        assert (tmp_path / "runs/features/model" / name).read_bytes() == (whole.model / name).read_bytes()
 
 
 def test_two_processes_learn_what_one_learns(tiny_lake: str, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_held_out_events_change_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     """What lies behind the training part is another item each: every vector stays as it was, bit for bit."""
     lake = build_tiny_lake(tmp_path / "lake")
     data = {"events": "last-5", "domain": "all"}
-    first = features.run(tiny(tmp_path, lake, name="first", data=data))
+    first = features.run(tiny(tmp_path, lake, output=str(tmp_path / "first"), data=data))
     read = SequenceDataset.read_group
 
     def exchanged(self: SequenceDataset, group: int, **options: bool) -> object:
@@ -188,7 +188,7 @@ def test_held_out_events_change_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         return sequences.with_columns(items=items)
 
     monkeypatch.setattr(SequenceDataset, "read_group", exchanged)
-    second = features.run(tiny(tmp_path, lake, name="second", data=data))
+    second = features.run(tiny(tmp_path, lake, output=str(tmp_path / "second"), data=data))
     for name in ("features.parquet", "tables.safetensors", "nodes.parquet"):
         assert (first.model / name).read_bytes() == (second.model / name).read_bytes()
     rows = pq.read_table(first.model / "features.parquet").to_pylist()
