@@ -61,6 +61,7 @@ ROOMS = (
     "trainer.tasks",
     "trainer.inference",
     "trainer.training",
+    "trainer.knowledge_graph",
     "trainer.evaluation",
     "trainer.registry",
     "trainer.report",
@@ -397,7 +398,7 @@ def test_project_environment_has_the_same_pins() -> None:
 
 def test_project_names_configurations_that_exist() -> None:
     entries = yaml.safe_load((ROOT / "mlflow_projects" / "MLproject").read_text())["entry_points"]
-    recipes = {"etl", "pretrain", "finetune", "search", "evaluate", "backtest", "promote", "recommend"}
+    recipes = {"etl", "pretrain", "finetune", "features", "search", "evaluate", "backtest", "promote", "recommend"}
     assert entries.keys() == recipes | {"main", "experiment"}
     for entry in entries.values():
         named = {name: parameter["default"] for name, parameter in entry["parameters"].items()}
