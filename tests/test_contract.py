@@ -92,6 +92,9 @@ MORE_OF_ETL = {
 }
 
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
 def modules(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
@@ -247,6 +250,40 @@ def test_packages_are_ours_and_all_listed() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent for package in ("etl", "trainer") for path in modules(package)}
     assert sorted(listed) == sorted(folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders)
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> list[str]:
+    """Names of a function's parameters, self and cls aside."""
+    given = function.args
+    variadic = [each for each in (given.vararg, given.kwarg) if each is not None]
+    names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs, *variadic)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def f(self, a, /, b, *c, d, **e): pass", ["a", "b", "d", "c", "e"]),
+        ("async def f(cls, a=1): pass", ["a"]),
+        ("lambda a, b: a", ["a", "b"]),
+    ],
+)
+def test_parameters_of_every_kind_are_counted(source: str, expected: list[str]) -> None:
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS)]
+    assert [parameters(function) for function in functions] == [expected]
+
+
+def test_no_function_has_more_than_seven_parameters() -> None:
+    """More become an object: a frozen dataclass with a name and a docstring."""
+    paths = [*modules("etl"), *modules("trainer"), *modules("mlflow_projects")]
+    counts = {
+        f"{name_of(path)}:{node.lineno}": len(parameters(node))
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, FUNCTIONS)
+    }
+    assert len(counts) > 1_000
+    assert {place: count for place, count in counts.items() if count > 7} == {}
 
 
 def test_no_file_is_a_drawer_of_odds_and_ends() -> None:

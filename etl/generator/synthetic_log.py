@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame, SparkSession
 
 from etl.config import GeneratorSource
-from etl.generator.behaviour import COMMUNITY, Picks, draw_tastes, most_picks, pick
+from etl.generator.behaviour import COMMUNITY, DomainActivity, Picks, draw_tastes, most_picks, pick
 from etl.generator.calendar import gaps, lives
 from etl.generator.synthetic_catalogue import (
     ACTORS,
@@ -125,7 +125,7 @@ def events(config: GeneratorSource, users: Ints) -> pa.Table:
         if domain == 1:
             begins = _time_after(parts[0], passed, begins)
         age = passed if domain == 1 else np.zeros_like(passed)
-        picks = pick(config, shelf, tastes, domain, counts, draws, age, begins_B=begins, lives=calendar)
+        picks = pick(config, shelf, tastes, DomainActivity(domain, counts, begins, age, calendar), draws)
         parts.append(_timed(config, picks, shelf, begins, draws, domain))
     merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((merged["position"], merged["domain"], merged["time"], merged["row"]))
