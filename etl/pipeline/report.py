@@ -232,7 +232,7 @@ def _items(
         degrees |= dict(zip(own.column("index").to_pylist(), own.column("degree").to_pylist(), strict=True))
     kept = degrees.keys()
     for heads in (heads for found in known.values() for heads in found.values()):
-        heads &= kept
+        heads.intersection_update(kept)  # `&=` with a view of a dict makes another set
     members: dict[str, set[int]] = {}
     for file in _files(lake, versions, DOMAINS):
         members.setdefault(str(file.partition["domain"]), set()).update(
