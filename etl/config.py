@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from etl.file_config import EdgesFileConfig, EventsFileConfig, FileConfig, ItemsFileConfig, UsersFileConfig
 from etl.redaction import remember
 from etl.settings import ConfigError, FileName, Place, Section, named, overridden, setting_words
+from etl.settings import GraftrecError as GraftrecError  # versions of 0.1 import it from here: goes with 0.2
 
 
 class SparkConfig(Section):

@@ -3,5 +3,10 @@ map."""
 
 import os
 
+import etl  # noqa: F401 - of the same place, whatever a registered version puts into sys.path
+from trainer import old_versions
+
 # Idle OpenMP threads sleep instead of spinning. OpenMP reads it once, when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+old_versions.install()

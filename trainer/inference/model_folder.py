@@ -33,6 +33,7 @@ from torch import Tensor
 from etl.plain_path import absolute
 from etl.settings import GraftrecError, replaced
 from etl.tables import UNK
+from trainer import old_versions
 from trainer.arrays import Int32Array
 from trainer.config import (
     FinetuneConfig,
@@ -329,7 +330,7 @@ def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
     """Settings of the run that made a model folder, and the hash of the model it was grafted on."""
     described = json.loads((folder / CONFIG).read_text())
     kind = FinetuneConfig if described["recipe"] == "finetune" else PretrainConfig
-    config = kind.model_validate(described["config"])
+    config = kind.model_validate(old_versions.settings(described["config"]))
     return replaced(config, data=replaced(config.data, lake=lake_of(folder))), described["parent"]
 
 

@@ -20,7 +20,7 @@ from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
 from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request
-from trainer.recipes import recommend
+from trainer.recipes import recommend, recommendation_rows
 from trainer.registry import CHAMPION, Registry
 
 BUCKETS = 2  # of the tiny lake
@@ -140,7 +140,7 @@ def test_unknown_and_missing_items_are_no_obstacle(done):
     )
     settings = {"count": None, "k": 3, "batch_size": 2, "domain": "d", "release": 9}
     settings["models"] = [(str(done.folder), "l")]
-    rows = pa.Table.from_batches(recommend._score_batches(iter([batch]), **settings)).to_pylist()
+    rows = pa.Table.from_batches(recommendation_rows._score_batches(iter([batch]), **settings)).to_pylist()
     popular = sorted(range(5, len(catalogue)), key=lambda row: (-trained_model.popularity[row], row))[:3]
     for user in "acd":
         assert [row["item"] for row in rows if row["user"] == user] == [catalogue.raw_ids[row] for row in popular]
@@ -165,7 +165,9 @@ def test_scoring_is_the_same_whatever_the_batches(done):
     settings = {"models": [(str(done.folder), "l")], "count": None, "k": 4, "domain": "d", "release": 1}
 
     def scored(batches, batch_size):
-        tables = pa.Table.from_batches(recommend._score_batches(iter(batches), batch_size=batch_size, **settings))
+        tables = pa.Table.from_batches(
+            recommendation_rows._score_batches(iter(batches), batch_size=batch_size, **settings)
+        )
         return {(row["user"], row["rank"]): (row["item"], row["score"]) for row in tables.to_pylist()}
 
     one, other = scored([whole], 256), scored([whole.slice(0, 11), whole.slice(11)], 7)
