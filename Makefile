@@ -78,11 +78,11 @@ bench: $(BIN)/.dev  ## speed and memory beside bare Arrow and plain torch, at mo
 bench-gpu: $(BIN)/.dev  ## training steps on a CUDA device beside plain torch
 	@$(BIN)/python -m tests.benchmarks gpu $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-bench-features: $(BIN)/.dev  ## encoders of texts, beside their own packages and `transformers` where it is installed
-	@$(BIN)/python -m tests.benchmarks features $(ARGS)
-
 bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; they get environments of their own
 	@$(BIN)/python -m tests.benchmarks peers $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+bench-features: $(BIN)/.dev  ## graphs beside pykeen, encoders beside their packages (DATA=folder of FB15k-237)
+	@$(BIN)/python -m tests.benchmarks features $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench-growth: $(BIN)/.dev  ## tables of 1, 10 and 100 million interactions, a new day, a heavy user: hours on two cores
 	@$(BIN)/python -m tests.benchmarks growth $(if $(DATA),--data "$(DATA)") $(ARGS)

@@ -19,13 +19,16 @@ import typing
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from etl.redaction import one_line, redact, redacted_output
+from etl.redaction import one_line, redact, redacted_output, unread_is_fine
 from etl.settings import GraftrecError, Section, conf_root, sections_of
 from etl.stopping import STOPPED, interruptible, is_stopped
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 NAME_WIDTH = 34
 HELP_WIDTH = 100
@@ -46,6 +49,11 @@ class CommandParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         return super().format_help() + (f"\n{settings_help(self.settings)}" if self.settings else "")
+
+    def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
+        with unread_is_fine(sys.stdout):
+            super().print_help(file)
+            sys.stdout.flush()
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {redact(message)}; {self.prog} --help lists commands and settings", file=sys.stderr)

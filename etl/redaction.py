@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 from urllib.parse import quote, unquote
 
 HIDDEN = "***"
@@ -99,18 +99,35 @@ def redacted_output() -> Iterator[None]:
     try:
         yield
     finally:
+        sys.stdout.flush()
         sys.stdout, sys.stderr = before
 
 
+@contextmanager
+def unread_is_fine(stream: IO[str]) -> Iterator[None]:
+    """Let what is written go nowhere, from now on, where the stream is a pipe whose reader has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 class _Redacted:
-    """A text stream that redacts what is written to it."""
+    """A text stream that redacts what is written to it. The work goes on where its reader has gone (``| head``)."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(redact(text))
+        with unread_is_fine(self._stream):
+            self._stream.write(redact(text))
         return len(text)
+
+    def flush(self) -> None:
+        with unread_is_fine(self._stream):
+            self._stream.flush()
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:

@@ -172,6 +172,8 @@ def _sql_settings(config: SparkConfig) -> dict[str, str]:
         "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
         "spark.sql.execution.arrow.pyspark.enabled": "true",
         "spark.sql.shuffle.partitions": str(config.shuffle_partitions),
+        # What is persisted is read once or twice: packing it costs more.
+        "spark.sql.inMemoryColumnarStorage.compressed": "false",
     }
     return fixed | {k: v for k, v in config.settings.items() if k in fixed}
 

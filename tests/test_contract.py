@@ -61,6 +61,7 @@ ROOMS = (
     "trainer.tasks",
     "trainer.inference",
     "trainer.training",
+    "trainer.knowledge_graph",
     "trainer.evaluation",
     "trainer.registry",
     "trainer.report",
@@ -89,6 +90,9 @@ MORE_OF_ETL = {
     "trainer.recipes.alone": {"etl.lake"},  # who holds a lock
     "trainer.recipes.run_etl": {"etl.jobs", "etl.pipeline"},
 }
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
 def modules(package: str) -> list[Path]:
@@ -248,6 +252,40 @@ def test_packages_are_ours_and_all_listed() -> None:
     assert sorted(listed) == sorted(folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders)
 
 
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> list[str]:
+    """Names of a function's parameters, self and cls aside."""
+    given = function.args
+    variadic = [each for each in (given.vararg, given.kwarg) if each is not None]
+    names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs, *variadic)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def f(self, a, /, b, *c, d, **e): pass", ["a", "b", "d", "c", "e"]),
+        ("async def f(cls, a=1): pass", ["a"]),
+        ("lambda a, b: a", ["a", "b"]),
+    ],
+)
+def test_parameters_of_every_kind_are_counted(source: str, expected: list[str]) -> None:
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS)]
+    assert [parameters(function) for function in functions] == [expected]
+
+
+def test_no_function_has_more_than_seven_parameters() -> None:
+    """More become an object: a frozen dataclass with a name and a docstring."""
+    paths = [*modules("etl"), *modules("trainer"), *modules("mlflow_projects")]
+    counts = {
+        f"{name_of(path)}:{node.lineno}": len(parameters(node))
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, FUNCTIONS)
+    }
+    assert len(counts) > 1_000
+    assert {place: count for place, count in counts.items() if count > 7} == {}
+
+
 def test_no_file_is_a_drawer_of_odds_and_ends() -> None:
     names = {path.name for package in ("etl", "trainer") for path in modules(package)}
     assert not names & {"utils.py", "helpers.py", "common.py"}
@@ -397,7 +435,7 @@ def test_project_environment_has_the_same_pins() -> None:
 
 def test_project_names_configurations_that_exist() -> None:
     entries = yaml.safe_load((ROOT / "mlflow_projects" / "MLproject").read_text())["entry_points"]
-    recipes = {"etl", "pretrain", "finetune", "search", "evaluate", "backtest", "promote", "recommend"}
+    recipes = {"etl", "pretrain", "finetune", "features", "search", "evaluate", "backtest", "promote", "recommend"}
     assert entries.keys() == recipes | {"main", "experiment"}
     for entry in entries.values():
         named = {name: parameter["default"] for name, parameter in entry["parameters"].items()}
@@ -431,3 +469,25 @@ def test_modules_that_texts_name_exist() -> None:
     ours = {Path(name).name for name in [*texts, __file__]}
     named = {(name, module) for name, text in texts.items() for module in re.findall(r"`(?:[\w.]+/)*(\w+\.py)`", text)}
     assert {(name, module) for name, module in named if module not in ours} == set()
+
+
+def test_imports_in_texts_name_what_exists() -> None:
+    """Also those of scripts that tests hold as text, which no linter reads."""
+    found = re.compile(r"""(?:^|[\n;"' ])from ((?:etl|trainer|tests)(?:\.\w+)*) import (\w+(?:, \w+)*)""")
+    files = [path for folder in ("etl", "trainer", "tests") for path in (ROOT / folder).rglob("*.py")]
+    named = {
+        (path.name, module, name)
+        for path in files
+        if path.name != "test_source_hash.py"  # writes modules of its own
+        for module, names in found.findall(path.read_text(encoding="utf-8"))
+        for name in names.split(", ")
+    }
+    assert {one for one in named if not _is_there(*one[1:])} == set()
+
+
+def _is_there(module: str, name: str) -> bool:
+    place = ROOT.joinpath(*module.split("."))
+    if (place / name).is_dir() or (place / f"{name}.py").exists():
+        return True
+    file = place.with_suffix(".py") if place.with_suffix(".py").exists() else place / "__init__.py"
+    return file.exists() and re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")) is not None

@@ -42,6 +42,17 @@ class UserTastes:
 
 
 @dataclass(frozen=True)
+class DomainActivity:
+    """How much the users of a block take in one domain, and from when on."""
+
+    domain: int
+    counts_B: Ints  # items; fewer are taken if a user runs out of candidates
+    begins_B: Ints  # the time of the first, in seconds since 1970
+    age_B: npt.NDArray[np.float64]  # how far the tastes have drifted at the first, 0 to 1
+    lives: calendar.Lives | None  # of a log with a calendar
+
+
+@dataclass(frozen=True)
 class Picks:
     """What a block of users takes in one domain, in order, padded."""
 
@@ -80,22 +91,17 @@ def pick(
     config: GeneratorSource,
     shelf: DomainItems,
     tastes: UserTastes,
-    domain: int,
-    counts: Ints,
+    activity: DomainActivity,
     draws: list[np.random.Generator],
-    age_B: npt.NDArray[np.float64],
-    *,
-    begins_B: Ints,
-    lives: calendar.Lives | None,
 ) -> Picks:
-    """`counts` items of each user, in order; fewer if a user runs out of candidates. `age_B`: how far the tastes have
-    drifted at the first, 0 to 1. `begins_B`: the time of the first, in seconds; `lives`: of a log with a calendar."""
+    """The items of each user in one domain, in order. `draws`: a random stream for each user."""
+    domain, counts, age_B, lives = activity.domain, activity.counts_B, activity.age_B, activity.lives
     num_users, num_picks = len(counts), int(counts.max())
     uniform_5BT = np.ones((5, num_users, num_picks))
     for row, (draw, count) in enumerate(zip(draws, counts, strict=True)):
         uniform_5BT[:, row, :count] = draw.random((5, count))
     begins_BT = _sessions(config, uniform_5BT[0])
-    seconds_BT = None if lives is None else lives.seconds(begins_BT, begins_B, counts, domain)
+    seconds_BT = None if lives is None else lives.seconds(begins_BT, activity.begins_B, counts, domain)
     candidates = _candidates(shelf, num_users, draws)
     passed_BT = np.minimum(np.arange(num_picks) / np.maximum(counts - 1, 1)[:, None], 1)
     ages_BT = (age_B[:, None] + (1 - age_B[:, None]) * passed_BT).astype(np.float32)
@@ -103,9 +109,8 @@ def pick(
     taste_2BK = np.stack([tastes.early_DBK[domain], tastes.late_DBK[domain]])
     by_taste = domain == 1 or config.source_teaches
     if by_taste:
-        item_BT, kept_BT = _pick_by_taste(
-            config, shelf, candidates, taste_2BK, topic_BT, ages_BT, uniform_5BT[3:], seconds_BT
-        )
+        context = _PickContext(topic_BT, ages_BT, uniform_5BT[3:], seconds_BT)
+        item_BT, kept_BT = _pick_by_taste(config, shelf, candidates, taste_2BK, context)
     else:
         item_BT, kept_BT = _pick_by_popularity(candidates, uniform_5BT[3])
     if seconds_BT is not None:
@@ -125,6 +130,16 @@ class _Candidates:
 
     item_BC: Ints
     liking_BC: Floats  # popularity and chance
+
+
+@dataclass(frozen=True)
+class _PickContext:
+    """What decides each pick beside the user's candidates and tastes."""
+
+    topic_BT: Ints  # of the pick's session
+    age_BT: Floats  # how far the tastes have drifted, 0 to 1
+    uniform_2BT: Uniforms  # for the kind of pick, and for which series goes on
+    seconds_BT: Ints | None  # since 1970, in a log with a calendar
 
 
 def _candidates(shelf: DomainItems, num_users: int, draws: list[np.random.Generator]) -> _Candidates:
@@ -171,12 +186,10 @@ def _pick_by_taste(
     shelf: DomainItems,
     candidates: _Candidates,
     taste_2BK: Floats,
-    topic_BT: Ints,
-    ages_BT: Floats,
-    uniform_2BT: Uniforms,
-    seconds_BT: Ints | None,
+    context: _PickContext,
 ) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """[B, T] items by series, topic, taste and popularity; and which picks found an item."""
+    topic_BT, uniform_2BT, seconds_BT = context.topic_BT, context.uniform_2BT, context.seconds_BT
     item_BC = candidates.item_BC
     strength = np.float32(config.taste_strength * np.sqrt(config.tastes))
     taste_BCK = shelf.taste_VK[item_BC]
@@ -189,7 +202,7 @@ def _pick_by_taste(
     item_BT, kept_BT = np.zeros((num_users, num_picks), np.int64), np.zeros((num_users, num_picks), bool)
     pending_BT = np.full((num_users, num_picks), -1)
     for step in range(num_picks):
-        age_B1 = ages_BT[:, step, None]
+        age_B1 = context.age_BT[:, step, None]
         score_BC = free_BC + early_BC * (1 - age_B1) + late_BC * age_B1
         if offers is not None and seconds_BT is not None:
             score_BC += offers.at(seconds_BT[:, step])

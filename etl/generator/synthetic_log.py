@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 
 from etl.config import GeneratorSource
-from etl.generator.behaviour import COMMUNITY, Picks, draw_tastes, most_picks, pick
+from etl.generator.behaviour import COMMUNITY, DomainActivity, Picks, draw_tastes, most_picks, pick
 from etl.generator.calendar import gaps, lives
 from etl.generator.synthetic_catalogue import (
     ACTORS,
@@ -34,6 +34,7 @@ from etl.generator.synthetic_catalogue import (
 )
 from etl.settings import config_hash
 from etl.source_hash import source_hash
+from etl.sources import found_events
 from etl.sources.entity_keys import person_key
 from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS, spark_schema
 
@@ -69,6 +70,9 @@ class Generator:
 
     def events(self, spark: SparkSession, *, only: Mapping[str, int] | None = None) -> DataFrame:
         return self._frame(spark, self.config.users, RAW_EVENTS, lambda config, users: events(config, users))
+
+    def found_in(self, order: Column, places: Mapping[str, int]) -> dict[str, Column]:
+        return found_events.found_in(order, places, several=False)
 
     def items(self, spark: SparkSession) -> DataFrame:
         return self._frame(spark, self.config.items, RAW_ITEMS, lambda config, items: _items(config, items))
@@ -121,7 +125,7 @@ def events(config: GeneratorSource, users: Ints) -> pa.Table:
         if domain == 1:
             begins = _time_after(parts[0], passed, begins)
         age = passed if domain == 1 else np.zeros_like(passed)
-        picks = pick(config, shelf, tastes, domain, counts, draws, age, begins_B=begins, lives=calendar)
+        picks = pick(config, shelf, tastes, DomainActivity(domain, counts, begins, age, calendar), draws)
         parts.append(_timed(config, picks, shelf, begins, draws, domain))
     merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.lexsort((merged["position"], merged["domain"], merged["time"], merged["row"]))
@@ -210,7 +214,7 @@ def _table(users: Ints, merged: dict[str, npt.NDArray[Any]]) -> pa.Table:
             "source_order": order,
         }
     )
-    return _found(table, "interactions", order)
+    return table.append_column("rejected", pa.nulls(size, RAW_EVENTS.field("rejected").type))
 
 
 def _items(config: GeneratorSource, items: Ints) -> pa.Table:

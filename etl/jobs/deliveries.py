@@ -17,6 +17,7 @@ from etl.session import held
 from etl.settings import GraftrecError
 from etl.sources.columns import FILE_SHIFT
 from etl.sources.delta_table import SourceTable
+from etl.sources.found_events import filled
 from etl.sources.spark_table import SparkTable
 from etl.tables import INTERACTIONS
 
@@ -76,7 +77,7 @@ def compared(run: Run, new: Delivery) -> tuple[int, int]:
     own = run.own()
     assert own is not None
     places = {name: new.places[name] for name in new.mended}
-    events = held(run.engine.source.events(run.spark, only=places).where("reason is null"))
+    events = held(filled(run.engine.source.events(run.spark, only=places)).where("rejected is null"))
     before = held(of_places(own, list(places.values())))
     moved = less(before, events, also=["source_order"]).count()
     return less(before, events).count() if moved else 0, moved

@@ -33,7 +33,7 @@ class Counts:
 
 def count(events: DataFrame, *, timed: bool) -> Counts:
     """One pass over raw events (RAW_EVENTS); `timed`: their times are no mere order."""
-    good = F.col("reason").isNull()
+    good = F.col("rejected").isNull()
     day = F.when(good, F.floor(F.col("time") / DAY) if timed else F.lit(0))
     rows = events.groupBy(day.alias("day")).agg(F.count(F.lit(1)), F.min("time"), F.max("time")).collect()
     read, accepted = sum(row[1] for row in rows), [row for row in rows if row[0] is not None]

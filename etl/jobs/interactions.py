@@ -24,6 +24,7 @@ from etl.lake import spark_io
 from etl.session import held
 from etl.settings import GraftrecError
 from etl.sources.delta_table import SourceTable
+from etl.sources.found_events import filled
 from etl.sources.movielens import described
 from etl.sources.spark_table import SparkTable
 from etl.tables import INTERACTIONS, PROPERTY_BUCKETS, PROPERTY_TIME
@@ -33,13 +34,17 @@ _ITEMS = "items"  # in a commit's metadata: the files that say which items are k
 
 
 def transform(events: DataFrame, old: DataFrame | None, *, buckets: int) -> DataFrame:
-    """INTERACTIONS of raw events (RAW_EVENTS), less those that `old`, the table so far, has already.
+    """INTERACTIONS of raw events (RAW_EVENTS, of EXTRAS what the log has), less those that `old`, the table so far, has
+    already.
 
     Of `old` only rows of these users are looked at, and, where the caller read no others, of these times.
     """
-    good = events.where(F.col("reason").isNull())
-    bucket = spark_io.bucket_of(buckets).alias("bucket")
-    unique = good.groupBy(bucket, *_IDENTITY).agg(F.min("source_order").alias("source_order"))
+    good = events.where(F.col("rejected").isNull())
+    given = [name for name in _IDENTITY if name in events.columns]
+    good = good.select(spark_io.bucket_of(buckets).alias("bucket"), *given, "source_order")
+    if old is None:
+        good = good.repartition("bucket")  # which is how the table is written: equal rows meet without another shuffle
+    unique = filled(good.groupBy("bucket", *given).agg(F.min("source_order").alias("source_order")))
     if old is not None:
         users = good.select("user").distinct()
         users = broadcast(users, users.count())
@@ -133,8 +138,8 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     assert own is not None
     places = deliveries.whole([file.name for file in table.files()], before)
     raw = _events(run, places)
-    events, counted, bulk, _ = _without_strays(run, raw, None)
-    good = quarantine.reject_rows(run, events, kind="interactions", counted=counted)
+    events, counted, bulk, _ = _without_strays(run, raw, places, None)
+    good = quarantine.reject_rows(run, quarantine.rejected_events(events), kind="interactions", counted=counted)
     if good == 0:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     current = held(transform(events, None, buckets=run.config.buckets))
@@ -167,7 +172,8 @@ def _events(run: Run, places: Mapping[str, int], old: DataFrame | None = None) -
     if known is not None:
         if old is not None:
             known = known.unionByName(old.select("item")).distinct()
-        events = quarantine.reject_unknown(events, known, column=_column(run.config, "item"))
+        found_in = source.found_in(F.col("source_order"), places)
+        events = quarantine.reject_unknown(events, known, found_in=found_in, column=_column(run.config, "item"))
     return events.persist()
 
 
@@ -207,19 +213,21 @@ def _deliver(
     source = run.engine.source
     twice = [*new.mended, *new.again]
     raw = _events(run, new.places, old if twice else None)
-    events, counted, bulk, times = _without_strays(run, raw, old)
+    events, counted, bulk, times = _without_strays(run, raw, new.places, old)
     files = None if old is None else list(new.places)
-    good = quarantine.reject_rows(run, events, kind="interactions", files=files, counted=counted)
+    rejected = quarantine.rejected_events(events)
+    good = quarantine.reject_rows(run, rejected, kind="interactions", files=files, counted=counted)
     if good == 0 and old is None:
         raise GraftrecError("the log: expected at least one row that can be used, found none; see source.events")
     if old is not None and twice:  # rows that were counted when they first came
-        before = deliveries.of_places(old, [new.places[name] for name in twice])
-        again = events.where(F.col("reason").isNull() & F.col("file").isin(twice))
-        good -= retraction.common(again, before).count()
+        places = [new.places[name] for name in twice]
+        again = deliveries.of_places(events.where(F.col("rejected").isNull()), places)
+        good -= retraction.common(filled(again), deliveries.of_places(old, places)).count()
     properties = {PROPERTY_BUCKETS: str(run.config.buckets), PROPERTY_TIME: source.time}
     outcome = run.commit(
         transform(events, None if old is None else run.own(times), buckets=run.config.buckets),
         mode="overwrite" if old is None else "append",
+        partitioned=old is None,
         metadata=_metadata(
             run,
             num_places=new.num_places,
@@ -265,7 +273,7 @@ def _metadata(
 
 
 def _without_strays(
-    run: Run, events: DataFrame, old: DataFrame | None
+    run: Run, events: DataFrame, places: Mapping[str, int], old: DataFrame | None
 ) -> tuple[DataFrame, tuple[int, int], event_times.Span | None, tuple[int, int] | None]:
     """Events with strays rejected; (rows read, rows rejected); the log's times without strays, None: mere order; the
     first and the last time, or order, of the good events."""
@@ -283,7 +291,8 @@ def _without_strays(
         outside = f"; {strays:,} rows ({strays / counts.read:.2%}) have times far from these" if strays else ""
         run.notes.append(f"times {event_times.written(first)} to {event_times.written(last)} UTC{outside}")
     if strays:
-        events = quarantine.reject_strays(events, bulk, column=_column(run.config, "time"))
+        found_in = run.engine.source.found_in(F.col("source_order"), places)
+        events = quarantine.reject_strays(events, bulk, found_in=found_in, column=_column(run.config, "time"))
     times = (min(day.first for day in inside), max(day.last for day in inside)) if inside else None
     return events, (counts.read, counts.rejected + strays), bulk, times
 

@@ -189,8 +189,9 @@ class Run:
         properties: Mapping[str, str] | None = None,
         partition_scope: Mapping[str, Sequence[Any]] | None = None,
         transactions: Mapping[str, int] | None = None,
+        partitioned: bool = False,
     ) -> Outcome:
-        """Write the job's table. Twins that began from the same base commit once."""
+        """Write the job's table. Twins that began from the same base commit once. `partitioned`: see spark_io.write."""
         written = spark_io.write(
             self.spark,
             frame,
@@ -205,6 +206,7 @@ class Run:
                 partition_scope=partition_scope,
                 transactions=transactions,
             ),
+            partitioned=partitioned,
         )
         return self._outcome(written)
 

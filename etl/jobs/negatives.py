@@ -77,6 +77,15 @@ class Inputs:
     dated: Mapping[tuple[str, str], pa.Table] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """Negatives that were drawn earlier, and where they are known, what they were drawn from."""
+
+    drawn: pa.Table  # rows of NEGATIVES, in any order
+    sequences: pa.Table | None = None  # for which they were drawn
+    lost: pa.Array | None = None  # indices that were candidates then and aren't now
+
+
 def rows(
     sequences: pa.Table,
     word: Words,
@@ -84,29 +93,25 @@ def rows(
     *,
     domain: str,
     config: NegativesConfig,
-    drawn: pa.Table | None = None,
-    before: pa.Table | None = None,
-    lost: pa.Array | None = None,
+    earlier: Earlier | None = None,
 ) -> Iterator[pa.RecordBatch]:
     """NEGATIVES, less its partition columns, of users of one split and domain, in the table's order.
 
     `sequences`: user (ascending), items, valid_start, test_start, end of users; `word`: a hash of each one's raw id.
     `chosen_of`: the candidates of each part.
-    `drawn`: earlier negatives, in any order. Where these are known: `before`, the sequences they were drawn for, and
-    `lost`, the indices that were candidates then and aren't now.
     """
     chosen_rows = pc.less(sequences["valid_start"], sequences["end"]).to_numpy()
     sequences, word = _where(sequences, chosen_rows), word[chosen_rows]
     settled = np.zeros(len(sequences), bool)
-    if drawn is not None and before is not None and lost is not None:
-        settled = ~_changed(sequences, before) & _whole(sequences, drawn, lost, len(config.protocols))
+    if earlier is not None:
+        settled = _settled(sequences, earlier, len(config.protocols))
     others = _where(sequences, ~settled)
     user, values, size = others["user"].to_numpy(), *_flat(others["items"])
     owner = np.repeat(np.arange(len(user)), size)
     distinct = {id(chosen): chosen for chosen in chosen_of.values()}  # as a rule both parts have the same
     gone_of = {key: taken(owner, chosen.places(values), chosen) for key, chosen in distinct.items()}
+    drawn = None if earlier is None else earlier.drawn.select(_COLUMNS).combine_chunks()
     if drawn is not None:
-        drawn = drawn.select(_COLUMNS).combine_chunks()
         place, known = find(sequences["user"].to_numpy(), drawn["user"].to_numpy())
         stays = known & settled[place] if len(settled) else known
     for protocol in sorted(config.protocols):
@@ -152,6 +157,13 @@ def _table(protocol: str, part: str, user: Ints, found: Ints, chosen: Candidates
         "items": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items),
     }
     return pa.table(columns).cast(_schema(NEGATIVES, _COLUMNS))
+
+
+def _settled(sequences: pa.Table, earlier: Earlier, num_protocols: int) -> npt.NDArray[np.bool_]:
+    """Of whom earlier negatives are copied."""
+    if earlier.sequences is None or earlier.lost is None:
+        return np.zeros(len(sequences), bool)
+    return ~_changed(sequences, earlier.sequences) & _whole(sequences, earlier.drawn, earlier.lost, num_protocols)
 
 
 def _changed(now: pa.Table, before: pa.Table) -> npt.NDArray[np.bool_]:
@@ -248,9 +260,7 @@ def _write_buckets(users: pa.Table, read: Inputs) -> Iterator[pa.RecordBatch]:
                     of_dated.get((split, domain), of_domain[domain]),
                     domain=domain,
                     config=read.config,
-                    drawn=drawn,
-                    before=before,
-                    lost=read.lost.get(domain),
+                    earlier=None if drawn is None else Earlier(drawn, before, read.lost.get(domain)),
                 ):
                     for start in range(0, batch.num_rows, _ROWS):
                         writer.add(batch.slice(start, _ROWS))

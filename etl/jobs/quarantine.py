@@ -5,7 +5,7 @@ A file's rows are replaced when the file is read again, so a run that was killed
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyspark.sql import Column, DataFrame
@@ -18,6 +18,8 @@ from etl.jobs.kcore import broadcast
 from etl.lake import spark_io
 from etl.lake.file_reader import open_parquet
 from etl.settings import GraftrecError
+from etl.sources import found_events
+from etl.sources.schema import EXTRAS
 from etl.tables import QUARANTINE
 
 UNKNOWN_ITEM = "unknown item"
@@ -50,8 +52,8 @@ class TooManyRejected(GraftrecError):
 
 
 def transform(raw: DataFrame, *, section: str | None) -> DataFrame:
-    """QUARANTINE of raw rows (RAW_EVENTS, RAW_ITEMS, RAW_USERS or RAW_EDGES). `section` of the configuration describes
-    their files; None: they have no settings."""
+    """QUARANTINE of raw rows (RAW_ITEMS, RAW_USERS or RAW_EDGES, or rejected_events). `section` of the configuration
+    describes their files; None: they have no settings."""
     setting = F.lit(None).cast("string")
     for pattern, found in reversed(_SETTINGS.items() if section else ()):
         setting = F.when(F.col("reason").rlike(f"^({pattern})"), f"{found} of {section}").otherwise(setting)
@@ -61,25 +63,36 @@ def transform(raw: DataFrame, *, section: str | None) -> DataFrame:
     return rejected.select(*QUARANTINE.schema.names)
 
 
-def reject_unknown(events: DataFrame, known: DataFrame, *, column: str = "item") -> DataFrame:
-    """Give events (RAW_EVENTS) of items that `known` (item) lacks a reason, and their content as raw text."""
+def rejected_events(events: DataFrame) -> DataFrame:
+    """Where and why (FOUND) the rejected ones of raw events (RAW_EVENTS) were."""
+    rejected = F.col("rejected")
+    return events.where(rejected.isNotNull()).select(*found_events.found(rejected))
+
+
+def reject_unknown(
+    events: DataFrame, known: DataFrame, *, found_in: dict[str, Column], column: str = "item"
+) -> DataFrame:
+    """Reject events (RAW_EVENTS) of items that `known` (item) lacks; their content is their raw text. `found_in`: see
+    Source."""
     known = broadcast(known.select("item", F.lit(True).alias("_known")), known.count())
     joined, failed = events.join(known, "item", "left"), F.col("_known").isNull()
-    marked = _reject(joined, failed, UNKNOWN_ITEM, column=column, found="item")
-    return marked.select(*events.columns)
+    why = {"reason": F.lit(UNKNOWN_ITEM), "column": F.lit(column), "found": F.col("item")}
+    return _reject(joined, failed, found_in | why).select(*events.columns)
 
 
-def reject_strays(events: DataFrame, bulk: Span, *, column: str = "time") -> DataFrame:
-    """Give events (RAW_EVENTS) outside the bulk of the log's times a reason, and their content as raw text."""
+def reject_strays(events: DataFrame, bulk: Span, *, found_in: dict[str, Column], column: str = "time") -> DataFrame:
+    """Reject events (RAW_EVENTS) outside the bulk of the log's times; their content is their raw text. `found_in`: see
+    Source."""
     outside = ~F.col("time").between(bulk.first, bulk.last)
-    return _reject(events, outside, STRAY_TIME, column=column, found="time")
+    why = {"reason": F.lit(STRAY_TIME), "column": F.lit(column), "found": F.col("time")}
+    return _reject(events, outside, found_in | why)
 
 
-def _reject(events: DataFrame, failed: Column, reason: str, *, column: str, found: str) -> DataFrame:
-    content = F.to_json(F.struct("user", "item", "time", "event_type", "value", "basket"))
-    failed = F.col("reason").isNull() & failed
-    given = {"raw": content, "column": F.lit(column), "found": F.col(found).cast("string"), "reason": F.lit(reason)}
-    return events.withColumns({name: F.when(failed, one).otherwise(F.col(name)) for name, one in given.items()})
+def _reject(events: DataFrame, failed: Column, found: Mapping[str, Column]) -> DataFrame:
+    content = F.to_json(F.struct(*(name for name in ("user", "item", "time", *EXTRAS) if name in events.columns)))
+    rejected = found_events.rejected({"kind": F.lit("interactions"), "raw": content, **found})
+    failed = F.col("rejected").isNull() & failed
+    return events.withColumn("rejected", F.when(failed, rejected).otherwise(F.col("rejected")))
 
 
 def reject_rows(
@@ -89,7 +102,7 @@ def reject_rows(
 
     `files` are the names of the files that `raw` holds, None where these are all of `kind`. Fewer than
     `cleaning.min_rows` rejected rows that are appended count as a share of the whole log. Raises TooManyRejected before
-    anything is written. `counted`: rows of `raw` and rejected ones, where they are known.
+    anything is written. `counted`: rows read and rejected ones, where they are known: `raw` may then lack good rows.
     """
     counts = raw.agg(F.count(F.lit(1)), F.count("reason")).first() if counted is None else counted
     assert counts is not None

@@ -191,11 +191,13 @@ def _column_in_memory(name: str, wanted: DataType, kinds: Mapping[str, str]) -> 
     return column
 
 
-def write(spark: SparkSession, frame: DataFrame, lake: str, table: Table, commit: Commit) -> Written:
+def write(
+    spark: SparkSession, frame: DataFrame, lake: str, table: Table, commit: Commit, *, partitioned: bool = False
+) -> Written:
     """Write `frame` to `table` in one transaction: see `etl.lake.commit.commit_files`.
 
-    The frame must have the contract's columns and types, in any order. Where the commit's (app, app_version) has
-    landed already, nothing is computed.
+    The frame must have the contract's columns and types, in any order. `partitioned`: the rows of a partition lie
+    together, and need not be shuffled. Where the commit's (app, app_version) has landed already, nothing is computed.
     """
     if done := landed(lake, table, commit.app, commit.app_version):
         return done
@@ -205,16 +207,16 @@ def write(spark: SparkSession, frame: DataFrame, lake: str, table: Table, commit
         if engine_of(spark) == "sail":
             files = _write_arrow(_placed(frame, table), lake, table)
         elif not _spark_reads(lake):
-            files = _write_arrow(_sorted(frame, table), lake, table)
+            files = _write_arrow(_sorted(frame, table, partitioned=partitioned), lake, table)
         else:
-            files = _write_local(_sorted(frame, table), lake, table)
+            files = _write_local(_sorted(frame, table, partitioned=partitioned), lake, table)
         return commit_files(lake, table, files, commit)
 
 
-def _sorted(frame: DataFrame, table: Table) -> DataFrame:
+def _sorted(frame: DataFrame, table: Table, *, partitioned: bool) -> DataFrame:
     """The rows of a partition together, each task's in the order of partitions, then the table's."""
     frame = frame.select(*(_opaque(f.name) if f.name in table.partition_by else _as_stored(f) for f in table.stored))
-    if table.partition_by:
+    if table.partition_by and not partitioned:
         frame = frame.repartition(*table.partition_by)
     order = [*table.partition_by, *table.order]
     return frame.sortWithinPartitions(*order) if order else frame

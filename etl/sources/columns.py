@@ -27,7 +27,7 @@ _TITLE_YEAR = r"^(?P<title>.*)\((?P<year>\d{4})\)\s*$"
 
 
 def events(config: EventsFileConfig, *, earliest: int | None, latest: int | None) -> Shape:
-    """RAW_EVENTS of chunks of `config.roles`; the bounds are microseconds, inclusive."""
+    """FOUND_EVENTS of chunks of `config.roles`; the bounds are microseconds, inclusive."""
 
     def shape(chunk: Chunk, file: RawFile) -> pa.Table:
         size = len(chunk.line)

@@ -10,7 +10,7 @@ from etl.sources import values
 
 
 def kept(config: EventsFileConfig) -> Callable[[pa.Table], pa.Table] | None:
-    """What leaves the other events (RAW_EVENTS) out; None where all count. Rows rejected for another reason stay."""
+    """What leaves the other events (FOUND_EVENTS) out; None where all count. Rows rejected for another reason stay."""
     since, until = (
         None if written is None else values.day(written, setting=f"source.events.{name}")
         for name, written in (("since", config.since), ("until", config.until))

@@ -11,15 +11,17 @@ from dataclasses import replace
 from typing import Literal
 
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 
 from etl.config import CleaningConfig, LogSource
 from etl.file_config import FileConfig
 from etl.settings import GraftrecError
-from etl.sources import columns, files, filters, reshape, values
+from etl.sources import columns, files, filters, found_events, reshape, values
+from etl.sources import rows as rows_of_files
+from etl.sources.delimited import Chunk
 from etl.sources.delta_table import SourceTable
 from etl.sources.rows import RANGE_BYTES, RawRows, Shape
-from etl.sources.schema import KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
+from etl.sources.schema import EXTRAS, FOUND_EVENTS, KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
 from etl.sources.spark_table import SparkTable
 
 
@@ -87,14 +89,25 @@ class FileLog:
             range_bytes=self.range_bytes,
             table=table,
         )
-        shape = self._event_shape()
-        return rows.frame(spark, kind="interactions", shape=shape, schema=RAW_EVENTS, kept=filters.kept(config))
+        located = rows_of_files.located("interactions", self._event_shape(), filters.kept(config))
+        given = {*config.roles, *(["value"] if config.weights else [])}
+        schema = pa.schema([field for field in RAW_EVENTS if field.name not in EXTRAS or field.name in given])
+
+        def packed(chunk: Chunk, file: files.RawFile) -> pa.Table:
+            return found_events.pack(located(chunk, file)).select(schema.names)
+
+        return rows.map(spark, packed, schema)
+
+    def found_in(self, order: Column, places: Mapping[str, int]) -> dict[str, Column]:
+        events = self.config.events
+        several = bool(events.explode) or events.matrix_from is not None
+        return found_events.found_in(order, places, several=several)
 
     def first_events(self) -> pa.Table:
-        """RAW_EVENTS of the first block of a few files, read in this process."""
+        """FOUND_EVENTS of the first block of a few files, read in this process."""
         config = self.config.events
         rows = RawRows(config, self.config.root, self._wanted("events"), setting="source.events.path")
-        return rows.first(kind="interactions", shape=self._event_shape(), schema=RAW_EVENTS)
+        return rows.first(kind="interactions", shape=self._event_shape(), schema=FOUND_EVENTS)
 
     def _event_shape(self) -> Shape:
         config = self.config.events

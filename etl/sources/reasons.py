@@ -53,7 +53,10 @@ def located(table: pa.Table, chunk: Chunk, kind: str, name: str) -> pa.Table:
     what `first` gives."""
     size = len(chunk.line)
     reason, column, found = (table.column(name).combine_chunks() for name in ("reason", "column", "found"))
-    raw = pc.utf8_slice_codeunits(_with_text(chunk, reason), 0, RAW_CHARACTERS)
+    raw = pa.nulls(size, pa.string())
+    if reason.null_count < size:
+        text = pc.utf8_slice_codeunits(_with_text(chunk, reason), 0, RAW_CHARACTERS)
+        raw = pc.if_else(pc.is_valid(reason), text, _TEXT)
     return (
         table.drop_columns(["reason", "column", "found"])
         .append_column("kind", pa.repeat(pa.scalar(kind), size))
@@ -63,7 +66,7 @@ def located(table: pa.Table, chunk: Chunk, kind: str, name: str) -> pa.Table:
         .append_column("reason", reason)
         .append_column("column", column)
         .append_column("found", found)
-        .append_column("raw", pc.if_else(pc.is_valid(reason), raw, _TEXT))
+        .append_column("raw", raw)
     )
 
 

@@ -92,11 +92,11 @@ class RawRows:
         """A lazy frame of `schema`; `shape` gives the columns before `kind`, and what `reasons.first` gives, a row for
         each row read. `kept` leaves rows out."""
 
-        return self.map(spark, _located(kind, shape, kept), schema)
+        return self.map(spark, located(kind, shape, kept), schema)
 
     def first(self, *, kind: str, shape: Shape, schema: pa.Schema) -> pa.Table:
         """As `frame`, of the first block of a few files alone, in this process."""
-        function, tables = _located(kind, shape, None), [schema.empty_table()]
+        function, tables = located(kind, shape, None), [schema.empty_table()]
         for part in [part for part in self._plan() if part.start == 0][:_FIRST_FILES]:
             for found in itertools.islice(read_range(part, self.config), 1):
                 for chunk in _reshaped(found, self.config, part.matrix):
@@ -213,12 +213,14 @@ class RawRows:
         return plan
 
 
-def _located(kind: str, shape: Shape, kept: Callable[[pa.Table], pa.Table] | None) -> Shape:
-    def located(chunk: Chunk, file: RawFile) -> pa.Table:
+def located(kind: str, shape: Shape, kept: Callable[[pa.Table], pa.Table] | None) -> Shape:
+    """As `shape`, each row with where it was found, and why it is rejected (FOUND); `kept` leaves rows out."""
+
+    def shaped(chunk: Chunk, file: RawFile) -> pa.Table:
         rows = reasons.located(shape(chunk, file), chunk, kind, file.name)
         return rows if kept is None else kept(rows)
 
-    return located
+    return shaped
 
 
 def read_range(part: Range, config: FileConfig) -> Iterator[Chunk]:

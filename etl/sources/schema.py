@@ -3,13 +3,16 @@
 Each row says where it was found (`kind`, `file`, `line`); `reason` is null in a good row. A rejected row has its
 `reason` and its text (`raw`, cut), and nulls elsewhere where nothing could be read. Rows read = good rows + rejected
 rows, always.
+
+Of events only rejected rows say so, in one column; of the others `source_order` tells it. A log without event types
+brings no column of them. The time of a reading is decided by what its rows bring.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 
 from etl.tables import ATTRIBUTES
 
@@ -31,18 +34,18 @@ _FOUND = [
     pa.field("raw", pa.string()),  # of a rejected row, its first 1,000 characters; null in a good row
 ]
 FOUND = tuple(field.name for field in _FOUND)
-RAW_EVENTS = pa.schema(
-    [
-        pa.field("user", pa.string()),
-        pa.field("item", pa.string()),
-        pa.field("time", pa.int64()),  # microseconds since 1970 UTC, or order
-        pa.field("event_type", pa.string()),
-        pa.field("value", pa.float64()),
-        pa.field("basket", pa.string()),
-        pa.field("source_order", pa.int64()),  # file's place among the sorted paths · 2^40 + line
-        *_FOUND,
-    ]
-)
+_EVENT = [
+    pa.field("user", pa.string()),
+    pa.field("item", pa.string()),
+    pa.field("time", pa.int64()),  # microseconds since 1970 UTC, or order
+    pa.field("event_type", pa.string()),
+    pa.field("value", pa.float64()),
+    pa.field("basket", pa.string()),
+    pa.field("source_order", pa.int64()),  # file's place among the sorted paths · 2^40 + line
+]
+RAW_EVENTS = pa.schema([*_EVENT, pa.field("rejected", pa.list_(pa.string()))])  # FOUND as text; null: a good row
+EXTRAS = ("event_type", "value", "basket")  # of events: columns that frames of a log without them lack
+FOUND_EVENTS = pa.schema([*_EVENT, *_FOUND])  # as tasks find them
 RAW_ITEMS = pa.schema(
     [
         pa.field("item", pa.string()),
@@ -100,7 +103,12 @@ class Source(Protocol):
         ...
 
     def events(self, spark: SparkSession, *, only: Mapping[str, int] | None = None) -> DataFrame:
-        """RAW_EVENTS; of the files named in `only`, where given, which says each one's place in the log."""
+        """RAW_EVENTS, of EXTRAS what the log has; of the files named in `only`, where given, which says each one's
+        place in the log."""
+        ...
+
+    def found_in(self, order: Column, places: Mapping[str, int]) -> dict[str, Column]:
+        """`file`, `line` and `place` of an event, by its `source_order`. `places`: file -> its place in the log."""
         ...
 
     def items(self, spark: SparkSession) -> DataFrame | None:

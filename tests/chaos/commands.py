@@ -60,6 +60,7 @@ def _none(seed: int) -> Command:
 
 
 _RANKS = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--redirects", "3", "--log-dir", "../logs/ranks")
+_BY_TIME = '[{"name": "by-time", "train_until": "1970-01-12T14:00Z", "validate_until": "1970-01-12T15:00Z"}]'
 COMMANDS = {
     command.name: command
     for command in (
@@ -69,6 +70,8 @@ COMMANDS = {
         _etl("etl-day-kcore", "--kcore.min_item", "8", adds=(("later/day2.csv", "days/day2.csv"),)),
         _etl("etl-other", "--source.root", "other"),
         _etl("etl-interactions", job="interactions"),
+        _etl("etl-mended", adds=(("later/day1.csv", "days/day1.csv"),)),
+        _etl("etl-by-time", "--splits", _BY_TIME),
         _train("pretrain", "pretrain"),
         _train("pretrain-other", "pretrain", "--train.seed", "7"),
         _train("deep", "finetune", "--name", "deep", "--parent", "runs/pretrain/model"),
@@ -104,6 +107,8 @@ def _logs() -> dict[str, str]:
         items.append(f"i{item}|Title {item}|{1990 + item % 30}|{'Drama' if item % 3 else 'Comedy'}|Person {item % 20}")
     users = ["id,group", *(f"u{user},{'ab'[user % 2]}" for user in range(NUM_USERS + 40))]
     found = {"days/day1.csv": _events(0, range(NUM_USERS), 20), "later/day2.csv": _events(1, range(250, 340), 5)}
+    first = found["days/day1.csv"].splitlines(keepends=True)
+    found["later/day1.csv"] = "".join([*first[:5], first[5].replace(",i", ",i9"), *first[6:]])  # of another item
     found["other/days/day1.csv"] = _events(2, range(100, 400), 15)
     for root in ("", "other/"):
         found |= {f"{root}items.txt": "\n".join(items) + "\n", f"{root}users.csv": "\n".join(users) + "\n"}

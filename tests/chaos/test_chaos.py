@@ -24,7 +24,7 @@ from tests.chaos.after import named
 from tests.chaos.commands import NEIGHBOURS, Command, Ended, Running, write_start
 from tests.chaos.contents import EMPTY, Contents, TrackedRun, read_contents, registry, relocate, tracked_runs
 from tests.chaos.faults import FAULTS, RIVALS
-from tests.chaos.plans import SITUATIONS, draw_plan
+from tests.chaos.plans import NEWER_SITUATIONS, SITUATIONS, draw_plan
 from tests.chaos.server import proxied
 from tests.chaos.watch import Changes
 
@@ -322,7 +322,9 @@ def test_rounds_are_drawn_from_seed_and_number() -> None:
     assert plans == [draw_plan(3, number) for number in range(300)]
     assert plans != [draw_plan(4, number) for number in range(300)]
     assert {plan.fault for plan in plans} == FAULTS.keys()
-    assert {(plan.before, plan.command.partition("@")[0]) for plan in plans} == SITUATIONS.keys()
+    assert {
+        (plan.before, plan.command.partition("@")[0]) for plan in plans
+    } == SITUATIONS.keys() | NEWER_SITUATIONS.keys()
     assert all(named(name) for plan in plans for name in (*plan.before, plan.command, *RIVALS.get(plan.command, ())))
 
 

@@ -1,5 +1,6 @@
 """Commands' help: what it lists, and that it is there for every command."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -18,6 +19,31 @@ from etl.settings import Section, load, replaced
 from tests.fixtures.places import ROOT
 from trainer.__main__ import RECIPES
 from trainer.__main__ import main as trainer
+
+_TALKATIVE = """
+import sys
+from etl import stopping
+from etl.command import run_command
+
+def work():
+    for number in range(100_000):
+        print(number)
+    return 0
+
+stopping.begin()
+stopping.leave(run_command("talk", work))
+"""
+
+
+@pytest.mark.parametrize("arguments", [("-m", "etl", "--help"), ("-c", _TALKATIVE)])
+def test_a_reader_that_goes_away_is_no_error(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        done = subprocess.run(
+            [sys.executable, *arguments], stdout=gone, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 class Inner(Section):

@@ -20,6 +20,7 @@ from tests.fixtures.folders import write_model
 from tests.fixtures.lakes import build_tiny_lake
 from tests.fixtures.places import ROOT
 from trainer.config import FinetuneConfig
+from trainer.data.held_out import ReadOptions
 from trainer.data.release import pin
 from trainer.evaluation.item_prediction import evaluate_scorers
 from trainer.evaluation.ranking_metrics import means
@@ -363,7 +364,8 @@ def test_scores_equal_those_of_evaluate_also_when_read_again(lake: str, tmp_path
     config = ExperimentConfig.model_validate(settings(lake, tmp_path, rows=["bert4rec/none/-/plain"]))
     config.folder.mkdir()
     release = pin(lake, None)
-    examples = read_evaluation_set(release, "last-5", "target", "test", config.evaluation)
+    options = ReadOptions(config.evaluation.protocols, max_users=config.evaluation.max_users)
+    examples = read_evaluation_set(release, "last-5", "target", "test", options)
     row: Row = next(row for row in planned(config, lake, release.number) if row.transfer == "none")
     training = row.trainings[0]
     artifact = load_model(write_model(training.folder / "model", lake, skill=1.0))

@@ -19,9 +19,9 @@ from etl.settings import load
 from tests.fixtures.folders import write_model
 from tests.fixtures.places import ROOT
 from trainer.__main__ import main as trainer
-from trainer.config import EvaluateConfig, EvaluationConfig, PretrainConfig, PromoteConfig
+from trainer.config import EvaluateConfig, PretrainConfig, PromoteConfig
 from trainer.data.catalogue import read_catalogue
-from trainer.data.held_out import read_held_out, without_repeats
+from trainer.data.held_out import ReadOptions, read_held_out, without_repeats
 from trainer.data.release import pin
 from trainer.evaluation.gate import GateError
 from trainer.evaluation.item_ranking import ranks
@@ -165,8 +165,7 @@ def _expected_ranks(split, dates, part, scores, *, repeats):
 @pytest.mark.parametrize(("split", "dates"), [("time", DATES), ("before", BEFORE)])
 def test_ranks_are_those_counted_by_hand(lake, split, dates, part, repeats):
     release = pin(lake, None)
-    config = EvaluationConfig(protocols=("full",), repeats=repeats)
-    examples = read_evaluation_set(release, split, "free", part, config, repeats=repeats)
+    examples = read_evaluation_set(release, split, "free", part, ReadOptions(repeats=repeats))
     draw = np.random.default_rng(3).permutation(len(examples.catalogue)).astype(np.float32)
     scores = dict(zip(examples.catalogue.raw_ids, draw.tolist(), strict=True))
     expected = _expected_ranks(split, dates, part, scores, repeats=repeats)
@@ -226,10 +225,9 @@ def test_training_validates_the_users_who_are_not_new(lake, tmp_path):
 
 def test_a_model_that_was_trained_on_later_days_is_refused(lake, tmp_path):
     release = pin(lake, None)
-    config = EvaluationConfig(protocols=("full",))
     names = ("time", "before", "last-5")
     models = {name: load_model(write_model(tmp_path / name, lake, domain="free", split=name)) for name in names}
-    early, late = (read_evaluation_set(release, split, "free", "test", config) for split in ("before", "time"))
+    early, late = (read_evaluation_set(release, split, "free", "test", ReadOptions()) for split in ("before", "time"))
     for examples, split in ((late, "time"), (late, "before"), (early, "before")):
         model_scorer(models[split], examples)
     for examples, split in ((early, "time"), (early, "last-5"), (late, "last-5")):

@@ -11,6 +11,7 @@ from trainer.config.evaluation import (
     RecommendConfig,
 )
 from trainer.config.features import AttributesConfig, FeaturesConfig, TextConfig
+from trainer.config.graph import GraphConfig, GraphDataConfig, GraphModelConfig, GraphTrainConfig
 from trainer.config.model import (
     Bert4RecConfig,
     CaserConfig,
@@ -66,6 +67,10 @@ __all__ = [
     "FeaturesConfig",
     "FinetuneConfig",
     "GateConfig",
+    "GraphConfig",
+    "GraphDataConfig",
+    "GraphModelConfig",
+    "GraphTrainConfig",
     "ItemFeaturesConfig",
     "LossConfig",
     "MaskedItemConfig",

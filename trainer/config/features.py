@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from etl.config import SparkConfig
 from etl.settings import Place, Section
 from trainer.config.data import each_once
+from trainer.config.graph import GraphConfig
 
 _NAME = re.compile(r"[\w.+-]+")
 _COLUMN = re.compile(r"attributes\..+")
@@ -72,6 +73,7 @@ class FeaturesConfig(Section):
     release: int | None = None  # that is read; None: the newest
     text: TextConfig = TextConfig()
     attributes: AttributesConfig | None = None  # instead of `text`
+    graph: GraphConfig | None = None  # instead of both: an embedding is trained on the lake `graph.data.lake`
     max_shared: float = Field(0.01, gt=0, le=1)  # of things: how many may have the same text, or the same vector
     wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
     spark: SparkConfig = SparkConfig()

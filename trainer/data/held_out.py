@@ -68,45 +68,49 @@ class HeldOut:
         )
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """What is read of users who hold something out, and of how many of them."""
+
+    protocols: Sequence[str] = (FULL,)  # whose negatives are read
+    table: str = tables.SEQUENCES.name  # of `baskets` the next basket is held out, which is ranked in full only
+    repeats: bool = False  # what the user has had is ranked too
+    times: bool = False  # read, which baselines over several domains need
+    values: bool = False  # the first held-out event's is read
+    event_types: Sequence[str] = ()  # distinguished in the input and of held-out events (see SequenceDataset)
+    # Only about so many users, the same ones for every model and run (chosen by a hash of their index), so that memory
+    # is bounded whatever the table's size. None: all.
+    max_users: int | None = None
+
+
 def read_held_out(
     release: Release,
     split: str,
     domain: str,
     catalogue: Catalogue,
     part: Part,
-    protocols: Sequence[str] = (FULL,),
-    *,
-    times: bool = False,
-    max_users: int | None = None,
-    table: str = tables.SEQUENCES.name,
-    repeats: bool = False,
-    values: bool = False,
-    event_types: Sequence[str] = (),
+    options: ReadOptions = ReadOptions(),
 ) -> HeldOut:
     """The users who hold out something in `part`, with input and targets as rows of `catalogue`.
 
-    Input at validation: the training part; at test: training part and validation items. `times`: read times too, which
-    baselines over several domains need. `max_users`: only about so many users, the same ones for every model and run
-    (chosen by a hash of their index), so that memory is bounded whatever the table's size. `table`: of `baskets` the
-    next basket is held out, which is ranked in full only. `repeats`: what the user has had is ranked too.
-    `values`: the first held-out event's is read. `event_types`: kinds of event that are distinguished, in the
-    input and of held-out events (see SequenceDataset).
-    Raises DataError: no such split or domain, no user that holds out, no negatives for a protocol, or held-out items
-    that the catalogue lacks (it must be of the same release and domain).
+    Input at validation: the training part; at test: training part and validation items. Raises DataError: no such split
+    or domain, no user that holds out, no negatives for a protocol, or held-out items that the catalogue lacks (it must
+    be of the same release and domain).
     """
-    dataset = open_dataset(table, release, split, domain, values=values, event_types=event_types)
+    protocols, types = options.protocols, options.event_types
+    dataset = open_dataset(options.table, release, split, domain, values=options.values, event_types=types)
     if not dataset.has_negatives and (drawn := [protocol for protocol in protocols if protocol != FULL]):
         raise ConfigError(
             f"evaluation.protocols: baskets are ranked in full only, for fixed negatives are never what a user has "
             f"had, found {', '.join(drawn)}; set it to [{FULL}]"
         )
-    share = 1.0 if max_users is None else max_users / max(dataset.num_rows, 1)
+    share = 1.0 if options.max_users is None else options.max_users / max(dataset.num_rows, 1)
 
     def holds_out(sequences: Sequences) -> npt.NDArray[np.bool_]:
         start, stop = _bounds(sequences, part)
         return (stop > start) & sampled(sequences.users, share)
 
-    examples = read_users(dataset, holds_out, times=times)
+    examples = read_users(dataset, holds_out, times=options.times)
     if examples is None:
         raise DataError(
             f"no user of split {split!r} and domain {domain!r} holds out {dataset.held_out} for {part} in release "
@@ -142,8 +146,8 @@ def read_held_out(
         len(catalogue),
         np.bincount(owner[(position < examples.valid_start[owner]) & (rows != SEP)], minlength=len(examples)),
         examples.times[first] if len(examples.times) else examples.times,
-        table,
-        repeats,
+        options.table,
+        options.repeats,
         _until(dataset, catalogue, part) if split in release.by_time else None,
         0,
         examples.values[first] if len(examples.values) else examples.values,

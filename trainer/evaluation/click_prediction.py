@@ -21,7 +21,7 @@ from trainer.arrays import IntArray
 from trainer.config import BaselinesConfig, ClickConfig
 from trainer.data.catalogue import Catalogue
 from trainer.data.events import Events
-from trainer.data.held_out import Part, read_held_out
+from trainer.data.held_out import Part, ReadOptions, read_held_out
 from trainer.data.item_features import read_content
 from trainer.data.release import DataError, Release
 from trainer.data.sequences import SequenceDataset
@@ -81,9 +81,8 @@ def read_pairs(
     """Held-out items that were taken; for each so many of the user's `uniform-100`, the same ones for every model; and
     what the log says was shown, and not taken in this part. Raises GraftrecError."""
     protocols = (NEGATIVES,) if task.negatives else ()
-    examples = read_held_out(
-        release, split, domain, catalogue, part, protocols, max_users=max_users, event_types=task.impressions
-    )
+    options = ReadOptions(protocols, event_types=task.impressions, max_users=max_users)
+    examples = read_held_out(release, split, domain, catalogue, part, options)
     is_event = examples.targets >= 0
     is_taken = is_event & (examples.event_types == 0) if task.impressions else is_event
     taken = np.where(is_taken, examples.targets, -1)

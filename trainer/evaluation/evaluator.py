@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainer.config import BaselinesConfig, EvaluateConfig, PretrainConfig
 from trainer.data.catalogue import Catalogue
-from trainer.data.held_out import HeldOut, Part, read_held_out
+from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out
 from trainer.data.release import Release
 from trainer.evaluation.comparison import Key, Results, by_key
 from trainer.evaluation.scorers import Scorer
@@ -36,19 +36,15 @@ class Validation:
     def held_out(self) -> HeldOut:
         """What the users who are validated hold out; times only where more is read than is predicted."""
         data = self.config.data
-        return read_held_out(
-            self.release,
-            data.split,
-            data.domain,
-            self.catalogue,
-            "validation",
-            times=data.answered != data.domain,
-            max_users=self.config.train.validation_users,
+        options = ReadOptions(
             table=self.config.task.needs.table,
             repeats=self.config.ranks_repeats,
+            times=data.answered != data.domain,
             values=self.config.task.reads_values,
             event_types=data.event_types,
+            max_users=self.config.train.validation_users,
         )
+        return read_held_out(self.release, data.split, data.domain, self.catalogue, "validation", options)
 
 
 @dataclass(frozen=True)

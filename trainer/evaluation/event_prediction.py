@@ -14,7 +14,7 @@ import numpy as np
 from etl.settings import ConfigError
 from trainer.config import BaselinesConfig, MultiConfig
 from trainer.data.catalogue import Catalogue, read_catalogue
-from trainer.data.held_out import HeldOut, read_held_out, read_users
+from trainer.data.held_out import HeldOut, ReadOptions, read_held_out, read_users
 from trainer.data.sequences import SequenceDataset, Sequences
 from trainer.evaluation.baselines.names import OWN_PAST, SHARES
 from trainer.evaluation.class_metrics import AUC, PER_EXAMPLE
@@ -71,16 +71,8 @@ class EventPrediction(ClassPrediction):
                 "evaluate on its own release"
             )
         config = question.config
-        held_out = read_held_out(
-            release,
-            split,
-            domain,
-            catalogue,
-            config.part,
-            max_users=config.evaluation.max_users,
-            values=task.reads_values,
-            event_types=types,
-        )
+        options = ReadOptions(values=task.reads_values, event_types=types, max_users=config.evaluation.max_users)
+        held_out = read_held_out(release, split, domain, catalogue, config.part, options)
         past = read_users(dataset, lambda sequences: np.isin(sequences.users, held_out.users))
         assert past is not None, "whoever holds something out has a past"
         examples = {name: examples_of(held_out, classes, name) for name in classes.names}

@@ -269,19 +269,8 @@ def _against_scratch(evidence: Evidence, config: GateConfig) -> list[Check]:
         recipe = evidence.version_U[None]
         gain = compare(evidence.version_U, theirs[0] if len(theirs) == 1 else theirs)
     bar = mean_over_seeds(theirs)
-    checks = [
-        _is_better(
-            FROM_SCRATCH,
-            gain,
-            over="from-scratch",
-            key="scratch",
-            recipe=recipe,
-            bar=bar,
-            margin=config.min_gain,
-            evidence=evidence,
-            config=config,
-        )
-    ]
+    opponent = _Opponent(FROM_SCRATCH, "from-scratch", "scratch", bar, config.min_gain)
+    checks = [_is_better(gain, recipe, opponent, evidence, config)]
     own = float(evidence.version_U.mean())
     if both and own <= bar + ROUNDING:
         text = (
@@ -305,33 +294,25 @@ def _against_baseline(evidence: Evidence, name: str, config: GateConfig) -> Chec
     base_U, recipe = evidence.baselines[label], evidence.recipe
     over = f"the {'best ' if name == BEST else ''}simple baseline, {label}"
     gain = compare(recipe[0] if len(recipe) == 1 else recipe, base_U)
-    return _is_better(
-        check,
-        gain,
-        over=over,
-        key="baseline",
-        recipe=recipe,
-        bar=float(base_U.mean()),
-        margin=0.0,
-        evidence=evidence,
-        config=config,
-    )
+    return _is_better(gain, recipe, _Opponent(check, over, "baseline", float(base_U.mean())), evidence, config)
+
+
+@dataclass(frozen=True)
+class _Opponent:
+    """What a recipe must be better than."""
+
+    check: str  # its name
+    over: str  # the opponent in words
+    key: str  # of its mean among the check's numbers
+    mean: float
+    margin: float = 0.0  # the gain that is required, a share of the mean
 
 
 def _is_better(
-    name: str,
-    gain: Comparison,
-    *,
-    over: str,
-    key: str,
-    recipe: FloatArray,
-    bar: float,
-    margin: float,
-    evidence: Evidence,
-    config: GateConfig,
+    gain: Comparison, recipe: FloatArray, opponent: _Opponent, evidence: Evidence, config: GateConfig
 ) -> Check:
-    """Passes with a gain above the margin and p ≤ level. `over`: the opponent, in words; `key`: the name of its mean
-    `bar` among the check's numbers."""
+    """Passes with a gain over the opponent above its margin and p ≤ level."""
+    name, over, bar, margin = opponent.check, opponent.over, opponent.mean, opponent.margin
     own, version = mean_over_seeds(recipe), float(evidence.version_U.mean())
     certain = gain.gain > 0 and gain.p_value <= config.level
     enough = gain.gain > margin * abs(bar) + ROUNDING
@@ -339,7 +320,7 @@ def _is_better(
     numbers = _numbers(gain) | {
         "version": version,
         "recipe": own,
-        key: bar,
+        opponent.key: bar,
         "relative_gain": relative,
         "detectable": gain.least_shown(config.level) / abs(bar) if bar else float("nan"),
     }

@@ -14,14 +14,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from etl.settings import ConfigError, replaced
+from etl.settings import ConfigError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP
 from etl.text_table import with_sign
 from trainer.arrays import IntArray
 from trainer.config import BaselinesConfig, EvaluateConfig, TaskSettings
 from trainer.data.catalogue import rows_of_domain
 from trainer.data.events import Events
-from trainer.data.held_out import FULL, HeldOut, without_repeats
+from trainer.data.held_out import FULL, HeldOut, ReadOptions, without_repeats
 from trainer.evaluation import newness
 from trainer.evaluation.baselines import names, next_basket
 from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
@@ -327,16 +327,15 @@ class ItemPrediction(Evaluator):
         # No negatives are drawn for baskets, and none that a user has had.
         protocols = (FULL,) if repeats else cls.protocols or config.protocols
         kinds = [name for model in question.models for name in model.event_types] + list(question.event_types)
-        examples = read_evaluation_set(
-            question.release,
-            question.split,
-            question.domain,
-            question.config.part,
-            replaced(config, protocols=protocols),
-            table=question.task.needs.table,
-            repeats=repeats,
+        options = ReadOptions(
+            protocols,
+            question.task.needs.table,
+            repeats,
             event_types=list(dict.fromkeys(kinds)),
+            max_users=config.max_users,
         )
+        part = question.config.part
+        examples = read_evaluation_set(question.release, question.split, question.domain, part, options)
         return [cls(examples, question.config)]
 
     @staticmethod

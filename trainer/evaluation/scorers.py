@@ -21,12 +21,12 @@ from etl import tables
 from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array
-from trainer.config import BaselinesConfig, EvaluationConfig, PretrainConfig
+from trainer.config import BaselinesConfig, PretrainConfig
 from trainer.config.data import READS_ALL
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
 from trainer.data.events import Events, beside, merge
-from trainer.data.held_out import HeldOut, Part, read_held_out, read_users, sampled, without_repeats
+from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, sampled, without_repeats
 from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
 from trainer.evaluation.baselines.names import (
@@ -154,34 +154,13 @@ def raw_users(release: Release, users: IntArray) -> list[str]:
     return raw
 
 
-def read_evaluation_set(
-    release: Release,
-    split: str,
-    domain: str,
-    part: Part,
-    config: EvaluationConfig,
-    *,
-    table: str = tables.SEQUENCES.name,
-    repeats: bool = False,
-    event_types: Sequence[str] = (),
-) -> EvaluationSet:
-    """Pin the examples. `event_types`: kinds of event that models read. Raises GraftrecError."""
+def read_evaluation_set(release: Release, split: str, domain: str, part: Part, options: ReadOptions) -> EvaluationSet:
+    """Pin the examples, with their times. Raises GraftrecError."""
     catalogue = read_catalogue(release, domain)
-    held_out = read_held_out(
-        release,
-        split,
-        domain,
-        catalogue,
-        part,
-        config.protocols,
-        times=True,
-        max_users=config.max_users,
-        table=table,
-        repeats=repeats,
-        event_types=event_types,
-    )
+    options = dataclasses.replace(options, times=True)
+    held_out = read_held_out(release, split, domain, catalogue, part, options)
     held_out = without_repeats(held_out, where=f"split {split!r} and domain {domain!r} for {part}")
-    return EvaluationSet(release, split, domain, part, catalogue, held_out, tuple(event_types))
+    return EvaluationSet(release, split, domain, part, catalogue, held_out, tuple(options.event_types))
 
 
 def _is_among(users: IntArray) -> Callable[[Sequences], npt.NDArray[np.bool_]]:

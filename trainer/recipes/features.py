@@ -1,5 +1,5 @@
-"""Vectors of items, users or entities from their texts or columns, in the Delta table `features`, and a release with
-them.
+"""Vectors of items, users or entities from their texts, their columns or the knowledge graph, in the Delta table
+`features`, and a release with them.
 
 Executors encode in parallel, on one thread each, what has no vector yet or another text than when it was encoded. A
 second run encodes nothing and reads nothing of the tables. The vectors of things that have left, or have no text any
@@ -7,9 +7,14 @@ more, leave. One commit replaces the encoder's partition, or appends to it where
 """
 
 import functools
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -17,17 +22,22 @@ from etl import tables
 from etl.jobs import features, releases
 from etl.jobs.features import FeatureError
 from etl.lake import spark_io
-from etl.lake.encodings import Encoding
+from etl.lake.encodings import Encoding, encodings
+from etl.plain_path import absolute
 from etl.session import held, spark_session, user_errors
 from etl.settings import ConfigError
 from etl.tables import FEATURES, Table
-from trainer.config import FeaturesConfig
+from trainer.arrays import FloatArray, IntArray
+from trainer.config import FeaturesConfig, GraphConfig
 from trainer.config.features import COLUMNS, AttributesConfig, TextConfig, unknown_columns
 from trainer.data.documents import cells_of
 from trainer.data.release import Release, pin
 from trainer.encoders import TextEncoder, text_encoder
 from trainer.encoders.attributes import attribute_vectors
 from trainer.encoders.batches import ROWS, encoded, rendered
+from trainer.knowledge_graph.vectors import FEATURES as VECTORS
+from trainer.parallel.distributed import join
+from trainer.recipes import graph_features
 
 _THINGS = {"item": tables.ITEMS, "user": tables.USERS, "entity": tables.ENTITIES}
 _TEXTS = "id string, index int, text string, source_hash bigint"
@@ -46,6 +56,8 @@ class Result:
 
 def run(config: FeaturesConfig) -> Result:
     """The recipe `features`. Raises GraftrecError."""
+    if config.graph is not None:
+        return _of_graph(config, config.graph)
     given = config.text if config.attributes is None else config.attributes
     if unknown := unknown_columns(given):
         known = [*COLUMNS[given.kind], *([] if given.kind == "entity" else ["attributes.<name>"])]
@@ -73,6 +85,48 @@ def run(config: FeaturesConfig) -> Result:
     else:
         print(f"features {encoding.name}: unchanged, 0 encoded; {released}", flush=True)
     return Result(things, covered, encoded, number, committed)
+
+
+def _of_graph(config: FeaturesConfig, graph: GraphConfig) -> Result:
+    """Train an embedding of the knowledge graph, or find it trained, and write the vectors of its nodes. Of several
+    processes the first one writes."""
+    folder = graph_features.run(graph).folder
+    lake, things = absolute(graph.data.lake), 0
+    if not join(graph.runtime).first:
+        return Result(0, 0, 0, 0, False)
+    with spark_io.writing(lake, FEATURES, wait_seconds=config.wait_seconds):
+        for encoding, ids, index, vectors in _vectors_in(folder):
+            things += len(ids)
+            if encodings(lake).get(encoding.name) != encoding:
+                features.write_arrays(lake, ids, index, vectors, encoding, max_shared=config.max_shared)
+        version = spark_io.current_version(lake, FEATURES)
+        assert version is not None
+        number, committed = releases.release_with(lake, {FEATURES.name: version})
+    state = "new" if committed else "unchanged"
+    print(f"features {graph.name}: {things:,} things have one; release {number} ({state}) in {lake}", flush=True)
+    return Result(things, things, things if committed else 0, number, committed)
+
+
+def _vectors_in(folder: Path) -> Iterator[tuple[Encoding, list[str], IntArray, FloatArray]]:
+    """Raw ids [N], global indices [N] and vectors [N, F] of each kind of thing that a run left a vector of."""
+    rows = pq.read_table(folder / "model" / VECTORS)
+    recorded = {key.decode(): value.decode() for key, value in rows.schema.metadata.items()}
+    width = int(recorded["graftrec.width"])
+    versions = {
+        name: number for name, number in json.loads(recorded["graftrec.snapshots"]).items() if number is not None
+    }
+    for kind in rows["kind"].unique().to_pylist():
+        some = rows.filter(pc.equal(rows["kind"], kind)).combine_chunks()
+        encoding = Encoding(
+            kind=kind,
+            encoder=some["encoder"][0].as_py(),
+            split=some["split"][0].as_py(),
+            width=width,
+            weights=recorded["graftrec.weights"],
+            inputs=versions,
+        )
+        vectors = some["vector"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+        yield encoding, some["id"].to_pylist(), some["index"].to_numpy().astype(np.int64), vectors
 
 
 Counts = tuple[int, int, int]  # things, those with a vector, those encoded now; zeros where nothing was read

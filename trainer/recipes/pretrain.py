@@ -4,8 +4,7 @@
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from trainer.evaluation.validation import Validator
 from trainer.inference.model_folder import ModelParts, TrainedModel, document_table, feature_tables, save_model
 from trainer.models import ModelSizes, RowTables, SequenceModel, build_model
 from trainer.parallel.distributed import World, join
-from trainer.recipes.run_folder import DONE, MLFLOW_UID, alone, clear_other
+from trainer.recipes.run_folder import DONE, alone, clear_other, noted, tidy
 from trainer.recipes.run_result import Result, agreed, finished_in, read_tables, recipe_of, run_identity
 from trainer.recipes.training_record import (
     curves_of,
@@ -45,7 +44,6 @@ from trainer.recipes.training_record import (
 from trainer.registry import descriptions
 from trainer.tasks import Task, prepare_task
 from trainer.tracking import Run
-from trainer.training import checkpoint
 from trainer.training.loop import NonFiniteLoss, Progress, Training, Watch, train
 from trainer.training.transfer import COPIED_GROUPS, TransferPlan, TransferReport, initialise_from
 
@@ -98,7 +96,7 @@ def _fit(
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
         tracking.note_reused(config.name, finished.run_id)
         tracking.settle(config.tracking)
-        _tidy(folder, world)
+        tidy(folder, world)
         return finished
 
     catalogue = read_catalogue(release, config.data.domain)
@@ -130,7 +128,7 @@ def _fit(
     copied = parent.hash if parent is not None and account.transfer != "none" else None
     description = descriptions.training(config, parent=copied, counts=account.counts(), data=data)
     with (
-        _noted(folder, world),
+        noted(folder, world),
         tracking.start_run(
             config.tracking,
             name=config.name,
@@ -295,7 +293,7 @@ def _summary(training: Training, parent: TrainedModel | None) -> dict[str, float
 def _finish(
     folder: Path, inputs: Inputs, training: Training, metrics: dict[str, float], identity: str, tracked: Run
 ) -> dict[str, Any]:
-    """Model folder, curves, and the note that all is done (`_noted` gives it its name), which is returned."""
+    """Model folder, curves, and the note that all is done (`noted` gives it its name), which is returned."""
     config, release, catalogue, task = inputs.config, inputs.release, inputs.catalogue, inputs.task
     others = bool(config.task.negative_events)  # what was shown only has not been taken
     popularity = training_interactions(training.loader.dataset, catalogue, others=others)
@@ -331,20 +329,3 @@ def _finish(
     done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
     (folder / (DONE + ".new")).write_text(json.dumps(done, indent=1))
     return done
-
-
-@contextmanager
-def _noted(folder: Path, world: World) -> Iterator[None]:
-    """Mark the training as done once MLflow's run has ended or is queued. A process that is killed before leaves a
-    finished checkpoint, and the next one writes to MLflow again."""
-    yield
-    if world.first:
-        (folder / (DONE + ".new")).replace(folder / DONE)
-    _tidy(folder, world)
-
-
-def _tidy(folder: Path, world: World) -> None:
-    """Remove files that a finished run no longer needs; a kill may have left them."""
-    if world.first:
-        (folder / MLFLOW_UID).unlink(missing_ok=True)
-        checkpoint.clear(folder / "checkpoints")

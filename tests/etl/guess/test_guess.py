@@ -27,7 +27,7 @@ from etl.guess.survey import survey
 from etl.guess.times import PATTERNS, guess_times
 from etl.settings import GraftrecError
 from etl.sources.log import FileLog
-from tests.fixtures.local_rows import LocalSpark
+from tests.fixtures.local_rows import read_rows
 from tests.fixtures.places import ROOT
 from tests.fixtures.public_logs import LOGS, write_log
 from tests.fixtures.spoilt_logs import FORMATS, rows_of, spoilt_bytes
@@ -207,7 +207,7 @@ def test_the_guess_reads_every_row(tmp_path: Path, shape: str) -> None:
     config = EtlConfig.model_validate(guessed).source
     assert isinstance(config, LogSource)
     log = FileLog(config, CleaningConfig())
-    found = log.events(LocalSpark()).toArrow().to_pylist()  # type: ignore[arg-type, attr-defined]
+    found = read_rows(log, "events")
     assert [row["reason"] for row in found if row["reason"]] == [], text
     pairs = {(row["user"].removeprefix("u"), row["item"].removeprefix("i")) for row in found}
     expected = {(r[0].removeprefix("u"), r[1].removeprefix("i")) for r in rows}
@@ -218,8 +218,7 @@ def test_the_guess_reads_every_row(tmp_path: Path, shape: str) -> None:
     assert (log.time == "ordinal") == (shape in UNTIMED), text
     for kind in ("items", "users"):
         if getattr(config, kind) is not None:
-            frame = getattr(log, kind)(LocalSpark())
-            assert all(row["reason"] is None for row in frame.toArrow().to_pylist()), text
+            assert all(row["reason"] is None for row in read_rows(log, kind)), text
 
 
 def test_what_lies_beside_the_log_and_what_is_doubtful_is_said(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from typing import Any
 
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from etl.jobs import interactions, quarantine
+from etl.sources.found_events import found_in as found_in_files
 from etl.tables import INTERACTIONS, bucket_of
 from tests.fixtures.frames import BUCKETS, frame, raw_events
 
@@ -38,10 +40,14 @@ def test_transform_appends_only_what_the_table_lacks(spark: SparkSession) -> Non
 
 def test_reject_unknown_says_so_and_keeps_what_was_read(spark: SparkSession) -> None:
     rows: list[dict[str, Any]] = [EVENT, EVENT | {"item": "i9"}, {"reason": "item is missing", "raw": "u1,,5"}]
-    marked = quarantine.reject_unknown(raw_events(spark, rows), frame(spark, [("i1",)], "item string"))
-    found = {row["line"]: (row["reason"], row["raw"]) for row in marked.collect()}
-    assert found[1] == (None, None)
-    assert found[2][0] == "unknown item"
-    assert '"item":"i9"' in found[2][1]
-    assert found[3] == ("item is missing", "u1,,5")
-    assert sorted(row["line"] for row in quarantine.transform(marked, section="source.events").collect()) == [2, 3]
+    found_in = found_in_files(F.col("source_order"), {"log": 0}, several=False)
+    marked = quarantine.reject_unknown(
+        raw_events(spark, rows), frame(spark, [("i1",)], "item string"), found_in=found_in
+    )
+    assert [row["source_order"] for row in marked.where("rejected is null").collect()] == [1]
+    rejected = quarantine.transform(quarantine.rejected_events(marked), section="source.events")
+    found = {row["line"]: (row["file"], row["reason"], row["raw"]) for row in rejected.collect()}
+    assert found[2][:2] == ("log", "unknown item")
+    assert '"item":"i9"' in found[2][2]
+    assert found[3] == ("log", "item is missing", "u1,,5")
+    assert len(found) == 2

@@ -145,10 +145,10 @@ def _sequences(histories: Mapping[int, Sequence[int]], hold_out: Mapping[int, tu
     return pa.Table.from_pylist(rows, schema=pa.schema([(name, kinds[name]) for name in rows[0]]))
 
 
-def _rows(sequences: pa.Table, chosen: Candidates, **earlier: Any) -> pa.Table:
+def _rows(sequences: pa.Table, chosen: Candidates, earlier: negatives.Earlier | None = None) -> pa.Table:
     word = sequences["user"].to_numpy().astype(np.uint64) * np.uint64(31)
     chosen_of = dict.fromkeys(("validation", "test"), chosen)
-    return pa.Table.from_batches(negatives.rows(sequences, word, chosen_of, domain="d", config=CONFIG, **earlier))
+    return pa.Table.from_batches(negatives.rows(sequences, word, chosen_of, domain="d", config=CONFIG, earlier=earlier))
 
 
 def _told(table: pa.Table) -> Drawn:
@@ -185,8 +185,8 @@ def test_negatives_stay_when_a_new_day_comes_less_what_was_taken(know_before: bo
     histories |= {user: histories[user] + items for user, items in took.items()} | {30: [5, 6, 7], 8: [9, 12, 8]}
     second = _sequences(histories, {})
     shuffled = table.take(pa.array(np.random.default_rng(3).permutation(len(table))))
-    known = {"before": first, "lost": pa.array([20, 31], pa.int32())} if know_before else {}
-    now = _told(_rows(second, grown, drawn=shuffled, **known))
+    known = (first, pa.array([20, 31], pa.int32())) if know_before else ()
+    now = _told(_rows(second, grown, negatives.Earlier(shuffled, *known)))
     assert set(now) == set(drawn) | {(protocol, part, 30) for protocol in ALL for part in ("validation", "test")}
     for key, items in now.items():
         left = [item for item in drawn.get(key, []) if item not in (20, 31, *histories[key[2]])]

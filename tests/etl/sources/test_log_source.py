@@ -25,6 +25,7 @@ from etl.sources import delimited, files, objects, values
 from etl.sources.files import RawFile
 from etl.sources.log import FileLog
 from tests.fixtures.local_rows import LocalSpark
+from tests.fixtures.local_rows import read_rows as rows_of_log
 
 Rows = list[dict[str, Any]]
 
@@ -51,8 +52,7 @@ def _reader(spark: SparkSession | LocalSpark, tmp_path: Path) -> Callable[..., R
             config[part] = {"path": "log"} | set
         source = FileLog(LogSource.model_validate(config), cleaning or CleaningConfig(), range_bytes=range_bytes)
         with user_errors():
-            frame = getattr(source, part)(spark)
-            return sorted(frame.toArrow().to_pylist(), key=lambda row: (row["file"], row["line"]))
+            return sorted(rows_of_log(source, part, spark), key=lambda row: (row["file"], row["line"]))
 
     return read_rows
 

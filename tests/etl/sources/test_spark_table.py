@@ -12,6 +12,7 @@ from pyspark.sql import SparkSession
 from etl.config import CleaningConfig, LogSource
 from etl.settings import GraftrecError
 from etl.sources.log import FileLog
+from tests.fixtures.local_rows import read_rows
 
 
 def _source(spark: SparkSession, **events: object) -> FileLog:
@@ -25,7 +26,7 @@ def test_a_table_of_the_session_is_a_log(spark: SparkSession) -> None:
     frame = spark.createDataFrame(rows, "who struct<id: bigint>, item int, at bigint")
     frame.createOrReplaceTempView("clicks")
     source = _source(spark, path="clicks")
-    found = source.events(spark).toArrow().to_pylist()
+    found = read_rows(source, "events", spark)
     assert sorted((row["user"], row["item"], row["time"]) for row in found if row["reason"] is None) == sorted(
         (str(k % 3), str(k), (1_000 + k) * 1_000_000) for k in (0, 1, 2, 3, 5)
     )

@@ -11,7 +11,6 @@ from tests.fixtures.trainings import tiny
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
-    EvaluationConfig,
     FinetuneConfig,
     LossConfig,
     MaskedItemConfig,
@@ -21,7 +20,7 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.data.catalogue import read_catalogue, rows_by_raw_id
-from trainer.data.held_out import read_held_out
+from trainer.data.held_out import ReadOptions, read_held_out
 from trainer.data.release import DataError, pin
 from trainer.evaluation.item_prediction import evaluate_scorers
 from trainer.evaluation.ranking_metrics import means
@@ -130,14 +129,14 @@ def test_validation_is_what_evaluation_of_that_part_finds(runs, tiny_lake):
     """Which reads what the user did elsewhere before the first held-out item, and ranks the target's items alone."""
     _, grafted = runs
     release = pin(tiny_lake, None)
-    examples = read_evaluation_set(release, "joint-5", "target", "validation", EvaluationConfig(protocols=("full",)))
+    examples = read_evaluation_set(release, "joint-5", "target", "validation", ReadOptions())
     scorer = model_scorer(load_model(grafted[True].model), examples, label="both")
     found = means(evaluate_scorers([scorer], examples).metrics(("both", 0), "full"))
     for metric in ("NDCG@10", "Recall@5", "MRR"):
         assert grafted[True].metrics[f"validation/{metric}"] == pytest.approx(found[metric])
     trained_model = load_model(grafted[True].model)
     target = np.isin(trained_model.catalogue.global_index, read_catalogue(release, "target").global_index[FIRST_INDEX:])
-    held_out = read_held_out(release, "joint-5", "all", trained_model.catalogue, "validation", times=True)
+    held_out = read_held_out(release, "joint-5", "all", trained_model.catalogue, "validation", ReadOptions(times=True))
     given = held_out.histories
     owner = np.repeat(np.arange(len(given)), given.lengths)
     was_known = np.array(

@@ -16,7 +16,7 @@ from tests.fixtures.object_store import BUCKET, copy_lake, seaweed, settings, va
 from tests.fixtures.trainings import TINY, equal_weights, weights_of
 from trainer.data.baskets import BasketDataset
 from trainer.data.catalogue import read_catalogue, read_knowledge
-from trainer.data.held_out import read_held_out
+from trainer.data.held_out import ReadOptions, read_held_out
 from trainer.data.release import Release, pin
 from trainer.data.sequences import SequenceDataset
 from trainer.evaluation.scorers import raw_users
@@ -42,7 +42,9 @@ def contents(lake):
         SequenceDataset(release, "last-5", "source").read_all(times=True),
         BasketDataset(release, "last-5", "target").read_all(times=True),
     ]
-    held_out = read_held_out(release, "last-5", "target", catalogue, "test", ("full", "uniform-100"), times=True)
+    held_out = read_held_out(
+        release, "last-5", "target", catalogue, "test", ReadOptions(("full", "uniform-100"), times=True)
+    )
     found = [vars(each) for each in (*datasets, held_out)]
     found += [catalogue.global_index, list(catalogue.raw_ids), list(catalogue.titles)]
     found += [read_knowledge(release, catalogue, {"director": 1}), release.versions, raw_users(release, np.arange(9))]

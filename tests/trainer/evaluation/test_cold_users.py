@@ -7,8 +7,9 @@ from etl.settings import ConfigError
 from etl.tables import FIRST_INDEX, cold_user_hash
 from tests.fixtures.folders import write_model
 from tests.fixtures.trainings import tiny
-from trainer.config import BaselinesConfig, EvaluationConfig, PretrainConfig
+from trainer.config import BaselinesConfig, PretrainConfig
 from trainer.data.catalogue import read_catalogue
+from trainer.data.held_out import ReadOptions
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
 from trainer.evaluation.item_prediction import evaluate_scorers
@@ -17,7 +18,7 @@ from trainer.evaluation.scorers import EvaluateError, baseline_scorers, model_sc
 from trainer.inference.model_folder import load_model
 from trainer.recipes.pretrain import run as pretrain
 
-FULL = EvaluationConfig(protocols=("full",))
+FULL = ReadOptions(("full",))
 READS_ALL = {"domain": "all", "predicted": "target", "split": "cold-users"}
 
 

@@ -14,7 +14,7 @@ from tests.fixtures.folders import popularity_of
 from tests.fixtures.lake_rows import literal, rows_of
 from tests.fixtures.lakes import PROTOCOLS, build_tiny_lake
 from trainer.data.catalogue import read_catalogue
-from trainer.data.held_out import num_evaluated, read_held_out
+from trainer.data.held_out import ReadOptions, num_evaluated, read_held_out
 from trainer.data.release import DataError, pin
 from trainer.evaluation.item_ranking import rank, ranks
 from trainer.evaluation.ranking_metrics import means
@@ -24,10 +24,10 @@ PARTS = ("validation", "test")
 EVERY = ("full", *PROTOCOLS)
 
 
-def examples(lake, part="test", protocols=("full",), domain="target", **settings):
+def examples(lake, part="test", protocols=("full",), domain="target", **options):
     release = pin(lake, None)
     catalogue = read_catalogue(release, domain)
-    return catalogue, read_held_out(release, "last-5", domain, catalogue, part, protocols, **settings)
+    return catalogue, read_held_out(release, "last-5", domain, catalogue, part, ReadOptions(protocols, **options))
 
 
 def random_score(num_rows, seed=0):
@@ -87,9 +87,9 @@ def test_read_held_out_without_negatives_says_what_to_do(tiny_lake, tmp_path):
     release.versions["negatives"] += 1
     catalogue = read_catalogue(release, "target")
     with pytest.raises(DataError, match=r"'uniform-100' for 6 users.*found none for 6.*negatives\.protocols") as caught:
-        read_held_out(release, "last-5", "target", catalogue, "test", ("full", "uniform-100"))
+        read_held_out(release, "last-5", "target", catalogue, "test", ReadOptions(("full", "uniform-100")))
     assert "\n" not in str(caught.value)
-    assert len(read_held_out(release, "last-5", "target", catalogue, "test", ("full", "popular-100"))) == 6
+    assert len(read_held_out(release, "last-5", "target", catalogue, "test", ReadOptions(("full", "popular-100")))) == 6
 
 
 def test_read_held_out_with_another_domains_catalogue_is_refused(tiny_lake):

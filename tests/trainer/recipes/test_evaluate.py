@@ -16,6 +16,7 @@ from tests.fixtures.lakes import build_tiny_lake
 from trainer.config import BaselinesConfig, EvaluateConfig, EvaluationConfig, MaskedItemConfig
 from trainer.data.catalogue import Catalogue
 from trainer.data.events import Events
+from trainer.data.held_out import ReadOptions
 from trainer.data.release import pin
 from trainer.evaluation.baselines.names import PERSONAL_FREQUENCY
 from trainer.evaluation.comparison import compare_table, gain_over
@@ -39,7 +40,7 @@ FAST = EvaluationConfig(protocols=("full", "uniform-100"))
 
 @pytest.fixture(scope="module")
 def examples(tiny_lake):
-    return read_evaluation_set(pin(tiny_lake, None), "last-5", "target", "test", FAST)
+    return read_evaluation_set(pin(tiny_lake, None), "last-5", "target", "test", ReadOptions(FAST.protocols))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_popularity_is_the_training_parts_count(tiny_lake, examples):
 
 
 def test_baselines_of_a_lone_domain_have_no_other_to_read(tiny_lake):
-    every = read_evaluation_set(pin(tiny_lake, None), "last-5", "all", "test", EvaluationConfig(protocols=("full",)))
+    every = read_evaluation_set(pin(tiny_lake, None), "last-5", "all", "test", ReadOptions())
     assert [c.label for c in baseline_scorers(every, BaselinesConfig())] == [
         "popularity",
         "item-to-item",

@@ -17,7 +17,8 @@ from tests.fixtures.lake_rows import literal
 from tests.fixtures.places import ROOT
 from tests.fixtures.stores import enter_store
 from trainer.__main__ import main
-from trainer.config import EvaluateConfig, EvaluationConfig, GateConfig, PromoteConfig
+from trainer.config import EvaluateConfig, GateConfig, PromoteConfig
+from trainer.data.held_out import ReadOptions
 from trainer.data.release import pin
 from trainer.evaluation import item_prediction
 from trainer.evaluation.gate import GateError
@@ -280,9 +281,7 @@ def test_champion_of_another_domain_is_scored_and_replaced(store, models, tiny_l
 
 
 def test_cold_slices_are_what_the_tables_say(tiny_lake, models):
-    examples = read_evaluation_set(
-        pin(tiny_lake, None), "last-5", "target", "test", EvaluationConfig(protocols=("full",))
-    )
+    examples = read_evaluation_set(pin(tiny_lake, None), "last-5", "target", "test", ReadOptions())
     given = config(models, "better")
     scorers = [
         model_scorer(promote.load_model(models[name]), examples, label=label)

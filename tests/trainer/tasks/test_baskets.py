@@ -36,7 +36,7 @@ from trainer.data.baskets import BasketDataset
 from trainer.data.batch import Batch
 from trainer.data.catalogue import read_catalogue
 from trainer.data.events import Events
-from trainer.data.held_out import read_held_out
+from trainer.data.held_out import ReadOptions, read_held_out
 from trainer.data.release import DataError, pin
 from trainer.evaluation.baselines import next_basket
 from trainer.evaluation.item_ranking import ranks
@@ -120,7 +120,7 @@ def test_a_table_that_lacks_them_is_named(tiny_lake):
 def test_the_next_basket_is_held_out(tiny_lake):
     release = pin(tiny_lake, None)
     catalogue = read_catalogue(release, "target")
-    examples = read_held_out(release, "last-5", "target", catalogue, "test", table="baskets")
+    examples = read_held_out(release, "last-5", "target", catalogue, "test", ReadOptions(table="baskets"))
     rows = pl.read_delta(f"{tiny_lake}/baskets").filter((pl.col("split") == "last-5") & (pl.col("domain") == "target"))
     held = {row["user"]: row["items"] for row in rows.filter(pl.col("part") == "test").to_dicts()}
     assert examples.users.tolist() == sorted(held)
@@ -132,7 +132,7 @@ def test_the_next_basket_is_held_out(tiny_lake):
             map(len, rows.filter((pl.col("user") == user) & (pl.col("part") != "test"))["items"])
         )
     with pytest.raises(ConfigError, match="ranked in full only"):
-        read_held_out(release, "last-5", "target", catalogue, "test", ("full", "uniform-100"), table="baskets")
+        read_held_out(release, "last-5", "target", catalogue, "test", ReadOptions(("full", "uniform-100"), "baskets"))
 
 
 # --- what is asked ---------------------------------------------
@@ -502,7 +502,9 @@ def test_what_was_had_can_be_left_out(tiny_lake):
 
     found = {}
     for repeats in (False, True):
-        examples = read_held_out(release, "last-5", "target", catalogue, "test", table="baskets", repeats=repeats)
+        examples = read_held_out(
+            release, "last-5", "target", catalogue, "test", ReadOptions(table="baskets", repeats=repeats)
+        )
         found[repeats] = ranks(by_frequency, examples)["full"]
     had = np.array([len(set(examples.histories.take(np.array([row])).items) - {SEP}) for row in range(len(examples))])
     num_items = len(catalogue) - FIRST_INDEX
@@ -546,7 +548,9 @@ def test_evaluate_and_promote_obey_the_models_own_repeats(trained, tmp_path, mon
 
 def test_baskets_are_no_sequences(trained, tiny_lake, tmp_path):
     _, _, models = trained
-    examples = read_evaluation_set(pin(tiny_lake, None), "last-5", "target", "test", EvaluationConfig())
+    examples = read_evaluation_set(
+        pin(tiny_lake, None), "last-5", "target", "test", ReadOptions(EvaluationConfig().protocols)
+    )
     with pytest.raises(EvaluateError, match=r"reads the table sequences, found .* which reads baskets"):
         model_scorer(load_model(models["deep"]), examples)
     with pytest.raises(ValueError, match="expected a model of kind bert4rec, peterrec, found caser"):

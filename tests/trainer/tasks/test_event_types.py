@@ -19,7 +19,6 @@ from trainer.config import (
     DupnConfig,
     EvaluateConfig,
     EvaluatedModel,
-    EvaluationConfig,
     FinetuneConfig,
     MultiConfig,
     NextItemConfig,
@@ -30,7 +29,7 @@ from trainer.config import (
 from trainer.data.batch import Batch
 from trainer.data.catalogue import read_catalogue
 from trainer.data.events import Events
-from trainer.data.held_out import read_held_out
+from trainer.data.held_out import ReadOptions, read_held_out
 from trainer.data.loader import Loader
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
@@ -140,7 +139,7 @@ def test_histories_keep_the_kinds_of_what_is_kept():
 def test_held_out_users_have_the_kinds_of_their_input(lake):
     release = pin(lake, None)
     catalogue = read_catalogue(release, "source")
-    held_out = read_held_out(release, "last-5", "source", catalogue, "test", event_types=KINDS)
+    held_out = read_held_out(release, "last-5", "source", catalogue, "test", ReadOptions(event_types=KINDS))
     by_user = {row["user"]: row for row in rows_of(lake)}
     for place, user in enumerate(held_out.users.tolist()):
         row, own = by_user[user], held_out.histories.take(np.array([place]))
@@ -277,7 +276,7 @@ def test_a_trained_model_is_asked_with_kinds(trained, lake, tmp_path):
     )
     trained_model, release = load_model(child), pin(lake, None)
     catalogue = read_catalogue(release, "target")
-    held_out = read_held_out(release, "last-5", "target", catalogue, "test", event_types=KINDS)
+    held_out = read_held_out(release, "last-5", "target", catalogue, "test", ReadOptions(event_types=KINDS))
     found, without = [], []
     for given, ndcg in ((held_out.histories, found), (bare(held_out.histories), without)):
         scores = trained_model.scorer().score(given)
@@ -422,8 +421,7 @@ def test_a_model_of_all_domains_reads_the_kinds_of_all(lake, tmp_path):
     more = {"data": {"domain": "all", "predicted": "target", "split": "joint-5"}}
     model = finetune(settings(FinetuneConfig, tmp_path, lake, name="all", transfer="none", **more)).model
     trained_model, release = load_model(model), pin(lake, None)
-    protocols = EvaluationConfig(protocols=("full",))
-    examples = read_evaluation_set(release, "joint-5", "target", "test", protocols, event_types=KINDS)
+    examples = read_evaluation_set(release, "joint-5", "target", "test", ReadOptions(event_types=KINDS))
     scorer, some = model_scorer(trained_model, examples), np.arange(0, len(examples.users), 7)
     scores = scorer.score(examples.held_out.histories.take(some)).whole()
     rows = {

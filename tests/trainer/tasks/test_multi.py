@@ -29,7 +29,7 @@ from trainer.config import (
 )
 from trainer.data.batch import Batch
 from trainer.data.catalogue import read_catalogue
-from trainer.data.held_out import read_held_out
+from trainer.data.held_out import ReadOptions, read_held_out
 from trainer.data.loader import Loader
 from trainer.data.release import pin
 from trainer.data.sequences import SequenceDataset
@@ -124,7 +124,7 @@ def test_classes_are_first_categories_and_levels(lake):
     for row in range(FIRST_INDEX, len(catalogue)):
         assert found.names["category"][found.class_V[row]] == categories[catalogue.global_index[row]]
     assert (found.class_V[:FIRST_INDEX] == NOTHING).all()
-    held_out = read_held_out(release, "last-5", "source", catalogue, "test", values=True)
+    held_out = read_held_out(release, "last-5", "source", catalogue, "test", ReadOptions(values=True))
     examples = {name: event_prediction.examples_of(held_out, found, name) for name in found.names}
     first = {
         r["user"]: (r["items"][r["test_start"]], r["values"][r["test_start"]])
@@ -152,7 +152,9 @@ def test_what_can_not_be_told_is_named(lake, tiny_lake):
         classes(plain, ("value",))
     assert classes(described, ("value",), max_levels=2).names
     known = classes(described, ("value",))
-    held_out = read_held_out(described, "last-5", "source", read_catalogue(described, "source"), "test", values=True)
+    held_out = read_held_out(
+        described, "last-5", "source", read_catalogue(described, "source"), "test", ReadOptions(values=True)
+    )
     fewer = multi.Classes({"value": ("5",)}, known.class_V, known.levels_L[1:])
     with pytest.raises(ConfigError, match="found 2, which no training event has"):
         event_prediction.examples_of(held_out, fewer, "value")
