@@ -5,8 +5,11 @@ from deltalake import DeltaTable, write_deltalake
 
 from etl.tables import FIRST_INDEX, KNOWLEDGE, UNK
 from tests.fixtures.lakes import build_tiny_lake
+from trainer.config.graph import GraphDataConfig
 from trainer.data.catalogue import read_catalogue, read_knowledge
 from trainer.data.release import Release, pin
+from trainer.knowledge_graph.graph import KINDS, read_graph
+from trainer.knowledge_graph.triples import HEAD, TAIL
 
 
 def test_only_triples_from_items_to_entities_fill_slots(tmp_path):
@@ -31,3 +34,11 @@ def test_only_triples_from_items_to_entities_fill_slots(tmp_path):
     )
     newer = Release(lake, 1, release.versions | {"knowledge": DeltaTable(f"{lake}/knowledge").version()})
     np.testing.assert_array_equal(read_knowledge(newer, catalogue, {"director": 1, "actor": 2}), before)
+    graph = read_graph(newer, GraphDataConfig(lake=lake))
+    ends = {
+        tuple((list(KINDS)[graph.kinds[node]], int(graph.indices[node])) for node in triple)
+        for triple in graph.triples[:, [HEAD, TAIL]]
+    }
+    assert {(("entity", bare), ("entity", FIRST_INDEX)), (("item", bare), ("item", FIRST_INDEX))} <= ends
+    usual = {(("item", row["head_index"]), ("entity", row["tail_index"])) for row in rows}
+    assert usual == {pair for pair in ends if (pair[0][0], pair[1][0]) == ("item", "entity")}
