@@ -107,8 +107,8 @@ def test_knowledge_joins_both_ends_and_counts_a_name_once(spark: SparkSession) -
     found = knowledge.transform(frame(spark, told, TOLD), items, known)
     assert found.columns == KNOWLEDGE.schema.names
     assert sorted(tuple(row) for row in found.collect()) == [
-        ("i", "actor", "person:ann", 1, "a", 9, 5),
-        ("i", "director", "person:ann", 1, "a", 9, 5),
+        ("i", "actor", "person:ann", 1, "a", 9, 5, "item", "entity"),
+        ("i", "director", "person:ann", 1, "a", 9, 5, "item", "entity"),
     ]
 
 
