@@ -248,7 +248,9 @@ def _items(
 def _known(lake: str, versions: dict[str, int]) -> dict[str, dict[str, set[int]]]:
     """``source`` and ``relation`` -> each value of it -> the items that have such knowledge."""
     known: dict[str, dict[str, set[int]]] = {"source": {}, "relation": {}}
-    for batch in _batches(lake, KNOWLEDGE, _files(lake, versions, KNOWLEDGE), [*known, "head_index"]):
+    for batch in _batches(lake, KNOWLEDGE, _files(lake, versions, KNOWLEDGE), [*known, "head_index", "head_kind"]):
+        if "head_kind" in batch.schema.names:  # of a lake that has gained it
+            batch = batch.filter(pc.fill_null(pc.equal(batch.column("head_kind"), "item"), True))
         for column, found in known.items():
             for name in pc.unique(batch.column(column)).to_pylist():
                 heads = batch.filter(pc.equal(batch.column(column), name)).column("head_index")
