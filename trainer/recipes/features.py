@@ -257,7 +257,7 @@ def _report(inputs: _Inputs, ranks: Ranks, coverage: dict[str, float], num_vecto
             f"# {inputs.config.name}: {model.kind}, width {model.width}",
             f"{_size(inputs)}. {num_vectors:,} nodes have a vector, {lacking:,} have no training triple and none.",
             "## Held-out triples\n\nFiltered by the triples of all parts; ties count half. A scorer that scores all "
-            f"alike has MRR {2 / (inputs.graph.num_nodes + 1):.4f} at most.",
+            f"alike has MRR {2 / (inputs.graph.num_nodes + 1):.4f} where no candidate is filtered.",
             ranking_text(ranks, inputs.graph.relations),
             "## Coverage",
             coverage_text(coverage),
