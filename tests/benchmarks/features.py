@@ -241,7 +241,7 @@ def fb15k237(folder: str) -> Numbers:
 
 
 FB_WIDTH = 200
-FB_SETTINGS = GraphTrainConfig(epochs=30, batch_size=4096, chunk=256, negatives=256, margin=9.0, learning_rate=0.3)
+FB_SETTINGS = GraphTrainConfig(epochs=30, batch_size=4096, chunk=256, negatives=256, margin=9.0, learning_rate=0.6)
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
