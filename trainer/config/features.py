@@ -79,7 +79,7 @@ class FeaturesConfig(Section):
     train: GraphTrainConfig = GraphTrainConfig()
     parent: str | None = None  # folder of a run of `transe` of the same width, which `transr` begins from
     validation_triples: int = Field(2_000, ge=0)  # ranked after each epoch, at most
-    runtime: RuntimeConfig = RuntimeConfig()
+    runtime: RuntimeConfig = RuntimeConfig()  # computed on the CPU, whatever the device
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -84,7 +84,7 @@ class _Inputs:
 
 def run(config: FeaturesConfig) -> Result:
     """The recipe `features`. Raises GraftrecError."""
-    world = join(config.runtime)
+    world = join(replaced(config.runtime, device="cpu"))  # a step is small, and its tables may be large
     with alone(Path(config.output) / config.name, world) as folder:
         return _run(config, world, folder)
 
