@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -60,7 +61,7 @@ def read_graph(release: Release, config: GraphDataConfig) -> Graph:
     )
 
 
-_Part = tuple[IntArray, np.ndarray, IntArray]  # heads, names of relations, tails
+_Part = tuple[IntArray, npt.NDArray[np.str_], IntArray]  # heads, names of relations, tails
 
 
 def _knowledge(release: Release, relations: Sequence[str] | None) -> _Part:
