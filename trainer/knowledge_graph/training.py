@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.config.features import GraphTrainConfig
 from trainer.knowledge_graph import loss
@@ -75,14 +75,15 @@ class GraphTraining:
         self.tables: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         for number, (name, width) in enumerate(model.widths.items()):
-            table = RowTable(lengths[name], width, self.rows).to(world.dtype)
+            table = RowTable(lengths[name], width, self.rows)
+            table.weight = nn.Parameter(_memory(table.weight.shape, world.dtype))
             scale = model.initial_scale(name, config.margin)
             self.rows.initialise(table, seed=[config.seed, number], std=scale)
             with torch.no_grad():
                 model.initialise(name, table.weight)
                 model.constrain(name, table.weight)
             self.tables[name] = table.weight
-            self.sums[name] = torch.zeros(len(table.weight), dtype=world.dtype)
+            self.sums[name] = _memory(table.weight.shape[:1], world.dtype).zero_()
         self.progress = GraphProgress()
 
     def learning_rate(self) -> float:
@@ -185,10 +186,11 @@ class GraphTraining:
         """Row-wise Adagrad on the rows that this process keeps, of all processes' gradients."""
         table, sums = self.tables[name].detach(), self.sums[name]
         rows_U, gradient_UE = self.rows.at_owners(read.distinct.rows_U, read.gradient())
-        values_UE = read.values_UE if self.world.size == 1 else table[rows_U]
-        values_UE, sums[rows_U] = adagrad_rows(values_UE, sums[rows_U], gradient_UE, rate)
+        values_UE = read.values_UE if self.world.size == 1 else table.index_select(0, rows_U)
+        values_UE, sums_U = adagrad_rows(values_UE, sums.index_select(0, rows_U), gradient_UE, rate)
         self.model.constrain(name, values_UE)
-        table[rows_U] = values_UE
+        table.index_copy_(0, rows_U, values_UE)
+        sums.index_copy_(0, rows_U, sums_U)
 
     def state(self) -> Checkpoint:
         return Checkpoint(
@@ -219,6 +221,11 @@ class GraphTraining:
     def whole(self) -> dict[str, Tensor]:
         """All rows of every table, on each process; to be read only."""
         return {name: self.rows.whole(table, self.rows.num_rows(table)) for name, table in self.tables.items()}
+
+
+def _memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory of numpy's, which asks Linux for huge pages: rows of a table of gigabytes are found twice as fast."""
+    return torch.from_numpy(np.empty(shape, dtype=str(dtype).removeprefix("torch.")))
 
 
 @dataclass(frozen=True)
