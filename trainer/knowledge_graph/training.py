@@ -133,7 +133,8 @@ class GraphTraining:
             total = 2 * float((losses * filled).sum())
             slopes *= 2 * filled  # it stands against the negatives of either side
         outputs, gradients = [positives], [slopes]
-        for side, queries, others in (("head", to_heads, other_heads), ("tail", to_tails, other_tails)):
+        sides: list[tuple[Side, Queries, Tensor]] = [("head", to_heads, other_heads), ("tail", to_tails, other_tails)]
+        for side, queries, others in sides:
             candidates = model.candidates(others, relations)
             outputs += [queries.vectors_SCD, candidates]
             if queries.normals_SCD is not None:
@@ -240,7 +241,7 @@ class _Read:
     def of(cls, tables: RowTables, table: Tensor, distinct: DistinctRows, shapes: Sequence[tuple[int, ...]]) -> "_Read":
         """The batch names its rows in parts of these shapes."""
         values_UE = tables.fetch(table.detach(), distinct.rows_U)
-        parts = distinct.places_N.split([math.prod(shape) for shape in shapes])
+        parts = torch.split(distinct.places_N, [math.prod(shape) for shape in shapes])
         leaves = [
             values_UE.index_select(0, part).view(*shape, values_UE.shape[1]).requires_grad_()
             for part, shape in zip(parts, shapes, strict=True)
