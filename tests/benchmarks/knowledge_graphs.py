@@ -220,8 +220,8 @@ def _five_minutes(report: Report, data: Path) -> None:
     found = run(Case("FB15k-237", "tests.benchmarks.knowledge_graphs:fb15k237", {"folder": str(data)}), timeout=1_200)
     report.table(
         f"TransE on FB15k-237, full test, filtered, {THREADS} threads",
-        ["seconds", "MRR", "Hits@1", "Hits@3", "Hits@10"],
-        [[found[name] for name in ("seconds", "MRR", "Hits@1", "Hits@3", "Hits@10")]],
+        ["seconds", "CPU-seconds", "MRR", "Hits@1", "Hits@3", "Hits@10"],
+        [[found[name] for name in ("seconds", "cpu_seconds", "MRR", "Hits@1", "Hits@3", "Hits@10")]],
     )
     report.bar("FB15k-237, seconds of training and ranking", found["seconds"], at_most=60.0 * MINUTES)
     report.bar("FB15k-237, MRR of TransE", found["MRR"], at_least=0.28)
@@ -231,7 +231,7 @@ def _five_minutes(report: Report, data: Path) -> None:
 def fb15k237(folder: str) -> Numbers:
     use_threads(THREADS)
     train, valid, test = (read_triples(Path(folder), part) for part in ("train", "valid", "test"))
-    begun = time.monotonic()
+    begun, cpu = time.monotonic(), time.process_time()
     training = training_of(("transe", 2), train, width=FB_WIDTH, settings=FB_SETTINGS)
     for epoch in range(FB_SETTINGS.epochs):
         training.progress.epoch, training.progress.step = epoch, 0
@@ -239,11 +239,12 @@ def fb15k237(folder: str) -> Numbers:
             training.step(batch)
     known = KnownTriples(np.concatenate([train, valid, test]), num_entities=ENTITIES, num_relations=RELATIONS)
     ranks = filtered_ranks(training.model, training.whole(), test, known)
-    return {"seconds": time.monotonic() - begun} | ranks.metrics()
+    costs = {"seconds": time.monotonic() - begun, "cpu_seconds": time.process_time() - cpu}
+    return costs | ranks.metrics()
 
 
 FB_WIDTH = 200
-FB_SETTINGS = GraphTrainConfig(epochs=30, batch_size=4096, chunk=256, negatives=256, margin=9.0, learning_rate=0.6)
+FB_SETTINGS = GraphTrainConfig(epochs=20, batch_size=4096, chunk=256, negatives=256, margin=9.0, learning_rate=0.6)
 
 
 # --- what they share --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ ranking are the same for all.
 Shape letters: ``S`` chunks, ``C`` triples of a chunk, ``K`` candidates of a chunk, ``E`` width of an entity's row.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -57,9 +58,8 @@ class GraphModel(ABC):
         # A distance, of a sum of three vectors, begins at about the margin, so that neither side of the loss is flat.
         width = self.widths[ENTITIES]
         if not self.config.is_distance:
-            scale: float = width**-0.5
-            return scale
-        return (margin + 2) / ((3 * width) ** 0.5 if self.config.norm == 2 else 1.4 * width)
+            return 1 / math.sqrt(width)
+        return (margin + 2) / (math.sqrt(3 * width) if self.config.norm == 2 else 1.4 * width)
 
     def initialise(self, table: str, rows_RE: Tensor) -> None:
         """Fill a table by relation that does not begin with chance, in place."""
@@ -73,7 +73,7 @@ class GraphModel(ABC):
 
 def as_complex(rows: Tensor) -> Tensor:
     """Rows of numbers whose real and imaginary parts alternate, as complex numbers."""
-    return torch.view_as_complex(rows.reshape(*rows.shape[:-1], -1, 2))
+    return torch.view_as_complex(rows.view(*rows.shape[:-1], -1, 2))
 
 
 def as_real(rows: Tensor) -> Tensor:
@@ -83,6 +83,5 @@ def as_real(rows: Tensor) -> Tensor:
 
 def clamp_norm(rows: Tensor, most: float) -> Tensor:
     """Rows longer than `most` shortened to it."""
-    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    shortened: Tensor = rows / (lengths / most).clamp(min=1)
-    return shortened
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / (lengths / most).clamp(min=1)
