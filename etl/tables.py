@@ -230,6 +230,28 @@ SOCIAL = Table(
     order=("user_index", "friend_index"),
 )
 
+# Vectors of items, users and entities by encoders: of text, of graphs. What an encoder has no vector of has no row. The
+# partition of an encoder is written whole, or gains rows; its commit records what the vectors were made by and from
+# (`etl.lake.encodings`).
+FEATURES = Table(
+    "features",
+    pa.schema(
+        [
+            _field("kind", _STRING),  # item | user | entity
+            _field("id", _STRING),  # raw id
+            _field("index", _INT),  # its global index
+            _field("encoder", _STRING),
+            # Whose training part was read; "", which Delta spells as null, where no interaction was.
+            _field("split", _STRING, null=True),
+            _field("vector", pa.list_(pa.float32())),  # finite, not zero, as wide as all others of its encoder
+            _field("source_hash", _LONG, null=True),  # 8 bytes of BLAKE2b of the text it was made from; null: of none
+        ]
+    ),
+    key=("kind", "id", "encoder", "split"),
+    partition_by=("kind", "encoder", "split"),
+    order=("index",),
+)
+
 # items[:valid_start] is the training part, items[valid_start:test_start] validation, items[test_start:end] test; what
 # lies past `end` belongs to no part (the `causal` split cuts there). Rows of the domain `all` under a joint split are
 # three runs, each in time order: trained on, held out, past the end. A user too short for a hold-out has all three
@@ -351,6 +373,7 @@ TABLES: dict[str, Table] = {
         DOMAINS,
         KNOWLEDGE,
         SOCIAL,
+        FEATURES,
         SEQUENCES,
         BASKETS,
         NEGATIVES,

@@ -25,6 +25,7 @@ RECIPES: dict[str, tuple[type[Section], str]] = {
     "evaluate": (configs.EvaluateConfig, "score models beside the simple baselines"),
     "backtest": (configs.BacktestConfig, "train and test at several dates, each on what was before it"),
     "promote": (configs.PromoteConfig, "ask the gate, and move the champion alias if it agrees"),
+    "features": (configs.FeaturesConfig, "write vectors of items, users or entities as a Delta table"),
     "recommend": (configs.RecommendConfig, "write the top-k of every user as a Delta table"),
 }
 

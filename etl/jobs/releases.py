@@ -3,18 +3,20 @@
 import json
 import time
 from collections.abc import Mapping
+from typing import Any, cast
 
+import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import EtlConfig
 from etl.jobs.job import Outcome, RunContext
 from etl.lake import spark_io
-from etl.lake.file_reader import check_files
-from etl.lake.snapshots import local_path
+from etl.lake.file_reader import check_files, open_parquet
+from etl.lake.snapshots import local_path, table_filesystem
 from etl.lake.spark_io import spark_schema
 from etl.redaction import without_secrets
 from etl.settings import config_hash
-from etl.tables import QUARANTINE, RELEASES, TABLES
+from etl.tables import FEATURES, QUARANTINE, RELEASES, TABLES
 
 
 def transform(
@@ -58,29 +60,53 @@ def release(engine: RunContext, versions: Mapping[str, int], *, code: str) -> tu
         return number, Outcome(int(last["version"]), 1, False)
     number += 1
     frame = transform(engine.spark, number, versions, engine.config, code=code, created=time.time_ns() // 1_000)
-    written = spark_io.write(
-        engine.spark,
-        frame,
-        lake,
-        RELEASES,
-        spark_io.Commit(
-            mode="append",
-            app="job/releases",
-            app_version=number,
-            metadata={"job": "releases", "release": str(number), "versions": named, "digests": digests},
-        ),
-    )
+    written = spark_io.write(engine.spark, frame, lake, RELEASES, _commit(number, named, digests))
     if not written.committed and spark_io.last_commit(lake, RELEASES)["versions"] != named:
         raise spark_io.CommitConflict("releases: another run released other versions meanwhile; run again")
     return number, Outcome(written.version, written.rows, written.committed)
 
 
+def release_with(lake: str, changed: Mapping[str, int]) -> tuple[int, bool]:
+    """The newest release with other versions of some tables, as a new release: its number, and whether it was appended
+    now (not where the newest has these versions already). Needs no Spark. Only the lake's writer may.
+
+    Raises LakeError where there is no release.
+    """
+    rows: list[dict[str, object]] = []
+    for file in spark_io.snapshot_files(lake, RELEASES):
+        with open_parquet(lake, RELEASES, file.path) as opened:
+            rows += opened.read().to_pylist()
+    if not rows:
+        raise spark_io.LakeError(f"{lake}: expected a release, found none; run `python -m etl all` first")
+    newest = max(rows, key=lambda row: cast(int, row["release"]))
+    tables = cast(list[dict[str, Any]], newest["tables"])
+    versions = {entry["table"]: int(entry["version"]) for entry in tables}
+    number = cast(int, newest["release"])
+    if all(versions.get(name) == version for name, version in changed.items()):
+        return number, False
+    versions, number = {**versions, **changed}, number + 1
+    digests = json.dumps(checked(lake, versions), sort_keys=True)
+    entries = [{"table": name, "version": version} for name, version in sorted(versions.items())]
+    row = newest | {"release": number, "created": time.time_ns() // 1_000, "tables": entries}
+    writer = spark_io.FileWriter(table_filesystem(lake, RELEASES), RELEASES, ())
+    writer.add(pa.RecordBatch.from_pylist([row], schema=RELEASES.schema))
+    files = spark_io.data_files(writer.close().column("file").to_pylist())
+    named = json.dumps(versions, sort_keys=True)
+    return number, spark_io.commit_files(lake, RELEASES, files, _commit(number, named, digests)).committed
+
+
+def _commit(number: int, versions: str, digests: str) -> spark_io.Commit:
+    metadata = {"job": "releases", "release": str(number), "versions": versions, "digests": digests}
+    return spark_io.Commit(mode="append", app="job/releases", app_version=number, metadata=metadata)
+
+
 def check_inputs(lake: str, versions: Mapping[str, int]) -> None:
     """Raise CommitConflict unless each table's commit has read the very versions of the other tables.
 
-    `quarantine` is left out: several jobs write it, each its own rows, and only where there are any.
+    `quarantine` is left out: several jobs write it, each its own rows, and only where there are any. So is `features`:
+    an encoder's vectors stay as they are until it runs again, and the table's commit says what each was made from.
     """
-    for name in versions.keys() - {QUARANTINE.name}:
+    for name in versions.keys() - {QUARANTINE.name, FEATURES.name}:
         inputs = json.loads(spark_io.last_commit(lake, TABLES[name], versions[name]).get("inputs", "{}"))
         for source, read in inputs.items():
             # A version that no job of ours committed, such as a compaction, has the rows of the one before.

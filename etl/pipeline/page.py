@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 
 from etl.pipeline.report import DomainReport, Report
-from etl.pipeline.report_text import histogram, times
+from etl.pipeline.report_text import coverage, histogram, times
 from etl.tables import DOMAIN_ALL
 
 _DAYS = 90  # bars of the histogram of times, at most
@@ -37,6 +37,7 @@ def to_html(report: Report) -> str:
         report=report,
         made=dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         sources=sorted({source for domain in report.domains for source in domain.covered}),
+        coverage=[coverage(one, report) for one in report.coverage],
         times=times(report),
         width=width,
         days=days,

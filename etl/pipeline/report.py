@@ -19,11 +19,25 @@ from etl.config import etl_command
 from etl.jobs import event_times
 from etl.lake import spark_io
 from etl.lake.datafile import DataFile
+from etl.lake.encodings import encodings
 from etl.lake.file_reader import open_parquet
-from etl.lake.snapshots import check_formats
+from etl.lake.snapshots import check_formats, within
 from etl.pipeline.time_report import TimeSplit, by_time, time_split
 from etl.settings import GraftrecError
-from etl.tables import DOMAIN_ALL, DOMAINS, INTERACTIONS, ITEMS, KNOWLEDGE, QUARANTINE, RELEASES, SEQUENCES, Table
+from etl.tables import (
+    DOMAIN_ALL,
+    DOMAINS,
+    ENTITIES,
+    FEATURES,
+    INTERACTIONS,
+    ITEMS,
+    KNOWLEDGE,
+    QUARANTINE,
+    RELEASES,
+    SEQUENCES,
+    USERS,
+    Table,
+)
 
 Ints = npt.NDArray[np.int64]
 Pair = tuple[str, str]
@@ -56,6 +70,18 @@ class DomainReport:
         return self.interactions / self.users if self.users else 0.0
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """Of one encoder's vectors: how many things of the vocabulary have one (`of` how many), and, of items, how many of
+    each domain's kept ones."""
+
+    name: str  # kind/encoder, and the split whose training part was read, if any
+    width: int
+    things: int
+    of: int
+    by_domain: dict[str, int]
+
+
 @dataclass
 class Report:
     """Of one release and split.
@@ -80,6 +106,7 @@ class Report:
     times: tuple[int, int] | None = None
     examples: dict[Pair, dict[str, Any]] = field(default_factory=dict)
     time_splits: list[TimeSplit] = field(default_factory=list)
+    coverage: list["Coverage"] = field(default_factory=list)
 
     @property
     def outside(self) -> int:
@@ -128,7 +155,26 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
             for domain in domains
             if (own := [f for f in files if (f.partition["split"], f.partition["domain"]) == (named["name"], domain)])
         ],
+        coverage=_coverage(lake, versions, members),
     )
+
+
+_VOCABULARIES = {"item": ITEMS, "user": USERS, "entity": ENTITIES}
+
+
+def _coverage(lake: str, versions: dict[str, int], members: dict[str, set[int]]) -> list[Coverage]:
+    found = []
+    for name, encoding in sorted(encodings(lake, versions.get(FEATURES.name, -1)).items()):
+        scope = encoding.partition
+        files = [file for file in _files(lake, versions, FEATURES) if within(file, scope)]
+        index = {i for batch in _batches(lake, FEATURES, files, ["index"]) for i in batch.column(0).to_pylist()}
+        by_domain = {domain: len(items & index) for domain, items in members.items()} if encoding.kind == "item" else {}
+        vocabulary = _VOCABULARIES[encoding.kind]
+        total = sum(
+            batch.num_rows for batch in _batches(lake, vocabulary, _files(lake, versions, vocabulary), ["index"])
+        )
+        found.append(Coverage(name, encoding.width, len(index), total, by_domain))
+    return found
 
 
 def _times(lake: str, log: Sequence[DataFile], *, ordered: bool) -> tuple[int, Counter[int], tuple[int, int] | None]:

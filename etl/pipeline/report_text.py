@@ -1,7 +1,7 @@
 """The report on a release as lines of text."""
 
 from etl.jobs import event_times
-from etl.pipeline.report import Report
+from etl.pipeline.report import Coverage, Report
 from etl.text_table import aligned
 
 _BARS = 30  # of the histogram of times, at most
@@ -30,6 +30,7 @@ def lines(report: Report) -> list[str]:
     if report.related:
         known = ", ".join(f"{relation} of {count:,}" for relation, count in sorted(report.related.items()))
         lines.append(f"known: {known} items")
+    lines += [coverage(one, report) for one in report.coverage]
     for (left, right), count in report.shared_users.items():
         items = report.shared_items[left, right]
         lines.append(f"in both {left} and {right}: {count:,} users, {items:,} items")
@@ -40,6 +41,14 @@ def lines(report: Report) -> list[str]:
     for (kind, reason), count in report.rejected.most_common(10):
         lines.append(f"  {count:,} of {kind}: {reason}")
     return lines
+
+
+def coverage(found: Coverage, report: Report) -> str:
+    """How many things have a vector, and which share of each domain's items."""
+    size = {domain.name: domain.items for domain in report.domains}
+    shares = [f"{name} {count / max(1, size[name]):.1%}" for name, count in found.by_domain.items()]
+    domains = f"; of the items of {', '.join(shares)}" if shares else ""
+    return f"features {found.name}: {found.things:,} of {found.of:,} have one, {found.width} wide{domains}"
 
 
 def histogram(report: Report, most: int) -> tuple[int, Bars]:

@@ -26,7 +26,7 @@ from etl.lake import spark_io
 from etl.lake.snapshots import check_formats
 from etl.session import user_errors
 from etl.settings import ConfigError, GraftrecError
-from etl.tables import DOMAIN_ALL, QUARANTINE, RELEASES, SEQUENCES
+from etl.tables import DOMAIN_ALL, FEATURES, QUARANTINE, RELEASES, SEQUENCES
 
 _MODULES = (interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives)
 JOBS: tuple[Job, ...] = tuple(module.JOB for module in _MODULES)
@@ -92,9 +92,10 @@ def _run_and_release(engine: RunContext) -> int:
         versions[job.table.name] = outcome.version
         total += outcome.rows if outcome.committed else 0
         skipped += not outcome.committed
-    quarantined = spark_io.current_version(engine.config.lake, QUARANTINE)
-    if quarantined is not None:
-        versions[QUARANTINE.name] = quarantined
+    for table in (QUARANTINE, FEATURES):  # written by several jobs, by the recipe `features`; or not at all
+        version = spark_io.current_version(engine.config.lake, table)
+        if version is not None:
+            versions[table.name] = version
     code = digest([job_code_version(job) for job in ordered])
     number, outcome = releases.release(engine, versions, code=code)
     seconds = time.monotonic() - began

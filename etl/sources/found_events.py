@@ -28,7 +28,9 @@ def pack(events: pa.Table) -> pa.Table:
 def filled(events: DataFrame) -> DataFrame:
     """Events with nulls in the columns (EXTRAS) that their log lacks."""
     kinds = {name: "double" if name == "value" else "string" for name in EXTRAS if name not in events.columns}
-    return events.withColumns({name: F.lit(None).cast(kind) for name, kind in kinds.items()})
+    for name, kind in kinds.items():  # withColumns of none fails on Connect
+        events = events.withColumn(name, F.lit(None).cast(kind))
+    return events
 
 
 def rejected(values: Mapping[str, Column]) -> Column:

@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks bench|gpu|peers|growth|demo [--only NAME…] [--data FOLDER] [--work FOLDER]``.
+"""``python -m tests.benchmarks bench|gpu|features|peers|growth|demo [--only NAME…] [--data FOLDER] [--work FOLDER]``.
 
 Each benchmark is a module of this package with ``measure(report, options)``, which prints tables and holds bars.
 """
@@ -15,6 +15,7 @@ from tests.benchmarks.harness import Report, machine
 SUITES = {
     "bench": ("stream", "train_small", "train_survey", "threads", "catalogue", "score", "patches"),
     "gpu": ("train_gpu",),
+    "features": ("encoders", "knowledge_graphs"),
     "peers": ("peers_stream", "peers_train", "peers_score", "peers_etl"),
     "demo": ("demo",),
     "growth": ("growth", "new_day", "heavy_user"),
@@ -24,7 +25,8 @@ _PACKAGES = ("torch", "pyspark", "pysail", "pyarrow", "deltalake", "polars", "du
 
 @dataclass(frozen=True)
 class Options:
-    """`data`: a folder of MovieLens-1M (ratings.dat) or None: a generated log of its shape; `work`: where benchmarks
+    """`data`: a folder of MovieLens-1M (ratings.dat), of the suite `features` one of FB15k-237
+    (train2id.txt), or None: a generated log of its shape; `work`: where benchmarks
     put their lakes and peers' environments, kept between runs; `only`: of the suite `demo`, beginnings of runs' names
     (seed-0, null, statistics), all where empty."""
 
@@ -37,7 +39,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--only", nargs="*", help="some of the suite's benchmarks, or of the demo's runs")
-    parser.add_argument("--data", type=Path, default=None, help="a folder of MovieLens-1M")
+    parser.add_argument("--data", type=Path, default=None, help="a folder of MovieLens-1M; of FB15k-237 for features")
     parser.add_argument("--work", type=Path, default=Path(".bench"), help="scratch space, kept between runs")
     given = parser.parse_args()
     only = tuple(given.only or ())

@@ -86,7 +86,7 @@ def _all_tables(report: Report, options: Options, events: int) -> None:
 
 def ours(*, lake: str, engine: str) -> Numbers:
     from etl.config import EtlConfig
-    from etl.jobs.job import Run, RunContext, due
+    from etl.jobs.job import Run, RunContext, plan_run
     from etl.jobs.sequences import JOB
 
     shutil.rmtree(Path(lake) / "sequences", ignore_errors=True)
@@ -96,7 +96,7 @@ def ours(*, lake: str, engine: str) -> Numbers:
     made = RunContext(config)
     made.spark.range(1).collect()
     begun = time.perf_counter()
-    run = due(JOB, made)
+    run = plan_run(JOB, made)
     assert isinstance(run, Run)
     JOB.run(run)
     return {"seconds": time.perf_counter() - begun, **_told(f"{lake}/sequences/**/*.parquet")}

@@ -77,7 +77,7 @@ def test_two_runs_with_different_logs_never_mix(offset: float, tmp_path: Path) -
 INTERRUPTED = """
 import subprocess, sys
 from etl.__main__ import main
-from etl.jobs import pipeline
+from etl.pipeline import run as pipeline
 real, rival = pipeline.run_job, sys.argv[2:]
 
 def run_job(job, engine, **named):

@@ -10,7 +10,18 @@ from trainer.config.evaluation import (
     PromoteConfig,
     RecommendConfig,
 )
-from trainer.config.model import Bert4RecConfig, CaserConfig, DupnConfig, MlpConfig, ModelConfig, PeterRecConfig
+from trainer.config.features import AttributesConfig, FeaturesConfig, TextConfig
+from trainer.config.graph import GraphConfig, GraphDataConfig, GraphModelConfig, GraphTrainConfig
+from trainer.config.model import (
+    Bert4RecConfig,
+    CaserConfig,
+    DocumentConfig,
+    DupnConfig,
+    ItemFeaturesConfig,
+    MlpConfig,
+    ModelConfig,
+    PeterRecConfig,
+)
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.task import (
     BasketPairConfig,
@@ -39,6 +50,7 @@ from trainer.config.training import (
 from trainer.config.transfer import FinetuneConfig, PatchConfig, TransferName, patch_of, with_transfer
 
 __all__ = [
+    "AttributesConfig",
     "BacktestConfig",
     "BaselinesConfig",
     "BasketPairConfig",
@@ -47,12 +59,19 @@ __all__ = [
     "Choice",
     "ClickConfig",
     "DataConfig",
+    "DocumentConfig",
     "DupnConfig",
     "EvaluateConfig",
     "EvaluatedModel",
     "EvaluationConfig",
+    "FeaturesConfig",
     "FinetuneConfig",
     "GateConfig",
+    "GraphConfig",
+    "GraphDataConfig",
+    "GraphModelConfig",
+    "GraphTrainConfig",
+    "ItemFeaturesConfig",
     "LossConfig",
     "MaskedItemConfig",
     "MlpConfig",
@@ -76,6 +95,7 @@ __all__ = [
     "TaskConfig",
     "TaskHead",
     "TaskSettings",
+    "TextConfig",
     "TrackingConfig",
     "TrainConfig",
     "TransferName",

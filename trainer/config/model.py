@@ -1,10 +1,59 @@
 """Settings of networks."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from etl.settings import Section
+from trainer.config.data import each_once
+
+
+class DocumentConfig(Section):
+    """A text's vector by a convolution and attention over word vectors, trained with the recommender (survey 2.1)."""
+
+    columns: tuple[str, ...] = Field(("title", "categories"), min_length=1)  # of `items`, or attributes.<name>
+    placeholders: tuple[str, ...] = ()  # that stand for no text, besides "", "[]", "unknown" and the like
+    max_words: int = Field(32, ge=1)  # of a text; what is behind them is not read
+    window: int = Field(3, ge=1)  # words that the convolution sees at once
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_known(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        known = ("title", "year", "categories")
+        if unknown := [name for name in columns if name not in known and not re.fullmatch(r"attributes\..+", name)]:
+            raise ValueError(f"expected columns of items ({', '.join(known)}, attributes.<name>), found {unknown[0]!r}")
+        return each_once(columns, "column")
+
+
+class ItemFeaturesConfig(Section):
+    """Vectors of items from the table `features`, beside the items' own (survey 2, Eq. 1)."""
+
+    encoders: tuple[str, ...] = ()  # names in the table; (): none
+    document: DocumentConfig | None = None  # a trained encoder of texts, beside those or alone
+    width: int = Field(64, ge=1)  # that an encoder's vectors are projected to
+    # How they join the item's own vector: see trainer/models/features.py. With each, a model begins as one without.
+    aggregate: Literal["concat", "sum", "gate", "attention"] = "gate"
+    # What stands for the vector of an item that has none: learned: one that is trained; zero; mean: of those that have.
+    missing: Literal["learned", "zero", "mean"] = "learned"
+    whitening: bool = True  # centred, and of equal variance in all directions, over the items that are trained on
+    id_dropout: float = Field(0.0, ge=0, lt=1)  # share of items that a step sees without their own vector (DropoutNet)
+
+    @field_validator("encoders")
+    @classmethod
+    def _encoders_differ(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return each_once(names, "encoder")
+
+    @model_validator(mode="after")
+    def _ids_stand_beside_features(self) -> "ItemFeaturesConfig":
+        if self.id_dropout and not self.given:
+            raise ValueError("id_dropout: expected encoders whose vectors are left, found none; name them, or set 0")
+        return self
+
+    @property
+    def given(self) -> bool:
+        """Whether there are any features."""
+        return bool(self.encoders) or self.document is not None
 
 
 class Bert4RecConfig(Section):
@@ -23,6 +72,7 @@ class Bert4RecConfig(Section):
     # relation -> slots; {}: metadata off
     knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
     knowledge_width: int = Field(16, ge=1)  # of each slot
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "Bert4RecConfig":
@@ -46,6 +96,7 @@ class CaserConfig(Section):
     # relation -> slots; {}: metadata off
     knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
     knowledge_width: int = Field(25, ge=1)  # of each slot
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
 
 class PeterRecConfig(Section):
@@ -59,6 +110,7 @@ class PeterRecConfig(Section):
     user_width: int = Field(0, ge=0)  # 0: no user embedding
     knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
     knowledge_width: int = Field(16, ge=1)  # of each slot
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
     @field_validator("dilations")
     @classmethod
@@ -79,19 +131,24 @@ class DupnConfig(Section):
     event_types: bool = False  # what kind of event each was is read too, of data.event_types
     knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
     knowledge_width: int = Field(16, ge=1)  # of each slot
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
 
 class MlpConfig(Section):
-    """User and item embeddings and layers over both (Hu et al. 2018's baseline; He et al. 2017)."""
+    """User and item vectors and a score of both, without a sequence (survey 2, Eq. 2): Hu et al. 2018's baseline."""
 
     kind: Literal["mlp"] = "mlp"
+    # mlp: layers over both (He et al. 2017); dot: their product (Koren et al. 2009); fm: the products of all pairs of
+    # user, item and features (Rendle 2010).
+    score: Literal["mlp", "dot", "fm"] = "mlp"
     width: int = Field(64, ge=1)  # of an item's embedding
-    user_width: int = Field(64, ge=1)
-    layers: tuple[int, ...] = Field((64, 32), min_length=1)  # widths
+    user_width: int = Field(64, ge=1)  # of dot and fm: as width
+    layers: tuple[int, ...] = Field((64, 32), min_length=1)  # widths, of mlp
     max_length: int = Field(200, ge=2)  # items of a user that a step trains
     dropout: Literal[0] = 0
     knowledge: dict[str, int] = Field(default_factory=dict, max_length=0)  # none
     knowledge_width: int = Field(16, ge=1)
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
     @field_validator("layers")
     @classmethod
@@ -99,6 +156,15 @@ class MlpConfig(Section):
         if min(layers) < 1:
             raise ValueError(f"expected widths of 1 and more, found {', '.join(map(str, layers))}")
         return layers
+
+    @model_validator(mode="after")
+    def _vectors_are_multiplied(self) -> "MlpConfig":
+        if self.score != "mlp" and self.user_width != self.width:
+            raise ValueError(f"score {self.score}: expected user_width as width, {self.width}, found {self.user_width}")
+        features = self.features
+        if self.score == "fm" and features.given and features.aggregate != "sum":
+            raise ValueError(f"score fm: expected features.aggregate sum, found {features.aggregate}; set that")
+        return self
 
 
 def _kind_of(given: Any) -> str:

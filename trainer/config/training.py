@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from etl.settings import FileName, Section
 from trainer.config.data import DataConfig
-from trainer.config.model import Bert4RecConfig, DupnConfig, ModelConfig
+from trainer.config.model import Bert4RecConfig, DupnConfig, MlpConfig, ModelConfig
 from trainer.config.task import MaskedItemConfig, TaskConfig
 
 
@@ -113,10 +113,10 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _mlp_scores_pairs(self) -> "PretrainConfig":
-        if self.model.kind == "mlp" and self.task.scores_catalogue:
+        if isinstance(self.model, MlpConfig) and self.model.score == "mlp" and self.task.scores_catalogue:
             raise ValueError(
                 "model mlp scores every pair of user and item by a network, too dear for task.loss.kind full; set that "
-                "to bce or sampled"
+                "to bce or sampled, or model.score to dot or fm"
             )
         return self
 

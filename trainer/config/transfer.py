@@ -8,7 +8,7 @@ from etl.settings import FileName, Section, replaced
 from trainer.config.data import TargetDataConfig
 from trainer.config.training import PretrainConfig
 
-TransferName = Literal["none", "shallow", "deep", "patch"]
+TransferName = Literal["none", "shallow", "shallow+features", "deep", "patch"]
 
 
 class PatchConfig(Section):
@@ -57,6 +57,12 @@ class FinetuneConfig(PretrainConfig):
                 "transfer patch with shared_items freezes rows, which row-wise tables don't; set "
                 "train.table_optimizer=adamw"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _features_are_there(self) -> "FinetuneConfig":
+        if self.transfer == "shallow+features" and not self.model.features.given:
+            raise ValueError("transfer shallow+features: expected encoders in model.features, found none; set shallow")
         return self
 
     @model_validator(mode="after")

@@ -1,24 +1,22 @@
-"""What items are, as vectors: their text by a sentence encoder, their categories as flags (survey 2 and 3.2.2).
-
-The encoder is WordLlama's (static token vectors, averaged), whose weights its package carries; nothing is fetched.
-"""
+"""What items are, as vectors: their text by a sentence encoder, their categories as flags (survey 2 and 3.2.2)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from etl import tables
 from etl.settings import ConfigError
 from etl.tables import FIRST_INDEX
+from trainer.arrays import FloatArray
 from trainer.data.catalogue import Catalogue
 from trainer.data.release import Release
+from trainer.encoders import text_encoder
+from trainer.encoders.text import text_of
 
-FloatArray = npt.NDArray[np.float32]
 Part = Literal["text", "categories"]
+TEXT_ENCODER = "wordllama"  # static vectors of tokens, averaged
 TEXTS_AT_ONCE = 10_000
 
 
@@ -73,26 +71,11 @@ def _flags(categories: Sequence[Sequence[str]], names: Sequence[str]) -> FloatAr
 
 def _texts(titles: Sequence[str], categories: Sequence[Sequence[str]]) -> FloatArray:
     """[N, width] of the title and the categories behind it; zero for an item with neither."""
-    texts = [
-        ". ".join(part for part in (title, ", ".join(own)) if part)
-        for title, own in zip(titles, categories, strict=True)
-    ]
+    texts = [text_of(parts) for parts in zip(titles, categories, strict=True)]
     filled = [row for row, text in enumerate(texts) if text]
-    encoder = _encoder()
-    vectors = np.zeros((len(texts), encoder.embedding.shape[1]), dtype=np.float32)
+    encoder = text_encoder(TEXT_ENCODER)
+    vectors = np.zeros((len(texts), encoder.width), dtype=np.float32)
     for start in range(0, len(filled), TEXTS_AT_ONCE):
         part = filled[start : start + TEXTS_AT_ONCE]
-        vectors[part] = encoder.embed([texts[row] for row in part])
+        vectors[part] = encoder.encode([texts[row] for row in part])
     return vectors
-
-
-def _encoder() -> Any:
-    try:
-        import wordllama
-    except ImportError:
-        raise ConfigError(
-            "task.content text needs the package wordllama, which isn't there; `pip install graftrec[text]`, or take "
-            "text out of task.content"
-        ) from None
-    folder = Path(wordllama.__file__).parent  # where it looks first has another name than where its files lie
-    return wordllama.WordLlama.load(cache_dir=folder, disable_download=True)

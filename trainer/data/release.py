@@ -60,7 +60,7 @@ class Release:
     digests: dict[str, str] = field(default_factory=dict)  # of tables' logs; none of releases of before
     by_time: Mapping[str, dt.datetime] = field(default_factory=dict)  # split by time -> until when it trains
 
-    def files(self, table: Table, partitions: dict[str, str] | None = None) -> list[TableFile]:
+    def files(self, table: Table, partitions: Mapping[str, str | None] | None = None) -> list[TableFile]:
         """Data files of a table's pinned version, sorted by path; only those of the partitions named. Their bytes are
         checked. Raises DataError."""
         scope = {column: [value] for column, value in (partitions or {}).items()}
@@ -94,7 +94,7 @@ class Release:
         self,
         table: Table,
         columns: Sequence[str],
-        partitions: dict[str, str] | None = None,
+        partitions: Mapping[str, str | None] | None = None,
         *,
         indices: IntArray | None = None,
     ) -> pa.Table:

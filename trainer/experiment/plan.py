@@ -73,8 +73,8 @@ class ModelPlan(Section):
         return self
 
     def settings_of(self, transfer: TransferName) -> FinetuneConfig:
-        """How the rows of a transfer are trained on the target."""
-        given: FinetuneConfig | None = getattr(self.tuned, transfer)
+        """How the rows of a transfer are trained on the target; those of `shallow+features` as those of `shallow`."""
+        given: FinetuneConfig | None = getattr(self.tuned, transfer.partition("+")[0])
         return given or self.finetune
 
 

@@ -5,6 +5,8 @@ weights.safetensors  every tensor but the user table
 users.safetensors    the user table, apart from the rest: it can be huge, and it is personal data. Optional.
 users.parquet        raw user id -> row of the user table. Optional, as above.
 content.safetensors  what items are (float16), where the task reads it
+features.safetensors of each encoder that the model reads: vectors of items (float16), which have one, its whitening;
+                     of a trained one: texts as words, and the words' vectors
 catalogue.parquet    row, global index, raw item id, title, popularity, whether it is predicted (where not all are),
                      entity index of each knowledge slot
 manifest.json        SHA-256 of each file above; written last, so that a half-written folder is no model
@@ -35,16 +37,19 @@ from trainer import old_versions
 from trainer.arrays import Int32Array
 from trainer.config import (
     FinetuneConfig,
+    ItemFeaturesConfig,
     PretrainConfig,
     TaskHead,
     event_types_read,
     patch_of,
 )
 from trainer.data.catalogue import Catalogue, Texts
+from trainer.data.documents import Documents
 from trainer.data.item_features import Content
+from trainer.data.item_vectors import ItemVectors, Whitening
 from trainer.data.release import Release
 from trainer.inference.scorer import ModelScorer
-from trainer.models import ModelSizes, SequenceModel, build_saved
+from trainer.models import DocumentTable, FeatureTable, ModelSizes, SequenceModel, build_saved
 from trainer.models.row_table import interleave
 from trainer.tasks import Task, build_task
 
@@ -54,6 +59,8 @@ COSTS = ("seconds", "pretrain_seconds", "peak_gb")  # metrics that another train
 USERS, USER_IDS = "users.safetensors", "users.parquet"
 OPTIONAL = (USERS, USER_IDS)
 CONTENT = "content"
+FEATURES = "features.safetensors"
+DOCUMENT = "document"  # with a colon behind it; of other encoders a slash is behind the name
 USER_TABLE = "user_embedding.weight"
 
 
@@ -81,6 +88,8 @@ class TrainedModel:
     classes: dict[str, tuple[str, ...]]  # head of the task -> the classes that it tells, in the order of its outputs
     categories: tuple[str, ...]  # those that have flags in what items are, where the task reads that
     users: dict[str, int] | None  # raw user id -> row; None where the folder lacks it
+    features: dict[str, ItemVectors]  # encoder -> its vectors of items, where the model reads any
+    documents: Documents | None = None  # texts of items, where the model reads these
 
     @property
     def event_types(self) -> tuple[str, ...]:
@@ -131,6 +140,50 @@ class ModelParts:
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     task_heads: Mapping[str, TaskHead] = field(default_factory=dict)
     content: Content | None = None
+    features: Mapping[str, ItemVectors] = field(default_factory=dict)
+    documents: Documents | None = None
+
+
+def feature_tables(features: Mapping[str, ItemVectors]) -> tuple[FeatureTable, ...]:
+    """As a model takes them."""
+    found = features.values()
+    return tuple(FeatureTable(torch.from_numpy(one.vectors_VF), torch.from_numpy(one.has_V)) for one in found)
+
+
+def document_table(documents: Documents | None) -> DocumentTable | None:
+    """As a model takes them."""
+    if documents is None:
+        return None
+    return DocumentTable(torch.from_numpy(documents.words_VL), torch.from_numpy(documents.vectors_UF))
+
+
+def _save_features(path: Path, features: Mapping[str, ItemVectors], documents: Documents | None) -> None:
+    tensors: dict[str, Tensor] = {}
+    if (table := document_table(documents)) is not None:
+        tensors = {f"{DOCUMENT}:words": table.words_VL, f"{DOCUMENT}:vectors": table.vectors_UF}
+    for encoder, one in features.items():
+        parts = {"vectors": one.vectors_VF, "has": one.has_V}
+        parts |= {"mean": one.whitening.mean_F, "transform": one.whitening.transform_FF}
+        tensors |= {f"{encoder}/{name}": torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
+    save_file(tensors, path)
+
+
+def _load_features(path: Path, config: ItemFeaturesConfig) -> tuple[dict[str, ItemVectors], Documents | None]:
+    if not config.given:
+        return {}, None
+    found = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    documents = None
+    if config.document is not None:
+        documents = Documents(found[f"{DOCUMENT}:words"], found[f"{DOCUMENT}:vectors"])
+    features = {
+        one: ItemVectors(
+            found[f"{one}/vectors"],
+            found[f"{one}/has"],
+            Whitening(found[f"{one}/mean"], found[f"{one}/transform"]),
+        )
+        for one in config.encoders
+    }
+    return features, documents
 
 
 def save_model(folder: Path, parts: ModelParts) -> str:
@@ -144,6 +197,8 @@ def save_model(folder: Path, parts: ModelParts) -> str:
     save_file(tensors, new / WEIGHTS)
     if content is not None:
         save_file({CONTENT: torch.from_numpy(content.vectors_VF).half()}, new / f"{CONTENT}.safetensors")
+    if config.model.features.given:
+        _save_features(new / FEATURES, parts.features, parts.documents)
     described: dict[str, Any] = {
         "recipe": "finetune" if isinstance(config, FinetuneConfig) else "pretrain",
         "config": replaced(config, data=replaced(config.data, lake="")).model_dump(mode="json"),
@@ -228,6 +283,7 @@ def read_model(
     if config.model.user_width and USER_TABLE not in weights:  # everybody is unknown
         nobody = torch.zeros(UNK + 1, config.model.user_width)
         weights[USER_TABLE] = nobody.to(next(iter(weights.values())))
+    features, documents = _load_features(folder / FEATURES, config.model.features)
     model = build_saved(
         config.model,
         ModelSizes(
@@ -235,6 +291,8 @@ def read_model(
             num_entities=described["num_entities"],
             knowledge_VS=torch.from_numpy(knowledge.copy()),
             num_event_types=len(config.data.event_types),
+            features=feature_tables(features),
+            documents=document_table(documents),
         ),
         weights=weights,
         patch=patch_of(config),
@@ -263,6 +321,8 @@ def read_model(
         classes=classes,
         categories=tuple(described.get("categories", ())),
         users=users,
+        features=features,
+        documents=documents,
     )
 
 

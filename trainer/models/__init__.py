@@ -18,7 +18,9 @@ from trainer.config import (
 from trainer.models.base import ModelSizes, SequenceModel
 from trainer.models.bert4rec import Bert4Rec
 from trainer.models.caser import Caser
+from trainer.models.documents import DocumentTable
 from trainer.models.dupn import Dupn
+from trainer.models.features import FeatureTable
 from trainer.models.item_encoder import TiedModel
 from trainer.models.mlp import Mlp
 from trainer.models.peterrec import PeterRec
@@ -28,7 +30,9 @@ from trainer.parallel.distributed import ALONE
 __all__ = [
     "Bert4Rec",
     "Caser",
+    "DocumentTable",
     "Dupn",
+    "FeatureTable",
     "Mlp",
     "ModelSizes",
     "PeterRec",
@@ -106,22 +110,29 @@ def _new(
         model.add_patches(patch)
     for name, head in (task_heads or {}).items():
         model.add_task_head(name, head)
+    if sizes.features or sizes.documents is not None:  # last: what else is drawn is as without
+        model.add_features(sizes.features, sizes.documents)
     return model
 
 
 def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
-    """Parameter groups (item, user, knowledge, position, patch, body, head) to the name prefixes of their tensors."""
+    """Parameter groups (item, user, knowledge, features, position, patch, body, head) to the name prefixes of their
+    tensors."""
+    return {**_network(config).GROUPS, "features": ("features.",)}
+
+
+def _network(config: ModelConfig) -> type[SequenceModel]:
     match config:
         case Bert4RecConfig():
-            return Bert4Rec.GROUPS
+            return Bert4Rec
         case CaserConfig():
-            return Caser.GROUPS
+            return Caser
         case PeterRecConfig():
-            return PeterRec.GROUPS
+            return PeterRec
         case DupnConfig():
-            return Dupn.GROUPS
+            return Dupn
         case MlpConfig():
-            return Mlp.GROUPS
+            return Mlp
 
 
 def group_of(model: nn.Module, config: ModelConfig) -> dict[str, str]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from etl.tables import UNK
 from trainer.config import ModelConfig, PairHeadConfig, TaskHead, WeightsHeadConfig
 from trainer.models.cpu.dropout import Dropout
+from trainer.models.documents import DocumentTable
+from trainer.models.features import FeatureTable, ItemFeatures, drop_ids
 from trainer.models.heads import LossWeights, PairHead
 from trainer.models.row_table import RowTable, RowTables
 
@@ -30,6 +32,8 @@ class ModelSizes:
     num_entities: int
     knowledge_VS: Tensor
     num_event_types: int = 0  # kinds that are distinguished, for a model that reads them
+    features: tuple[FeatureTable, ...] = ()  # of `config.features.encoders`, in their order
+    documents: DocumentTable | None = None  # of `config.features.document`
 
     @property
     def num_slots(self) -> int:
@@ -66,6 +70,7 @@ class SequenceModel(nn.Module):
         self.register_buffer("content_VF", None, persistent=False)
         self.dropout = Dropout(config.dropout)
         self.task_heads = nn.ModuleDict()
+        self.features = nn.ModuleDict()  # `scored`: of the vectors that score
 
     def table(self, num_embeddings: int, width: int) -> nn.Embedding | RowTable:
         """A table of item, user or entity vectors, dense or row-wise."""
@@ -104,6 +109,29 @@ class SequenceModel(nn.Module):
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         """The vectors that score catalogue rows, [V, Q] or [*rows.shape, Q]."""
         raise NotImplementedError
+
+    def add_features(self, tables: tuple[FeatureTable, ...], documents: DocumentTable | None) -> None:
+        """Vectors from outside the log beside items' own: `item_vectors` has them from now on. Drawn from the global
+        random state, and at first without effect."""
+        self.features["scored"] = ItemFeatures(self.config.features, self.item_width, tables, documents)
+
+    @property
+    def item_width(self) -> int:
+        """Width of the items' vectors that features are added to."""
+        return self.config.width
+
+    def own_vectors(self, table: Tensor, rows: Tensor | None) -> Tensor:
+        """As `rows_of`; in training without those that `config.features.id_dropout` leaves out."""
+        own = self.rows_of(table, rows)
+        share = self.config.features.id_dropout
+        return drop_ids(own, rows, share) if self.training and share and len(self.features) else own
+
+    def with_features(self, vectors: Tensor, rows: Tensor | None, place: str = "scored") -> Tensor:
+        """Vectors of catalogue rows with what comes from outside the log; as they are where nothing does."""
+        if not len(self.features):
+            return vectors
+        joined: Tensor = self.features[place](vectors, rows)
+        return joined
 
     def restrict_targets(self, rows_V: Tensor) -> None:
         """Predict these catalogue rows only (bool [V], at least one real item): others are read, and never an

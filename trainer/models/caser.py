@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from trainer.config import CaserConfig
 from trainer.models.base import ModelSizes, SequenceModel
 from trainer.models.cpu.chunks import mapped, order_of, sizes_by_length
+from trainer.models.documents import DocumentTable
+from trainer.models.features import FeatureTable, ItemFeatures
 from trainer.models.row_table import RowTables
 
 CHUNK_POSITIONS = 1_024  # windows that go through the filters together on a CPU, about
@@ -77,12 +79,20 @@ class Caser(SequenceModel):
         return self.config.width + self.config.user_width
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
-        own = self.rows_of(self.item_weights.weight, rows)
-        return self.with_knowledge(own, rows, self.knowledge_projection)
+        own = self.own_vectors(self.item_weights.weight, rows)
+        return self.with_features(self.with_knowledge(own, rows, self.knowledge_projection), rows)
+
+    def add_features(self, tables: tuple[FeatureTable, ...], documents: DocumentTable | None) -> None:
+        super().add_features(tables, documents)
+        self.features["read"] = ItemFeatures(self.config.features, self.config.width, tables, documents)
+
+    @property
+    def item_width(self) -> int:
+        return self.hidden_width
 
     @property
     def scores_with_table(self) -> bool:
-        return self.knowledge_projection is None
+        return self.knowledge_projection is None and not len(self.features)
 
     def forward(
         self,
@@ -115,7 +125,7 @@ class Caser(SequenceModel):
 
     def _read(self, items_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Vectors [B, T, D] of the items and their entities; zero behind a sequence's end."""
-        x_BTD = self.rows_of(self.item_embedding.weight, items_BT)
+        x_BTD = self.with_features(self.own_vectors(self.item_embedding.weight, items_BT), items_BT, "read")
         if self.knowledge_projection is not None:
             x_BTD = torch.cat([x_BTD, self.entity_vectors(items_BT)], dim=2)
         real_BT = torch.arange(items_BT.shape[1], device=items_BT.device) < lengths_B[:, None]

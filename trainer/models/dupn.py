@@ -81,12 +81,12 @@ class Dupn(SequenceModel):
         return TABLE_STD
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
-        own = self.rows_of(self.item_embedding.weight, rows)
-        return self.with_knowledge(own, rows, self.knowledge_projection)
+        own = self.own_vectors(self.item_embedding.weight, rows)
+        return self.with_features(self.with_knowledge(own, rows, self.knowledge_projection), rows)
 
     @property
     def scores_with_table(self) -> bool:
-        return self.knowledge_projection is None
+        return self.knowledge_projection is None and not len(self.features)
 
     def forward(
         self,

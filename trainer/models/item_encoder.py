@@ -85,15 +85,14 @@ class TiedModel(SequenceModel):
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
         """Knowledge-enhanced vectors of catalogue rows, [V, D] or [*rows.shape, D]: the projected concatenation of the
         item's embedding and those of its director and actors (survey 4.3), written as a sum of two projections."""
-        own = self.rows_of(self.item_embedding.weight, rows)
-        if self.item_projection is None:
-            return own
-        vectors: Tensor = self.item_projection(own) + self.knowledge_projection(self.entity_vectors(rows))
-        return vectors
+        vectors: Tensor = self.own_vectors(self.item_embedding.weight, rows)
+        if self.item_projection is not None:
+            vectors = self.item_projection(vectors) + self.knowledge_projection(self.entity_vectors(rows))
+        return self.with_features(vectors, rows)
 
     @property
     def scores_with_table(self) -> bool:
-        return self.item_projection is None
+        return self.item_projection is None and not len(self.features)
 
     def forward(
         self,

@@ -64,7 +64,7 @@ class RowTables:
         if self.world.size == 1 and not trained:
             return table.detach()[rows]
         distinct_U, place = torch.unique(rows.long(), return_inverse=True)
-        values = self._fetch(table.detach(), distinct_U)
+        values = self.fetch(table.detach(), distinct_U)
         if trained:
             values.requires_grad_()
             self._reads.setdefault(table, []).append((distinct_U, values))
@@ -89,10 +89,14 @@ class RowTables:
         return found
 
     def _gradient(self, table: Tensor, reads: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        size = self.world.size
         places = [rows for rows, _ in reads] or [torch.empty(0, dtype=torch.long, device=table.device)]
         slopes = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for _, leaf in reads] or [table[:0]]
-        rows_U, gradient_UD = _summed(torch.cat(places), torch.cat(slopes).detach())
+        return self.at_owners(*_summed(torch.cat(places), torch.cat(slopes).detach()))
+
+    def at_owners(self, rows_U: Tensor, gradient_UD: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of distinct rows, from the process that read them to those that keep them: (places in this
+        process's part, ascending, the mean over processes of each one's gradient)."""
+        size = self.world.size
         if size == 1:
             return rows_U, gradient_UD
         order, counts = self._by_owner(rows_U)
@@ -100,7 +104,8 @@ class RowTables:
         parts, _ = self.world.exchange(gradient_UD[order], counts)
         return _summed(rows // size, parts / size)
 
-    def _fetch(self, table: Tensor, rows_U: Tensor) -> Tensor:
+    def fetch(self, table: Tensor, rows_U: Tensor) -> Tensor:
+        """A copy [U, D] of distinct rows of the whole table."""
         size = self.world.size
         if size == 1:
             return table[rows_U]

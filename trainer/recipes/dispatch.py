@@ -50,6 +50,10 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.recipes import promote
 
             return promote.run
+        case "features":
+            from trainer.recipes import features
+
+            return features.run
         case _:
             from trainer.recipes import recommend
 

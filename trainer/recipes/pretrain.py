@@ -4,8 +4,7 @@
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,17 @@ from trainer.arrays import Int32Array
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
+from trainer.data.documents import Documents, read_documents
+from trainer.data.item_vectors import ItemVectors, read_item_vectors
 from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
 from trainer.data.sequences import SequenceDataset, training_interactions
 from trainer.evaluation.evaluators import monitor
 from trainer.evaluation.validation import Validator
-from trainer.inference.model_folder import ModelParts, TrainedModel, save_model
+from trainer.inference.model_folder import ModelParts, TrainedModel, document_table, feature_tables, save_model
 from trainer.models import ModelSizes, RowTables, SequenceModel, build_model
 from trainer.parallel.distributed import World, join
-from trainer.recipes.run_folder import DONE, MLFLOW_UID, alone, clear_other
+from trainer.recipes.run_folder import DONE, alone, clear_other, noted, tidy
 from trainer.recipes.run_result import Result, agreed, finished_in, read_tables, recipe_of, run_identity
 from trainer.recipes.training_record import (
     curves_of,
@@ -43,9 +44,8 @@ from trainer.recipes.training_record import (
 from trainer.registry import descriptions
 from trainer.tasks import Task, prepare_task
 from trainer.tracking import Run
-from trainer.training import checkpoint
 from trainer.training.loop import NonFiniteLoss, Progress, Training, Watch, train
-from trainer.training.transfer import TransferPlan, TransferReport, initialise_from
+from trainer.training.transfer import COPIED_GROUPS, TransferPlan, TransferReport, initialise_from
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Inputs:
     knowledge: Int32Array
     parent: TrainedModel | None
     task: Task
+    features: dict[str, ItemVectors]
+    documents: Documents | None
 
 
 class NonFiniteScore(NonFiniteLoss):
@@ -94,7 +96,7 @@ def _fit(
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
         tracking.note_reused(config.name, finished.run_id)
         tracking.settle(config.tracking)
-        _tidy(folder, world)
+        tidy(folder, world)
         return finished
 
     catalogue = read_catalogue(release, config.data.domain)
@@ -102,7 +104,10 @@ def _fit(
     dataset = _dataset(config, release)
     task = prepare_task(config.task, release, catalogue, dataset)
     validation = Validator(config, release, catalogue, task)
-    inputs = Inputs(config, release, catalogue, knowledge, parent, task)
+    features = _features(config, release, catalogue, dataset, parent)
+    document = config.model.features.document
+    documents = None if document is None else read_documents(release, catalogue, document)
+    inputs = Inputs(config, release, catalogue, knowledge, parent, task, features, documents)
     model, account = _model(inputs, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
@@ -123,7 +128,7 @@ def _fit(
     copied = parent.hash if parent is not None and account.transfer != "none" else None
     description = descriptions.training(config, parent=copied, counts=account.counts(), data=data)
     with (
-        _noted(folder, world),
+        noted(folder, world),
         tracking.start_run(
             config.tracking,
             name=config.name,
@@ -210,6 +215,28 @@ def _check_event_types(dataset: SequenceDataset, setting: str) -> None:
         )
 
 
+def _features(
+    config: PretrainConfig,
+    release: Release,
+    catalogue: Catalogue,
+    dataset: SequenceDataset,
+    parent: TrainedModel | None,
+) -> dict[str, ItemVectors]:
+    """Vectors of items by the encoders of the settings; behind the parent's whitening where its projections are
+    copied."""
+    if not config.model.features.encoders:
+        return {}
+    copies = isinstance(config, FinetuneConfig) and "features" in COPIED_GROUPS[config.transfer]
+    return read_item_vectors(
+        release,
+        catalogue,
+        config.model.features,
+        split=config.data.split,
+        trained_V=training_interactions(dataset, catalogue) > 0,
+        fitted=parent.features if parent is not None and copies else None,
+    )
+
+
 def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]:
     config, release, catalogue = inputs.config, inputs.release, inputs.catalogue
     parent, task = inputs.parent, inputs.task
@@ -220,6 +247,8 @@ def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]
             num_entities=vocabulary_size(release, tables.ENTITIES) if config.model.knowledge else 0,
             knowledge_VS=torch.from_numpy(inputs.knowledge),
             num_event_types=len(config.data.event_types),
+            features=feature_tables(inputs.features),
+            documents=document_table(inputs.documents),
         ),
         seed=config.train.seed,
         tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
@@ -264,7 +293,7 @@ def _summary(training: Training, parent: TrainedModel | None) -> dict[str, float
 def _finish(
     folder: Path, inputs: Inputs, training: Training, metrics: dict[str, float], identity: str, tracked: Run
 ) -> dict[str, Any]:
-    """Model folder, curves, and the note that all is done (`_noted` gives it its name), which is returned."""
+    """Model folder, curves, and the note that all is done (`noted` gives it its name), which is returned."""
     config, release, catalogue, task = inputs.config, inputs.release, inputs.catalogue, inputs.task
     others = bool(config.task.negative_events)  # what was shown only has not been taken
     popularity = training_interactions(training.loader.dataset, catalogue, others=others)
@@ -284,6 +313,8 @@ def _finish(
             classes=task.class_names,
             task_heads=task.heads,
             content=task.content,
+            features=inputs.features,
+            documents=inputs.documents,
         ),
     )
     history = [vars(epoch) for epoch in training.progress.history]
@@ -298,20 +329,3 @@ def _finish(
     done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
     (folder / (DONE + ".new")).write_text(json.dumps(done, indent=1))
     return done
-
-
-@contextmanager
-def _noted(folder: Path, world: World) -> Iterator[None]:
-    """Mark the training as done once MLflow's run has ended or is queued. A process that is killed before leaves a
-    finished checkpoint, and the next one writes to MLflow again."""
-    yield
-    if world.first:
-        (folder / (DONE + ".new")).replace(folder / DONE)
-    _tidy(folder, world)
-
-
-def _tidy(folder: Path, world: World) -> None:
-    """Remove files that a finished run no longer needs; a kill may have left them."""
-    if world.first:
-        (folder / MLFLOW_UID).unlink(missing_ok=True)
-        checkpoint.clear(folder / "checkpoints")

@@ -61,6 +61,23 @@ def clear_other(folder: Path, identity: str, world: World, say: Callable[[str], 
     world.wait()
 
 
+@contextmanager
+def noted(folder: Path, world: World) -> Iterator[None]:
+    """Mark the training as done once MLflow's run has ended or is queued. A process that is killed before leaves a
+    finished checkpoint, and the next one writes to MLflow again."""
+    yield
+    if world.first:
+        (folder / (DONE + ".new")).replace(folder / DONE)
+    tidy(folder, world)
+
+
+def tidy(folder: Path, world: World) -> None:
+    """Remove files that a finished run no longer needs; a kill may have left them."""
+    if world.first:
+        (folder / MLFLOW_UID).unlink(missing_ok=True)
+        checkpoint.clear(folder / "checkpoints")
+
+
 def _check_own(folder: Path) -> None:
     """Raises RunError for a folder with files that a run would replace, unless a run has written it."""
     try:

@@ -40,7 +40,8 @@ def sequence_table(config: PretrainConfig) -> tables.Table:
 
 
 def read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:
-    return (sequence_table(config), *_READ_TABLES)
+    features = (tables.FEATURES,) if config.model.features.encoders else ()
+    return (sequence_table(config), *_READ_TABLES, *features)
 
 
 def run_identity(config: PretrainConfig, release: Release, parent: TrainedModel | None) -> dict[str, str]:

@@ -179,7 +179,7 @@ def train(
     Raises Stopped on SIGTERM and SIGINT, NonFiniteLoss, and what `watch.judge` does.
     """
     config, progress = training.config, training.progress
-    saved = _newest(training.world, checkpoints, watch.say)
+    saved = newest_checkpoint(training.world, checkpoints, watch.say)
     if saved is not None:
         training.restore(saved)
         progress = training.progress
@@ -191,7 +191,7 @@ def train(
             watch.judge(progress)
     training.world.doing(lambda: f"epoch {training.loader.epoch + 1}, step {training.loader.step}")
     last_saved = time.monotonic()
-    with _stop_signals() as signals:
+    with stop_signals() as signals:
         while not progress.finished:
             begun = time.monotonic()
             for batch in _shown(training, watch.show_progress):
@@ -254,7 +254,7 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     return config.learning_rate * warm * max(fall, config.final_rate)
 
 
-def _newest(world: World, checkpoints: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(world: World, checkpoints: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to go on from. Raises GraftrecError where the processes do not find the same one."""
     saved = checkpoint.newest(checkpoints, warn=say)
     found = world.objects(saved.folder.name if saved is not None and saved.folder is not None else "none")
@@ -335,7 +335,7 @@ def _blame(batch: Batch, loss: float, norm: float) -> str:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """The SIGTERM and SIGINT that came, asking for an orderly stop. One that nobody answered by Stopped, since it came
     after the last step, is passed on at the end: a command that trains many models must not miss it."""
     came: list[int] = []

@@ -87,11 +87,14 @@ class Optimizer:
 @torch.no_grad()
 def row_wise_adagrad(table: Tensor, sums: Tensor, rows_U: Tensor, gradient: Tensor, rate: float) -> None:
     """One step on distinct rows of a table [V, D] or [V], in place; `sums` [V] is each row's accumulator."""
-    squares_U = gradient.square() if gradient.ndim == 1 else gradient.square().mean(1)
-    total_U = sums[rows_U] + squares_U
-    sums[rows_U] = total_U
+    table[rows_U], sums[rows_U] = adagrad_rows(table[rows_U], sums[rows_U], gradient, rate)
+
+
+def adagrad_rows(values: Tensor, sums_U: Tensor, gradient: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Rows [U, D] or [U] and their accumulators [U] after one step."""
+    total_U = sums_U + (gradient.square() if gradient.ndim == 1 else gradient.square().mean(1))
     scale_U = rate / (total_U.sqrt() + EPSILON)
-    table[rows_U] -= gradient * (scale_U if gradient.ndim == 1 else scale_U[:, None])
+    return values - gradient * (scale_U if gradient.ndim == 1 else scale_U[:, None]), total_U
 
 
 def _adamw(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

@@ -4,6 +4,7 @@
 none       nothing: from scratch
 shallow    user and knowledge embeddings; projections, positions, body, head and all items start anew
            (refused where there is none of these to copy, trainer/training/empty_transfer.py)
+shallow+features  as shallow, and what joins items' features (of the table `features`) to their vectors
 deep       all but the item-indexed tensors
 patch      as deep, and all of it frozen but items; patches are added, and trained (trainer/models/adapters.py)
 =========  ====================================================================================================
@@ -32,8 +33,9 @@ from trainer.models import SequenceModel, group_of, groups_of
 COPIED_GROUPS: dict[str, tuple[str, ...]] = {
     "none": (),
     "shallow": ("user", "knowledge"),
-    "deep": ("user", "knowledge", "position", "body", "head"),
-    "patch": ("user", "knowledge", "position", "body", "head"),
+    "shallow+features": ("user", "knowledge", "features"),
+    "deep": ("user", "knowledge", "features", "position", "body", "head"),
+    "patch": ("user", "knowledge", "features", "position", "body", "head"),
 }
 
 
@@ -144,6 +146,8 @@ def initialise_from(
     given = dict(parent.model.named_parameters()) if parent is not None and transfer != "none" else {}
     groups = group_of(model, config)
     norms = _layer_norms(model) if plan.layer_norm else set()
+    # Features that the parent has none of begin as no change.
+    begins_features = transfer != "shallow+features" and not any(name.startswith("features.") for name in given)
     lines = []
     for name, tensor in model.named_parameters():
         group = groups[name]
@@ -151,7 +155,7 @@ def initialise_from(
         shared_out = model.tables if name in model.row_tables() else None
         if shared_out is not None:
             shape = (shared_out.num_rows(tensor), *shape[1:])
-        if group in COPIED_GROUPS[transfer]:
+        if group in COPIED_GROUPS[transfer] and not (group == "features" and begins_features):
             if name not in given:
                 raise TransferError(
                     f"transfer {transfer}: the parent {_named(parent)} has no tensor {name}; give both models the same "

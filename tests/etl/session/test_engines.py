@@ -161,7 +161,10 @@ def _rows(lake: Path, table: Table) -> list[str]:
 def _assert_same(lake: Path, other: Path) -> None:
     for table in WRITTEN:
         assert _rows(lake, table) == _rows(other, table), table.name
-    assert set(TABLES) - {table.name for table in WRITTEN} == {"recommendations"}  # no table of the ETL is forgotten
+    assert set(TABLES) - {table.name for table in WRITTEN} == {
+        "recommendations",
+        "features",
+    }  # none of the ETL is forgotten
 
 
 def _assert_layout(lake: Path) -> None:

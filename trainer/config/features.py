@@ -1,0 +1,78 @@
+"""Settings of the recipe `features`: vectors of items, users and entities by an encoder."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from etl.config import SparkConfig
+from etl.settings import FileName, Place, Section
+from trainer.config.data import each_once
+from trainer.config.graph import GraphConfig
+
+_COLUMN = re.compile(r"attributes\..+")
+COLUMNS = {"item": ("title", "year", "categories"), "user": (), "entity": ("name", "kind")}
+
+
+class TextConfig(Section):
+    """Vectors of what things are called and described by."""
+
+    kind: Literal["item", "user", "entity"] = "item"  # of things
+    encoder: str = "wordllama"  # or minilm: a sentence Transformer, better, and some 50 times as slow
+    # What a text is made of, in this order: columns of the table `items`, `users` or `entities`; attributes.<name> is
+    # one of an item's or user's attributes.
+    columns: tuple[str, ...] = Field(("title", "categories"), min_length=1)
+    # What stands for no text, besides "", "[]", "unknown" and the like; in any case of letters.
+    placeholders: tuple[str, ...] = ()
+    texts_at_once: int = Field(10_000, ge=1)  # of a task, whose memory and order of work depend on it
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_differ(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
+        return each_once(columns, "column")
+
+    @property
+    def template(self) -> str:
+        """The text as the table's commit records it, e.g. "{title}. {categories}"."""
+        return ". ".join(f"{{{column}}}" for column in self.columns)
+
+
+class AttributesConfig(Section):
+    """Vectors of columns of items or users: flags and standardised numbers. Name none that the log's end decides, such
+    as counts of votes or mean ratings: they tell what is held out."""
+
+    kind: Literal["item", "user"] = "item"
+    categorical: tuple[str, ...] = ()  # columns, or attributes.<name>; each value gets a flag
+    numeric: tuple[str, ...] = ()
+    min_things: int = Field(2, ge=1)  # a value that fewer have gets no flag
+
+    @model_validator(mode="after")
+    def _columns_are_some(self) -> "AttributesConfig":
+        if not self.columns:
+            raise ValueError("expected columns in categorical or numeric, found none; name some")
+        each_once(self.columns, "column")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.categorical + self.numeric
+
+
+def unknown_columns(of: TextConfig | AttributesConfig) -> list[str]:
+    """Columns that the table of these things hasn't."""
+    attributes, known = of.kind != "entity", COLUMNS[of.kind]
+    return [name for name in of.columns if name not in known and not (attributes and _COLUMN.fullmatch(name))]
+
+
+class FeaturesConfig(Section):
+    """Vectors of things to the table `features`, and a release with them."""
+
+    name: FileName | None = None  # of the vectors, the table's column `encoder`; None: the encoder's
+    lake: Place = "lake"
+    release: int | None = None  # that is read; None: the newest
+    text: TextConfig = TextConfig()
+    attributes: AttributesConfig | None = None  # instead of `text`
+    graph: GraphConfig | None = None  # instead of both: an embedding is trained on the lake `graph.data.lake`
+    max_shared: float = Field(0.01, gt=0, le=1)  # of things: how many may have the same text, or the same vector
+    wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
+    spark: SparkConfig = SparkConfig()

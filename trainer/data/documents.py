@@ -1,0 +1,66 @@
+"""Texts of a catalogue's items as words, for a network that reads them (survey 2.1).
+
+Words are tokens of an encoder of word vectors (`trainer.encoders.word_vectors`); the table has those that some item's
+text has, so that a model folder holds few.
+
+Shape letters: ``V`` catalogue rows, ``L`` words of a text, ``U`` different words, ``F`` width of a word's vector.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from etl import tables
+from etl.tables import FIRST_INDEX
+from trainer.arrays import Int32Array
+from trainer.config import DocumentConfig
+from trainer.data.catalogue import Catalogue
+from trainer.data.release import DataError, Release
+from trainer.encoders.text import Part, text_of
+
+
+@dataclass(frozen=True)
+class Documents:
+    """See trainer.models.documents.DocumentTable."""
+
+    words_VL: Int32Array
+    vectors_UF: npt.NDArray[np.float16]
+
+
+def read_documents(release: Release, catalogue: Catalogue, config: DocumentConfig) -> Documents:
+    """Texts of a catalogue's rows, each its first `max_words` words. Raises DataError where no item has any,
+    EncoderError where the word vectors' package isn't there."""
+    from trainer.encoders.word_vectors import WordLlamaEncoder
+
+    read = ["attributes" if name.startswith("attributes.") else name for name in config.columns]
+    items = release.read(tables.ITEMS, ["index", *dict.fromkeys(read)])
+    rows = catalogue.rows(items["index"].to_numpy())
+    inside = np.flatnonzero(rows >= FIRST_INDEX)
+    items, rows = items.take(inside), rows[inside]
+    placeholders = frozenset(placeholder.strip().casefold() for placeholder in config.placeholders)
+    parts = zip(*(cells_of(items, name) for name in config.columns), strict=True)
+    encoder = WordLlamaEncoder()
+    tokens = encoder.tokens([text_of(each, placeholders) for each in parts])
+    if not any(tokens):
+        raise DataError(
+            f"model.features.document: expected a text of one item at least in {', '.join(config.columns)}, found none "
+            f"in release {release.number} of {release.lake}; name columns that hold texts"
+        )
+    tokens = [own[: config.max_words] for own in tokens]
+    known = np.unique(np.concatenate([np.asarray(own, dtype=np.int64) for own in tokens]))
+    words_VL = np.zeros((len(catalogue), max(map(len, tokens))), dtype=np.int32)
+    for row, own in zip(rows, tokens, strict=True):
+        words_VL[row, : len(own)] = np.searchsorted(known, own) + 1
+    vectors = encoder.vectors_of(known)
+    return Documents(words_VL, np.concatenate([np.zeros_like(vectors[:1]), vectors]).astype(np.float16))
+
+
+def cells_of(rows: pa.Table, name: str) -> list[Part]:
+    """A column of items or users; `attributes.<name>`: one of their attributes."""
+    if not name.startswith("attributes."):
+        found: list[Part] = rows[name].to_pylist()
+        return found
+    key = name.removeprefix("attributes.")
+    return [dict(attributes or ()).get(key) for attributes in rows["attributes"].to_pylist()]

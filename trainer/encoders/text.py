@@ -1,0 +1,54 @@
+"""What things are called and described by, as one text each; what is no text."""
+
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+
+# As files and their conversions write that nothing is known.
+NO_TEXT = frozenset(
+    {
+        "",
+        "[]",
+        "['']",
+        '[""]',
+        "[none]",
+        "{}",
+        "()",
+        "-",
+        "?",
+        "unknown",
+        "null",
+        "none",
+        "nan",
+        "n/a",
+        "\\n",
+        "undefined",
+    }
+)
+
+Part = str | int | Sequence[str] | None
+
+
+def text_of(parts: Iterable[Part], placeholders: Collection[str] = ()) -> str:
+    """Parts that say something, a stop between them, of a list a comma between its own: "Heat. Action, Crime"; "" where
+    none does. `placeholders`: more that stands for no text, in lower case."""
+    texts = [_part(part, placeholders) for part in parts]
+    return ". ".join(text for text in texts if text)
+
+
+def _part(part: Part, placeholders: Collection[str]) -> str:
+    if part is None:
+        return ""
+    entries = [str(part)] if isinstance(part, str | int) else part
+    stripped = [entry.strip() for entry in entries if entry is not None]
+    return ", ".join(entry for entry in stripped if not is_no_text(entry, placeholders))
+
+
+def is_no_text(text: str, placeholders: Collection[str] = ()) -> bool:
+    """Whether a text stands for none, in any case of letters."""
+    folded = text.strip().casefold()
+    return folded in NO_TEXT or folded in placeholders
+
+
+def source_hash(text: str) -> int:
+    """8 bytes of a text's BLAKE2b, as a signed integer: the same on every engine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)

@@ -1,0 +1,137 @@
+"""Vectors from outside the log beside an item's own (survey 2, Eq. 1: v = g(own, outside)).
+
+Whatever the aggregate, it adds to the item's vector what a matrix of zeros makes of the rest, so that a new model, or a
+pre-trained one that is given features, begins as the same model without them.
+
+========== ==========================================================================================================
+concat     a projection of the item's vector and its features side by side (as the survey's knowledge, 4.3)
+sum        a projection of the features' sum
+gate       the same, each coordinate weighed by a sigmoid of item and features (as in Cho et al. 2014)
+attention  the features weighed by a softmax of their products with a query of the item's, beside nothing at all
+========== ==========================================================================================================
+
+Shape letters: ``N`` any number of rows, ``V`` catalogue rows, ``F`` width of an encoder's vectors, ``W`` width that
+they are projected to, ``K`` encoders, ``D`` width of an item's vector.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from etl.tables import FIRST_INDEX
+from trainer.config import ItemFeaturesConfig
+from trainer.models.documents import DocumentEncoder, DocumentTable
+
+
+class FeatureTable(NamedTuple):
+    """One encoder's vectors [V, F] of catalogue rows, and which rows have one, bool [V]."""
+
+    vectors_VF: Tensor
+    has_V: Tensor
+
+
+class ItemFeatures(nn.Module):
+    """Vectors of items [N, D] and their catalogue rows -> vectors of items [N, D]. Drawn from the global random
+    state."""
+
+    def __init__(
+        self,
+        config: ItemFeaturesConfig,
+        width: int,
+        tables: tuple[FeatureTable, ...],
+        documents: DocumentTable | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        lacking = [~table.has_V for table in tables]
+        self.document: DocumentEncoder | None = None
+        if documents is not None:
+            assert config.document is not None
+            lacking.append(~(documents.words_VL != 0).any(1))
+            self.document = DocumentEncoder(documents, config.width, config.document.window)
+        for place, table in enumerate(tables):
+            self.register_buffer(f"vectors_{place}", table.vectors_VF.float(), persistent=False)
+        for place, lacks_V in enumerate(lacking):
+            lacks_V[:FIRST_INDEX] = False  # reserved rows lack nothing
+            self.register_buffer(f"lacks_{place}", lacks_V, persistent=False)
+        W, K = config.width, len(lacking)
+        self.projections = nn.ModuleList(nn.Linear(table.vectors_VF.shape[1], W, bias=False) for table in tables)
+        self.missing = nn.Parameter(torch.empty(K, W)) if config.missing == "learned" else None
+        match config.aggregate:
+            case "concat":
+                self.out = nn.Linear(width + K * W, width, bias=False)
+            case "sum":
+                self.out = nn.Linear(W, width, bias=False)
+            case "gate":
+                self.gate = nn.Linear(width + K * W, width)
+                self.out = nn.Linear(K * W, width, bias=False)
+            case "attention":
+                self.query = nn.Linear(width, W)
+                self.out = nn.Linear(W, width, bias=False)
+        self._draw()
+
+    def _draw(self) -> None:
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                std = layer.in_features**-0.5
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.out.weight)
+        if self.missing is not None:
+            nn.init.trunc_normal_(self.missing, std=self.config.width**-0.5)
+
+    def forward(self, own_ND: Tensor, rows: Tensor | None) -> Tensor:
+        """`rows` of the catalogue, of any shape [N]; None: all, in order."""
+        features_NKW = self.projected(rows)
+        match self.config.aggregate:
+            case "concat":
+                added = self.out(torch.cat([own_ND, features_NKW.flatten(-2)], dim=-1))
+            case "sum":
+                added = self.out(features_NKW.sum(-2))
+            case "gate":
+                flat = features_NKW.flatten(-2)
+                added = torch.sigmoid(self.gate(torch.cat([own_ND, flat], dim=-1))) * self.out(flat)
+            case "attention":
+                product_NK = (features_NKW @ self.query(own_ND)[..., None]).squeeze(-1) * self.config.width**-0.5
+                weight_NK = torch.softmax(F.pad(product_NK, (1, 0)), dim=-1)[..., 1:]
+                added = self.out((weight_NK[..., None] * features_NKW).sum(-2))
+        vectors_ND: Tensor = own_ND + added
+        return vectors_ND
+
+    def parts(self, rows: Tensor | None) -> Tensor:
+        """What each encoder adds to an item's vector, [N, K, D], where their sum is what is added."""
+        assert self.config.aggregate == "sum"
+        added: Tensor = self.out(self.projected(rows))
+        return added
+
+    def projected(self, rows: Tensor | None) -> Tensor:
+        """[N, K, W]. Of more rows than the catalogue has, those of the whole catalogue are looked up."""
+        if rows is not None and rows.numel() > len(self._buffer("lacks", 0)):
+            whole_VKW = self.projected(None)
+            return F.embedding(rows, whole_VKW.flatten(1)).unflatten(-1, whole_VKW.shape[1:])  # type: ignore[no-untyped-call, no-any-return]
+        found = []
+        for place, projection in enumerate(self.projections):
+            vectors = self._buffer("vectors", place)
+            found.append(projection(vectors if rows is None else vectors[rows]))
+        if self.document is not None:
+            found.append(self.document(rows))
+        if self.missing is not None:
+            for place, missing_W in enumerate(self.missing):
+                lacks = self._buffer("lacks", place)
+                found[place] = found[place] + (lacks if rows is None else lacks[rows])[..., None] * missing_W
+        return torch.stack(found, dim=-2)
+
+    def _buffer(self, name: str, place: int) -> Tensor:
+        return self.get_buffer(f"{name}_{place}")
+
+
+def drop_ids(own_ND: Tensor, rows: Tensor | None, share: float) -> Tensor:
+    """Zero for a share of items, at random: what an item that nobody has taken begins with (Volkovs et al. 2017,
+    DropoutNet). `rows` as in ItemFeatures; reserved ones are kept."""
+    if rows is None:
+        rows = torch.arange(len(own_ND), device=own_ND.device)
+    kept_N = (torch.rand(rows.shape, device=own_ND.device) >= share) | (rows < FIRST_INDEX)
+    return own_ND * kept_N[..., None]

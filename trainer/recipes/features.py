@@ -1,0 +1,249 @@
+"""Vectors of items, users or entities from their texts, their columns or the knowledge graph, in the Delta table
+`features`, and a release with them.
+
+Executors encode in parallel, on one thread each, what has no vector yet or another text than when it was encoded. A
+second run encodes nothing and reads nothing of the tables. The vectors of things that have left, or have no text any
+more, leave. One commit replaces the encoder's partition, or appends to it where only new things came.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from etl import tables
+from etl.jobs import features, releases
+from etl.jobs.features import FeatureError
+from etl.lake import spark_io
+from etl.lake.encodings import Encoding, encodings
+from etl.plain_path import absolute
+from etl.session import held, spark_session, user_errors
+from etl.settings import ConfigError
+from etl.tables import FEATURES, Table
+from trainer.arrays import FloatArray, IntArray
+from trainer.config import FeaturesConfig, GraphConfig
+from trainer.config.features import COLUMNS, AttributesConfig, TextConfig, unknown_columns
+from trainer.data.documents import cells_of
+from trainer.data.release import Release, pin
+from trainer.encoders import TextEncoder, text_encoder
+from trainer.encoders.attributes import attribute_vectors
+from trainer.encoders.batches import ROWS, encoded, rendered
+from trainer.knowledge_graph.vectors import FEATURES as VECTORS
+from trainer.parallel.distributed import join
+from trainer.recipes import graph_features
+
+_THINGS = {"item": tables.ITEMS, "user": tables.USERS, "entity": tables.ENTITIES}
+_TEXTS = "id string, index int, text string, source_hash bigint"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left: things, those with a vector, those encoded now, the release, and whether it is a new one."""
+
+    things: int
+    covered: int
+    encoded: int
+    release: int
+    committed: bool
+
+
+def run(config: FeaturesConfig) -> Result:
+    """The recipe `features`. Raises GraftrecError."""
+    if config.graph is not None:
+        return _of_graph(config, config.graph)
+    given = config.text if config.attributes is None else config.attributes
+    if unknown := unknown_columns(given):
+        known = [*COLUMNS[given.kind], *([] if given.kind == "entity" else ["attributes.<name>"])]
+        setting = "text" if config.attributes is None else "attributes"
+        raise ConfigError(f"{setting}: expected columns of {given.kind}s ({', '.join(known)}), found {unknown[0]!r}")
+    encoder = text_encoder(config.text.encoder) if config.attributes is None else None
+    release = pin(config.lake, config.release)
+    with spark_io.writing(release.lake, FEATURES, wait_seconds=config.wait_seconds):
+        release = pin(config.lake, config.release)  # another writer may have made a newer one meanwhile
+        if encoder is not None:
+            encoding, (things, covered, encoded) = _of_texts(config, release, encoder)
+        else:
+            assert config.attributes is not None
+            encoding, (things, covered, encoded) = _of_attributes(config, config.attributes, release)
+        version = spark_io.current_version(release.lake, FEATURES)
+        assert version is not None
+        number, committed = releases.release_with(release.lake, {FEATURES.name: version})
+    released = f"release {number} ({'new' if committed else 'unchanged'}) in {release.lake}"
+    if things:
+        print(
+            f"features {encoding.name}: {encoded:,} encoded, {covered:,} of {things:,} {given.kind}s "
+            f"({covered / things:.1%}) have one, {encoding.width} wide; {released}",
+            flush=True,
+        )
+    else:
+        print(f"features {encoding.name}: unchanged, 0 encoded; {released}", flush=True)
+    return Result(things, covered, encoded, number, committed)
+
+
+def _of_graph(config: FeaturesConfig, graph: GraphConfig) -> Result:
+    """Train an embedding of the knowledge graph, or find it trained, and write the vectors of its nodes. Of several
+    processes the first one writes."""
+    folder = graph_features.run(graph).folder
+    lake, things = absolute(graph.data.lake), 0
+    if not join(graph.runtime).first:
+        return Result(0, 0, 0, 0, False)
+    with spark_io.writing(lake, FEATURES, wait_seconds=config.wait_seconds):
+        for encoding, ids, index, vectors in _vectors_in(folder):
+            things += len(ids)
+            if encodings(lake).get(encoding.name) != encoding:
+                features.write_arrays(lake, ids, index, vectors, encoding, max_shared=config.max_shared)
+        version = spark_io.current_version(lake, FEATURES)
+        assert version is not None
+        number, committed = releases.release_with(lake, {FEATURES.name: version})
+    state = "new" if committed else "unchanged"
+    print(f"features {graph.name}: {things:,} things have one; release {number} ({state}) in {lake}", flush=True)
+    return Result(things, things, things if committed else 0, number, committed)
+
+
+def _vectors_in(folder: Path) -> Iterator[tuple[Encoding, list[str], IntArray, FloatArray]]:
+    """Raw ids [N], global indices [N] and vectors [N, F] of each kind of thing that a run left a vector of."""
+    rows = pq.read_table(folder / "model" / VECTORS)
+    recorded = {key.decode(): value.decode() for key, value in rows.schema.metadata.items()}
+    width = int(recorded["graftrec.width"])
+    versions = {
+        name: number for name, number in json.loads(recorded["graftrec.snapshots"]).items() if number is not None
+    }
+    for kind in rows["kind"].unique().to_pylist():
+        some = rows.filter(pc.equal(rows["kind"], kind)).combine_chunks()
+        encoding = Encoding(
+            kind=kind,
+            encoder=some["encoder"][0].as_py(),
+            split=some["split"][0].as_py(),
+            width=width,
+            weights=recorded["graftrec.weights"],
+            inputs=versions,
+        )
+        vectors = some["vector"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+        yield encoding, some["id"].to_pylist(), some["index"].to_numpy().astype(np.int64), vectors
+
+
+Counts = tuple[int, int, int]  # things, those with a vector, those encoded now; zeros where nothing was read
+
+
+def _of_texts(config: FeaturesConfig, release: Release, encoder: TextEncoder) -> tuple[Encoding, Counts]:
+    table = _THINGS[config.text.kind]
+    encoding = Encoding(
+        kind=config.text.kind,
+        encoder=config.name or encoder.name,
+        width=encoder.width,
+        weights=encoder.weights,
+        template=_template(config.text),
+        inputs={table.name: release.versions[table.name]},
+    )
+    before = features.check_weights(release.lake, encoding)
+    if before == encoding:
+        return encoding, (0, 0, 0)
+    with user_errors():
+        return encoding, _renew(config, release, table, encoding, before)
+
+
+def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Release) -> tuple[Encoding, Counts]:
+    """Without Spark: a vocabulary's columns are few, and its values are counted over all of it."""
+    table = _THINGS[given.kind]
+    read = ["attributes" if name.startswith("attributes.") else name for name in given.columns]
+    rows = release.read(table, [given.kind, "index", *dict.fromkeys(read)])
+    cells = {name: cells_of(rows, name) for name in given.columns}
+    vectors, names = attribute_vectors(
+        {name: cells[name] for name in given.categorical},
+        {name: cells[name] for name in given.numeric},
+        min_things=given.min_things,
+    )
+    encoding = Encoding(
+        kind=given.kind,
+        encoder=config.name or "attributes",
+        width=len(names),
+        template="; ".join(names),
+        inputs={table.name: release.versions[table.name]},
+    )
+    if features.check_weights(release.lake, encoding) == encoding:
+        return encoding, (0, 0, 0)
+    has = np.flatnonzero(vectors.any(axis=1))
+    ids, index = rows[given.kind].take(has).to_pylist(), rows["index"].to_numpy()[has]
+    # Many share all of these columns: none of them is a placeholder.
+    features.write_arrays(release.lake, ids, index, vectors[has], encoding, max_shared=1)
+    return encoding, (len(rows), len(has), len(has))
+
+
+def _template(text: TextConfig) -> str:
+    """With what stands for no text: both decide on a thing's text."""
+    without = f" without {', '.join(map(repr, sorted(text.placeholders)))}" if text.placeholders else ""
+    return text.template + without
+
+
+def _renew(
+    config: FeaturesConfig, release: Release, table: Table, encoding: Encoding, before: Encoding | None
+) -> Counts:
+    """Encode what is new or changed, and commit it."""
+    spark = spark_session(config.spark, name="graftrec features")
+    lake, text = release.lake, config.text
+    things = spark_io.read(spark, lake, table, version=release.versions[table.name])
+    texts = held(_texts(things, text))
+    total, covered = things.count(), texts.count()
+    if not covered:
+        raise FeatureError(
+            f"features {encoding.name}: expected a text of one of {total:,} {text.kind}s at least, found none in "
+            f"{', '.join(text.columns)}; name columns that hold texts: --text.columns"
+        )
+    _check_shared(texts, encoding, covered, config.max_shared)
+    if before is None:
+        rows = held(_encoded(texts, text, covered, config.spark.shuffle_partitions))
+        features.write_frame(spark, lake, rows, encoding, max_shared=config.max_shared)
+        return total, covered, covered
+    old = spark_io.read(spark, lake, FEATURES, partitions=encoding.partition)
+    kept = old.join(texts.select("id", "source_hash"), ["id", "source_hash"], "left_semi").select(*ROWS)
+    new = held(texts.join(old.select("id", "source_hash"), ["id", "source_hash"], "left_anti"))
+    num_new = new.count()
+    all_kept = old.count() == covered - num_new
+    if all_kept and not num_new and before.template == encoding.template:
+        return total, covered, 0
+    rows = held(_encoded(new, text, num_new, config.spark.shuffle_partitions)) if num_new else None
+    if rows is None or not all_kept:
+        rows = kept if rows is None else kept.unionByName(rows)
+        all_kept = False
+    features.write_frame(spark, lake, rows, encoding, append=all_kept, max_shared=config.max_shared)
+    return total, covered, num_new
+
+
+def _check_shared(texts: DataFrame, encoding: Encoding, covered: int, max_shared: float) -> None:
+    """Raise FeatureError where too many things have the same text, before any is encoded."""
+    groups = texts.groupBy("source_hash").agg(F.count(F.lit(1)).alias("count"), F.min("text").alias("text"))
+    found = groups.agg(F.max(F.struct("count", "text")).alias("most")).first()
+    count, text = found["most"] if found is not None else (0, "")
+    if count >= features.LEAST_SHARED and count > max_shared * covered:
+        shown = repr(text if len(text) < 80 else f"{text[:80]}…")
+        raise FeatureError(
+            f"features {encoding.name}: expected a text to be that of {max_shared:.0%} of {covered:,} "
+            f"{encoding.kind}s at most, found {shown} of {count:,}; give --text.placeholders if that says "
+            "nothing, else add a column that tells them apart, or raise --max_shared"
+        )
+
+
+def _texts(things: DataFrame, text: TextConfig) -> DataFrame:
+    """id, index, text and its hash, of the things that have a text."""
+    columns = [
+        F.col("attributes").getItem(name.removeprefix("attributes.")) if name.startswith("attributes.") else F.col(name)
+        for name in text.columns
+    ]
+    named = [column.alias(f"_{place}") for place, column in enumerate(columns)]
+    placeholders = frozenset(placeholder.strip().casefold() for placeholder in text.placeholders)
+    given = things.select(F.col(text.kind).alias("id"), "index", *named)
+    return given.mapInArrow(functools.partial(rendered, placeholders=placeholders), _TEXTS)
+
+
+def _encoded(texts: DataFrame, text: TextConfig, count: int, parallel: int) -> DataFrame:
+    """ROWS of `count` texts, spread over enough tasks to keep every core busy."""
+    tasks = max(1, min(count, max(parallel, -(-count // text.texts_at_once))))
+    encode = functools.partial(encoded, name=text.encoder, at_once=text.texts_at_once)
+    return texts.repartition(tasks, "id").mapInArrow(encode, features.ROWS)
