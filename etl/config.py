@@ -121,6 +121,9 @@ class TriplesConfig(Section):
 
     relation: str | int
     tail: str | int
+    # With `link`: triples whose head is no item are kept too, and a tail that is an item is that item. Else triples
+    # begin at items and end at entities.
+    whole: bool = False
 
 
 class LinkConfig(FileConfig):
@@ -151,6 +154,8 @@ class KnowledgeFileConfig(FileConfig):
             raise ValueError("relations, triples: expected one of both; leave the other out")
         if (self.triples is not None and self.by != "id") or (self.link is not None and self.triples is None):
             raise ValueError("triples: expected by: id, and link only beside triples; mend by or link")
+        if self.triples is not None and self.triples.whole and self.link is None:
+            raise ValueError("triples.whole: expected a link, which says what is an item, found none; add it")
         return self
 
     @field_validator("format")

@@ -202,16 +202,18 @@ KNOWLEDGE = Table(
     "knowledge",
     pa.schema(
         [
-            _field("head", _STRING),  # raw item id
-            _field("relation", _STRING),  # director | actor | …
-            _field("tail", _STRING),  # entity
+            _field("head", _STRING),  # raw id of an item or entity
+            _field("relation", _STRING),  # director | actor | …; never the inverse of one that is there
+            _field("tail", _STRING),  # raw id of an entity or item
             _field("rank", _INT),  # 1 = first actor, 2 = second…
             _field("source", _STRING),  # where it came from: imdb | dbpedia | generator | the log's own name
             _field("head_index", _INT),
             _field("tail_index", _INT),
+            _field("head_kind", _STRING, null=True),  # whose vocabulary has the head: item | entity; null: item
+            _field("tail_kind", _STRING, null=True),  # and the tail; null: entity
         ]
     ),
-    key=("head", "relation", "tail"),
+    key=("head_kind", "head", "relation", "tail_kind", "tail"),
     order=("head_index", "relation", "rank"),
 )
 

@@ -87,8 +87,8 @@ OF_ETL = {
 MORE_OF_ETL = {
     "trainer.data": {"etl.lake"},
     "trainer.recipes.recommend": {"etl.lake", "etl.session"},
-    "trainer.recipes.recommendation_rows": {"etl.lake", "etl.session"},
     "trainer.recipes.features": {"etl.lake", "etl.session", "etl.jobs"},
+    "trainer.recipes.recommendation_rows": {"etl.lake", "etl.session"},
     "trainer.recipes.alone": {"etl.lake"},  # who holds a lock
     "trainer.recipes.run_etl": {"etl.jobs", "etl.pipeline"},
 }

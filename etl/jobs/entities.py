@@ -8,7 +8,7 @@ from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.retraction import past
 from etl.jobs.vocabulary import described_by, with_index
 from etl.sources.metadata import knowledge, knowledge_fingerprint
-from etl.sources.schema import ENTITY_PREFIX, Source
+from etl.sources.schema import ENTITY_PREFIX, OTHER_END, Source
 from etl.tables import ENTITIES, ITEMS
 
 _PEOPLE = ("director", "actor", "writer", "producer", "composer", "author", "artist", "person")  # relations to persons
@@ -16,9 +16,13 @@ _PEOPLE = ("director", "actor", "writer", "producer", "composer", "author", "art
 
 def transform(facts: DataFrame, old: DataFrame | None, *, first: int | None = None) -> DataFrame:
     """ENTITIES named by `facts` (relation, name, key), and those of `old`, the table as it was."""
-    named = facts.groupBy(entity().alias("entity")).agg(
-        F.min(kind()).alias("kind"),
-        F.min("name").alias("name"),  # of several spellings the first by its bytes
+    named = (
+        _ends(facts)
+        .groupBy("entity")
+        .agg(
+            F.min("kind").alias("kind"),
+            F.min("name").alias("name"),  # of several spellings the first by its bytes
+        )
     )
     frame = with_index(named, old, column="entity", first=first)
     if old is None:
@@ -27,6 +31,22 @@ def transform(facts: DataFrame, old: DataFrame | None, *, first: int | None = No
     frame = frame.join(named, "entity", "left").join(before, "entity", "left")
     kept = [F.coalesce(name, f"_{name}").alias(name) for name in ("kind", "name")]
     return frame.select("entity", "index", *kept).select(*ENTITIES.schema.names)
+
+
+def _ends(facts: DataFrame) -> DataFrame:
+    """entity, kind, name of the ends of facts that are entities."""
+    tails = facts.where(~is_other("key")).select(entity().alias("entity"), kind().alias("kind"), "name")
+    head = F.expr(f"substring(item, {len(OTHER_END) + 1})")
+    name = F.expr(f"substring(item, {len(OTHER_END + ENTITY_PREFIX) + 1})")
+    heads = facts.where(is_other("item")).select(
+        head.alias("entity"), F.lit(ENTITY_PREFIX[:-1]).alias("kind"), name.alias("name")
+    )
+    return tails.unionByName(heads)
+
+
+def is_other(column: str) -> Column:
+    """Whether a fact's `item` is an entity, or its `key` an item."""
+    return F.col(column).startswith(OTHER_END)
 
 
 def kind() -> Column:
@@ -75,7 +95,7 @@ def fingerprint(source: Source, config: EtlConfig) -> str:
 
 def run(run: Run) -> Outcome:
     named = run.engine.kept("facts", lambda: facts(run))
-    then = past(run, ITEMS, "entity", [named.select(entity().alias("entity"))])
+    then = past(run, ITEMS, "entity", [_ends(named)])
     return run.commit(transform(named, then.old, first=then.first), metadata=then.metadata)
 
 

@@ -232,7 +232,7 @@ def _items(
         degrees |= dict(zip(own.column("index").to_pylist(), own.column("degree").to_pylist(), strict=True))
     kept = degrees.keys()
     for heads in (heads for found in known.values() for heads in found.values()):
-        heads &= kept
+        heads.intersection_update(kept)  # `&=` with a view of a dict makes another set
     members: dict[str, set[int]] = {}
     for file in _files(lake, versions, DOMAINS):
         members.setdefault(str(file.partition["domain"]), set()).update(
@@ -248,7 +248,9 @@ def _items(
 def _known(lake: str, versions: dict[str, int]) -> dict[str, dict[str, set[int]]]:
     """``source`` and ``relation`` -> each value of it -> the items that have such knowledge."""
     known: dict[str, dict[str, set[int]]] = {"source": {}, "relation": {}}
-    for batch in _batches(lake, KNOWLEDGE, _files(lake, versions, KNOWLEDGE), [*known, "head_index"]):
+    for batch in _batches(lake, KNOWLEDGE, _files(lake, versions, KNOWLEDGE), [*known, "head_index", "head_kind"]):
+        if "head_kind" in batch.schema.names:  # of a lake that has gained it
+            batch = batch.filter(pc.fill_null(pc.equal(batch.column("head_kind"), "item"), True))
         for column, found in known.items():
             for name in pc.unique(batch.column(column)).to_pylist():
                 heads = batch.filter(pc.equal(batch.column(column), name)).column("head_index")

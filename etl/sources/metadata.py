@@ -22,7 +22,7 @@ from etl.sources.delta_table import SourceTable
 from etl.sources.entity_keys import listed_names, person_key, title_keys
 from etl.sources.files import RawFile, find_files, fingerprint
 from etl.sources.rows import RawRows, Shape
-from etl.sources.schema import ENTITY_PREFIX, PEOPLE, spark_schema
+from etl.sources.schema import ENTITY_PREFIX, OTHER_END, PEOPLE, spark_schema
 
 _WORKS = pa.schema(
     [
@@ -92,7 +92,8 @@ def file_triples(
 def _graph_triples(
     spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str
 ) -> DataFrame:
-    """item, relation, rank, name, key, source of a file of triples, whose heads are items or linked to them."""
+    """item, relation, rank, name, key, source of a file of triples, whose heads are items or linked to them; of a whole
+    graph, those with other ends too (OTHER_END)."""
     assert config.triples is not None
     if config.id is None:
         raise GraftrecError(f"{setting}.id: expected the column of heads, found none; set it")
@@ -105,11 +106,19 @@ def _graph_triples(
         link, columns = config.link, [config.link.item, config.link.entity]
         rows = RawRows(link, root, list(columns), setting=f"{setting}.link.path").map(spark, _links, _LINKS)
         heads = heads.join(rows.distinct(), "item")
-    order = Window.partitionBy("item", "relation").orderBy("place")
-    ranked = triples.join(heads, "head").withColumn("rank", F.row_number().over(order))
+    entity, key = F.lit(ENTITY_PREFIX), F.concat(F.lit(ENTITY_PREFIX), F.col("tail"))
+    if config.triples.whole:
+        other = F.concat(F.lit(OTHER_END), entity, F.col("head"))
+        found = triples.join(heads, "head", "left").withColumn("item", F.coalesce("item", other))
+        tails = heads.select(F.col("head").alias("tail"), F.concat(F.lit(OTHER_END), "item").alias("_tail"))
+        found = found.join(tails, "tail", "left")
+        key = F.coalesce("_tail", key)
+    else:
+        found = triples.join(heads, "head")
+    order = Window.partitionBy("item", "relation").orderBy("place", *(["_tail"] if config.triples.whole else []))
+    ranked = found.withColumn("rank", F.row_number().over(order))
     for relation, limit in config.max_rank.items():
         ranked = ranked.where((F.col("relation") != relation) | (F.col("rank") <= limit))
-    key = F.concat(F.lit(ENTITY_PREFIX), F.col("tail"))
     return ranked.select(
         "item", "relation", "rank", F.col("tail").alias("name"), key.alias("key"), F.lit(config.name).alias("source")
     )

@@ -71,6 +71,9 @@ PEOPLE = pa.schema(
 )
 
 
+# In the place of an item's raw id, before an entity that a triple begins with; before a key, which is then an item's
+# raw id. No raw id begins with it: it is white space, and stripped (`etl.identifiers`).
+OTHER_END = "\x1f"
 ENTITY_PREFIX = "entity:"  # of the key of a graph's entity, which is the same under every relation
 
 

@@ -22,7 +22,9 @@ from etl.pipeline.run import JOBS
 from etl.tables import FIRST_INDEX, INTERACTIONS, RELEASES, TABLES
 
 HEADER = "user,item,ts\n"
-ITEMS = "id|title|genres\n" + "".join(f"i{n}|Title {n}|{'Drama' if n < 4 else 'Comedy'}\n" for n in range(8))
+ITEMS = "id|title|genres|director\n" + "".join(
+    f"i{n}|Title {n}|{'Drama' if n < 4 else 'Comedy'}|Person {n % 3}\n" for n in range(8)
+)
 
 
 def _day(day: int, users: range) -> str:
@@ -50,7 +52,14 @@ def _configure(folder: Path, **changed: Any) -> Path:
             "kind": "log",
             "root": str(folder),
             "events": {"path": "days", "columns": {"user": "user", "item": "item", "time": "ts"}},
-            "items": {"path": "items.txt", "separator": "|", "id": "id", "title": "title", "categories": "genres"},
+            "items": {
+                "path": "items.txt",
+                "separator": "|",
+                "id": "id",
+                "title": "title",
+                "categories": "genres",
+                "people": {"director": ["director"]},
+            },
         },
         "cleaning": {"max_quarantine_share": 0.1},
         "kcore": {"min_user": 2, "min_item": 2},
@@ -134,6 +143,10 @@ def test_days_append_and_what_is_unchanged_is_skipped(
     assert report.shared_users == {("comedy", "drama"): 10}
     assert report.shared_items == {("comedy", "drama"): 0}
     assert (report.events, report.duplicates) == (68, 2)
+    kept = _table(lake, "items").filter("kept")
+    related = _table(lake, "knowledge").join(kept, left_on="head", right_on="item", how="semi")
+    assert report.related == dict(related.group_by("relation").agg(pl.col("head").n_unique()).iter_rows())
+    assert _table(lake, "knowledge")["head"].n_unique() > related["head"].n_unique() > 0
     assert dict(report.rejected) == {
         ("interactions", "unknown item"): 1,
         ("interactions", "expected 3 fields, found 1"): 5,

@@ -6,10 +6,11 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from etl.config import SparkConfig
-from etl.settings import FileName, Place, Section
+from etl.settings import Place, Section
 from trainer.config.data import each_once
 from trainer.config.graph import GraphConfig
 
+_NAME = re.compile(r"[\w.+-]+")
 _COLUMN = re.compile(r"attributes\..+")
 COLUMNS = {"item": ("title", "year", "categories"), "user": (), "entity": ("name", "kind")}
 
@@ -67,7 +68,7 @@ def unknown_columns(of: TextConfig | AttributesConfig) -> list[str]:
 class FeaturesConfig(Section):
     """Vectors of things to the table `features`, and a release with them."""
 
-    name: FileName | None = None  # of the vectors, the table's column `encoder`; None: the encoder's
+    name: str | None = None  # of the vectors, the table's column `encoder`; None: the encoder's
     lake: Place = "lake"
     release: int | None = None  # that is read; None: the newest
     text: TextConfig = TextConfig()
@@ -76,3 +77,10 @@ class FeaturesConfig(Section):
     max_shared: float = Field(0.01, gt=0, le=1)  # of things: how many may have the same text, or the same vector
     wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
     spark: SparkConfig = SparkConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_one_word(cls, name: str | None) -> str | None:
+        if name is not None and not _NAME.fullmatch(name):
+            raise ValueError(f"expected letters, digits, '.', '_', '+' and '-', found {name!r}; name it otherwise")
+        return name

@@ -133,7 +133,9 @@ def read_knowledge(release: Release, catalogue: Catalogue, slots: dict[str, int]
     filled[: tables.UNK] = tables.PAD
     if not slots:
         return filled
-    triples = release.read(tables.KNOWLEDGE, ["head_index", "relation", "rank", "tail_index"])
+    triples = release.read(tables.KNOWLEDGE, ["head_index", "relation", "rank", "tail_index", "head_kind", "tail_kind"])
+    for kind, usual in (("head_kind", "item"), ("tail_kind", "entity")):
+        triples = triples.filter(pc.fill_null(pc.equal(triples[kind], usual), True))
     start = 0
     for relation, width in slots.items():
         chosen = triples.filter(pc.equal(triples["relation"], relation)).sort_by(

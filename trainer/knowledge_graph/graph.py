@@ -67,7 +67,8 @@ def _knowledge(release: Release, relations: Sequence[str] | None) -> _Part:
     if relations == () or tables.KNOWLEDGE.name not in release.versions:
         found = tables.KNOWLEDGE.schema.empty_table()
     else:
-        found = release.read(tables.KNOWLEDGE, ["head_index", "relation", "tail_index"])
+        ends = ["head_index", "head_kind", "tail_index", "tail_kind"]
+        found = release.read(tables.KNOWLEDGE, ["relation", *ends])
     if relations:
         known = pc.unique(found["relation"]).to_pylist()
         if lacking := [name for name in relations if name not in known]:
@@ -76,8 +77,18 @@ def _knowledge(release: Release, relations: Sequence[str] | None) -> _Part:
                 f"{', '.join(lacking)}; it has {', '.join(sorted(known)) or 'none'}"
             )
         found = found.filter(pc.is_in(found["relation"], value_set=pa.array(relations)))
-    heads, tails = (found[name].to_numpy().astype(np.int64) for name in ("head_index", "tail_index"))
-    return _nodes("item", heads), found["relation"].to_numpy().astype(str), _nodes("entity", tails)
+    heads, tails = (_ends(found, end, usual) for end, usual in (("head", "item"), ("tail", "entity")))
+    return heads, found["relation"].to_numpy().astype(str), tails
+
+
+def _ends(triples: pa.Table, end: str, usual: str) -> IntArray:
+    """Nodes of the triples' heads or tails, which are of the `usual` kind where the table names none."""
+    indices = triples[f"{end}_index"].to_numpy().astype(np.int64)
+    kinds = pc.fill_null(triples[f"{end}_kind"], usual).to_numpy()
+    nodes = np.empty_like(indices)
+    for kind in np.unique(kinds):
+        nodes[kinds == kind] = _nodes(kind, indices[kinds == kind])
+    return nodes
 
 
 def _events(dataset: SequenceDataset) -> list[_Part]:

@@ -107,8 +107,8 @@ def test_knowledge_joins_both_ends_and_counts_a_name_once(spark: SparkSession) -
     found = knowledge.transform(frame(spark, told, TOLD), items, known)
     assert found.columns == KNOWLEDGE.schema.names
     assert sorted(tuple(row) for row in found.collect()) == [
-        ("i", "actor", "person:ann", 1, "a", 9, 5),
-        ("i", "director", "person:ann", 1, "a", 9, 5),
+        ("i", "actor", "person:ann", 1, "a", 9, 5, "item", "entity"),
+        ("i", "director", "person:ann", 1, "a", 9, 5, "item", "entity"),
     ]
 
 
@@ -151,3 +151,42 @@ def test_a_graph_is_linked_to_items(spark: SparkSession, tmp_path: Path) -> None
     before = knowledge_fingerprint(config)
     (tmp_path / "ml-100k.link").write_text("item_id:token\tentity_id:token\n7\tm.b\n")
     assert knowledge_fingerprint(config) != before
+
+
+def test_a_whole_graph_has_triples_between_entities_and_between_items(spark: SparkSession, tmp_path: Path) -> None:
+    """No inverse of any is stored, a triple that is there twice counts once, and an unknown item is an entity."""
+    (tmp_path / "ml-100k.link").write_text("item_id:token\tentity_id:token\n7\tm.a\n8\tm.b\n9\tm.c\n")
+    triples = ["m.a\tgenre\tm.x", "m.x\tpart\tm.y", "m.a\tsequel\tm.b", "m.y\tabout\tm.b", "m.c\tgenre\tm.x"]
+    (tmp_path / "ml-100k.kg").write_text(
+        "\n".join(["head_id:token\trelation_id:token\ttail_id:token", *triples, triples[1]])
+    )
+    described = yaml.safe_load((conf_root() / "knowledge" / "recbole.yaml").read_text())
+    described["files"][0]["triples"]["whole"] = True
+    config = KnowledgeConfig.model_validate(described | {"root": str(tmp_path)})
+    items = frame(spark, [("7", "A", 1999), ("8", "B", None)], "item string, title string, year int")
+    facts = knowledge_of(spark, config, items)
+    vocabulary = entities.transform(facts, None)
+    assert vocabulary.columns == ENTITIES.schema.names
+    named = {row["entity"]: (row["index"], row["kind"], row["name"]) for row in vocabulary.collect()}
+    assert {entity: found[1:] for entity, found in named.items()} == {
+        f"entity:m.{letter}": ("entity", f"m.{letter}") for letter in "cxy"
+    }
+    indexed = frame(spark, [("7", 5), ("8", 6)], "item string, index int")
+    found = knowledge.transform(facts, indexed, vocabulary)
+    assert found.columns == KNOWLEDGE.schema.names
+    rows = [
+        tuple(row[name] for name in ("head_kind", "head", "relation", "tail_kind", "tail")) for row in found.collect()
+    ]
+    assert sorted(rows) == [
+        ("entity", "entity:m.c", "genre", "entity", "entity:m.x"),
+        ("entity", "entity:m.x", "part", "entity", "entity:m.y"),
+        ("entity", "entity:m.y", "about", "item", "8"),
+        ("item", "7", "genre", "entity", "entity:m.x"),
+        ("item", "7", "sequel", "item", "8"),
+    ]
+    index = {"7": 5, "8": 6} | {entity: place for entity, (place, _, _) in named.items()}
+    for row in found.collect():
+        assert (row["head_index"], row["tail_index"]) == (index[row["head"]], index[row["tail"]])
+    described["files"][0].pop("link")
+    with pytest.raises(pydantic.ValidationError, match=r"triples\.whole: expected a link"):
+        KnowledgeConfig.model_validate(described)

@@ -151,6 +151,12 @@ def test_mistakes_write_nothing(
     assert pin(str(lake), None).number == 1
 
 
+def test_a_name_is_one_word() -> None:
+    assert FeaturesConfig(name="text-2.plots").name == "text-2.plots"
+    with pytest.raises(ValueError, match="expected letters, digits"):
+        FeaturesConfig(name="item/text")
+
+
 def test_placeholders_that_the_settings_name_are_no_text(spark: SparkSession, tiny_lake: str, tmp_path: Path) -> None:
     lake = copied(tiny_lake, tmp_path / "lake")
     plots = {f"i{number:02d}": "No plot yet" for number in range(5, 9)}
