@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# What a version's `served.py` imports: module -> (today's module, {name: today's name}).
+# What the code of a version imports: module -> (today's module, {name: today's name}).
 _MOVED: dict[str, tuple[str, dict[str, str]]] = {
     "trainer.artifact": (
         "trainer.inference.model_folder",

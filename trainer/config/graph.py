@@ -39,7 +39,7 @@ class GraphTrainConfig(Section):
     negatives: int = Field(256, ge=2)  # of a triple: half of them other heads, half other tails
     margin: float = 9.0  # added to scores in the loss; a distance below it counts as near
     adversarial_temperature: float = Field(1.0, ge=0)  # 0: negatives weigh the same
-    learning_rate: float = Field(0.3, gt=0)  # of row-wise Adagrad; falls to none over the epochs
+    learning_rate: float = Field(0.5, gt=0)  # of row-wise Adagrad; falls to none over the epochs
     block_rows: int = Field(1 << 20, ge=1)  # triples that are shuffled together
     seed: int = 0
     checkpoint_seconds: float = Field(60.0, ge=0)  # 0: every step
@@ -79,7 +79,7 @@ class GraphConfig(Section):
     train: GraphTrainConfig = GraphTrainConfig()
     parent: str | None = None  # folder of a run of `transe` of the same width, which `transr` begins from
     validation_triples: int = Field(2_000, ge=0)  # ranked after each epoch, at most
-    runtime: RuntimeConfig = RuntimeConfig()
+    runtime: RuntimeConfig = RuntimeConfig()  # computed on the CPU, whatever the device
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -57,7 +57,8 @@ class GraphModel(ABC):
         # A distance, of a sum of three vectors, begins at about the margin, so that neither side of the loss is flat.
         width = self.widths[ENTITIES]
         if not self.config.is_distance:
-            return float(width) ** -0.5
+            scale: float = width**-0.5
+            return scale
         return (margin + 2) / ((3 * width) ** 0.5 if self.config.norm == 2 else 1.4 * width)
 
     def initialise(self, table: str, rows_RE: Tensor) -> None:
@@ -72,7 +73,7 @@ class GraphModel(ABC):
 
 def as_complex(rows: Tensor) -> Tensor:
     """Rows of numbers whose real and imaginary parts alternate, as complex numbers."""
-    return torch.view_as_complex(rows.unflatten(-1, (-1, 2)))
+    return torch.view_as_complex(rows.reshape(*rows.shape[:-1], -1, 2))
 
 
 def as_real(rows: Tensor) -> Tensor:
@@ -82,4 +83,6 @@ def as_real(rows: Tensor) -> Tensor:
 
 def clamp_norm(rows: Tensor, most: float) -> Tensor:
     """Rows longer than `most` shortened to it."""
-    return rows / (torch.linalg.vector_norm(rows, dim=-1, keepdim=True) / most).clamp(min=1)
+    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    shortened: Tensor = rows / (lengths / most).clamp(min=1)
+    return shortened

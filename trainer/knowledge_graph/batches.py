@@ -45,7 +45,8 @@ class TripleBatch:
         """The places in `known` of some chunks, counted from the first of them."""
         size = self.triples.shape[1] * self.negatives[side].shape[1]
         first, last = np.searchsorted(self.known[side], [chunks.start * size, chunks.stop * size])
-        return self.known[side][first:last] - chunks.start * size
+        places: IntArray = self.known[side][first:last] - chunks.start * size
+        return places
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -60,7 +61,7 @@ def read_graph(release: Release, config: GraphDataConfig) -> Graph:
     )
 
 
-_Part = tuple[IntArray, np.ndarray, IntArray]  # heads, names of relations, tails
+_Part = tuple[IntArray, npt.NDArray[np.str_], IntArray]  # heads, names of relations, tails
 
 
 def _knowledge(release: Release, relations: Sequence[str] | None) -> _Part:
@@ -85,7 +86,7 @@ def _ends(triples: pa.Table, end: str, usual: str) -> IntArray:
     """Nodes of the triples' heads or tails, which are of the `usual` kind where the table names none."""
     indices = triples[f"{end}_index"].to_numpy().astype(np.int64)
     kinds = pc.fill_null(triples[f"{end}_kind"], usual).to_numpy()
-    nodes = np.empty_like(indices)
+    nodes: IntArray = np.empty_like(indices)
     for kind in np.unique(kinds):
         nodes[kinds == kind] = _nodes(kind, indices[kinds == kind])
     return nodes

@@ -31,4 +31,5 @@ def of_negatives(scores_SCK: Tensor, known: Tensor, margin: float, temperature: 
 
 def summed(scores_SCK: Tensor, weights_SCK: Tensor, margin: float) -> Tensor:
     """-Σ w log σ(-n - m) [S, C]."""
-    return torch.linalg.vecdot(weights_SCK, F.softplus(scores_SCK + margin))
+    sums_SC: Tensor = torch.linalg.vecdot(weights_SCK, F.softplus(scores_SCK + margin))
+    return sums_SC

@@ -66,7 +66,8 @@ class Manhattan:
     """-‖q - c‖₁."""
 
     def of_pairs(self, queries: Queries, candidates_SCD: Tensor) -> Tensor:
-        return -torch.linalg.vector_norm(queries.vectors_SCD - candidates_SCD, ord=1, dim=-1)
+        lengths_SC: Tensor = torch.linalg.vector_norm(queries.vectors_SCD - candidates_SCD, ord=1, dim=-1)
+        return -lengths_SC
 
     def of_all(self, queries: Queries, candidates_SKD: Tensor) -> Tensor:
         return torch.cdist(queries.vectors_SCD, candidates_SKD, p=1).neg_()
@@ -91,7 +92,8 @@ class Euclidean:
         if queries.normals_SCD is not None:
             normals = queries.normals_SCD
             difference = difference + (normals * candidates_SCD).sum(-1, keepdim=True) * normals
-        return -torch.linalg.vector_norm(difference, dim=-1)
+        lengths_SC: Tensor = torch.linalg.vector_norm(difference, dim=-1)
+        return -lengths_SC
 
     def of_all(self, queries: Queries, candidates_SKD: Tensor) -> Tensor:
         vectors, normals = queries.vectors_SCD, queries.normals_SCD
@@ -120,7 +122,8 @@ class Euclidean:
 
 
 def _squares(vectors: Tensor) -> Tensor:
-    return torch.linalg.vecdot(vectors, vectors)
+    squares: Tensor = torch.linalg.vecdot(vectors, vectors)
+    return squares
 
 
 def _along(normals_SCD: Tensor, vectors_SCD: Tensor, candidates_SKD: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ one goes on.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from etl import tables
 from etl.redaction import redact
 from etl.settings import config_hash, replaced
 from trainer import tracking
+from trainer.arrays import IntArray
 from trainer.code_hash import code_hash
 from trainer.config import GraphConfig
 from trainer.data.release import Release, pin
@@ -75,20 +77,20 @@ class _Inputs:
         ids = [raw for kind in KINDS for raw in self.raw_ids[kind]]  # nodes are sorted by kind
         return pa.table({"kind": pa.array(kinds, pa.string()), "id": pa.array(ids, pa.string())})
 
-    def _index(self, triples_N3: np.ndarray) -> KnownTriples:
+    def _index(self, triples_N3: IntArray) -> KnownTriples:
         num_relations = len(self.graph.relations)
         return KnownTriples(triples_N3, num_entities=self.graph.num_nodes, num_relations=num_relations)
 
 
 def run(config: GraphConfig) -> Result:
     """Train, or find what was trained. Raises GraftrecError."""
-    world = join(config.runtime)
+    world = join(replaced(config.runtime, device="cpu"))  # a step is small, and its tables may be large
     with alone(Path(config.output) / config.name, world) as folder:
         return _run(config, world, folder)
 
 
 def _run(config: GraphConfig, world: World, folder: Path) -> Result:
-    say = print if world.first else lambda line: None
+    say: Callable[[str], None] = print if world.first else lambda line: None
     release = pin(config.data.lake, world.of_first(pin(config.data.lake, config.data.release).number))
     parent = None if config.parent is None else load_embedding(Path(config.parent) / "model")
     identity = ":".join(agreed(_identity(config, release, parent), world).values())
@@ -199,9 +201,8 @@ def _curves(epoch: GraphEpoch) -> dict[str, float]:
     }
 
 
-def _log_epoch(epoch: GraphEpoch, tracked: Run, say: object) -> None:
+def _log_epoch(epoch: GraphEpoch, tracked: Run, say: Callable[[str], None]) -> None:
     tracked.log_metrics(_curves(epoch), step=epoch.epoch)
-    assert callable(say)
     found = f"validation MRR {epoch.metrics['MRR']:.4f}  " if epoch.metrics else ""
     say(f"epoch {epoch.epoch:>3}  loss {epoch.loss:.4f}  {found}{epoch.triples_per_second:,.0f} triples/s")
 
