@@ -86,6 +86,7 @@ def test_a_thing_without_a_training_triple_has_no_vector(tiny_lake: str, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(tiny_lake: str, tmp_path: Path) -> None:
     """Killed in its second epoch, in a process; checkpoints after every step."""
     whole = features.run(tiny(tmp_path, tiny_lake, output=str(tmp_path / "whole")))
@@ -113,6 +114,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny_lake: str, tmp_path: Path) -> Non
         assert (tmp_path / "runs/features/model" / name).read_bytes() == (whole.model / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(tiny_lake: str, tmp_path: Path) -> None:
     """Their sums differ in the last bits only."""
     runtime = {"precision": "fp64"}
