@@ -90,7 +90,8 @@ def test_a_thing_without_a_training_triple_has_no_vector(tiny_lake: str, tmp_pat
 def test_a_killed_run_goes_on_bit_for_bit(tiny_lake: str, tmp_path: Path) -> None:
     """Killed in its second epoch, in a process; checkpoints after every step."""
     whole = features.run(tiny(tmp_path, tiny_lake, output=str(tmp_path / "whole")))
-    path = config_file(tmp_path, tiny_lake, train={"checkpoint_seconds": 0})
+    lake = str(shutil.copytree(tiny_lake, tmp_path / "lake"))  # which the command writes to
+    path = config_file(tmp_path, lake, train={"checkpoint_seconds": 0})
     script = (
         "import os, signal, sys\n"
         "from trainer.knowledge_graph import training\n"
@@ -119,7 +120,8 @@ def test_two_processes_learn_what_one_learns(tiny_lake: str, tmp_path: Path) -> 
     """Their sums differ in the last bits only."""
     runtime = {"precision": "fp64"}
     one = features.run(tiny(tmp_path, tiny_lake, name="one", runtime=runtime))
-    path = config_file(tmp_path, tiny_lake, name="two", runtime=runtime)
+    lake = str(shutil.copytree(tiny_lake, tmp_path / "lake"))  # which the command writes to
+    path = config_file(tmp_path, lake, name="two", runtime=runtime)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *launcher, "-m", "trainer", "features", "--config", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
