@@ -60,7 +60,8 @@ def _none(seed: int) -> Command:
 
 
 _RANKS = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--redirects", "3", "--log-dir", "../logs/ranks")
-_BY_TIME = '[{"name": "last-5"}, {"name": "by-time", "train_until": "1970-01-12T14:00Z", "validate_until": "1970-01-12T15:00Z"}]'
+_DATES = '"train_until": "1970-01-12T14:00Z", "validate_until": "1970-01-12T15:00Z"'
+_BY_TIME = '[{"name": "last-5"}, {"name": "by-time", ' + _DATES + "}]"
 COMMANDS = {
     command.name: command
     for command in (
