@@ -71,8 +71,8 @@ class Generator:
     def events(self, spark: SparkSession, *, only: Mapping[str, int] | None = None) -> DataFrame:
         return self._frame(spark, self.config.users, RAW_EVENTS, lambda config, users: events(config, users))
 
-    def found_in(self, order: Column, places: Mapping[str, int]) -> dict[str, Column]:
-        return found_events.found_in(order, places, several=False)
+    def found_in(self, places: Mapping[str, int]) -> dict[str, Column]:
+        return found_events.found_in(places, several=False)
 
     def items(self, spark: SparkSession) -> DataFrame:
         return self._frame(spark, self.config.items, RAW_ITEMS, lambda config, items: _items(config, items))

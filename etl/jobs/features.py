@@ -162,10 +162,7 @@ def _summaries(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Of each row: a digest of its vector, its id and width, and what is wrong with it."""
     for batch in batches:
         column, ids = batch.column("vector"), batch.column("id")
-        if pa.types.is_large_list(column.type):
-            lengths = pc.list_value_length(column).cast(pa.int32())
-        else:
-            lengths = pc.list_value_length(column)
+        lengths = pc.list_value_length(column).cast(pa.int32())  # of a large list: int64
         widths = lengths.fill_null(0).to_numpy(zero_copy_only=False)
         values = column.flatten().fill_null(np.nan).to_numpy(zero_copy_only=False).astype(np.float32)
         starts = np.cumsum(widths) - widths

@@ -172,7 +172,7 @@ def _events(run: Run, places: Mapping[str, int], old: DataFrame | None = None) -
     if known is not None:
         if old is not None:
             known = known.unionByName(old.select("item")).distinct()
-        found_in = source.found_in(F.col("source_order"), places)
+        found_in = source.found_in(places)
         events = quarantine.reject_unknown(events, known, found_in=found_in, column=_column(run.config, "item"))
     return events.persist()
 
@@ -291,7 +291,7 @@ def _without_strays(
         outside = f"; {strays:,} rows ({strays / counts.read:.2%}) have times far from these" if strays else ""
         run.notes.append(f"times {event_times.written(first)} to {event_times.written(last)} UTC{outside}")
     if strays:
-        found_in = run.engine.source.found_in(F.col("source_order"), places)
+        found_in = run.engine.source.found_in(places)
         events = quarantine.reject_strays(events, bulk, found_in=found_in, column=_column(run.config, "time"))
     times = (min(day.first for day in inside), max(day.last for day in inside)) if inside else None
     return events, (counts.read, counts.rejected + strays), bulk, times

@@ -106,7 +106,7 @@ class Report:
     times: tuple[int, int] | None = None
     examples: dict[Pair, dict[str, Any]] = field(default_factory=dict)
     time_splits: list[TimeSplit] = field(default_factory=list)
-    coverage: list["Coverage"] = field(default_factory=list)
+    coverage: list[Coverage] = field(default_factory=list)
 
     @property
     def outside(self) -> int:

@@ -47,8 +47,9 @@ def found(rejected: Column) -> list[Column]:
     ]
 
 
-def found_in(order: Column, places: Mapping[str, int], *, several: bool) -> dict[str, Column]:
+def found_in(places: Mapping[str, int], *, several: bool) -> dict[str, Column]:
     """See Source.found_in. `several`: whether a line may give several rows."""
+    order = F.col("source_order")
     within = order.bitwiseAND((1 << FILE_SHIFT) - 1)
     first = min(places.values(), default=0)
     names: list[str | None] = [None] * (max(places.values(), default=0) - first + 1)

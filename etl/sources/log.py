@@ -17,10 +17,9 @@ from etl.config import CleaningConfig, LogSource
 from etl.file_config import FileConfig
 from etl.settings import GraftrecError
 from etl.sources import columns, files, filters, found_events, reshape, values
-from etl.sources import rows as rows_of_files
 from etl.sources.delimited import Chunk
 from etl.sources.delta_table import SourceTable
-from etl.sources.rows import RANGE_BYTES, RawRows, Shape
+from etl.sources.rows import RANGE_BYTES, RawRows, Shape, located
 from etl.sources.schema import EXTRAS, FOUND_EVENTS, KINDS, PEOPLE, RAW_EDGES, RAW_EVENTS, RAW_ITEMS, RAW_USERS
 from etl.sources.spark_table import SparkTable
 
@@ -89,19 +88,19 @@ class FileLog:
             range_bytes=self.range_bytes,
             table=table,
         )
-        located = rows_of_files.located("interactions", self._event_shape(), filters.kept(config))
+        found_rows = located("interactions", self._event_shape(), filters.kept(config))
         given = {*config.roles, *(["value"] if config.weights else [])}
         schema = pa.schema([field for field in RAW_EVENTS if field.name not in EXTRAS or field.name in given])
 
         def packed(chunk: Chunk, file: files.RawFile) -> pa.Table:
-            return found_events.pack(located(chunk, file)).select(schema.names)
+            return found_events.pack(found_rows(chunk, file)).select(schema.names)
 
         return rows.map(spark, packed, schema)
 
-    def found_in(self, order: Column, places: Mapping[str, int]) -> dict[str, Column]:
+    def found_in(self, places: Mapping[str, int]) -> dict[str, Column]:
         events = self.config.events
         several = bool(events.explode) or events.matrix_from is not None
-        return found_events.found_in(order, places, several=several)
+        return found_events.found_in(places, several=several)
 
     def first_events(self) -> pa.Table:
         """FOUND_EVENTS of the first block of a few files, read in this process."""

@@ -4,7 +4,7 @@ Each row says where it was found (`kind`, `file`, `line`); `reason` is null in a
 `reason` and its text (`raw`, cut), and nulls elsewhere where nothing could be read. Rows read = good rows + rejected
 rows, always.
 
-Of events only rejected rows say so, in one column; of the others `source_order` tells it. A log without event types
+Of events only rejected rows say so, in one column; of the others `source_order` gives it. A log without event types
 brings no column of them. The time of a reading is decided by what its rows bring.
 """
 
@@ -107,7 +107,7 @@ class Source(Protocol):
         place in the log."""
         ...
 
-    def found_in(self, order: Column, places: Mapping[str, int]) -> dict[str, Column]:
+    def found_in(self, places: Mapping[str, int]) -> dict[str, Column]:
         """`file`, `line` and `place` of an event, by its `source_order`. `places`: file -> its place in the log."""
         ...
 

@@ -16,10 +16,9 @@ import pyarrow as pa
 
 from etl import tables
 from etl.redaction import redact
-from etl.settings import config_hash, replaced
+from etl.settings import replaced
 from trainer import tracking
 from trainer.arrays import IntArray
-from trainer.code_hash import code_hash
 from trainer.config import GraphConfig
 from trainer.data.release import Release, pin
 from trainer.knowledge_graph.batches import BatchSettings, TripleBatches
@@ -42,8 +41,8 @@ from trainer.knowledge_graph.vectors import (
     weights_hash,
 )
 from trainer.parallel.distributed import World, join
-from trainer.recipes.run_folder import DONE, alone, clear_other, noted, tidy
-from trainer.recipes.run_result import Result, agreed, finished_in
+from trainer.recipes.run_folder import DONE, alone, clear_other, noted
+from trainer.recipes.run_result import Result, agreed, identity_of, reused
 from trainer.recipes.training_record import mlflow_uid
 from trainer.tracking import Run
 
@@ -93,12 +92,11 @@ def _run(config: GraphConfig, world: World, folder: Path) -> Result:
     say: Callable[[str], None] = print if world.first else lambda line: None
     release = pin(config.data.lake, world.of_first(pin(config.data.lake, config.data.release).number))
     parent = None if config.parent is None else load_embedding(Path(config.parent) / "model")
-    identity = ":".join(agreed(_identity(config, release, parent), world).values())
-    if (finished := world.of_first(finished_in(folder, identity) if world.first else None)) is not None:
+    parent_hash = parent.hash if parent else ""
+    of_run = identity_of(config, release, "trainer.recipes.graph_features", _READ, parent_hash)
+    identity = ":".join(agreed(of_run, world).values())
+    if (finished := reused(config, folder, identity, world)) is not None:
         say(f"{config.name}: unchanged, the vectors in {folder / 'model'} stand")
-        tracking.note_reused(config.name, finished.run_id)
-        tracking.settle(config.tracking)
-        tidy(folder, world)
         return finished
 
     inputs = _read(config, release, parent)
@@ -132,17 +130,6 @@ def _run(config: GraphConfig, world: World, folder: Path) -> Result:
     figures = ", ".join(f"{name} {metrics[f'test/{name}']:.3f}" for name in ("MRR", "Hits@10"))
     say(f"{config.name}: test {figures}; vectors in {folder / 'model' / FEATURES}, report in {folder / REPORT}")
     return Result(folder, metrics, reused=False, run_id=tracked.id)
-
-
-def _identity(config: GraphConfig, release: Release, parent: Embedding | None) -> dict[str, str]:
-    runtime, tracked = type(config.runtime)(precision=config.runtime.precision), type(config.tracking)()
-    versions = {table.name: release.versions.get(table.name) for table in _READ}
-    return {
-        "settings": config_hash(replaced(config, runtime=runtime, tracking=tracked)),
-        "code": code_hash("trainer.recipes.graph_features"),
-        "data": json.dumps(versions, sort_keys=True),
-        "parent": parent.hash if parent else "",
-    }
 
 
 def _read(config: GraphConfig, release: Release, parent: Embedding | None) -> _Inputs:

@@ -30,8 +30,8 @@ from trainer.evaluation.validation import Validator
 from trainer.inference.model_folder import ModelParts, TrainedModel, document_table, feature_tables, save_model
 from trainer.models import ModelSizes, RowTables, SequenceModel, build_model
 from trainer.parallel.distributed import World, join
-from trainer.recipes.run_folder import DONE, alone, clear_other, noted, tidy
-from trainer.recipes.run_result import Result, agreed, finished_in, read_tables, recipe_of, run_identity
+from trainer.recipes.run_folder import DONE, alone, clear_other, noted
+from trainer.recipes.run_result import Result, agreed, read_tables, recipe_of, reused, run_identity
 from trainer.recipes.training_record import (
     curves_of,
     final_metrics,
@@ -92,11 +92,8 @@ def _fit(
     say: Callable[[str], None] = print if world.first else lambda line: None
     release = _pinned(config, world)
     identity = ":".join(agreed(run_identity(config, release, parent), world).values())
-    if (finished := world.of_first(finished_in(folder, identity) if world.first else None)) is not None:
+    if (finished := reused(config, folder, identity, world)) is not None:
         say(f"{config.name}: unchanged, the model in {folder / 'model'} stands")
-        tracking.note_reused(config.name, finished.run_id)
-        tracking.settle(config.tracking)
-        tidy(folder, world)
         return finished
 
     catalogue = read_catalogue(release, config.data.domain)

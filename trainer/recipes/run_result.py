@@ -2,17 +2,19 @@
 not repeated."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from etl import tables
 from etl.settings import GraftrecError, config_hash, replaced
+from trainer import tracking
 from trainer.code_hash import code_hash
-from trainer.config import FinetuneConfig, PretrainConfig
+from trainer.config import FinetuneConfig, GraphConfig, PretrainConfig
 from trainer.data.release import Release, pin
 from trainer.inference.model_folder import TrainedModel, load_model, model_hash
 from trainer.parallel.distributed import World
-from trainer.recipes.run_folder import DONE, RunError
+from trainer.recipes.run_folder import DONE, RunError, tidy
 
 _READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS)
 
@@ -47,14 +49,21 @@ def read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:
 def run_identity(config: PretrainConfig, release: Release, parent: TrainedModel | None) -> dict[str, str]:
     """Fingerprints of settings, code, data and parent; they change if the weights could, and not with where the run
     runs."""
+    parent_hash = parent.hash if parent else ""
+    return identity_of(config, release, f"trainer.recipes.{recipe_of(config)}", read_tables(config), parent_hash)
+
+
+def identity_of(
+    config: PretrainConfig | GraphConfig, release: Release, module: str, read: Sequence[tables.Table], parent_hash: str
+) -> dict[str, str]:
+    """As run_identity, of the code that `module` reaches and the tables that are read."""
     runtime, tracked = type(config.runtime)(precision=config.runtime.precision), type(config.tracking)()
-    settings = replaced(config, runtime=runtime, tracking=tracked)
-    versions = {table.name: release.versions.get(table.name) for table in read_tables(config)}
+    versions = {table.name: release.versions.get(table.name) for table in read}
     return {
-        "settings": config_hash(settings),
-        "code": code_hash(f"trainer.recipes.{recipe_of(config)}"),
+        "settings": config_hash(replaced(config, runtime=runtime, tracking=tracked)),
+        "code": code_hash(module),
         "data": json.dumps(versions, sort_keys=True),
-        "parent": parent.hash if parent else "",
+        "parent": parent_hash,
     }
 
 
@@ -77,6 +86,16 @@ def finished(config: PretrainConfig) -> Result | None:
     release = pin(config.data.lake, config.data.release)
     identity = ":".join(run_identity(config, release, parent).values())
     return finished_in(Path(config.output) / config.name, identity)
+
+
+def reused(config: PretrainConfig | GraphConfig, folder: Path, identity: str, world: World) -> Result | None:
+    """What a finished run of this identity has left in its folder, None where there is none. MLflow's run notes it."""
+    found = world.of_first(finished_in(folder, identity) if world.first else None)
+    if found is not None:
+        tracking.note_reused(config.name, found.run_id)
+        tracking.settle(config.tracking)
+        tidy(folder, world)
+    return found
 
 
 def finished_in(folder: Path, identity: str) -> Result | None:

@@ -50,7 +50,7 @@ MANY = {str(place): [1.0, place] for place in range(300)}
 
 
 @pytest.mark.parametrize(
-    ("vectors", "told"),
+    ("vectors", "message"),
     [
         ({}, "expected a vector of one item at least, found none"),
         ({"a": [1, 2], "b": [1]}, "expected vectors of 2 numbers, found 1 to 2"),
@@ -63,7 +63,7 @@ MANY = {str(place): [1.0, place] for place in range(300)}
 )
 @pytest.mark.parametrize("how", ["frame", "arrays"])
 def test_vectors_that_must_not_be_committed(
-    spark: SparkSession, tmp_path: Path, vectors: dict[str, list[float]], told: str, how: str
+    spark: SparkSession, tmp_path: Path, vectors: dict[str, list[float]], message: str, how: str
 ) -> None:
     lake = str(tmp_path)
     features.write_arrays(lake, ["a"], np.array([5]), np.ones((1, 2), np.float32), ENCODING)
@@ -75,7 +75,7 @@ def test_vectors_that_must_not_be_committed(
             pytest.skip("an array has one width")
         whole = np.array(list(vectors.values()), np.float32).reshape(len(vectors), len(vectors.get("a", (0, 0))))
         write = partial(features.write_arrays, lake, list(vectors), np.arange(len(vectors)), whole, ENCODING)
-    with pytest.raises(FeatureError, match=told) as raised:
+    with pytest.raises(FeatureError, match=message) as raised:
         write()
     assert str(raised.value).startswith("features item/text: ")
     assert "\n" not in str(raised.value)

@@ -3,7 +3,6 @@
 from typing import Any
 
 from pyspark.sql import SparkSession
-from pyspark.sql import functions as F
 
 from etl.jobs import interactions, quarantine
 from etl.sources.found_events import found_in as found_in_files
@@ -40,7 +39,7 @@ def test_transform_appends_only_what_the_table_lacks(spark: SparkSession) -> Non
 
 def test_reject_unknown_says_so_and_keeps_what_was_read(spark: SparkSession) -> None:
     rows: list[dict[str, Any]] = [EVENT, EVENT | {"item": "i9"}, {"reason": "item is missing", "raw": "u1,,5"}]
-    found_in = found_in_files(F.col("source_order"), {"log": 0}, several=False)
+    found_in = found_in_files({"log": 0}, several=False)
     marked = quarantine.reject_unknown(
         raw_events(spark, rows), frame(spark, [("i1",)], "item string"), found_in=found_in
     )

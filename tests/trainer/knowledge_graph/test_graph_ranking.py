@@ -96,8 +96,8 @@ def test_inverses_are_added_after_the_split_and_to_training_only() -> None:
     inverse = added.train[len(split.train) :]
     np.testing.assert_array_equal(inverse[:, [2, 0]], split.train[:, [0, 2]])
     assert inverse[:, 1].min() >= 3
-    told = {(tail, relation - 3, head) for head, relation, tail in inverse.tolist()}
-    assert not told & set(map(tuple, split.test.tolist()))
+    inverted = {(tail, relation - 3, head) for head, relation, tail in inverse.tolist()}
+    assert not inverted & set(map(tuple, split.test.tolist()))
     np.testing.assert_array_equal(added.test, split.test)
 
 

@@ -90,7 +90,7 @@ def test_products_are_cheap_enough_for_the_whole_catalogue():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"score": "dot", "width": 5, "user_width": 4}, "score dot: expected user_width as width, 5, found 4"),
         (
@@ -99,6 +99,6 @@ def test_products_are_cheap_enough_for_the_whole_catalogue():
         ),
     ],
 )
-def test_settings_that_do_not_go_together(settings, told):
-    with pytest.raises(ValueError, match=told):
+def test_settings_that_do_not_go_together(settings, message):
+    with pytest.raises(ValueError, match=message):
         MlpConfig.model_validate({"kind": "mlp"} | settings)

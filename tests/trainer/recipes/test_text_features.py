@@ -128,7 +128,7 @@ def test_sail_leaves_what_spark_leaves_and_held_out_events_play_no_part(
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"text": {"columns": ["plot"]}}, r"text: expected columns of items \(title, year, categories, attr"),
         ({"text": {"encoder": "bert"}}, r"expected a text encoder \(minilm, wordllama\), found 'bert'"),
@@ -141,10 +141,10 @@ def test_sail_leaves_what_spark_leaves_and_held_out_events_play_no_part(
     ],
 )
 def test_mistakes_write_nothing(
-    spark: SparkSession, tiny_lake: str, tmp_path: Path, settings: dict[str, Any], told: str
+    spark: SparkSession, tiny_lake: str, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     lake = copied(tiny_lake, tmp_path / "lake")
-    with pytest.raises(GraftrecError, match=told) as raised:
+    with pytest.raises(GraftrecError, match=message) as raised:
         features.run(config(lake, **settings))
     assert "\n" not in str(raised.value)
     assert not (lake / FEATURES.name).exists()
@@ -163,8 +163,8 @@ def test_placeholders_that_the_settings_name_are_no_text(spark: SparkSession, ti
     change_items(lake, lambda rows: retitled(rows, plots))
     with pytest.raises(GraftrecError, match=r"1% of 40 items at most, found 'No plot yet' of 4; give --text.placeh"):
         features.run(config(lake, text={"columns": ["title"]}))
-    told = features.run(config(lake, text={"columns": ["title"], "placeholders": ["no plot yet"]}))
-    assert (told.things, told.covered) == (40, 36)
+    result = features.run(config(lake, text={"columns": ["title"], "placeholders": ["no plot yet"]}))
+    assert (result.things, result.covered) == (40, 36)
 
 
 def test_columns_are_encoded_without_spark(tiny_lake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +182,7 @@ def test_columns_are_encoded_without_spark(tiny_lake: str, tmp_path: Path, capsy
     features.run(config(lake, attributes=items, name="domain"))
     assert encodings(str(lake))["item/domain"].template == "categories=source"
     assert len(vectors_of(lake)) == 60 + 24  # those of the other domain have none
-    for wrong, told in (
+    for wrong, message in (
         ({"categorical": ["plot"]}, r"attributes: expected columns of items \(title, year, .*, found 'plot'"),
         (
             {"categorical": ["attributes.studio"]},
@@ -190,7 +190,7 @@ def test_columns_are_encoded_without_spark(tiny_lake: str, tmp_path: Path, capsy
         ),
         ({"numeric": ["title"]}, "title: expected numbers, found none"),
     ):
-        with pytest.raises(GraftrecError, match=told):
+        with pytest.raises(GraftrecError, match=message):
             features.run(config(lake, attributes=wrong))
     assert pin(str(lake), None).number == 3
 

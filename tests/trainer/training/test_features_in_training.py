@@ -128,17 +128,17 @@ def test_features_are_frozen_by_their_group(done):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"model": {"features": TEXT | {"width": 7}}}, "expected the parent's .* to fit"),
         ({"model": {"features": TEXT | {"encoders": ["bert"]}}}, "by 'bert' for split 'last-5', found those by text"),
         ({"transfer": "shallow+features", "parent": "plain", "model": {"features": TEXT}}, "has no tensor features."),
     ],
 )
-def test_features_that_a_graft_refuses(done, settings, told):
+def test_features_that_a_graft_refuses(done, settings, message):
     given = {"transfer": "deep", "data": {"domain": "target"}, "train": STILL} | settings
     parent = done.plain if given.pop("parent", "") == "plain" else done.featured
-    with pytest.raises(GraftrecError, match=told) as raised:
+    with pytest.raises(GraftrecError, match=message) as raised:
         grafted(done, "refused", parent, **given)
     assert "\n" not in str(raised.value)
 
