@@ -11,8 +11,6 @@ from trainer.config.data import each_once
 from trainer.config.graph import GraphConfig
 
 _NAME = re.compile(r"[\w.+-]+")
-_COLUMN = re.compile(r"attributes\..+")
-COLUMNS = {"item": ("title", "year", "categories"), "user": (), "entity": ("name", "kind")}
 
 
 class TextConfig(Section):
@@ -57,12 +55,6 @@ class AttributesConfig(Section):
     @property
     def columns(self) -> tuple[str, ...]:
         return self.categorical + self.numeric
-
-
-def unknown_columns(of: TextConfig | AttributesConfig) -> list[str]:
-    """Columns that the table of these things hasn't."""
-    attributes, known = of.kind != "entity", COLUMNS[of.kind]
-    return [name for name in of.columns if name not in known and not (attributes and _COLUMN.fullmatch(name))]
 
 
 class FeaturesConfig(Section):

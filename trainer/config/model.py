@@ -1,11 +1,11 @@
 """Settings of networks."""
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from etl.settings import Section
+from trainer.config.columns import known_columns, unknown_columns
 from trainer.config.data import each_once
 
 
@@ -20,9 +20,8 @@ class DocumentConfig(Section):
     @field_validator("columns")
     @classmethod
     def _columns_are_known(cls, columns: tuple[str, ...]) -> tuple[str, ...]:
-        known = ("title", "year", "categories")
-        if unknown := [name for name in columns if name not in known and not re.fullmatch(r"attributes\..+", name)]:
-            raise ValueError(f"expected columns of items ({', '.join(known)}, attributes.<name>), found {unknown[0]!r}")
+        if unknown := unknown_columns("item", columns):
+            raise ValueError(f"expected columns of items ({known_columns('item')}), found {unknown[0]!r}")
         return each_once(columns, "column")
 
 

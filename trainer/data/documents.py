@@ -16,9 +16,10 @@ from etl import tables
 from etl.tables import FIRST_INDEX
 from trainer.arrays import Int32Array
 from trainer.config import DocumentConfig
+from trainer.config.columns import attribute_of, columns_read
 from trainer.data.catalogue import Catalogue
 from trainer.data.release import DataError, Release
-from trainer.encoders.text import Part, text_of
+from trainer.encoders.text import Part, as_placeholders, text_of
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,11 @@ def read_documents(release: Release, catalogue: Catalogue, config: DocumentConfi
     EncoderError where the word vectors' package isn't there."""
     from trainer.encoders.word_vectors import WordLlamaEncoder
 
-    read = ["attributes" if name.startswith("attributes.") else name for name in config.columns]
-    items = release.read(tables.ITEMS, ["index", *dict.fromkeys(read)])
+    items = release.read(tables.ITEMS, ["index", *columns_read(config.columns)])
     rows = catalogue.rows(items["index"].to_numpy())
     inside = np.flatnonzero(rows >= FIRST_INDEX)
     items, rows = items.take(inside), rows[inside]
-    placeholders = frozenset(placeholder.strip().casefold() for placeholder in config.placeholders)
+    placeholders = as_placeholders(config.placeholders)
     parts = zip(*(cells_of(items, name) for name in config.columns), strict=True)
     encoder = WordLlamaEncoder()
     tokens = encoder.tokens([text_of(each, placeholders) for each in parts])
@@ -59,8 +59,8 @@ def read_documents(release: Release, catalogue: Catalogue, config: DocumentConfi
 
 def cells_of(rows: pa.Table, name: str) -> list[Part]:
     """A column of items or users; `attributes.<name>`: one of their attributes."""
-    if not name.startswith("attributes."):
+    key = attribute_of(name)
+    if key is None:
         found: list[Part] = rows[name].to_pylist()
         return found
-    key = name.removeprefix("attributes.")
     return [dict(attributes or ()).get(key) for attributes in rows["attributes"].to_pylist()]

@@ -28,9 +28,14 @@ NO_TEXT = frozenset(
 Part = str | int | Sequence[str] | None
 
 
+def as_placeholders(texts: Iterable[str]) -> frozenset[str]:
+    """Texts that settings name as standing for none, as `text_of` compares them."""
+    return frozenset(text.strip().casefold() for text in texts)
+
+
 def text_of(parts: Iterable[Part], placeholders: Collection[str] = ()) -> str:
     """Parts that say something, a stop between them, of a list a comma between its own: "Heat. Action, Crime"; "" where
-    none does. `placeholders`: more that stands for no text, in lower case."""
+    none does. `placeholders`: more that stands for no text (as_placeholders)."""
     texts = [_part(part, placeholders) for part in parts]
     return ". ".join(text for text in texts if text)
 

@@ -29,12 +29,14 @@ from etl.settings import ConfigError
 from etl.tables import FEATURES, Table
 from trainer.arrays import FloatArray, IntArray
 from trainer.config import FeaturesConfig, GraphConfig
-from trainer.config.features import COLUMNS, AttributesConfig, TextConfig, unknown_columns
+from trainer.config.columns import attribute_of, columns_read, known_columns, unknown_columns
+from trainer.config.features import AttributesConfig, TextConfig
 from trainer.data.documents import cells_of
 from trainer.data.release import Release, pin
 from trainer.encoders import TextEncoder, text_encoder
 from trainer.encoders.attributes import attribute_vectors
 from trainer.encoders.batches import ROWS, encoded, rendered
+from trainer.encoders.text import as_placeholders
 from trainer.knowledge_graph.vectors import FEATURES as VECTORS
 from trainer.parallel.distributed import join
 from trainer.recipes import graph_features
@@ -59,10 +61,10 @@ def run(config: FeaturesConfig) -> Result:
     if config.graph is not None:
         return _of_graph(config, config.graph)
     given = config.text if config.attributes is None else config.attributes
-    if unknown := unknown_columns(given):
-        known = [*COLUMNS[given.kind], *([] if given.kind == "entity" else ["attributes.<name>"])]
+    if unknown := unknown_columns(given.kind, given.columns):
         setting = "text" if config.attributes is None else "attributes"
-        raise ConfigError(f"{setting}: expected columns of {given.kind}s ({', '.join(known)}), found {unknown[0]!r}")
+        known = known_columns(given.kind)
+        raise ConfigError(f"{setting}: expected columns of {given.kind}s ({known}), found {unknown[0]!r}")
     encoder = text_encoder(config.text.encoder) if config.attributes is None else None
     release = pin(config.lake, config.release)
     with spark_io.writing(release.lake, FEATURES, wait_seconds=config.wait_seconds):
@@ -152,8 +154,7 @@ def _of_texts(config: FeaturesConfig, release: Release, encoder: TextEncoder) ->
 def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Release) -> tuple[Encoding, Counts]:
     """Without Spark: a vocabulary's columns are few, and its values are counted over all of it."""
     table = _THINGS[given.kind]
-    read = ["attributes" if name.startswith("attributes.") else name for name in given.columns]
-    rows = release.read(table, [given.kind, "index", *dict.fromkeys(read)])
+    rows = release.read(table, [given.kind, "index", *columns_read(given.columns)])
     cells = {name: cells_of(rows, name) for name in given.columns}
     vectors, names = attribute_vectors(
         {name: cells[name] for name in given.categorical},
@@ -232,12 +233,13 @@ def _check_shared(texts: DataFrame, encoding: Encoding, covered: int, max_shared
 
 def _texts(things: DataFrame, text: TextConfig) -> DataFrame:
     """id, index, text and its hash, of the things that have a text."""
+    attributes = {name: attribute_of(name) for name in text.columns}
     columns = [
-        F.col("attributes").getItem(name.removeprefix("attributes.")) if name.startswith("attributes.") else F.col(name)
-        for name in text.columns
+        F.col(name) if attribute is None else F.col("attributes").getItem(attribute)
+        for name, attribute in attributes.items()
     ]
     named = [column.alias(f"_{place}") for place, column in enumerate(columns)]
-    placeholders = frozenset(placeholder.strip().casefold() for placeholder in text.placeholders)
+    placeholders = as_placeholders(text.placeholders)
     given = things.select(F.col(text.kind).alias("id"), "index", *named)
     return given.mapInArrow(functools.partial(rendered, placeholders=placeholders), _TEXTS)
 
