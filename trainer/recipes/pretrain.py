@@ -21,10 +21,10 @@ from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
 from trainer.data.documents import Documents, read_documents
-from trainer.data.item_vectors import ItemVectors, read_item_vectors
+from trainer.data.item_vectors import EncodedVectors, read_item_vectors, read_user_vectors
 from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
-from trainer.data.sequences import SequenceDataset, training_interactions
+from trainer.data.sequences import SequenceDataset, trained_users, training_interactions
 from trainer.evaluation.evaluators import monitor
 from trainer.evaluation.validation import Validator
 from trainer.inference.model_folder import ModelParts, TrainedModel, document_table, feature_tables, save_model
@@ -58,7 +58,8 @@ class Inputs:
     knowledge: Int32Array
     parent: TrainedModel | None
     task: Task
-    features: dict[str, ItemVectors]
+    features: dict[str, EncodedVectors]
+    user_features: dict[str, EncodedVectors]
     documents: Documents | None
 
 
@@ -104,7 +105,8 @@ def _fit(
     features = _features(config, release, catalogue, dataset, parent)
     document = config.model.features.document
     documents = None if document is None else read_documents(release, catalogue, document)
-    inputs = Inputs(config, release, catalogue, knowledge, parent, task, features, documents)
+    user_features = _user_features(config, release, dataset, parent)
+    inputs = Inputs(config, release, catalogue, knowledge, parent, task, features, user_features, documents)
     model, account = _model(inputs, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
@@ -218,20 +220,38 @@ def _features(
     catalogue: Catalogue,
     dataset: SequenceDataset,
     parent: TrainedModel | None,
-) -> dict[str, ItemVectors]:
+) -> dict[str, EncodedVectors]:
     """Vectors of items by the encoders of the settings; behind the parent's whitening where its projections are
     copied."""
     if not config.model.features.encoders:
         return {}
-    copies = isinstance(config, FinetuneConfig) and "features" in COPIED_GROUPS[config.transfer]
     return read_item_vectors(
         release,
         catalogue,
         config.model.features,
         split=config.data.split,
         trained_V=training_interactions(dataset, catalogue) > 0,
-        fitted=parent.features if parent is not None and copies else None,
+        fitted=parent.features if parent is not None and _copies_features(config) else None,
     )
+
+
+def _user_features(
+    config: PretrainConfig, release: Release, dataset: SequenceDataset, parent: TrainedModel | None
+) -> dict[str, EncodedVectors]:
+    """As _features, of users."""
+    if not config.model.user_features.encoders:
+        return {}
+    return read_user_vectors(
+        release,
+        config.model.user_features,
+        split=config.data.split,
+        trained_V=trained_users(dataset, vocabulary_size(release, tables.USERS)),
+        fitted=parent.user_features if parent is not None and _copies_features(config) else None,
+    )
+
+
+def _copies_features(config: PretrainConfig) -> bool:
+    return isinstance(config, FinetuneConfig) and "features" in COPIED_GROUPS[config.transfer]
 
 
 def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]:
@@ -246,6 +266,7 @@ def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]
             num_event_types=len(config.data.event_types),
             features=feature_tables(inputs.features),
             documents=document_table(inputs.documents),
+            user_features=feature_tables(inputs.user_features),
         ),
         seed=config.train.seed,
         tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
@@ -311,6 +332,7 @@ def _finish(
             task_heads=task.heads,
             content=task.content,
             features=inputs.features,
+            user_features=inputs.user_features,
             documents=inputs.documents,
         ),
     )
