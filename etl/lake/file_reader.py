@@ -69,9 +69,8 @@ class DigestSink:
         self._sink.close()
 
     def _give_up(self) -> None:
-        with contextlib.suppress(
-            Exception
-        ):  # Arrow's stream, left open, writes when it is dropped, and prints a failure
+        # Arrow's stream, left open, writes when it is dropped, and prints a failure.
+        with contextlib.suppress(Exception):
             self._sink.close()
 
     def __del__(self) -> None:
