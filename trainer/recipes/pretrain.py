@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from etl import tables
 from etl.redaction import redact
 from etl.settings import ConfigError
+from etl.tables import FIRST_INDEX, UNK
 from trainer import figures, tracking
 from trainer.arrays import Int32Array
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
@@ -61,6 +63,7 @@ class Inputs:
     features: dict[str, EncodedVectors]
     user_features: dict[str, EncodedVectors]
     documents: Documents | None
+    untrained_V: npt.NDArray[np.bool_] | None  # rows that nobody has had, where the model must do without ids
 
 
 class NonFiniteScore(NonFiniteLoss):
@@ -102,11 +105,17 @@ def _fit(
     dataset = _dataset(config, release)
     task = prepare_task(config.task, release, catalogue, dataset)
     validation = Validator(config, release, catalogue, task)
-    features = _features(config, release, catalogue, dataset, parent)
+    trained_V = np.ones(len(catalogue), bool)
+    if config.model.features.given or config.data.split in release.cold_items:
+        trained_V = training_interactions(dataset, catalogue) > 0
+    features = _features(config, release, catalogue, trained_V, parent)
     document = config.model.features.document
     documents = None if document is None else read_documents(release, catalogue, document)
     user_features = _user_features(config, release, dataset, parent)
-    inputs = Inputs(config, release, catalogue, knowledge, parent, task, features, user_features, documents)
+    untrained_V = _untrained(config, release, catalogue, trained_V, parent)
+    inputs = Inputs(
+        config, release, catalogue, knowledge, parent, task, features, user_features, documents, untrained_V
+    )
     model, account = _model(inputs, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
@@ -218,7 +227,7 @@ def _features(
     config: PretrainConfig,
     release: Release,
     catalogue: Catalogue,
-    dataset: SequenceDataset,
+    trained_V: npt.NDArray[np.bool_],
     parent: TrainedModel | None,
 ) -> dict[str, EncodedVectors]:
     """Vectors of items by the encoders of the settings; behind the parent's whitening where its projections are
@@ -230,7 +239,7 @@ def _features(
         catalogue,
         config.model.features,
         split=config.data.split,
-        trained_V=training_interactions(dataset, catalogue) > 0,
+        trained_V=trained_V,
         fitted=parent.features if parent is not None and _copies_features(config) else None,
     )
 
@@ -252,6 +261,25 @@ def _user_features(
 
 def _copies_features(config: PretrainConfig) -> bool:
     return isinstance(config, FinetuneConfig) and "features" in COPIED_GROUPS[config.transfer]
+
+
+def _untrained(
+    config: PretrainConfig,
+    release: Release,
+    catalogue: Catalogue,
+    trained_V: npt.NDArray[np.bool_],
+    parent: TrainedModel | None,
+) -> npt.NDArray[np.bool_] | None:
+    """Rows that nobody has had, in the training part or that of a parent whose items are shared. None where that
+    changes nothing: the split has no cold items, and every item is seen with its id."""
+    if not config.model.features.id_dropout and config.data.split not in release.cold_items:
+        return None
+    untrained_V = ~trained_V
+    untrained_V[:FIRST_INDEX] = False
+    if parent is not None and isinstance(config, FinetuneConfig) and config.shared_items:
+        shared_V = rows_by_raw_id(parent.catalogue, catalogue)
+        untrained_V &= (shared_V == UNK) | (parent.popularity[shared_V] == 0)
+    return untrained_V if untrained_V.any() else None
 
 
 def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]:
@@ -278,6 +306,8 @@ def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]
         model.describe(torch.from_numpy(task.content.vectors_VF))
     if config.data.predicted is not None:
         model.restrict_targets(torch.from_numpy(rows_of_domain(release, catalogue, config.data.predicted)))
+    if inputs.untrained_V is not None:
+        model.mark_untrained(torch.from_numpy(inputs.untrained_V))
     if isinstance(config, FinetuneConfig):
         shared = None
         if parent is not None and config.shared_items:
@@ -328,6 +358,7 @@ def _finish(
             parent=inputs.parent.hash if inputs.parent else None,
             users=release.read(tables.USERS, ["user", "index"]),
             predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
+            untrained=inputs.untrained_V,
             classes=task.class_names,
             task_heads=task.heads,
             content=task.content,
