@@ -259,7 +259,8 @@ FEATURES = Table(
 # three runs, each in time order: trained on, held out, past the end. A user too short for a hold-out has all three
 # equal. A split with cold users holds out their whole row of its target domain (valid_start = 0): for test where
 # test_start = 0 too, else for validation. A split by time has them where its dates fall in `times`, the same for all:
-# valid_start = 0 is a user who is new since training.
+# valid_start = 0 is a user who is new since training. Rows of a split by chance (`random`) are three runs too, one a
+# part; a split with `user_folds` holds out users' whole rows for test.
 SEQUENCES = Table(
     "sequences",
     pa.schema(

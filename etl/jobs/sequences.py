@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from etl.config import EtlConfig, SplitConfig
 from etl.histories.reader import Histories, Ints, Key
-from etl.jobs import changed_buckets, time_splits
+from etl.jobs import changed_buckets, hashed_splits, time_splits
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.lake import spark_io
@@ -65,6 +65,9 @@ def rows(
                 valid_start = np.where(part[present] > 0, 0, size)
                 test_start = np.where(part[present] == TEST, 0, size)
             own = lists
+            if split.is_by_chance:
+                moved, valid_start, test_start = hashed_splits.parts(histories, at, size, split)
+                own = lists if moved is at else _lists(histories, moved, size)
             if split.joint_target is not None and name == DOMAIN_ALL:
                 moved, valid_start, test_start, end = _joint(histories, at, size, split, names, part)
                 own = _lists(histories, moved, size)
@@ -200,6 +203,7 @@ def check(config: EtlConfig) -> None:
     known = names_of(config.domains)
     for split in config.splits:
         time_splits.check(split)
+        hashed_splits.check(split)
         if split.causal_target is not None and split.causal_target not in known:
             raise ConfigError(
                 f"splits.{split.name}.causal_target: expected a domain ({', '.join(known)}), "
@@ -231,7 +235,7 @@ def run(run: Run) -> Outcome:
         run,
         partial(rows, names=names_of(run.config.domains), splits=run.config.splits),
         columns=("event_type", "value"),
-        whole=tuple(split.name for split in run.config.splits if split.joint_target is None),
+        whole=tuple(s.name for s in run.config.splits if s.joint_target is None and s.random is None),
         properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]},
     )
 
