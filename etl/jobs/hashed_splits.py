@@ -62,7 +62,8 @@ def _draws(histories: Histories) -> npt.NDArray[np.uint64]:
     z = words[histories.user] + (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    found: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return found
 
 
 def _hash(raw: str) -> int:

@@ -23,6 +23,7 @@ from trainer.config.model import (
     PeterRecConfig,
 )
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
+from trainer.config.social import LightGcnConfig, Node2VecConfig, SocialConfig, SocialDataConfig
 from trainer.config.task import (
     BasketPairConfig,
     ClickConfig,
@@ -72,6 +73,7 @@ __all__ = [
     "GraphModelConfig",
     "GraphTrainConfig",
     "ItemFeaturesConfig",
+    "LightGcnConfig",
     "LossConfig",
     "MaskedItemConfig",
     "MlpConfig",
@@ -79,6 +81,7 @@ __all__ = [
     "MultiConfig",
     "NextBasketConfig",
     "NextItemConfig",
+    "Node2VecConfig",
     "PairHeadConfig",
     "PatchConfig",
     "PeterRecConfig",
@@ -90,6 +93,8 @@ __all__ = [
     "RecommendConfig",
     "RuntimeConfig",
     "SearchConfig",
+    "SocialConfig",
+    "SocialDataConfig",
     "TargetDataConfig",
     "TargetItemConfig",
     "TaskConfig",
