@@ -23,7 +23,14 @@ from trainer.config.model import (
     PeterRecConfig,
 )
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
-from trainer.config.social import LightGcnConfig, Node2VecConfig, SocialConfig, SocialDataConfig
+from trainer.config.social import (
+    FriendModelConfig,
+    FriendsConfig,
+    LightGcnConfig,
+    Node2VecConfig,
+    SocialConfig,
+    SocialDataConfig,
+)
 from trainer.config.task import (
     BasketPairConfig,
     ClickConfig,
@@ -67,6 +74,8 @@ __all__ = [
     "EvaluationConfig",
     "FeaturesConfig",
     "FinetuneConfig",
+    "FriendModelConfig",
+    "FriendsConfig",
     "GateConfig",
     "GraphConfig",
     "GraphDataConfig",

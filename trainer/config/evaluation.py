@@ -27,6 +27,7 @@ class BaselinesConfig(Section):
     decay: float = Field(0.6, gt=0, le=1)  # of the variant that reads all: the n-th last item weighs decay**n
     transition_steps: int = Field(8, ge=1)  # how far apart two items are still counted as following each other
     transition_decay: float = Field(0.8, gt=0, le=1)  # of a transition over d steps: it weighs decay**(d - 1)
+    friends_last: int = Field(100, ge=1)  # items of a friend that are counted, where the lake has friendships
     max_users: int = Field(1_000_000, ge=2)  # whose training parts are counted, about
 
 

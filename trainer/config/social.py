@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from etl.settings import FileName, Place, Section
+from trainer.config.data import each_once
 from trainer.config.training import RuntimeConfig, TrackingConfig
 
 
@@ -72,3 +73,37 @@ class SocialConfig(Section):
             found = "none" if self.data.split is None else f"{self.data.split!r}, which node2vec doesn't read"
             raise ValueError(f"data.split: expected a split for lightgcn, and none for node2vec, found {found}")
         return self
+
+
+class FriendModelConfig(Section):
+    """Attention over friends (`trainer/social/attention.py`)."""
+
+    candidates: int = Field(200, ge=1)  # items of a user that are told apart by it
+    hidden: int = Field(32, ge=2)  # units of a layer
+    max_users: int = Field(20_000, ge=1)  # who are learnt from, at most
+    batch_size: int = Field(64, ge=1)  # users
+    epochs: int = Field(20, ge=1)
+    learning_rate: float = Field(0.01, gt=0)  # of Adam; falls to none
+    seed: int = 0
+
+
+class FriendsConfig(Section):
+    """Recommend to users without a history by what their friends have, and measure it beside plain counts."""
+
+    name: FileName = "friends"
+    output: str = "runs"  # the run's folder is <output>/<name>
+    lake: Place = "lake"
+    release: int | None = None  # None: the newest complete one
+    # That hold out users' whole histories, e.g. all folds of `user_folds`; results are of all together.
+    splits: tuple[str, ...] = Field(("users-0",), min_length=1)
+    domain: str = "all"
+    directed: bool = False  # an edge counts for its first user alone, as where trust isn't mutual
+    control: bool = True  # the same with friends swapped at random (see `rewired`)
+    model: FriendModelConfig = FriendModelConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("splits")
+    @classmethod
+    def _splits_differ(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
+        return each_once(splits, "split")

@@ -40,6 +40,11 @@ class Network:
         return Network(users, edges)
 
 
+def has_network(release: Release) -> bool:
+    """Whether there is any friendship."""
+    return tables.SOCIAL.name in release.versions and len(release.read(tables.SOCIAL, ["user_index"])) > 0
+
+
 def read_network(release: Release, *, directed: bool = False) -> Network:
     """Of the table `social`. An edge in either direction is a friendship of both, of the larger weight; `directed`: of
     its `user` alone, as where trust isn't mutual. Raises DataError where there is none."""
@@ -66,8 +71,11 @@ def read_network(release: Release, *, directed: bool = False) -> Network:
     return Network(users, edges)
 
 
-def read_training(release: Release, split: str, domain: str, catalogue: Catalogue) -> tuple[IntArray, sp.csr_array]:
-    """(Global indices of users with a training part, ascending; float32 [U, V], 1 where it has the item).
+def read_training(
+    release: Release, split: str, domain: str, catalogue: Catalogue, *, newest: int | None = None
+) -> tuple[IntArray, sp.csr_array]:
+    """(Global indices of users with a training part, ascending; float32 [U, V], 1 where it has the item). `newest`: the
+    last so many of each user's only.
 
     Nothing behind `valid_start` is looked at, so that what anyone holds out, friends too, changes no bit.
     """
@@ -76,6 +84,7 @@ def read_training(release: Release, split: str, domain: str, catalogue: Catalogu
     for group in range(len(dataset.groups)):
         sequences = dataset.read_group(group, held_out=False)
         trained = sequences.until(sequences.valid_start)
+        trained = trained if newest is None else trained.newest(newest)
         users.append(np.repeat(trained.users, trained.lengths))
         items.append(catalogue.rows(trained.items).astype(np.int64))
     user, item = np.concatenate(users), np.concatenate(items)

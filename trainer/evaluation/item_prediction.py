@@ -310,7 +310,7 @@ class ItemPrediction(Evaluator):
     @staticmethod
     def metrics_of(task: TaskSettings | None) -> TaskMetrics:
         per_user = tuple(metrics_of(np.ones((1, 1), np.int64)))
-        baselines = (*names.OF_ONE_DOMAIN, *names.OF_ALL_DOMAINS, names.PERSONAL_FREQUENCY)
+        baselines = (*names.OF_ONE_DOMAIN, *names.OF_ALL_DOMAINS, names.FRIENDS, names.PERSONAL_FREQUENCY)
         return TaskMetrics("NDCG@10", per_user, ITEM_METRICS, baselines)
 
     @staticmethod
