@@ -9,6 +9,7 @@ from etl.config import SparkConfig
 from etl.settings import Place, Section
 from trainer.config.data import each_once
 from trainer.config.graph import GraphConfig
+from trainer.config.social import SocialConfig
 
 _NAME = re.compile(r"[\w.+-]+")
 
@@ -66,6 +67,7 @@ class FeaturesConfig(Section):
     text: TextConfig = TextConfig()
     attributes: AttributesConfig | None = None  # instead of `text`
     graph: GraphConfig | None = None  # instead of both: an embedding is trained on the lake `graph.data.lake`
+    social: SocialConfig | None = None  # likewise: vectors from friendships, on the lake `social.data.lake`
     max_shared: float = Field(0.01, gt=0, le=1)  # of things: how many may have the same text, or the same vector
     wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
     spark: SparkConfig = SparkConfig()

@@ -30,7 +30,10 @@ from trainer.data.events import Events, beside, merge
 from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, sampled, without_repeats
 from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
+from trainer.data.social import has_network, read_network, read_training
+from trainer.evaluation.baselines.friends import counted_friends
 from trainer.evaluation.baselines.names import (
+    FRIENDS,
     ITEM_TO_ITEM,
     ITEM_TO_ITEM_ALL,
     ITEM_TO_ITEM_ALL_DECAYED,
@@ -391,7 +394,22 @@ def baseline_scorers(examples: EvaluationSet, config: BaselinesConfig) -> list[S
             (ITEM_TO_ITEM_ALL_DECAYED, fading_across, prior, f"{before}, {weighed}"),
         ]
     by_count = Scorer(POPULARITY, None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing")
-    return [by_count, *(_over(*row, examples) for row in rows)]
+    of_friends = [_friends_scorer(examples, config)] if has_network(examples.release) else []
+    return [by_count, *(_over(*row, examples) for row in rows), *of_friends]
+
+
+def _friends_scorer(examples: EvaluationSet, config: BaselinesConfig) -> Scorer:
+    """What friends have in their training parts, for users with or without a history."""
+    taken = read_training(
+        examples.release, examples.split, examples.domain, examples.catalogue, newest=config.friends_last
+    )
+    counted = counted_friends(read_network(examples.release), *taken)
+
+    def score(given: Events) -> Scores:
+        width = len(examples.catalogue)
+        return Scores(len(given), width, lambda start, stop: counted.score(given.users, slice(start, stop)))
+
+    return Scorer(FRIENDS, None, score, f"last {config.friends_last} of each friend")
 
 
 def _over(label: str, scorer: Any, histories: Events, reads: str, examples: EvaluationSet) -> Scorer:

@@ -1,5 +1,5 @@
-"""Vectors of items, users or entities from their texts, their columns or the knowledge graph, in the Delta table
-`features`, and a release with them.
+"""Vectors of items, users or entities from their texts, their columns, the knowledge graph or the social
+network, in the Delta table `features`, and a release with them.
 
 Executors encode in parallel, on one thread each, what has no vector yet or another text than when it was encoded. A
 second run encodes nothing and reads nothing of the tables. The vectors of things that have left, or have no text any
@@ -28,7 +28,7 @@ from etl.session import held, spark_session, user_errors
 from etl.settings import ConfigError
 from etl.tables import FEATURES, Table
 from trainer.arrays import FloatArray, IntArray
-from trainer.config import FeaturesConfig, GraphConfig
+from trainer.config import FeaturesConfig, GraphConfig, SocialConfig
 from trainer.config.columns import attribute_of, columns_read, known_columns, unknown_columns
 from trainer.config.features import AttributesConfig, TextConfig
 from trainer.data.documents import cells_of
@@ -39,7 +39,7 @@ from trainer.encoders.batches import ROWS, encoded, rendered
 from trainer.encoders.text import as_placeholders
 from trainer.knowledge_graph.vectors import FEATURES as VECTORS
 from trainer.parallel.distributed import join
-from trainer.recipes import graph_features
+from trainer.recipes import graph_features, social_features
 
 _THINGS = {"item": tables.ITEMS, "user": tables.USERS, "entity": tables.ENTITIES}
 _TEXTS = "id string, index int, text string, source_hash bigint"
@@ -59,7 +59,9 @@ class Result:
 def run(config: FeaturesConfig) -> Result:
     """The recipe `features`. Raises GraftrecError."""
     if config.graph is not None:
-        return _of_graph(config, config.graph)
+        return _of_run(config, config.graph)
+    if config.social is not None:
+        return _of_run(config, config.social)
     given = config.text if config.attributes is None else config.attributes
     if unknown := unknown_columns(given.kind, given.columns):
         setting = "text" if config.attributes is None else "attributes"
@@ -89,15 +91,15 @@ def run(config: FeaturesConfig) -> Result:
     return Result(things, covered, encoded, number, committed)
 
 
-def _of_graph(config: FeaturesConfig, graph: GraphConfig) -> Result:
-    """Train an embedding of the knowledge graph, or find it trained, and write the vectors of its nodes. Of several
-    processes the first one writes."""
-    folder = graph_features.run(graph).folder
-    lake, things = absolute(graph.data.lake), 0
-    if not join(graph.runtime).first:
+def _of_run(config: FeaturesConfig, given: GraphConfig | SocialConfig) -> Result:
+    """Train an embedding of the knowledge graph or the social network, or find it trained, and write the vectors of its
+    nodes. Of several processes the first one writes."""
+    trained = graph_features.run(given) if isinstance(given, GraphConfig) else social_features.run(given)
+    lake, things = absolute(given.data.lake), 0
+    if not join(given.runtime).first:
         return Result(0, 0, 0, 0, False)
     with spark_io.writing(lake, FEATURES, wait_seconds=config.wait_seconds):
-        for encoding, ids, index, vectors in _vectors_in(folder):
+        for encoding, ids, index, vectors in _vectors_in(trained.folder):
             things += len(ids)
             if encodings(lake).get(encoding.name) != encoding:
                 features.write_arrays(lake, ids, index, vectors, encoding, max_shared=config.max_shared)
@@ -105,7 +107,7 @@ def _of_graph(config: FeaturesConfig, graph: GraphConfig) -> Result:
         assert version is not None
         number, committed = releases.release_with(lake, {FEATURES.name: version})
     state = "new" if committed else "unchanged"
-    print(f"features {graph.name}: {things:,} things have one; release {number} ({state}) in {lake}", flush=True)
+    print(f"features {given.name}: {things:,} things have one; release {number} ({state}) in {lake}", flush=True)
     return Result(things, things, things if committed else 0, number, committed)
 
 
