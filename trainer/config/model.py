@@ -37,6 +37,8 @@ class ItemFeaturesConfig(Section):
     missing: Literal["learned", "zero", "mean"] = "learned"
     whitening: bool = True  # centred, and of equal variance in all directions, over the items that are trained on
     id_dropout: float = Field(0.0, ge=0, lt=1)  # share of items that a step sees without their own vector (DropoutNet)
+    # The control of experiments: items of like popularity exchange their features, by `train.seed`.
+    shuffled: bool = False
 
     @field_validator("encoders")
     @classmethod
@@ -47,6 +49,12 @@ class ItemFeaturesConfig(Section):
     def _ids_stand_beside_features(self) -> "ItemFeaturesConfig":
         if self.id_dropout and not self.given:
             raise ValueError("id_dropout: expected encoders whose vectors are left, found none; name them, or set 0")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_shuffled(self) -> "ItemFeaturesConfig":
+        if self.shuffled and not self.given:
+            raise ValueError("shuffled: expected encoders whose vectors are exchanged, found none; name them")
         return self
 
     @property

@@ -20,6 +20,7 @@ from trainer.arrays import FloatArray
 from trainer.config import ItemFeaturesConfig
 from trainer.data.catalogue import Catalogue
 from trainer.data.release import DataError, Release
+from trainer.data.shuffled_features import Shuffle
 
 BoolArray = npt.NDArray[np.bool_]
 _OF_SPLITS = (tables.SEQUENCES.name, tables.BASKETS.name)  # what is trained on, and held out
@@ -55,16 +56,20 @@ def read_item_vectors(
     *,
     split: str,
     trained_V: BoolArray,
+    shuffle: Shuffle | None = None,
     fitted: dict[str, ItemVectors] | None = None,
 ) -> dict[str, ItemVectors]:
     """Encoder -> vectors of a catalogue's rows. `trained_V`: rows with an event in the training part, which whitening
-    is fitted on; `fitted`: encoders whose whitening a parent has, which its projections were trained behind.
+    is fitted on; `shuffle`: rows exchange their vectors; `fitted`: encoders whose whitening a parent has, which its
+    projections were trained behind.
 
     Raises DataError for an encoder of no vectors, or one that read another split than this.
     """
     found = {}
     for encoder in config.encoders:
         raw_VF, has_V = _read(release, catalogue, encoder, split)
+        if shuffle is not None:
+            raw_VF = raw_VF[shuffle.rows(has_V)]
         known = (fitted or {}).get(encoder)
         if known is not None and len(known.whitening.mean_F) != raw_VF.shape[1]:
             raise DataError(

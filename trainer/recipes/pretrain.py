@@ -25,6 +25,7 @@ from trainer.data.item_vectors import ItemVectors, read_item_vectors
 from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
 from trainer.data.sequences import SequenceDataset, training_interactions
+from trainer.data.shuffled_features import Shuffle
 from trainer.evaluation.evaluators import monitor
 from trainer.evaluation.validation import Validator
 from trainer.inference.model_folder import ModelParts, TrainedModel, document_table, feature_tables, save_model
@@ -101,9 +102,7 @@ def _fit(
     dataset = _dataset(config, release)
     task = prepare_task(config.task, release, catalogue, dataset)
     validation = Validator(config, release, catalogue, task)
-    features = _features(config, release, catalogue, dataset, parent)
-    document = config.model.features.document
-    documents = None if document is None else read_documents(release, catalogue, document)
+    features, documents = _features(config, release, catalogue, dataset, parent)
     inputs = Inputs(config, release, catalogue, knowledge, parent, task, features, documents)
     model, account = _model(inputs, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
@@ -218,20 +217,30 @@ def _features(
     catalogue: Catalogue,
     dataset: SequenceDataset,
     parent: TrainedModel | None,
-) -> dict[str, ItemVectors]:
-    """Vectors of items by the encoders of the settings; behind the parent's whitening where its projections are
-    copied."""
-    if not config.model.features.encoders:
-        return {}
+) -> tuple[dict[str, ItemVectors], Documents | None]:
+    """Vectors of items by the encoders of the settings, behind the parent's whitening where its projections are copied;
+    and their texts as words."""
+    given = config.model.features
+    if not given.given:
+        return {}, None
+    interactions_V = training_interactions(dataset, catalogue)
+    shuffle = Shuffle(interactions_V, config.train.seed) if given.shuffled else None
+    documents = None if given.document is None else read_documents(release, catalogue, given.document)
+    if documents is not None and shuffle is not None:
+        documents = documents.shuffled(shuffle)
+    if not given.encoders:
+        return {}, documents
     copies = isinstance(config, FinetuneConfig) and "features" in COPIED_GROUPS[config.transfer]
-    return read_item_vectors(
+    vectors = read_item_vectors(
         release,
         catalogue,
-        config.model.features,
+        given,
         split=config.data.split,
-        trained_V=training_interactions(dataset, catalogue) > 0,
+        trained_V=interactions_V > 0,
+        shuffle=shuffle,
         fitted=parent.features if parent is not None and copies else None,
     )
+    return vectors, documents
 
 
 def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]:
