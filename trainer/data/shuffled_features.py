@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from trainer.arrays import IntArray
 
-GROUPS = 10  # deciles of popularity
+GROUPS, LEAST = 10, 5  # deciles of popularity, of so many rows at least
 _STREAM = 0x5F1E  # of random numbers, apart from the seed's other ones
 
 
@@ -27,12 +27,12 @@ class Shuffle:
     def rows(self, has_V: npt.NDArray[np.bool_]) -> IntArray:
         """[V] the row whose features each row gets: a permutation within groups of rows that have any, by decile of
         popularity; those without an interaction are a group. In a group of two or more none keeps its own (Sattolo
-        1986); of fewer than twenty rows there are fewer groups."""
+        1986); of fewer than fifty rows there are fewer groups, so that there is a choice."""
         rows_V = np.arange(len(has_V))
         random = np.random.default_rng([self.seed, _STREAM])
         trained = np.flatnonzero(has_V & (self.interactions_V > 0))
         by_popularity = trained[np.argsort(self.interactions_V[trained], kind="stable")]
-        groups = np.array_split(by_popularity, max(1, min(GROUPS, len(trained) // 2)))
+        groups = np.array_split(by_popularity, max(1, min(GROUPS, len(trained) // LEAST)))
         for group in [np.flatnonzero(has_V & (self.interactions_V == 0)), *groups]:
             ring = random.permutation(group)
             rows_V[ring] = np.roll(ring, 1)
