@@ -42,8 +42,8 @@ class AttributesConfig(Section):
     as counts of votes or mean ratings: they tell what is held out."""
 
     kind: Literal["item", "user"] = "item"
-    # Columns, attributes.<name>, or of items knowledge.<relation>, their tails in the knowledge graph (which an embedding
-    # of the graph must beat): each value gets a flag.
+    # Columns, attributes.<name>, or of items knowledge.<relation>, their tails in the knowledge graph (an embedding of
+    # the graph must beat these): each value gets a flag.
     categorical: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
     min_things: int = Field(2, ge=1)  # a value that fewer have gets no flag
