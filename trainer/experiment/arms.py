@@ -101,7 +101,7 @@ def _release(config: ArmsConfig) -> "Release":
     if wanted - known:
         raise ConfigError(
             f"features: expected encoders of items in release {release.number} of {lake} "
-            f"({', '.join(sorted(known)) or 'none'}), found {min(wanted - known)!r}; add it to vectors, or mend the name"
+            f"({', '.join(sorted(known)) or 'none'}), found {min(wanted - known)!r}; add it to vectors"
         )
     return release
 
