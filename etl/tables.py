@@ -119,7 +119,7 @@ QUARANTINE = Table(
     "quarantine",
     pa.schema(
         [
-            _field("kind", _STRING),  # interactions | items | users | edges
+            _field("kind", _STRING),  # interactions | items | users | edges | knowledge
             _field("file", _STRING),
             _field("line", _LONG),  # 1-based; of a Parquet file: row number
             _field("reason", _STRING),

@@ -15,7 +15,7 @@ from etl.tables import UNK
 from trainer.config import ModelConfig, PairHeadConfig, TaskHead, WeightsHeadConfig
 from trainer.models.cpu.dropout import Dropout
 from trainer.models.documents import DocumentTable
-from trainer.models.features import FeatureTable, ItemFeatures, drop_ids
+from trainer.models.features import Features, FeatureTable, drop_ids
 from trainer.models.heads import LossWeights, PairHead
 from trainer.models.row_table import RowTable, RowTables
 
@@ -34,6 +34,11 @@ class ModelSizes:
     num_event_types: int = 0  # kinds that are distinguished, for a model that reads them
     features: tuple[FeatureTable, ...] = ()  # of `config.features.encoders`, in their order
     documents: DocumentTable | None = None  # of `config.features.document`
+    user_features: tuple[FeatureTable, ...] = ()  # of `config.user_features.encoders`, of rows of the user table
+
+    @property
+    def item_features_given(self) -> bool:
+        return bool(self.features) or self.documents is not None
 
     @property
     def num_slots(self) -> int:
@@ -70,7 +75,7 @@ class SequenceModel(nn.Module):
         self.register_buffer("content_VF", None, persistent=False)
         self.dropout = Dropout(config.dropout)
         self.task_heads = nn.ModuleDict()
-        self.features = nn.ModuleDict()  # `scored`: of the vectors that score
+        self.features = nn.ModuleDict()  # `scored`: of the vectors that score; `user`: of users
 
     def table(self, num_embeddings: int, width: int) -> nn.Embedding | RowTable:
         """A table of item, user or entity vectors, dense or row-wise."""
@@ -113,7 +118,15 @@ class SequenceModel(nn.Module):
     def add_features(self, tables: tuple[FeatureTable, ...], documents: DocumentTable | None) -> None:
         """Vectors from outside the log beside items' own: `item_vectors` has them from now on. Drawn from the global
         random state, and at first without effect."""
-        self.features["scored"] = ItemFeatures(self.config.features, self.item_width, tables, documents)
+        self.features["scored"] = Features(self.config.features, self.item_width, tables, documents)
+
+    def add_user_features(self, tables: tuple[FeatureTable, ...]) -> None:
+        """As `add_features`, beside users' own vectors."""
+        self.features["user"] = Features(self.config.user_features, self.config.user_width, tables)
+
+    @property
+    def items_have_features(self) -> bool:
+        return "scored" in self.features
 
     @property
     def item_width(self) -> int:
@@ -124,11 +137,11 @@ class SequenceModel(nn.Module):
         """As `rows_of`; in training without those that `config.features.id_dropout` leaves out."""
         own = self.rows_of(table, rows)
         share = self.config.features.id_dropout
-        return drop_ids(own, rows, share) if self.training and share and len(self.features) else own
+        return drop_ids(own, rows, share) if self.training and share and self.items_have_features else own
 
     def with_features(self, vectors: Tensor, rows: Tensor | None, place: str = "scored") -> Tensor:
         """Vectors of catalogue rows with what comes from outside the log; as they are where nothing does."""
-        if not len(self.features):
+        if not self.items_have_features:
             return vectors
         joined: Tensor = self.features[place](vectors, rows)
         return joined
@@ -206,9 +219,16 @@ class SequenceModel(nn.Module):
         return F.embedding(rows, table) if table.ndim == 2 else table[rows]
 
     def user_vectors(self, users_B: Tensor) -> Tensor:
-        """[B, user width]; that of the unknown user for those beyond the table."""
+        """[B, user width], with features where the model has any; that of the unknown user for those beyond the
+        table."""
         known_B = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)
-        return self.rows_of(self.user_embedding.weight, known_B)
+        own_BD = self.rows_of(self.user_embedding.weight, known_B)
+        if "user" not in self.features:
+            return own_BD
+        if self.training and (share := self.config.user_features.id_dropout):
+            own_BD = drop_ids(own_BD, known_B, share)
+        joined: Tensor = self.features["user"](own_BD, known_B)
+        return joined
 
     def entity_vectors(self, rows: Tensor | None) -> Tensor:
         """The vectors of catalogue rows' entities side by side, [V or *rows.shape, S x knowledge width]."""

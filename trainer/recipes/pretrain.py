@@ -21,10 +21,10 @@ from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
 from trainer.data.documents import Documents, read_documents
-from trainer.data.item_vectors import ItemVectors, read_item_vectors
+from trainer.data.item_vectors import EncodedVectors, read_item_vectors, read_user_vectors
 from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
-from trainer.data.sequences import SequenceDataset, training_interactions
+from trainer.data.sequences import SequenceDataset, training_events, training_interactions
 from trainer.data.shuffled_features import Shuffle
 from trainer.evaluation.evaluators import monitor
 from trainer.evaluation.validation import Validator
@@ -59,7 +59,8 @@ class Inputs:
     knowledge: Int32Array
     parent: TrainedModel | None
     task: Task
-    features: dict[str, ItemVectors]
+    features: dict[str, EncodedVectors]
+    user_features: dict[str, EncodedVectors]
     documents: Documents | None
 
 
@@ -103,7 +104,8 @@ def _fit(
     task = prepare_task(config.task, release, catalogue, dataset)
     validation = Validator(config, release, catalogue, task)
     features, documents = _features(config, release, catalogue, dataset, parent)
-    inputs = Inputs(config, release, catalogue, knowledge, parent, task, features, documents)
+    user_features = _user_features(config, release, dataset, parent)
+    inputs = Inputs(config, release, catalogue, knowledge, parent, task, features, user_features, documents)
     model, account = _model(inputs, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
@@ -217,7 +219,7 @@ def _features(
     catalogue: Catalogue,
     dataset: SequenceDataset,
     parent: TrainedModel | None,
-) -> tuple[dict[str, ItemVectors], Documents | None]:
+) -> tuple[dict[str, EncodedVectors], Documents | None]:
     """Vectors of items by the encoders of the settings, behind the parent's whitening where its projections are copied;
     and their texts as words."""
     given = config.model.features
@@ -228,9 +230,6 @@ def _features(
     documents = None if given.document is None else read_documents(release, catalogue, given.document)
     if documents is not None and shuffle is not None:
         documents = documents.shuffled(shuffle)
-    if not given.encoders:
-        return {}, documents
-    copies = isinstance(config, FinetuneConfig) and "features" in COPIED_GROUPS[config.transfer]
     vectors = read_item_vectors(
         release,
         catalogue,
@@ -238,9 +237,31 @@ def _features(
         split=config.data.split,
         trained_V=interactions_V > 0,
         shuffle=shuffle,
-        fitted=parent.features if parent is not None and copies else None,
+        fitted=parent.features if parent is not None and _copies_features(config) else None,
     )
     return vectors, documents
+
+
+def _user_features(
+    config: PretrainConfig, release: Release, dataset: SequenceDataset, parent: TrainedModel | None
+) -> dict[str, EncodedVectors]:
+    """As _features, of users."""
+    given = config.model.user_features
+    if not given.encoders:
+        return {}
+    events_V = training_events(dataset, vocabulary_size(release, tables.USERS))
+    return read_user_vectors(
+        release,
+        given,
+        split=config.data.split,
+        trained_V=events_V > 0,
+        shuffle=Shuffle(events_V, config.train.seed) if given.shuffled else None,
+        fitted=parent.user_features if parent is not None and _copies_features(config) else None,
+    )
+
+
+def _copies_features(config: PretrainConfig) -> bool:
+    return isinstance(config, FinetuneConfig) and "features" in COPIED_GROUPS[config.transfer]
 
 
 def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]:
@@ -255,6 +276,7 @@ def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]
             num_event_types=len(config.data.event_types),
             features=feature_tables(inputs.features),
             documents=document_table(inputs.documents),
+            user_features=feature_tables(inputs.user_features),
         ),
         seed=config.train.seed,
         tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
@@ -320,6 +342,7 @@ def _finish(
             task_heads=task.heads,
             content=task.content,
             features=inputs.features,
+            user_features=inputs.user_features,
             documents=inputs.documents,
         ),
     )
