@@ -176,6 +176,15 @@ class KnowledgeConfig(Section):
     files: tuple[KnowledgeFileConfig, ...] = ()
 
 
+class ColdItemsConfig(Section):
+    """Items that a split holds out whole, by a hash of their raw ids (`etl.tables.cold_item_hash`)."""
+
+    share: float = Field(0.15, gt=0, lt=0.5)  # of items, for test
+    validation: float = Field(0.05, gt=0, lt=0.5)  # and of others, for validation
+    domain: str | None = None  # only items of this one; None: of every domain
+    seed: int = 0  # of the hash: another one holds out other items
+
+
 class SplitConfig(Section):
     """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them.
     With `train_until`, hold-out by time: of every user and domain, what comes after that date.
@@ -192,6 +201,8 @@ class SplitConfig(Section):
     # Share of the users of `joint_target` whose whole history there is the test part, and as many again the validation
     # part. By a hash of the raw user id; only users with `min_train` events elsewhere before.
     cold_users: float | None = Field(None, gt=0, lt=0.5)
+    # Items that nothing trains on, with all their events; beside them the last warm items are held out, by the counts.
+    cold_items: ColdItemsConfig | None = None
     # A split by time, in the place of the counts above: events before this date are trained on. ISO 8601, in UTC unless
     # an offset is given.
     train_until: str | None = None

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etl.tables import UNK
+from etl.tables import FIRST_INDEX, UNK
 from trainer.config import ModelConfig, PairHeadConfig, TaskHead, WeightsHeadConfig
 from trainer.models.cpu.dropout import Dropout
 from trainer.models.documents import DocumentTable
-from trainer.models.features import Features, FeatureTable, drop_ids
+from trainer.models.features import Features, FeatureTable, drop_ids, kept_ids
 from trainer.models.heads import LossWeights, PairHead
 from trainer.models.row_table import RowTable, RowTables
 
@@ -60,6 +60,9 @@ class SequenceModel(nn.Module):
 
     knowledge_VS: Tensor
     predicted_V: Tensor | None  # bool: the catalogue rows that are predicted; None: all real ones
+    untrained_V: (
+        Tensor | None
+    )  # bool: rows that nobody has had: no class of a loss, and with features nothing of their own
     content_VF: Tensor | None  # vectors of what items are, where the task reads them
     head: nn.Module
     user_embedding: nn.Embedding | RowTable
@@ -72,6 +75,7 @@ class SequenceModel(nn.Module):
         self.tables = tables  # None: dense ones
         self.register_buffer("knowledge_VS", sizes.knowledge_VS.int(), persistent=False)
         self.register_buffer("predicted_V", None, persistent=False)
+        self.register_buffer("untrained_V", None, persistent=False)
         self.register_buffer("content_VF", None, persistent=False)
         self.dropout = Dropout(config.dropout)
         self.task_heads = nn.ModuleDict()
@@ -134,10 +138,19 @@ class SequenceModel(nn.Module):
         return self.config.width
 
     def own_vectors(self, table: Tensor, rows: Tensor | None) -> Tensor:
-        """As `rows_of`; in training without those that `config.features.id_dropout` leaves out."""
-        own = self.rows_of(table, rows)
-        share = self.config.features.id_dropout
-        return drop_ids(own, rows, share) if self.training and share and self.items_have_features else own
+        """As `rows_of`; zero for rows of which features alone are known."""
+        own, known = self.rows_of(table, rows), self._known(rows)
+        return own if known is None else own * known[..., None]
+
+    def _known(self, rows: Tensor | None) -> Tensor | None:
+        """Of catalogue rows [N] of which more is known than features, bool [N]: not of untrained ones, and in a step of
+        training not of those that `config.features.id_dropout` leaves out. None: of all."""
+        share = self.config.features.id_dropout if self.training else 0.0
+        if not self.items_have_features or (not share and self.untrained_V is None):
+            return None
+        rows = torch.arange(self.num_items, device=self.knowledge_VS.device) if rows is None else rows
+        known = kept_ids(rows, share)
+        return known if self.untrained_V is None else known & ~self.untrained_V[rows]
 
     def with_features(self, vectors: Tensor, rows: Tensor | None, place: str = "scored") -> Tensor:
         """Vectors of catalogue rows with what comes from outside the log; as they are where nothing does."""
@@ -150,6 +163,19 @@ class SequenceModel(nn.Module):
         """Predict these catalogue rows only (bool [V], at least one real item): others are read, and never an
         answer."""
         self.predicted_V = rows_V.to(self.knowledge_VS.device)
+
+    def mark_untrained(self, rows_V: Tensor) -> None:
+        """Train and score without anything of these catalogue rows' own (bool [V])."""
+        self.untrained_V = rows_V.to(self.knowledge_VS.device)
+
+    def classes(self) -> Tensor | None:
+        """Catalogue rows, ascending, that a loss is taken among; None: all real ones."""
+        if self.predicted_V is None and self.untrained_V is None:
+            return None
+        among_V = self.predicted_V
+        if among_V is None:
+            among_V = torch.arange(self.num_items, device=self.knowledge_VS.device) >= FIRST_INDEX
+        return (among_V if self.untrained_V is None else among_V & ~self.untrained_V).nonzero()[:, 0]
 
     @property
     def scores_with_table(self) -> bool:
@@ -180,8 +206,10 @@ class SequenceModel(nn.Module):
         return self.config.width
 
     def bias(self, rows: Tensor | None = None) -> Tensor:
-        """Output biases of catalogue rows, [V] or [*rows.shape]."""
-        return self.rows_of(self.output_bias, rows)
+        """Output biases of catalogue rows, [V] or [*rows.shape]; zero where features alone are known, which so learn to
+        say how popular an item is."""
+        own, known = self.rows_of(self.output_bias, rows), self._known(rows)
+        return own if known is None else own * known
 
     def scores(
         self,

@@ -130,9 +130,30 @@ class Features(nn.Module):
 
 
 def drop_ids(own_ND: Tensor, rows: Tensor | None, share: float) -> Tensor:
-    """Zero for a share, at random: what an item that nobody has taken, or a user without a past, begins with (Volkovs
+    """Zero for a share, at random: what a user without a past begins with (Volkovs
     et al. 2017, DropoutNet). `rows` as in Features; reserved ones are kept."""
     if rows is None:
         rows = torch.arange(len(own_ND), device=own_ND.device)
     kept_N = (torch.rand(rows.shape, device=own_ND.device) >= share) | (rows < FIRST_INDEX)
     return own_ND * kept_N[..., None]
+
+
+def kept_ids(rows: Tensor, share: float) -> Tensor:
+    """Which catalogue rows a step of training sees with more than their features, bool: all but a `share` of items,
+    which are as if nobody had had them (Volkovs et al. 2017, DropoutNet). Reserved rows are kept.
+
+    By a hash of the row and of the seed of the global random state, which each step has one of: an item is known or
+    not in the whole step, read or predicted. The hash is SplitMix64's finaliser (Steele et al. 2014).
+    """
+    if not share:
+        return torch.ones_like(rows, dtype=torch.bool)
+    z = rows.long() * _signed(0x9E3779B97F4A7C15) + _signed(torch.initial_seed())
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    uniform = ((z >> 11) & ((1 << 53) - 1)).double() / 2.0**53
+    return (uniform >= share) | (rows < FIRST_INDEX)
+
+
+def _signed(number: int) -> int:
+    """The 64-bit integer of the same bits."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
