@@ -76,6 +76,9 @@ class GeneratorSource(Section):
     sequels: float = Field(0.1, ge=0, le=1)  # share of events that are the next part of a series begun, if any
     late_share: float = Field(0.0, ge=0, le=1)  # of users, who come to the target after most of their source events
     source_teaches: bool = True  # False: the source domain is drawn by popularity alone, in random order
+    # Share of items with a title, genre and people of their own, the others have those of another item; and of users'
+    # communities and near friends. 0: a noise twin, with the same events, in which features say nothing of tastes.
+    feature_strength: float = Field(1.0, ge=0, le=1)
     # A log with a calendar, to be split by time: where one of the next four is set, dates decide what is taken.
     returns: float = Field(0.0, ge=0)  # mean number of breaks of a month and more in a user's 200 days
     new_items: float = Field(0.0, ge=0, lt=1)  # share of items that come out after the log's beginning

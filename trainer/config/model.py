@@ -36,6 +36,8 @@ class JoinedFeaturesConfig(Section):
     missing: Literal["learned", "zero", "mean"] = "learned"
     whitening: bool = True  # centred, and of equal variance in all directions, over those that are trained on
     id_dropout: float = Field(0.0, ge=0, lt=1)  # share that a step sees without their own vector (DropoutNet)
+    # The control of experiments: those of like popularity exchange their features, by `train.seed`.
+    shuffled: bool = False
 
     @field_validator("encoders")
     @classmethod
@@ -46,6 +48,12 @@ class JoinedFeaturesConfig(Section):
     def _ids_stand_beside_features(self) -> Self:
         if self.id_dropout and not self.given:
             raise ValueError("id_dropout: expected encoders whose vectors are left, found none; name them, or set 0")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_shuffled(self) -> Self:
+        if self.shuffled and not self.given:
+            raise ValueError("shuffled: expected encoders whose vectors are exchanged, found none; name them")
         return self
 
     @property

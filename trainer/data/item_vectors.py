@@ -23,6 +23,7 @@ from trainer.arrays import FloatArray, IntArray
 from trainer.config import JoinedFeaturesConfig
 from trainer.data.catalogue import Catalogue
 from trainer.data.release import DataError, Release, vocabulary_size
+from trainer.data.shuffled_features import Shuffle
 
 BoolArray = npt.NDArray[np.bool_]
 _OF_SPLITS = (tables.SEQUENCES.name, tables.BASKETS.name)  # what is trained on, and held out
@@ -71,15 +72,17 @@ def read_item_vectors(
     *,
     split: str,
     trained_V: BoolArray,
+    shuffle: Shuffle | None = None,
     fitted: dict[str, EncodedVectors] | None = None,
 ) -> dict[str, EncodedVectors]:
     """Encoder -> vectors of a catalogue's rows. `trained_V`: rows with an event in the training part, which whitening
-    is fitted on; `fitted`: encoders whose whitening a parent has, which its projections were trained behind.
+    is fitted on; `shuffle`: rows exchange their vectors; `fitted`: encoders whose whitening a parent has, which its
+    projections were trained behind.
 
     Raises DataError for an encoder of no vectors, or one that read another split than this.
     """
     rows = _Rows("item", catalogue.rows, len(catalogue))
-    return _read_all(release, rows, config, split=split, trained_V=trained_V, fitted=fitted or {})
+    return _read_all(release, rows, config, split=split, trained_V=trained_V, shuffle=shuffle, fitted=fitted or {})
 
 
 def read_user_vectors(
@@ -88,6 +91,7 @@ def read_user_vectors(
     *,
     split: str,
     trained_V: BoolArray,
+    shuffle: Shuffle | None = None,
     fitted: dict[str, EncodedVectors] | None = None,
 ) -> dict[str, EncodedVectors]:
     """As read_item_vectors, of rows of the user table."""
@@ -96,9 +100,8 @@ def read_user_vectors(
     def row_of(index: npt.NDArray[Any]) -> IntArray:
         return np.where(index < count, index, tables.UNK).astype(np.int64)
 
-    return _read_all(
-        release, _Rows("user", row_of, count), config, split=split, trained_V=trained_V, fitted=fitted or {}
-    )
+    rows = _Rows("user", row_of, count)
+    return _read_all(release, rows, config, split=split, trained_V=trained_V, shuffle=shuffle, fitted=fitted or {})
 
 
 def _read_all(
@@ -108,11 +111,14 @@ def _read_all(
     *,
     split: str,
     trained_V: BoolArray,
+    shuffle: Shuffle | None,
     fitted: dict[str, EncodedVectors],
 ) -> dict[str, EncodedVectors]:
     found = {}
     for encoder in config.encoders:
         raw_VF, has_V = _read(release, rows, encoder, split)
+        if shuffle is not None:
+            raw_VF = raw_VF[shuffle.rows(has_V)]
         known = fitted.get(encoder)
         if known is not None and len(known.whitening.mean_F) != raw_VF.shape[1]:
             raise DataError(

@@ -147,12 +147,12 @@ def training_interactions(dataset: SequenceDataset, catalogue: Catalogue, *, oth
     return counts
 
 
-def trained_users(dataset: SequenceDataset, num_users: int) -> npt.NDArray[np.bool_]:
-    """[num_users] who has an event in the training part; by row group."""
-    found = np.zeros(num_users, dtype=bool)
+def training_events(dataset: SequenceDataset, num_users: int) -> IntArray:
+    """[num_users] events of each user in the training part; by row group."""
+    found = np.zeros(num_users, dtype=np.int64)
     for group in range(len(dataset.groups)):
         sequences = dataset.read([group])
-        found[sequences.users[sequences.valid_start > 0]] = True
+        found[sequences.users] = sequences.valid_start
     return found
 
 

@@ -18,7 +18,7 @@ from etl.redaction import redact
 from etl.settings import ConfigError
 from etl.tables import FIRST_INDEX, UNK
 from trainer import figures, tracking
-from trainer.arrays import Int32Array
+from trainer.arrays import Int32Array, IntArray
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
@@ -26,7 +26,8 @@ from trainer.data.documents import Documents, read_documents
 from trainer.data.item_vectors import EncodedVectors, read_item_vectors, read_user_vectors
 from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
-from trainer.data.sequences import SequenceDataset, trained_users, training_interactions
+from trainer.data.sequences import SequenceDataset, training_events, training_interactions
+from trainer.data.shuffled_features import Shuffle
 from trainer.evaluation.evaluators import monitor
 from trainer.evaluation.validation import Validator
 from trainer.inference.model_folder import ModelParts, TrainedModel, document_table, feature_tables, save_model
@@ -105,14 +106,12 @@ def _fit(
     dataset = _dataset(config, release)
     task = prepare_task(config.task, release, catalogue, dataset)
     validation = Validator(config, release, catalogue, task)
-    trained_V = np.ones(len(catalogue), bool)
+    interactions_V = None
     if config.model.features.given or config.data.split in release.cold_items:
-        trained_V = training_interactions(dataset, catalogue) > 0
-    features = _features(config, release, catalogue, trained_V, parent)
-    document = config.model.features.document
-    documents = None if document is None else read_documents(release, catalogue, document)
+        interactions_V = training_interactions(dataset, catalogue)
+    features, documents = _features(config, release, catalogue, interactions_V, parent)
     user_features = _user_features(config, release, dataset, parent)
-    untrained_V = _untrained(config, release, catalogue, trained_V, parent)
+    untrained_V = _untrained(config, release, catalogue, interactions_V, parent)
     inputs = Inputs(
         config, release, catalogue, knowledge, parent, task, features, user_features, documents, untrained_V
     )
@@ -227,34 +226,44 @@ def _features(
     config: PretrainConfig,
     release: Release,
     catalogue: Catalogue,
-    trained_V: npt.NDArray[np.bool_],
+    interactions_V: IntArray | None,
     parent: TrainedModel | None,
-) -> dict[str, EncodedVectors]:
-    """Vectors of items by the encoders of the settings; behind the parent's whitening where its projections are
-    copied."""
-    if not config.model.features.encoders:
-        return {}
-    return read_item_vectors(
+) -> tuple[dict[str, EncodedVectors], Documents | None]:
+    """Vectors of items by the encoders of the settings, behind the parent's whitening where its projections are copied;
+    and their texts as words."""
+    given = config.model.features
+    if interactions_V is None or not given.given:
+        return {}, None
+    shuffle = Shuffle(interactions_V, config.train.seed) if given.shuffled else None
+    documents = None if given.document is None else read_documents(release, catalogue, given.document)
+    if documents is not None and shuffle is not None:
+        documents = documents.shuffled(shuffle)
+    vectors = read_item_vectors(
         release,
         catalogue,
-        config.model.features,
+        given,
         split=config.data.split,
-        trained_V=trained_V,
+        trained_V=interactions_V > 0,
+        shuffle=shuffle,
         fitted=parent.features if parent is not None and _copies_features(config) else None,
     )
+    return vectors, documents
 
 
 def _user_features(
     config: PretrainConfig, release: Release, dataset: SequenceDataset, parent: TrainedModel | None
 ) -> dict[str, EncodedVectors]:
     """As _features, of users."""
-    if not config.model.user_features.encoders:
+    given = config.model.user_features
+    if not given.encoders:
         return {}
+    events_V = training_events(dataset, vocabulary_size(release, tables.USERS))
     return read_user_vectors(
         release,
-        config.model.user_features,
+        given,
         split=config.data.split,
-        trained_V=trained_users(dataset, vocabulary_size(release, tables.USERS)),
+        trained_V=events_V > 0,
+        shuffle=Shuffle(events_V, config.train.seed) if given.shuffled else None,
         fitted=parent.user_features if parent is not None and _copies_features(config) else None,
     )
 
@@ -267,14 +276,14 @@ def _untrained(
     config: PretrainConfig,
     release: Release,
     catalogue: Catalogue,
-    trained_V: npt.NDArray[np.bool_],
+    interactions_V: IntArray | None,
     parent: TrainedModel | None,
 ) -> npt.NDArray[np.bool_] | None:
     """Rows that nobody has had, in the training part or that of a parent whose items are shared. None where that
     changes nothing: the split has no cold items, and every item is seen with its id."""
-    if not config.model.features.id_dropout and config.data.split not in release.cold_items:
+    if interactions_V is None or not (config.model.features.id_dropout or config.data.split in release.cold_items):
         return None
-    untrained_V = ~trained_V
+    untrained_V = interactions_V == 0
     untrained_V[:FIRST_INDEX] = False
     if parent is not None and isinstance(config, FinetuneConfig) and config.shared_items:
         shared_V = rows_by_raw_id(parent.catalogue, catalogue)

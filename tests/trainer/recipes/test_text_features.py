@@ -195,6 +195,37 @@ def test_columns_are_encoded_without_spark(tiny_lake: str, tmp_path: Path, capsy
     assert pin(str(lake), None).number == 3
 
 
+def test_triples_are_flags(tiny_lake: str, tmp_path: Path) -> None:
+    lake = copied(tiny_lake, tmp_path / "lake")
+    given = {"categorical": ["knowledge.director", "knowledge.actor"]}
+    result = features.run(config(lake, attributes=given, name="flags"))
+    rows = pin(str(lake), None).read(ITEMS, ["item", "index", "year"]).to_pylist()
+    people = {
+        row["item"]: row["year"] - 1990 for row in rows if row["index"] % 7
+    }  # of each taste: 1 director, 2 actors
+    assert (result.things, result.covered) == (len(rows), len(people))
+    names = [f"knowledge.director=entity person:p{taste}" for taste in range(4)]
+    names += [f"knowledge.actor=entity person:p{person}" for person in (10, 11, 4, 5, 6, 7, 8, 9)]
+    encoding = encodings(str(lake))["item/flags"]
+    assert encoding.template == "; ".join(names)
+    assert set(encoding.inputs) == {"items", "knowledge"}
+    for item, vector in vectors_of(lake).items():
+        taste = people[item]
+        assert {name[-2:].strip("p") for name, flag in zip(names, vector, strict=True) if flag} == {
+            f"{taste}",
+            f"{4 + taste}",
+            f"{8 + taste}",
+        }
+    for wrong, message in (
+        (["knowledge.author"], r"relations of items in the table knowledge \(actor, director\), found 'author'"),
+        (["knowledge."], "found ''"),
+    ):
+        with pytest.raises(GraftrecError, match=message):
+            features.run(config(lake, attributes={"categorical": wrong}))
+    with pytest.raises(ValueError, match=r"knowledge.<relation> of items only"):
+        config(lake, attributes={"kind": "user", "categorical": ["knowledge.actor"]})
+
+
 def test_another_writer_is_waited_for_then_left_alone(tiny_lake: str, tmp_path: Path) -> None:
     lake = copied(tiny_lake, tmp_path / "lake")
     script = "import sys, time; from etl.lake.lease import writing; from etl.tables import ITEMS\n"
