@@ -10,6 +10,7 @@ from etl.settings import Place, Section
 from trainer.config.data import each_once
 from trainer.config.graph import GraphConfig
 from trainer.config.social import SocialConfig
+from trainer.config.training import TrackingConfig
 
 _NAME = re.compile(r"[\w.+-]+")
 _RELATION = "knowledge."
@@ -82,6 +83,7 @@ class FeaturesConfig(Section):
     max_shared: float = Field(0.01, gt=0, le=1)  # of things: how many may have the same text, or the same vector
     wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
     spark: SparkConfig = SparkConfig()
+    tracking: TrackingConfig = TrackingConfig()  # of texts and attributes; graph and social have their own
 
     @field_validator("name")
     @classmethod

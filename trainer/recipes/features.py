@@ -8,6 +8,7 @@ more, leave. One commit replaces the encoder's partition, or appends to it where
 
 import functools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from etl.jobs.features import FeatureError
 from etl.lake import spark_io
 from etl.lake.encodings import Encoding, encodings
 from etl.plain_path import absolute
+from etl.redaction import redact
 from etl.session import held, spark_session, user_errors
 from etl.settings import ConfigError
 from etl.tables import FEATURES, KNOWLEDGE, Table
+from trainer import tracking
 from trainer.arrays import FloatArray, IntArray
 from trainer.config import FeaturesConfig, GraphConfig, SocialConfig
 from trainer.config.columns import attribute_of, columns_read, known_columns, unknown_columns
@@ -68,7 +71,7 @@ def run(config: FeaturesConfig) -> Result:
         known = known_columns(given.kind)
         raise ConfigError(f"{setting}: expected columns of {given.kind}s ({known}), found {unknown[0]!r}")
     encoder = text_encoder(config.text.encoder) if config.attributes is None else None
-    release = pin(config.lake, config.release)
+    release, begun = pin(config.lake, config.release), time.monotonic()
     with spark_io.writing(release.lake, FEATURES, wait_seconds=config.wait_seconds):
         release = pin(config.lake, config.release)  # another writer may have made a newer one meanwhile
         if encoder is not None:
@@ -88,7 +91,35 @@ def run(config: FeaturesConfig) -> Result:
         )
     else:
         print(f"features {encoding.name}: unchanged, 0 encoded; {released}", flush=True)
-    return Result(things, covered, encoded, number, committed)
+    result = Result(things, covered, encoded, number, committed)
+    if things and committed:
+        _record(config, encoding, result, time.monotonic() - begun)
+    return result
+
+
+def _record(config: FeaturesConfig, encoding: Encoding, result: Result, seconds: float) -> None:
+    """An MLflow run of what was encoded; a run that found all done leaves none."""
+    name, release = encoding.encoder, pin(config.lake, result.release)
+    with tracking.start_run(
+        config.tracking, name=name, resolved=config, tags={"graftrec.recipe": "features"}
+    ) as tracked:
+        tracked.log_release(release, tables=[_THINGS[encoding.kind].name, FEATURES.name], context="output")
+        tracked.log_params({"encoding.template": encoding.template, "encoding.weights": encoding.weights})
+        tracked.log_metrics(
+            {
+                "things": result.things,
+                "coverage": result.covered / result.things,
+                "encoded": result.encoded,
+                "width": encoding.width,
+                "seconds": seconds,
+                "encoded_per_second": result.encoded / seconds,
+            }
+        )
+        tracked.describe(
+            f"Vectors of {encoding.kind}s by {name}, {encoding.width} wide, in release {result.release} of "
+            f"`{redact(release.lake)}`: {result.encoded:,} encoded in {seconds:,.0f} s; {result.covered:,} of "
+            f"{result.things:,} have one ({result.covered / result.things:.1%})."
+        )
 
 
 def _of_run(config: FeaturesConfig, given: GraphConfig | SocialConfig) -> Result:

@@ -17,6 +17,8 @@ from etl.lake import spark_io
 from etl.lake.encodings import encodings
 from etl.settings import GraftrecError, RunAgain
 from etl.tables import FEATURES, ITEMS, RELEASES
+from tests.fixtures.stores import enter_store, runs_of
+from trainer import tracking
 from trainer.config import FeaturesConfig
 from trainer.data.release import pin
 from trainer.encoders import text_encoder
@@ -26,7 +28,8 @@ pytest.importorskip("wordllama")
 
 
 def config(lake: Path, **settings: Any) -> FeaturesConfig:
-    return FeaturesConfig.model_validate({"lake": str(lake), "spark": {"shuffle_partitions": 1}} | settings)
+    given = {"lake": str(lake), "spark": {"shuffle_partitions": 1}, "tracking": {"enabled": False}}
+    return FeaturesConfig.model_validate(given | settings)
 
 
 def vectors_of(lake: Path) -> dict[str, list[float]]:
@@ -125,6 +128,29 @@ def test_sail_leaves_what_spark_leaves_and_held_out_events_play_no_part(
     found = pl.read_delta(str(theirs / "features"))
     assert set(found["split"]) == {None}
     assert found["index"].to_list() == sorted(found["index"])
+
+
+def test_what_was_encoded_is_a_run_and_what_was_not_is_none(
+    spark: SparkSession, tiny_lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = copied(tiny_lake, tmp_path / "lake")
+    enter_store(tmp_path / "store", monkeypatch)
+    given = config(lake, tracking={"enabled": True, "system_metrics": False}, name="words")
+    features.run(given)
+    (run,) = runs_of(tmp_path / "store").values()
+    assert run.info.run_name == "words"
+    assert {name: run.data.metrics[name] for name in ("things", "coverage", "encoded", "width")} == {
+        "things": 40,
+        "coverage": 1,
+        "encoded": 40,
+        "width": 256,
+    }
+    assert run.data.params["encoding.template"] == "{title}. {categories}"
+    assert run.data.tags["graftrec.recipe"] == "features"
+    assert "40 encoded" in run.data.tags["mlflow.note.content"]
+    features.run(given)
+    client = tracking.connect(f"sqlite:///{tmp_path}/store/mlflow.db")
+    assert len(client.search_runs([run.info.experiment_id])) == 1
 
 
 @pytest.mark.parametrize(
