@@ -42,14 +42,19 @@ class AttributesConfig(Section):
 
     kind: Literal["item", "user"] = "item"
     categorical: tuple[str, ...] = ()  # columns, or attributes.<name>; each value gets a flag
+    # Of the table `knowledge`, of items: each thing that several items stand in this relation to gets a flag.
+    relations: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
     min_things: int = Field(2, ge=1)  # a value that fewer have gets no flag
 
     @model_validator(mode="after")
     def _columns_are_some(self) -> "AttributesConfig":
-        if not self.columns:
-            raise ValueError("expected columns in categorical or numeric, found none; name some")
+        if not self.columns and not self.relations:
+            raise ValueError("expected columns in categorical or numeric, or relations, found none; name some")
         each_once(self.columns, "column")
+        each_once(self.relations, "relation")
+        if self.relations and self.kind != "item":
+            raise ValueError(f"relations: expected kind item, found {self.kind}; leave them out")
         return self
 
     @property

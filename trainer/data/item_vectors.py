@@ -7,6 +7,7 @@ has, and of no others.
 Shape letters: ``V`` catalogue rows, ``F`` width of an encoder's vectors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +65,7 @@ def read_item_vectors(
     """
     found = {}
     for encoder in config.encoders:
-        raw_VF, has_V = _read(release, catalogue, encoder, split)
+        raw_VF, has_V = read_raw_vectors(release, catalogue, encoder, split)
         known = (fitted or {}).get(encoder)
         if known is not None and len(known.whitening.mean_F) != raw_VF.shape[1]:
             raise DataError(
@@ -83,7 +84,24 @@ def read_item_vectors(
     return found
 
 
-def _read(release: Release, catalogue: Catalogue, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:
+def has_vectors(release: Release, encoder: str, split: str) -> bool:
+    """Whether a release has vectors of items by an encoder, made of this split or of none."""
+    wanted = [("item", encoder, None), ("item", encoder, split)]
+    return any((part["kind"], part["encoder"], part["split"]) in wanted for part in release.partitions(FEATURES))
+
+
+def encodings_of(release: Release, encoders: Sequence[str], split: str) -> dict[str, dict[str, str]]:
+    """Encoder -> what decides on its vectors of items: its weights, and the template of their texts."""
+    known = encodings(release.lake, release.versions[FEATURES.name]).values()
+    found = {}
+    for encoder in encoders:
+        own = [one for one in known if one.kind == "item" and one.encoder == encoder and one.split in (split, "", None)]
+        last = max(own, key=lambda one: one.split == split)  # as in `read_raw_vectors`
+        found[encoder] = {"weights": last.weights, "template": last.template}
+    return found
+
+
+def read_raw_vectors(release: Release, catalogue: Catalogue, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:
     """[V, F] as the table has them, zero where it has none; bool [V]. Vectors made of this split are preferred to those
     of none."""
     where = f"release {release.number} of {release.lake}"

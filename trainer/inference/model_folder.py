@@ -90,6 +90,19 @@ class TrainedModel:
     users: dict[str, int] | None  # raw user id -> row; None where the folder lacks it
     features: dict[str, ItemVectors]  # encoder -> its vectors of items, where the model reads any
     documents: Documents | None = None  # texts of items, where the model reads these
+    # Encoder -> its weights and template; empty in folders of before.
+    encodings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    # Of items that came after training (`trainer.inference.later_items`), the last rows of the catalogue: [N, Q].
+    later: Tensor | None = None
+    later_items: Any = None
+
+    @property
+    def predicted_V(self) -> npt.NDArray[np.bool_] | None:
+        """[V] the rows that are ever an answer, later items among them; None: all real ones."""
+        if self.model.predicted_V is None:
+            return None
+        own = self.model.predicted_V.cpu().numpy()
+        return np.concatenate([own, np.ones(len(self.catalogue) - len(own), bool)])
 
     @property
     def event_types(self) -> tuple[str, ...]:
@@ -105,7 +118,7 @@ class TrainedModel:
                 f"expected a model that ranks items, found {self.folder}, which predicts a user's {task.predicts}; "
                 "`python -m trainer evaluate` scores it"
             )
-        return ModelScorer(self.model, self.task, device=device)
+        return ModelScorer(self.model, self.task, device=device, later_NQ=self.later)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -143,6 +156,7 @@ class ModelParts:
     content: Content | None = None
     features: Mapping[str, ItemVectors] = field(default_factory=dict)
     documents: Documents | None = None
+    encodings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def feature_tables(features: Mapping[str, ItemVectors]) -> tuple[FeatureTable, ...]:
@@ -210,6 +224,7 @@ def save_model(folder: Path, parts: ModelParts) -> str:
         "task_heads": {
             name: head if isinstance(head, int) else head.model_dump() for name, head in parts.task_heads.items()
         },
+        "encodings": {name: dict(one) for name, one in parts.encodings.items()},
         "categories": list(content.categories) if content is not None else [],
         "metrics": {name: value for name, value in parts.metrics.items() if name not in COSTS},
         "num_users": 0 if user_table is None else len(user_table),
@@ -328,6 +343,7 @@ def read_model(
         users=users,
         features=features,
         documents=documents,
+        encodings=described.get("encodings", {}),
     )
 
 

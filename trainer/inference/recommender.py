@@ -86,8 +86,8 @@ class TopK:
         self._scorer = trained_model.scorer(clicks=True)
         self._repeats = trained_model.config.ranks_repeats
         popularity = torch.from_numpy(trained_model.popularity.astype(np.float32))
-        if trained_model.model.predicted_V is not None:
-            popularity.masked_fill_(~trained_model.model.predicted_V, -torch.inf)
+        if (predicted_V := trained_model.predicted_V) is not None:
+            popularity.masked_fill_(~torch.from_numpy(predicted_V), -torch.inf)
         self._popularity = Scores.of(popularity[None])
         self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
 

@@ -8,7 +8,7 @@ more, leave. One commit replaces the encoder's partition, or appends to it where
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from etl.lake.encodings import Encoding, encodings
 from etl.plain_path import absolute
 from etl.session import held, spark_session, user_errors
 from etl.settings import ConfigError
-from etl.tables import FEATURES, Table
+from etl.tables import FEATURES, KNOWLEDGE, Table
 from trainer.arrays import FloatArray, IntArray
 from trainer.config import FeaturesConfig, GraphConfig
 from trainer.config.columns import attribute_of, columns_read, known_columns, unknown_columns
@@ -36,7 +36,7 @@ from trainer.data.release import Release, pin
 from trainer.encoders import TextEncoder, text_encoder
 from trainer.encoders.attributes import attribute_vectors
 from trainer.encoders.batches import ROWS, encoded, rendered
-from trainer.encoders.text import as_placeholders
+from trainer.encoders.text import Part, as_placeholders
 from trainer.knowledge_graph.vectors import FEATURES as VECTORS
 from trainer.parallel.distributed import join
 from trainer.recipes import graph_features
@@ -156,8 +156,9 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     table = _THINGS[given.kind]
     rows = release.read(table, [given.kind, "index", *columns_read(given.columns)])
     cells = {name: cells_of(rows, name) for name in given.columns}
+    tails = _tails(release, given.relations, rows["index"].to_numpy())
     vectors, names = attribute_vectors(
-        {name: cells[name] for name in given.categorical},
+        {name: cells[name] for name in given.categorical} | tails,
         {name: cells[name] for name in given.numeric},
         min_things=given.min_things,
     )
@@ -166,7 +167,7 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
         encoder=config.name or "attributes",
         width=len(names),
         template="; ".join(names),
-        inputs={table.name: release.versions[table.name]},
+        inputs={one.name: release.versions[one.name] for one in (table, *([KNOWLEDGE] if given.relations else []))},
     )
     if features.check_weights(release.lake, encoding) == encoding:
         return encoding, (0, 0, 0)
@@ -175,6 +176,26 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     # Many share all of these columns: none of them is a placeholder.
     features.write_arrays(release.lake, ids, index, vectors[has], encoding, max_shared=1)
     return encoding, (len(rows), len(has), len(has))
+
+
+def _tails(release: Release, relations: Sequence[str], index: IntArray) -> dict[str, list[Part]]:
+    """Relation -> the tails of each item, by its global `index`. Raises ConfigError for a relation without triples."""
+    if not relations:
+        return {}
+    triples = release.read(KNOWLEDGE, ["head_index", "relation", "tail", "head_kind"])
+    triples = triples.filter(pc.fill_null(pc.equal(triples["head_kind"], "item"), True))
+    place = {number: row for row, number in enumerate(index.tolist())}
+    found: dict[str, list[Part]] = {}
+    for relation in relations:
+        own = triples.filter(pc.equal(triples["relation"], relation))
+        if not len(own):
+            known = ", ".join(sorted(triples["relation"].unique().to_pylist())) or "none"
+            raise ConfigError(f"attributes.relations: expected relations of items ({known}), found {relation!r}")
+        tails: list[list[str]] = [[] for _ in place]
+        for head, tail in zip(own["head_index"].to_pylist(), own["tail"].to_pylist(), strict=True):
+            tails[place[head]].append(tail)
+        found[relation] = list(tails)
+    return found
 
 
 def _template(text: TextConfig) -> str:
