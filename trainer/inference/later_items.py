@@ -9,6 +9,8 @@ Shape letters: ``N`` later items, ``F`` width of an encoder's vectors, ``V`` cat
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -125,6 +127,29 @@ def with_later(trained_model: TrainedModel, later: LaterItems) -> TrainedModel:
     popularity = np.concatenate([trained_model.popularity, np.zeros(len(later), np.int64)])
     vectors_NQ = later_vectors(trained_model.model, later)
     return replace(trained_model, catalogue=catalogue, popularity=popularity, later=vectors_NQ, later_items=later)
+
+
+def save_later(path: Path, later: LaterItems) -> None:
+    """As a file of arrays, no pickle."""
+    arrays: dict[str, Any] = {
+        "index": later.global_index,
+        "ids": np.array(later.raw_ids),
+        "titles": np.array(later.titles),
+    }
+    arrays |= {f"vectors/{encoder}": part for encoder, part in later.vectors.items()}
+    arrays |= {f"has/{encoder}": part for encoder, part in later.has.items()}
+    np.savez(path, **arrays)
+
+
+def load_later(path: Path) -> LaterItems:
+    """As `save_later` left them."""
+    with np.load(path, allow_pickle=False) as found:
+        parts = {
+            kind: {name.removeprefix(kind): found[name] for name in found.files if name.startswith(kind)}
+            for kind in ("vectors/", "has/")
+        }
+        ids, titles = found["ids"].tolist(), found["titles"].tolist()
+        return LaterItems(found["index"], ids, titles, parts["vectors/"], parts["has/"])
 
 
 class _ItemVectors(nn.Module):

@@ -188,7 +188,7 @@ def test_ridge_has_the_penalty_that_predicts_rows_left_out_best():
         return sum(((fitted(rows[rows != row], penalty)[row] - given[row]) ** 2).sum() for row in rows)
 
     best = min(cold_items.PENALTIES, key=error)
-    np.testing.assert_allclose(cold_items._ridge(features, given, trained_V), fitted(rows, best), atol=1e-9)
+    np.testing.assert_allclose(cold_items.Ridge(features, trained_V).predict(given), fitted(rows, best), atol=1e-9)
     assert cold_items.PENALTIES[0] < best < cold_items.PENALTIES[-1]
 
 
@@ -213,7 +213,8 @@ def test_ridge_onto_factors_scores_cold_items_by_who_likes_what():
     features[np.arange(5, 45), np.arange(5, 45) % 2] = 1
     items = [random.choice(np.arange(5 + user % 2, 41, 2), 8, replace=False) for user in range(60)]
     training = Events(np.arange(60), np.arange(0, 481, 8), {"items": np.concatenate(items)})
-    scores = cold_items.ridge_onto_factors(features, training, num_factors=2).score(training)
+    ridge = cold_items.Ridge(features, (np.arange(45) >= 5) & (np.arange(45) < 41))
+    scores = cold_items.ridge_onto_factors(ridge, training, 45, num_factors=2).score(training)
     cold = scores[:, 41:]  # 41 and 43 are of the taste of even users
     assert (cold[::2, [0, 2]].amin(1) > cold[::2, [1, 3]].amax(1)).all()
     assert (cold[1::2, [1, 3]].amin(1) > cold[1::2, [0, 2]].amax(1)).all()
@@ -224,6 +225,6 @@ def test_predicted_popularity_is_the_same_for_all():
     features[5:, 0] = np.arange(20)
     counts = np.zeros(25, np.int64)
     counts[5:20] = np.expm1(0.2 * np.arange(15)).round()
-    found = cold_items.predicted_popularity(features, counts)
+    found = cold_items.predicted_popularity(cold_items.Ridge(features, counts > 0), counts)
     assert (found[20:].diff() > 0).all()
     assert float(found[24]) == pytest.approx(0.2 * 19, abs=0.4)
