@@ -13,6 +13,7 @@ from etl.jobs import features, releases
 from etl.lake import spark_io
 from etl.lake.encodings import Encoding
 from etl.tables import FEATURES, FIRST_INDEX, ITEMS, UNK
+from tests.fixtures.recommendations import config, histories_of, rows_of
 from tests.fixtures.trainings import TINY
 from trainer.config import PretrainConfig
 from trainer.data.catalogue import read_catalogue, rows_by_raw_id
@@ -23,6 +24,7 @@ from trainer.evaluation.scorers import model_scorer, read_evaluation_set
 from trainer.inference.later_items import LaterItemsError, load_later, save_later, with_later, with_release
 from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request, RequestError, parse
+from trainer.recipes import recommend
 from trainer.recipes.pretrain import run as pretrain
 from trainer.registry import pyfunc
 
@@ -237,3 +239,15 @@ def test_vectors_by_another_encoder_of_that_name_are_refused(done, tmp_path):
         releases.release_with(lake, {FEATURES.name: spark_io.current_version(lake, FEATURES)})
     with pytest.raises(LaterItemsError, match=r"expected vectors by 'text' as .* found others .*weights f00d"):
         with_release(own, pin(lake, None), read_catalogue(pin(lake, None), "target"))
+
+
+def test_recommend_ships_later_items_to_its_workers(spark, done):
+    """The table has what the served model answers."""
+    recommend.run(config(done.lake, model=str(done.models["bert4rec"]), release=None, k=15))
+    _, later = extended(done, "bert4rec")
+    found = rows_of(done.lake)
+    assert {"new0", "new1"} <= {row["item"] for rows in found.values() for row in rows}
+    served, histories = Recommender(later, ""), histories_of(done.lake)
+    for user in sorted(histories)[::7]:
+        (answer,) = served.answer([Request(histories[user], user=user)], k=15)
+        assert [row["item"] for row in found[user]] == answer.items

@@ -205,3 +205,32 @@ def test_another_writer_is_waited_for_then_left_alone(tiny_lake: str, tmp_path: 
         with pytest.raises(RunAgain):
             features.run(config(lake, wait_seconds=0))
         other.kill()
+
+
+def test_triples_are_flags(tiny_lake: str, tmp_path: Path) -> None:
+    """One for each thing that several items stand in the relation to; an item of none of them has no vector."""
+    lake = copied(tiny_lake, tmp_path / "lake")
+    given = {"kind": "item", "relations": ["actor", "director"]}
+    features.run(config(lake, attributes=given, name="flags"))
+    names = encodings(str(lake))["item/flags"].template.split("; ")
+    triples = pl.read_delta(str(lake / "knowledge")).to_dicts()
+    expected: dict[str, set[str]] = {}
+    for row in triples:
+        expected.setdefault(row["head"], set()).add(f"{row['relation']}={row['tail']}")
+    assert set(names) == set().union(*expected.values())
+    found = {
+        item: {name for name, flag in zip(names, vector, strict=True) if flag}
+        for item, vector in vectors_of(lake).items()
+    }
+    assert found == expected
+    assert encodings(str(lake))["item/flags"].inputs.keys() == {"items", "knowledge"}
+    for wrong, message in [
+        (
+            given | {"relations": ["plot"]},
+            r"attributes.relations: expected relations of items \(actor, director\), found 'plot'",
+        ),
+    ]:
+        with pytest.raises(GraftrecError, match=message):
+            features.run(config(lake, attributes=wrong, name="other"))
+    with pytest.raises(ValueError, match="relations: expected kind item, found user"):
+        config(lake, attributes={"kind": "user", "relations": ["actor"]})
