@@ -159,13 +159,13 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
             if (own := [f for f in files if _is_of(f, named["name"], domain)])
         ],
         coverage=_coverage(lake, versions, members),
-        homophily=homophily(
-            _batches(lake, SOCIAL, _files(lake, versions, SOCIAL), ["user_index", "friend_index"]),
-            _batches(
-                lake, SEQUENCES, [f for f in files if _is_of(f, chosen, DOMAIN_ALL)], ["user", "items", "valid_start"]
-            ),
-        ),
+        homophily=_homophily(lake, versions, [file for file in files if _is_of(file, chosen, DOMAIN_ALL)]),
     )
+
+
+def _homophily(lake: str, versions: dict[str, int], sequences: Sequence[DataFile]) -> Homophily | None:
+    social = _batches(lake, SOCIAL, _files(lake, versions, SOCIAL), ["user_index", "friend_index"])
+    return homophily(social, _batches(lake, SEQUENCES, sequences, ["user", "items", "valid_start"]))
 
 
 def _is_of(file: DataFile, split: str, domain: str) -> bool:
