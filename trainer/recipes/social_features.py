@@ -152,7 +152,7 @@ def _propagated(config: SocialConfig, model: LightGcnConfig, release: Release, t
         trained.items,
         list(catalogue.raw_ids)[FIRST_INDEX:],
         {f"test/{name}": reached[name] for name in _SHOWN}
-        | {"validation/NDCG@10": watched[trained.epoch], "epochs": trained.epoch},
+        | {"final_validation/NDCG@10": watched[trained.epoch], "epochs": trained.epoch},
         _table_of(release, test.users, found),
         lines,
     )
