@@ -40,7 +40,10 @@ class LightGcnConfig(Section):
     penalty: float = Field(0.0, ge=0)  # on squared lengths of the batch's own vectors
     batch_size: int = Field(8_192, ge=1)  # interactions
     epochs: int = Field(60, ge=1)
-    patience: int = Field(6, ge=1)  # validations without a better NDCG@10
+    # The validation part decides on the epoch; else it is only watched, and what is held out decides nothing. For a
+    # model that ranks the test part, not for features of a split.
+    best_epoch: bool = False
+    patience: int = Field(6, ge=1)  # validations without a better NDCG@10, with `best_epoch`
     validate_every: int = Field(5, ge=1)  # epochs
     learning_rate: float = Field(0.01, gt=0)  # of Adam
     seed: int = 0

@@ -106,23 +106,28 @@ def widened(rows: sp.csr_array, users: IntArray, everyone: IntArray) -> sp.csr_a
 def rewired(network: Network, *, seed: int, swaps: int = 10) -> Network:
     """A network in which everyone has as many friends as before, but others: the control of what friends are worth.
 
-    Swaps the ends of random pairs of undirected edges, `swaps` times as many as there are, unless that would make an
-    edge twice or one's own friend (Maslov and Sneppen 2002). Weights stay with the first user.
+    Swaps the ends of random pairs of edges, `swaps` times as many as there are, unless that would make an edge twice or
+    one's own friend (Maslov and Sneppen 2002). Friendships of both stay so; weights stay with the first user.
     """
     random = np.random.default_rng(seed)
-    upper = sp.triu(network.edges, format="coo")
-    ends = [[int(a), int(b)] for a, b in zip(upper.row, upper.col, strict=True)]
-    present = {(min(pair), max(pair)) for pair in map(tuple, ends)}
+    mutual = (network.edges != network.edges.T).nnz == 0
+    given = sp.triu(network.edges, format="coo") if mutual else network.edges.tocoo()
+    ends = list(zip(given.row.tolist(), given.col.tolist(), strict=True))
+
+    def key(a: int, b: int) -> tuple[int, int]:
+        return (min(a, b), max(a, b)) if mutual else (a, b)
+
+    present = {key(*pair) for pair in ends}
     for one, other in random.integers(len(ends), size=(swaps * len(ends), 2)).tolist():
         (a, b), (c, d) = ends[one], ends[other]
-        new = [(min(a, d), max(a, d)), (min(c, b), max(c, b))]
-        if a == d or c == b or new[0] == new[1] or present.intersection(new):
+        new = {key(a, d), key(c, b)}
+        if a == d or c == b or len(new) < 2 or present & new:
             continue
-        present -= {(min(a, b), max(a, b)), (min(c, d), max(c, d))}
-        present |= set(new)
-        ends[one], ends[other] = [a, d], [c, b]
+        present -= {key(a, b), key(c, d)}
+        present |= new
+        ends[one], ends[other] = (a, d), (c, b)
     row, column = np.array(ends, dtype=np.int64).reshape(-1, 2).T
-    half = sp.csr_array((upper.data, (row, column)), shape=network.edges.shape)
-    edges = (half + half.T).tocsr()
+    edges = sp.csr_array((given.data, (row, column)), shape=network.edges.shape)
+    edges = (edges + edges.T).tocsr() if mutual else edges
     edges.sort_indices()
     return Network(network.users, edges)

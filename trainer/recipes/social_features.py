@@ -132,14 +132,16 @@ def _propagated(config: SocialConfig, model: LightGcnConfig, release: Release, t
     trained = train(taken, model, edges_UU=edges, validate=validate, on_epoch=on_epoch)
     test = examples(release, data.split, data.domain, catalogue, "test")
     found = ranked(VectorScore(users, trained.users, trained.items, popular), test)
-    flat = ranked(VectorScore(np.empty(0, np.int64), torch.zeros(1, 1), torch.ones(len(popular), 1), popular), test)
+    flat = ranked(VectorScore(np.array([-1]), torch.zeros(1, 1), torch.ones(len(popular), 1), popular), test)
     reached = means(found)
+    chosen = ", chosen by validation NDCG@10" if model.best_epoch else ""
+    watched = dict((epoch, metric) for epoch, _, metric in trained.history)
     rows = [
         [label, *(f"{means(metrics)[name]:.4f}" for name in _SHOWN)]
         for label, metrics in ((config.name, found), ("popularity", flat))
     ]
     lines = [
-        f"{size}; best epoch {trained.epoch} of {len(trained.history)} by validation NDCG@10.",
+        f"{size}; epoch {trained.epoch} of {len(trained.history)}{chosen}.",
         f"## Test part\n\n{len(test):,} users, ranked among all items but those of their input.",
         "\n".join(text_table.markdown(["", *_SHOWN], rows)),
     ]
@@ -150,7 +152,7 @@ def _propagated(config: SocialConfig, model: LightGcnConfig, release: Release, t
         trained.items,
         list(catalogue.raw_ids)[FIRST_INDEX:],
         {f"test/{name}": reached[name] for name in _SHOWN}
-        | {"validation/NDCG@10": max(m for _, _, m in trained.history if not np.isnan(m)), "epochs": trained.epoch},
+        | {"final_validation/NDCG@10": watched[trained.epoch], "epochs": trained.epoch},
         _table_of(release, test.users, found),
         lines,
     )

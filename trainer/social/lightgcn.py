@@ -10,6 +10,7 @@ interactions of a batch, ``K`` negatives.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,9 @@ def _mean_of_layers(values_NF: Tensor, graph_NN: Tensor, layers: int) -> Tensor:
 def as_tensor(matrix: sp.csr_array) -> Tensor:
     rows, columns = (torch.from_numpy(part.astype(np.int64)) for part in (matrix.indptr, matrix.indices))
     values = torch.from_numpy(matrix.data)
-    return torch.sparse_csr_tensor(rows, columns, values, matrix.shape, check_invariants=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        return torch.sparse_csr_tensor(rows, columns, values, matrix.shape, check_invariants=True)
 
 
 def train(
@@ -90,8 +93,8 @@ def train(
     validate: Callable[[Tensor, Tensor], float] | None = None,
     on_epoch: Callable[[int, float, float], None] = lambda epoch, loss, metric: None,
 ) -> Trained:
-    """Train until validation stops improving. `validate`: users' and items' vectors -> a metric, more is better; None:
-    all epochs. A function of the arguments alone. Raises NonFiniteLoss."""
+    """Train for all epochs, or, with `config.best_epoch`, until `validate` (users' and items' vectors -> a metric, more
+    is better) stops improving. A function of the arguments alone. Raises NonFiniteLoss."""
     num_users, num_items = taken_UV.shape
     graph = as_tensor(adjacency(taken_UV, edges_UU, weight=config.friends))
     generator = torch.Generator().manual_seed(config.seed)
@@ -99,52 +102,47 @@ def train(
     optimizer = torch.optim.Adam([own], lr=config.learning_rate)
     pairs = taken_UV.tocoo()
     user, item = (torch.from_numpy(part.astype(np.int64)) for part in (pairs.row, pairs.col))
-    best, best_metric, waited = own.detach().clone(), -math.inf, 0
+    chosen, chosen_epoch, highest, waited = own.detach(), config.epochs, -math.inf, 0
     history: list[tuple[int, float, float]] = []
-    best_epoch = config.epochs
     for epoch in range(1, config.epochs + 1):
         total = 0.0
         for batch in torch.split(torch.randperm(len(user), generator=generator), config.batch_size):
-            loss = _loss(own, graph, user[batch], item[batch], num_users, config, generator)
+            loss = _loss(own, graph, (user[batch], item[batch]), num_users, config, generator)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += float(loss.detach()) * len(batch)
-        mean = total / max(len(user), 1)
+        mean, metric = total / max(len(user), 1), math.nan
         if not math.isfinite(mean):
             raise NonFiniteLoss(
                 f"expected a loss that is a number, found {mean} in epoch {epoch}; lower model.learning_rate"
             )
-        metric = math.nan
         if validate is not None and (epoch % config.validate_every == 0 or epoch == config.epochs):
             with torch.no_grad():
                 vectors = propagate(own, graph, config.layers)
             metric = validate(vectors[:num_users], vectors[num_users:])
-            if metric > best_metric:
-                best, best_metric, best_epoch, waited = own.detach().clone(), metric, epoch, 0
-            else:
-                waited += 1
+            waited += 1
+            if config.best_epoch and metric > highest:
+                chosen, chosen_epoch, highest, waited = own.detach().clone(), epoch, metric, 0
         history.append((epoch, mean, metric))
         on_epoch(epoch, mean, metric)
-        if waited >= config.patience:
+        if config.best_epoch and waited >= config.patience:
             break
-    if validate is None:
-        best = own.detach()
-    vectors = propagate(best, graph, config.layers)
-    isolated = torch.from_numpy(np.diff(graph.crow_indices().numpy()) == 0)
-    vectors[isolated] = 0
-    return Trained(vectors[:num_users], vectors[num_users:], best, history, best_epoch)
+    with torch.no_grad():
+        vectors = propagate(chosen, graph, config.layers)
+        vectors[torch.from_numpy(np.diff(graph.crow_indices().numpy()) == 0)] = 0  # nothing is known of them
+    return Trained(vectors[:num_users], vectors[num_users:], chosen, history, chosen_epoch)
 
 
 def _loss(
     own_NF: Tensor,
     graph_NN: Tensor,
-    user_B: Tensor,
-    item_B: Tensor,
+    batch: tuple[Tensor, Tensor],
     num_users: int,
     config: LightGcnConfig,
     generator: torch.Generator,
 ) -> Tensor:
+    user_B, item_B = batch
     vectors_NF = propagate(own_NF, graph_NN, config.layers)
     num_items = len(own_NF) - num_users
     user_BF, item_BF = vectors_NF[user_B], vectors_NF[num_users + item_B]
