@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-w128 both-w128-causal \
-	leave-one-out leave-one-out-b4 models page test test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
+	leave-one-out leave-one-out-b4 models features page test test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
 	bench-growth bench-demo check format clean clean-all
 
 help:  ## this list
@@ -55,6 +55,9 @@ table2 both both-causal both-w128 both-w128-causal leave-one-out leave-one-out-b
 
 models: $(BIN)/.installed  ## each model by each transfer, on a generated log, or with DATA=… on MovieLens-1M; hours
 	@$(BIN)/python mlflow_projects/experiment.py --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)
+
+features: $(BIN)/.installed  ## whether features help, in three arms, on a generated log, or with DATA=… on MovieLens-1M
+	@$(BIN)/python mlflow_projects/features.py --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
 
 page: $(BIN)/.installed  ## the MLflow page on http://127.0.0.1:5000 (PORT=…)
 	@echo "Open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"

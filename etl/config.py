@@ -76,6 +76,9 @@ class GeneratorSource(Section):
     sequels: float = Field(0.1, ge=0, le=1)  # share of events that are the next part of a series begun, if any
     late_share: float = Field(0.0, ge=0, le=1)  # of users, who come to the target after most of their source events
     source_teaches: bool = True  # False: the source domain is drawn by popularity alone, in random order
+    # Share of items with a title, genre and people of their own, the others have those of another item; and of users'
+    # communities and near friends. 0: a noise twin, with the same events, in which features say nothing of tastes.
+    feature_strength: float = Field(1.0, ge=0, le=1)
     # A log with a calendar, to be split by time: where one of the next four is set, dates decide what is taken.
     returns: float = Field(0.0, ge=0)  # mean number of breaks of a month and more in a user's 200 days
     new_items: float = Field(0.0, ge=0, lt=1)  # share of items that come out after the log's beginning
@@ -173,6 +176,15 @@ class KnowledgeConfig(Section):
     files: tuple[KnowledgeFileConfig, ...] = ()
 
 
+class ColdItemsConfig(Section):
+    """Items that a split holds out whole, by a hash of their raw ids (`etl.tables.cold_item_hash`)."""
+
+    share: float = Field(0.15, gt=0, lt=0.5)  # of items, for test
+    validation: float = Field(0.05, gt=0, lt=0.5)  # and of others, for validation
+    domain: str | None = None  # only items of this one; None: of every domain
+    seed: int = 0  # of the hash: another one holds out other items
+
+
 class SplitConfig(Section):
     """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them.
     With `train_until`, hold-out by time: of every user and domain, what comes after that date. With `random` or
@@ -190,6 +202,8 @@ class SplitConfig(Section):
     # Share of the users of `joint_target` whose whole history there is the test part, and as many again the validation
     # part. By a hash of the raw user id; only users with `min_train` events elsewhere before.
     cold_users: float | None = Field(None, gt=0, lt=0.5)
+    # Items that nothing trains on, with all their events; beside them the last warm items are held out, by the counts.
+    cold_items: ColdItemsConfig | None = None
     # A split by time, in the place of the counts above: events before this date are trained on. ISO 8601, in UTC unless
     # an offset is given.
     train_until: str | None = None

@@ -4,7 +4,7 @@ Text is trimmed; a whole number is spelled without a fraction, whatever its type
 "28"); NaN and infinity are missing. What may have lost digits is refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +15,28 @@ NO_NUMBER = r"(?i)^[+-]?(nan|inf|infinity)$"
 _SCIENTIFIC = r"^[+-]?\d+(\.\d+)?[eE]\+\d+$"
 _ODD_ID = r"(?i)^([+-]?(nan|inf|infinity|\d+\.0+|\d+(\.\d+)?e\+\d+)$|\{\")"  # any of the above, 5.0, or an object
 _EXACT = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}  # float's bits -> whole numbers below it differ from their neighbours
+
+# As files and their conversions write that nothing is known.
+NO_TEXT = frozenset(
+    {
+        "",
+        "[]",
+        "['']",
+        '[""]',
+        "[none]",
+        "{}",
+        "()",
+        "-",
+        "?",
+        "unknown",
+        "null",
+        "none",
+        "nan",
+        "n/a",
+        "\\n",
+        "undefined",
+    }
+)
 
 
 def identifier(cells: pa.Array) -> tuple[pa.Array, list[tuple[pa.Array, str]]]:
@@ -68,6 +90,12 @@ def text(cells: pa.Array) -> pa.Array:
         cells = pa.array([None if v is None else v.decode("utf-8", "replace") for v in cells.to_pylist()], pa.string())
     trimmed = pc.utf8_trim_whitespace(pc.cast(cells, pa.string()))
     return pc.if_else(pc.equal(trimmed, ""), None, trimmed)
+
+
+def is_no_text(text: str, placeholders: Collection[str] = ()) -> bool:
+    """Whether a text stands for none, in any case of letters."""
+    folded = text.strip().casefold()
+    return folded in NO_TEXT or folded in placeholders
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -84,7 +84,20 @@ def cold_user_hash(raw_user_id: str, domain: str) -> float:
     A split with `cold_users: 0.1` holds out the users below 0.1 in its target domain for test, and those below 0.2 for
     validation. The domain is part of the hash, so that different targets hold out different users.
     """
-    digest = hashlib.blake2b(f"{domain}/{raw_user_id}".encode(), digest_size=8).digest()
+    return _unit_hash(f"{domain}/{raw_user_id}")
+
+
+def cold_item_hash(raw_item_id: str, seed: int) -> float:
+    """BLAKE2b of "<seed>/<raw id>" as a number in [0, 1), the same on every engine and day, and in all domains.
+
+    A split with `cold_items: {share: 0.15, validation: 0.05}` holds out the items below 0.15 for test, and those below
+    0.2 for validation.
+    """
+    return _unit_hash(f"{seed}/{raw_item_id}")
+
+
+def _unit_hash(text: str) -> float:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2.0**53
 
 
@@ -119,7 +132,7 @@ QUARANTINE = Table(
     "quarantine",
     pa.schema(
         [
-            _field("kind", _STRING),  # interactions | items | users | edges
+            _field("kind", _STRING),  # interactions | items | users | edges | knowledge
             _field("file", _STRING),
             _field("line", _LONG),  # 1-based; of a Parquet file: row number
             _field("reason", _STRING),
@@ -259,8 +272,11 @@ FEATURES = Table(
 # three runs, each in time order: trained on, held out, past the end. A user too short for a hold-out has all three
 # equal. A split with cold users holds out their whole row of its target domain (valid_start = 0): for test where
 # test_start = 0 too, else for validation. A split by time has them where its dates fall in `times`, the same for all:
-# valid_start = 0 is a user who is new since training. Rows of a split by chance (`random`) are three runs too, one a
-# part; a split with `user_folds` holds out users' whole rows for test.
+# valid_start = 0 is a user who is new since training. A split with cold items has three runs, each in time order: what
+# is trained on, all of it warm; the events of cold validation items, and the last warm items that are held out for
+# validation; the same for test. What is read before either part is items[:valid_start]: no cold item is ever input.
+# Rows of a split by chance (`random`) are three runs too, one a part; a split with `user_folds` holds out users' whole
+# rows for test.
 SEQUENCES = Table(
     "sequences",
     pa.schema(

@@ -1,5 +1,7 @@
 """Shared by all tests: one Spark session, one tiny lake."""
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +9,15 @@ from pyspark.sql import SparkSession
 
 from etl.config import SparkConfig
 from etl.session import spark_session
+
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # ranx: to compile it takes longer than our small lists
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what runs in the background with SIGINT ignored, and processes hand that on to those that tests
+    # start and interrupt.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

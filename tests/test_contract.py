@@ -20,6 +20,7 @@ import etl.config
 import trainer.config
 from etl.settings import ConfigError, Section, load, replaced
 from tests.fixtures.places import ROOT
+from trainer.experiment.arms_plan import ArmsConfig
 from trainer.experiment.plan import ExperimentConfig
 from trainer.recipes.pipeline_plan import PipelineConfig
 
@@ -310,6 +311,7 @@ def kinds() -> dict[str, type[Section]]:
     found: dict[str, type[Section]] = {
         "pipeline": PipelineConfig,
         "experiment": ExperimentConfig,
+        "arms": ArmsConfig,
         "preset": Preset,
     }
     for module in (etl.config, trainer.config):

@@ -307,8 +307,10 @@ def score_overview(scores: Sequence[Score], *, metric: str = "NDCG@10") -> Figur
     return figure
 
 
-def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10", unit: str = "") -> Figure:
-    """Gains over from-scratch with their intervals, a panel a group, all on one axis; hollow where the interval holds
+def gain_panels(
+    panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10", unit: str = "", over: str = "from scratch"
+) -> Figure:
+    """Gains with their intervals, a panel a group, all on one axis; hollow where the interval holds
     zero. The note of a gain, if any, is in place of its number."""
     labels = [[textwrap.fill(gain.name, NAME_CHARACTERS) for gain in gains] for gains in panels.values()]
     sizes = [max(len(gains), 1) for gains in panels.values()]
@@ -327,7 +329,7 @@ def gain_panels(panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10"
         _name_rows(axes, gains, own, size=SMALL)
         _signed(axes.xaxis, ticks=6)
         _narrow(axes)
-    heading = f"gain in {metric} over from scratch" + (f", {unit}" if unit else "")
+    heading = f"gain in {metric} over {over}" + (f", {unit}" if unit else "")
     figure.supxlabel(f"{heading} (hollow: interval holds zero)", fontsize=SMALL, color=INK)
     return figure
 

@@ -4,7 +4,8 @@ A topic is a direction in `tastes` dimensions. A person (director, actor) works 
 item has the topic of its director, its actors work in the same one, and its taste is that of its people and some of its
 own. The parts of a series share their people. Popularity within a domain follows Zipf's law. People work in both
 domains, so what a model learns about them in one holds in the other; with `share_tastes` off, a person has another
-topic and taste in each.
+topic and taste in each. What is known of items (title, year, genre, people) tells their taste, unless
+`feature_strength` is below 1: then other items have it, within a domain.
 """
 
 import functools
@@ -21,7 +22,7 @@ ACTORS = 3
 BEGINNING = 1_577_836_800  # of the log: 2020-01-01, seconds
 YEAR = 365 * 86_400
 YEARS = 2  # in which users join and items come out
-_DATES = 4  # random stream
+_DATES, _SHOWN = 4, 8  # random streams
 _OWN_SHARE = 0.15  # of an item's taste that its people don't explain
 _PERSON_SHARE = 0.5  # of a person's taste that the topic doesn't explain
 _SERIES = (2, 4)  # parts, least and most
@@ -59,6 +60,9 @@ class World:
     year_V: Ints
     word_VW: Ints
     topic_ZK: Floats  # unit vectors
+    shown_V: (
+        Ints  # the item whose title, year, genre and people each item has: its own, but for a weak feature_strength
+    )
     shelves: tuple[DomainItems, DomainItems]
 
 
@@ -105,8 +109,20 @@ def world(config: GeneratorSource) -> World:
         year_V=draw.integers(1970, 2015, num_items)[first] + 2 * part,
         word_VW=draw.integers(0, 1 << 30, (num_items, 2)),
         topic_ZK=topic_ZK.astype(np.float32),
+        shown_V=_shown(config, domain),
         shelves=(shelves[0], shelves[1]),
     )
+
+
+def _shown(config: GeneratorSource, domain: Ints) -> Ints:
+    """[V] a permutation within each domain, so that features are the same ones whatever tells them from noise. All but
+    a share `feature_strength` of the items change places at random."""
+    draw, shown = generator(config.seed, _SHOWN, 0), np.arange(len(domain))
+    strays = draw.random(len(domain)) >= config.feature_strength
+    for number in range(len(DOMAINS)):
+        items = np.flatnonzero(strays & (domain == number))
+        shown[items] = draw.permutation(items)
+    return shown
 
 
 def generator(seed: int, stream: int, number: int) -> np.random.Generator:
@@ -123,6 +139,7 @@ def person_name(number: int) -> str:
 def title(place: World, item: int) -> str:
     """A unique title whose words name the item's two strongest tastes, "Silent River 17"; parts of a series share it:
     "Silent River 17, part 2"."""
+    item = int(place.shown_V[item])
     first, part = int(place.first_V[item]), int(place.part_V[item])
     strongest = np.argsort(-np.abs(place.taste_VK[first]))[:2]
     words = []
@@ -134,7 +151,7 @@ def title(place: World, item: int) -> str:
 
 def categories(place: World, item: int) -> list[str]:
     """The item's domain, and its topic as a genre."""
-    return [DOMAINS[place.domain_V[item]], f"genre-{place.topic_V[item]}"]
+    return [DOMAINS[place.domain_V[item]], f"genre-{place.topic_V[place.shown_V[item]]}"]
 
 
 def _series(draw: np.random.Generator, domain: Ints, share: float) -> tuple[Ints, Ints]:

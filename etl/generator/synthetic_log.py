@@ -42,7 +42,7 @@ BLOCK = 256  # users
 _SPREAD = 0.7  # of the logarithm of users' activity
 _OUTSIDE = 0.15  # share of friends that are anybody
 _LATE = (0.5, 0.9)  # share of their source events that users have taken who come to the target late
-_USERS, _FRIENDS = 1, 3  # random streams
+_USERS, _FRIENDS, _SAID = 1, 3, 9  # random streams
 
 
 class Generator:
@@ -141,7 +141,9 @@ def _time_after(source: dict[str, npt.NDArray[Any]], share: npt.NDArray[np.float
 
 
 def edges(config: GeneratorSource, users: Ints) -> pa.Table:
-    """RAW_EDGES: friends are mostly of one's own community; each edge in both directions."""
+    """RAW_EDGES: friends are mostly of one's own community; each edge in both directions. Below a
+    `feature_strength` of 1 more of them are anybody: with 0, all."""
+    outside = _OUTSIDE + (1 - _OUTSIDE) * (1 - config.feature_strength)
     left, right = [], []
     for user in users.tolist():
         draw = generator(config.seed, _FRIENDS, user)
@@ -150,7 +152,7 @@ def edges(config: GeneratorSource, users: Ints) -> pa.Table:
         for _ in range(int(draw.poisson(config.friends / 2))):
             near = base + (user - base + int(draw.integers(1, max(size, 2)))) % size
             anybody = int(draw.integers(0, config.users))
-            friend = anybody if draw.random() < _OUTSIDE else near
+            friend = anybody if draw.random() < outside else near
             if friend != user:
                 left.append(user)
                 right.append(friend)
@@ -224,7 +226,7 @@ def _items(config: GeneratorSource, items: Ints) -> pa.Table:
         {
             "item": _ids("i", items),
             "title": [title(place, item) for item in numbers],
-            "year": pa.array(place.year_V[items], pa.int32()),
+            "year": pa.array(place.year_V[place.shown_V[items]], pa.int32()),
             "categories": [categories(place, item) for item in numbers],
             "attributes": pa.array([[] for _ in numbers], RAW_ITEMS.field("attributes").type),
         }
@@ -233,14 +235,23 @@ def _items(config: GeneratorSource, items: Ints) -> pa.Table:
 
 
 def _users(config: GeneratorSource, users: Ints) -> pa.Table:
-    named = [[("community", str(user // COMMUNITY))] for user in users.tolist()]
+    named = [[("community", str(_community(config, user)))] for user in users.tolist()]
     attributes = pa.array(named, RAW_USERS.field("attributes").type)
     return _found(pa.table({"user": _ids("u", users), "attributes": attributes}), "users", users)
 
 
+def _community(config: GeneratorSource, user: int) -> int:
+    """What a user is said to be of: below a `feature_strength` of 1 often anybody's community."""
+    draw = generator(config.seed, _SAID, user)
+    if config.feature_strength == 1 or draw.random() < config.feature_strength:
+        return user // COMMUNITY
+    return int(draw.integers(0, config.users)) // COMMUNITY
+
+
 def _people(config: GeneratorSource, items: Ints) -> pa.Table:
     place = world(config)
-    who = np.concatenate([place.director_V[items, None], place.actors_VA[items]], axis=1)
+    shown = place.shown_V[items]
+    who = np.concatenate([place.director_V[shown, None], place.actors_VA[shown]], axis=1)
     size = len(items)
     names = [person_name(number) for number in who.ravel().tolist()]
     return pa.table(

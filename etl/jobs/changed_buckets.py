@@ -35,7 +35,7 @@ def write(
     whose rows of the domain `all` hold all that `rows` is given, in that order.
     """
     buckets = int(spark_io.last_commit(run.lake, INTERACTIONS)["buckets"])
-    read = _inputs(run, run.inputs, columns)
+    read = inputs_of(run, run.inputs, columns)
     if needs and not read.columns:
         return run.commit_files([], properties=properties)
     appended = run.appended_files(INTERACTIONS)
@@ -56,7 +56,8 @@ def write(
     return run.commit_files(files, mode="partitions", partition_scope={"bucket": touched}, properties=properties)
 
 
-def _inputs(run: Run, versions: Mapping[str, int], columns: tuple[str, ...]) -> Inputs:
+def inputs_of(run: Run, versions: Mapping[str, int], columns: tuple[str, ...]) -> Inputs:
+    """What the tasks of a job read, as of `versions`."""
     config = run.config
     names = names_of(config.domains)
     return inputs(run.lake, versions, names=names, columns=columns, max_events=config.sequences.max_events)
@@ -68,7 +69,7 @@ def _touched(run: Run, read: Inputs, appended: Sequence[DataFile], buckets: int)
     """
     assert run.before is not None
     try:
-        bits, bits_before = item_bits(read), item_bits(_inputs(run, run.before, ()))
+        bits, bits_before = item_bits(read), item_bits(inputs_of(run, run.before, ()))
     except spark_io.LakeError:  # maintenance has removed a version
         return None
     if len(bits) < len(bits_before) or (bits[: len(bits_before)] != bits_before).any():

@@ -35,7 +35,7 @@ from etl.histories.negative_sampling import (
     taken,
 )
 from etl.histories.reader import find, stacked
-from etl.jobs import dated_candidates, time_splits
+from etl.jobs import cold_items, dated_candidates, time_splits
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.lake import spark_io
@@ -348,7 +348,9 @@ def run(run: Run) -> Outcome:
         with contextlib.suppress(LakeError):  # maintenance has removed a version: then all that was drawn is looked at
             lost = _lost(_catalogue(run.read_before(ITEMS), run.read_before(DOMAINS), names), items, names)
             before = _files(run.lake, SEQUENCES, run.before[SEQUENCES.name])
-    sequences = _files(run.lake, SEQUENCES, run.inputs[SEQUENCES.name])
+    # Among a hundred warm items a cold one is found by being odd: splits with cold items have no negatives.
+    without = cold_items.names(run.config)
+    sequences = _files(run.lake, SEQUENCES, run.inputs[SEQUENCES.name], without)
     dated = dated_candidates.counts(run.read(SEQUENCES), time_splits.names(run.config))
     read = Inputs(run.lake, names, items, sequences, drawn, before, lost, run.config.negatives, dated)
     buckets = int(spark_io.last_commit(run.lake, INTERACTIONS)["buckets"])
@@ -364,10 +366,13 @@ def _lost(before: pa.Table, now: pa.Table, names: Sequence[str]) -> dict[str, pa
     return {name: pa.array(index[gone & np.int64(1 << k) != 0], pa.int32()) for k, name in enumerate(names)}
 
 
-def _files(lake: str, table: Table, version: int) -> Files:
+def _files(lake: str, table: Table, version: int, without: Sequence[str] = ()) -> Files:
+    """`without`: splits that are left out."""
     found: dict[int, list[tuple[str, str, str]]] = {}
     for file in snapshot_files(lake, table, version):
         split, domain, bucket = (str(file.partition[name]) for name in ("split", "domain", "bucket"))
+        if split in without:
+            continue
         found.setdefault(int(bucket), []).append((split, domain, file.path))
     return found
 
@@ -391,5 +396,6 @@ JOB = Job(
         config.negatives.model_dump(),
         [domain.name for domain in config.domains],
         *time_splits.names(config),
+        *cold_items.names(config),
     ],
 )

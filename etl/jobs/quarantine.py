@@ -31,6 +31,7 @@ _SETTINGS = {  # how a reason begins -> the settings of the file's section that 
     r"not a (JSON|Python)": "format",
     r"not ": "encoding",
     r"the header again": "header",
+    r"(head|relation|tail) (is|stands)": "id, triples and link",
     r"\w+ is missing": "columns and null_values",
     r"\w+ is (a float|in scientific|an object)|user and friend": "columns",
     r"time can't be read": "time_unit and time_format",
@@ -134,6 +135,26 @@ def files_of_unknown_items(lake: str) -> set[str]:
             if UNKNOWN_ITEM in opened.read(columns=["reason"]).column(0).unique().to_pylist():
                 names.add(str(file.partition["file"]))
     return names
+
+
+def set_aside_triples(run: Run, judged: DataFrame) -> None:
+    """Write the rejected ones of all rows of knowledge files of triples (FOUND, `source`). A graph may be about many
+    more items than the log: there is no largest share. Raises GraftrecError for a file without a good row."""
+    first = F.min(F.when(F.col("reason").isNotNull(), F.struct("file", "line", "reason", "found")))
+    counts = judged.groupBy("source").agg(F.count(F.lit(1)), F.count("reason"), first).collect()
+    for source, rows, rejected, one in counts:
+        if rejected == rows:
+            where = f"{one['file']} line {one['line']}: {one['reason']}{_shown(one['found'])}"
+            raise GraftrecError(
+                f"knowledge.files {source}: expected triples about items of the log, found none in {rows:,}; first in "
+                f"{where}; correct id, triples or link of that file, or leave it out"
+            )
+    scope: dict[str, Sequence[Any]] = {"kind": ["knowledge"]}
+    if num_rejected := sum(row[2] for row in counts):
+        run.notes.append(f"{num_rejected:,} of {sum(row[1] for row in counts):,} triples quarantined")
+        _replace(run, transform(judged, section="knowledge.files"), scope)
+    else:
+        _clear(run, scope)
 
 
 def set_aside_if_any(run: Run, raw: DataFrame, *, kind: str) -> None:

@@ -4,7 +4,7 @@ A task sorts the events of a bucket's users once, with each item's domains as bi
 split is then cut from that. Of a user's kept events, of all domains, only the newest `sequences.max_events` count.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.config import EtlConfig, SplitConfig
-from etl.histories.reader import Histories, Ints, Key
-from etl.jobs import changed_buckets, hashed_splits, time_splits
+from etl.histories.reader import Histories, Ints, Key, read_catalogue
+from etl.jobs import changed_buckets, cold_items, hashed_splits, time_splits
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.lake import spark_io
@@ -35,9 +35,14 @@ VALIDATION, TEST = 1, 2
 
 
 def rows(
-    histories: Histories, *, names: Sequence[str], splits: Sequence[SplitConfig]
+    histories: Histories,
+    *,
+    names: Sequence[str],
+    splits: Sequence[SplitConfig],
+    cold_parts: Mapping[str, cold_items.Parts] | None = None,
 ) -> Iterator[tuple[Key, pa.RecordBatch]]:
-    """SEQUENCES, less its partition columns, of each split and domain. `names`: the domains, in the order of bits."""
+    """SEQUENCES, less its partition columns, of each split and domain. `names`: the domains, in the order of bits.
+    `cold_parts`: see `cold_items.parts`."""
     cold = {split.name: cold_part(histories, split, names) for split in splits if split.cold_users is not None}
     cuts = {
         split.name: cut(histories, split, split.causal_target, names, cold.get(split.name))
@@ -70,6 +75,10 @@ def rows(
                 own = lists if moved is at else _lists(histories, moved, size)
             if split.joint_target is not None and name == DOMAIN_ALL:
                 moved, valid_start, test_start, end = _joint(histories, at, size, split, names, part)
+                own = _lists(histories, moved, size)
+            if split.cold_items is not None:
+                parts = (cold_parts or {})[split.name]
+                moved, valid_start, test_start, end = cold_items.cut(at, histories.item[at], size, split, parts)
                 own = _lists(histories, moved, size)
             columns = {
                 "user": pa.array(histories.users[present], pa.int32()),
@@ -203,6 +212,7 @@ def check(config: EtlConfig) -> None:
     known = names_of(config.domains)
     for split in config.splits:
         time_splits.check(split)
+        cold_items.check(split, known)
         hashed_splits.check(split)
         if split.causal_target is not None and split.causal_target not in known:
             raise ConfigError(
@@ -231,11 +241,19 @@ def run(run: Run) -> Outcome:
     check(run.config)
     time_splits.check_times(run)
     log = spark_io.last_commit(run.lake, INTERACTIONS)
+    names = names_of(run.config.domains)
+    by_item = [split for split in run.config.splits if split.cold_items is not None]
+    catalogue = read_catalogue(changed_buckets.inputs_of(run, run.inputs, ())) if by_item else None
+    cold_parts = {split.name: cold_items.parts(catalogue, split, names) for split in by_item if catalogue is not None}
     return changed_buckets.write(
         run,
-        partial(rows, names=names_of(run.config.domains), splits=run.config.splits),
+        partial(rows, names=names, splits=run.config.splits, cold_parts=cold_parts),
         columns=("event_type", "value"),
-        whole=tuple(s.name for s in run.config.splits if s.joint_target is None and s.random is None),
+        whole=tuple(
+            split.name
+            for split in run.config.splits
+            if split.joint_target is None and split.cold_items is None and split.random is None
+        ),
         properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]},
     )
 

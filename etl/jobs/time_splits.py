@@ -77,10 +77,10 @@ def check(split: SplitConfig) -> None:
         if split.validate_until or split.test_until:
             raise ConfigError(f"{where}: expected train_until beside validate_until or test_until, found none; set it")
         return
-    if split.cold_users or split.causal_target:
+    if split.cold_users or split.cold_items or split.causal_target:
         raise ConfigError(
-            f"{where}: expected train_until without cold_users and causal_target, found one of them; a split by time "
-            "cuts all domains at the same date, leave it out"
+            f"{where}: expected train_until without cold_users, cold_items and causal_target, found one of them; a "
+            "split by time cuts all domains at the same date, leave it out"
         )
     dates = dates_of(split)
     if not dates.validation <= dates.test < dates.end:

@@ -2,7 +2,7 @@
 
 A file is joined to the items by their raw id, or by normalised title and year. By title, the year must be equal; a
 year off by one is accepted only where neither side has another candidate. Two different works of one title and year
-match nothing. A file of triples is joined by the id of their heads, or by what a link file makes of it. Files stand in
+match nothing. A file of triples: see `triples`. A name that stands for none (`unknown`) is no one's. Files stand in
 order of trust: a later one supplies only what the earlier ones lack for an item and relation.
 """
 
@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.window import Window
 
 from etl.config import KnowledgeConfig, KnowledgeFileConfig
-from etl.identifiers import identifier, text
+from etl.identifiers import is_no_text, text
 from etl.settings import GraftrecError
 from etl.sources import values
 from etl.sources.delimited import Chunk
@@ -22,7 +22,8 @@ from etl.sources.delta_table import SourceTable
 from etl.sources.entity_keys import listed_names, person_key, title_keys
 from etl.sources.files import RawFile, find_files, fingerprint
 from etl.sources.rows import RawRows, Shape
-from etl.sources.schema import ENTITY_PREFIX, OTHER_END, PEOPLE, spark_schema
+from etl.sources.schema import PEOPLE, spark_schema
+from etl.sources.triples import graph_triples
 
 _WORKS = pa.schema(
     [
@@ -34,8 +35,6 @@ _WORKS = pa.schema(
         pa.field("signature", pa.string()),  # tells two works of one title and year from a work listed twice
     ]
 )
-_TRIPLES = pa.schema([pa.field(name, pa.string()) for name in ("place", "head", "relation", "tail")])
-_LINKS = pa.schema([pa.field("item", pa.string()), pa.field("head", pa.string())])
 _NAMED = [field.name for field in PEOPLE if field.name != "item"]
 
 
@@ -75,7 +74,7 @@ def file_triples(
 ) -> DataFrame:
     """item, relation, rank, name, key, source of one file."""
     if config.triples is not None:
-        return _graph_triples(spark, config, root, items, setting=setting)
+        return graph_triples(spark, config, root, items, setting=setting)
     wanted = _wanted(config, setting)
     rows = RawRows(config, root, list(wanted), setting=f"{setting}.path")
     works = rows.map(spark, _works(config), _WORKS)
@@ -87,53 +86,6 @@ def file_triples(
         matched = match_titles(items, works).join(works.select("work", "people"), "work")
     people = matched.select("item", F.explode("people").alias("person"))
     return people.select("item", *(f"person.{name}" for name in _NAMED)).withColumn("source", F.lit(config.name))
-
-
-def _graph_triples(
-    spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str
-) -> DataFrame:
-    """item, relation, rank, name, key, source of a file of triples, whose heads are items or linked to them; of a whole
-    graph, those with other ends too (OTHER_END)."""
-    assert config.triples is not None
-    if config.id is None:
-        raise GraftrecError(f"{setting}.id: expected the column of heads, found none; set it")
-    wanted = [config.id, config.triples.relation, config.triples.tail]
-    triples = RawRows(config, root, wanted, setting=f"{setting}.path").map(spark, _triples, _TRIPLES)
-    heads = items.select("item")
-    if config.link is None:
-        heads = heads.withColumn("head", F.col("item"))
-    else:
-        link, columns = config.link, [config.link.item, config.link.entity]
-        rows = RawRows(link, root, list(columns), setting=f"{setting}.link.path").map(spark, _links, _LINKS)
-        heads = heads.join(rows.distinct(), "item")
-    entity, key = F.lit(ENTITY_PREFIX), F.concat(F.lit(ENTITY_PREFIX), F.col("tail"))
-    if config.triples.whole:
-        other = F.concat(F.lit(OTHER_END), entity, F.col("head"))
-        found = triples.join(heads, "head", "left").withColumn("item", F.coalesce("item", other))
-        tails = heads.select(F.col("head").alias("tail"), F.concat(F.lit(OTHER_END), "item").alias("_tail"))
-        found = found.join(tails, "tail", "left")
-        key = F.coalesce("_tail", key)
-    else:
-        found = triples.join(heads, "head")
-    order = Window.partitionBy("item", "relation").orderBy("place", *(["_tail"] if config.triples.whole else []))
-    ranked = found.withColumn("rank", F.row_number().over(order))
-    for relation, limit in config.max_rank.items():
-        ranked = ranked.where((F.col("relation") != relation) | (F.col("rank") <= limit))
-    return ranked.select(
-        "item", "relation", "rank", F.col("tail").alias("name"), key.alias("key"), F.lit(config.name).alias("source")
-    )
-
-
-def _triples(chunk: Chunk, file: RawFile) -> pa.Table:
-    """Rows to _TRIPLES; those that lack a part are left out."""
-    cells = [identifier(column)[0] for column in chunk.columns]
-    place = pa.array([f"{file.index:06}:{line:012}" for line in chunk.line.to_pylist()], pa.string())
-    return pa.table([place, *cells], schema=_TRIPLES).filter(chunk.reason.is_null()).drop_null()
-
-
-def _links(chunk: Chunk, file: RawFile) -> pa.Table:
-    cells = [identifier(column)[0] for column in chunk.columns]
-    return pa.table(cells, schema=_LINKS).filter(chunk.reason.is_null()).drop_null()
 
 
 def match_titles(items: DataFrame, works: DataFrame) -> DataFrame:
@@ -217,7 +169,7 @@ def _people(cells: list[str | None], config: KnowledgeFileConfig) -> list[dict[s
             else:
                 spelled = [" ".join((cell.replace("_", " ") if config.underscores else cell).split())]
             for name in spelled:
-                if key := person_key(name):
+                if not is_no_text(name) and (key := person_key(name)):
                     names.setdefault(key, name)
         limit = config.max_rank.get(relation, len(names))
         found += [

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 KINDS = ("events", "items", "users", "edges")  # of files
 RAW_CHARACTERS = 1_000  # of a rejected row kept for the quarantine
 
-_FOUND = [
-    pa.field("kind", pa.string()),  # interactions | items | users | edges
+FOUND_FIELDS = (
+    pa.field("kind", pa.string()),  # interactions | items | users | edges | knowledge
     pa.field("file", pa.string()),  # relative to the source's root where it lies under it
     pa.field("line", pa.int64()),  # 1-based; of a Parquet file: row number
     pa.field("place", pa.int64()),  # in its line, from 0, where lines give several rows; else null
@@ -32,8 +32,8 @@ _FOUND = [
     pa.field("column", pa.string()),  # that the reason is about, where it is about one
     pa.field("found", pa.string()),  # in that column, cut; null: nothing
     pa.field("raw", pa.string()),  # of a rejected row, its first 1,000 characters; null in a good row
-]
-FOUND = tuple(field.name for field in _FOUND)
+)
+FOUND = tuple(field.name for field in FOUND_FIELDS)
 _EVENT = [
     pa.field("user", pa.string()),
     pa.field("item", pa.string()),
@@ -45,7 +45,7 @@ _EVENT = [
 ]
 RAW_EVENTS = pa.schema([*_EVENT, pa.field("rejected", pa.list_(pa.string()))])  # FOUND as text; null: a good row
 EXTRAS = ("event_type", "value", "basket")  # of events: columns that frames of a log without them lack
-FOUND_EVENTS = pa.schema([*_EVENT, *_FOUND])  # as tasks find them
+FOUND_EVENTS = pa.schema([*_EVENT, *FOUND_FIELDS])  # as tasks find them
 RAW_ITEMS = pa.schema(
     [
         pa.field("item", pa.string()),
@@ -53,12 +53,12 @@ RAW_ITEMS = pa.schema(
         pa.field("year", pa.int32()),
         pa.field("categories", pa.list_(pa.string())),
         pa.field("attributes", ATTRIBUTES),
-        *_FOUND,
+        *FOUND_FIELDS,
     ]
 )
-RAW_USERS = pa.schema([pa.field("user", pa.string()), pa.field("attributes", ATTRIBUTES), *_FOUND])
+RAW_USERS = pa.schema([pa.field("user", pa.string()), pa.field("attributes", ATTRIBUTES), *FOUND_FIELDS])
 RAW_EDGES = pa.schema(
-    [pa.field("user", pa.string()), pa.field("friend", pa.string()), pa.field("weight", pa.float32()), *_FOUND]
+    [pa.field("user", pa.string()), pa.field("friend", pa.string()), pa.field("weight", pa.float32()), *FOUND_FIELDS]
 )
 PEOPLE = pa.schema(
     [

@@ -27,6 +27,9 @@ class BaselinesConfig(Section):
     decay: float = Field(0.6, gt=0, le=1)  # of the variant that reads all: the n-th last item weighs decay**n
     transition_steps: int = Field(8, ge=1)  # how far apart two items are still counted as following each other
     transition_decay: float = Field(0.8, gt=0, le=1)  # of a transition over d steps: it weighs decay**(d - 1)
+    # Of a split with cold items: encoders of the table `features` whose vectors are read; (): those that models read.
+    encoders: tuple[str, ...] = ()
+    factors: int = Field(64, ge=1)  # that features are mapped to
     friends_last: int = Field(100, ge=1)  # items of a friend that are counted, where the lake has friendships
     max_users: int = Field(1_000_000, ge=2)  # whose training parts are counted, about
 
@@ -63,7 +66,7 @@ class EvaluateConfig(Section):
 class GateConfig(Section):
     """What a model version must show before the alias moves to it. Margins are shares of a mean."""
 
-    protocol: Literal["full", "uniform-100", "popular-100", "top-100"] = "full"
+    protocol: Literal["full", "cold", "warm", "uniform-100", "popular-100", "top-100"] = "full"
     metric: str = "NDCG@10"
     # A difference with a larger p-value is taken for chance.
     level: float = Field(0.05, gt=0, lt=1)
@@ -75,14 +78,17 @@ class GateConfig(Section):
     slice_margin: float = Field(0.1, ge=0)
     min_slice_users: int = Field(100, ge=2)  # a slice with fewer users is not compared, and refuses nothing
     cold_user_items: int = Field(10, ge=0)  # cold users: at most so many items of the domain in the training part
-    cold_item_interactions: int = Field(20, ge=0)  # cold items: at most so many training interactions
+    # Rare items: at least one training interaction, and at most so many. Cold items have none.
+    rare_item_interactions: int = Field(20, ge=1)
     must_beat: tuple[str, ...] = ("best",)  # simple baselines, by name; best: the one with the highest mean
 
     @model_validator(mode="before")
     @classmethod
-    def _above_has_a_new_name(cls, given: Any) -> Any:
+    def _old_names_are_refused(cls, given: Any) -> Any:
         if isinstance(given, dict) and "above" in given:
             raise ValueError("above is now must_beat; rename it (`best` is the simple baseline with the highest mean)")
+        if isinstance(given, dict) and "cold_item_interactions" in given:
+            raise ValueError("cold_item_interactions is now rare_item_interactions; rename it (cold items have none)")
         return given
 
     @field_validator("metric")

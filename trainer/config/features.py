@@ -10,8 +10,10 @@ from etl.settings import Place, Section
 from trainer.config.data import each_once
 from trainer.config.graph import GraphConfig
 from trainer.config.social import SocialConfig
+from trainer.config.training import TrackingConfig
 
 _NAME = re.compile(r"[\w.+-]+")
+_RELATION = "knowledge."
 
 
 class TextConfig(Section):
@@ -42,20 +44,30 @@ class AttributesConfig(Section):
     as counts of votes or mean ratings: they tell what is held out."""
 
     kind: Literal["item", "user"] = "item"
-    categorical: tuple[str, ...] = ()  # columns, or attributes.<name>; each value gets a flag
+    # Columns, attributes.<name>, or of items knowledge.<relation>, their tails in the knowledge graph (an embedding of
+    # the graph must beat these): each value gets a flag.
+    categorical: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
     min_things: int = Field(2, ge=1)  # a value that fewer have gets no flag
 
     @model_validator(mode="after")
     def _columns_are_some(self) -> "AttributesConfig":
-        if not self.columns:
+        if not self.categorical + self.numeric:
             raise ValueError("expected columns in categorical or numeric, found none; name some")
-        each_once(self.columns, "column")
+        each_once(self.categorical + self.numeric, "column")
+        if self.relations and self.kind != "item":
+            raise ValueError(f"expected knowledge.<relation> of items only, found it of {self.kind}s; leave it out")
         return self
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return self.categorical + self.numeric
+        """Of the things' table."""
+        return tuple(name for name in self.categorical + self.numeric if not name.startswith(_RELATION))
+
+    @property
+    def relations(self) -> dict[str, str]:
+        """Name of the column -> relation of the knowledge graph."""
+        return {name: name.removeprefix(_RELATION) for name in self.categorical if name.startswith(_RELATION)}
 
 
 class FeaturesConfig(Section):
@@ -71,6 +83,7 @@ class FeaturesConfig(Section):
     max_shared: float = Field(0.01, gt=0, le=1)  # of things: how many may have the same text, or the same vector
     wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
     spark: SparkConfig = SparkConfig()
+    tracking: TrackingConfig = TrackingConfig()  # of texts and attributes; graph and social have their own
 
     @field_validator("name")
     @classmethod

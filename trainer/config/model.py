@@ -1,6 +1,6 @@
 """Settings of networks."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -25,18 +25,19 @@ class DocumentConfig(Section):
         return each_once(columns, "column")
 
 
-class ItemFeaturesConfig(Section):
-    """Vectors of items from the table `features`, beside the items' own (survey 2, Eq. 1)."""
+class JoinedFeaturesConfig(Section):
+    """Vectors of items or users from the table `features`, beside their own (survey 2, Eq. 1)."""
 
     encoders: tuple[str, ...] = ()  # names in the table; (): none
-    document: DocumentConfig | None = None  # a trained encoder of texts, beside those or alone
     width: int = Field(64, ge=1)  # that an encoder's vectors are projected to
-    # How they join the item's own vector: see trainer/models/features.py. With each, a model begins as one without.
+    # How they join the own vector: see trainer/models/features.py. With each, a model begins as one without.
     aggregate: Literal["concat", "sum", "gate", "attention"] = "gate"
-    # What stands for the vector of an item that has none: learned: one that is trained; zero; mean: of those that have.
+    # What stands for the vector of one that has none: learned: one that is trained; zero; mean: of those that have.
     missing: Literal["learned", "zero", "mean"] = "learned"
-    whitening: bool = True  # centred, and of equal variance in all directions, over the items that are trained on
-    id_dropout: float = Field(0.0, ge=0, lt=1)  # share of items that a step sees without their own vector (DropoutNet)
+    whitening: bool = True  # centred, and of equal variance in all directions, over those that are trained on
+    id_dropout: float = Field(0.0, ge=0, lt=1)  # share that a step sees without their own vector (DropoutNet)
+    # The control of experiments: those of like popularity exchange their features, by `train.seed`.
+    shuffled: bool = False
 
     @field_validator("encoders")
     @classmethod
@@ -44,18 +45,50 @@ class ItemFeaturesConfig(Section):
         return each_once(names, "encoder")
 
     @model_validator(mode="after")
-    def _ids_stand_beside_features(self) -> "ItemFeaturesConfig":
+    def _ids_stand_beside_features(self) -> Self:
         if self.id_dropout and not self.given:
             raise ValueError("id_dropout: expected encoders whose vectors are left, found none; name them, or set 0")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_shuffled(self) -> Self:
+        if self.shuffled and not self.given:
+            raise ValueError("shuffled: expected encoders whose vectors are exchanged, found none; name them")
         return self
 
     @property
     def given(self) -> bool:
         """Whether there are any features."""
+        return bool(self.encoders)
+
+
+class ItemFeaturesConfig(JoinedFeaturesConfig):
+    """Of items."""
+
+    document: DocumentConfig | None = None  # a trained encoder of texts, beside those or alone
+
+    @property
+    def given(self) -> bool:
         return bool(self.encoders) or self.document is not None
 
 
-class Bert4RecConfig(Section):
+class NetworkConfig(Section):
+    """What every network has."""
+
+    user_width: int  # 0: no user embedding
+    features: ItemFeaturesConfig = ItemFeaturesConfig()
+    user_features: JoinedFeaturesConfig = JoinedFeaturesConfig()  # beside the user's embedding
+
+    @model_validator(mode="after")
+    def _features_join_users(self) -> Self:
+        if self.user_features.given and not self.user_width:
+            raise ValueError(
+                "user_features: expected users' embeddings, which they join, found user_width 0; set a width"
+            )
+        return self
+
+
+class Bert4RecConfig(NetworkConfig):
     """BERT4Rec (Sun et al. 2019) with the survey's user and knowledge embeddings (4.3, 4.4)."""
 
     kind: Literal["bert4rec"] = "bert4rec"
@@ -71,7 +104,6 @@ class Bert4RecConfig(Section):
     # relation -> slots; {}: metadata off
     knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
     knowledge_width: int = Field(16, ge=1)  # of each slot
-    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "Bert4RecConfig":
@@ -81,7 +113,7 @@ class Bert4RecConfig(Section):
         return self
 
 
-class CaserConfig(Section):
+class CaserConfig(NetworkConfig):
     """Caser (Tang and Wang 2018) with the survey's knowledge embeddings (4.3, 4.4)."""
 
     kind: Literal["caser"] = "caser"
@@ -95,10 +127,9 @@ class CaserConfig(Section):
     # relation -> slots; {}: metadata off
     knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
     knowledge_width: int = Field(25, ge=1)  # of each slot
-    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
 
-class PeterRecConfig(Section):
+class PeterRecConfig(NetworkConfig):
     """PeterRec (Yuan et al. 2020), with the survey's user and knowledge embeddings where requested."""
 
     kind: Literal["peterrec"] = "peterrec"
@@ -109,7 +140,6 @@ class PeterRecConfig(Section):
     user_width: int = Field(0, ge=0)  # 0: no user embedding
     knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
     knowledge_width: int = Field(16, ge=1)  # of each slot
-    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
     @field_validator("dilations")
     @classmethod
@@ -119,7 +149,7 @@ class PeterRecConfig(Section):
         return dilations
 
 
-class DupnConfig(Section):
+class DupnConfig(NetworkConfig):
     """DUPN (Ni et al. 2018): an LSTM over the items, attention over its states by the user's embedding."""
 
     kind: Literal["dupn"] = "dupn"
@@ -130,10 +160,9 @@ class DupnConfig(Section):
     event_types: bool = False  # what kind of event each was is read too, of data.event_types
     knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
     knowledge_width: int = Field(16, ge=1)  # of each slot
-    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
 
-class MlpConfig(Section):
+class MlpConfig(NetworkConfig):
     """User and item vectors and a score of both, without a sequence (survey 2, Eq. 2): Hu et al. 2018's baseline."""
 
     kind: Literal["mlp"] = "mlp"
@@ -147,7 +176,6 @@ class MlpConfig(Section):
     dropout: Literal[0] = 0
     knowledge: dict[str, int] = Field(default_factory=dict, max_length=0)  # none
     knowledge_width: int = Field(16, ge=1)
-    features: ItemFeaturesConfig = ItemFeaturesConfig()
 
     @field_validator("layers")
     @classmethod
@@ -160,9 +188,9 @@ class MlpConfig(Section):
     def _vectors_are_multiplied(self) -> "MlpConfig":
         if self.score != "mlp" and self.user_width != self.width:
             raise ValueError(f"score {self.score}: expected user_width as width, {self.width}, found {self.user_width}")
-        features = self.features
-        if self.score == "fm" and features.given and features.aggregate != "sum":
-            raise ValueError(f"score fm: expected features.aggregate sum, found {features.aggregate}; set that")
+        for name, features in (("features", self.features), ("user_features", self.user_features)):
+            if self.score == "fm" and features.given and features.aggregate != "sum":
+                raise ValueError(f"score fm: expected {name}.aggregate sum, found {features.aggregate}; set that")
         return self
 
 

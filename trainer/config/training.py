@@ -58,7 +58,9 @@ class TrackingConfig(Section):
 class EvaluationConfig(Section):
     """How held-out items are ranked."""
 
-    protocols: tuple[Literal["full", "uniform-100", "popular-100", "top-100"], ...] = (
+    # A split with cold items is ranked by cold (cold items among cold ones), warm (warm ones among warm) and full, in
+    # that order, unless this names cold or warm.
+    protocols: tuple[Literal["full", "cold", "warm", "uniform-100", "popular-100", "top-100"], ...] = (
         "full",
         "uniform-100",
         "popular-100",

@@ -6,7 +6,7 @@ text has, so that a model folder holds few.
 Shape letters: ``V`` catalogue rows, ``L`` words of a text, ``U`` different words, ``F`` width of a word's vector.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from trainer.config import DocumentConfig
 from trainer.config.columns import attribute_of, columns_read
 from trainer.data.catalogue import Catalogue
 from trainer.data.release import DataError, Release
+from trainer.data.shuffled_features import Shuffle
 from trainer.encoders.text import Part, as_placeholders, text_of
 
 
@@ -28,6 +29,10 @@ class Documents:
 
     words_VL: Int32Array
     vectors_UF: npt.NDArray[np.float16]
+
+    def shuffled(self, shuffle: Shuffle) -> "Documents":
+        """Items exchange their texts."""
+        return replace(self, words_VL=self.words_VL[shuffle.rows((self.words_VL != 0).any(1))])
 
 
 def read_documents(release: Release, catalogue: Catalogue, config: DocumentConfig) -> Documents:

@@ -4,7 +4,7 @@ Rows below FIRST_INDEX are reserved and never candidates. Shape letters: ``U`` u
 (ragged, padded by -1), ``N`` negatives of a user (ragged, padded by -1).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,6 +19,7 @@ from etl.tables import SEP, UNK
 from trainer.arrays import IntArray
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue
+from trainer.data.cold_items import COLD, WARM, BoolArray, candidate_sets
 from trainer.data.events import Events
 from trainer.data.release import DataError, Release, TableFile, blamed, open_parquet
 from trainer.data.sequences import SequenceDataset, Sequences, together
@@ -26,6 +27,7 @@ from trainer.data.sequences import SequenceDataset, Sequences, together
 Part = Literal["validation", "test"]
 
 FULL = "full"  # the protocol that ranks among every item, and needs no negatives
+WITHOUT_NEGATIVES = (FULL, COLD, WARM)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class HeldOut:
     repeats: bool = False  # what is in the input is a candidate too, for it may be had again
     # [V] rows that the log has before the part ends, the only candidates of a split by time; None: all
     candidates: npt.NDArray[np.bool_] | None = None
+    # Of a split with cold items: protocol (cold, warm) -> [V] the rows that it ranks, held-out ones among them.
+    sets: Mapping[str, BoolArray] = field(default_factory=dict)
     num_repeats: int = 0  # held-out items left out, for the users had had them (see `without_repeats`)
     # [U] value of the first held-out event, NaN: none; empty where they were not read
     first_value: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
@@ -99,6 +103,8 @@ def read_held_out(
     """
     protocols, types = options.protocols, options.event_types
     dataset = open_dataset(options.table, release, split, domain, values=options.values, event_types=types)
+    sets = candidate_sets(release, split, catalogue, part)
+    _check_protocols(protocols, split, release)
     if not dataset.has_negatives and (drawn := [protocol for protocol in protocols if protocol != FULL]):
         raise ConfigError(
             f"evaluation.protocols: baskets are ranked in full only, for fixed negatives are never what a user has "
@@ -131,7 +137,8 @@ def read_held_out(
     if len(examples.event_types):
         kinds = np.zeros(targets.shape, np.int8)
         kinds[owner[is_target], (position - start[owner])[is_target]] = examples.event_types[is_target]
-    histories = examples.with_columns(items=rows).until(start)
+    # A split with cold items has other items in the validation part than in the test part, and none of them is input.
+    histories = examples.with_columns(items=rows).until(examples.valid_start if sets else start)
     first = examples.offsets[:-1] + start
     return HeldOut(
         examples.users,
@@ -140,7 +147,7 @@ def read_held_out(
         {
             p: _read_negatives(release, split, domain, catalogue, part, p, examples.users)
             for p in protocols
-            if p != FULL
+            if p not in WITHOUT_NEGATIVES
         },
         tuple(protocols),
         len(catalogue),
@@ -149,10 +156,24 @@ def read_held_out(
         options.table,
         options.repeats,
         _until(dataset, catalogue, part) if split in release.by_time else None,
+        {protocol: sets[protocol] for protocol in protocols if protocol in sets},
         0,
         examples.values[first] if len(examples.values) else examples.values,
         kinds,
     )
+
+
+def _check_protocols(protocols: Sequence[str], split: str, release: Release) -> None:
+    """Raises ConfigError for a protocol that a split can't be ranked by."""
+    has_cold = split in release.cold_items
+    wrong = [p for p in protocols if (p not in WITHOUT_NEGATIVES if has_cold else p in (COLD, WARM))]
+    if wrong:
+        expected = ", ".join(WITHOUT_NEGATIVES) if has_cold else "full, or one of fixed negatives,"
+        why = "its negatives would all be warm" if has_cold else "it has no cold items (etl.splits.cold_items)"
+        raise ConfigError(
+            f"evaluation.protocols: expected {expected} of split {split!r}, found {', '.join(wrong)}; {why}, take "
+            "another protocol or split"
+        )
 
 
 def without_repeats(held_out: HeldOut, *, where: str) -> HeldOut:

@@ -1,13 +1,16 @@
-"""Encoders' vectors of a catalogue's items, from the table `features`, as networks read them (survey 2, Eq. 1).
+"""Encoders' vectors of a catalogue's items, and of users, from the table `features`, as networks read them (survey 2,
+Eq. 1).
 
 Raw vectors of sentences have a large mean in common, and few directions with most of their variance: they are centred
-and whitened (Su et al. 2021; Hou et al. 2022), by mean and covariance of the items that the training part of this split
-has, and of no others.
+and whitened (Su et al. 2021; Hou et al. 2022), by mean and covariance of the items, or users, that the training part of
+this split has, and of no others.
 
-Shape letters: ``V`` catalogue rows, ``F`` width of an encoder's vectors.
+Shape letters: ``V`` catalogue rows, or rows of the user table, ``F`` width of an encoder's vectors.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +19,11 @@ import pyarrow.compute as pc
 from etl import tables
 from etl.lake.encodings import encodings
 from etl.tables import FEATURES, FIRST_INDEX
-from trainer.arrays import FloatArray
-from trainer.config import ItemFeaturesConfig
+from trainer.arrays import FloatArray, IntArray
+from trainer.config import JoinedFeaturesConfig
 from trainer.data.catalogue import Catalogue
-from trainer.data.release import DataError, Release
+from trainer.data.release import DataError, Release, vocabulary_size
+from trainer.data.shuffled_features import Shuffle
 
 BoolArray = npt.NDArray[np.bool_]
 _OF_SPLITS = (tables.SEQUENCES.name, tables.BASKETS.name)  # what is trained on, and held out
@@ -39,36 +43,86 @@ class Whitening:
 
 
 @dataclass(frozen=True)
-class ItemVectors:
-    """One encoder's: `vectors` float16, so that a model folder keeps what was trained on; zero, or with `missing: mean`
-    the mean, of rows that `has_V` says no to, reserved ones too."""
+class EncodedVectors:
+    """One encoder's, of items or users: `vectors` float16, so that a model folder keeps what was trained on; zero, or
+    with `missing: mean` the mean, of rows that `has_V` says no to, reserved ones too."""
 
     vectors_VF: npt.NDArray[np.float16]
     has_V: BoolArray
     whitening: Whitening
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that vectors are read for: `row_of` global indices, UNK where there is none, of `count`."""
+
+    kind: Literal["item", "user"]
+    row_of: Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
+    count: int
+
+    @property
+    def setting(self) -> str:
+        return "model.features" if self.kind == "item" else "model.user_features"
+
+
 def read_item_vectors(
     release: Release,
     catalogue: Catalogue,
-    config: ItemFeaturesConfig,
+    config: JoinedFeaturesConfig,
     *,
     split: str,
     trained_V: BoolArray,
-    fitted: dict[str, ItemVectors] | None = None,
-) -> dict[str, ItemVectors]:
+    shuffle: Shuffle | None = None,
+    fitted: dict[str, EncodedVectors] | None = None,
+) -> dict[str, EncodedVectors]:
     """Encoder -> vectors of a catalogue's rows. `trained_V`: rows with an event in the training part, which whitening
-    is fitted on; `fitted`: encoders whose whitening a parent has, which its projections were trained behind.
+    is fitted on; `shuffle`: rows exchange their vectors; `fitted`: encoders whose whitening a parent has, which its
+    projections were trained behind.
 
     Raises DataError for an encoder of no vectors, or one that read another split than this.
     """
+    rows = _Rows("item", catalogue.rows, len(catalogue))
+    return _read_all(release, rows, config, split=split, trained_V=trained_V, shuffle=shuffle, fitted=fitted or {})
+
+
+def read_user_vectors(
+    release: Release,
+    config: JoinedFeaturesConfig,
+    *,
+    split: str,
+    trained_V: BoolArray,
+    shuffle: Shuffle | None = None,
+    fitted: dict[str, EncodedVectors] | None = None,
+) -> dict[str, EncodedVectors]:
+    """As read_item_vectors, of rows of the user table."""
+    count = vocabulary_size(release, tables.USERS)
+
+    def row_of(index: npt.NDArray[Any]) -> IntArray:
+        return np.where(index < count, index, tables.UNK).astype(np.int64)
+
+    rows = _Rows("user", row_of, count)
+    return _read_all(release, rows, config, split=split, trained_V=trained_V, shuffle=shuffle, fitted=fitted or {})
+
+
+def _read_all(
+    release: Release,
+    rows: _Rows,
+    config: JoinedFeaturesConfig,
+    *,
+    split: str,
+    trained_V: BoolArray,
+    shuffle: Shuffle | None,
+    fitted: dict[str, EncodedVectors],
+) -> dict[str, EncodedVectors]:
     found = {}
     for encoder in config.encoders:
-        raw_VF, has_V = _read(release, catalogue, encoder, split)
-        known = (fitted or {}).get(encoder)
+        raw_VF, has_V = _read(release, rows, encoder, split)
+        if shuffle is not None:
+            raw_VF = raw_VF[shuffle.rows(has_V)]
+        known = fitted.get(encoder)
         if known is not None and len(known.whitening.mean_F) != raw_VF.shape[1]:
             raise DataError(
-                f"model.features: expected vectors by {encoder} as wide as the parent's, "
+                f"{rows.setting}: expected vectors by {encoder} as wide as the parent's, "
                 f"{len(known.whitening.mean_F)}, found {raw_VF.shape[1]}; take the parent's encoder"
             )
         whitening = known.whitening if known else _fitted(raw_VF[trained_V & has_V], full=config.whitening)
@@ -79,49 +133,49 @@ def read_item_vectors(
             lacking = ~has_V
             lacking[:FIRST_INDEX] = False
             whole[lacking] = whole[seen].mean(0) if seen.any() else 0
-        found[encoder] = ItemVectors(whole.astype(np.float16), has_V, whitening)
+        found[encoder] = EncodedVectors(whole.astype(np.float16), has_V, whitening)
     return found
 
 
-def _read(release: Release, catalogue: Catalogue, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:
+def _read(release: Release, rows: _Rows, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:
     """[V, F] as the table has them, zero where it has none; bool [V]. Vectors made of this split are preferred to those
     of none."""
     where = f"release {release.number} of {release.lake}"
     if FEATURES.name not in release.versions:
         raise DataError(
-            f"model.features: expected vectors of items, {where} has none; run `python -m trainer features`"
+            f"{rows.setting}: expected vectors of {rows.kind}s, {where} has none; run `python -m trainer features`"
         )
-    partitions = [part for part in release.partitions(FEATURES) if part["kind"] == "item"]
+    partitions = [part for part in release.partitions(FEATURES) if part["kind"] == rows.kind]
     splits = {part["split"] for part in partitions if part["encoder"] == encoder}
     if not splits & {None, split}:
         known = ", ".join(sorted({str(part["encoder"]) for part in partitions})) or "none"
         read = f", of it those that read the split {', '.join(sorted(map(str, splits)))}" if splits else ""
         raise DataError(
-            f"model.features: expected vectors of items by {encoder!r} for split {split!r}, found those by {known} in "
-            f"{where}{read}; run `python -m trainer features`, or name another encoder"
+            f"{rows.setting}: expected vectors of {rows.kind}s by {encoder!r} for split {split!r}, found those by "
+            f"{known} in {where}{read}; run `python -m trainer features`, or name another encoder"
         )
-    scope = {"kind": "item", "encoder": encoder, "split": split if split in splits else None}
+    scope = {"kind": rows.kind, "encoder": encoder, "split": split if split in splits else None}
     if split in splits:
         _check_inputs(release, encoder, split)
     table = release.read(FEATURES, ["index", "vector"], scope)
-    rows = catalogue.rows(table["index"].to_numpy())
-    inside = rows >= FIRST_INDEX
+    places = rows.row_of(table["index"].to_numpy())
+    inside = places >= FIRST_INDEX
     if not inside.any():
         raise DataError(
-            f"model.features: expected vectors by {encoder!r} of items that are read, found none of {len(catalogue):,} "
-            f"in {where}; take an encoder that covers this domain"
+            f"{rows.setting}: expected vectors by {encoder!r} of {rows.kind}s that are read, found none of "
+            f"{rows.count:,} in {where}; take an encoder that covers them"
         )
     widths = pc.unique(pc.list_value_length(table["vector"])).to_pylist()
     if len(widths) != 1:
         raise DataError(
-            f"model.features: expected vectors by {encoder!r} of one width, found "
+            f"{rows.setting}: expected vectors by {encoder!r} of one width, found "
             f"{', '.join(map(str, sorted(widths)))} in {where}; run `python -m trainer features` into another lake"
         )
     flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    raw_VF = np.zeros((len(catalogue), widths[0]), dtype=np.float32)
-    raw_VF[rows[inside]] = flat.reshape(-1, widths[0])[inside]
-    has_V = np.zeros(len(catalogue), dtype=bool)
-    has_V[rows[inside]] = True
+    raw_VF = np.zeros((rows.count, widths[0]), dtype=np.float32)
+    raw_VF[places[inside]] = flat.reshape(-1, widths[0])[inside]
+    has_V = np.zeros(rows.count, dtype=bool)
+    has_V[places[inside]] = True
     return raw_VF, has_V
 
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from etl import tables
-from etl.config import etl_command
+from etl.config import ColdItemsConfig, etl_command
 from etl.lake import file_reader
 from etl.lake.datafile import DataFile
 from etl.lake.delta_log import snapshot_digest
@@ -59,6 +59,7 @@ class Release:
     versions: dict[str, int]
     digests: dict[str, str] = field(default_factory=dict)  # of tables' logs; none of releases of before
     by_time: Mapping[str, dt.datetime] = field(default_factory=dict)  # split by time -> until when it trains
+    cold_items: Mapping[str, ColdItemsConfig] = field(default_factory=dict)  # split with cold items -> which they are
 
     def files(self, table: Table, partitions: Mapping[str, str | None] | None = None) -> list[TableFile]:
         """Data files of a table's pinned version, sorted by path; only those of the partitions named. Their bytes are
@@ -167,7 +168,8 @@ def pin(lake: str, release: int | None) -> Release:
     versions = {entry["table"]: entry["version"] for entry in known[number]["tables"]}
     splits = json.loads(known[number]["config"]).get("splits", ())
     by_time = {split["name"]: _date(split["train_until"]) for split in splits if split.get("train_until")}
-    return Release(lake, number, versions, digests, by_time)
+    cold = {split["name"]: ColdItemsConfig(**split["cold_items"]) for split in splits if split.get("cold_items")}
+    return Release(lake, number, versions, digests, by_time, cold)
 
 
 def _date(written: str) -> dt.datetime:

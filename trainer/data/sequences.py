@@ -147,6 +147,15 @@ def training_interactions(dataset: SequenceDataset, catalogue: Catalogue, *, oth
     return counts
 
 
+def training_events(dataset: SequenceDataset, num_users: int) -> IntArray:
+    """[num_users] events of each user in the training part; by row group."""
+    found = np.zeros(num_users, dtype=np.int64)
+    for group in range(len(dataset.groups)):
+        sequences = dataset.read([group])
+        found[sequences.users] = sequences.valid_start
+    return found
+
+
 def _check_columns(found: pa.Schema) -> None:
     """Integers where the contract has them, of whatever width and in whatever kind of list."""
     for name in ("user", "items", "times", "valid_start", "test_start", "end"):

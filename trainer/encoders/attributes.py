@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from etl.identifiers import is_no_text
 from trainer.arrays import FloatArray
 from trainer.encoders import EncoderError
-from trainer.encoders.text import Part, is_no_text
+from trainer.encoders.text import Part
 
 
 def attribute_vectors(

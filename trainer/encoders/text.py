@@ -1,29 +1,9 @@
-"""What things are called and described by, as one text each; what is no text."""
+"""What things are called and described by, as one text each."""
 
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
 
-# As files and their conversions write that nothing is known.
-NO_TEXT = frozenset(
-    {
-        "",
-        "[]",
-        "['']",
-        '[""]',
-        "[none]",
-        "{}",
-        "()",
-        "-",
-        "?",
-        "unknown",
-        "null",
-        "none",
-        "nan",
-        "n/a",
-        "\\n",
-        "undefined",
-    }
-)
+from etl.identifiers import is_no_text
 
 Part = str | int | Sequence[str] | None
 
@@ -46,12 +26,6 @@ def _part(part: Part, placeholders: Collection[str]) -> str:
     entries = [str(part)] if isinstance(part, str | int) else part
     stripped = [entry.strip() for entry in entries if entry is not None]
     return ", ".join(entry for entry in stripped if not is_no_text(entry, placeholders))
-
-
-def is_no_text(text: str, placeholders: Collection[str] = ()) -> bool:
-    """Whether a text stands for none, in any case of letters."""
-    folded = text.strip().casefold()
-    return folded in NO_TEXT or folded in placeholders
 
 
 def source_hash(text: str) -> int:

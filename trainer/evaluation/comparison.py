@@ -95,7 +95,9 @@ class Results(ABC):
         """Protocol and metric here of those that the gate is set to."""
         return protocol, metric
 
-    def on_rare_items(self, key: Key, protocol: str, metric: str, *, at_most: int) -> FloatArray | None:
+    def on_rare_items(
+        self, key: Key, protocol: str, metric: str, *, at_most: int, at_least: int = 0
+    ) -> FloatArray | None:
         """The metric on items with so few training interactions, of each user who holds one out; None: no items."""
         return None
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trainer.config import BaselinesConfig, EvaluateConfig, PretrainConfig
 from trainer.data.catalogue import Catalogue
-from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out
+from trainer.data.cold_items import COLD, WARM
+from trainer.data.held_out import FULL, HeldOut, Part, ReadOptions, read_held_out
 from trainer.data.release import Release
 from trainer.evaluation.comparison import Key, Results, by_key
 from trainer.evaluation.scorers import Scorer
@@ -36,7 +37,9 @@ class Validation:
     def held_out(self) -> HeldOut:
         """What the users who are validated hold out; times only where more is read than is predicted."""
         data = self.config.data
+        cold = data.split in self.release.cold_items
         options = ReadOptions(
+            (COLD, WARM) if cold else (FULL,),
             table=self.config.task.needs.table,
             repeats=self.config.ranks_repeats,
             times=data.answered != data.domain,

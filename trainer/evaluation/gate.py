@@ -1,8 +1,9 @@
 """The gate: does the evidence allow a model version to become champion? A pure function of numbers and thresholds.
 
 A version passes if its recipe is better than from-scratch and the best simple baseline, and if the version itself is
-not worse than the champion and not inferior, by a set margin, on the slices of cold users and cold items. Slices with
-too few users are not compared. Every check is made and shown, whether or not another refuses.
+not worse than the champion and not inferior, by a set margin, on the slices of cold users, of cold items (never seen)
+and of rare items (seldom seen). Slices with too few users are not compared. Every check is made and shown, whether or
+not another refuses.
 
 A *recipe* is a configuration trained with several seeds. Its mean over seeds is compared with from-scratch trained with
 the same seeds, by `evaluation.significance.compare`: the same contrast, to the last bit, that `evaluate` shows for its

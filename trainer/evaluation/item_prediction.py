@@ -20,10 +20,12 @@ from etl.text_table import with_sign
 from trainer.arrays import IntArray
 from trainer.config import BaselinesConfig, EvaluateConfig, TaskSettings
 from trainer.data.catalogue import rows_of_domain
+from trainer.data.cold_items import COLD, WARM
 from trainer.data.events import Events
 from trainer.data.held_out import FULL, HeldOut, ReadOptions, without_repeats
 from trainer.evaluation import newness
 from trainer.evaluation.baselines import names, next_basket
+from trainer.evaluation.baselines.cold_items import cold_scorers
 from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
 from trainer.evaluation.evaluator import Evaluator, Measure, Output, Question, TaskMetrics, Validation
 from trainer.evaluation.item_ranking import BASKET, SINGLE, convention_of, metrics_of, rank, ranks
@@ -127,10 +129,11 @@ class Evaluation(Results):
             if count
         ]
 
-    def on_rare_items(self, key: Key, protocol: str, metric: str, *, at_most: int) -> FloatArray:
+    def on_rare_items(self, key: Key, protocol: str, metric: str, *, at_most: int, at_least: int = 0) -> FloatArray:
         """Each held-out item with so few training interactions by itself; users who have none are left out."""
         targets_UR = self.examples.held_out.targets
-        rare_UR = (targets_UR >= 0) & (self.examples.training_interactions[targets_UR] <= at_most)
+        count_UR = self.examples.training_interactions[targets_UR]
+        rare_UR = (targets_UR >= 0) & (count_UR >= at_least) & (count_UR <= at_most)
         alone = SINGLE + convention_of(metric)[1].replace("HR@", "Recall@").replace("F1@", "Recall@")
         return self.of_users(key, protocol, alone, rare_UR)[rare_UR.any(1)]
 
@@ -144,12 +147,18 @@ class Evaluation(Results):
         blocks = [f"{protocols[0]} ranking · {where}\n" + block(rows, [(protocols[0], metric) for metric in metrics])]
         if protocols[1:]:
             columns = [(protocol, metrics[0]) for protocol in protocols[1:]]
-            blocks.append(f"{metrics[0]} among sampled negatives\n" + block(rows, columns))
+            how = "by protocol" if examples.held_out.sets else "among sampled negatives"
+            blocks.append(f"{metrics[0]} {how}\n" + block(rows, columns))
         if (new := newness.newness(examples)) is not None:
-            blocks.append(newness.table(self, new, protocols[0], metrics[0]))
+            blocks.append(newness.table(self, new, FULL if FULL in protocols else protocols[0], metrics[0]))
         headline = [row for row in rows if (row.protocol, row.metric) == (protocols[0], metrics[0])]
         convention = convention_of(metrics[0])[0]
-        notes = [f"several held-out items are relevant in one list (convention `{convention}`)"]
+        notes = [
+            f"{protocol}: {int(among_V.sum()):,} items, held out by "
+            f"{int(among_V[np.maximum(examples.held_out.targets, 0)].any(1).sum()):,} users"
+            for protocol, among_V in examples.held_out.sets.items()
+        ]
+        notes += [f"several held-out items are relevant in one list (convention `{convention}`)"]
         if examples.held_out.repeats:
             notes.append("what a user has had is a candidate too")
         if examples.held_out.num_repeats:
@@ -263,8 +272,11 @@ def _ranked(scorer: Scorer, examples: EvaluationSet, *, batch_size: int, progres
 
 
 def validate(scorer: ModelScorer, held_out: HeldOut, world: World, *, batch_size: int) -> dict[str, float]:
-    """Mean metrics of ranks in full; each process ranks its share of the users."""
-    ranked = rank(scorer.scores, held_out.take(world.share(len(held_out))), batch_size=batch_size)[FULL]
+    """Mean metrics; each process ranks its share of the users."""
+    """By the first protocol; beside it the NDCG of others, of which the name says the protocol."""
+    by_protocol = rank(scorer.scores, held_out.take(world.share(len(held_out))), batch_size=batch_size)
+    ranked = by_protocol[held_out.protocols[0]]
+    ranked |= {f"{protocol}/NDCG@10": by_protocol[protocol]["NDCG@10"] for protocol in held_out.protocols[1:]}
     names = [name for name in ranked if not name.startswith(SINGLE)]
     table = world.gather(torch.from_numpy(np.stack([ranked[name] for name in names], axis=1)))[: len(held_out)]
     return means({name: table[:, place].numpy() for place, name in enumerate(names)})
@@ -302,6 +314,7 @@ class ItemPrediction(Evaluator):
     """Held-out items, ranked."""
 
     evaluation: ClassVar[type[Evaluation]] = Evaluation
+    encoders: tuple[str, ...] = ()  # whose vectors of items the models read
 
     def __init__(self, examples: EvaluationSet, config: EvaluateConfig) -> None:
         self.examples, self.config, self.release = examples, config, examples.release
@@ -310,7 +323,13 @@ class ItemPrediction(Evaluator):
     @staticmethod
     def metrics_of(task: TaskSettings | None) -> TaskMetrics:
         per_user = tuple(metrics_of(np.ones((1, 1), np.int64)))
-        baselines = (*names.OF_ONE_DOMAIN, *names.OF_ALL_DOMAINS, names.FRIENDS, names.PERSONAL_FREQUENCY)
+        baselines = (
+            *names.OF_ONE_DOMAIN,
+            *names.OF_ALL_DOMAINS,
+            names.FRIENDS,
+            names.PERSONAL_FREQUENCY,
+            *names.OF_COLD_ITEMS,
+        )
         return TaskMetrics("NDCG@10", per_user, ITEM_METRICS, baselines)
 
     @staticmethod
@@ -326,6 +345,8 @@ class ItemPrediction(Evaluator):
         config, repeats = question.config.evaluation, cls.repeats(question)
         # No negatives are drawn for baskets, and none that a user has had.
         protocols = (FULL,) if repeats else cls.protocols or config.protocols
+        if question.split in question.release.cold_items and not {COLD, WARM} & set(config.protocols):
+            protocols = (COLD, WARM, FULL)
         kinds = [name for model in question.models for name in model.event_types] + list(question.event_types)
         options = ReadOptions(
             protocols,
@@ -336,7 +357,11 @@ class ItemPrediction(Evaluator):
         )
         part = question.config.part
         examples = read_evaluation_set(question.release, question.split, question.domain, part, options)
-        return [cls(examples, question.config)]
+        found = cls(examples, question.config)
+        found.encoders = tuple(
+            dict.fromkeys(name for model in question.models for name in model.config.model.features.encoders)
+        )
+        return [found]
 
     @staticmethod
     def repeats(question: Question) -> bool:
@@ -360,7 +385,9 @@ class ItemPrediction(Evaluator):
 
     def baselines(self, config: BaselinesConfig) -> Sequence[Scorer]:
         repeated = [next_basket.frequency_scorer(self.examples)] if self.examples.held_out.repeats else []
-        return [*baseline_scorers(self.examples, config), *repeated]
+        encoders = config.encoders or self.encoders
+        by_content = cold_scorers(self.examples, config, encoders) if self.examples.held_out.sets and encoders else []
+        return [*baseline_scorers(self.examples, config), *repeated, *by_content]
 
     def output(self, scorer: Scorer) -> Output:
         batch_size, progress = self.config.evaluation.batch_size, self.config.runtime.progress

@@ -6,6 +6,7 @@ Shape letters: ``U`` users, ``B`` users of a batch, ``V`` rows of the catalogue,
 padded by -1), ``N`` negatives of a user (ragged, padded by -1), ``P`` pairs of a user and a row.
 
 Protocols: ``full`` ranks the held-out items among every item of the catalogue less those in the user's input;
+of a split with cold items ``cold`` ranks cold items among cold ones and ``warm`` warm items among warm ones;
 ``uniform-100``, ``popular-100`` and ``top-100`` rank them among themselves and the user's fixed negatives. Metrics are
 named as in `trainer.evaluation.ranking_metrics`: bare names are of the convention ``list``, those of
 ``single`` begin with ``single/``, those of ``basket`` with ``basket/``.
@@ -55,7 +56,7 @@ def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: b
     """
     order = np.argsort(held_out.histories.lengths, kind="stable")
     found = {protocol: np.empty_like(held_out.targets) for protocol in held_out.protocols}
-    drawn = [protocol for protocol in held_out.protocols if protocol != FULL]
+    drawn = list(held_out.negatives)
     num_targets = held_out.targets.shape[1]
     bar = tqdm(total=len(held_out), unit=" users", desc="ranking", disable=None if progress else True, leave=False)
     for start in range(0, len(order), batch_size):
@@ -71,10 +72,17 @@ def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: b
             device = scores_BN.device
             ranks_BR = rank_among(parts[0], targets_BR.to(device), scores_BN, negatives_BN.to(device))
             found[protocol][users] = ranks_BR.cpu().numpy()
-        if FULL in found:
-            left_out = histories.until(np.zeros(len(histories), np.int64)) if held_out.repeats else histories
-            ranks_BR = rank_in_full(scores, parts[0], targets_BR, left_out, FIRST_INDEX, among=held_out.candidates)
-            found[FULL][users] = ranks_BR.cpu().numpy()
+        left_out = histories.until(np.zeros(len(histories), np.int64)) if held_out.repeats else histories
+        for protocol in found:
+            if protocol == FULL:
+                ranks_BR = rank_in_full(scores, parts[0], targets_BR, left_out, FIRST_INDEX, among=held_out.candidates)
+            elif (among := held_out.sets.get(protocol)) is not None:
+                own_BR = torch.from_numpy(np.where(among[targets_BR.numpy()], targets_BR.numpy(), -1))
+                own = left_out.keep(among[left_out.items])
+                ranks_BR = rank_in_full(scores, parts[0], own_BR, own, FIRST_INDEX, among=among)
+            else:
+                continue
+            found[protocol][users] = ranks_BR.cpu().numpy()
         bar.update(len(users))
     bar.close()
     return found

@@ -1,4 +1,4 @@
-"""In a split by time: metrics of users and items that are new since training ended, beside those of known users.
+"""In a split by time, or with cold items: metrics of users and items that are new, beside those of known users.
 
 A user is new without a training event in the domain, an item without a training interaction of anyone. A model can have
 learned nothing of either, so their numbers are shown apart.
@@ -37,9 +37,9 @@ class Newness:
 
 
 def newness(examples: EvaluationSet) -> Newness | None:
-    """None for a split that is not by time."""
+    """None for a split that is neither by time nor with cold items."""
     held_out = examples.held_out
-    if held_out.candidates is None:
+    if held_out.candidates is None and not held_out.sets:
         return None
     items = np.unique(held_out.targets[held_out.targets >= 0])
     new = int((examples.training_interactions[items] == 0).sum())
@@ -54,7 +54,14 @@ def means_of(results: Results, new: Newness, key: Key, protocol: str, metric: st
         NEW_USERS: of_users[new.is_new_U],
         NEW_ITEMS: results.on_rare_items(key, protocol, metric, at_most=0),
     }
-    return {name: float(np.nanmean(value)) for name in new.names if (value := values[name]) is not None}
+    given = {name: values[name] for name in new.names}
+    return {name: mean_of_known(value) for name, value in given.items() if value is not None}
+
+
+def mean_of_known(values: FloatArray) -> float:
+    """NaN where nothing is known: a protocol may rank nothing of a slice."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def table(results: Results, new: Newness, protocol: str, metric: str) -> str:

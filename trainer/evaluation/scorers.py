@@ -25,6 +25,7 @@ from trainer.config import BaselinesConfig, PretrainConfig
 from trainer.config.data import READS_ALL
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
+from trainer.data.cold_items import cold_rows
 from trainer.data.events import Events, beside, merge
 from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, sampled, without_repeats
 from trainer.data.release import Release, domains_with_sequences, pin
@@ -102,7 +103,8 @@ class EvaluationSet:
         users = np.asarray(self.users)
         dataset = SequenceDataset(self.release, self.split, DOMAIN_ALL, event_types=self.event_types)
         found = read_users(dataset, _is_among(users), times=True)
-        others = self._rows(found).of_users(users).before(self.held_out.first_time)
+        # With cold items the rest of a row is held out: some of it is of cold items of those domains.
+        others = self._rows(found, training=bool(self.held_out.sets)).of_users(users).before(self.held_out.first_time)
         return others.keep(~np.isin(others.items, self.own_rows))
 
     @functools.cached_property
@@ -327,6 +329,7 @@ def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
                 f"release {release.number} has it, found {trained_model.folder}, trained until {until:%Y-%m-%d} on "
                 f"release {trained_model.release}; train it again, or evaluate later dates"
             )
+    _refuse_cold(trained_model, examples)
     if same or data.domain not in domains_with_sequences(examples.release, data.split):
         return
     dataset = SequenceDataset(examples.release, data.split, data.domain)
@@ -339,6 +342,20 @@ def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
             f"expected a model that has not seen what it is asked, found {leaked:,} held-out interactions of domain "
             f"{examples.domain!r} in what {trained_model.folder} was trained on (split {data.split!r}, domain "
             f"{data.domain!r}); train it on a split that is causal for {examples.domain!r}, and holds out as much"
+        )
+
+
+def _refuse_cold(trained_model: TrainedModel, examples: EvaluationSet) -> None:
+    """Raises EvaluateError for a model that was trained on items that are cold here."""
+    parts = cold_rows(examples.release, examples.split, examples.catalogue)
+    if not parts:
+        return
+    rows = rows_by_raw_id(trained_model.catalogue, examples.catalogue)
+    is_seen_V = (rows >= FIRST_INDEX) & (trained_model.popularity[rows] > 0)
+    if seen := int((is_seen_V & (parts["validation"] | parts["test"])).sum()):
+        raise EvaluateError(
+            f"expected a model that has seen no cold item of split {examples.split!r}, found {seen:,} of them in what "
+            f"{trained_model.folder} was trained on (split {trained_model.config.data.split!r}); train it on that split"
         )
 
 

@@ -49,6 +49,7 @@ class Comparison:
     confidence: float = 0.95
     user_spread: float = 0.0  # standard deviation of users' differences (of one seed: with what varies besides)
     seed_spread: float = 0.0  # standard deviation of the seeds' mean differences; 0 where seeds were not varied
+    shared_spread: float = 0.0  # of what chance gave to all seeds alike (`users_and_seeds_test`)
 
     @property
     def seeds_varied(self) -> bool:
@@ -56,7 +57,9 @@ class Comparison:
 
     def least_shown(self, level: float) -> float:
         """The smallest gain that has p ≤ level with these seeds, users and spreads."""
-        return _half_width(level, _parts(self.num_seeds, self.num_users, self.user_spread, self.seed_spread))
+        return _half_width(
+            level, _parts(self.num_seeds, self.num_users, self.user_spread, self.seed_spread, self.shared_spread)
+        )
 
 
 def paired_t(ours_U: FloatArray, theirs_U: FloatArray, *, confidence: float = 0.95) -> Comparison:
@@ -64,7 +67,9 @@ def paired_t(ours_U: FloatArray, theirs_U: FloatArray, *, confidence: float = 0.
     return compare(np.asarray(ours_U)[None], np.asarray(theirs_U)[None], confidence=confidence)
 
 
-def compare(ours_SU: FloatArray, theirs_SU: FloatArray, *, confidence: float = 0.95) -> Comparison:
+def compare(
+    ours_SU: FloatArray, theirs_SU: FloatArray, *, confidence: float = 0.95, shared_spread: float = 0.0
+) -> Comparison:
     """`users_and_seeds_test` of ours - theirs. What has no seed (a counting baseline) may be [U] beside [S, U].
 
     Raises StatsError where the shapes are not of the same users and seeds.
@@ -76,11 +81,15 @@ def compare(ours_SU: FloatArray, theirs_SU: FloatArray, *, confidence: float = 0
             "(seeds, users); score both models on one release, with the same seeds"
         )
     baseline = float(np.ascontiguousarray(theirs).mean())
-    return users_and_seeds_test(ours - theirs, baseline=baseline, confidence=confidence)
+    return users_and_seeds_test(ours - theirs, baseline=baseline, confidence=confidence, shared_spread=shared_spread)
 
 
 def users_and_seeds_test(
-    diff_SU: FloatArray, *, baseline: float = float("nan"), confidence: float = 0.95
+    diff_SU: FloatArray,
+    *,
+    baseline: float = float("nan"),
+    confidence: float = 0.95,
+    shared_spread: float = 0.0,
 ) -> Comparison:
     """Test and interval for the mean of paired differences [S, U] (or [U]) when users and seeds both vary.
 
@@ -97,13 +106,15 @@ def users_and_seeds_test(
     What it speaks of is the recipe (training with any seed) on users like these. What was not varied (one pre-trained
     model under all seeds of fine-tuning, one hold-out, one set of negatives) it can't speak of. With S = 1 it is the
     paired t-test over users, and `Comparison.seeds_varied` is False. `baseline`: the other model's mean, for
-    `relative_gain`. Raises StatsError for fewer than two users, or a difference that is not a number.
+    `relative_gain`. `shared_spread`: standard deviation, as known from as many seeds, of what chance gave to all seeds
+    alike and no number of them averages out; a third part, S - 1 degrees of freedom.
+    Raises StatsError for fewer than two users, or a difference that is not a number.
     """
     diff = np.atleast_2d(np.ascontiguousarray(diff_SU, dtype=np.float64))  # the same sums, whatever the layout
     num_seeds, num_users = _checked(diff)
     gain = float(diff.mean())
     user_spread, seed_spread = _spreads(diff)
-    parts = _parts(num_seeds, num_users, user_spread, seed_spread)
+    parts = _parts(num_seeds, num_users, user_spread, seed_spread, shared_spread)
 
     half = _half_width(1 - confidence, parts)
     return Comparison(
@@ -117,6 +128,7 @@ def users_and_seeds_test(
         confidence,
         user_spread,
         seed_spread,
+        shared_spread,
     )
 
 
@@ -149,10 +161,15 @@ def _spreads(diff: FloatArray) -> tuple[float, float]:
     return math.sqrt(user_variance), float(of_seed.std(ddof=1))
 
 
-def _parts(num_seeds: int, num_users: int, user_spread: float, seed_spread: float) -> list[tuple[float, int]]:
+def _parts(
+    num_seeds: int, num_users: int, user_spread: float, seed_spread: float, shared_spread: float = 0.0
+) -> list[tuple[float, int]]:
     """(variance of the mean, degrees of freedom) of each part."""
     users = (user_spread**2 / num_users, num_users - 1)
-    return [users] if num_seeds == 1 else [(seed_spread**2 / num_seeds, num_seeds - 1), users]
+    if num_seeds == 1:
+        return [users]
+    shared = [(shared_spread**2, num_seeds - 1)] if shared_spread else []
+    return [(seed_spread**2 / num_seeds, num_seeds - 1), users, *shared]
 
 
 def _half_width(tail: float, parts: list[tuple[float, int]]) -> float:

@@ -247,7 +247,7 @@ def collect(
         "rows": written,
         "patches": patch_sizes.beside_copies(rows),
     }
-    plain: dict[str, Any] = _finite(found | tested)
+    plain: dict[str, Any] = finite(found | tested)
     return plain
 
 
@@ -383,12 +383,12 @@ def machine() -> str:
     return parts + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Plain JSON: NaN and infinity become null."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -26,7 +26,8 @@ from trainer.inference.model_folder import (
     CATALOGUE,
     CONFIG,
     MANIFEST,
-    USER_IDS,
+    OPTIONAL,
+    USER_FEATURES,
     USER_TABLE,
     USERS,
     WEIGHTS,
@@ -39,7 +40,7 @@ from trainer.inference.model_folder import (
 )
 
 PATCH, TENSORS, WHOLE = "patch.json", "patch.safetensors", "whole.json"
-_FILES = (USERS, USER_IDS)  # which may be the parent's
+_FILES = OPTIONAL  # which may be the parent's
 
 
 def is_patch(folder: str | Path) -> bool:
@@ -121,7 +122,8 @@ def load_patch(patch: str | Path, parent: TrainedModel) -> TrainedModel:
     elif (patch / USERS).is_file():
         weights |= load_file(patch / USERS, device=device)
         users = None
-    return read_model(patch, weights, digests, users=users, device=device)
+    user_features = parent.user_features if USER_FEATURES in described["files"] else None
+    return read_model(patch, weights, digests, users=users, user_features=user_features, device=device)
 
 
 def _described(folder: Path) -> dict[str, Any]:

@@ -4,11 +4,12 @@ config.json          the run's whole configuration, its release, table versions,
 weights.safetensors  every tensor but the user table
 users.safetensors    the user table, apart from the rest: it can be huge, and it is personal data. Optional.
 users.parquet        raw user id -> row of the user table. Optional, as above.
+user_features.safetensors of each encoder that the model reads: vectors of users, as of items below. Optional, as above.
 content.safetensors  what items are (float16), where the task reads it
 features.safetensors of each encoder that the model reads: vectors of items (float16), which have one, its whitening;
                      of a trained one: texts as words, and the words' vectors
-catalogue.parquet    row, global index, raw item id, title, popularity, whether it is predicted (where not all are),
-                     entity index of each knowledge slot
+catalogue.parquet    row, global index, raw item id, title, popularity, whether it is predicted (where not all are) and
+                     untrained (where the model does without ids), entity index of each knowledge slot
 manifest.json        SHA-256 of each file above; written last, so that a half-written folder is no model
 """
 
@@ -38,6 +39,7 @@ from trainer.arrays import Int32Array
 from trainer.config import (
     FinetuneConfig,
     ItemFeaturesConfig,
+    JoinedFeaturesConfig,
     PretrainConfig,
     TaskHead,
     event_types_read,
@@ -46,7 +48,7 @@ from trainer.config import (
 from trainer.data.catalogue import Catalogue, Texts
 from trainer.data.documents import Documents
 from trainer.data.item_features import Content
-from trainer.data.item_vectors import ItemVectors, Whitening
+from trainer.data.item_vectors import EncodedVectors, Whitening
 from trainer.data.release import Release
 from trainer.inference.scorer import ModelScorer
 from trainer.models import DocumentTable, FeatureTable, ModelSizes, SequenceModel, build_saved
@@ -57,7 +59,8 @@ CONFIG, WEIGHTS, CATALOGUE, MANIFEST = "config.json", "weights.safetensors", "ca
 ORIGIN = "origin.json"  # the lake's place, and what the training cost: no part of the hash
 COSTS = ("seconds", "pretrain_seconds", "peak_gb")  # metrics that another training of the same model has otherwise
 USERS, USER_IDS = "users.safetensors", "users.parquet"
-OPTIONAL = (USERS, USER_IDS)
+USER_FEATURES = "user_features.safetensors"
+OPTIONAL = (USERS, USER_IDS, USER_FEATURES)  # personal data
 CONTENT = "content"
 FEATURES = "features.safetensors"
 DOCUMENT = "document"  # with a colon behind it; of other encoders a slash is behind the name
@@ -88,7 +91,8 @@ class TrainedModel:
     classes: dict[str, tuple[str, ...]]  # head of the task -> the classes that it tells, in the order of its outputs
     categories: tuple[str, ...]  # those that have flags in what items are, where the task reads that
     users: dict[str, int] | None  # raw user id -> row; None where the folder lacks it
-    features: dict[str, ItemVectors]  # encoder -> its vectors of items, where the model reads any
+    features: dict[str, EncodedVectors]  # encoder -> its vectors of items, where the model reads any
+    user_features: dict[str, EncodedVectors]  # as `features`, of users
     documents: Documents | None = None  # texts of items, where the model reads these
 
     @property
@@ -123,8 +127,8 @@ class ModelParts:
 
     `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
     `parent`: the hash of its folder. `users`: user (raw id), index. `predicted`: the rows that are ever an answer;
-    None: all real ones. `classes`: of the task's heads, if any; `task_heads`: the task's layers; `content`: what items
-    are, where the task reads it.
+    None: all real ones. `untrained`: those that nobody has had, where the model does without ids. `classes`: of the
+    task's heads, if any; `task_heads`: the task's layers; `content`: what items are, where the task reads it.
     """
 
     config: PretrainConfig
@@ -137,14 +141,16 @@ class ModelParts:
     parent: str | None
     users: pa.Table | None
     predicted: npt.NDArray[np.bool_] | None = None
+    untrained: npt.NDArray[np.bool_] | None = None
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     task_heads: Mapping[str, TaskHead] = field(default_factory=dict)
     content: Content | None = None
-    features: Mapping[str, ItemVectors] = field(default_factory=dict)
+    features: Mapping[str, EncodedVectors] = field(default_factory=dict)
+    user_features: Mapping[str, EncodedVectors] = field(default_factory=dict)
     documents: Documents | None = None
 
 
-def feature_tables(features: Mapping[str, ItemVectors]) -> tuple[FeatureTable, ...]:
+def feature_tables(features: Mapping[str, EncodedVectors]) -> tuple[FeatureTable, ...]:
     """As a model takes them."""
     found = features.values()
     return tuple(FeatureTable(torch.from_numpy(one.vectors_VF), torch.from_numpy(one.has_V)) for one in found)
@@ -157,7 +163,7 @@ def document_table(documents: Documents | None) -> DocumentTable | None:
     return DocumentTable(torch.from_numpy(documents.words_VL), torch.from_numpy(documents.vectors_UF))
 
 
-def _save_features(path: Path, features: Mapping[str, ItemVectors], documents: Documents | None) -> None:
+def _save_features(path: Path, features: Mapping[str, EncodedVectors], documents: Documents | None) -> None:
     tensors: dict[str, Tensor] = {}
     if (table := document_table(documents)) is not None:
         tensors = {f"{DOCUMENT}:words": table.words_VL, f"{DOCUMENT}:vectors": table.vectors_UF}
@@ -168,15 +174,15 @@ def _save_features(path: Path, features: Mapping[str, ItemVectors], documents: D
     save_file(tensors, path)
 
 
-def _load_features(path: Path, config: ItemFeaturesConfig) -> tuple[dict[str, ItemVectors], Documents | None]:
+def _load_features(path: Path, config: JoinedFeaturesConfig) -> tuple[dict[str, EncodedVectors], Documents | None]:
     if not config.given:
         return {}, None
     found = {name: tensor.numpy() for name, tensor in load_file(path).items()}
     documents = None
-    if config.document is not None:
+    if isinstance(config, ItemFeaturesConfig) and config.document is not None:
         documents = Documents(found[f"{DOCUMENT}:words"], found[f"{DOCUMENT}:vectors"])
     features = {
-        one: ItemVectors(
+        one: EncodedVectors(
             found[f"{one}/vectors"],
             found[f"{one}/has"],
             Whitening(found[f"{one}/mean"], found[f"{one}/transform"]),
@@ -184,6 +190,23 @@ def _load_features(path: Path, config: ItemFeaturesConfig) -> tuple[dict[str, It
         for one in config.encoders
     }
     return features, documents
+
+
+def _load_user_features(
+    path: Path, config: JoinedFeaturesConfig, weights: Mapping[str, Tensor]
+) -> dict[str, EncodedVectors]:
+    """Of nobody, where the folder lacks them or users are left out."""
+    if not config.given:
+        return {}
+    if path.is_file() and len(weights[USER_TABLE]) > UNK + 1:
+        return _load_features(path, config)[0]
+    found = {}
+    for place, encoder in enumerate(config.encoders):
+        width = weights[f"features.user.projections.{place}.weight"].shape[1]
+        no_change = Whitening(np.zeros(width, np.float32), np.eye(width, dtype=np.float32))
+        nobody = np.zeros((len(weights[USER_TABLE]), width), np.float16)
+        found[encoder] = EncodedVectors(nobody, np.zeros(len(nobody), dtype=bool), no_change)
+    return found
 
 
 def save_model(folder: Path, parts: ModelParts) -> str:
@@ -227,9 +250,13 @@ def save_model(folder: Path, parts: ModelParts) -> str:
     }
     if parts.predicted is not None:
         rows["predicted"] = parts.predicted
+    if parts.untrained is not None:
+        rows["untrained"] = parts.untrained
     pq.write_table(pa.table(rows), new / CATALOGUE)
     if user_table is not None:
         save_file({USER_TABLE: user_table}, new / USERS)
+        if parts.user_features:
+            _save_features(new / USER_FEATURES, parts.user_features, None)
         if parts.users is not None:
             pq.write_table(parts.users.select(["user", "index"]), new / USER_IDS)
     for scratch in new.glob("*.whole"):
@@ -270,10 +297,16 @@ def load_model(folder: str | Path, *, device: str = "cpu", users: bool = True) -
 
 
 def read_model(
-    folder: Path, weights: dict[str, Tensor], digests: dict[str, str], *, users: dict[str, int] | None, device: str
+    folder: Path,
+    weights: dict[str, Tensor],
+    digests: dict[str, str],
+    *,
+    users: dict[str, int] | None,
+    user_features: dict[str, EncodedVectors] | None = None,
+    device: str,
 ) -> TrainedModel:
     """The model of a folder's settings and catalogue, and of tensors that were read already, which it takes as they
-    are; `digests` of the whole folder's files."""
+    are; `digests` of the whole folder's files. `user_features` None: the folder's."""
     described = json.loads((folder / CONFIG).read_text())
     config, parent = config_of(folder)
     classes = {head: tuple(names) for head, names in described.get("classes", {}).items()}
@@ -284,6 +317,8 @@ def read_model(
         nobody = torch.zeros(UNK + 1, config.model.user_width)
         weights[USER_TABLE] = nobody.to(next(iter(weights.values())))
     features, documents = _load_features(folder / FEATURES, config.model.features)
+    if user_features is None:
+        user_features = _load_user_features(folder / USER_FEATURES, config.model.user_features, weights)
     model = build_saved(
         config.model,
         ModelSizes(
@@ -293,6 +328,7 @@ def read_model(
             num_event_types=len(config.data.event_types),
             features=feature_tables(features),
             documents=document_table(documents),
+            user_features=feature_tables(user_features),
         ),
         weights=weights,
         patch=patch_of(config),
@@ -304,6 +340,8 @@ def read_model(
         model.describe(load_file(predicts)[CONTENT].float())
     if "predicted" in rows.column_names:
         model.restrict_targets(torch.from_numpy(rows["predicted"].to_numpy()))
+    if "untrained" in rows.column_names:
+        model.mark_untrained(torch.from_numpy(rows["untrained"].to_numpy()))
     return TrainedModel(
         folder=folder,
         config=config,
@@ -322,6 +360,7 @@ def read_model(
         categories=tuple(described.get("categories", ())),
         users=users,
         features=features,
+        user_features=user_features,
         documents=documents,
     )
 

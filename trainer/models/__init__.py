@@ -110,8 +110,10 @@ def _new(
         model.add_patches(patch)
     for name, head in (task_heads or {}).items():
         model.add_task_head(name, head)
-    if sizes.features or sizes.documents is not None:  # last: what else is drawn is as without
+    if sizes.item_features_given:  # last: what else is drawn is as without
         model.add_features(sizes.features, sizes.documents)
+    if sizes.user_features:
+        model.add_user_features(sizes.user_features)
     return model
 
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from etl.tables import UNK
+from etl.tables import FIRST_INDEX, UNK
 from trainer.config import ModelConfig, PairHeadConfig, TaskHead, WeightsHeadConfig
 from trainer.models.cpu.dropout import Dropout
 from trainer.models.documents import DocumentTable
-from trainer.models.features import FeatureTable, ItemFeatures, drop_ids
+from trainer.models.features import Features, FeatureTable, kept_ids
 from trainer.models.heads import LossWeights, PairHead
 from trainer.models.row_table import RowTable, RowTables
 
@@ -34,6 +34,11 @@ class ModelSizes:
     num_event_types: int = 0  # kinds that are distinguished, for a model that reads them
     features: tuple[FeatureTable, ...] = ()  # of `config.features.encoders`, in their order
     documents: DocumentTable | None = None  # of `config.features.document`
+    user_features: tuple[FeatureTable, ...] = ()  # of `config.user_features.encoders`, of rows of the user table
+
+    @property
+    def item_features_given(self) -> bool:
+        return bool(self.features) or self.documents is not None
 
     @property
     def num_slots(self) -> int:
@@ -55,6 +60,9 @@ class SequenceModel(nn.Module):
 
     knowledge_VS: Tensor
     predicted_V: Tensor | None  # bool: the catalogue rows that are predicted; None: all real ones
+    untrained_V: (
+        Tensor | None
+    )  # bool: rows that nobody has had: no class of a loss, and with features nothing of their own
     content_VF: Tensor | None  # vectors of what items are, where the task reads them
     head: nn.Module
     user_embedding: nn.Embedding | RowTable
@@ -67,10 +75,11 @@ class SequenceModel(nn.Module):
         self.tables = tables  # None: dense ones
         self.register_buffer("knowledge_VS", sizes.knowledge_VS.int(), persistent=False)
         self.register_buffer("predicted_V", None, persistent=False)
+        self.register_buffer("untrained_V", None, persistent=False)
         self.register_buffer("content_VF", None, persistent=False)
         self.dropout = Dropout(config.dropout)
         self.task_heads = nn.ModuleDict()
-        self.features = nn.ModuleDict()  # `scored`: of the vectors that score
+        self.features = nn.ModuleDict()  # `scored`: of the vectors that score; `user`: of users
 
     def table(self, num_embeddings: int, width: int) -> nn.Embedding | RowTable:
         """A table of item, user or entity vectors, dense or row-wise."""
@@ -113,7 +122,15 @@ class SequenceModel(nn.Module):
     def add_features(self, tables: tuple[FeatureTable, ...], documents: DocumentTable | None) -> None:
         """Vectors from outside the log beside items' own: `item_vectors` has them from now on. Drawn from the global
         random state, and at first without effect."""
-        self.features["scored"] = ItemFeatures(self.config.features, self.item_width, tables, documents)
+        self.features["scored"] = Features(self.config.features, self.item_width, tables, documents)
+
+    def add_user_features(self, tables: tuple[FeatureTable, ...]) -> None:
+        """As `add_features`, beside users' own vectors."""
+        self.features["user"] = Features(self.config.user_features, self.config.user_width, tables)
+
+    @property
+    def items_have_features(self) -> bool:
+        return "scored" in self.features
 
     @property
     def item_width(self) -> int:
@@ -121,14 +138,23 @@ class SequenceModel(nn.Module):
         return self.config.width
 
     def own_vectors(self, table: Tensor, rows: Tensor | None) -> Tensor:
-        """As `rows_of`; in training without those that `config.features.id_dropout` leaves out."""
-        own = self.rows_of(table, rows)
-        share = self.config.features.id_dropout
-        return drop_ids(own, rows, share) if self.training and share and len(self.features) else own
+        """As `rows_of`; zero for rows of which features alone are known."""
+        own, known = self.rows_of(table, rows), self._known(rows)
+        return own if known is None else own * known[..., None]
+
+    def _known(self, rows: Tensor | None) -> Tensor | None:
+        """Of catalogue rows [N] of which more is known than features, bool [N]: not of untrained ones, and in a step of
+        training not of those that `config.features.id_dropout` leaves out. None: of all."""
+        share = self.config.features.id_dropout if self.training else 0.0
+        if not self.items_have_features or (not share and self.untrained_V is None):
+            return None
+        rows = torch.arange(self.num_items, device=self.knowledge_VS.device) if rows is None else rows
+        known = kept_ids(rows, share)
+        return known if self.untrained_V is None else known & ~self.untrained_V[rows]
 
     def with_features(self, vectors: Tensor, rows: Tensor | None, place: str = "scored") -> Tensor:
         """Vectors of catalogue rows with what comes from outside the log; as they are where nothing does."""
-        if not len(self.features):
+        if not self.items_have_features:
             return vectors
         joined: Tensor = self.features[place](vectors, rows)
         return joined
@@ -137,6 +163,19 @@ class SequenceModel(nn.Module):
         """Predict these catalogue rows only (bool [V], at least one real item): others are read, and never an
         answer."""
         self.predicted_V = rows_V.to(self.knowledge_VS.device)
+
+    def mark_untrained(self, rows_V: Tensor) -> None:
+        """Train and score without anything of these catalogue rows' own (bool [V])."""
+        self.untrained_V = rows_V.to(self.knowledge_VS.device)
+
+    def classes(self) -> Tensor | None:
+        """Catalogue rows, ascending, that a loss is taken among; None: all real ones."""
+        if self.predicted_V is None and self.untrained_V is None:
+            return None
+        among_V = self.predicted_V
+        if among_V is None:
+            among_V = torch.arange(self.num_items, device=self.knowledge_VS.device) >= FIRST_INDEX
+        return (among_V if self.untrained_V is None else among_V & ~self.untrained_V).nonzero()[:, 0]
 
     @property
     def scores_with_table(self) -> bool:
@@ -167,8 +206,10 @@ class SequenceModel(nn.Module):
         return self.config.width
 
     def bias(self, rows: Tensor | None = None) -> Tensor:
-        """Output biases of catalogue rows, [V] or [*rows.shape]."""
-        return self.rows_of(self.output_bias, rows)
+        """Output biases of catalogue rows, [V] or [*rows.shape]; zero where features alone are known, which so learn to
+        say how popular an item is."""
+        own, known = self.rows_of(self.output_bias, rows), self._known(rows)
+        return own if known is None else own * known
 
     def scores(
         self,
@@ -206,9 +247,16 @@ class SequenceModel(nn.Module):
         return F.embedding(rows, table) if table.ndim == 2 else table[rows]
 
     def user_vectors(self, users_B: Tensor) -> Tensor:
-        """[B, user width]; that of the unknown user for those beyond the table."""
+        """[B, user width], with features where the model has any; that of the unknown user for those beyond the
+        table."""
         known_B = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)
-        return self.rows_of(self.user_embedding.weight, known_B)
+        own_BD = self.rows_of(self.user_embedding.weight, known_B)
+        if "user" not in self.features:
+            return own_BD
+        if self.training and (share := self.config.user_features.id_dropout):
+            own_BD = own_BD * kept_ids(known_B, share)[..., None]
+        joined: Tensor = self.features["user"](own_BD, known_B)
+        return joined
 
     def entity_vectors(self, rows: Tensor | None) -> Tensor:
         """The vectors of catalogue rows' entities side by side, [V or *rows.shape, S x knowledge width]."""

@@ -26,7 +26,7 @@ from trainer.config import CaserConfig
 from trainer.models.base import ModelSizes, SequenceModel
 from trainer.models.cpu.chunks import mapped, order_of, sizes_by_length
 from trainer.models.documents import DocumentTable
-from trainer.models.features import FeatureTable, ItemFeatures
+from trainer.models.features import Features, FeatureTable
 from trainer.models.row_table import RowTables
 
 CHUNK_POSITIONS = 1_024  # windows that go through the filters together on a CPU, about
@@ -84,7 +84,7 @@ class Caser(SequenceModel):
 
     def add_features(self, tables: tuple[FeatureTable, ...], documents: DocumentTable | None) -> None:
         super().add_features(tables, documents)
-        self.features["read"] = ItemFeatures(self.config.features, self.config.width, tables, documents)
+        self.features["read"] = Features(self.config.features, self.config.width, tables, documents)
 
     @property
     def item_width(self) -> int:
@@ -92,7 +92,7 @@ class Caser(SequenceModel):
 
     @property
     def scores_with_table(self) -> bool:
-        return self.knowledge_projection is None and not len(self.features)
+        return self.knowledge_projection is None and not self.items_have_features
 
     def forward(
         self,

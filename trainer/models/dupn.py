@@ -86,7 +86,7 @@ class Dupn(SequenceModel):
 
     @property
     def scores_with_table(self) -> bool:
-        return self.knowledge_projection is None and not len(self.features)
+        return self.knowledge_projection is None and not self.items_have_features
 
     def forward(
         self,

@@ -1,17 +1,17 @@
-"""Vectors from outside the log beside an item's own (survey 2, Eq. 1: v = g(own, outside)).
+"""Vectors from outside the log beside an item's or a user's own (survey 2, Eq. 1: u = g(own, outside), v likewise).
 
-Whatever the aggregate, it adds to the item's vector what a matrix of zeros makes of the rest, so that a new model, or a
+Whatever the aggregate, it adds to the own vector what a matrix of zeros makes of the rest, so that a new model, or a
 pre-trained one that is given features, begins as the same model without them.
 
 ========== ==========================================================================================================
-concat     a projection of the item's vector and its features side by side (as the survey's knowledge, 4.3)
+concat     a projection of the own vector and the features side by side (as the survey's knowledge, 4.3)
 sum        a projection of the features' sum
-gate       the same, each coordinate weighed by a sigmoid of item and features (as in Cho et al. 2014)
-attention  the features weighed by a softmax of their products with a query of the item's, beside nothing at all
+gate       the same, each coordinate weighed by a sigmoid of both (as in Cho et al. 2014)
+attention  the features weighed by a softmax of their products with a query of the own vector, beside nothing at all
 ========== ==========================================================================================================
 
-Shape letters: ``N`` any number of rows, ``V`` catalogue rows, ``F`` width of an encoder's vectors, ``W`` width that
-they are projected to, ``K`` encoders, ``D`` width of an item's vector.
+Shape letters: ``N`` any number of rows, ``V`` rows of the catalogue, or of the user table, ``F`` width of an encoder's
+vectors, ``W`` width that they are projected to, ``K`` encoders, ``D`` width of an own vector.
 """
 
 from typing import NamedTuple
@@ -21,24 +21,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etl.tables import FIRST_INDEX
-from trainer.config import ItemFeaturesConfig
+from trainer.config import ItemFeaturesConfig, JoinedFeaturesConfig
 from trainer.models.documents import DocumentEncoder, DocumentTable
 
 
 class FeatureTable(NamedTuple):
-    """One encoder's vectors [V, F] of catalogue rows, and which rows have one, bool [V]."""
+    """One encoder's vectors [V, F] of catalogue rows, or of users, and which rows have one, bool [V]."""
 
     vectors_VF: Tensor
     has_V: Tensor
 
 
-class ItemFeatures(nn.Module):
-    """Vectors of items [N, D] and their catalogue rows -> vectors of items [N, D]. Drawn from the global random
+class Features(nn.Module):
+    """Vectors of items or users [N, D] and their rows -> such vectors [N, D]. Drawn from the global random
     state."""
 
     def __init__(
         self,
-        config: ItemFeaturesConfig,
+        config: JoinedFeaturesConfig,
         width: int,
         tables: tuple[FeatureTable, ...],
         documents: DocumentTable | None = None,
@@ -48,8 +48,9 @@ class ItemFeatures(nn.Module):
         lacking = [~table.has_V for table in tables]
         self.document: DocumentEncoder | None = None
         if documents is not None:
-            assert config.document is not None
             lacking.append(~(documents.words_VL != 0).any(1))
+            assert isinstance(config, ItemFeaturesConfig)
+            assert config.document is not None
             self.document = DocumentEncoder(documents, config.width, config.document.window)
         for place, table in enumerate(tables):
             self.register_buffer(f"vectors_{place}", table.vectors_VF.float(), persistent=False)
@@ -84,7 +85,7 @@ class ItemFeatures(nn.Module):
             nn.init.trunc_normal_(self.missing, std=self.config.width**-0.5)
 
     def forward(self, own_ND: Tensor, rows: Tensor | None) -> Tensor:
-        """`rows` of the catalogue, of any shape [N]; None: all, in order."""
+        """`rows` of any shape [N]; None: all, in order."""
         features_NKW = self.projected(rows)
         match self.config.aggregate:
             case "concat":
@@ -108,7 +109,7 @@ class ItemFeatures(nn.Module):
         return added
 
     def projected(self, rows: Tensor | None) -> Tensor:
-        """[N, K, W]. Of more rows than the catalogue has, those of the whole catalogue are looked up."""
+        """[N, K, W]. Of more rows than there are, those of all are looked up."""
         if rows is not None and rows.numel() > len(self._buffer("lacks", 0)):
             whole_VKW = self.projected(None)
             return F.embedding(rows, whole_VKW.flatten(1)).unflatten(-1, whole_VKW.shape[1:])  # type: ignore[no-untyped-call, no-any-return]
@@ -128,10 +129,22 @@ class ItemFeatures(nn.Module):
         return self.get_buffer(f"{name}_{place}")
 
 
-def drop_ids(own_ND: Tensor, rows: Tensor | None, share: float) -> Tensor:
-    """Zero for a share of items, at random: what an item that nobody has taken begins with (Volkovs et al. 2017,
-    DropoutNet). `rows` as in ItemFeatures; reserved ones are kept."""
-    if rows is None:
-        rows = torch.arange(len(own_ND), device=own_ND.device)
-    kept_N = (torch.rand(rows.shape, device=own_ND.device) >= share) | (rows < FIRST_INDEX)
-    return own_ND * kept_N[..., None]
+def kept_ids(rows: Tensor, share: float) -> Tensor:
+    """Which rows a step of training sees with more than their features, bool: all but a `share` of items
+    or users, which are as if they had no past (Volkovs et al. 2017, DropoutNet). Reserved rows are kept.
+
+    By a hash of the row and of the seed of the global random state, which each step has one of: an item is known or
+    not in the whole step, read or predicted. The hash is SplitMix64's finaliser (Steele et al. 2014).
+    """
+    if not share:
+        return torch.ones_like(rows, dtype=torch.bool)
+    z = rows.long() * _signed(0x9E3779B97F4A7C15) + _signed(torch.initial_seed())
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    uniform = ((z >> 11) & ((1 << 53) - 1)).double() / 2.0**53
+    return (uniform >= share) | (rows < FIRST_INDEX)
+
+
+def _signed(number: int) -> int:
+    """The 64-bit integer of the same bits."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)

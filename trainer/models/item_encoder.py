@@ -92,7 +92,7 @@ class TiedModel(SequenceModel):
 
     @property
     def scores_with_table(self) -> bool:
-        return self.item_projection is None and not len(self.features)
+        return self.item_projection is None and not self.items_have_features
 
     def forward(
         self,

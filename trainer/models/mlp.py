@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trainer.config import MlpConfig
 from trainer.models.base import TABLE_STD, ModelSizes, SequenceModel, initialise
-from trainer.models.features import ItemFeatures
+from trainer.models.features import Features
 from trainer.models.row_table import RowTables
 
 PAIRS = 1 << 18  # of user and item that go through the layers together
@@ -81,9 +81,9 @@ class Mlp(SequenceModel):
 
     def _with_products(self, own_ND: Tensor, rows: Tensor | None) -> Tensor:
         """[N, D + 1]: the sum of an item's vector and its features', and the products of all pairs of these."""
-        if not len(self.features):
+        if not self.items_have_features:
             return F.pad(own_ND, (0, 1))
-        parts_NKD = cast(ItemFeatures, self.features["scored"]).parts(rows)
+        parts_NKD = cast(Features, self.features["scored"]).parts(rows)
         sum_ND = own_ND + parts_NKD.sum(-2)
         squares_N = own_ND.square().sum(-1) + parts_NKD.square().sum((-1, -2))
         products_N = (sum_ND.square().sum(-1) - squares_N) / 2
@@ -91,7 +91,7 @@ class Mlp(SequenceModel):
 
     @property
     def scores_with_table(self) -> bool:
-        return self.config.score == "dot" and not len(self.features)
+        return self.config.score == "dot" and not self.items_have_features
 
     def forward(
         self,

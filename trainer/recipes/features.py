@@ -8,6 +8,7 @@ more, leave. One commit replaces the encoder's partition, or appends to it where
 
 import functools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from etl.jobs.features import FeatureError
 from etl.lake import spark_io
 from etl.lake.encodings import Encoding, encodings
 from etl.plain_path import absolute
+from etl.redaction import redact
 from etl.session import held, spark_session, user_errors
 from etl.settings import ConfigError
-from etl.tables import FEATURES, Table
+from etl.tables import FEATURES, KNOWLEDGE, Table
+from trainer import tracking
 from trainer.arrays import FloatArray, IntArray
 from trainer.config import FeaturesConfig, GraphConfig, SocialConfig
 from trainer.config.columns import attribute_of, columns_read, known_columns, unknown_columns
@@ -36,7 +39,7 @@ from trainer.data.release import Release, pin
 from trainer.encoders import TextEncoder, text_encoder
 from trainer.encoders.attributes import attribute_vectors
 from trainer.encoders.batches import ROWS, encoded, rendered
-from trainer.encoders.text import as_placeholders
+from trainer.encoders.text import Part, as_placeholders
 from trainer.knowledge_graph.vectors import FEATURES as VECTORS
 from trainer.parallel.distributed import join
 from trainer.recipes import graph_features, social_features
@@ -68,7 +71,7 @@ def run(config: FeaturesConfig) -> Result:
         known = known_columns(given.kind)
         raise ConfigError(f"{setting}: expected columns of {given.kind}s ({known}), found {unknown[0]!r}")
     encoder = text_encoder(config.text.encoder) if config.attributes is None else None
-    release = pin(config.lake, config.release)
+    release, begun = pin(config.lake, config.release), time.monotonic()
     with spark_io.writing(release.lake, FEATURES, wait_seconds=config.wait_seconds):
         release = pin(config.lake, config.release)  # another writer may have made a newer one meanwhile
         if encoder is not None:
@@ -88,7 +91,35 @@ def run(config: FeaturesConfig) -> Result:
         )
     else:
         print(f"features {encoding.name}: unchanged, 0 encoded; {released}", flush=True)
-    return Result(things, covered, encoded, number, committed)
+    result = Result(things, covered, encoded, number, committed)
+    if things and committed:
+        _record(config, encoding, result, time.monotonic() - begun)
+    return result
+
+
+def _record(config: FeaturesConfig, encoding: Encoding, result: Result, seconds: float) -> None:
+    """An MLflow run of what was encoded; a run that found all done leaves none."""
+    name, release = encoding.encoder, pin(config.lake, result.release)
+    with tracking.start_run(
+        config.tracking, name=name, resolved=config, tags={"graftrec.recipe": "features"}
+    ) as tracked:
+        tracked.log_release(release, tables=[_THINGS[encoding.kind].name, FEATURES.name], context="output")
+        tracked.log_params({"encoding.template": encoding.template, "encoding.weights": encoding.weights})
+        tracked.log_metrics(
+            {
+                "things": result.things,
+                "coverage": result.covered / result.things,
+                "encoded": result.encoded,
+                "width": encoding.width,
+                "seconds": seconds,
+                "encoded_per_second": result.encoded / seconds,
+            }
+        )
+        tracked.describe(
+            f"Vectors of {encoding.kind}s by {name}, {encoding.width} wide, in release {result.release} of "
+            f"`{redact(release.lake)}`: {result.encoded:,} encoded in {seconds:,.0f} s; {result.covered:,} of "
+            f"{result.things:,} have one ({result.covered / result.things:.1%})."
+        )
 
 
 def _of_run(config: FeaturesConfig, given: GraphConfig | SocialConfig) -> Result:
@@ -157,7 +188,7 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     """Without Spark: a vocabulary's columns are few, and its values are counted over all of it."""
     table = _THINGS[given.kind]
     rows = release.read(table, [given.kind, "index", *columns_read(given.columns)])
-    cells = {name: cells_of(rows, name) for name in given.columns}
+    cells = {name: cells_of(rows, name) for name in given.columns} | _tails(given, release, rows["index"].to_numpy())
     vectors, names = attribute_vectors(
         {name: cells[name] for name in given.categorical},
         {name: cells[name] for name in given.numeric},
@@ -168,7 +199,7 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
         encoder=config.name or "attributes",
         width=len(names),
         template="; ".join(names),
-        inputs={table.name: release.versions[table.name]},
+        inputs={each.name: release.versions[each.name] for each in (table, *([KNOWLEDGE] if given.relations else []))},
     )
     if features.check_weights(release.lake, encoding) == encoding:
         return encoding, (0, 0, 0)
@@ -177,6 +208,30 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     # Many share all of these columns: none of them is a placeholder.
     features.write_arrays(release.lake, ids, index, vectors[has], encoding, max_shared=1)
     return encoding, (len(rows), len(has), len(has))
+
+
+def _tails(given: AttributesConfig, release: Release, index_N: IntArray) -> dict[str, list[Part]]:
+    """Of each relation that is named, raw ids of the tails of N items. Raises ConfigError for one without triples."""
+    if not given.relations:
+        return {}
+    triples = release.read(KNOWLEDGE, ["head_index", "relation", "tail", "head_kind", "tail_kind"])
+    triples = triples.filter(pc.fill_null(pc.equal(triples["head_kind"], "item"), True))
+    known = pc.unique(triples["relation"]).to_pylist()
+    if lacking := [relation for relation in given.relations.values() if relation not in known]:
+        raise ConfigError(
+            f"attributes.categorical: expected relations of items in the table knowledge "
+            f"({', '.join(sorted(known)) or 'none'}), found {lacking[0]!r}"
+        )
+    found: dict[str, list[Part]] = {}
+    for name, relation in given.relations.items():
+        own = triples.filter(pc.equal(triples["relation"], relation))
+        tails: dict[int, list[str]] = {}
+        for head, kind, tail in zip(
+            *(own[one].to_pylist() for one in ("head_index", "tail_kind", "tail")), strict=True
+        ):
+            tails.setdefault(head, []).append(f"{kind or 'entity'} {tail}")
+        found[name] = [tails.get(index) for index in index_N.tolist()]
+    return found
 
 
 def _template(text: TextConfig) -> str:

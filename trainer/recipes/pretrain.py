@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from etl import tables
 from etl.redaction import redact
 from etl.settings import ConfigError
+from etl.tables import FIRST_INDEX, UNK
 from trainer import figures, tracking
-from trainer.arrays import Int32Array
+from trainer.arrays import Int32Array, IntArray
 from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
 from trainer.data.documents import Documents, read_documents
-from trainer.data.item_vectors import ItemVectors, read_item_vectors
+from trainer.data.item_vectors import EncodedVectors, read_item_vectors, read_user_vectors
 from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
-from trainer.data.sequences import SequenceDataset, training_interactions
+from trainer.data.sequences import SequenceDataset, training_events, training_interactions
+from trainer.data.shuffled_features import Shuffle
 from trainer.evaluation.evaluators import monitor
 from trainer.evaluation.validation import Validator
 from trainer.inference.model_folder import ModelParts, TrainedModel, document_table, feature_tables, save_model
@@ -58,8 +61,10 @@ class Inputs:
     knowledge: Int32Array
     parent: TrainedModel | None
     task: Task
-    features: dict[str, ItemVectors]
+    features: dict[str, EncodedVectors]
+    user_features: dict[str, EncodedVectors]
     documents: Documents | None
+    untrained_V: npt.NDArray[np.bool_] | None  # rows that nobody has had, where the model must do without ids
 
 
 class NonFiniteScore(NonFiniteLoss):
@@ -101,10 +106,15 @@ def _fit(
     dataset = _dataset(config, release)
     task = prepare_task(config.task, release, catalogue, dataset)
     validation = Validator(config, release, catalogue, task)
-    features = _features(config, release, catalogue, dataset, parent)
-    document = config.model.features.document
-    documents = None if document is None else read_documents(release, catalogue, document)
-    inputs = Inputs(config, release, catalogue, knowledge, parent, task, features, documents)
+    interactions_V = None
+    if config.model.features.given or config.data.split in release.cold_items:
+        interactions_V = training_interactions(dataset, catalogue)
+    features, documents = _features(config, release, catalogue, interactions_V, parent)
+    user_features = _user_features(config, release, dataset, parent)
+    untrained_V = _untrained(config, release, catalogue, interactions_V, parent)
+    inputs = Inputs(
+        config, release, catalogue, knowledge, parent, task, features, user_features, documents, untrained_V
+    )
     model, account = _model(inputs, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
     loader = Loader(
@@ -216,22 +226,69 @@ def _features(
     config: PretrainConfig,
     release: Release,
     catalogue: Catalogue,
-    dataset: SequenceDataset,
+    interactions_V: IntArray | None,
     parent: TrainedModel | None,
-) -> dict[str, ItemVectors]:
-    """Vectors of items by the encoders of the settings; behind the parent's whitening where its projections are
-    copied."""
-    if not config.model.features.encoders:
-        return {}
-    copies = isinstance(config, FinetuneConfig) and "features" in COPIED_GROUPS[config.transfer]
-    return read_item_vectors(
+) -> tuple[dict[str, EncodedVectors], Documents | None]:
+    """Vectors of items by the encoders of the settings, behind the parent's whitening where its projections are copied;
+    and their texts as words."""
+    given = config.model.features
+    if interactions_V is None or not given.given:
+        return {}, None
+    shuffle = Shuffle(interactions_V, config.train.seed) if given.shuffled else None
+    documents = None if given.document is None else read_documents(release, catalogue, given.document)
+    if documents is not None and shuffle is not None:
+        documents = documents.shuffled(shuffle)
+    vectors = read_item_vectors(
         release,
         catalogue,
-        config.model.features,
+        given,
         split=config.data.split,
-        trained_V=training_interactions(dataset, catalogue) > 0,
-        fitted=parent.features if parent is not None and copies else None,
+        trained_V=interactions_V > 0,
+        shuffle=shuffle,
+        fitted=parent.features if parent is not None and _copies_features(config) else None,
     )
+    return vectors, documents
+
+
+def _user_features(
+    config: PretrainConfig, release: Release, dataset: SequenceDataset, parent: TrainedModel | None
+) -> dict[str, EncodedVectors]:
+    """As _features, of users."""
+    given = config.model.user_features
+    if not given.encoders:
+        return {}
+    events_V = training_events(dataset, vocabulary_size(release, tables.USERS))
+    return read_user_vectors(
+        release,
+        given,
+        split=config.data.split,
+        trained_V=events_V > 0,
+        shuffle=Shuffle(events_V, config.train.seed) if given.shuffled else None,
+        fitted=parent.user_features if parent is not None and _copies_features(config) else None,
+    )
+
+
+def _copies_features(config: PretrainConfig) -> bool:
+    return isinstance(config, FinetuneConfig) and "features" in COPIED_GROUPS[config.transfer]
+
+
+def _untrained(
+    config: PretrainConfig,
+    release: Release,
+    catalogue: Catalogue,
+    interactions_V: IntArray | None,
+    parent: TrainedModel | None,
+) -> npt.NDArray[np.bool_] | None:
+    """Rows that nobody has had, in the training part or that of a parent whose items are shared. None where that
+    changes nothing: the split has no cold items, and every item is seen with its id."""
+    if interactions_V is None or not (config.model.features.id_dropout or config.data.split in release.cold_items):
+        return None
+    untrained_V = interactions_V == 0
+    untrained_V[:FIRST_INDEX] = False
+    if parent is not None and isinstance(config, FinetuneConfig) and config.shared_items:
+        shared_V = rows_by_raw_id(parent.catalogue, catalogue)
+        untrained_V &= (shared_V == UNK) | (parent.popularity[shared_V] == 0)
+    return untrained_V if untrained_V.any() else None
 
 
 def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]:
@@ -246,6 +303,7 @@ def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]
             num_event_types=len(config.data.event_types),
             features=feature_tables(inputs.features),
             documents=document_table(inputs.documents),
+            user_features=feature_tables(inputs.user_features),
         ),
         seed=config.train.seed,
         tables=RowTables(world) if config.train.table_optimizer == "rowwise" else None,
@@ -257,6 +315,8 @@ def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]
         model.describe(torch.from_numpy(task.content.vectors_VF))
     if config.data.predicted is not None:
         model.restrict_targets(torch.from_numpy(rows_of_domain(release, catalogue, config.data.predicted)))
+    if inputs.untrained_V is not None:
+        model.mark_untrained(torch.from_numpy(inputs.untrained_V))
     if isinstance(config, FinetuneConfig):
         shared = None
         if parent is not None and config.shared_items:
@@ -307,10 +367,12 @@ def _finish(
             parent=inputs.parent.hash if inputs.parent else None,
             users=release.read(tables.USERS, ["user", "index"]),
             predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
+            untrained=inputs.untrained_V,
             classes=task.class_names,
             task_heads=task.heads,
             content=task.content,
             features=inputs.features,
+            user_features=inputs.user_features,
             documents=inputs.documents,
         ),
     )

@@ -42,7 +42,8 @@ def sequence_table(config: PretrainConfig) -> tables.Table:
 
 
 def read_tables(config: PretrainConfig) -> tuple[tables.Table, ...]:
-    features = (tables.FEATURES,) if config.model.features.encoders else ()
+    encoders = (*config.model.features.encoders, *config.model.user_features.encoders)
+    features = (tables.FEATURES,) if encoders else ()
     return (sequence_table(config), *_READ_TABLES, *features)
 
 

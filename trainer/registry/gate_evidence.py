@@ -104,7 +104,8 @@ def evidence_of(results: Results, champion: Results | None, gate: GateConfig, *,
         cold_U = results.training_items <= gate.cold_user_items
         beside_U = matrix(beside, label, beside.seeds(label)).mean(0)
         slices.append(Slice("cold users", version_U[cold_U], beside_U[cold_U], label))
-        slices += _rare_items(results, beside, label, gate)
+        slices += _few_events(results, beside, label, gate, "cold items", (0, 0))
+        slices += _few_events(results, beside, label, gate, "rare items", (1, gate.rare_item_interactions))
     return Evidence(
         version_U=version_U[known],
         version_seed=first[0],
@@ -121,12 +122,18 @@ def evidence_of(results: Results, champion: Results | None, gate: GateConfig, *,
     )
 
 
-def _rare_items(results: Results, beside: Results, label: str, gate: GateConfig) -> list[Slice]:
-    """Held-out items that were seldom trained on, where items are ranked."""
+def _few_events(
+    results: Results, beside: Results, label: str, gate: GateConfig, name: str, events: tuple[int, int]
+) -> list[Slice]:
+    """Held-out items with that many training interactions, where items are ranked: at least, at most."""
 
     def values(found: Results, key: tuple[str, int | None]) -> FloatArray | None:
-        return found.on_rare_items(key, gate.protocol, gate.metric, at_most=gate.cold_item_interactions)
+        least, most = events
+        return found.on_rare_items(key, gate.protocol, gate.metric, at_least=least, at_most=most)
 
     version_C = values(results, (VERSION, results.seeds(VERSION)[0]))
     others = [values_C for seed in beside.seeds(label) if (values_C := values(beside, (label, seed))) is not None]
-    return [] if version_C is None else [Slice("cold items", version_C, np.stack(others).mean(0), label)]
+    if version_C is None:
+        return []
+    known_C = ~np.isnan(version_C)  # the protocol may rank none of a user's
+    return [Slice(name, version_C[known_C], np.stack(others).mean(0)[known_C], label)]

@@ -27,7 +27,7 @@ def summed_loss(
 ) -> Tensor:
     """Sum over N positions of the negative log-likelihood (nats) of their targets (catalogue rows) among all that the
     model predicts."""
-    rows_C = None if model.predicted_V is None else model.predicted_V.nonzero()[:, 0]
+    rows_C = model.classes()
     if config.kind == "full":
         table_VD = model.item_vectors() if table_VD is None else table_VD
         bias_V, classes_N = model.bias(), targets_N - FIRST_INDEX

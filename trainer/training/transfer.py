@@ -146,8 +146,9 @@ def initialise_from(
     given = dict(parent.model.named_parameters()) if parent is not None and transfer != "none" else {}
     groups = group_of(model, config)
     norms = _layer_norms(model) if plan.layer_norm else set()
-    # Features that the parent has none of begin as no change.
-    begins_features = transfer != "shallow+features" and not any(name.startswith("features.") for name in given)
+    # Features of items, or of users, that the parent has none of begin as no change.
+    known_features = {name.split(".")[1] for name in given if name.startswith("features.")}
+    asks_for_features = transfer == "shallow+features" and not known_features
     lines = []
     for name, tensor in model.named_parameters():
         group = groups[name]
@@ -155,7 +156,8 @@ def initialise_from(
         shared_out = model.tables if name in model.row_tables() else None
         if shared_out is not None:
             shape = (shared_out.num_rows(tensor), *shape[1:])
-        if group in COPIED_GROUPS[transfer] and not (group == "features" and begins_features):
+        begins = group == "features" and not asks_for_features and name.split(".")[1] not in known_features
+        if group in COPIED_GROUPS[transfer] and not begins:
             if name not in given:
                 raise TransferError(
                     f"transfer {transfer}: the parent {_named(parent)} has no tensor {name}; give both models the same "

@@ -18,15 +18,15 @@ import pytest
 from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
-from etl.config import DomainConfig, EtlConfig, GeneratorSource, SplitConfig
+from etl.config import ColdItemsConfig, DomainConfig, EtlConfig, GeneratorSource, SplitConfig
 from etl.histories import bucket_writer, incremental, reader
 from etl.histories.bucket_writer import BucketWork
-from etl.jobs import baskets, sequences
+from etl.jobs import baskets, cold_items, sequences
 from etl.jobs.job import Outcome, Run, RunContext, plan_run
 from etl.lake.commit import Commit, commit_files
 from etl.lake.snapshots import snapshot_files
 from etl.lake.spark_io import data_files
-from etl.settings import ConfigError, GraftrecError
+from etl.settings import ConfigError, GraftrecError, replaced
 from etl.tables import (
     BASKETS,
     FIRST_INDEX,
@@ -36,6 +36,7 @@ from etl.tables import (
     USERS,
     Table,
     bucket_of,
+    cold_item_hash,
     cold_user_hash,
 )
 from etl.tables import DOMAINS as DOMAINS_TABLE
@@ -48,6 +49,9 @@ DOMAINS = {"all": ["a", "b", "c", "d", "x"], "source": ["a", "b", "x"], "target"
 ITEMS = {"a": True, "b": True, "c": True, "d": True, "x": False}
 EPOCH, MICROSECOND = dt.datetime(1970, 1, 1), dt.timedelta(microseconds=1)
 A, B, C, D, X = range(FIRST_INDEX, FIRST_INDEX + 5)
+COLD_ITEMS = SplitConfig(name="cold-items", validation=1, test=2, cold_items=ColdItemsConfig(share=0.3, seed=6))
+# Of COLD_ITEMS, by global index, decided by hand: a is a validation item, c a test item.
+COLD_PARTS = {COLD_ITEMS.name: np.array([0] * FIRST_INDEX + [1, 0, 2, 0, 0], np.int8)}
 _USERS = pa.schema([("bucket", pa.int32()), ("user", pa.string()), ("index", pa.int32()), ("degree", pa.int64())])
 Rows = dict[tuple[str, str, int], list[dict[str, Any]]]
 
@@ -73,6 +77,8 @@ def _made(
         return {}
     table = table.of(TIME_ORDINAL)
     rows = partial(job.rows, names=list(DOMAINS), splits=splits)
+    if job is sequences:
+        rows = partial(rows, cold_parts=COLD_PARTS)
     if gap is not None:
         rows = partial(rows, gap=gap)
     kept = [
@@ -253,6 +259,33 @@ def test_cold_user_hashs_are_fixed_uniform_and_independent_of_domain_and_bucket(
     assert np.abs([cold[buckets == bucket, 0].mean() - 0.1 for bucket in range(4)]).max() < 0.02
 
 
+def test_cold_items_leave_the_training_part_with_all_their_events(tmp_path: Path) -> None:
+    """In every domain; each run is in time order, and so are warm items that are held out beside cold ones."""
+    log = [("u", item, time) for time, item in enumerate("abcdbacdbb")]
+    found = _sequences(tmp_path, [*log, ("v", "a", 1), ("v", "c", 2)], [COLD_ITEMS], {"u": True, "v": True})
+    row = found["cold-items", "all", 5]
+    assert row["items"] == [B, D, B, A, A, D, C, C, B, B]
+    assert row["times"] == [1, 3, 4, 0, 5, 7, 2, 6, 8, 9]
+    assert _offsets(row) == (3, 6, 10)
+    target = found["cold-items", "target", 5]  # two warm items, of four that would be needed to hold out any
+    assert (target["items"], _offsets(target)) == ([D, D, C, C], (2, 2, 4))
+    unread = found["cold-items", "all", 6]  # nothing is left to read
+    assert (unread["items"], _offsets(unread)) == ([A, C], (0, 0, 0))
+
+
+@pytest.mark.parametrize(("domain", "expected"), [(None, {"a": 1, "c": 2}), ("target", {"c": 2}), ("source", {"a": 1})])
+def test_cold_items_are_chosen_by_their_hash(domain: str | None, expected: dict[str, int]) -> None:
+    bits = {"a": 3, "b": 3, "c": 5, "d": 5}  # of all, source, target
+    catalogue = reader.Catalogue(pa.array(list(bits)), np.array([A, B, C, D]), np.array(list(bits.values())))
+    split = replaced(COLD_ITEMS, cold_items=ColdItemsConfig(share=0.3, validation=0.2, seed=6, domain=domain))
+    found = cold_items.parts(catalogue, split, list(DOMAINS))
+    assert {item: part for item, part in zip(bits, found[[A, B, C, D]].tolist(), strict=True) if part} == expected
+    digest = hashlib.blake2b(b"6/c", digest_size=8).hexdigest()
+    assert cold_item_hash("c", 6) == int(digest[:14], 16) // 2**3 / 2**53  # about 0.29
+    share = np.mean([cold_item_hash(str(item), 0) < 0.15 for item in range(20_000)])
+    assert abs(share - 0.15) < 4 * (0.15 * 0.85 / 20_000) ** 0.5
+
+
 def test_baskets_are_in_order_with_the_last_held_out(tmp_path: Path) -> None:
     log = [
         ("u", "a", 1, None, None, "k"),
@@ -400,6 +433,24 @@ def _joint_by_time(history: list[Any], split: SplitConfig) -> tuple[list[Any], l
     return held + [event for event in history if event not in held], ends
 
 
+def _cold_items(own: list[Any], split: SplitConfig) -> tuple[list[Any], int, int, int]:
+    """A user's events in the order of parts, how many are held out, how many of them for test, and where these end."""
+    parts: dict[str, list[Any]] = {"b": [], "a": [], "c": []}  # warm, validation, test
+    for event in own:
+        parts[event[2] if event[2] in "ac" else "b"].append(event)
+    warm, late, cold = parts["b"], [parts["a"], parts["c"]], parts["a"] + parts["c"]
+    if len(warm) < split.min_train:
+        in_time = sorted(cold, key=own.index)
+        return warm + in_time, 0, 0, len(warm)
+    if len(warm) >= split.min_train + split.validation + split.test:
+        first = len(warm) - split.test - split.validation
+        late[0] += warm[first : len(warm) - split.test]
+        late[1] += warm[len(warm) - split.test :] if split.test else []
+        warm = warm[:first]
+    late = [sorted(events, key=own.index) for events in late]
+    return warm + late[0] + late[1], sum(map(len, late)), len(late[1]), len(own)
+
+
 def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], most: int) -> dict[Any, Any]:
     expected = {}
     for index, history in _histories(log, users, most).items():
@@ -421,6 +472,8 @@ def _expected_sequences(log: Any, users: Any, splits: Sequence[SplitConfig], mos
             if split.cold_users and domain in ("all", split.joint_target):
                 num_held = sum(event[2] in DOMAINS[split.joint_target or ""] for event in own) if cold else 0
                 num_test = num_held if cold == "test" else 0
+            if split.cold_items:
+                own, num_held, num_test, end = _cold_items(own, split)
             if own:
                 expected[split.name, domain, index] = {
                     "user": index,
@@ -439,7 +492,7 @@ def _expected_baskets(log: Any, users: Any, splits: Sequence[SplitConfig], most:
     expected: dict[Any, Any] = {}
     for index, history in _histories(log, users, most).items():
         for split, (domain, inside) in itertools.product(splits, DOMAINS.items()):
-            if split.cold_users or (split.joint_target and domain == "all"):
+            if split.cold_users or split.cold_items or (split.joint_target and domain == "all"):
                 continue
             own = [event for event in history if event[2] in inside and event[5] is not None]
             if split.causal_target not in (None, domain) and (first := _first_held_out(history, split, "")):
@@ -480,6 +533,7 @@ SPLITS = (
     SplitConfig(name="joint-none", validation=0, test=0, joint_target="target"),
     SplitConfig(name="cold-users", cold_users=0.3, joint_target="target", causal_target="target"),
     SplitConfig(name="cold-source", cold_users=0.4, joint_target="source", min_train=2, validation=1, test=1),
+    COLD_ITEMS,
     SplitConfig(name="time-ties", train_until=_at(-93), validate_until=_at(-86), test_until=_at(-80)),
     SplitConfig(name="time", train_until=_at(9_000), validate_until=_at(30_000)),
     SplitConfig(
@@ -488,7 +542,14 @@ SPLITS = (
 )
 EAGER = SplitConfig(name="cold", cold_users=0.3, joint_target="target", causal_target="target")
 BY_TIME = SplitConfig(name="time", train_until=_at(-50), validate_until=_at(3), test_until=_at(30_000))
-DAYS_SPLITS = (SplitConfig(name="a-joint", joint_target="target"), EAGER, LAST, CAUSAL, BY_TIME)  # a joint row first
+DAYS_SPLITS = (
+    SplitConfig(name="a-joint", joint_target="target"),
+    EAGER,
+    COLD_ITEMS,
+    LAST,
+    CAUSAL,
+    BY_TIME,
+)  # a joint row first
 
 
 @pytest.mark.parametrize("most", [1_000, 9])
@@ -524,6 +585,7 @@ def test_rows_copied_or_renewed_equal_plain_loops(
     for module in (bucket_writer, reader, incremental):
         monkeypatch.setattr(module, "PART_EVENTS", part)
     names, rows = list(DOMAINS), partial(sequences.rows, names=list(DOMAINS), splits=DAYS_SPLITS)
+    rows = partial(rows, cold_parts=COLD_PARTS)
     everyone = {f"u{number}": True for number in range(30)}
     first = [(user, "a", 5) for user in everyone]
     more = {f"u{number}": True for number in range(30, 40)}
@@ -661,6 +723,9 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
         ((SplitConfig(train_until="2024-01-02", test_until="2024-01-02"),), "put the dates in order"),
         ((SplitConfig(train_until="2024-01-02", causal_target="target"),), "leave it out"),
         ((SplitConfig(train_until="2024-01-02", joint_target="target", cold_users=0.1),), "leave it out"),
+        ((SplitConfig(train_until="2024-01-02", cold_items=ColdItemsConfig()),), "leave it out"),
+        ((SplitConfig(cold_items=ColdItemsConfig(), joint_target="target"),), "make two splits"),
+        ((SplitConfig(cold_items=ColdItemsConfig(domain="elsewhere")),), "cold_items.domain.*'elsewhere'"),
     ]:
         with pytest.raises(ConfigError, match=message):
             sequences.check(config(*splits))
@@ -669,7 +734,9 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
 def _run(spark: SparkSession, lake: Path) -> dict[str, Outcome]:
     """The two jobs on a lake, with splits that look across domains."""
     domains = (DomainConfig(name="source"), DomainConfig(name="target"))
-    made = RunContext(EtlConfig(lake=str(lake), source=GeneratorSource(), domains=domains, splits=(LAST, CAUSAL)))
+    made = RunContext(
+        EtlConfig(lake=str(lake), source=GeneratorSource(), domains=domains, splits=(LAST, CAUSAL, COLD_ITEMS))
+    )
     made.spark = spark
     found = {}
     for job in (sequences.JOB, baskets.JOB):

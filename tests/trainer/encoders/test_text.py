@@ -4,7 +4,8 @@ import hashlib
 
 import pytest
 
-from trainer.encoders.text import is_no_text, source_hash, text_of
+from etl.identifiers import is_no_text
+from trainer.encoders.text import source_hash, text_of
 
 
 @pytest.mark.parametrize(

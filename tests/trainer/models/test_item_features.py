@@ -18,7 +18,7 @@ from trainer.config import (
 )
 from trainer.models import DocumentTable, FeatureTable, ModelSizes, build_model, group_of, groups_of
 from trainer.models.documents import DocumentEncoder
-from trainer.models.features import ItemFeatures, drop_ids
+from trainer.models.features import Features, kept_ids
 from trainer.tasks import build_task
 
 AGGREGATES = ("concat", "sum", "gate", "attention")
@@ -116,7 +116,7 @@ def test_aggregates_are_what_numpy_makes_of_the_same_numbers():
     for aggregate in AGGREGATES:
         config = ItemFeaturesConfig(encoders=("a", "b"), width=5, aggregate=aggregate)
         torch.manual_seed(0)
-        module = ItemFeatures(config, width, features).double()
+        module = Features(config, width, features).double()
         torch.nn.init.normal_(module.out.weight)
         w = {name: tensor.detach().numpy() for name, tensor in module.named_parameters()}
         parts = []
@@ -144,7 +144,7 @@ def test_aggregates_are_what_numpy_makes_of_the_same_numbers():
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_some_rows_are_those_of_all(aggregate):
     config = ItemFeaturesConfig(encoders=("a",), width=5, aggregate=aggregate)
-    module = ItemFeatures(config, 8, tables()).double()
+    module = Features(config, 8, tables()).double()
     torch.nn.init.normal_(module.out.weight)
     own = torch.randn(NUM_ITEMS, 8, dtype=torch.float64)
     whole = module(own, None)
@@ -156,8 +156,8 @@ def test_some_rows_are_those_of_all(aggregate):
 def test_what_stands_for_a_missing_vector():
     has = tables()[0].has_V
     lacking = [row for row in range(FIRST_INDEX, NUM_ITEMS) if not has[row]]
-    learned = ItemFeatures(ItemFeaturesConfig(encoders=("a",), width=5), 8, tables())
-    zero = ItemFeatures(ItemFeaturesConfig(encoders=("a",), width=5, missing="zero"), 8, tables())
+    learned = Features(ItemFeaturesConfig(encoders=("a",), width=5), 8, tables())
+    zero = Features(ItemFeaturesConfig(encoders=("a",), width=5, missing="zero"), 8, tables())
     assert zero.missing is None
     found = learned.projected(None)[:, 0]
     for row in lacking:
@@ -176,7 +176,7 @@ def test_ids_are_left_out_in_training_alone():
     dropped = ~model.train().own_vectors(table, rows).any(1)
     assert 0.45 < dropped.float().mean() < 0.55
     torch.manual_seed(1)
-    assert torch.equal(dropped, ~drop_ids(table[rows], rows, 0.5).any(1))  # of the global random state: resume is exact
+    assert torch.equal(dropped, ~kept_ids(rows, 0.5))  # of the step's seed: resume is exact
 
 
 def test_a_document_is_what_numpy_makes_of_its_words():

@@ -288,7 +288,7 @@ def test_cold_slices_are_what_the_tables_say(tiny_lake, models):
         for label, name in ((promote.VERSION, "better"), (promote.SCRATCH, "weak-0"), (promote.SCRATCH, "weak-1"))
     ]
     evaluation = evaluate_scorers(scorers, examples)
-    gate = given.gate.model_copy(update={"cold_user_items": 2, "cold_item_interactions": 10})
+    gate = given.gate.model_copy(update={"cold_user_items": 2, "rare_item_interactions": 10})
     evidence = evidence_of(evaluation, None, gate)
     users, items = evidence.slices
     expected = literal(tiny_lake, "last-5", "target", "test")

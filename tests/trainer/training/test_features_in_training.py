@@ -178,3 +178,22 @@ def test_a_trained_encoder_of_texts_through_training_and_transfer(done):
     )
     assert all(torch.allclose(own.model.state_dict()[name], state[name], atol=1e-25, rtol=0) for name in trained)
     assert own.documents.words_VL.shape != loaded.documents.words_VL.shape
+
+
+def test_shuffled_features_are_the_same_vectors_on_other_items_by_the_seed(done):
+    def trained(seed):
+        name = f"shuffled-{seed}"
+        given = {"name": name, "train": STILL | {"seed": seed}, "model": {"features": TEXT | {"shuffled": True}}}
+        return load_model(pretrain(tiny(PretrainConfig, done.root, done.lake, **given)).model)
+
+    real = load_model(done.featured.model).features["text"]
+    first, other = (trained(seed).features["text"] for seed in (0, 1))
+    for shuffled in (first, other):
+        assert (shuffled.has_V == real.has_V).all()
+        own, given = (one.vectors_VF[real.has_V].astype(np.float64) for one in (real, shuffled))
+        distances = np.linalg.norm(given[:, None] - own[None], axis=-1)
+        giver = distances.argmin(1)
+        assert distances.min(1).max() < 0.02  # the same but for the order of whitening's sums
+        assert sorted(giver.tolist()) == list(range(len(own)))
+        assert (giver != np.arange(len(own))).all()
+    assert not np.array_equal(first.vectors_VF, other.vectors_VF)

@@ -15,7 +15,11 @@ REGRESSION = "items, logistic regression"
 SHARES = "shares of all"
 OWN_PAST = "the user's own past"
 POPULARITY_AND_ITEMS = "popularity and item-to-item"
+PREDICTED_POPULARITY = "predicted popularity"
+CONTENT_NEIGHBOURS = "content kNN"
+RIDGE = "ridge, features onto factors"
 
 OF_ONE_DOMAIN = (POPULARITY, ITEM_TO_ITEM, ITEM_TO_ITEM_DECAYED, TRANSITIONS)
 OF_ALL_DOMAINS = (ITEM_TO_ITEM_ALL_TRAINING, ITEM_TO_ITEM_ALL, ITEM_TO_ITEM_ALL_DECAYED)  # where there are others
+OF_COLD_ITEMS = (PREDICTED_POPULARITY, CONTENT_NEIGHBOURS, RIDGE)  # where items are held out, and have features
 OF_BASKETS = (POPULARITY, PERSONAL_FREQUENCY, MARKOV_CHAIN)

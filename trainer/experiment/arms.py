@@ -1,0 +1,161 @@
+"""Whether features help (survey 2), in three arms: none, real, and shuffled among items of like popularity.
+
+    python mlflow_projects/features.py --experiment demo [--data FOLDER] [--section.key value …]
+
+Tables are made, encoders' vectors written, and each arm trained on each split that a slice names, over seeds: the same
+model and budget. Finished trainings aren't repeated and a killed one resumes, so the same command continues what was
+stopped anywhere. Then all models and the simple baselines are scored on each slice: a table for terminal and MLflow, a
+picture, and results.json in <runs>/<name>. Exit codes: 0; 1 where trainings are missing; 2 for a mistake in settings or
+data.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from etl.command import CommandParser, configurations, run_command
+from etl.config import MovielensSource, check_root
+from etl.redaction import redact
+from etl.settings import ConfigError, GraftrecError, load, replaced
+from etl.tables import FEATURES
+from trainer.experiment import plan
+from trainer.experiment.arms_plan import ArmsConfig, experiment_of, placed_vectors
+from trainer.experiment.run import RUNS_MISSING, jobs_of
+
+if TYPE_CHECKING:
+    from trainer.data.release import Release
+    from trainer.evaluation.comparison import Results
+
+
+def run(config: ArmsConfig) -> int:
+    """The whole experiment. Gives the exit code: 0, or 1 where trainings are missing."""
+    from trainer import tracking
+    from trainer.experiment import arms_results, results
+    from trainer.recipes.alone import alone
+    from trainer.tracking import provenance
+
+    for split in config.splits:  # wrong settings are refused before tables are built
+        plan.check_rows(plan.planned(experiment_of(config, split, config.lake or "", 1), config.lake or "", 1))
+    if config.etl is not None:
+        check_root(config.etl.source, "etl.source.root")
+    folder, started = config.folder, time.strftime("%Y-%m-%d %H:%M")
+    with alone(folder, "experiment"):
+        tags = {"graftrec.recipe": "features"}
+        with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
+            release = _release(config)
+            tracked.log_release(release, context="evaluation")
+            missing: list[str] = []
+            by_split = {
+                split: _of_split(config, split, release, tracking.child_environment(tracked), missing)
+                for split in config.splits
+            }
+            found = arms_results.collect(config, by_split)
+            missing += found.missing
+            about = {
+                "experiment": config.name,
+                "code": provenance.code_version(),
+                "machine": results.machine(),
+                "started": started,
+                "finished": time.strftime("%Y-%m-%d %H:%M"),
+                "lake": redact(release.lake),
+                "release": release.number,
+                "seeds": list(config.seeds),
+                "metric": config.metric,
+                "level": config.level,
+            }
+            kept = folder / "results.json"
+            plain = about | arms_results.as_json(found, config.level)
+            kept.write_text(json.dumps(results.finite(plain), indent=1), encoding="utf-8")
+            table = arms_results.as_markdown(found, config)
+            (folder / "results.md").write_text(table, encoding="utf-8")
+            tracked.log_artifact(kept)
+            tracked.log_text(table, "results.md")
+            if found.entries:
+                tracked.log_figure(arms_results.figure(found, config), "pictures/features.png")
+            tracked.log_metrics(arms_results.flat_metrics(found))
+            tracked.describe(f"Features in three arms: none, real, shuffled.\n\n{table}")
+    print(f"\n{arms_results.text(found, config)}\n\nresults  {kept}", flush=True)
+    for line in missing:
+        print(f"missing  {line}", flush=True)
+    return RUNS_MISSING if missing else 0
+
+
+def _release(config: ArmsConfig) -> "Release":
+    """With the tables and the vectors. Raises GraftrecError."""
+    from trainer.data.release import pin
+    from trainer.recipes import features, run_etl
+
+    if config.etl is not None:
+        run_etl.run(config.etl, config.tracking)
+    lake = config.etl.lake if config.etl is not None else config.lake
+    assert lake is not None
+    for given in placed_vectors(config, lake):
+        features.run(given)
+    release = pin(lake, config.release)
+    wanted = {name for one in config.features.values() for name in one.encoders}
+    known: set[str] = set()
+    if FEATURES.name in release.versions:
+        known = {str(part["encoder"]) for part in release.partitions(FEATURES) if part["kind"] == "item"}
+    if wanted - known:
+        raise ConfigError(
+            f"features: expected encoders of items in release {release.number} of {lake} "
+            f"({', '.join(sorted(known)) or 'none'}), found {min(wanted - known)!r}; add it to vectors"
+        )
+    return release
+
+
+def _of_split(
+    config: ArmsConfig, split: str, release: "Release", environment: dict[str, str], missing: list[str]
+) -> "Results":
+    """Train and score all arms on a split; adds to `missing` what failed. Raises GraftrecError where all did."""
+    from trainer.experiment.results import Scored, trained
+    from trainer.recipes import training_jobs
+
+    experiment = experiment_of(config, split, release.lake, release.number)
+    rows = plan.planned(experiment, release.lake, release.number)
+    print(f"split {split}: {len(rows)} arms, {len(config.seeds)} seeds", flush=True)
+    experiment.folder.mkdir(parents=True, exist_ok=True)
+    jobs = plan.training_jobs(rows)
+    training_jobs.run(jobs, folder=experiment.folder, jobs=jobs_of(experiment), environment=environment)
+    scored = Scored(experiment, release, trained(rows))
+    for row in rows:
+        for seed, training in row.trainings.items():
+            try:
+                if not training.failure:
+                    scored.add_model(row, seed, training)
+            except GraftrecError as error:
+                training.failure = str(error)
+            if training.failure:
+                missing.append(f"{split}, {row.id}, seed {seed}: {training.failure}")
+    if experiment.baselines.enabled:
+        scored.add_baselines()
+    return scored.results[-1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = CommandParser(
+        "features.py",
+        description=f"Whether features help, in three arms.\n\n{configurations('arms')}",
+        settings=ArmsConfig,
+    )
+    parser.add_argument("--experiment", required=True, help="a name under conf/arms/, or a YAML file")
+    parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
+    known, overrides = parser.parse_known_args(arguments)
+
+    def work() -> int:
+        name = known.experiment if known.experiment.endswith(".yaml") else f"arms/{known.experiment}"
+        config = load(ArmsConfig, name, overrides)
+        return run(movielens_in(config, known.data) if known.data else config)
+
+    return run_command("features", work)
+
+
+def movielens_in(config: ArmsConfig, folder: Path) -> ArmsConfig:
+    """Take MovieLens-1M from `folder`."""
+    from trainer.recipes.pipeline import movielens_etl
+
+    if config.etl is None or not isinstance(config.etl.source, MovielensSource):
+        raise GraftrecError("--data is for MovieLens-1M, found an experiment on something else; leave it out")
+    return replaced(config, etl=movielens_etl(config.etl, folder))

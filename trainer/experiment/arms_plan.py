@@ -1,0 +1,169 @@
+"""The plan of an experiment on features: which features, on which slices, in three arms: none, real, shuffled.
+
+Each split that a slice names is an experiment of its own (`trainer.experiment.plan`), a row for each arm and transfer:
+the same model, settings and seeds, that differ in `model.features` alone.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from etl.config import EtlConfig
+from etl.settings import FileName, Place, Section, replaced
+from trainer.config import (
+    BaselinesConfig,
+    EvaluationConfig,
+    FeaturesConfig,
+    ItemFeaturesConfig,
+    PretrainConfig,
+    TrackingConfig,
+)
+from trainer.evaluation.three_arms import LEVEL
+from trainer.experiment.plan import ExperimentConfig
+from trainer.experiment.rows import LABELS, GridPlan
+
+Arm = Literal["none", "real", "shuffled"]
+Range = tuple[int, int | None]  # least and most, both included; None: any
+ANY: Range = (0, None)
+NONE: Arm = "none"
+
+
+class SliceConfig(Section):
+    """Held-out items and users that are looked at by themselves."""
+
+    split: str = "last-5"
+    items: Range = ANY  # interactions of a held-out item in the domain's training part; each is ranked alone
+    users: Range = ANY  # events of a user in the domain's training part
+
+    @model_validator(mode="after")
+    def _ranges_hold_something(self) -> "SliceConfig":
+        for name, (least, most) in (("items", self.items), ("users", self.users)):
+            if least < 0 or (most is not None and most < least):
+                raise ValueError(f"{name}: expected [least, most], both 0 and more, found [{least}, {most}]")
+        return self
+
+
+class ArmsConfig(Section):
+    """What is compared, on what data. Lake, domains, seeds, names and folders are set here, not in the sections."""
+
+    name: FileName = "features"
+    runs: str = "runs"  # the experiment's folder is <runs>/<name>
+    etl: EtlConfig | None = None  # makes the tables; or, in its place:
+    lake: Place | None = None  # … a lake that is there
+    release: int | None = None  # of that lake, where no `vectors` are made; None: the newest
+    source: str = "source"  # pre-trained on, for transfer
+    target: str = "target"  # ranked
+    vectors: dict[str, FeaturesConfig] = Field(default_factory=dict)  # encoder -> what makes its vectors
+    # What is compared: `model.features` of the arm `real`, by name. Its twin exchanges the features among items.
+    features: dict[FileName, ItemFeaturesConfig] = Field(min_length=1)
+    # (features, those that they are compared with), arms `real` of both.
+    pairs: tuple[tuple[str, str], ...] = ()
+    preset: PretrainConfig  # of all trainings, without features
+    transfers: tuple[Literal["none", "deep"], ...] = ("none",)  # deep: pre-trained on the source with the same features
+    slices: dict[str, SliceConfig] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field((0, 1, 2, 3, 4), min_length=2)
+    part: Literal["validation", "test"] = "test"
+    metric: str = "NDCG@10"
+    level: float = Field(LEVEL, gt=0, lt=1)  # of each test
+    evaluation: EvaluationConfig = EvaluationConfig(protocols=("full",))
+    baselines: BaselinesConfig = BaselinesConfig()
+    jobs: int | None = Field(None, ge=1)  # trainings at a time; None: cores / threads
+    threads: int = Field(1, ge=1)  # of each training
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name
+
+    @property
+    def splits(self) -> list[str]:
+        return list(dict.fromkeys(one.split for one in self.slices.values()))
+
+    @property
+    def arms(self) -> dict[str, ItemFeaturesConfig]:
+        """Name of each arm -> its `model.features`."""
+        found: dict[str, ItemFeaturesConfig] = {NONE: ItemFeaturesConfig()}
+        for name, given in self.features.items():
+            found[arm_of(name, "real")] = given
+            found[arm_of(name, "shuffled")] = replaced(given, shuffled=True)
+        return found
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> "ArmsConfig":
+        if (self.etl is None) == (self.lake is None):
+            raise ValueError("expected one of etl, which makes tables, and lake, where there are some")
+        if self.preset.model.features.given:
+            raise ValueError("preset.model.features: expected none, which is an arm, found some; move them to features")
+        if NONE in self.features:
+            raise ValueError(f"features: expected other names than {NONE}, which is an arm, found it; rename it")
+        for name, given in self.features.items():
+            if not given.given or given.shuffled:
+                found = "shuffled ones" if given.shuffled else "none"
+                raise ValueError(f"features.{name}: expected encoders or a document, unshuffled, found {found}")
+        if unknown := {name for pair in self.pairs for name in pair} - set(self.features):
+            raise ValueError(f"pairs: expected names in features ({', '.join(self.features)}), found {min(unknown)!r}")
+        if self.release is not None and self.vectors:
+            raise ValueError("release: expected none beside vectors, which make a newer one; leave one of both out")
+        if self.etl and (missing := set(self.splits) - {split.name for split in self.etl.splits}):
+            raise ValueError(f"etl.splits: expected {', '.join(sorted(missing))} among them; add it, or mend the slice")
+        return self
+
+
+def arm_of(features: str, arm: Arm) -> str:
+    return NONE if arm == NONE else f"{features}.{arm}"
+
+
+def row_of(arm: str, transfer: str) -> str:
+    """Id of an arm's row."""
+    return arm if transfer == "none" else f"{arm}-{transfer}"
+
+
+def experiment_of(config: ArmsConfig, split: str, lake: str, release: int) -> ExperimentConfig:
+    """The trainings on one split."""
+    grid = {
+        name: GridPlan(
+            label=f"{name}",
+            preset=replaced(config.preset, model=replaced(config.preset.model, features=features)),
+            transfers=config.transfers,
+        )
+        for name, features in config.arms.items()
+    }
+    return ExperimentConfig(
+        name=split,
+        runs=str(config.folder),
+        lake=lake,
+        release=release,
+        source=config.source,
+        target=config.target,
+        split=split,
+        part=config.part,
+        joint=False,
+        grid=grid,
+        seeds=config.seeds,
+        evaluation=config.evaluation,
+        baselines=config.baselines,
+        jobs=config.jobs,
+        threads=config.threads,
+        tracking=config.tracking,
+    )
+
+
+def placed_vectors(config: ArmsConfig, lake: str) -> list[FeaturesConfig]:
+    """What makes the vectors, in the lake and under the names that the settings give."""
+    found = []
+    for name, given in config.vectors.items():
+        graph = given.graph
+        if graph is not None:
+            own = name if graph.name == type(graph)().name else graph.name
+            data = replaced(graph.data, lake=lake, release=None)
+            output = str(config.folder / "vectors" / name)
+            graph = replaced(graph, name=own, data=data, output=output, tracking=config.tracking)
+        found.append(
+            replaced(given, name=given.name or name, lake=lake, release=None, graph=graph, tracking=config.tracking)
+        )
+    return found
+
+
+def title_of(transfer: str) -> str:
+    return LABELS["deep"] if transfer == "deep" else LABELS["none"]

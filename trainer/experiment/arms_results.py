@@ -1,0 +1,286 @@
+"""What an experiment on features found: metrics of each slice and arm, and whether features help.
+
+Shape letters: ``S`` seeds, ``U`` users of a slice, ``R`` held-out items of a user.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from etl.settings import ConfigError
+from etl.text_table import aligned, markdown, with_sign
+from trainer.arrays import IntArray
+from trainer.evaluation.comparison import Results, in_order
+from trainer.evaluation.item_prediction import Evaluation
+from trainer.evaluation.item_ranking import SINGLE
+from trainer.evaluation.ranking_metrics import FloatArray
+from trainer.evaluation.significance import Comparison, compare, holm, mean_over_seeds, p_text
+from trainer.evaluation.three_arms import Claim, Verdict, adjusted, three_arms
+from trainer.experiment.arms_plan import ANY, NONE, ArmsConfig, Range, SliceConfig, arm_of, row_of, title_of
+from trainer.figures import Gain, gain_panels
+
+HEAD = ("slice", "transfer", "features", "none", "real", "shuffled", "over none", "p", "over shuffled", "p", "verdict")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A metric of the users of a slice, of every label."""
+
+    name: str
+    results: Evaluation
+    metric: str
+    users: IntArray  # places among all users [U]
+    only_UR: npt.NDArray[np.bool_] | None  # of all users; None: all that they hold out
+
+    def matrix(self, label: str, seeds: Sequence[int | None]) -> FloatArray:
+        """[S, U]."""
+        protocol = self.results.protocols[0]
+        values = [self.results.of_users((label, seed), protocol, self.metric, self.only_UR) for seed in seeds]
+        return np.stack(values)[:, self.users]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One claim, beside the means of its arms; or a pair of features and their difference."""
+
+    slice: str
+    transfer: str
+    features: str
+    means: Mapping[str, float]  # by arm
+    claim: Claim
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Real features beside others. `p_value` is adjusted over all pairs."""
+
+    slice: str
+    transfer: str
+    ours: str
+    theirs: str
+    gain: Comparison
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Found:
+    entries: list[Entry]
+    pairs: list[Pair]
+    baselines: dict[str, dict[str, float]]  # slice -> label -> mean
+    sizes: dict[str, tuple[int, int]]  # slice -> users, held-out items
+    missing: list[str]  # claims that lack a training
+
+
+def slice_of(name: str, config: SliceConfig, results: Results, metric: str) -> Slice:
+    """Raises ConfigError for a task that ranks no items, or a slice without users."""
+    if not isinstance(results, Evaluation):
+        raise ConfigError("preset.task: expected one that ranks items, found another; take next_item or masked_item")
+    examples = results.examples
+    targets_UR = examples.held_out.targets
+    only_UR = (targets_UR >= 0) & _within(examples.training_interactions[targets_UR], config.items)
+    users = np.flatnonzero(only_UR.any(1) & _within(results.training_items, config.users))
+    if len(users) < 2:
+        raise ConfigError(
+            f"slices.{name}: expected two users at least, found {len(users)} of {results.num_users:,} in split "
+            f"{config.split!r}, domain {examples.domain!r}; widen items or users, or take another split"
+        )
+    by_items = config.items != ANY
+    return Slice(name, results, (SINGLE if by_items else "") + metric, users, only_UR if by_items else None)
+
+
+def _within(counts: IntArray, limits: Range) -> npt.NDArray[np.bool_]:
+    least, most = limits
+    inside: npt.NDArray[np.bool_] = (counts >= least) & (counts <= (counts.max(initial=0) if most is None else most))
+    return inside
+
+
+def collect(config: ArmsConfig, by_split: Mapping[str, Results]) -> Found:
+    """All claims and pairs of all slices. Raises GraftrecError."""
+    slices = [slice_of(name, one, by_split[one.split], config.metric) for name, one in config.slices.items()]
+    entries, pairs, missing = [], [], []
+    for one in slices:
+        for transfer in config.transfers:
+            for name in config.features:
+                found = _entry(one, transfer, name, config)
+                if isinstance(found, Entry):
+                    entries.append(found)
+                else:
+                    missing.append(found)
+            pairs += list(_pairs(one, transfer, config))
+    entries = [
+        Entry(one.slice, one.transfer, one.features, one.means, claim)
+        for one, claim in zip(entries, adjusted([one.claim for one in entries]), strict=True)
+    ]
+    adjusted_p = holm([pair.p_value for pair in pairs])
+    pairs = [
+        Pair(one.slice, one.transfer, one.ours, one.theirs, one.gain, p)
+        for one, p in zip(pairs, adjusted_p, strict=True)
+    ]
+    baselines = {one.name: dict(_baselines(one)) for one in slices}
+    return Found(entries, pairs, baselines, {one.name: _size(one) for one in slices}, missing)
+
+
+def _seeds(one: Slice, rows: Sequence[str]) -> list[int | None]:
+    """Those that all of these rows have."""
+    found = [set(one.results.seeds(row)) for row in rows]
+    return in_order(list(set.intersection(*found)))
+
+
+def _entry(one: Slice, transfer: str, features: str, config: ArmsConfig) -> Entry | str:
+    rows = {arm: row_of(arm_of(features, arm), transfer) for arm in ("none", "real", "shuffled")}  # type: ignore[arg-type]
+    seeds = _seeds(one, list(rows.values()))
+    if len(seeds) < 2:
+        return f"{one.name}, {features}, {title_of(transfer)}: expected two seeds of each arm, found {len(seeds)}"
+    values = {arm: one.matrix(row, seeds) for arm, row in rows.items()}
+    claim = three_arms(values["none"], values["real"], values["shuffled"], level=config.level)
+    return Entry(one.name, transfer, features, {arm: mean_over_seeds(own) for arm, own in values.items()}, claim)
+
+
+def _pairs(one: Slice, transfer: str, config: ArmsConfig) -> Iterator[Pair]:
+    for ours, theirs in config.pairs:
+        rows = [row_of(arm_of(name, "real"), transfer) for name in (ours, theirs)]
+        if len(seeds := _seeds(one, rows)) >= 2:
+            left, right = (one.matrix(row, seeds) for row in rows)
+            gain = compare(left, right, confidence=1 - config.level)
+            yield Pair(one.name, transfer, ours, theirs, gain, gain.p_value)
+
+
+def _baselines(one: Slice) -> Iterator[tuple[str, float]]:
+    for label in one.results.labels:
+        if not one.results.is_model(label):
+            yield label, mean_over_seeds(one.matrix(label, one.results.seeds(label)))
+
+
+def _size(one: Slice) -> tuple[int, int]:
+    targets_UR = one.results.examples.held_out.targets
+    only_UR = targets_UR >= 0 if one.only_UR is None else one.only_UR
+    return len(one.users), int(only_UR[one.users].sum())
+
+
+# --- for people -------------------------------------------------------------------------------------------------------
+
+
+def _cells(found: Found, level: float) -> list[list[str]]:
+    return [
+        [
+            one.slice,
+            title_of(one.transfer),
+            one.features,
+            *(f"{one.means[arm]:.4f}" for arm in (NONE, "real", "shuffled")),
+            *_gain(one.claim.over_none),
+            *_gain(one.claim.over_shuffled),
+            one.claim.verdict(level),
+        ]
+        for one in found.entries
+    ]
+
+
+def _gain(gain: Comparison) -> list[str]:
+    interval = f"[{with_sign(gain.low, 3)}, {with_sign(gain.high, 3)}]"
+    return [f"{with_sign(gain.gain, 4)} {interval}", p_text(gain.p_value)]
+
+
+def _pair_text(pair: Pair, level: float) -> str:
+    better = pair.p_value <= level and pair.gain.gain > 0
+    worse = pair.p_value <= level and pair.gain.gain < 0
+    word = "is better than" if better else "is worse than" if worse else "isn't shown to differ from"
+    gain = _gain(pair.gain)[0]
+    return (
+        f"{pair.slice}, {title_of(pair.transfer)}: {pair.ours} {word} {pair.theirs}, {gain}, p {p_text(pair.p_value)}"
+    )
+
+
+def _notes(found: Found, config: ArmsConfig) -> list[str]:
+    tests = f"tests at {config.level:g}"
+    notes = [
+        f"{config.metric}, mean over users and seeds; intervals of {1 - config.level:.0%}; p over users, seeds and the "
+        "luck of one assignment of features, not adjusted",
+        f"helps: above none and above shuffled, {tests}, Holm over {len(found.entries)} claims; hurts: below none",
+    ]
+    notes += [
+        f"{name}: {users:,} users, {items:,} held-out items, split {config.slices[name].split}"
+        for name, (users, items) in found.sizes.items()
+    ]
+    return notes + [_pair_text(pair, config.level) for pair in found.pairs]
+
+
+def _baseline_cells(found: Found) -> tuple[list[str], list[list[str]]]:
+    labels = list(dict.fromkeys(label for own in found.baselines.values() for label in own))
+    rows = [
+        [label, *(f"{own[label]:.4f}" if label in own else "–" for own in found.baselines.values())] for label in labels
+    ]
+    return ["beside", *found.baselines], rows
+
+
+def text(found: Found, config: ArmsConfig) -> str:
+    """The tables for a terminal."""
+    head, rows = _baseline_cells(found)
+    parts = ["\n".join(aligned([list(HEAD), *_cells(found, config.level)], words=3, rule=True))]
+    if rows:
+        parts.append("\n".join(aligned([head, *rows], rule=True)))
+    return "\n\n".join([*parts, "\n".join(_notes(found, config))])
+
+
+def as_markdown(found: Found, config: ArmsConfig) -> str:
+    """The same for MLflow."""
+    lines = markdown(list(HEAD), _cells(found, config.level), words=3)
+    head, rows = _baseline_cells(found)
+    if rows:
+        lines += ["", *markdown(head, rows)]
+    return "\n".join([*lines, "", *(f"* {note}" for note in _notes(found, config))]) + "\n"
+
+
+def figure(found: Found, config: ArmsConfig) -> Figure:
+    """Gains over none and over shuffled with their intervals, a panel a slice and transfer."""
+    panels: dict[str, list[Gain]] = {}
+    for one in found.entries:
+        rows = panels.setdefault(f"{one.slice}, {title_of(one.transfer)}", [])
+        for other, gain in ((NONE, one.claim.over_none), ("shuffled", one.claim.over_shuffled)):
+            rows.append(Gain(f"{one.features} over {other}", gain.gain, gain.low, gain.high, with_sign(gain.gain, 3)))
+    return gain_panels(panels, metric=config.metric, over="the other arm")
+
+
+def as_json(found: Found, level: float) -> dict[str, Any]:
+    """Plain data of all tables."""
+    return {
+        "slices": {name: {"users": users, "held_out": items} for name, (users, items) in found.sizes.items()},
+        "claims": [
+            {
+                "slice": one.slice,
+                "transfer": one.transfer,
+                "features": one.features,
+                "means": dict(one.means),
+                "over_none": vars(one.claim.over_none),
+                "over_shuffled": vars(one.claim.over_shuffled),
+                "p_helps": one.claim.p_helps,
+                "p_hurts": one.claim.p_hurts,
+                "verdict": one.claim.verdict(level),
+            }
+            for one in found.entries
+        ],
+        "pairs": [
+            {"slice": one.slice, "transfer": one.transfer, "features": one.ours, "against": one.theirs}
+            | {"gain": vars(one.gain), "p_value": one.p_value}
+            for one in found.pairs
+        ],
+        "baselines": found.baselines,
+        "missing": found.missing,
+    }
+
+
+def flat_metrics(found: Found) -> dict[str, float]:
+    """Means of all arms, for MLflow."""
+    return {
+        "/".join((one.slice, one.transfer, one.features, arm)).replace(",", ""): mean
+        for one in found.entries
+        for arm, mean in one.means.items()
+    }
+
+
+def verdicts(found: Found, level: float) -> dict[tuple[str, str, str], Verdict]:
+    """(slice, transfer, features) -> verdict."""
+    return {(one.slice, one.transfer, one.features): one.claim.verdict(level) for one in found.entries}
