@@ -75,7 +75,7 @@ def check(split: SplitConfig) -> None:
     if not split.is_by_chance:
         return
     where = f"splits.{split.name}"
-    others = ("train_until", "causal_target", "joint_target", "cold_users")
+    others = ("train_until", "causal_target", "joint_target", "cold_users", "cold_items")
     if found := [name for name in others if getattr(split, name) is not None]:
         raise ConfigError(
             f"{where}: expected random or user_folds alone, found {found[0]} beside it; make two splits of them"

@@ -111,6 +111,7 @@ def test_baskets_have_no_split_by_chance() -> None:
         ({"random": (-0.1, 0.2)}, "from 0 on"),
         ({"user_folds": 3, "fold": 3}, "a fold from 0 to 2, found 3"),
         ({"random": (0.1, 0.1), "train_until": "2020-01-01"}, "found train_until beside it"),
+        ({"user_folds": 5, "cold_items": {"share": 0.1}}, "found cold_items beside it"),
     ],
 )
 def test_a_split_by_chance_that_cannot_be_made_is_refused(settings: dict[str, object], message: str) -> None:
