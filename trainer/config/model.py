@@ -36,6 +36,7 @@ class ItemFeaturesConfig(Section):
     # What stands for the vector of an item that has none: learned: one that is trained; zero; mean: of those that have.
     missing: Literal["learned", "zero", "mean"] = "learned"
     whitening: bool = True  # centred, and of equal variance in all directions, over the items that are trained on
+    dropout: float = Field(0.0, ge=0, lt=1)  # share of the encoders' numbers that a step sees as zero: regularisation
     id_dropout: float = Field(0.0, ge=0, lt=1)  # share of items that a step sees without their own vector (DropoutNet)
 
     @field_validator("encoders")
