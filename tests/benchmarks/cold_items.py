@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from etl.settings import load, replaced
-from trainer.config import EvaluateConfig, PretrainConfig
+from trainer.config import EvaluateConfig, EvaluationConfig, PretrainConfig
 from trainer.config.evaluation import BaselinesConfig, EvaluatedModel
 from trainer.evaluation.baselines.names import OF_COLD_ITEMS
 from trainer.evaluation.significance import Comparison, compare
@@ -25,7 +25,7 @@ from trainer.recipes import evaluate, pretrain
 
 METRIC = "NDCG@10"
 FEATURES, NONE = "features", "none"
-PROTOCOLS = ("cold", "warm", "full")
+PROTOCOLS = ("cold", "warm")
 
 
 def draw(number: int, lake: str, work: Path, overrides: list[str]) -> pl.DataFrame:
@@ -44,6 +44,7 @@ def draw(number: int, lake: str, work: Path, overrides: list[str]) -> pl.DataFra
             models=tuple(EvaluatedModel(model=str(folder), label=label) for label, folder in folders.items()),
             against=NONE,
             baselines=BaselinesConfig(encoders=config.model.features.encoders),
+            evaluation=EvaluationConfig(protocols=PROTOCOLS),
             tracking=config.tracking,
             runtime=config.runtime,
         )

@@ -47,6 +47,9 @@ class AttributesConfig(Section):
     # Of the table `knowledge`, of items: each thing that several items stand in this relation to gets a flag.
     relations: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
+    # Directions of most variance that all are reduced to, in their own scale: of flags that few things have,
+    # only what they share with others is left. None: not reduced.
+    components: int | None = Field(None, ge=1)
     min_things: int = Field(2, ge=1)  # a value that fewer have gets no flag
 
     @model_validator(mode="after")

@@ -35,6 +35,7 @@ class JoinedFeaturesConfig(Section):
     # What stands for the vector of one that has none: learned: one that is trained; zero; mean: of those that have.
     missing: Literal["learned", "zero", "mean"] = "learned"
     whitening: bool = True  # centred, and of equal variance in all directions, over those that are trained on
+    dropout: float = Field(0.0, ge=0, lt=1)  # share of the encoders' numbers that a step sees as zero: regularisation
     id_dropout: float = Field(0.0, ge=0, lt=1)  # share that a step sees without their own vector (DropoutNet)
     # The control of experiments: those of like popularity exchange their features, by `train.seed`.
     shuffled: bool = False

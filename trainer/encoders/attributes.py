@@ -53,6 +53,26 @@ def attribute_vectors(
     return np.concatenate(blocks, axis=1), tuple(names)
 
 
+def reduced(vectors_NF: FloatArray, components: int) -> FloatArray:
+    """[N, components] the centred vectors along their directions of most variance (principal components: Pearson 1901),
+    the largest first; in fewer directions if there are no more. Of things without any, zero."""
+    has_any_N = vectors_NF.any(axis=1)
+    centred = vectors_NF[has_any_N].astype(np.float64)
+    centred -= centred.mean(0)
+    if len(centred) < centred.shape[1]:  # the smaller of both matrices of products
+        squares, left = np.linalg.eigh(centred @ centred.T)
+        along = left * np.sqrt(np.maximum(squares, 0))
+    else:
+        squares, right = np.linalg.eigh(centred.T @ centred)
+        along = centred @ right
+    kept = squares[::-1][:components] > 1e-9 * squares[-1]
+    along = along[:, ::-1][:, : len(kept)][:, kept]
+    along *= np.where(along[np.abs(along).argmax(0), np.arange(along.shape[1])] < 0, -1, 1)  # one of both signs
+    found = np.zeros((len(vectors_NF), along.shape[1]), np.float32)
+    found[has_any_N] = along
+    return found
+
+
 def _values(cell: Part) -> list[str]:
     """Each once."""
     entries = [] if cell is None else [str(cell)] if isinstance(cell, str | int) else cell

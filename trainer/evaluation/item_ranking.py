@@ -24,7 +24,7 @@ from etl.tables import FIRST_INDEX
 from trainer.arrays import IntArray
 from trainer.data.events import Events
 from trainer.data.held_out import FULL, HeldOut
-from trainer.evaluation.ranking_metrics import KS, Convention, FloatArray, metrics_from_ranks, place_targets
+from trainer.evaluation.ranking_metrics import KS, PADDED, Convention, FloatArray, metrics_from_ranks, place_targets
 from trainer.inference.scorer import Scores
 
 Score = Callable[[Events], Scores]  # histories in rows -> [B, V]
@@ -77,9 +77,7 @@ def ranks(score: Score, held_out: HeldOut, *, batch_size: int = 256, progress: b
             if protocol == FULL:
                 ranks_BR = rank_in_full(scores, parts[0], targets_BR, left_out, FIRST_INDEX, among=held_out.candidates)
             elif (among := held_out.sets.get(protocol)) is not None:
-                own_BR = torch.from_numpy(np.where(among[targets_BR.numpy()], targets_BR.numpy(), -1))
-                own = left_out.keep(among[left_out.items])
-                ranks_BR = rank_in_full(scores, parts[0], own_BR, own, FIRST_INDEX, among=among)
+                ranks_BR = _rank_in_set(scores, parts[0], held_out.targets[users], left_out, among)
             else:
                 continue
             found[protocol][users] = ranks_BR.cpu().numpy()
@@ -120,17 +118,31 @@ def rank_in_full(
     for start, block in scores.blocks(first):
         here = (rows_P >= start) & (rows_P < start + block.shape[1])
         owner_N, scores_N = owner_P[here], block[owner_P[here], rows_P[here] - start]
+        counted = block
+        if among is not None:
+            counted = block[:, torch.from_numpy(np.flatnonzero(among[start : start + block.shape[1]])).to(device)]
         for r in range(targets_BR.shape[1]):  # one target at a time, so that memory stays that of a block
             # "not below" rather than "above or equal": a NaN on either side counts against the target.
             apart_N = ~(scores_N < scores_BR[owner_N, r])
-            above_BR[:, r] += block.shape[1] - _count(block < scores_BR[:, r, None])
+            above_BR[:, r] += counted.shape[1] - _count(counted < scores_BR[:, r, None])
             above_BR[:, r] -= torch.bincount(owner_N[apart_N], minlength=B)
-        if among is not None:
-            strange = block[:, torch.from_numpy(np.flatnonzero(~among[start : start + block.shape[1]])).to(device)]
-            for r in range(targets_BR.shape[1]):
-                above_BR[:, r] -= strange.shape[1] - _count(strange < scores_BR[:, r, None])
     targets_BR = targets_BR.to(device)
     return place_targets(above_BR, scores_BR, targets_BR, torch.from_numpy(is_candidate_BR).to(device))
+
+
+def _rank_in_set(
+    scores: Scores, scores_BR: Tensor, targets_BR: IntArray, left_out: Events, among: npt.NDArray[np.bool_]
+) -> Tensor:
+    """Ranks int64 [B, R] of the held-out items that are `among` these rows [V], among them; PADDED for others."""
+    own_BR = np.where(among[targets_BR], targets_BR, PADDED)
+    own_BR[targets_BR < 0] = PADDED
+    width = int((own_BR >= 0).sum(1).max(initial=0))
+    place_BR = np.argsort(own_BR < 0, axis=1, kind="stable")[:, :width]  # those that count stand first, in their order
+    narrow_BR = torch.from_numpy(np.take_along_axis(own_BR, place_BR, 1))
+    places = torch.from_numpy(place_BR).to(scores_BR.device)
+    left_out = left_out.keep(among[left_out.items])
+    ranks_BR = rank_in_full(scores, scores_BR.gather(1, places), narrow_BR, left_out, FIRST_INDEX, among=among)
+    return torch.full_like(scores_BR, PADDED, dtype=torch.long).scatter(1, places, ranks_BR)
 
 
 def rank_among(scores_BR: Tensor, targets_BR: Tensor, scores_BN: Tensor, negatives_BN: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
     return Request(_ids(items, place, "items"), user, kinds, baskets, _vectors(features, place))
 
 
-def _vectors(features: Any, place: int) -> list[tuple[str, str, list[float]]]:
+def _vectors(features: Any, place: int) -> tuple[tuple[str, str, list[float]], ...]:
     """Raw id, encoder and vector of each of a record's `features`."""
     found = []
     for one in features or ():
@@ -297,7 +297,7 @@ def _vectors(features: Any, place: int) -> list[tuple[str, str, list[float]]]:
                 f"`vector` (numbers), found {str(one)[:100]!r}"
             )
         found.append((_ids([item], place, "features")[0], encoder, [float(x) for x in vector]))
-    return found
+    return tuple(found)
 
 
 def _ids(given: Sequence[str | int | float], place: int, name: str) -> list[str]:

