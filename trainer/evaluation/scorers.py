@@ -43,6 +43,7 @@ from trainer.evaluation.baselines.names import (
     TRANSITIONS,
 )
 from trainer.evaluation.baselines.sequences import item_to_item, popularity, transitions
+from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, has_items
 
@@ -229,11 +230,14 @@ def model_scorer(
             f"{needs.table}; name a model first that does, too"
         )
     own_kinds = _kinds_as_known(trained_model, examples)
+    trained_model = with_release(
+        trained_model, examples.release, examples.everything if reads_all else examples.catalogue
+    )
     rows = rows_by_raw_id(trained_model.catalogue, examples.catalogue)
     known = np.flatnonzero(rows != UNK)
     known = known[known >= FIRST_INDEX]
-    if (predicted_V := trained_model.model.predicted_V) is not None:
-        known = known[predicted_V.cpu().numpy()[rows[known]]]
+    if (predicted_V := trained_model.predicted_V) is not None:
+        known = known[predicted_V[rows[known]]]
     if must_know and not len(known):
         raise EvaluateError(
             f"expected a model that predicts items of domain {examples.domain!r}, found none of its "

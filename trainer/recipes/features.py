@@ -9,7 +9,7 @@ more, leave. One commit replaces the encoder's partition, or appends to it where
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,9 +188,10 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     """Without Spark: a vocabulary's columns are few, and its values are counted over all of it."""
     table = _THINGS[given.kind]
     rows = release.read(table, [given.kind, "index", *columns_read(given.columns)])
-    cells = {name: cells_of(rows, name) for name in given.columns} | _tails(given, release, rows["index"].to_numpy())
+    cells = {name: cells_of(rows, name) for name in given.columns}
+    tails = _tails(release, given.relations, rows["index"].to_numpy())
     vectors, names = attribute_vectors(
-        {name: cells[name] for name in given.categorical},
+        {name: cells[name] for name in given.categorical} | tails,
         {name: cells[name] for name in given.numeric},
         min_things=given.min_things,
     )
@@ -199,7 +200,7 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
         encoder=config.name or "attributes",
         width=len(names),
         template="; ".join(names),
-        inputs={each.name: release.versions[each.name] for each in (table, *([KNOWLEDGE] if given.relations else []))},
+        inputs={one.name: release.versions[one.name] for one in (table, *([KNOWLEDGE] if given.relations else []))},
     )
     if features.check_weights(release.lake, encoding) == encoding:
         return encoding, (0, 0, 0)
@@ -210,27 +211,23 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     return encoding, (len(rows), len(has), len(has))
 
 
-def _tails(given: AttributesConfig, release: Release, index_N: IntArray) -> dict[str, list[Part]]:
-    """Of each relation that is named, raw ids of the tails of N items. Raises ConfigError for one without triples."""
-    if not given.relations:
+def _tails(release: Release, relations: Sequence[str], index: IntArray) -> dict[str, list[Part]]:
+    """Relation -> the tails of each item, by its global `index`. Raises ConfigError for a relation without triples."""
+    if not relations:
         return {}
-    triples = release.read(KNOWLEDGE, ["head_index", "relation", "tail", "head_kind", "tail_kind"])
+    triples = release.read(KNOWLEDGE, ["head_index", "relation", "tail", "head_kind"])
     triples = triples.filter(pc.fill_null(pc.equal(triples["head_kind"], "item"), True))
-    known = pc.unique(triples["relation"]).to_pylist()
-    if lacking := [relation for relation in given.relations.values() if relation not in known]:
-        raise ConfigError(
-            f"attributes.categorical: expected relations of items in the table knowledge "
-            f"({', '.join(sorted(known)) or 'none'}), found {lacking[0]!r}"
-        )
+    place = {number: row for row, number in enumerate(index.tolist())}
     found: dict[str, list[Part]] = {}
-    for name, relation in given.relations.items():
+    for relation in relations:
         own = triples.filter(pc.equal(triples["relation"], relation))
-        tails: dict[int, list[str]] = {}
-        for head, kind, tail in zip(
-            *(own[one].to_pylist() for one in ("head_index", "tail_kind", "tail")), strict=True
-        ):
-            tails.setdefault(head, []).append(f"{kind or 'entity'} {tail}")
-        found[name] = [tails.get(index) for index in index_N.tolist()]
+        if not len(own):
+            known = ", ".join(sorted(triples["relation"].unique().to_pylist())) or "none"
+            raise ConfigError(f"attributes.relations: expected relations of items ({known}), found {relation!r}")
+        tails: list[list[str]] = [[] for _ in place]
+        for head, tail in zip(own["head_index"].to_pylist(), own["tail"].to_pylist(), strict=True):
+            tails[place[head]].append(tail)
+        found[relation] = list(tails)
     return found
 
 
