@@ -43,6 +43,7 @@ NOT_RUN = {
     "mlflow run mlflow_projects --env-manager local -P config=pipeline/ml1m": NEEDS_DATA,
     "mlflow run mlflow_projects --env-manager local -e experiment -P experiment=table2": NEEDS_DATA,
     "python -m etl all --config etl/ml1m": NEEDS_DATA,
+    "python -m trainer friends --config friends/lastfm": "needs Last.fm",
     "make bench": "measures for minutes to hours; one benchmark of the page is run",
 }
 

@@ -35,17 +35,16 @@ class LightGcnConfig(Section):
     # Weight of a friendship beside that of an interaction, 1. 0: no friends.
     friends: float = Field(0.0, ge=0)
     loss: Literal["bpr", "softmax"] = "softmax"
-    temperature: float = Field(0.1, gt=0)  # of cosines, in `softmax`
-    negatives: int = Field(1_024, ge=1)  # that a batch shares, in `softmax`; in `bpr`: one of each interaction's own
-    penalty: float = Field(0.0, ge=0)  # on squared lengths of the batch's own vectors
-    batch_size: int = Field(8_192, ge=1)  # interactions
-    epochs: int = Field(60, ge=1)
+    negatives: int = Field(512, ge=1)  # that a batch shares, in `softmax`; in `bpr`: one of each interaction's own
+    penalty: float = Field(0.01, ge=0)  # on mean squared lengths of the batch's vectors before propagation
+    batch_size: int = Field(4_096, ge=1)  # interactions
+    epochs: int = Field(100, ge=1)
     # The validation part decides on the epoch; else it is only watched, and what is held out decides nothing. For a
     # model that ranks the test part, not for features of a split.
     best_epoch: bool = False
     patience: int = Field(6, ge=1)  # validations without a better NDCG@10, with `best_epoch`
     validate_every: int = Field(5, ge=1)  # epochs
-    learning_rate: float = Field(0.01, gt=0)  # of Adam
+    learning_rate: float = Field(0.005, gt=0)  # of Adam
     seed: int = 0
 
 

@@ -54,6 +54,20 @@ def test_bpr_is_the_equation_of_the_paper() -> None:
     np.testing.assert_allclose(float(found), expected / 3, rtol=1e-5)
 
 
+def test_softmax_is_that_of_the_true_item_and_of_negatives_that_stand_for_all() -> None:
+    config = LightGcnConfig(loss="softmax", width=5, layers=0, penalty=0.1, negatives=3)
+    own = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    users, items = torch.tensor([0, 1]), torch.tensor([0, 2])
+    found = _loss(own, as_tensor(adjacency(sp.csr_array(TAKEN))), (users, items), 3, config, torch.manual_seed(7))
+    vectors = own.numpy()
+    negatives = vectors[3 + torch.randint(4, (3,), generator=torch.manual_seed(7)).numpy()]
+    expected = 0.1 * (negatives**2).sum() / 3
+    for user, item in zip(users.tolist(), items.tolist(), strict=True):
+        true, false = np.exp(vectors[user] @ vectors[3 + item]), np.exp(negatives @ vectors[user])
+        expected += (-np.log(true / (true + 4 / 3 * false.sum())) + 0.1 * (vectors[[user, 3 + item]] ** 2).sum()) / 2
+    np.testing.assert_allclose(float(found), expected, rtol=1e-5)
+
+
 def planted() -> np.ndarray:
     """40 users and 40 items in two circles; each user has half of the circle's items."""
     random = np.random.default_rng(0)
@@ -65,7 +79,7 @@ def test_it_ranks_the_items_of_a_users_circle_first_with_either_loss() -> None:
     taken = planted()
     circle = np.arange(40) % 2
     for loss in ("bpr", "softmax"):
-        config = LightGcnConfig(width=8, loss=loss, epochs=20, batch_size=64, negatives=64, learning_rate=0.02)
+        config = LightGcnConfig(width=8, loss=loss, epochs=20, batch_size=64, negatives=64, learning_rate=0.05)
         found = train(sp.csr_array(taken.astype(np.float32)), config)
         scores = (found.users @ found.items.T).numpy()
         unseen = ~taken
