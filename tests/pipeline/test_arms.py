@@ -118,7 +118,7 @@ def test_a_slice_is_what_plain_loops_find(
     examples: EvaluationSet, items: tuple[int, int | None], users: tuple[int, int | None]
 ) -> None:
     results = made_up(examples, "none")
-    one = arms_results.slice_of("some", SliceConfig(items=items, users=users), results, "NDCG@10")
+    one = arms_results.slice_of("some", SliceConfig(items=items, users=users), {"last-5": results}, "NDCG@10")
     found = one.matrix("none", [4])[0]
     expected, counts = [], examples.training_interactions
     for user, targets in enumerate(examples.held_out.targets.tolist()):
@@ -157,10 +157,33 @@ def test_claims_need_two_seeds_of_each_arm_and_pairs_compare_real_features(
 
 
 def test_a_slice_without_users_is_refused_by_name(examples: EvaluationSet) -> None:
+    results = {"last-5": made_up(examples, "none")}
     with pytest.raises(
         ConfigError, match=r"slices.huge: expected two users at least, found 0 of \d+ in split 'last-5'"
     ):
-        arms_results.slice_of("huge", SliceConfig(items=(10_000, None)), made_up(examples, "none"), "NDCG@10")
+        arms_results.slice_of("huge", SliceConfig(items=(10_000, None)), results, "NDCG@10")
+
+
+def test_cold_items_need_a_split_that_has_some(examples: EvaluationSet) -> None:
+    results = {"last-5": made_up(examples, "none")}
+    with pytest.raises(
+        ConfigError, match=r"slices.cold.protocol: expected one that split 'last-5' is ranked by \(full\)"
+    ):
+        arms_results.slice_of("cold", SliceConfig(protocol="cold"), results, "NDCG@10")
+
+
+def test_draws_stand_side_by_side_and_seeds_are_those_of_all(examples: EvaluationSet) -> None:
+    first, second = made_up(examples, "none"), made_up(examples, "none", seeds=(4, 5))
+    draws = SliceConfig(split=("one", "two"))
+    found = arms_results.slice_of("both", draws, {"one": first, "two": second}, "NDCG@10")
+    assert found.seeds("none") == [4]
+    alone = [
+        arms_results.slice_of("one", SliceConfig(split="one"), {"one": results}, "NDCG@10").matrix("none", [4])
+        for results in (first, second)
+    ]
+    assert np.array_equal(found.matrix("none", [4]), np.concatenate(alone, axis=1))
+    with pytest.raises(ValueError, match="split: expected different ones, at least one, found one, one"):
+        SliceConfig(split=("one", "one"))
 
 
 # --- all of it

@@ -94,7 +94,7 @@ def _release(config: ArmsConfig) -> "Release":
     for given in placed_vectors(config, lake):
         features.run(given)
     release = pin(lake, config.release)
-    wanted = {name for one in config.features.values() for name in one.encoders}
+    wanted = set(config.encoders)
     known: set[str] = set()
     if FEATURES.name in release.versions:
         known = {str(part["encoder"]) for part in release.partitions(FEATURES) if part["kind"] == "item"}

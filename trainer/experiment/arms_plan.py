@@ -32,12 +32,20 @@ NONE: Arm = "none"
 class SliceConfig(Section):
     """Held-out items and users that are looked at by themselves."""
 
-    split: str = "last-5"
+    split: str | tuple[str, ...] = "last-5"  # several (draws of cold items): users of all, side by side
+    # cold, warm: of a split with cold items, these among each other; full: all held-out items among all.
+    protocol: Literal["full", "cold", "warm"] = "full"
     items: Range = ANY  # interactions of a held-out item in the domain's training part; each is ranked alone
     users: Range = ANY  # events of a user in the domain's training part
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return (self.split,) if isinstance(self.split, str) else self.split
+
     @model_validator(mode="after")
     def _ranges_hold_something(self) -> "SliceConfig":
+        if not self.splits or len(set(self.splits)) < len(self.splits):
+            raise ValueError(f"split: expected different ones, at least one, found {', '.join(self.splits) or 'none'}")
         for name, (least, most) in (("items", self.items), ("users", self.users)):
             if least < 0 or (most is not None and most < least):
                 raise ValueError(f"{name}: expected [least, most], both 0 and more, found [{least}, {most}]")
@@ -78,7 +86,12 @@ class ArmsConfig(Section):
 
     @property
     def splits(self) -> list[str]:
-        return list(dict.fromkeys(one.split for one in self.slices.values()))
+        return list(dict.fromkeys(split for one in self.slices.values() for split in one.splits))
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Of all features, each once."""
+        return tuple(dict.fromkeys(name for given in self.features.values() for name in given.encoders))
 
     @property
     def arms(self) -> dict[str, ItemFeaturesConfig]:
@@ -142,7 +155,7 @@ def experiment_of(config: ArmsConfig, split: str, lake: str, release: int) -> Ex
         grid=grid,
         seeds=config.seeds,
         evaluation=config.evaluation,
-        baselines=config.baselines,
+        baselines=replaced(config.baselines, encoders=config.baselines.encoders or config.encoders),
         jobs=config.jobs,
         threads=config.threads,
         tracking=config.tracking,
