@@ -187,7 +187,8 @@ class ColdItemsConfig(Section):
 
 class SplitConfig(Section):
     """Hold-out by position: the last `validation` + `test` items of a user and domain; of `cold_users`, all of them.
-    With `train_until`, hold-out by time: of every user and domain, what comes after that date.
+    With `train_until`, hold-out by time: of every user and domain, what comes after that date. With `random` or
+    `user_folds`, hold-out by chance.
     """
 
     name: FileName = "last-5"
@@ -208,10 +209,20 @@ class SplitConfig(Section):
     train_until: str | None = None
     validate_until: str | None = None  # events from train_until until before this date are the validation part
     test_until: str | None = None  # and those until before this date the test part; None: all that are left
+    # Shares of each user's events that are the validation and the test part, chosen by a hash in the place of the
+    # counts above, e.g. [0.1, 0.1]. What is trained on may then be later than what is held out.
+    random: tuple[float, float] | None = None
+    # Users in so many folds, by a hash of the raw id: of those in `fold` the whole history is the test part.
+    user_folds: int | None = Field(None, ge=2)
+    fold: int = Field(0, ge=0)
 
     @property
     def is_by_time(self) -> bool:
         return self.train_until is not None
+
+    @property
+    def is_by_chance(self) -> bool:
+        return self.random is not None or self.user_folds is not None
 
 
 class SequencesConfig(Section):

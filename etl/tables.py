@@ -275,6 +275,8 @@ FEATURES = Table(
 # valid_start = 0 is a user who is new since training. A split with cold items has three runs, each in time order: what
 # is trained on, all of it warm; the events of cold validation items, and the last warm items that are held out for
 # validation; the same for test. What is read before either part is items[:valid_start]: no cold item is ever input.
+# Rows of a split by chance (`random`) are three runs too, one a part; a split with `user_folds` holds out users' whole
+# rows for test.
 SEQUENCES = Table(
     "sequences",
     pa.schema(

@@ -1,5 +1,6 @@
 """Shared by all tests: one Spark session, one tiny lake."""
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -8,6 +9,8 @@ from pyspark.sql import SparkSession
 
 from etl.config import SparkConfig
 from etl.session import spark_session
+
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # ranx: to compile it takes longer than our small lists
 
 
 def pytest_configure(config: pytest.Config) -> None:

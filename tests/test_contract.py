@@ -65,6 +65,7 @@ ROOMS = (
     "trainer.training",
     "trainer.knowledge_graph",
     "trainer.evaluation",
+    "trainer.social",
     "trainer.registry",
     "trainer.report",
     "trainer.recipes",

@@ -26,6 +26,7 @@ RECIPES: dict[str, tuple[type[Section], str]] = {
     "backtest": (configs.BacktestConfig, "train and test at several dates, each on what was before it"),
     "promote": (configs.PromoteConfig, "ask the gate, and move the champion alias if it agrees"),
     "features": (configs.FeaturesConfig, "write vectors of items, users or entities as a Delta table"),
+    "friends": (configs.FriendsConfig, "recommend to users without a history by their friends, and measure it"),
     "recommend": (configs.RecommendConfig, "write the top-k of every user as a Delta table"),
 }
 

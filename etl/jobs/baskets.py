@@ -41,8 +41,8 @@ def rows(
         basket = _sessions(histories, gap)
     last = np.append(histories.time, np.iinfo(np.int64).max)
     for split in splits:
-        if split.cold_users is not None or split.cold_items is not None:
-            continue  # who is new in a domain has no baskets there to read; a basket can hold cold items and warm ones
+        if split.cold_users is not None or split.cold_items is not None or split.is_by_chance:
+            continue  # who is new in a domain has no baskets there to read; a basket is not cut by item or by chance
         cut_time = last[cut(histories, split, split.causal_target, names)]
         before = histories.time < cut_time[histories.user]
         before |= cut_time[histories.user] == last[-1]

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from etl.config import EtlConfig, SplitConfig
 from etl.histories.reader import Histories, Ints, Key, read_catalogue
-from etl.jobs import changed_buckets, cold_items, time_splits
+from etl.jobs import changed_buckets, cold_items, hashed_splits, time_splits
 from etl.jobs.domains import names_of
 from etl.jobs.job import Job, Outcome, Run
 from etl.lake import spark_io
@@ -70,6 +70,9 @@ def rows(
                 valid_start = np.where(part[present] > 0, 0, size)
                 test_start = np.where(part[present] == TEST, 0, size)
             own = lists
+            if split.is_by_chance:
+                moved, valid_start, test_start = hashed_splits.parts(histories, at, size, split)
+                own = lists if moved is at else _lists(histories, moved, size)
             if split.joint_target is not None and name == DOMAIN_ALL:
                 moved, valid_start, test_start, end = _joint(histories, at, size, split, names, part)
                 own = _lists(histories, moved, size)
@@ -210,6 +213,7 @@ def check(config: EtlConfig) -> None:
     for split in config.splits:
         time_splits.check(split)
         cold_items.check(split, known)
+        hashed_splits.check(split)
         if split.causal_target is not None and split.causal_target not in known:
             raise ConfigError(
                 f"splits.{split.name}.causal_target: expected a domain ({', '.join(known)}), "
@@ -245,7 +249,11 @@ def run(run: Run) -> Outcome:
         run,
         partial(rows, names=names, splits=run.config.splits, cold_parts=cold_parts),
         columns=("event_type", "value"),
-        whole=tuple(s.name for s in run.config.splits if s.joint_target is None and s.cold_items is None),
+        whole=tuple(
+            split.name
+            for split in run.config.splits
+            if split.joint_target is None and split.cold_items is None and split.random is None
+        ),
         properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]},
     )
 

@@ -55,8 +55,7 @@ class DigestSink:
             for start in range(0, len(data), PIECE_BYTES // 2):
                 self._sink.write(memoryview(data)[start : start + PIECE_BYTES // 2])
         except BaseException:
-            with contextlib.suppress(Exception):  # one left open writes again when dropped, and prints why it fails
-                self._sink.close()
+            self._give_up()
             raise
         return len(data)
 
@@ -68,6 +67,14 @@ class DigestSink:
 
     def close(self) -> None:
         self._sink.close()
+
+    def _give_up(self) -> None:
+        # Arrow's stream, left open, writes when it is dropped, and prints a failure.
+        with contextlib.suppress(Exception):
+            self._sink.close()
+
+    def __del__(self) -> None:
+        self._give_up()  # a file that nobody finished, since its task failed elsewhere
 
 
 class LakeFile(pq.ParquetFile):  # type: ignore[misc]

@@ -22,6 +22,7 @@ from etl.lake.datafile import DataFile
 from etl.lake.encodings import encodings
 from etl.lake.file_reader import open_parquet
 from etl.lake.snapshots import check_formats, within
+from etl.pipeline.homophily import Homophily, homophily
 from etl.pipeline.time_report import TimeSplit, by_time, time_split
 from etl.settings import GraftrecError
 from etl.tables import (
@@ -35,6 +36,7 @@ from etl.tables import (
     QUARANTINE,
     RELEASES,
     SEQUENCES,
+    SOCIAL,
     USERS,
     Table,
 )
@@ -107,6 +109,7 @@ class Report:
     examples: dict[Pair, dict[str, Any]] = field(default_factory=dict)
     time_splits: list[TimeSplit] = field(default_factory=list)
     coverage: list[Coverage] = field(default_factory=list)
+    homophily: Homophily | None = None
 
     @property
     def outside(self) -> int:
@@ -153,10 +156,20 @@ def make_report(lake: str, *, release: int | None = None, split: str | None = No
             time_split(named, domain, _batches(lake, SEQUENCES, own, ["items", "valid_start", "test_start", "end"]))
             for named in by_time(settings)
             for domain in domains
-            if (own := [f for f in files if (f.partition["split"], f.partition["domain"]) == (named["name"], domain)])
+            if (own := [f for f in files if _is_of(f, named["name"], domain)])
         ],
         coverage=_coverage(lake, versions, members),
+        homophily=_homophily(lake, versions, [file for file in files if _is_of(file, chosen, DOMAIN_ALL)]),
     )
+
+
+def _homophily(lake: str, versions: dict[str, int], sequences: Sequence[DataFile]) -> Homophily | None:
+    social = _batches(lake, SOCIAL, _files(lake, versions, SOCIAL), ["user_index", "friend_index"])
+    return homophily(social, _batches(lake, SEQUENCES, sequences, ["user", "items", "valid_start"]))
+
+
+def _is_of(file: DataFile, split: str, domain: str) -> bool:
+    return (file.partition["split"], file.partition["domain"]) == (split, domain)
 
 
 _VOCABULARIES = {"item": ITEMS, "user": USERS, "entity": ENTITIES}

@@ -31,6 +31,7 @@ def lines(report: Report) -> list[str]:
         known = ", ".join(f"{relation} of {count:,}" for relation, count in sorted(report.related.items()))
         lines.append(f"known: {known} items")
     lines += [coverage(one, report) for one in report.coverage]
+    lines += [report.homophily.line()] if report.homophily is not None else []
     for (left, right), count in report.shared_users.items():
         items = report.shared_items[left, right]
         lines.append(f"in both {left} and {right}: {count:,} users, {items:,} items")

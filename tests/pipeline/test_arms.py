@@ -62,7 +62,7 @@ def test_arms_differ_in_their_features_alone(tmp_path: Path) -> None:
 
 def test_vectors_are_placed_in_the_lake_under_their_names(tmp_path: Path) -> None:
     vectors = {
-        "people": {"attributes": {"categorical": ["knowledge.actor"]}},
+        "people": {"attributes": {"relations": ["actor"]}},
         "graph": {"graph": {"data": {"release": 7}}},
         "late": {"graph": {"name": "graph", "data": {"events": "cold"}}},
     }
@@ -198,7 +198,7 @@ def test_the_command_trains_each_arm_once_and_goes_on_where_it_was(
     given = config(
         tmp_path / "lake",
         tmp_path / "runs",
-        vectors={"text": {"attributes": {"categorical": ["knowledge.director"]}, "max_shared": 1}},
+        vectors={"text": {"attributes": {"relations": ["director"]}, "max_shared": 1}},
         features={"text": FEATURES["text"]},
     )
     assert arms.run(given) == 0

@@ -24,6 +24,14 @@ from trainer.config.model import (
     PeterRecConfig,
 )
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
+from trainer.config.social import (
+    FriendModelConfig,
+    FriendsConfig,
+    LightGcnConfig,
+    Node2VecConfig,
+    SocialConfig,
+    SocialDataConfig,
+)
 from trainer.config.task import (
     BasketPairConfig,
     ClickConfig,
@@ -67,6 +75,8 @@ __all__ = [
     "EvaluationConfig",
     "FeaturesConfig",
     "FinetuneConfig",
+    "FriendModelConfig",
+    "FriendsConfig",
     "GateConfig",
     "GraphConfig",
     "GraphDataConfig",
@@ -74,6 +84,7 @@ __all__ = [
     "GraphTrainConfig",
     "ItemFeaturesConfig",
     "JoinedFeaturesConfig",
+    "LightGcnConfig",
     "LossConfig",
     "MaskedItemConfig",
     "MlpConfig",
@@ -81,6 +92,7 @@ __all__ = [
     "MultiConfig",
     "NextBasketConfig",
     "NextItemConfig",
+    "Node2VecConfig",
     "PairHeadConfig",
     "PatchConfig",
     "PeterRecConfig",
@@ -92,6 +104,8 @@ __all__ = [
     "RecommendConfig",
     "RuntimeConfig",
     "SearchConfig",
+    "SocialConfig",
+    "SocialDataConfig",
     "TargetDataConfig",
     "TargetItemConfig",
     "TaskConfig",

@@ -30,6 +30,7 @@ class BaselinesConfig(Section):
     # Of a split with cold items: encoders of the table `features` whose vectors are read; (): those that models read.
     encoders: tuple[str, ...] = ()
     factors: int = Field(64, ge=1)  # that features are mapped to
+    friends_last: int = Field(100, ge=1)  # items of a friend that are counted, where the lake has friendships
     max_users: int = Field(1_000_000, ge=2)  # whose training parts are counted, about
 
 

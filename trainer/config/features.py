@@ -9,9 +9,10 @@ from etl.config import SparkConfig
 from etl.settings import Place, Section
 from trainer.config.data import each_once
 from trainer.config.graph import GraphConfig
+from trainer.config.social import SocialConfig
+from trainer.config.training import TrackingConfig
 
 _NAME = re.compile(r"[\w.+-]+")
-_RELATION = "knowledge."
 
 
 class TextConfig(Section):
@@ -42,30 +43,26 @@ class AttributesConfig(Section):
     as counts of votes or mean ratings: they tell what is held out."""
 
     kind: Literal["item", "user"] = "item"
-    # Columns, attributes.<name>, or of items knowledge.<relation>, their tails in the knowledge graph (an embedding of
-    # the graph must beat these): each value gets a flag.
-    categorical: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()  # columns, or attributes.<name>; each value gets a flag
+    # Of the table `knowledge`, of items: each thing that several items stand in this relation to gets a flag.
+    relations: tuple[str, ...] = ()
     numeric: tuple[str, ...] = ()
     min_things: int = Field(2, ge=1)  # a value that fewer have gets no flag
 
     @model_validator(mode="after")
     def _columns_are_some(self) -> "AttributesConfig":
-        if not self.categorical + self.numeric:
-            raise ValueError("expected columns in categorical or numeric, found none; name some")
-        each_once(self.categorical + self.numeric, "column")
+        if not self.columns and not self.relations:
+            raise ValueError("expected columns in categorical or numeric, or relations, found none; name some")
+        each_once(self.columns, "column")
+        each_once(self.relations, "relation")
         if self.relations and self.kind != "item":
-            raise ValueError(f"expected knowledge.<relation> of items only, found it of {self.kind}s; leave it out")
+            raise ValueError(f"relations: expected kind item, found {self.kind}; leave them out")
         return self
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Of the things' table."""
-        return tuple(name for name in self.categorical + self.numeric if not name.startswith(_RELATION))
-
-    @property
-    def relations(self) -> dict[str, str]:
-        """Name of the column -> relation of the knowledge graph."""
-        return {name: name.removeprefix(_RELATION) for name in self.categorical if name.startswith(_RELATION)}
+        return self.categorical + self.numeric
 
 
 class FeaturesConfig(Section):
@@ -77,9 +74,11 @@ class FeaturesConfig(Section):
     text: TextConfig = TextConfig()
     attributes: AttributesConfig | None = None  # instead of `text`
     graph: GraphConfig | None = None  # instead of both: an embedding is trained on the lake `graph.data.lake`
+    social: SocialConfig | None = None  # likewise: vectors from friendships, on the lake `social.data.lake`
     max_shared: float = Field(0.01, gt=0, le=1)  # of things: how many may have the same text, or the same vector
     wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
     spark: SparkConfig = SparkConfig()
+    tracking: TrackingConfig = TrackingConfig()  # of texts and attributes; graph and social have their own
 
     @field_validator("name")
     @classmethod

@@ -133,6 +133,12 @@ def read_held_out(
         )
     targets = np.full((len(examples), int((stop - start).max())), -1, dtype=np.int64)
     targets[owner[is_target], (position - start[owner])[is_target]] = rows[is_target]
+    if COLD in protocols and not sets[COLD][targets[targets >= 0]].any():
+        raise DataError(
+            f"expected users of split {split!r} and domain {domain!r} to hold out items that are cold for {part}, "
+            f"found none in release {release.number} of {release.lake}; raise splits.{split}.cold_items."
+            f"{'share' if part == 'test' else 'validation'}, or take another seed"
+        )
     kinds = np.empty((0, 0), np.int8)
     if len(examples.event_types):
         kinds = np.zeros(targets.shape, np.int8)

@@ -8,7 +8,7 @@ this split has, and of no others.
 Shape letters: ``V`` catalogue rows, or rows of the user table, ``F`` width of an encoder's vectors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -135,6 +135,28 @@ def _read_all(
             whole[lacking] = whole[seen].mean(0) if seen.any() else 0
         found[encoder] = EncodedVectors(whole.astype(np.float16), has_V, whitening)
     return found
+
+
+def has_vectors(release: Release, encoder: str, split: str) -> bool:
+    """Whether a release has vectors of items by an encoder, made of this split or of none."""
+    wanted = [("item", encoder, None), ("item", encoder, split)]
+    return any((part["kind"], part["encoder"], part["split"]) in wanted for part in release.partitions(FEATURES))
+
+
+def encodings_of(release: Release, encoders: Sequence[str], split: str) -> dict[str, dict[str, str]]:
+    """Encoder -> what decides on its vectors of items: its weights, and the template of their texts."""
+    known = encodings(release.lake, release.versions[FEATURES.name]).values()
+    found = {}
+    for encoder in encoders:
+        own = [one for one in known if one.kind == "item" and one.encoder == encoder and one.split in (split, "", None)]
+        last = max(own, key=lambda one: one.split == split)  # as in `read_raw_vectors`
+        found[encoder] = {"weights": last.weights, "template": last.template}
+    return found
+
+
+def read_raw_vectors(release: Release, catalogue: Catalogue, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:
+    """Vectors of items as the table has them: see _read."""
+    return _read(release, _Rows("item", catalogue.rows, len(catalogue)), encoder, split)
 
 
 def _read(release: Release, rows: _Rows, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:

@@ -326,6 +326,7 @@ class ItemPrediction(Evaluator):
         baselines = (
             *names.OF_ONE_DOMAIN,
             *names.OF_ALL_DOMAINS,
+            names.FRIENDS,
             names.PERSONAL_FREQUENCY,
             *names.OF_COLD_ITEMS,
         )

@@ -30,7 +30,10 @@ from trainer.data.events import Events, beside, merge
 from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, sampled, without_repeats
 from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
+from trainer.data.social import has_network, read_network, read_training
+from trainer.evaluation.baselines.friends import counted_friends
 from trainer.evaluation.baselines.names import (
+    FRIENDS,
     ITEM_TO_ITEM,
     ITEM_TO_ITEM_ALL,
     ITEM_TO_ITEM_ALL_DECAYED,
@@ -40,6 +43,7 @@ from trainer.evaluation.baselines.names import (
     TRANSITIONS,
 )
 from trainer.evaluation.baselines.sequences import item_to_item, popularity, transitions
+from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, has_items
 
@@ -226,11 +230,14 @@ def model_scorer(
             f"{needs.table}; name a model first that does, too"
         )
     own_kinds = _kinds_as_known(trained_model, examples)
+    trained_model = with_release(
+        trained_model, examples.release, examples.everything if reads_all else examples.catalogue
+    )
     rows = rows_by_raw_id(trained_model.catalogue, examples.catalogue)
     known = np.flatnonzero(rows != UNK)
     known = known[known >= FIRST_INDEX]
-    if (predicted_V := trained_model.model.predicted_V) is not None:
-        known = known[predicted_V.cpu().numpy()[rows[known]]]
+    if (predicted_V := trained_model.predicted_V) is not None:
+        known = known[predicted_V[rows[known]]]
     if must_know and not len(known):
         raise EvaluateError(
             f"expected a model that predicts items of domain {examples.domain!r}, found none of its "
@@ -391,7 +398,22 @@ def baseline_scorers(examples: EvaluationSet, config: BaselinesConfig) -> list[S
             (ITEM_TO_ITEM_ALL_DECAYED, fading_across, prior, f"{before}, {weighed}"),
         ]
     by_count = Scorer(POPULARITY, None, lambda given: Scores.of(popular.score(given, own_rows)), "nothing")
-    return [by_count, *(_over(*row, examples) for row in rows)]
+    of_friends = [_friends_scorer(examples, config)] if has_network(examples.release) else []
+    return [by_count, *(_over(*row, examples) for row in rows), *of_friends]
+
+
+def _friends_scorer(examples: EvaluationSet, config: BaselinesConfig) -> Scorer:
+    """What friends have in their training parts, for users with or without a history."""
+    taken = read_training(
+        examples.release, examples.split, examples.domain, examples.catalogue, newest=config.friends_last
+    )
+    counted = counted_friends(read_network(examples.release), *taken)
+
+    def score(given: Events) -> Scores:
+        width = len(examples.catalogue)
+        return Scores(len(given), width, lambda start, stop: counted.score(given.users, slice(start, stop)))
+
+    return Scorer(FRIENDS, None, score, f"last {config.friends_last} of each friend")
 
 
 def _over(label: str, scorer: Any, histories: Events, reads: str, examples: EvaluationSet) -> Scorer:

@@ -172,7 +172,9 @@ def placed_vectors(config: ArmsConfig, lake: str) -> list[FeaturesConfig]:
             data = replaced(graph.data, lake=lake, release=None)
             output = str(config.folder / "vectors" / name)
             graph = replaced(graph, name=own, data=data, output=output, tracking=config.tracking)
-        found.append(replaced(given, name=given.name or name, lake=lake, release=None, graph=graph))
+        found.append(
+            replaced(given, name=given.name or name, lake=lake, release=None, graph=graph, tracking=config.tracking)
+        )
     return found
 
 

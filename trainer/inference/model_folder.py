@@ -94,6 +94,19 @@ class TrainedModel:
     features: dict[str, EncodedVectors]  # encoder -> its vectors of items, where the model reads any
     user_features: dict[str, EncodedVectors]  # as `features`, of users
     documents: Documents | None = None  # texts of items, where the model reads these
+    # Encoder -> its weights and template; empty in folders of before.
+    encodings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    # Of items that came after training (`trainer.inference.later_items`), the last rows of the catalogue: [N, Q].
+    later: Tensor | None = None
+    later_items: Any = None
+
+    @property
+    def predicted_V(self) -> npt.NDArray[np.bool_] | None:
+        """[V] the rows that are ever an answer, later items among them; None: all real ones."""
+        if self.model.predicted_V is None:
+            return None
+        own = self.model.predicted_V.cpu().numpy()
+        return np.concatenate([own, np.ones(len(self.catalogue) - len(own), bool)])
 
     @property
     def event_types(self) -> tuple[str, ...]:
@@ -109,7 +122,7 @@ class TrainedModel:
                 f"expected a model that ranks items, found {self.folder}, which predicts a user's {task.predicts}; "
                 "`python -m trainer evaluate` scores it"
             )
-        return ModelScorer(self.model, self.task, device=device)
+        return ModelScorer(self.model, self.task, device=device, later_NQ=self.later)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -148,6 +161,7 @@ class ModelParts:
     features: Mapping[str, EncodedVectors] = field(default_factory=dict)
     user_features: Mapping[str, EncodedVectors] = field(default_factory=dict)
     documents: Documents | None = None
+    encodings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def feature_tables(features: Mapping[str, EncodedVectors]) -> tuple[FeatureTable, ...]:
@@ -232,6 +246,7 @@ def save_model(folder: Path, parts: ModelParts) -> str:
         "task_heads": {
             name: head if isinstance(head, int) else head.model_dump() for name, head in parts.task_heads.items()
         },
+        "encodings": {name: dict(one) for name, one in parts.encodings.items()},
         "categories": list(content.categories) if content is not None else [],
         "metrics": {name: value for name, value in parts.metrics.items() if name not in COSTS},
         "num_users": 0 if user_table is None else len(user_table),
@@ -362,6 +377,7 @@ def read_model(
         features=features,
         user_features=user_features,
         documents=documents,
+        encodings=described.get("encodings", {}),
     )
 
 

@@ -12,12 +12,16 @@ was, for a model that reads kinds (others pass it over). A model of next baskets
     scores    the scorer's own: what evaluation ranked by; of a model that tells clicks, log-odds of one; of `popular`
               answers, training interactions
     basis     model | popular (the history is empty, or holds no known item)
-    unknown   ids of the history that the model does not know, which were ignored
+    unknown   ids of the history that the model does not know, and has no features of, which were ignored
     version   registered version, e.g. graftrec/3
 
 `items` may be ids of any domain. Where the model knows none of them, as those of a user who is new in its domain, the
 version at the alias `companion` answers if it knows one, and `version` says so. The rule for ids is that of logs
 (`etl.identifiers`): " 5" and, where a caller's schema lets them through, the numbers 5 and 5.0 are "5".
+
+An item that came after training is ranked, and read, by its features alone. A version reads the vectors of later items
+from the release that $GRAFTREC_FEATURES names (`<lake>@<release>`), and from the request: `features` is a list of
+{"item": raw id, "encoder": name, "vector": numbers as the encoder gives them}. Without any, such an item is unknown.
 
 `params: {"domain": "books"}` asks for another domain's items: of that domain's champion in the same family of
 registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. Fields and
@@ -39,12 +43,13 @@ from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array, IntArray
 from trainer.data.events import Events
+from trainer.inference.later_items import LaterItemsError, with_vectors
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, has_items, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
 BATCH_SIZE = 256  # histories scored at once
-FIELDS = ("items", "user", "event_types", "baskets")  # of a record
+FIELDS = ("items", "user", "event_types", "baskets", "features")  # of a record
 _UNREAD = f"fields of other names than {', '.join(FIELDS)} are not read"
 MODEL, POPULAR = "model", "popular"  # what an answer is based on
 
@@ -61,6 +66,7 @@ class Request:
     user: str | None = None
     event_types: Sequence[str] | None = None  # of each item
     baskets: Sequence[Sequence[str]] | None = None
+    features: Sequence[tuple[str, str, Sequence[float]]] = ()  # of later items: raw id, encoder, vector
 
     @property
     def form(self) -> str:
@@ -86,8 +92,8 @@ class TopK:
         self._scorer = trained_model.scorer(clicks=True)
         self._repeats = trained_model.config.ranks_repeats
         popularity = torch.from_numpy(trained_model.popularity.astype(np.float32))
-        if trained_model.model.predicted_V is not None:
-            popularity.masked_fill_(~trained_model.model.predicted_V, -torch.inf)
+        if (predicted_V := trained_model.predicted_V) is not None:
+            popularity.masked_fill_(~torch.from_numpy(predicted_V), -torch.inf)
         self._popularity = Scores.of(popularity[None])
         self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
 
@@ -151,9 +157,15 @@ class Recommender:
                 raise RequestError(
                     f"record {place}: expected `{self.reads}`, which {self.version} reads, found `{request.form}`"
                 )
-        answers: list[Answer] = []
-        for start in range(0, len(requests), BATCH_SIZE):
-            answers += self._answer(requests[start : start + BATCH_SIZE], k)
+        plain = [place for place, request in enumerate(requests) if not request.features]
+        found: dict[int, Answer] = {}
+        for start in range(0, len(plain), BATCH_SIZE):
+            places = plain[start : start + BATCH_SIZE]
+            found |= zip(places, self._answer([requests[place] for place in places], k), strict=True)
+        for place, request in enumerate(requests):
+            if request.features:
+                (found[place],) = self._with(request)._answer([request], k)
+        answers = [found[place] for place in range(len(requests))]
         unread = [place for place, answer in enumerate(answers) if answer.basis == POPULAR and answer.unknown]
         companion = self._companion() if unread else None
         if companion is not None and companion.reads == self.reads:
@@ -162,6 +174,37 @@ class Recommender:
                 if other.basis == MODEL:
                     answers[place] = other
         return answers
+
+    def _with(self, request: Request) -> "Recommender":
+        """One that has the later items of a request, too. Raises RequestError."""
+        own = self.trained_model.features
+        ids = list(dict.fromkeys(item for item, _, _ in request.features if item not in self._row_of))
+        place_of = {item: place for place, item in enumerate(ids)}
+        given = {
+            name: (np.zeros((len(ids), one.vectors_VF.shape[1]), np.float32), np.zeros(len(ids), bool))
+            for name, one in own.items()
+        }
+        for item, encoder, vector in request.features:
+            if encoder not in given:
+                known = ", ".join(own) or "none"
+                raise RequestError(
+                    f"features: expected encoders that {self.version} reads ({known}), found {encoder!r}"
+                )
+            vectors, has = given[encoder]
+            if len(vector) != vectors.shape[1] or not np.isfinite(vector).all():
+                raise RequestError(
+                    f"features: expected {vectors.shape[1]} finite numbers by {encoder!r}, found {len(vector)} of item "
+                    f"{item!r}"
+                )
+            if item in place_of:  # of an item that the model knows, it has its own
+                vectors[place_of[item]], has[place_of[item]] = vector, True
+        if not ids:
+            return self
+        try:
+            extended = with_vectors(self.trained_model, np.full(len(ids), -1), ids, [""] * len(ids), given)
+        except LaterItemsError as error:
+            raise RequestError(f"features: {error}") from None
+        return Recommender(extended, self.version)
 
     def _answer(self, requests: Sequence[Request], k: int) -> list[Answer]:
         read = [_read(request) for request in requests]
@@ -214,7 +257,7 @@ def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
 
 
 def _parse(record: Mapping[str, Any], place: int) -> Request:
-    items, user, kinds, baskets = (_plain(record.get(name)) for name in FIELDS)
+    items, user, kinds, baskets, features = (_plain(record.get(name)) for name in FIELDS)
     if baskets is not None:
         if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
             raise RequestError(
@@ -236,7 +279,25 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
             f"record {place}: `event_types` is a list of strings as long as `items`, found {str(kinds)[:100]!r}"
         )
     user = None if user is None else _ids([user], place, "user")[0]
-    return Request(_ids(items, place, "items"), user, kinds, baskets)
+    return Request(_ids(items, place, "items"), user, kinds, baskets, _vectors(features, place))
+
+
+def _vectors(features: Any, place: int) -> list[tuple[str, str, list[float]]]:
+    """Raw id, encoder and vector of each of a record's `features`."""
+    found = []
+    for one in features or ():
+        named = _plain(one) if isinstance(one, Mapping) else {}
+        item, encoder, vector = (_plain(named.get(name)) for name in ("item", "encoder", "vector"))
+        is_vector = isinstance(vector, list) and all(
+            isinstance(x, int | float) and not isinstance(x, bool) for x in vector
+        )
+        if not _is_ids([item]) or not isinstance(encoder, str) or not is_vector:
+            raise RequestError(
+                f"record {place}: `features` is a list of objects with `item` (a raw id), `encoder` (a name) and "
+                f"`vector` (numbers), found {str(one)[:100]!r}"
+            )
+        found.append((_ids([item], place, "features")[0], encoder, [float(x) for x in vector]))
+    return found
 
 
 def _ids(given: Sequence[str | int | float], place: int, name: str) -> list[str]:

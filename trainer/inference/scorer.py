@@ -120,14 +120,26 @@ def _best_columns(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 class ModelScorer:
     """Scores of catalogue rows for histories; -inf for rows that are not `among` (bool [V]; None: all that the model
-    predicts). Make a new one when the weights change: the item table is kept."""
+    predicts). Make a new one when the weights change: the item table is kept.
+
+    `later_NQ`: vectors of items that came after training, rows behind the model's own, whose scores stay as they are:
+    products of a larger table could differ in the last bit.
+    """
 
     def __init__(
-        self, model: SequenceModel, task: Task, *, device: torch.device | str = "cpu", among: Tensor | None = None
+        self,
+        model: SequenceModel,
+        task: Task,
+        *,
+        device: torch.device | str = "cpu",
+        among: Tensor | None = None,
+        later_NQ: Tensor | None = None,
     ) -> None:
         self.model, self.task, self.device = model, task, torch.device(device)
         among = model.predicted_V if among is None else among
         self._left_out_V = None if among is None else ~among.to(self.device)
+        self._later_NQ = None if later_NQ is None else later_NQ.to(self.device)
+        self.num_rows = model.num_items + (0 if later_NQ is None else len(later_NQ))
 
     def scores(self, histories: Events, candidates: IntArray | None = None) -> Scores:
         """Scores [B, C] float32 on the model's device; items and candidates are catalogue rows, users global indices.
@@ -143,16 +155,32 @@ class ModelScorer:
             with torch_threads_for(len(hidden_BD) * (stop - start)):
                 return block(start, stop)
 
-        def block(start: int, stop: int) -> Tensor:
-            rows: slice | Tensor = slice(start, stop) if rows_C is None else rows_C[start:stop]
-            if rows_C is None and self._table_VD is None:
-                rows = torch.arange(start, stop, device=self.device)
+        def of_own(rows: slice | Tensor) -> Tensor:
+            if isinstance(rows, slice) and self._table_VD is None:
+                rows = torch.arange(rows.start, rows.stop, device=self.device)
             scores = self.task.scores(self.model, hidden_BD, rows, self._table_VD, self._bias_V)
             if self._left_out_V is not None:
                 scores.masked_fill_(self._left_out_V[rows], -torch.inf)
             return scores
 
-        return Scores(len(histories), self.model.num_items if candidates is None else len(candidates), columns)
+        own, later_NQ = self.model.num_items, self._later_NQ
+
+        def block(start: int, stop: int) -> Tensor:
+            rows_N = None if rows_C is None else rows_C[start:stop]
+            if later_NQ is None:
+                return of_own(slice(start, stop) if rows_N is None else rows_N)
+            none = later_NQ.new_zeros(len(later_NQ))
+            if rows_N is None:
+                edge = min(max(own, start), stop)
+                later = self.task.scores(self.model, hidden_BD, slice(edge - own, stop - own), later_NQ, none)
+                return torch.cat([of_own(slice(start, edge)), later], 1)
+            is_own = rows_N < own
+            scores = torch.empty(len(hidden_BD), len(rows_N), device=self.device)
+            scores[:, is_own] = of_own(rows_N[is_own]).to(scores)
+            scores[:, ~is_own] = self.task.scores(self.model, hidden_BD, rows_N[~is_own] - own, later_NQ, none)
+            return scores
+
+        return Scores(len(histories), self.num_rows if candidates is None else len(candidates), columns)
 
     @torch.inference_mode()
     def score(self, histories: Events, candidates: IntArray | None = None) -> Tensor:
@@ -183,6 +211,13 @@ class ModelScorer:
         return table_VD
 
     @functools.cached_property
+    def _read_VD(self) -> Tensor | None:
+        """The table that histories are read by, later items behind the model's own."""
+        if self._later_NQ is None or self._table_VD is None:
+            return self._table_VD
+        return torch.cat([self._table_VD, self._later_NQ.to(self._table_VD)])
+
+    @functools.cached_property
     def _bias_V(self) -> Tensor | None:
         return None if self._table_VD is None else self.model.bias()
 
@@ -195,7 +230,7 @@ class ModelScorer:
             recent = histories.newest(self.model.config.max_length - 1)  # the query adds a position of its own
             order = np.argsort(recent.lengths, kind="stable")
             parts = [
-                self.task.query(self.model, self._batch(recent.take(users)), self._table_VD)
+                self.task.query(self.model, self._batch(recent.take(users)), self._read_VD)
                 for users in np.split(order, range(HISTORIES_PER_BATCH, len(order), HISTORIES_PER_BATCH))
             ]
             return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(self.device)]

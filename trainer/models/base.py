@@ -15,7 +15,7 @@ from etl.tables import FIRST_INDEX, UNK
 from trainer.config import ModelConfig, PairHeadConfig, TaskHead, WeightsHeadConfig
 from trainer.models.cpu.dropout import Dropout
 from trainer.models.documents import DocumentTable
-from trainer.models.features import Features, FeatureTable, drop_ids, kept_ids
+from trainer.models.features import Features, FeatureTable, kept_ids
 from trainer.models.heads import LossWeights, PairHead
 from trainer.models.row_table import RowTable, RowTables
 
@@ -254,7 +254,7 @@ class SequenceModel(nn.Module):
         if "user" not in self.features:
             return own_BD
         if self.training and (share := self.config.user_features.id_dropout):
-            own_BD = drop_ids(own_BD, known_B, share)
+            own_BD = own_BD * kept_ids(known_B, share)[..., None]
         joined: Tensor = self.features["user"](own_BD, known_B)
         return joined
 

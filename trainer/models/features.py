@@ -129,18 +129,9 @@ class Features(nn.Module):
         return self.get_buffer(f"{name}_{place}")
 
 
-def drop_ids(own_ND: Tensor, rows: Tensor | None, share: float) -> Tensor:
-    """Zero for a share, at random: what a user without a past begins with (Volkovs
-    et al. 2017, DropoutNet). `rows` as in Features; reserved ones are kept."""
-    if rows is None:
-        rows = torch.arange(len(own_ND), device=own_ND.device)
-    kept_N = (torch.rand(rows.shape, device=own_ND.device) >= share) | (rows < FIRST_INDEX)
-    return own_ND * kept_N[..., None]
-
-
 def kept_ids(rows: Tensor, share: float) -> Tensor:
-    """Which catalogue rows a step of training sees with more than their features, bool: all but a `share` of items,
-    which are as if nobody had had them (Volkovs et al. 2017, DropoutNet). Reserved rows are kept.
+    """Which rows a step of training sees with more than their features, bool: all but a `share` of items
+    or users, which are as if they had no past (Volkovs et al. 2017, DropoutNet). Reserved rows are kept.
 
     By a hash of the row and of the seed of the global random state, which each step has one of: an item is known or
     not in the whole step, read or predicted. The hash is SplitMix64's finaliser (Steele et al. 2014).

@@ -54,6 +54,10 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.recipes import features
 
             return features.run
+        case "friends":
+            from trainer.recipes import friends
+
+            return friends.run
         case _:
             from trainer.recipes import recommend
 

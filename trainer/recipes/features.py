@@ -1,5 +1,5 @@
-"""Vectors of items, users or entities from their texts, their columns or the knowledge graph, in the Delta table
-`features`, and a release with them.
+"""Vectors of items, users or entities from their texts, their columns, the knowledge graph or the social
+network, in the Delta table `features`, and a release with them.
 
 Executors encode in parallel, on one thread each, what has no vector yet or another text than when it was encoded. A
 second run encodes nothing and reads nothing of the tables. The vectors of things that have left, or have no text any
@@ -8,7 +8,8 @@ more, leave. One commit replaces the encoder's partition, or appends to it where
 
 import functools
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,13 @@ from etl.jobs.features import FeatureError
 from etl.lake import spark_io
 from etl.lake.encodings import Encoding, encodings
 from etl.plain_path import absolute
+from etl.redaction import redact
 from etl.session import held, spark_session, user_errors
 from etl.settings import ConfigError
 from etl.tables import FEATURES, KNOWLEDGE, Table
+from trainer import tracking
 from trainer.arrays import FloatArray, IntArray
-from trainer.config import FeaturesConfig, GraphConfig
+from trainer.config import FeaturesConfig, GraphConfig, SocialConfig
 from trainer.config.columns import attribute_of, columns_read, known_columns, unknown_columns
 from trainer.config.features import AttributesConfig, TextConfig
 from trainer.data.documents import cells_of
@@ -39,7 +42,7 @@ from trainer.encoders.batches import ROWS, encoded, rendered
 from trainer.encoders.text import Part, as_placeholders
 from trainer.knowledge_graph.vectors import FEATURES as VECTORS
 from trainer.parallel.distributed import join
-from trainer.recipes import graph_features
+from trainer.recipes import graph_features, social_features
 
 _THINGS = {"item": tables.ITEMS, "user": tables.USERS, "entity": tables.ENTITIES}
 _TEXTS = "id string, index int, text string, source_hash bigint"
@@ -59,14 +62,16 @@ class Result:
 def run(config: FeaturesConfig) -> Result:
     """The recipe `features`. Raises GraftrecError."""
     if config.graph is not None:
-        return _of_graph(config, config.graph)
+        return _of_run(config, config.graph)
+    if config.social is not None:
+        return _of_run(config, config.social)
     given = config.text if config.attributes is None else config.attributes
     if unknown := unknown_columns(given.kind, given.columns):
         setting = "text" if config.attributes is None else "attributes"
         known = known_columns(given.kind)
         raise ConfigError(f"{setting}: expected columns of {given.kind}s ({known}), found {unknown[0]!r}")
     encoder = text_encoder(config.text.encoder) if config.attributes is None else None
-    release = pin(config.lake, config.release)
+    release, begun = pin(config.lake, config.release), time.monotonic()
     with spark_io.writing(release.lake, FEATURES, wait_seconds=config.wait_seconds):
         release = pin(config.lake, config.release)  # another writer may have made a newer one meanwhile
         if encoder is not None:
@@ -86,18 +91,46 @@ def run(config: FeaturesConfig) -> Result:
         )
     else:
         print(f"features {encoding.name}: unchanged, 0 encoded; {released}", flush=True)
-    return Result(things, covered, encoded, number, committed)
+    result = Result(things, covered, encoded, number, committed)
+    if things and committed:
+        _record(config, encoding, result, time.monotonic() - begun)
+    return result
 
 
-def _of_graph(config: FeaturesConfig, graph: GraphConfig) -> Result:
-    """Train an embedding of the knowledge graph, or find it trained, and write the vectors of its nodes. Of several
-    processes the first one writes."""
-    folder = graph_features.run(graph).folder
-    lake, things = absolute(graph.data.lake), 0
-    if not join(graph.runtime).first:
+def _record(config: FeaturesConfig, encoding: Encoding, result: Result, seconds: float) -> None:
+    """An MLflow run of what was encoded; a run that found all done leaves none."""
+    name, release = encoding.encoder, pin(config.lake, result.release)
+    with tracking.start_run(
+        config.tracking, name=name, resolved=config, tags={"graftrec.recipe": "features"}
+    ) as tracked:
+        tracked.log_release(release, tables=[_THINGS[encoding.kind].name, FEATURES.name], context="output")
+        tracked.log_params({"encoding.template": encoding.template, "encoding.weights": encoding.weights})
+        tracked.log_metrics(
+            {
+                "things": result.things,
+                "coverage": result.covered / result.things,
+                "encoded": result.encoded,
+                "width": encoding.width,
+                "seconds": seconds,
+                "encoded_per_second": result.encoded / seconds,
+            }
+        )
+        tracked.describe(
+            f"Vectors of {encoding.kind}s by {name}, {encoding.width} wide, in release {result.release} of "
+            f"`{redact(release.lake)}`: {result.encoded:,} encoded in {seconds:,.0f} s; {result.covered:,} of "
+            f"{result.things:,} have one ({result.covered / result.things:.1%})."
+        )
+
+
+def _of_run(config: FeaturesConfig, given: GraphConfig | SocialConfig) -> Result:
+    """Train an embedding of the knowledge graph or the social network, or find it trained, and write the vectors of its
+    nodes. Of several processes the first one writes."""
+    trained = graph_features.run(given) if isinstance(given, GraphConfig) else social_features.run(given)
+    lake, things = absolute(given.data.lake), 0
+    if not join(given.runtime).first:
         return Result(0, 0, 0, 0, False)
     with spark_io.writing(lake, FEATURES, wait_seconds=config.wait_seconds):
-        for encoding, ids, index, vectors in _vectors_in(folder):
+        for encoding, ids, index, vectors in _vectors_in(trained.folder):
             things += len(ids)
             if encodings(lake).get(encoding.name) != encoding:
                 features.write_arrays(lake, ids, index, vectors, encoding, max_shared=config.max_shared)
@@ -105,7 +138,7 @@ def _of_graph(config: FeaturesConfig, graph: GraphConfig) -> Result:
         assert version is not None
         number, committed = releases.release_with(lake, {FEATURES.name: version})
     state = "new" if committed else "unchanged"
-    print(f"features {graph.name}: {things:,} things have one; release {number} ({state}) in {lake}", flush=True)
+    print(f"features {given.name}: {things:,} things have one; release {number} ({state}) in {lake}", flush=True)
     return Result(things, things, things if committed else 0, number, committed)
 
 
@@ -155,9 +188,10 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     """Without Spark: a vocabulary's columns are few, and its values are counted over all of it."""
     table = _THINGS[given.kind]
     rows = release.read(table, [given.kind, "index", *columns_read(given.columns)])
-    cells = {name: cells_of(rows, name) for name in given.columns} | _tails(given, release, rows["index"].to_numpy())
+    cells = {name: cells_of(rows, name) for name in given.columns}
+    tails = _tails(release, given.relations, rows["index"].to_numpy())
     vectors, names = attribute_vectors(
-        {name: cells[name] for name in given.categorical},
+        {name: cells[name] for name in given.categorical} | tails,
         {name: cells[name] for name in given.numeric},
         min_things=given.min_things,
     )
@@ -166,7 +200,7 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
         encoder=config.name or "attributes",
         width=len(names),
         template="; ".join(names),
-        inputs={each.name: release.versions[each.name] for each in (table, *([KNOWLEDGE] if given.relations else []))},
+        inputs={one.name: release.versions[one.name] for one in (table, *([KNOWLEDGE] if given.relations else []))},
     )
     if features.check_weights(release.lake, encoding) == encoding:
         return encoding, (0, 0, 0)
@@ -177,27 +211,23 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     return encoding, (len(rows), len(has), len(has))
 
 
-def _tails(given: AttributesConfig, release: Release, index_N: IntArray) -> dict[str, list[Part]]:
-    """Of each relation that is named, raw ids of the tails of N items. Raises ConfigError for one without triples."""
-    if not given.relations:
+def _tails(release: Release, relations: Sequence[str], index: IntArray) -> dict[str, list[Part]]:
+    """Relation -> the tails of each item, by its global `index`. Raises ConfigError for a relation without triples."""
+    if not relations:
         return {}
-    triples = release.read(KNOWLEDGE, ["head_index", "relation", "tail", "head_kind", "tail_kind"])
+    triples = release.read(KNOWLEDGE, ["head_index", "relation", "tail", "head_kind"])
     triples = triples.filter(pc.fill_null(pc.equal(triples["head_kind"], "item"), True))
-    known = pc.unique(triples["relation"]).to_pylist()
-    if lacking := [relation for relation in given.relations.values() if relation not in known]:
-        raise ConfigError(
-            f"attributes.categorical: expected relations of items in the table knowledge "
-            f"({', '.join(sorted(known)) or 'none'}), found {lacking[0]!r}"
-        )
+    place = {number: row for row, number in enumerate(index.tolist())}
     found: dict[str, list[Part]] = {}
-    for name, relation in given.relations.items():
+    for relation in relations:
         own = triples.filter(pc.equal(triples["relation"], relation))
-        tails: dict[int, list[str]] = {}
-        for head, kind, tail in zip(
-            *(own[one].to_pylist() for one in ("head_index", "tail_kind", "tail")), strict=True
-        ):
-            tails.setdefault(head, []).append(f"{kind or 'entity'} {tail}")
-        found[name] = [tails.get(index) for index in index_N.tolist()]
+        if not len(own):
+            known = ", ".join(sorted(triples["relation"].unique().to_pylist())) or "none"
+            raise ConfigError(f"attributes.relations: expected relations of items ({known}), found {relation!r}")
+        tails: list[list[str]] = [[] for _ in place]
+        for head, tail in zip(own["head_index"].to_pylist(), own["tail"].to_pylist(), strict=True):
+            tails[place[head]].append(tail)
+        found[relation] = list(tails)
     return found
 
 

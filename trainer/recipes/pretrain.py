@@ -23,7 +23,7 @@ from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
 from trainer.data.documents import Documents, read_documents
-from trainer.data.item_vectors import EncodedVectors, read_item_vectors, read_user_vectors
+from trainer.data.item_vectors import EncodedVectors, encodings_of, read_item_vectors, read_user_vectors
 from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
 from trainer.data.sequences import SequenceDataset, training_events, training_interactions
@@ -374,6 +374,7 @@ def _finish(
             features=inputs.features,
             user_features=inputs.user_features,
             documents=inputs.documents,
+            encodings=encodings_of(release, list(inputs.features), config.data.split) if inputs.features else {},
         ),
     )
     history = [vars(epoch) for epoch in training.progress.history]

@@ -25,8 +25,10 @@ from trainer import tracking
 from trainer.code_hash import code_hash
 from trainer.config import RecommendConfig
 from trainer.data.baskets import open_dataset
+from trainer.data.catalogue import read_catalogue
 from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset
+from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import MANIFEST, TrainedModel, load_model
 from trainer.recipes.recommendation_rows import HistorySource, Models, progress, score_users
 from trainer.registry import COMPANION, Registry, Version
@@ -59,6 +61,8 @@ def run(config: RecommendConfig) -> Result:
     split, domain = config.split or own.split, config.domain or predicts
     reads = own.domain if domain == predicts else domain  # rows are of what is predicted, whatever is read for it
     release = pin(config.lake or trained_model.lake, config.release)
+    models = [(with_release(one, release, read_catalogue(release, one.config.data.domain)), by) for one, by in models]
+    trained_model = models[0][0]
     num_users = open_dataset(table.name, release, split, reads).num_rows
     if DOMAIN_ALL in domains_with_sequences(release, split):
         num_users = SequenceDataset(release, split, DOMAIN_ALL).num_rows

@@ -38,6 +38,7 @@ from trainer.data.baskets import separated
 from trainer.data.events import Column, Events
 from trainer.data.release import Release, domains_with_sequences
 from trainer.data.sequences import event_type_codes
+from trainer.inference.later_items import LaterItems, load_later, save_later, with_later
 from trainer.inference.model_folder import USER_IDS, TrainedModel, load_model
 from trainer.inference.recommender import TopK
 from trainer.inference.scorer import has_items
@@ -47,6 +48,7 @@ ROWS_SCHEMA = (
     "domain string, bucket int, user string, rank int, item string, score float, model_version string, release long"
 )
 USERS_PER_TASK = 20_000
+LATER = "later.npz"  # beside a model's files: items that came after it was trained
 Models = Sequence[tuple[TrainedModel, str]]  # each with its label: the model, and its companion if there is one
 
 
@@ -134,7 +136,9 @@ _loading = threading.Lock()  # Sail's tasks are threads of one process
 
 @functools.lru_cache(maxsize=2)  # the model and its companion
 def _loaded(model: str) -> _Model:
-    return _Model(load_model(Path(model) if "/" in model else Path(SparkFiles.getRootDirectory()) / model))
+    folder = Path(model) if "/" in model else Path(SparkFiles.getRootDirectory()) / model
+    own, later = load_model(folder), folder / LATER
+    return _Model(with_later(own, load_later(later)) if later.is_file() else own)
 
 
 def _score_batches(
@@ -232,14 +236,21 @@ def _shipped(spark: SparkSession, trained_model: TrainedModel) -> str:
 
     Sail takes no files: it runs in this process, or its server must see the folder under the same path.
     """
-    if engine_of(spark) == "sail":
+    later: LaterItems | None = trained_model.later_items
+    if engine_of(spark) == "sail" and later is None:
         return str(trained_model.folder.absolute())
     # Kept as long as the session: it fetches the archive whenever an executor begins.
     scratch = Path(tempfile.mkdtemp(prefix="graftrec-model-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    if later is not None:
+        save_later(scratch / LATER, later)
+    if engine_of(spark) == "sail":
+        for file in trained_model.folder.iterdir():
+            (scratch / file.name).symlink_to(file.absolute())
+        return str(scratch)
     packed_model = scratch / "model.zip"
     with zipfile.ZipFile(packed_model, "w", zipfile.ZIP_STORED) as target:
-        for file in sorted(trained_model.folder.iterdir()):
+        for file in [*sorted(trained_model.folder.iterdir()), scratch / LATER]:
             if file.is_file() and file.name != USER_IDS:
                 entry = zipfile.ZipInfo(file.name)  # without a time: the same model is the same archive
                 with file.open("rb") as source, target.open(entry, "w", force_zip64=True) as packed:

@@ -1,16 +1,22 @@
 """The code that MLflow runs when it loads a registered model ("models from code"): nothing is unpickled."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from etl.settings import GraftrecError
 from trainer import tracking
+from trainer.data.catalogue import read_catalogue
+from trainer.data.release import pin
 from trainer.inference.delta_folder import is_patch, load_patch, parent_of
-from trainer.inference.model_folder import ModelFolderError, load_model
+from trainer.inference.later_items import with_release
+from trainer.inference.model_folder import ModelFolderError, TrainedModel, load_model
 from trainer.inference.recommender import DEFAULT_K, Recommender, parse
 from trainer.registry import Registry, Version
 from trainer.tracking.queue import warn
+
+RELEASE_OF_FEATURES = "GRAFTREC_FEATURES"  # environment variable: <lake>@<release>, whose later items are ranked
 
 
 def load(folder: Path, label: str) -> Recommender:
@@ -31,7 +37,7 @@ def load(folder: Path, label: str) -> Recommender:
             raise ModelFolderError(f"{label} is a patch, and its parent is no version of {name} any more")
         parent = load_model(registry.stored(known))
     own = load_patch(folder, parent) if parent is not None else load_model(folder)
-    backbone = parent or own
+    own, backbone = _with_later_items(own), parent or own
 
     def beside(domain: str) -> Recommender | None:
         if registry is None:
@@ -52,6 +58,19 @@ def load(folder: Path, label: str) -> Recommender:
         return None if registry is None else _companion(registry, registry.version(number))
 
     return Recommender(own, label, beside, companion)
+
+
+def _with_later_items(own: TrainedModel) -> TrainedModel:
+    """With the items of the release that $GRAFTREC_FEATURES names, where the model reads features. Raises
+    GraftrecError."""
+    named = os.environ.get(RELEASE_OF_FEATURES, "")
+    if not named or not own.config.model.features.encoders:
+        return own
+    lake, _, number = named.rpartition("@")
+    if not lake or not number.isdecimal():
+        raise ModelFolderError(f"${RELEASE_OF_FEATURES}: expected <lake>@<release>, found {named!r}; mend it")
+    release = pin(lake, int(number))
+    return with_release(own, release, read_catalogue(release, own.config.data.domain))
 
 
 def _companion(registry: Registry, version: Version) -> Recommender | None:

@@ -100,10 +100,14 @@ def pack(
     import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
-    from mlflow.types.schema import Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
 
     package = Path(__file__).parent.parent
     texts, numbers = Array(DataType.string), Array(DataType.double)
+    # A later item's, by an encoder.
+    vector = Object(
+        [Property("item", DataType.string), Property("encoder", DataType.string), Property("vector", numbers)]
+    )
     signature = ModelSignature(
         Schema(
             [
@@ -111,6 +115,7 @@ def pack(
                 ColSpec(texts, "items", required=False),
                 ColSpec(texts, "event_types", required=False),
                 ColSpec(Array(texts), "baskets", required=False),
+                ColSpec(Array(vector), "features", required=False),
             ]
         ),
         Schema(

@@ -363,3 +363,22 @@ def test_full_disk_is_one_line_and_the_table_stays(tmp_path: Path) -> None:
     if done.returncode in (1, 77) and ("unshare" in done.stderr or "mount" in done.stderr):
         pytest.skip(f"no small disk to be had: {done.stderr.strip()}")
     assert done.stdout.strip() == "survived", done.stderr
+
+
+@pytest.mark.parametrize("ending", ["del sink", "sink.flush()", "sink.close()"])
+def test_a_file_that_nobody_finished_prints_nothing(ending: str) -> None:
+    """Arrow's stream writes what it holds when it is dropped, and prints a failure to stderr."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs Linux's /dev/full")
+    script = f"""
+import contextlib, pyarrow as pa
+from etl.lake.file_reader import DigestSink
+sink = DigestSink(pa.OSFile("/dev/full", "wb"))
+sink.write(b"some")
+with contextlib.suppress(OSError):
+    {ending}
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

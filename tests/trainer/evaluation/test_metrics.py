@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -292,15 +291,3 @@ def test_metrics_agree_with_ranx(most):
             ours[f"Recall@{k}"] * np.minimum(counts, k) / counts, theirs[f"recall@{k}"], rtol=1e-9
         )
     np.testing.assert_allclose(ours["MRR"], theirs["mrr"], rtol=1e-9)
-
-
-def test_ranks_of_six_thousand_users_take_well_under_a_second():
-    torch.manual_seed(1)
-    scores, targets = torch.randn(6_000, 1_067), torch.randint(0, 1_067, (6_000, 3))
-    candidates = torch.rand(6_000, 1_067) < 0.9
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()  # others may keep this machine busy
-        metrics_from_ranks(rank_targets(scores, targets, candidates))
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 1, f"the fastest of three took {min(seconds):.2f} s of CPU"

@@ -290,7 +290,7 @@ def test_cold_slices_are_what_the_tables_say(tiny_lake, models):
     evaluation = evaluate_scorers(scorers, examples)
     gate = given.gate.model_copy(update={"cold_user_items": 2, "rare_item_interactions": 10})
     evidence = evidence_of(evaluation, None, gate)
-    users, items = evidence.slices
+    users, _, items = evidence.slices
     expected = literal(tiny_lake, "last-5", "target", "test")
     cold = [n for n, user in enumerate(examples.users.tolist()) if len(expected[user][0]) - 2 <= 2]
     assert 0 < len(cold) < len(examples.users)

@@ -17,6 +17,8 @@ from etl.lake import spark_io
 from etl.lake.encodings import encodings
 from etl.settings import GraftrecError, RunAgain
 from etl.tables import FEATURES, ITEMS, RELEASES
+from tests.fixtures.stores import enter_store, runs_of
+from trainer import tracking
 from trainer.config import FeaturesConfig
 from trainer.data.release import pin
 from trainer.encoders import text_encoder
@@ -26,7 +28,8 @@ pytest.importorskip("wordllama")
 
 
 def config(lake: Path, **settings: Any) -> FeaturesConfig:
-    return FeaturesConfig.model_validate({"lake": str(lake), "spark": {"shuffle_partitions": 1}} | settings)
+    given = {"lake": str(lake), "spark": {"shuffle_partitions": 1}, "tracking": {"enabled": False}}
+    return FeaturesConfig.model_validate(given | settings)
 
 
 def vectors_of(lake: Path) -> dict[str, list[float]]:
@@ -127,6 +130,29 @@ def test_sail_leaves_what_spark_leaves_and_held_out_events_play_no_part(
     assert found["index"].to_list() == sorted(found["index"])
 
 
+def test_what_was_encoded_is_a_run_and_what_was_not_is_none(
+    spark: SparkSession, tiny_lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = copied(tiny_lake, tmp_path / "lake")
+    enter_store(tmp_path / "store", monkeypatch)
+    given = config(lake, tracking={"enabled": True, "system_metrics": False}, name="words")
+    features.run(given)
+    (run,) = runs_of(tmp_path / "store").values()
+    assert run.info.run_name == "words"
+    assert {name: run.data.metrics[name] for name in ("things", "coverage", "encoded", "width")} == {
+        "things": 40,
+        "coverage": 1,
+        "encoded": 40,
+        "width": 256,
+    }
+    assert run.data.params["encoding.template"] == "{title}. {categories}"
+    assert run.data.tags["graftrec.recipe"] == "features"
+    assert "40 encoded" in run.data.tags["mlflow.note.content"]
+    features.run(given)
+    client = tracking.connect(f"sqlite:///{tmp_path}/store/mlflow.db")
+    assert len(client.search_runs([run.info.experiment_id])) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -195,37 +221,6 @@ def test_columns_are_encoded_without_spark(tiny_lake: str, tmp_path: Path, capsy
     assert pin(str(lake), None).number == 3
 
 
-def test_triples_are_flags(tiny_lake: str, tmp_path: Path) -> None:
-    lake = copied(tiny_lake, tmp_path / "lake")
-    given = {"categorical": ["knowledge.director", "knowledge.actor"]}
-    result = features.run(config(lake, attributes=given, name="flags"))
-    rows = pin(str(lake), None).read(ITEMS, ["item", "index", "year"]).to_pylist()
-    people = {
-        row["item"]: row["year"] - 1990 for row in rows if row["index"] % 7
-    }  # of each taste: 1 director, 2 actors
-    assert (result.things, result.covered) == (len(rows), len(people))
-    names = [f"knowledge.director=entity person:p{taste}" for taste in range(4)]
-    names += [f"knowledge.actor=entity person:p{person}" for person in (10, 11, 4, 5, 6, 7, 8, 9)]
-    encoding = encodings(str(lake))["item/flags"]
-    assert encoding.template == "; ".join(names)
-    assert set(encoding.inputs) == {"items", "knowledge"}
-    for item, vector in vectors_of(lake).items():
-        taste = people[item]
-        assert {name[-2:].strip("p") for name, flag in zip(names, vector, strict=True) if flag} == {
-            f"{taste}",
-            f"{4 + taste}",
-            f"{8 + taste}",
-        }
-    for wrong, message in (
-        (["knowledge.author"], r"relations of items in the table knowledge \(actor, director\), found 'author'"),
-        (["knowledge."], "found ''"),
-    ):
-        with pytest.raises(GraftrecError, match=message):
-            features.run(config(lake, attributes={"categorical": wrong}))
-    with pytest.raises(ValueError, match=r"knowledge.<relation> of items only"):
-        config(lake, attributes={"kind": "user", "categorical": ["knowledge.actor"]})
-
-
 def test_another_writer_is_waited_for_then_left_alone(tiny_lake: str, tmp_path: Path) -> None:
     lake = copied(tiny_lake, tmp_path / "lake")
     script = "import sys, time; from etl.lake.lease import writing; from etl.tables import ITEMS\n"
@@ -236,3 +231,32 @@ def test_another_writer_is_waited_for_then_left_alone(tiny_lake: str, tmp_path: 
         with pytest.raises(RunAgain):
             features.run(config(lake, wait_seconds=0))
         other.kill()
+
+
+def test_triples_are_flags(tiny_lake: str, tmp_path: Path) -> None:
+    """One for each thing that several items stand in the relation to; an item of none of them has no vector."""
+    lake = copied(tiny_lake, tmp_path / "lake")
+    given = {"kind": "item", "relations": ["actor", "director"]}
+    features.run(config(lake, attributes=given, name="flags"))
+    names = encodings(str(lake))["item/flags"].template.split("; ")
+    triples = pl.read_delta(str(lake / "knowledge")).to_dicts()
+    expected: dict[str, set[str]] = {}
+    for row in triples:
+        expected.setdefault(row["head"], set()).add(f"{row['relation']}={row['tail']}")
+    assert set(names) == set().union(*expected.values())
+    found = {
+        item: {name for name, flag in zip(names, vector, strict=True) if flag}
+        for item, vector in vectors_of(lake).items()
+    }
+    assert found == expected
+    assert encodings(str(lake))["item/flags"].inputs.keys() == {"items", "knowledge"}
+    for wrong, message in [
+        (
+            given | {"relations": ["plot"]},
+            r"attributes.relations: expected relations of items \(actor, director\), found 'plot'",
+        ),
+    ]:
+        with pytest.raises(GraftrecError, match=message):
+            features.run(config(lake, attributes=wrong, name="other"))
+    with pytest.raises(ValueError, match="relations: expected kind item, found user"):
+        config(lake, attributes={"kind": "user", "relations": ["actor"]})

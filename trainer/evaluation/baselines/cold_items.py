@@ -44,8 +44,9 @@ def cold_scorers(examples: EvaluationSet, config: BaselinesConfig, encoders: tup
     dataset = open_dataset(examples.table, examples.release, examples.split, examples.domain)
     training = training_histories(dataset, examples.catalogue, max_users=config.max_users)
     about = " and ".join(encoders)
-    popular_V = predicted_popularity(features_VF, examples.training_interactions)
-    ridge = ridge_onto_factors(features_VF, training, num_factors=config.factors)
+    fitted = Ridge(features_VF, trained_V)
+    popular_V = predicted_popularity(fitted, examples.training_interactions)
+    ridge = ridge_onto_factors(fitted, training, len(features_VF), num_factors=config.factors)
     nearest = ContentNeighbours(_unit_rows(_centred(features_VF, trained_V)))
 
     def of_everyone(given: Events) -> Scores:
@@ -58,11 +59,43 @@ def cold_scorers(examples: EvaluationSet, config: BaselinesConfig, encoders: tup
     ]
 
 
-def predicted_popularity(features_VF: FloatArray, interactions_V: IntArray) -> Tensor:
+class Ridge:
+    """Linear maps with an intercept from features to anything, fitted on the trained rows, [V, K] for all rows.
+
+    The penalty, the same for all K, is that of PENALTIES with the least squared error of leaving each row out. What is
+    decomposed is the rows' matrix of products: features are often more than rows.
+    """
+
+    def __init__(self, features_VF: FloatArray, trained_V: npt.NDArray[np.bool_]) -> None:
+        x_VF = _centred(features_VF, trained_V)
+        self._trained_V = trained_V
+        self._products_VN = x_VF @ x_VF[trained_V].T
+        squares_N, self._left_NN = np.linalg.eigh(self._products_VN[trained_V])
+        self._squares_N = np.maximum(squares_N, 0)
+
+    def predict(self, given_VK: FloatArray) -> FloatArray:
+        """`given` [V, K]: of the trained rows."""
+        mean_K = given_VK[self._trained_V].mean(0)
+        y_NK = given_VK[self._trained_V] - mean_K
+        left_NN, squares_N = self._left_NN, self._squares_N
+        along_NK = left_NN.T @ y_NK
+
+        def left_out_error(penalty: float) -> float:
+            share_N = squares_N / (squares_N + penalty)
+            leverage_N = (left_NN**2) @ share_N + 1 / len(y_NK)  # the intercept's too
+            residual_NK = (y_NK - left_NN @ (share_N[:, None] * along_NK)) / (1 - leverage_N)[:, None]
+            return float((residual_NK**2).sum())
+
+        penalty = min(PENALTIES, key=left_out_error)
+        weights_NK = left_NN @ (along_NK / (squares_N + penalty)[:, None])
+        predicted: FloatArray = mean_K + self._products_VN @ weights_NK
+        return predicted
+
+
+def predicted_popularity(ridge: Ridge, interactions_V: IntArray) -> Tensor:
     """[V] logarithms of one and an item's training interactions, as a ridge regression on features has them."""
-    trained_V = interactions_V > 0
     given = np.log1p(interactions_V[:, None].astype(np.float64))
-    return torch.from_numpy(_ridge(features_VF, given, trained_V)[:, 0])
+    return torch.from_numpy(ridge.predict(given)[:, 0])
 
 
 @dataclass(frozen=True)
@@ -90,15 +123,14 @@ class Factors:
         return torch.from_numpy(user_BK @ self.predicted_VK.T)
 
 
-def ridge_onto_factors(features_VF: FloatArray, training: Events, *, num_factors: int) -> Factors:
-    """`training`: training parts, in rows of the catalogue."""
-    seen_UV = _counts(training, len(features_VF))
+def ridge_onto_factors(ridge: Ridge, training: Events, num_rows: int, *, num_factors: int) -> Factors:
+    """`training`: training parts, in rows of the catalogue, which has so many."""
+    seen_UV = _counts(training, num_rows)
     seen_UV.data[:] = 1
-    trained_V = np.asarray(seen_UV.sum(0)).ravel() > 0
     count = min(num_factors, min(seen_UV.shape) - 1)
     _, _, factors_KV = svds(seen_UV, k=count, v0=np.ones(min(seen_UV.shape)), random_state=0)
     factors_VK = np.ascontiguousarray(factors_KV.T)
-    return Factors(factors_VK, _ridge(features_VF, factors_VK, trained_V))
+    return Factors(factors_VK, ridge.predict(factors_VK))
 
 
 def _counts(histories: Events, num_rows: int) -> sp.csr_array:
@@ -118,24 +150,3 @@ def _centred(features_VF: FloatArray, trained_V: npt.NDArray[np.bool_]) -> Float
 def _unit_rows(vectors_VF: FloatArray) -> FloatArray:
     unit: FloatArray = vectors_VF / np.maximum(np.linalg.norm(vectors_VF, axis=1, keepdims=True), 1e-12)
     return unit
-
-
-def _ridge(features_VF: FloatArray, given_VK: FloatArray, trained_V: npt.NDArray[np.bool_]) -> FloatArray:
-    """[V, K] predictions of `given` for all rows, by a linear map with an intercept, fitted on the trained ones. Its
-    penalty, the same for all K, is that of PENALTIES with the least squared error of leaving each row out."""
-    x_VF = _centred(features_VF, trained_V)
-    x_NF, mean_K = x_VF[trained_V], given_VK[trained_V].mean(0)
-    y_NK = given_VK[trained_V] - mean_K
-    left_NR, singular_R, right_RF = np.linalg.svd(x_NF, full_matrices=False)
-    along_RK = left_NR.T @ y_NK
-
-    def left_out_error(penalty: float) -> float:
-        share_R = singular_R**2 / (singular_R**2 + penalty)
-        leverage_N = (left_NR**2) @ share_R + 1 / len(x_NF)  # the intercept's too
-        residual_NK = (y_NK - left_NR @ (share_R[:, None] * along_RK)) / (1 - leverage_N)[:, None]
-        return float((residual_NK**2).sum())
-
-    penalty = min(PENALTIES, key=left_out_error)
-    weights_FK = right_RF.T @ ((singular_R / (singular_R**2 + penalty))[:, None] * along_RK)
-    predicted: FloatArray = mean_K + x_VF @ weights_FK
-    return predicted
