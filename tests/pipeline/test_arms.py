@@ -60,6 +60,17 @@ def test_arms_differ_in_their_features_alone(tmp_path: Path) -> None:
     assert len({job.folder for job in jobs}) == len(jobs) == 2 * 5 * 3
 
 
+def test_features_of_users_are_arms_too(tmp_path: Path) -> None:
+    network = MODEL | {"user_width": 4}
+    preset = {"model": network, "train": TRAIN, "task": {"kind": "next_item"}}
+    given = config("lake", tmp_path, preset=preset, features={}, user_features={"friends": {"encoders": ["walks"]}})
+    rows = planned(experiment_of(given, "last-5", "lake", 1), "lake", 1)
+    found = {row.id: row.trainings[3].config.model for row in rows}
+    assert [found[f"friends.{arm}"].user_features.shuffled for arm in ("real", "shuffled")] == [False, True]
+    assert {model.user_features.encoders for model in found.values()} == {(), ("walks",)}
+    assert not any(model.features.given for model in found.values())
+
+
 def test_vectors_are_placed_in_the_lake_under_their_names(tmp_path: Path) -> None:
     vectors = {
         "people": {"attributes": {"relations": ["actor"]}},
@@ -79,7 +90,9 @@ def test_vectors_are_placed_in_the_lake_under_their_names(tmp_path: Path) -> Non
     ("wrong", "message"),
     [
         ({"features": {"text": {}}}, "features.text: expected encoders or a document, unshuffled, found none"),
-        ({"features": {"none": FEATURES["text"]}}, "other names than none"),
+        ({"features": {"none": FEATURES["text"]}}, "different names, none of them none, found none; name some"),
+        ({"features": {}}, "found none at all"),
+        ({"user_features": {"text": {"encoders": ["walks"]}}}, "found text; name some"),
         ({"features": {"text": {"encoders": ["text"], "shuffled": True}}}, "found shuffled ones"),
         ({"pairs": [["text", "kge"]]}, r"pairs: expected names in features \(text, two\), found 'kge'"),
         ({"slices": {"rare": {"items": [5, 2]}}}, r"items: expected \[least, most\], both 0 and more, found \[5, 2\]"),

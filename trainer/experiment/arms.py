@@ -94,15 +94,16 @@ def _release(config: ArmsConfig) -> "Release":
     for given in placed_vectors(config, lake):
         features.run(given)
     release = pin(lake, config.release)
-    wanted = set(config.encoders)
-    known: set[str] = set()
-    if FEATURES.name in release.versions:
-        known = {str(part["encoder"]) for part in release.partitions(FEATURES) if part["kind"] == "item"}
-    if wanted - known:
-        raise ConfigError(
-            f"features: expected encoders of items in release {release.number} of {lake} "
-            f"({', '.join(sorted(known)) or 'none'}), found {min(wanted - known)!r}; add it to vectors"
-        )
+    of_users = tuple(name for given in config.user_features.values() for name in given.encoders)
+    for kind, wanted in (("item", config.encoders), ("user", of_users)):
+        known: set[str] = set()
+        if FEATURES.name in release.versions:
+            known = {str(part["encoder"]) for part in release.partitions(FEATURES) if part["kind"] == kind}
+        if lacking := set(wanted) - known:
+            raise ConfigError(
+                f"features: expected encoders of {kind}s in release {release.number} of {lake} "
+                f"({', '.join(sorted(known)) or 'none'}), found {min(lacking)!r}; add it to vectors"
+            )
     return release
 
 

@@ -138,7 +138,7 @@ def collect(config: ArmsConfig, by_split: Mapping[str, Results]) -> Found:
     entries, pairs, missing = [], [], []
     for one in slices:
         for transfer in config.transfers:
-            for name in config.features:
+            for name in config.compared:
                 found = _entry(one, transfer, name, config)
                 if isinstance(found, Entry):
                     entries.append(found)
