@@ -15,7 +15,7 @@ from trainer.data.held_out import ReadOptions
 from trainer.data.release import pin
 from trainer.evaluation.item_prediction import Evaluation
 from trainer.evaluation.scorers import EvaluationSet, Scorer, read_evaluation_set
-from trainer.experiment import arms, arms_results
+from trainer.experiment import arms, arms_report, arms_results
 from trainer.experiment.arms_plan import ArmsConfig, SliceConfig, experiment_of, placed_vectors
 from trainer.experiment.plan import planned, training_jobs
 
@@ -159,10 +159,10 @@ def test_claims_need_two_seeds_of_each_arm_and_pairs_compare_real_features(
     ]
     gain = found.pairs[0].gain.gain
     assert gain == pytest.approx(found.entries[1].means["real"] - found.entries[0].means["real"])
-    text, table = arms_results.text(found, given), arms_results.as_markdown(found, given)
+    text, table = arms_report.text(found, given), arms_report.as_markdown(found, given)
     assert text.count("not shown") == table.count("not shown") == 4
     assert "all, from scratch: two isn't shown to differ from text" in text
-    json.dumps(arms_results.as_json(found, given.level))
+    json.dumps(arms_report.as_json(found, given.level))
     fewer = {key: value for key, value in results.scorers.items() if key != ("two.shuffled", 4)}
     lacking = arms_results.collect(given, {"last-5": Evaluation(fewer, examples, results.ranks, results.broken)})
     assert [one.features for one in lacking.entries] == ["text", "text"]
