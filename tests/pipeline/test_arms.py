@@ -71,6 +71,17 @@ def test_features_of_users_are_arms_too(tmp_path: Path) -> None:
     assert not any(model.features.given for model in found.values())
 
 
+def test_models_of_users_who_are_new_in_the_target_read_all_domains(tmp_path: Path) -> None:
+    preset = {"model": MODEL, "train": TRAIN, "task": {"kind": "next_item"}, "data": {"predicted": "target"}}
+    given = config("lake", tmp_path, preset=preset, reads="all")
+    experiment = experiment_of(given, "cold-users", "lake", 1)
+    trained = [training.config.data for row in planned(experiment, "lake", 1) for training in row.trainings.values()]
+    assert {(data.domain, data.predicted, data.split) for data in trained} == {("all", "target", "cold-users")}
+    assert experiment.target == "target"  # evaluated
+    with pytest.raises(ValueError, match=r"reads: expected transfers \[none\] beside it"):
+        config("lake", tmp_path, preset=preset, reads="all", transfers=["none", "deep"])
+
+
 def test_vectors_are_placed_in_the_lake_under_their_names(tmp_path: Path) -> None:
     vectors = {
         "people": {"attributes": {"relations": ["actor"]}},

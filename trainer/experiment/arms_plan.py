@@ -23,7 +23,7 @@ from trainer.config import (
 )
 from trainer.evaluation.three_arms import LEVEL
 from trainer.experiment.plan import ExperimentConfig
-from trainer.experiment.rows import LABELS, GridPlan
+from trainer.experiment.rows import LABELS, GridPlan, rows_of_grid
 
 Arm = Literal["none", "real", "shuffled"]
 Range = tuple[int, int | None]  # least and most, both included; None: any
@@ -64,6 +64,9 @@ class ArmsConfig(Section):
     release: int | None = None  # of that lake, where no `vectors` are made; None: the newest
     source: str = "source"  # pre-trained on, for transfer
     target: str = "target"  # ranked
+    # Domain whose events models read, which predict the target's items (preset.data.predicted); None: the target. `all`
+    # is for users who are new in the target.
+    reads: str | None = None
     vectors: dict[str, FeaturesConfig] = Field(default_factory=dict)  # encoder -> what makes its vectors
     # What is compared, by name: `model.features` of the arm `real`, whose twin exchanges them among items; and
     # `model.user_features`, exchanged among users.
@@ -130,6 +133,10 @@ class ArmsConfig(Section):
                 raise ValueError(f"features.{name}: expected encoders or a document, unshuffled, found {found}")
         if unknown := {name for pair in self.pairs for name in pair} - set(self.compared):
             raise ValueError(f"pairs: expected names in features ({', '.join(self.compared)}), found {min(unknown)!r}")
+        if self.reads is not None and self.transfers != ("none",):
+            raise ValueError(
+                "reads: expected transfers [none] beside it, which reads one domain; leave one of both out"
+            )
         if self.release is not None and self.vectors:
             raise ValueError("release: expected none beside vectors, which make a newer one; leave one of both out")
         if self.etl and (missing := set(self.splits) - {split.name for split in self.etl.splits}):
@@ -166,7 +173,7 @@ def experiment_of(config: ArmsConfig, split: str, lake: str, release: int) -> Ex
         split=split,
         part=config.part,
         joint=False,
-        grid=grid,
+        custom=rows_of_grid(grid, config.source, config.reads or config.target, split),
         seeds=config.seeds,
         evaluation=config.evaluation,
         baselines=replaced(config.baselines, encoders=config.baselines.encoders or config.encoders),
