@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from etl.settings import ConfigError, replaced
+from etl.settings import ConfigError, load, replaced
 from trainer.config import FinetuneConfig
 from trainer.data.held_out import ReadOptions
 from trainer.data.release import pin
@@ -240,3 +240,23 @@ def test_the_command_trains_each_arm_once_and_goes_on_where_it_was(
     assert repeated["claims"] == found["claims"]
     with pytest.raises(ConfigError, match=r"expected encoders of items in release 2 of .* \(text\), found 'graph'"):
         arms.run(config(tmp_path / "lake", tmp_path / "runs"))
+
+
+def test_movielens_brings_knowledge_and_what_links_it_from_beside_its_folder(tmp_path: Path) -> None:
+    for name in ("ml-1m/ratings.dat", "mkr-ml1m/kg.txt", "mkr-ml1m/item_index2entity_id.txt", "ml-1m/dbpedia.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    given = arms.movielens_in(load(ArmsConfig, "arms/ml1m"), tmp_path / "ml-1m")
+    assert given.etl is not None
+    files = {file.name: file for file in given.etl.knowledge.files}
+    assert {name: Path(file.path) for name, file in files.items()} == {
+        "dbpedia": tmp_path / "ml-1m/dbpedia.csv",
+        "mkr": tmp_path / "mkr-ml1m/kg.txt",
+    }
+    link = files["mkr"].link
+    assert link is not None
+    assert Path(link.path) == tmp_path / "mkr-ml1m/item_index2entity_id.txt"
+    (tmp_path / "mkr-ml1m/item_index2entity_id.txt").unlink()  # triples without their link would be of no film
+    without = arms.movielens_in(load(ArmsConfig, "arms/ml1m"), tmp_path / "ml-1m")
+    assert without.etl is not None
+    assert [file.name for file in without.etl.knowledge.files] == ["dbpedia"]
