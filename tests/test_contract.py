@@ -441,10 +441,10 @@ def test_project_environment_has_the_same_pins() -> None:
 def test_project_names_configurations_that_exist() -> None:
     entries = yaml.safe_load((ROOT / "mlflow_projects" / "MLproject").read_text())["entry_points"]
     recipes = {"etl", "pretrain", "finetune", "features", "search", "evaluate", "backtest", "promote", "recommend"}
-    assert entries.keys() == recipes | {"main", "experiment"}
-    for entry in entries.values():
+    assert entries.keys() == recipes | {"main", "experiment", "arms"}
+    for entry_point, entry in entries.items():
         named = {name: parameter["default"] for name, parameter in entry["parameters"].items()}
-        default = named["config"] if "config" in named else f"experiment/{named['experiment']}"
+        default = named["config"] if "config" in named else f"{entry_point}/{named['experiment']}"
         assert (ROOT / "conf" / f"{default}.yaml").is_file(), default
 
 

@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks bench|gpu|features|peers|growth|demo [--only NAME…] [--data FOLDER] [--work FOLDER]``.
+"""``python -m tests.benchmarks SUITE [--only NAME…] [--data FOLDER] [--work FOLDER]``.
 
 Each benchmark is a module of this package with ``measure(report, options)``, which prints tables and holds bars.
 """
@@ -18,6 +18,7 @@ SUITES = {
     "features": ("encoders", "knowledge_graphs"),
     "peers": ("peers_stream", "peers_train", "peers_score", "peers_etl"),
     "demo": ("demo",),
+    "planted": ("planted_features",),
     "growth": ("growth", "new_day", "heavy_user"),
 }
 _PACKAGES = ("torch", "pyspark", "pysail", "pyarrow", "deltalake", "polars", "duckdb", "numpy")

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from etl.settings import ConfigError, replaced
+from etl.settings import ConfigError, load, replaced
 from trainer.config import FinetuneConfig
 from trainer.data.held_out import ReadOptions
 from trainer.data.release import pin
 from trainer.evaluation.item_prediction import Evaluation
 from trainer.evaluation.scorers import EvaluationSet, Scorer, read_evaluation_set
-from trainer.experiment import arms, arms_results
+from trainer.experiment import arms, arms_report, arms_results
 from trainer.experiment.arms_plan import ArmsConfig, SliceConfig, experiment_of, placed_vectors
 from trainer.experiment.plan import planned, training_jobs
 
@@ -60,6 +60,28 @@ def test_arms_differ_in_their_features_alone(tmp_path: Path) -> None:
     assert len({job.folder for job in jobs}) == len(jobs) == 2 * 5 * 3
 
 
+def test_features_of_users_are_arms_too(tmp_path: Path) -> None:
+    network = MODEL | {"user_width": 4}
+    preset = {"model": network, "train": TRAIN, "task": {"kind": "next_item"}}
+    given = config("lake", tmp_path, preset=preset, features={}, user_features={"friends": {"encoders": ["walks"]}})
+    rows = planned(experiment_of(given, "last-5", "lake", 1), "lake", 1)
+    found = {row.id: row.trainings[3].config.model for row in rows}
+    assert [found[f"friends.{arm}"].user_features.shuffled for arm in ("real", "shuffled")] == [False, True]
+    assert {model.user_features.encoders for model in found.values()} == {(), ("walks",)}
+    assert not any(model.features.given for model in found.values())
+
+
+def test_models_of_users_who_are_new_in_the_target_read_all_domains(tmp_path: Path) -> None:
+    preset = {"model": MODEL, "train": TRAIN, "task": {"kind": "next_item"}, "data": {"predicted": "target"}}
+    given = config("lake", tmp_path, preset=preset, reads="all")
+    experiment = experiment_of(given, "cold-users", "lake", 1)
+    trained = [training.config.data for row in planned(experiment, "lake", 1) for training in row.trainings.values()]
+    assert {(data.domain, data.predicted, data.split) for data in trained} == {("all", "target", "cold-users")}
+    assert experiment.target == "target"  # evaluated
+    with pytest.raises(ValueError, match=r"reads: expected transfers \[none\] beside it"):
+        config("lake", tmp_path, preset=preset, reads="all", transfers=["none", "deep"])
+
+
 def test_vectors_are_placed_in_the_lake_under_their_names(tmp_path: Path) -> None:
     vectors = {
         "people": {"attributes": {"relations": ["actor"]}},
@@ -79,7 +101,9 @@ def test_vectors_are_placed_in_the_lake_under_their_names(tmp_path: Path) -> Non
     ("wrong", "message"),
     [
         ({"features": {"text": {}}}, "features.text: expected encoders or a document, unshuffled, found none"),
-        ({"features": {"none": FEATURES["text"]}}, "other names than none"),
+        ({"features": {"none": FEATURES["text"]}}, "different names, none of them none, found none; name some"),
+        ({"features": {}}, "found none at all"),
+        ({"user_features": {"text": {"encoders": ["walks"]}}}, "found text; name some"),
         ({"features": {"text": {"encoders": ["text"], "shuffled": True}}}, "found shuffled ones"),
         ({"pairs": [["text", "kge"]]}, r"pairs: expected names in features \(text, two\), found 'kge'"),
         ({"slices": {"rare": {"items": [5, 2]}}}, r"items: expected \[least, most\], both 0 and more, found \[5, 2\]"),
@@ -118,7 +142,7 @@ def test_a_slice_is_what_plain_loops_find(
     examples: EvaluationSet, items: tuple[int, int | None], users: tuple[int, int | None]
 ) -> None:
     results = made_up(examples, "none")
-    one = arms_results.slice_of("some", SliceConfig(items=items, users=users), results, "NDCG@10")
+    one = arms_results.slice_of("some", SliceConfig(items=items, users=users), {"last-5": results}, "NDCG@10")
     found = one.matrix("none", [4])[0]
     expected, counts = [], examples.training_interactions
     for user, targets in enumerate(examples.held_out.targets.tolist()):
@@ -146,10 +170,10 @@ def test_claims_need_two_seeds_of_each_arm_and_pairs_compare_real_features(
     ]
     gain = found.pairs[0].gain.gain
     assert gain == pytest.approx(found.entries[1].means["real"] - found.entries[0].means["real"])
-    text, table = arms_results.text(found, given), arms_results.as_markdown(found, given)
+    text, table = arms_report.text(found, given), arms_report.as_markdown(found, given)
     assert text.count("not shown") == table.count("not shown") == 4
     assert "all, from scratch: two isn't shown to differ from text" in text
-    json.dumps(arms_results.as_json(found, given.level))
+    json.dumps(arms_report.as_json(found, given.level))
     fewer = {key: value for key, value in results.scorers.items() if key != ("two.shuffled", 4)}
     lacking = arms_results.collect(given, {"last-5": Evaluation(fewer, examples, results.ranks, results.broken)})
     assert [one.features for one in lacking.entries] == ["text", "text"]
@@ -157,10 +181,33 @@ def test_claims_need_two_seeds_of_each_arm_and_pairs_compare_real_features(
 
 
 def test_a_slice_without_users_is_refused_by_name(examples: EvaluationSet) -> None:
+    results = {"last-5": made_up(examples, "none")}
     with pytest.raises(
         ConfigError, match=r"slices.huge: expected two users at least, found 0 of \d+ in split 'last-5'"
     ):
-        arms_results.slice_of("huge", SliceConfig(items=(10_000, None)), made_up(examples, "none"), "NDCG@10")
+        arms_results.slice_of("huge", SliceConfig(items=(10_000, None)), results, "NDCG@10")
+
+
+def test_cold_items_need_a_split_that_has_some(examples: EvaluationSet) -> None:
+    results = {"last-5": made_up(examples, "none")}
+    with pytest.raises(
+        ConfigError, match=r"slices.cold.protocol: expected one that split 'last-5' is ranked by \(full\)"
+    ):
+        arms_results.slice_of("cold", SliceConfig(protocol="cold"), results, "NDCG@10")
+
+
+def test_draws_stand_side_by_side_and_seeds_are_those_of_all(examples: EvaluationSet) -> None:
+    first, second = made_up(examples, "none"), made_up(examples, "none", seeds=(4, 5))
+    draws = SliceConfig(split=("one", "two"))
+    found = arms_results.slice_of("both", draws, {"one": first, "two": second}, "NDCG@10")
+    assert found.seeds("none") == [4]
+    alone = [
+        arms_results.slice_of("one", SliceConfig(split="one"), {"one": results}, "NDCG@10").matrix("none", [4])
+        for results in (first, second)
+    ]
+    assert np.array_equal(found.matrix("none", [4]), np.concatenate(alone, axis=1))
+    with pytest.raises(ValueError, match="split: expected different ones, at least one, found one, one"):
+        SliceConfig(split=("one", "one"))
 
 
 # --- all of it
@@ -193,3 +240,23 @@ def test_the_command_trains_each_arm_once_and_goes_on_where_it_was(
     assert repeated["claims"] == found["claims"]
     with pytest.raises(ConfigError, match=r"expected encoders of items in release 2 of .* \(text\), found 'graph'"):
         arms.run(config(tmp_path / "lake", tmp_path / "runs"))
+
+
+def test_movielens_brings_knowledge_and_what_links_it_from_beside_its_folder(tmp_path: Path) -> None:
+    for name in ("ml-1m/ratings.dat", "mkr-ml1m/kg.txt", "mkr-ml1m/item_index2entity_id.txt", "ml-1m/dbpedia.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    given = arms.movielens_in(load(ArmsConfig, "arms/ml1m"), tmp_path / "ml-1m")
+    assert given.etl is not None
+    files = {file.name: file for file in given.etl.knowledge.files}
+    assert {name: Path(file.path) for name, file in files.items()} == {
+        "dbpedia": tmp_path / "ml-1m/dbpedia.csv",
+        "mkr": tmp_path / "mkr-ml1m/kg.txt",
+    }
+    link = files["mkr"].link
+    assert link is not None
+    assert Path(link.path) == tmp_path / "mkr-ml1m/item_index2entity_id.txt"
+    (tmp_path / "mkr-ml1m/item_index2entity_id.txt").unlink()  # triples without their link would be of no film
+    without = arms.movielens_in(load(ArmsConfig, "arms/ml1m"), tmp_path / "ml-1m")
+    assert without.etl is not None
+    assert [file.name for file in without.etl.knowledge.files] == ["dbpedia"]

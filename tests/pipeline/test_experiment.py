@@ -389,7 +389,7 @@ def test_scores_equal_those_of_evaluate_also_when_read_again(lake: str, tmp_path
 
 def test_numbers_that_are_none_become_null() -> None:
     given = {"a": [float("nan"), np.float64(1.5), np.int32(2)], "b": (float("inf"), "x", None, True)}
-    assert json.loads(json.dumps(results._finite(given), allow_nan=False)) == {
+    assert json.loads(json.dumps(results.finite(given), allow_nan=False)) == {
         "a": [None, 1.5, 2],
         "b": [None, "x", None, True],
     }

@@ -10,6 +10,7 @@ data.
 """
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,64 +23,73 @@ from etl.settings import ConfigError, GraftrecError, load, replaced
 from etl.tables import FEATURES
 from trainer.experiment import plan
 from trainer.experiment.arms_plan import ArmsConfig, experiment_of, placed_vectors
-from trainer.experiment.run import RUNS_MISSING, jobs_of
+from trainer.experiment.run import RUNS_MISSING, jobs_of, started_with
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
     from trainer.evaluation.comparison import Results
+    from trainer.experiment.arms_results import Found
+    from trainer.tracking import Run
 
 
 def run(config: ArmsConfig) -> int:
     """The whole experiment. Gives the exit code: 0, or 1 where trainings are missing."""
     from trainer import tracking
-    from trainer.experiment import arms_results, results
+    from trainer.experiment import arms_report, arms_results
     from trainer.recipes.alone import alone
-    from trainer.tracking import provenance
 
     for split in config.splits:  # wrong settings are refused before tables are built
         plan.check_rows(plan.planned(experiment_of(config, split, config.lake or "", 1), config.lake or "", 1))
     if config.etl is not None:
         check_root(config.etl.source, "etl.source.root")
-    folder, started = config.folder, time.strftime("%Y-%m-%d %H:%M")
+    folder = config.folder
     with alone(folder, "experiment"):
-        tags = {"graftrec.recipe": "features"}
-        with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
+        started, tags = started_with(config, folder), {"graftrec.recipe": "features"}
+        with tracking.start_run(
+            config.tracking, name=config.name, resolved=config, resumed=started["run"], tags=tags
+        ) as tracked:
+            (folder / "started.json").write_text(json.dumps(started | {"run": tracked.id}))
             release = _release(config)
             tracked.log_release(release, context="evaluation")
             missing: list[str] = []
-            by_split = {
-                split: _of_split(config, split, release, tracking.child_environment(tracked), missing)
-                for split in config.splits
-            }
+            environment = tracking.child_environment(tracked)
+            by_split = {split: _of_split(config, split, release, environment, missing) for split in config.splits}
             found = arms_results.collect(config, by_split)
             missing += found.missing
-            about = {
-                "experiment": config.name,
-                "code": provenance.code_version(),
-                "machine": results.machine(),
-                "started": started,
-                "finished": time.strftime("%Y-%m-%d %H:%M"),
-                "lake": redact(release.lake),
-                "release": release.number,
-                "seeds": list(config.seeds),
-                "metric": config.metric,
-                "level": config.level,
-            }
-            kept = folder / "results.json"
-            plain = about | arms_results.as_json(found, config.level)
-            kept.write_text(json.dumps(results.finite(plain), indent=1), encoding="utf-8")
-            table = arms_results.as_markdown(found, config)
-            (folder / "results.md").write_text(table, encoding="utf-8")
-            tracked.log_artifact(kept)
-            tracked.log_text(table, "results.md")
-            if found.entries:
-                tracked.log_figure(arms_results.figure(found, config), "pictures/features.png")
-            tracked.log_metrics(arms_results.flat_metrics(found))
-            tracked.describe(f"Features in three arms: none, real, shuffled.\n\n{table}")
-    print(f"\n{arms_results.text(found, config)}\n\nresults  {kept}", flush=True)
+            _keep(config, found, release, started["started"], tracked)
+    print(f"\n{arms_report.text(found, config)}\n\nresults  {folder / 'results.json'}", flush=True)
     for line in missing:
-        print(f"missing  {line}", flush=True)
+        print(f"missing  {line}", file=sys.stderr)
     return RUNS_MISSING if missing else 0
+
+
+def _keep(config: ArmsConfig, found: "Found", release: "Release", started: str, tracked: "Run") -> None:
+    """results.json, results.md and the picture, in the folder and in MLflow."""
+    from trainer.experiment import arms_report, results
+    from trainer.tracking import provenance
+
+    about = {
+        "experiment": config.name,
+        "code": provenance.code_version(),
+        "machine": results.machine(),
+        "started": started,
+        "finished": time.strftime("%Y-%m-%d %H:%M"),
+        "lake": redact(release.lake),
+        "release": release.number,
+        "seeds": list(config.seeds),
+        "metric": config.metric,
+        "level": config.level,
+    }
+    plain = results.finite(about | arms_report.as_json(found, config.level))
+    kept, table = config.folder / "results.json", arms_report.as_markdown(found, config)
+    kept.write_text(json.dumps(plain, indent=1, allow_nan=False), encoding="utf-8")
+    (config.folder / "results.md").write_text(table, encoding="utf-8")
+    tracked.log_artifact(kept)
+    tracked.log_text(table, "results.md")
+    if found.entries:
+        tracked.log_figure(arms_report.figure(found, config), "pictures/features.png")
+    tracked.log_metrics(arms_report.flat_metrics(found))
+    tracked.describe(f"Features in three arms: none, real, shuffled.\n\n{table}")
 
 
 def _release(config: ArmsConfig) -> "Release":
@@ -94,15 +104,16 @@ def _release(config: ArmsConfig) -> "Release":
     for given in placed_vectors(config, lake):
         features.run(given)
     release = pin(lake, config.release)
-    wanted = {name for one in config.features.values() for name in one.encoders}
-    known: set[str] = set()
-    if FEATURES.name in release.versions:
-        known = {str(part["encoder"]) for part in release.partitions(FEATURES) if part["kind"] == "item"}
-    if wanted - known:
-        raise ConfigError(
-            f"features: expected encoders of items in release {release.number} of {lake} "
-            f"({', '.join(sorted(known)) or 'none'}), found {min(wanted - known)!r}; add it to vectors"
-        )
+    of_users = tuple(name for given in config.user_features.values() for name in given.encoders)
+    for kind, wanted in (("item", config.encoders), ("user", of_users)):
+        known: set[str] = set()
+        if FEATURES.name in release.versions:
+            known = {str(part["encoder"]) for part in release.partitions(FEATURES) if part["kind"] == kind}
+        if lacking := set(wanted) - known:
+            raise ConfigError(
+                f"features: expected encoders of {kind}s in release {release.number} of {lake} "
+                f"({', '.join(sorted(known)) or 'none'}), found {min(lacking)!r}; add it to vectors"
+            )
     return release
 
 

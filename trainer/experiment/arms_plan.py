@@ -16,12 +16,14 @@ from trainer.config import (
     EvaluationConfig,
     FeaturesConfig,
     ItemFeaturesConfig,
+    JoinedFeaturesConfig,
+    ModelConfig,
     PretrainConfig,
     TrackingConfig,
 )
 from trainer.evaluation.three_arms import LEVEL
 from trainer.experiment.plan import ExperimentConfig
-from trainer.experiment.rows import LABELS, GridPlan
+from trainer.experiment.rows import LABELS, GridPlan, rows_of_grid
 
 Arm = Literal["none", "real", "shuffled"]
 Range = tuple[int, int | None]  # least and most, both included; None: any
@@ -32,12 +34,20 @@ NONE: Arm = "none"
 class SliceConfig(Section):
     """Held-out items and users that are looked at by themselves."""
 
-    split: str = "last-5"
+    split: str | tuple[str, ...] = "last-5"  # several (draws of cold items): users of all, side by side
+    # cold, warm: of a split with cold items, these among each other; full: all held-out items among all.
+    protocol: Literal["full", "cold", "warm"] = "full"
     items: Range = ANY  # interactions of a held-out item in the domain's training part; each is ranked alone
     users: Range = ANY  # events of a user in the domain's training part
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return (self.split,) if isinstance(self.split, str) else self.split
+
     @model_validator(mode="after")
     def _ranges_hold_something(self) -> "SliceConfig":
+        if not self.splits or len(set(self.splits)) < len(self.splits):
+            raise ValueError(f"split: expected different ones, at least one, found {', '.join(self.splits) or 'none'}")
         for name, (least, most) in (("items", self.items), ("users", self.users)):
             if least < 0 or (most is not None and most < least):
                 raise ValueError(f"{name}: expected [least, most], both 0 and more, found [{least}, {most}]")
@@ -54,9 +64,14 @@ class ArmsConfig(Section):
     release: int | None = None  # of that lake, where no `vectors` are made; None: the newest
     source: str = "source"  # pre-trained on, for transfer
     target: str = "target"  # ranked
+    # Domain whose events models read, which predict the target's items (preset.data.predicted); None: the target. `all`
+    # is for users who are new in the target.
+    reads: str | None = None
     vectors: dict[str, FeaturesConfig] = Field(default_factory=dict)  # encoder -> what makes its vectors
-    # What is compared: `model.features` of the arm `real`, by name. Its twin exchanges the features among items.
-    features: dict[FileName, ItemFeaturesConfig] = Field(min_length=1)
+    # What is compared, by name: `model.features` of the arm `real`, whose twin exchanges them among items; and
+    # `model.user_features`, exchanged among users.
+    features: dict[FileName, ItemFeaturesConfig] = Field(default_factory=dict)
+    user_features: dict[FileName, JoinedFeaturesConfig] = Field(default_factory=dict)
     # (features, those that they are compared with), arms `real` of both.
     pairs: tuple[tuple[str, str], ...] = ()
     preset: PretrainConfig  # of all trainings, without features
@@ -78,31 +93,50 @@ class ArmsConfig(Section):
 
     @property
     def splits(self) -> list[str]:
-        return list(dict.fromkeys(one.split for one in self.slices.values()))
+        return list(dict.fromkeys(split for one in self.slices.values() for split in one.splits))
 
     @property
-    def arms(self) -> dict[str, ItemFeaturesConfig]:
-        """Name of each arm -> its `model.features`."""
-        found: dict[str, ItemFeaturesConfig] = {NONE: ItemFeaturesConfig()}
-        for name, given in self.features.items():
-            found[arm_of(name, "real")] = given
-            found[arm_of(name, "shuffled")] = replaced(given, shuffled=True)
+    def encoders(self) -> tuple[str, ...]:
+        """Of all items' features, each once."""
+        return tuple(dict.fromkeys(name for given in self.features.values() for name in given.encoders))
+
+    @property
+    def compared(self) -> dict[str, JoinedFeaturesConfig]:
+        """All features by name, of items and of users."""
+        return {**self.features, **self.user_features}
+
+    @property
+    def arms(self) -> dict[str, ModelConfig]:
+        """Name of each arm -> its network."""
+        found: dict[str, ModelConfig] = {NONE: self.preset.model}
+        for name, given in self.compared.items():
+            setting = "features" if name in self.features else "user_features"
+            for arm in ("real", "shuffled"):
+                own = replaced(given, shuffled=arm == "shuffled")
+                found[f"{name}.{arm}"] = replaced(self.preset.model, **{setting: own})
         return found
 
     @model_validator(mode="after")
     def _can_be_run(self) -> "ArmsConfig":
         if (self.etl is None) == (self.lake is None):
             raise ValueError("expected one of etl, which makes tables, and lake, where there are some")
-        if self.preset.model.features.given:
+        if self.preset.model.features.given or self.preset.model.user_features.given:
             raise ValueError("preset.model.features: expected none, which is an arm, found some; move them to features")
-        if NONE in self.features:
-            raise ValueError(f"features: expected other names than {NONE}, which is an arm, found it; rename it")
-        for name, given in self.features.items():
+        if not self.compared or (
+            twice := {NONE} & self.compared.keys() | self.features.keys() & self.user_features.keys()
+        ):
+            found = ", ".join(sorted(twice)) if self.compared else "none at all"
+            raise ValueError(f"features: expected different names, none of them {NONE}, found {found}; name some")
+        for name, given in self.compared.items():
             if not given.given or given.shuffled:
                 found = "shuffled ones" if given.shuffled else "none"
                 raise ValueError(f"features.{name}: expected encoders or a document, unshuffled, found {found}")
-        if unknown := {name for pair in self.pairs for name in pair} - set(self.features):
-            raise ValueError(f"pairs: expected names in features ({', '.join(self.features)}), found {min(unknown)!r}")
+        if unknown := {name for pair in self.pairs for name in pair} - set(self.compared):
+            raise ValueError(f"pairs: expected names in features ({', '.join(self.compared)}), found {min(unknown)!r}")
+        if self.reads is not None and self.transfers != ("none",):
+            raise ValueError(
+                "reads: expected transfers [none] beside it, which reads one domain; leave one of both out"
+            )
         if self.release is not None and self.vectors:
             raise ValueError("release: expected none beside vectors, which make a newer one; leave one of both out")
         if self.etl and (missing := set(self.splits) - {split.name for split in self.etl.splits}):
@@ -123,11 +157,11 @@ def experiment_of(config: ArmsConfig, split: str, lake: str, release: int) -> Ex
     """The trainings on one split."""
     grid = {
         name: GridPlan(
-            label=f"{name}",
-            preset=replaced(config.preset, model=replaced(config.preset.model, features=features)),
+            label=name,
+            preset=replaced(config.preset, model=model),
             transfers=config.transfers,
         )
-        for name, features in config.arms.items()
+        for name, model in config.arms.items()
     }
     return ExperimentConfig(
         name=split,
@@ -139,10 +173,10 @@ def experiment_of(config: ArmsConfig, split: str, lake: str, release: int) -> Ex
         split=split,
         part=config.part,
         joint=False,
-        grid=grid,
+        custom=rows_of_grid(grid, config.source, config.reads or config.target, split),
         seeds=config.seeds,
         evaluation=config.evaluation,
-        baselines=config.baselines,
+        baselines=replaced(config.baselines, encoders=config.baselines.encoders or config.encoders),
         jobs=config.jobs,
         threads=config.threads,
         tracking=config.tracking,

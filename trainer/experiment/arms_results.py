@@ -5,42 +5,59 @@ Shape letters: ``S`` seeds, ``U`` users of a slice, ``R`` held-out items of a us
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.figure import Figure
 
 from etl.settings import ConfigError
-from etl.text_table import aligned, markdown, with_sign
 from trainer.arrays import IntArray
 from trainer.evaluation.comparison import Results, in_order
 from trainer.evaluation.item_prediction import Evaluation
 from trainer.evaluation.item_ranking import SINGLE
 from trainer.evaluation.ranking_metrics import FloatArray
-from trainer.evaluation.significance import Comparison, compare, holm, mean_over_seeds, p_text
-from trainer.evaluation.three_arms import Claim, Verdict, adjusted, three_arms
-from trainer.experiment.arms_plan import ANY, NONE, ArmsConfig, Range, SliceConfig, arm_of, row_of, title_of
-from trainer.figures import Gain, gain_panels
+from trainer.evaluation.significance import Comparison, compare, holm, mean_over_seeds
+from trainer.evaluation.three_arms import Claim, adjusted, three_arms
+from trainer.experiment.arms_plan import ANY, ArmsConfig, Range, SliceConfig, arm_of, row_of, title_of
 
-HEAD = ("slice", "transfer", "features", "none", "real", "shuffled", "over none", "p", "over shuffled", "p", "verdict")
+
+@dataclass(frozen=True)
+class Part:
+    """Users of a slice in one split."""
+
+    results: Evaluation
+    users: IntArray  # places among all users [U]
+    only_UR: npt.NDArray[np.bool_]  # held-out items that are in it, of all users
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A metric of the users of a slice, of every label."""
+    """A metric of the users of a slice, of every label; those of several splits side by side."""
 
     name: str
-    results: Evaluation
+    protocol: str
     metric: str
-    users: IntArray  # places among all users [U]
-    only_UR: npt.NDArray[np.bool_] | None  # of all users; None: all that they hold out
+    parts: list[Part]
+
+    @property
+    def labels(self) -> list[str]:
+        return self.parts[0].results.labels
+
+    def is_model(self, label: str) -> bool:
+        return self.parts[0].results.is_model(label)
+
+    def seeds(self, *labels: str) -> list[int | None]:
+        """Those that all of these labels have."""
+        found = [set(part.results.seeds(label)) for part in self.parts for label in labels]
+        return in_order(list(set.intersection(*found)))
 
     def matrix(self, label: str, seeds: Sequence[int | None]) -> FloatArray:
         """[S, U]."""
-        protocol = self.results.protocols[0]
-        values = [self.results.of_users((label, seed), protocol, self.metric, self.only_UR) for seed in seeds]
-        return np.stack(values)[:, self.users]
+        return np.concatenate([self._matrix(part, label, seeds) for part in self.parts], axis=1)
+
+    def _matrix(self, part: Part, label: str, seeds: Sequence[int | None]) -> FloatArray:
+        of_users = part.results.of_users
+        values = [of_users((label, seed), self.protocol, self.metric, part.only_UR) for seed in seeds]
+        return np.stack(values)[:, part.users]
 
 
 @dataclass(frozen=True)
@@ -75,21 +92,32 @@ class Found:
     missing: list[str]  # claims that lack a training
 
 
-def slice_of(name: str, config: SliceConfig, results: Results, metric: str) -> Slice:
-    """Raises ConfigError for a task that ranks no items, or a slice without users."""
+def slice_of(name: str, config: SliceConfig, by_split: Mapping[str, Results], metric: str) -> Slice:
+    """Raises ConfigError for a task that ranks no items, a protocol that a split hasn't, or a slice without users."""
+    parts = [_part(name, config, split, by_split[split]) for split in config.splits]
+    return Slice(name, config.protocol, (SINGLE if config.items != ANY else "") + metric, parts)
+
+
+def _part(name: str, config: SliceConfig, split: str, results: Results) -> Part:
     if not isinstance(results, Evaluation):
         raise ConfigError("preset.task: expected one that ranks items, found another; take next_item or masked_item")
+    if config.protocol not in results.protocols:
+        raise ConfigError(
+            f"slices.{name}.protocol: expected one that split {split!r} is ranked by "
+            f"({', '.join(results.protocols)}), found {config.protocol}; take a split with cold_items (etl.splits)"
+        )
     examples = results.examples
     targets_UR = examples.held_out.targets
     only_UR = (targets_UR >= 0) & _within(examples.training_interactions[targets_UR], config.items)
+    if (among_V := examples.held_out.sets.get(config.protocol)) is not None:
+        only_UR &= among_V[targets_UR]
     users = np.flatnonzero(only_UR.any(1) & _within(results.training_items, config.users))
     if len(users) < 2:
         raise ConfigError(
             f"slices.{name}: expected two users at least, found {len(users)} of {results.num_users:,} in split "
-            f"{config.split!r}, domain {examples.domain!r}; widen items or users, or take another split"
+            f"{split!r}, domain {examples.domain!r}; widen items or users, or take another split"
         )
-    by_items = config.items != ANY
-    return Slice(name, results, (SINGLE if by_items else "") + metric, users, only_UR if by_items else None)
+    return Part(results, users, only_UR)
 
 
 def _within(counts: IntArray, limits: Range) -> npt.NDArray[np.bool_]:
@@ -100,11 +128,11 @@ def _within(counts: IntArray, limits: Range) -> npt.NDArray[np.bool_]:
 
 def collect(config: ArmsConfig, by_split: Mapping[str, Results]) -> Found:
     """All claims and pairs of all slices. Raises GraftrecError."""
-    slices = [slice_of(name, one, by_split[one.split], config.metric) for name, one in config.slices.items()]
+    slices = [slice_of(name, one, by_split, config.metric) for name, one in config.slices.items()]
     entries, pairs, missing = [], [], []
     for one in slices:
         for transfer in config.transfers:
-            for name in config.features:
+            for name in config.compared:
                 found = _entry(one, transfer, name, config)
                 if isinstance(found, Entry):
                     entries.append(found)
@@ -124,15 +152,9 @@ def collect(config: ArmsConfig, by_split: Mapping[str, Results]) -> Found:
     return Found(entries, pairs, baselines, {one.name: _size(one) for one in slices}, missing)
 
 
-def _seeds(one: Slice, rows: Sequence[str]) -> list[int | None]:
-    """Those that all of these rows have."""
-    found = [set(one.results.seeds(row)) for row in rows]
-    return in_order(list(set.intersection(*found)))
-
-
 def _entry(one: Slice, transfer: str, features: str, config: ArmsConfig) -> Entry | str:
     rows = {arm: row_of(arm_of(features, arm), transfer) for arm in ("none", "real", "shuffled")}  # type: ignore[arg-type]
-    seeds = _seeds(one, list(rows.values()))
+    seeds = one.seeds(*rows.values())
     if len(seeds) < 2:
         return f"{one.name}, {features}, {title_of(transfer)}: expected two seeds of each arm, found {len(seeds)}"
     values = {arm: one.matrix(row, seeds) for arm, row in rows.items()}
@@ -143,144 +165,17 @@ def _entry(one: Slice, transfer: str, features: str, config: ArmsConfig) -> Entr
 def _pairs(one: Slice, transfer: str, config: ArmsConfig) -> Iterator[Pair]:
     for ours, theirs in config.pairs:
         rows = [row_of(arm_of(name, "real"), transfer) for name in (ours, theirs)]
-        if len(seeds := _seeds(one, rows)) >= 2:
+        if len(seeds := one.seeds(*rows)) >= 2:
             left, right = (one.matrix(row, seeds) for row in rows)
             gain = compare(left, right, confidence=1 - config.level)
             yield Pair(one.name, transfer, ours, theirs, gain, gain.p_value)
 
 
 def _baselines(one: Slice) -> Iterator[tuple[str, float]]:
-    for label in one.results.labels:
-        if not one.results.is_model(label):
-            yield label, mean_over_seeds(one.matrix(label, one.results.seeds(label)))
+    for label in one.labels:
+        if not one.is_model(label):
+            yield label, mean_over_seeds(one.matrix(label, one.seeds(label)))
 
 
 def _size(one: Slice) -> tuple[int, int]:
-    targets_UR = one.results.examples.held_out.targets
-    only_UR = targets_UR >= 0 if one.only_UR is None else one.only_UR
-    return len(one.users), int(only_UR[one.users].sum())
-
-
-# --- for people -------------------------------------------------------------------------------------------------------
-
-
-def _cells(found: Found, level: float) -> list[list[str]]:
-    return [
-        [
-            one.slice,
-            title_of(one.transfer),
-            one.features,
-            *(f"{one.means[arm]:.4f}" for arm in (NONE, "real", "shuffled")),
-            *_gain(one.claim.over_none),
-            *_gain(one.claim.over_shuffled),
-            one.claim.verdict(level),
-        ]
-        for one in found.entries
-    ]
-
-
-def _gain(gain: Comparison) -> list[str]:
-    interval = f"[{with_sign(gain.low, 3)}, {with_sign(gain.high, 3)}]"
-    return [f"{with_sign(gain.gain, 4)} {interval}", p_text(gain.p_value)]
-
-
-def _pair_text(pair: Pair, level: float) -> str:
-    better = pair.p_value <= level and pair.gain.gain > 0
-    worse = pair.p_value <= level and pair.gain.gain < 0
-    word = "is better than" if better else "is worse than" if worse else "isn't shown to differ from"
-    gain = _gain(pair.gain)[0]
-    return (
-        f"{pair.slice}, {title_of(pair.transfer)}: {pair.ours} {word} {pair.theirs}, {gain}, p {p_text(pair.p_value)}"
-    )
-
-
-def _notes(found: Found, config: ArmsConfig) -> list[str]:
-    tests = f"tests at {config.level:g}"
-    notes = [
-        f"{config.metric}, mean over users and seeds; intervals of {1 - config.level:.0%}; p over users, seeds and the "
-        "luck of one assignment of features, not adjusted",
-        f"helps: above none and above shuffled, {tests}, Holm over {len(found.entries)} claims; hurts: below none",
-    ]
-    notes += [
-        f"{name}: {users:,} users, {items:,} held-out items, split {config.slices[name].split}"
-        for name, (users, items) in found.sizes.items()
-    ]
-    return notes + [_pair_text(pair, config.level) for pair in found.pairs]
-
-
-def _baseline_cells(found: Found) -> tuple[list[str], list[list[str]]]:
-    labels = list(dict.fromkeys(label for own in found.baselines.values() for label in own))
-    rows = [
-        [label, *(f"{own[label]:.4f}" if label in own else "–" for own in found.baselines.values())] for label in labels
-    ]
-    return ["beside", *found.baselines], rows
-
-
-def text(found: Found, config: ArmsConfig) -> str:
-    """The tables for a terminal."""
-    head, rows = _baseline_cells(found)
-    parts = ["\n".join(aligned([list(HEAD), *_cells(found, config.level)], words=3, rule=True))]
-    if rows:
-        parts.append("\n".join(aligned([head, *rows], rule=True)))
-    return "\n\n".join([*parts, "\n".join(_notes(found, config))])
-
-
-def as_markdown(found: Found, config: ArmsConfig) -> str:
-    """The same for MLflow."""
-    lines = markdown(list(HEAD), _cells(found, config.level), words=3)
-    head, rows = _baseline_cells(found)
-    if rows:
-        lines += ["", *markdown(head, rows)]
-    return "\n".join([*lines, "", *(f"* {note}" for note in _notes(found, config))]) + "\n"
-
-
-def figure(found: Found, config: ArmsConfig) -> Figure:
-    """Gains over none and over shuffled with their intervals, a panel a slice and transfer."""
-    panels: dict[str, list[Gain]] = {}
-    for one in found.entries:
-        rows = panels.setdefault(f"{one.slice}, {title_of(one.transfer)}", [])
-        for other, gain in ((NONE, one.claim.over_none), ("shuffled", one.claim.over_shuffled)):
-            rows.append(Gain(f"{one.features} over {other}", gain.gain, gain.low, gain.high, with_sign(gain.gain, 3)))
-    return gain_panels(panels, metric=config.metric, over="the other arm")
-
-
-def as_json(found: Found, level: float) -> dict[str, Any]:
-    """Plain data of all tables."""
-    return {
-        "slices": {name: {"users": users, "held_out": items} for name, (users, items) in found.sizes.items()},
-        "claims": [
-            {
-                "slice": one.slice,
-                "transfer": one.transfer,
-                "features": one.features,
-                "means": dict(one.means),
-                "over_none": vars(one.claim.over_none),
-                "over_shuffled": vars(one.claim.over_shuffled),
-                "p_helps": one.claim.p_helps,
-                "p_hurts": one.claim.p_hurts,
-                "verdict": one.claim.verdict(level),
-            }
-            for one in found.entries
-        ],
-        "pairs": [
-            {"slice": one.slice, "transfer": one.transfer, "features": one.ours, "against": one.theirs}
-            | {"gain": vars(one.gain), "p_value": one.p_value}
-            for one in found.pairs
-        ],
-        "baselines": found.baselines,
-        "missing": found.missing,
-    }
-
-
-def flat_metrics(found: Found) -> dict[str, float]:
-    """Means of all arms, for MLflow."""
-    return {
-        "/".join((one.slice, one.transfer, one.features, arm)).replace(",", ""): mean
-        for one in found.entries
-        for arm, mean in one.means.items()
-    }
-
-
-def verdicts(found: Found, level: float) -> dict[tuple[str, str, str], Verdict]:
-    """(slice, transfer, features) -> verdict."""
-    return {(one.slice, one.transfer, one.features): one.claim.verdict(level) for one in found.entries}
+    return sum(len(part.users) for part in one.parts), sum(int(p.only_UR[p.users].sum()) for p in one.parts)

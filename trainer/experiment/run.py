@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from etl.command import CommandParser, configurations, run_command
 from etl.config import MovielensSource, check_root
-from etl.settings import ConfigError, GraftrecError, config_hash, load, replaced
+from etl.settings import ConfigError, GraftrecError, Section, config_hash, load, replaced
 from trainer.config import (
     FinetuneConfig,
     TrackingConfig,
@@ -49,7 +49,7 @@ def run(config: ExperimentConfig) -> int:
         check_root(config.etl.source, "etl.source.root")
     folder = config.folder
     with alone(folder, "experiment"):
-        started = _started(config)
+        started = started_with(config, folder)
         tags = {"graftrec.recipe": "experiment"}
         with tracking.start_run(
             config.tracking, name=config.name, resolved=config, resumed=started["run"], tags=tags
@@ -117,12 +117,12 @@ def jobs_of(config: ExperimentConfig) -> int:
     return config.jobs or max(1, usable_cores() // config.threads)
 
 
-def _started(config: ExperimentConfig) -> dict[str, str]:
+def started_with(config: Section, folder: Path) -> dict[str, str]:
     """When this experiment began with these settings, and its MLflow run."""
     same = replaced(config, jobs=None, threads=1, tracking=TrackingConfig())
     new = {"settings": config_hash(same), "started": time.strftime("%Y-%m-%d %H:%M"), "run": ""}
     try:
-        found: dict[str, str] = json.loads((config.folder / "started.json").read_text())
+        found: dict[str, str] = json.loads((folder / "started.json").read_text())
     except (OSError, ValueError):
         return new
     return found if found.get("settings") == new["settings"] else new

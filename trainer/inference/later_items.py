@@ -51,7 +51,7 @@ def with_release(trained_model: TrainedModel, release: Release, catalogue: Catal
     are none. Raises LaterItemsError for vectors by an encoder that is not as it was."""
     own = trained_model.config.model.features
     encoders = own.encoders
-    if not encoders or own.document is not None or trained_model.model.content_VF is not None:
+    if not encoders or own.shuffled or own.document is not None or trained_model.model.content_VF is not None:
         return trained_model  # what else it reads of items, a release has not
     later = np.flatnonzero(rows_by_raw_id(trained_model.catalogue, catalogue) == UNK)
     later = later[later >= FIRST_INDEX]

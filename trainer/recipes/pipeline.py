@@ -361,13 +361,20 @@ def movielens_etl(etl: EtlConfig, folder: Path) -> EtlConfig:
             f"--data (make: DATA): expected a folder with ratings.dat, movies.dat and users.dat, found none at "
             f"{folder}; mend it"
         )
+
+    def found(path: str) -> str | None:
+        places = (folder / Path(path).name, folder.parent / path)
+        return next((str(place.resolve()) for place in places if place.is_file()), None)
+
     files = []
     for file in etl.knowledge.files:
-        places = [folder / Path(file.path).name, folder.parent / file.path]
-        if found := next((place for place in places if place.is_file()), None):
-            files.append(replaced(file, path=str(found.resolve())))
+        path, link = found(file.path), file.link and found(file.link.path)
+        if path is None or (file.link is not None and link is None):
+            print(f"no {folder.parent / file.path}: the models get no knowledge from {file.name}")
+        elif file.link is None or link is None:
+            files.append(replaced(file, path=path))
         else:
-            print(f"no {places[1]}: the models get no directors and actors from {file.name}")
+            files.append(replaced(file, path=path, link=replaced(file.link, path=link)))
     source = replaced(etl.source, root=str(folder))
     return replaced(etl, source=source, knowledge=KnowledgeConfig(root=str(folder), files=tuple(files)))
 

@@ -1,5 +1,6 @@
 """Items that came after training: ranked, and read, by their features; what was there is scored as before."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from deltalake import DeltaTable, write_deltalake
 from etl.jobs import features, releases
 from etl.lake import spark_io
 from etl.lake.encodings import Encoding
+from etl.settings import replaced
 from etl.tables import FEATURES, FIRST_INDEX, ITEMS, UNK
 from tests.fixtures.recommendations import config, histories_of, rows_of
 from tests.fixtures.trainings import TINY
@@ -162,6 +164,15 @@ def test_a_later_item_is_read_in_histories(done):
         Events(np.array([UNK]), np.array([0, len(items)]), {"items": np.array(items)}) for items in ([8, V], [8])
     )
     assert not torch.equal(later.scorer().score(with_new), later.scorer().score(without))
+
+
+def test_a_model_of_shuffled_features_takes_no_real_ones_of_later_items(done):
+    own, later = extended(done, "bert4rec")
+    features = replaced(own.config.model.features, shuffled=True)
+    config = replaced(own.config, model=replaced(own.config.model, features=features))
+    control, release = dataclasses.replace(own, config=config), pin(done.lake, None)
+    assert with_release(control, release, read_catalogue(release, "target")) is control
+    assert later is not own
 
 
 def test_evaluation_recommend_and_the_served_model_rank_later_items_alike(done, tmp_path, monkeypatch):

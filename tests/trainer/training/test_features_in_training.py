@@ -197,3 +197,20 @@ def test_shuffled_features_are_the_same_vectors_on_other_items_by_the_seed(done)
         assert sorted(giver.tolist()) == list(range(len(own)))
         assert (giver != np.arange(len(own))).all()
     assert not np.array_equal(first.vectors_VF, other.vectors_VF)
+
+
+def test_shuffled_features_are_transferred_and_exchanged_in_each_domain(done):
+    """The control of features that join domains: projections are learned and copied as real ones are."""
+    given = {"model": {"features": TEXT | {"shuffled": True}}}
+    parent = pretrain(tiny(PretrainConfig, done.root, done.lake, name="shuffled-parent", train=STILL, **given))
+    domain = {"data": {"domain": "target"}, "transfer": "deep", "train": STILL}
+    own = grafted(done, "shuffled-deep", parent, **domain, **given)
+    real = grafted(done, "real-deep", parent, **domain, model={"features": TEXT})
+    theirs = load_model(parent.model).model.state_dict()
+    copied = [name for name in theirs if name.startswith("features.")]
+    assert all(torch.allclose(own.model.state_dict()[name], theirs[name], atol=1e-25, rtol=0) for name in copied)
+    has_V = own.features["text"].has_V
+    assert (has_V == real.features["text"].has_V).all()
+    own_NF, real_NF = (one.features["text"].vectors_VF[has_V] for one in (own, real))
+    assert not (own_NF == real_NF).all(1).any()
+    assert sorted(own_NF.tolist()) == sorted(real_NF.tolist())
