@@ -25,8 +25,8 @@ FloatArray = npt.NDArray[np.float64]
 
 # Typical standard deviations of the difference in NDCG@10 of two models, as shares of the lower model's mean, to say
 # before an experiment what it can show. Measured on the results in `tests/reproduction/results`. USER_SPREAD is near
-# the largest value found: earlier/models-demo 0.69 (1,865 users), models-cpu 0.63 (5,306 users of MovieLens-1M), table2-cpu
-# 0.92. SEED_SPREAD is the root mean square over the 12 comparisons of models-demo, 2 seeds each.
+# the largest value found: earlier/models-demo 0.69 (1,865 users), models-cpu 0.63 (5,306 users of MovieLens-1M),
+# table2-cpu 0.92. SEED_SPREAD is the root mean square over the 12 comparisons of earlier/models-demo, 2 seeds each.
 USER_SPREAD, SEED_SPREAD = 0.9, 0.043
 MOST_SEEDS = 1_000  # nobody trains more
 
