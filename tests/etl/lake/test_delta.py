@@ -251,7 +251,7 @@ frame = spark.range(0, 1000, 1, 4).select(
 )
 if moment == "task":
     frame = frame.mapInArrow(suicidal, frame.schema)
-print(delta.write(spark, frame, lake, SHOWS, mode="append", app="job", app_version=1, metadata={}))
+print(delta.write(spark, frame, lake, SHOWS, delta.Commit(mode="append", app="job", app_version=1, metadata={})))
 """
 
 
