@@ -35,7 +35,9 @@ def draw(number: int, lake: str, work: Path, overrides: list[str]) -> pl.DataFra
     config = load(PretrainConfig, "pretrain/ml1m_cold_items", given)
     with_features = replaced(config, name=f"features-{number}")
     model = replaced(config.model, features=type(config.model.features)())
-    without = replaced(config, name=f"none-{number}", model=model)
+    # Without features nothing is learned of cold items: the best epoch is that of warm ones.
+    by_warm = EvaluationConfig(protocols=("warm", "cold"))
+    without = replaced(config, name=f"none-{number}", model=model, evaluation=by_warm)
     folders = {FEATURES: pretrain.run(with_features).model, NONE: pretrain.run(without).model}
     report = evaluate.run(
         EvaluateConfig(

@@ -59,7 +59,7 @@ class EvaluationConfig(Section):
     """How held-out items are ranked."""
 
     # A split with cold items is ranked by cold (cold items among cold ones), warm (warm ones among warm) and full, in
-    # that order, unless this names cold or warm.
+    # that order, unless this names cold or warm. Training stops by the first of these two.
     protocols: tuple[Literal["full", "cold", "warm", "uniform-100", "popular-100", "top-100"], ...] = (
         "full",
         "uniform-100",

@@ -37,9 +37,13 @@ class Validation:
     def held_out(self) -> HeldOut:
         """What the users who are validated hold out; times only where more is read than is predicted."""
         data = self.config.data
-        cold = data.split in self.release.cold_items
+        protocols: tuple[str, ...] = (FULL,)
+        if (
+            data.split in self.release.cold_items
+        ):  # the first one is gone by: that of cold items, unless named otherwise
+            protocols = tuple(p for p in self.config.evaluation.protocols if p in (COLD, WARM)) or (COLD, WARM)
         options = ReadOptions(
-            (COLD, WARM) if cold else (FULL,),
+            protocols,
             table=self.config.task.needs.table,
             repeats=self.config.ranks_repeats,
             times=data.answered != data.domain,

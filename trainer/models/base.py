@@ -56,6 +56,7 @@ class SequenceModel(nn.Module):
     """
 
     GROUPS: ClassVar[dict[str, tuple[str, ...]]]
+    reads_sequence: ClassVar[bool] = True  # else the hidden states of a sequence are all the same: its user's
     ROW_TABLES: ClassVar[tuple[str, ...]]  # names of the tables that can be looked up by row
 
     knowledge_VS: Tensor

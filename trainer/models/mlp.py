@@ -47,6 +47,7 @@ class Mlp(SequenceModel):
         "body": ("of_user.", "of_item.", "layers."),
         "head": (),
     }
+    reads_sequence: ClassVar = False
     ROW_TABLES: ClassVar = ("item_embedding.weight", "output_bias", "user_embedding.weight")
 
     config: MlpConfig

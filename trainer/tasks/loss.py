@@ -47,6 +47,21 @@ def summed_loss(
     return sampled_softmax(model, hidden_ND, targets_N, negatives_K, float(log_expected))
 
 
+def loss_of_users(
+    model: SequenceModel, hidden_BD: Tensor, targets_N: Tensor, owner_N: Tensor, table_VD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `summed_loss` over the whole catalogue, and N, of targets that a user has one hidden state for, whichever it
+    is (`owner` [N], places in B): a softmax for each user and not for each target."""
+    rows_C = model.classes()
+    if rows_C is None:
+        rows_C = torch.arange(FIRST_INDEX, model.num_items, device=hidden_BD.device)
+    scores_BC = wide(model.scores(hidden_BD, rows_C, table_VD, model.bias()))
+    counts_B = torch.bincount(owner_N, minlength=len(hidden_BD))
+    own_N = scores_BC[owner_N, torch.searchsorted(rows_C, targets_N)]
+    loss: Tensor = (torch.logsumexp(scores_BC, dim=1) * counts_B).sum() - own_N.sum()
+    return loss, torch.tensor(len(targets_N), device=loss.device)
+
+
 def is_predicted(model: SequenceModel, items: Tensor) -> Tensor:
     """Which of the catalogue rows `items` a loss is taken on: bool, of their shape."""
     return torch.ones_like(items, dtype=torch.bool) if model.predicted_V is None else model.predicted_V[items]

@@ -12,7 +12,7 @@ from trainer.config import NextItemConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
 from trainer.tasks.base import Task
-from trainer.tasks.loss import is_predicted, summed_loss
+from trainer.tasks.loss import is_predicted, loss_of_users, summed_loss
 
 
 class NextItem(Task):
@@ -29,10 +29,19 @@ class NextItem(Task):
         table_VD = model.item_vectors() if whole else None
         inputs_BT, kinds_BT = begun(batch)
         real_BT = batch.mask_BT if self.config.targets > 1 else batch.mask_BT & is_predicted(model, batch.items)
+        one_query = (
+            whole and not model.reads_sequence and self.config.targets == 1 and not self.config.loss.label_smoothing
+        )
+        asking_BT = real_BT
+        if one_query:
+            asking_BT = torch.zeros_like(real_BT)
+            asking_BT[:, 0] = True
         hidden_ND = model(
-            inputs_BT, batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD, event_types_BT=kinds_BT
+            inputs_BT, batch.lengths, batch.users, asking_BT, causal=True, table_VD=table_VD, event_types_BT=kinds_BT
         )
         targets_N = batch.items[real_BT]
+        if one_query:
+            return loss_of_users(model, hidden_ND, targets_N, real_BT.nonzero()[:, 0], table_VD)
         if self.config.targets > 1:
             asking, targets_N = self._following(batch)
             wanted_N = is_predicted(model, targets_N)

@@ -171,15 +171,16 @@ def features_of(num_rows, width=6):
     return features
 
 
-def test_ridge_has_the_penalty_that_predicts_rows_left_out_best():
+@pytest.mark.parametrize("width", [6, 50])  # less than rows, and more
+def test_ridge_has_the_penalty_that_predicts_rows_left_out_best(width):
     random = np.random.default_rng(0)
-    features, trained_V = features_of(40), np.arange(40) >= 10
-    given = features @ random.normal(size=(6, 3)) + random.normal(size=(40, 3))
+    features, trained_V = features_of(40, width), np.arange(40) >= 10
+    given = features @ random.normal(size=(width, 3)) + width**0.5 * random.normal(size=(40, 3))
 
     def fitted(rows, penalty):
         mean_x, mean_y = features[rows].mean(0), given[rows].mean(0)
         x = features[rows] - mean_x
-        weights = np.linalg.solve(x.T @ x + penalty * np.eye(6), x.T @ (given[rows] - mean_y))
+        weights = np.linalg.solve(x.T @ x + penalty * np.eye(width), x.T @ (given[rows] - mean_y))
         return mean_y + (features - mean_x) @ weights
 
     rows = np.flatnonzero(trained_V)

@@ -102,3 +102,27 @@ def test_products_are_cheap_enough_for_the_whole_catalogue():
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
         MlpConfig.model_validate({"kind": "mlp"} | settings)
+
+
+@pytest.mark.parametrize("untrained", [False, True])
+@pytest.mark.parametrize("score", ["dot", "fm"])
+def test_the_loss_of_users_is_that_of_all_their_positions(score, untrained, monkeypatch):
+    """And so are its gradients; an item that nobody has had is no class of either."""
+    found = []
+    for reads in (False, True):
+        model, batch = model_of(score, features=1), batch_of([5, 1, 7])
+        monkeypatch.setattr(type(model), "reads_sequence", reads)
+        if untrained:
+            taken = set(batch.items.unique().tolist())
+            cold = next(row for row in range(FIRST_INDEX, NUM_ITEMS) if row not in taken)
+            model.mark_untrained(torch.arange(NUM_ITEMS) == cold)
+        loss, count = TASK.loss(model, batch)
+        loss.backward()
+        found.append((loss, count, {name: one.grad for name, one in model.named_parameters()}))
+        if untrained:
+            assert not found[-1][2]["item_embedding.weight"][cold].any()
+    (loss, count, grads), (expected, number, gradients) = found
+    torch.testing.assert_close(loss, expected)
+    assert count == number == 13
+    for name, one in gradients.items():
+        torch.testing.assert_close(grads[name], one, msg=name)

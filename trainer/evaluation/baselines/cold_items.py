@@ -8,7 +8,8 @@ Factors: a truncated singular value decomposition of the training matrix (Cremon
 map from features to factors as in Gantner et al. 2010, by ridge regression (Hoerl and Kennard 1970), whose penalty is
 the one with the least leave-one-out error (Allen 1974, PRESS).
 
-Shape letters: ``B`` users, ``V`` rows of the catalogue, ``F`` width of all features side by side, ``K`` factors.
+Shape letters: ``B`` users, ``V`` rows of the catalogue, ``N`` trained ones, ``F`` width of all features side by side,
+``R`` their rank, ``K`` factors.
 """
 
 from dataclasses import dataclass
@@ -62,33 +63,41 @@ def cold_scorers(examples: EvaluationSet, config: BaselinesConfig, encoders: tup
 class Ridge:
     """Linear maps with an intercept from features to anything, fitted on the trained rows, [V, K] for all rows.
 
-    The penalty, the same for all K, is that of PENALTIES with the least squared error of leaving each row out. What is
-    decomposed is the rows' matrix of products: features are often more than rows.
+    The penalty, the same for all K, is that of PENALTIES with the least squared error of leaving each row out.
     """
 
     def __init__(self, features_VF: FloatArray, trained_V: npt.NDArray[np.bool_]) -> None:
         x_VF = _centred(features_VF, trained_V)
+        x_NF = x_VF[trained_V]
         self._trained_V = trained_V
-        self._products_VN = x_VF @ x_VF[trained_V].T
-        squares_N, self._left_NN = np.linalg.eigh(self._products_VN[trained_V])
-        self._squares_N = np.maximum(squares_N, 0)
+        if len(x_NF) < x_NF.shape[1]:  # the smaller of both matrices of products is decomposed
+            squares_R, left_NR = np.linalg.eigh(x_NF @ x_NF.T)
+            kept_R = squares_R > 1e-9 * squares_R[-1]
+            self._left_NR = left_NR[:, kept_R]
+            self._along_VR = x_VF @ (x_NF.T @ self._left_NR)
+        else:
+            squares_R, right_FR = np.linalg.eigh(x_NF.T @ x_NF)
+            kept_R = squares_R > 1e-9 * squares_R[-1]
+            singular_R = np.sqrt(squares_R[kept_R])
+            self._along_VR = x_VF @ right_FR[:, kept_R] * singular_R
+            self._left_NR = self._along_VR[trained_V] / singular_R**2
+        self._squares_R = squares_R[kept_R]
 
     def predict(self, given_VK: FloatArray) -> FloatArray:
         """`given` [V, K]: of the trained rows."""
         mean_K = given_VK[self._trained_V].mean(0)
         y_NK = given_VK[self._trained_V] - mean_K
-        left_NN, squares_N = self._left_NN, self._squares_N
-        along_NK = left_NN.T @ y_NK
+        left_NR, squares_R = self._left_NR, self._squares_R
+        along_RK = left_NR.T @ y_NK
 
         def left_out_error(penalty: float) -> float:
-            share_N = squares_N / (squares_N + penalty)
-            leverage_N = (left_NN**2) @ share_N + 1 / len(y_NK)  # the intercept's too
-            residual_NK = (y_NK - left_NN @ (share_N[:, None] * along_NK)) / (1 - leverage_N)[:, None]
+            share_R = squares_R / (squares_R + penalty)
+            leverage_N = (left_NR**2) @ share_R + 1 / len(y_NK)  # the intercept's too
+            residual_NK = (y_NK - left_NR @ (share_R[:, None] * along_RK)) / (1 - leverage_N)[:, None]
             return float((residual_NK**2).sum())
 
         penalty = min(PENALTIES, key=left_out_error)
-        weights_NK = left_NN @ (along_NK / (squares_N + penalty)[:, None])
-        predicted: FloatArray = mean_K + self._products_VN @ weights_NK
+        predicted: FloatArray = mean_K + self._along_VR @ (along_RK / (squares_R + penalty)[:, None])
         return predicted
 
 
