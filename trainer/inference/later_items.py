@@ -173,7 +173,7 @@ def later_vectors(model: SequenceModel, later: LaterItems) -> Tensor:
     replaced["knowledge_VS"] = torch.full((num, model.knowledge_VS.shape[1]), UNK, dtype=torch.int32)
     if model.untrained_V is not None:
         replaced["untrained_V"] = torch.ones(num, dtype=torch.bool)
-    for name in model.features:
+    for name in model.features_of_items:
         for place, encoder in enumerate(later.vectors):
             vectors = torch.from_numpy(later.vectors[encoder]).float()
             replaced[f"features.{name}.vectors_{place}"] = torch.cat(

@@ -134,6 +134,11 @@ class SequenceModel(nn.Module):
         return "scored" in self.features
 
     @property
+    def features_of_items(self) -> list[str]:
+        """Names of `features` that join items' vectors."""
+        return [name for name in self.features if name != "user"]
+
+    @property
     def item_width(self) -> int:
         """Width of the items' vectors that features are added to."""
         return self.config.width

@@ -17,15 +17,24 @@ from etl.settings import replaced
 from etl.tables import FEATURES, FIRST_INDEX, ITEMS, UNK
 from tests.fixtures.recommendations import config, histories_of, rows_of
 from tests.fixtures.trainings import TINY
-from trainer.config import PretrainConfig
+from trainer.config import Bert4RecConfig, PretrainConfig
 from trainer.data.catalogue import read_catalogue, rows_by_raw_id
 from trainer.data.events import Events
 from trainer.data.held_out import ReadOptions
 from trainer.data.release import pin
 from trainer.evaluation.scorers import model_scorer, read_evaluation_set
-from trainer.inference.later_items import LaterItemsError, load_later, save_later, with_later, with_release
+from trainer.inference.later_items import (
+    LaterItems,
+    LaterItemsError,
+    later_vectors,
+    load_later,
+    save_later,
+    with_later,
+    with_release,
+)
 from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request, RequestError, parse
+from trainer.models import FeatureTable, ModelSizes, build_model
 from trainer.recipes import recommend
 from trainer.recipes.pretrain import run as pretrain
 from trainer.registry import pyfunc
@@ -262,3 +271,36 @@ def test_recommend_ships_later_items_to_its_workers(spark, done):
     for user in sorted(histories)[::7]:
         (answer,) = served.answer([Request(histories[user], user=user)], k=15)
         assert [row["item"] for row in found[user]] == answer.items
+
+
+def test_features_of_users_are_no_features_of_later_items():
+    """With two encoders of items and one of users, later items have the vectors that they have without users'."""
+    random, num = np.random.default_rng(0), FIRST_INDEX + 9
+    has = torch.arange(num) >= FIRST_INDEX
+    items = tuple(FeatureTable(torch.from_numpy(random.normal(size=(num, width))), has) for width in (3, 4))
+    users = (FeatureTable(torch.from_numpy(random.normal(size=(num, 5))), has),)
+    later = LaterItems(
+        np.array([-1, -1]),
+        ["a", "b"],
+        ["", ""],
+        {"one": random.normal(size=(2, 3)).astype(np.float16), "two": random.normal(size=(2, 4)).astype(np.float16)},
+        {"one": np.ones(2, bool), "two": np.ones(2, bool)},
+    )
+    found = []
+    for user_features in ((), users):
+        joined = {"user_features": {"encoders": ["three"]}} if user_features else {}
+        config = Bert4RecConfig(
+            width=8, heads=2, blocks=1, user_width=4, knowledge={}, features={"encoders": ["one", "two"]}, **joined
+        )
+        sizes = ModelSizes(
+            num_users=num,
+            num_entities=0,
+            knowledge_VS=torch.zeros(num, 0, dtype=torch.int32),
+            features=items,
+            user_features=user_features,
+        )
+        model = build_model(config, sizes, seed=1)
+        torch.nn.init.ones_(model.features["scored"].out.weight)
+        found.append(later_vectors(model, later))
+    assert found[0].any()
+    assert torch.equal(*found)
