@@ -4,8 +4,8 @@ A topic is a direction in `tastes` dimensions. A person (director, actor) works 
 item has the topic of its director, its actors work in the same one, and its taste is that of its people and some of its
 own. The parts of a series share their people. Popularity within a domain follows Zipf's law. People work in both
 domains, so what a model learns about them in one holds in the other; with `share_tastes` off, a person has another
-topic and taste in each. What is known of items (title, year, genre, people) tells their taste, unless
-`feature_strength` is below 1: then other items have it, within a domain.
+topic and taste in each. An item's title, year, genre and people go with its taste; with `feature_strength` below 1
+some items of a domain exchange them.
 """
 
 import functools
@@ -60,9 +60,7 @@ class World:
     year_V: Ints
     word_VW: Ints
     topic_ZK: Floats  # unit vectors
-    shown_V: (
-        Ints  # the item whose title, year, genre and people each item has: its own, but for a weak feature_strength
-    )
+    shown_V: Ints  # whose title, year, genre and people each item has: its own, or by feature_strength another's
     shelves: tuple[DomainItems, DomainItems]
 
 
@@ -115,8 +113,8 @@ def world(config: GeneratorSource) -> World:
 
 
 def _shown(config: GeneratorSource, domain: Ints) -> Ints:
-    """[V] a permutation within each domain, so that features are the same ones whatever tells them from noise. All but
-    a share `feature_strength` of the items change places at random."""
+    """[V] a permutation within each domain: all but a share `feature_strength` of the items change places at random, so
+    the features stay the same ones, of other items."""
     draw, shown = generator(config.seed, _SHOWN, 0), np.arange(len(domain))
     strays = draw.random(len(domain)) >= config.feature_strength
     for number in range(len(DOMAINS)):

@@ -10,7 +10,7 @@ from etl.jobs.retraction import past
 from etl.jobs.vocabulary import described_by, with_index
 from etl.sources.metadata import knowledge, knowledge_fingerprint
 from etl.sources.schema import ENTITY_PREFIX, OTHER_END, Source
-from etl.sources.triples import judged_triples
+from etl.sources.triples import triple_rows
 from etl.tables import ENTITIES, ITEMS
 
 _PEOPLE = ("director", "actor", "writer", "producer", "composer", "author", "artist", "person")  # relations to persons
@@ -97,8 +97,8 @@ def fingerprint(source: Source, config: EtlConfig) -> str:
 
 def run(run: Run) -> Outcome:
     named = run.engine.kept("facts", lambda: facts(run))
-    if (judged := judged_triples(run.spark, run.config.knowledge, run.read(ITEMS))) is not None:
-        quarantine.set_aside_triples(run, judged)
+    if (rows := triple_rows(run.spark, run.config.knowledge, run.read(ITEMS))) is not None:
+        quarantine.set_aside_triples(run, rows)
     then = past(run, ITEMS, "entity", [_ends(named)])
     return run.commit(transform(named, then.old, first=then.first), metadata=then.metadata)
 

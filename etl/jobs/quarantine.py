@@ -137,22 +137,22 @@ def files_of_unknown_items(lake: str) -> set[str]:
     return names
 
 
-def set_aside_triples(run: Run, judged: DataFrame) -> None:
+def set_aside_triples(run: Run, rows: DataFrame) -> None:
     """Write the rejected ones of all rows of knowledge files of triples (FOUND, `source`). A graph may be about many
     more items than the log: there is no largest share. Raises GraftrecError for a file without a good row."""
     first = F.min(F.when(F.col("reason").isNotNull(), F.struct("file", "line", "reason", "found")))
-    counts = judged.groupBy("source").agg(F.count(F.lit(1)), F.count("reason"), first).collect()
-    for source, rows, rejected, one in counts:
-        if rejected == rows:
+    counts = rows.groupBy("source").agg(F.count(F.lit(1)), F.count("reason"), first).collect()
+    for source, num_rows, rejected, one in counts:
+        if rejected == num_rows:
             where = f"{one['file']} line {one['line']}: {one['reason']}{_shown(one['found'])}"
             raise GraftrecError(
-                f"knowledge.files {source}: expected triples about items of the log, found none in {rows:,}; first in "
-                f"{where}; correct id, triples or link of that file, or leave it out"
+                f"knowledge.files {source}: expected triples about items of the log, found none in {num_rows:,}; first "
+                f"in {where}; correct id, triples or link of that file, or leave it out"
             )
     scope: dict[str, Sequence[Any]] = {"kind": ["knowledge"]}
     if num_rejected := sum(row[2] for row in counts):
         run.notes.append(f"{num_rejected:,} of {sum(row[1] for row in counts):,} triples quarantined")
-        _replace(run, transform(judged, section="knowledge.files"), scope)
+        _replace(run, transform(rows, section="knowledge.files"), scope)
     else:
         _clear(run, scope)
 

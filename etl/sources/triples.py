@@ -64,12 +64,12 @@ def graph_triples(
     )
 
 
-def judged_triples(spark: SparkSession, config: KnowledgeConfig, items: DataFrame) -> DataFrame | None:
+def triple_rows(spark: SparkSession, config: KnowledgeConfig, items: DataFrame) -> DataFrame | None:
     """FOUND of the rows of all files of triples, and `source`, the file's name; None: there is no such file.
 
     Of a whole graph, or one with a link file, a head that is linked to no item is an entity, and no fault.
     """
-    judged: DataFrame | None = None
+    found: DataFrame | None = None
     for position, file in enumerate(config.files):
         if file.triples is None:
             continue
@@ -89,8 +89,8 @@ def judged_triples(spark: SparkSession, config: KnowledgeConfig, items: DataFram
             }
             rows = rows.withColumns({name: F.when(unknown, of).otherwise(F.col(name)) for name, of in why.items()})
         rows = rows.select(*FOUND, F.lit(file.name).alias("source"))
-        judged = rows if judged is None else judged.unionByName(rows)
-    return judged
+        found = rows if found is None else found.unionByName(rows)
+    return found
 
 
 def _read(spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str) -> _Graph:

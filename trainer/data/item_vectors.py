@@ -65,6 +65,10 @@ class _Rows:
         return "model.features" if self.kind == "item" else "model.user_features"
 
 
+def _of_items(catalogue: Catalogue) -> _Rows:
+    return _Rows("item", catalogue.rows, len(catalogue))
+
+
 def read_item_vectors(
     release: Release,
     catalogue: Catalogue,
@@ -81,7 +85,7 @@ def read_item_vectors(
 
     Raises DataError for an encoder of no vectors, or one that read another split than this.
     """
-    rows = _Rows("item", catalogue.rows, len(catalogue))
+    rows = _of_items(catalogue)
     return _read_all(release, rows, config, split=split, trained_V=trained_V, shuffle=shuffle, fitted=fitted or {})
 
 
@@ -156,7 +160,7 @@ def encodings_of(release: Release, encoders: Sequence[str], split: str) -> dict[
 
 def read_raw_vectors(release: Release, catalogue: Catalogue, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:
     """Vectors of items as the table has them: see _read."""
-    return _read(release, _Rows("item", catalogue.rows, len(catalogue)), encoder, split)
+    return _read(release, _of_items(catalogue), encoder, split)
 
 
 def _read(release: Release, rows: _Rows, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:

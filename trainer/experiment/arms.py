@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import MovielensSource, check_root
+from etl.config import check_root
 from etl.redaction import redact
 from etl.settings import ConfigError, GraftrecError, load, replaced
 from etl.tables import FEATURES
 from trainer.experiment import plan
 from trainer.experiment.arms_plan import ArmsConfig, experiment_of, placed_vectors
-from trainer.experiment.run import RUNS_MISSING, jobs_of, started_with
+from trainer.experiment.run import RUNS_MISSING, experiments_etl, jobs_of, started_with
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
@@ -165,8 +165,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def movielens_in(config: ArmsConfig, folder: Path) -> ArmsConfig:
     """Take MovieLens-1M from `folder`."""
-    from trainer.recipes.pipeline import movielens_etl
-
-    if config.etl is None or not isinstance(config.etl.source, MovielensSource):
-        raise GraftrecError("--data is for MovieLens-1M, found an experiment on something else; leave it out")
-    return replaced(config, etl=movielens_etl(config.etl, folder))
+    return replaced(config, etl=experiments_etl(config.etl, folder))

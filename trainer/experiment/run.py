@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import MovielensSource, check_root
+from etl.config import EtlConfig, MovielensSource, check_root
 from etl.settings import ConfigError, GraftrecError, Section, config_hash, load, replaced
 from trainer.config import (
     FinetuneConfig,
@@ -140,11 +140,16 @@ def load_experiment(name: str, preset: str | None, overrides: Sequence[str] = ()
 
 def movielens_in(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
     """Take MovieLens-1M from `folder`; without its knowledge files the runs with metadata are missing."""
+    return replaced(config, etl=experiments_etl(config.etl, folder))
+
+
+def experiments_etl(etl: EtlConfig | None, folder: Path) -> EtlConfig:
+    """An experiment's ETL, with MovieLens-1M from `folder`. Raises GraftrecError for another log."""
     from trainer.recipes.pipeline import movielens_etl
 
-    if config.etl is None or not isinstance(config.etl.source, MovielensSource):
+    if etl is None or not isinstance(etl.source, MovielensSource):
         raise GraftrecError("--data is for MovieLens-1M, found an experiment on something else; leave it out")
-    return replaced(config, etl=movielens_etl(config.etl, folder))
+    return movielens_etl(etl, folder)
 
 
 def keep(config: ExperimentConfig) -> Path:
