@@ -1,4 +1,4 @@
-"""Scores that are cosines over a temperature: by hand, the same in training, validation and serving, in every network."""
+"""Cosines over a temperature as scores: by hand, and the same in training, serving and transfer."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_cosines_have_no_biases_and_items_are_read_as_they_are(name):
     assert not cosine.bias().any()
     assert cosine.bias().shape == (NUM_ITEMS,)
     with torch.no_grad():
-        cosine.item_embedding.weight[9] *= 3
+        cosine.item_embedding.weight[batch.items[0, 0]] *= 3
     assert not torch.allclose(plain(*given, causal=True), cosine(*given, causal=True))
 
 

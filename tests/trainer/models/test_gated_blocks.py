@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from etl.tables import FIRST_INDEX
 from tests.fixtures.networks import NUM_ITEMS, batch_of, descend, model_of
@@ -75,17 +74,12 @@ def test_a_closed_gate_lets_nothing_through_and_an_open_one_everything():
     torch.testing.assert_close(model(*given, causal=True), model.output_norm(x)[batch.mask_BT])
 
 
-def test_dropout_is_before_the_gate_so_that_a_gate_still_reads_all():
-    """In training: where everything that a layer gives is dropped, nothing is added."""
-    model, batch = model_of(SMALL.model_copy(update={"dropout": 0.996}), slots=0), batch_of([12] * 8)
-    model.train()
-    torch.manual_seed(0)
-    block, x = model.blocks[0], torch.randn(8, 12, 16, dtype=torch.float64)
+def test_dropout_is_of_what_a_layer_gives_and_not_of_the_stream():
+    """Where nearly all of both layers is dropped, the rest of the stream goes on as it was."""
+    block = model_of(SMALL.model_copy(update={"dropout": 0.996}), slots=0).train().blocks[0]
+    x = torch.randn(8, 12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     out = block(x, None, None, causal=True, random=torch.Generator().manual_seed(0))
-    unchanged = (out == x).float().mean()
-    assert 0.97 < unchanged < 1
-    assert F.mse_loss(out, x) > 0
-    assert len(batch.items) == 8
+    assert 0.97 < (out == x).float().mean() < 1
 
 
 def test_sizes_are_those_of_the_paper_on_a_real_and_a_meta_device():

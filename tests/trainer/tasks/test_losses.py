@@ -158,7 +158,7 @@ def test_calibrated_gbce_finds_the_probabilities_and_bce_does_not():
     assert (found[0.0] > 1.2 * shares).all()
 
 
-# --- a pool that all positions share --------------------------------------------------------------------------------------
+# --- a pool that all positions share ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [SMALL, COSINE])
