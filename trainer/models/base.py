@@ -245,6 +245,11 @@ class SequenceModel(nn.Module):
             bias_C = self.bias(rows) if bias_V is None else bias_V[rows]
         return self.crossed(self.head(hidden_ND), table_CD, bias_C)
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether a score is the product of a query and an item's vector, and its bias."""
+        return True
+
     def matched(self, query_NQ: Tensor, vectors_NQ: Tensor) -> Tensor:
         """Scores [N], without biases, of queries and an item's vector for each."""
         return (query_NQ * vectors_NQ).sum(-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from etl.tables import FIRST_INDEX
 from trainer.config import LossConfig
 from trainer.models import SequenceModel
+from trainer.tasks.pool import Hits, softmax_over_pool, softplus_over_pool
 from trainer.tasks.softmax import summed_cross_entropy
 
 
@@ -76,9 +77,11 @@ def sampled_softmax(
     model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor, log_expected: float
 ) -> Tensor:
     """The sampled loss for given negatives [K], all drawn with the same expected count exp(log_expected)."""
-    own_N, others_NK = _scores_of(model, hidden_ND, targets_N, negatives_K)
-    others_NK = others_NK - log_expected
-    others_NK = others_NK.masked_fill(negatives_K == targets_N[:, None], -torch.inf)
+    query_ND, own_N, pool = _read(model, hidden_ND, targets_N, negatives_K)
+    hit_NK = Hits(targets_N, negatives_K)
+    if model.multiplies:
+        return softmax_over_pool(query_ND, wide(own_N), pool, hit_NK, log_expected)
+    others_NK = (model.crossed(query_ND, *pool) - log_expected).masked_fill(hit_NK[:], -torch.inf)
     total_N = torch.logsumexp(wide(torch.cat([own_N[:, None], others_NK], dim=1)), dim=1)
     loss: Tensor = (total_N - own_N).sum()
     return loss
@@ -87,10 +90,9 @@ def sampled_softmax(
 def binary_loss(model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor) -> Tensor:
     """Sum over N positions of -log s(target), less the mean of log(1 - s(negative)) over the negatives that aren't the
     target; s is the logistic function (Tang and Wang 2018, equation 8, there with the sum over 3 negatives)."""
-    own_N, others_NK = (wide(scores) for scores in _scores_of(model, hidden_ND, targets_N, negatives_K))
-    other_NK = negatives_K != targets_N[:, None]
-    refused_N = (F.softplus(others_NK) * other_NK).sum(1) / other_NK.sum(1).clamp(min=1)
-    return (F.softplus(-own_N) + refused_N).sum()
+    hit_NK = Hits(targets_N, negatives_K)
+    weight_N = 1 / hit_NK.others().clamp(min=1)
+    return _binary(model, hidden_ND, targets_N, negatives_K, power=1.0, weight_N=weight_N)
 
 
 def positive_power(num_negatives: int, num_items: int, calibration: float) -> float:
@@ -109,19 +111,40 @@ def generalised_binary_loss(
     log s^power is power * log s. The paper turns it into a logit, log(1 / (s^-power - 1)), for which it needs float64:
     where s is near 1 the difference is lost in float32. Here it is never formed.
     """
-    own_N, others_NK = (wide(scores) for scores in _scores_of(model, hidden_ND, targets_N, negatives_K))
-    refused_N = (F.softplus(others_NK) * (negatives_K != targets_N[:, None])).sum(1)
-    return (power * F.softplus(-own_N) + refused_N).sum() / (len(negatives_K) + 1)
+    weight_N = torch.ones(len(targets_N), device=targets_N.device)
+    total = _binary(model, hidden_ND, targets_N, negatives_K, power=power, weight_N=weight_N)
+    return total / (len(negatives_K) + 1)
 
 
-def _scores_of(
+def _binary(
+    model: SequenceModel,
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    negatives_K: Tensor,
+    *,
+    power: float,
+    weight_N: Tensor,
+) -> Tensor:
+    """Sum over N positions of -power log s(target), less weight times the sum of log(1 - s(negative))."""
+    query_ND, own_N, pool = _read(model, hidden_ND, targets_N, negatives_K)
+    hit_NK = Hits(targets_N, negatives_K)
+    if model.multiplies:
+        refused = softplus_over_pool(query_ND, pool, hit_NK, weight_N)
+    else:
+        refused_NK = F.softplus(wide(model.crossed(query_ND, *pool))).masked_fill(hit_NK[:], 0)
+        refused = (refused_NK.sum(1) * weight_N).sum()
+    return power * F.softplus(-wide(own_N)).sum() + refused
+
+
+def _read(
     model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Scores [N] of each position's target, [N, K] of every negative; each row of the table is read once."""
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Queries [N, Q], scores [N] of their targets, vectors [K, Q] and biases [K] of the negatives; each row is read
+    once."""
     query_ND, rows, N = model.head(hidden_ND), torch.cat([targets_N, negatives_K]), len(targets_N)
     vectors, bias = model.as_scored(model.item_vectors(rows)), model.bias(rows)
     own_N = model.matched(query_ND, vectors[:N]) + bias[:N]
-    return own_N, model.crossed(query_ND, vectors[N:], bias[N:])
+    return query_ND, own_N, (vectors[N:], bias[N:])
 
 
 def wide(scores: Tensor) -> Tensor:

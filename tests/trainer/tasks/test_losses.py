@@ -11,7 +11,8 @@ from etl.section import config_hash
 from etl.tables import FIRST_INDEX
 from tests.fixtures.networks import NUM_ITEMS, batch_of, model_of
 from trainer.config import Bert4RecConfig, LossConfig, NextItemConfig
-from trainer.tasks import NextItem
+from trainer.parallel.cores import use_threads
+from trainer.tasks import NextItem, softmax
 from trainer.tasks.loss import (
     binary_loss,
     generalised_binary_loss,
@@ -33,6 +34,8 @@ class Given:
 
     def __init__(self, scores):
         self.table = torch.cat([torch.zeros(FIRST_INDEX, dtype=scores.dtype), scores])[:, None]
+
+    multiplies = True
 
     def head(self, hidden_ND):
         return hidden_ND
@@ -190,6 +193,42 @@ def test_a_large_pool_gives_the_loss_of_the_whole_catalogue():
     sampled = summed_loss(model, hidden, targets, pool, draw=(0, 0, 0), table_VD=None)
     assert sampled.item() == pytest.approx(full.item(), rel=0.02)
     assert sampled.item() != full.item()
+
+
+@pytest.mark.parametrize("kind", ["sampled", "bce", "gbce"])
+def test_slopes_are_right_and_the_same_bits_whatever_the_blocks_and_threads(kind, monkeypatch):
+    """Of queries, items, biases and scores of targets, by differences; and of blocks of 2 positions, on 1 to 3 threads,
+    the same bits."""
+    model, generator = model_of(SMALL, slots=0), torch.Generator().manual_seed(3)
+    hidden = torch.randn(9, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets, negatives = rows_of(0, 1, 1, 7, 7, 2, 3, 4, 5), rows_of(1, 1, 7, 8, 20)
+    losses = {
+        "sampled": lambda: sampled_softmax(model, hidden, targets, negatives, 0.1),
+        "bce": lambda: binary_loss(model, hidden, targets, negatives),
+        "gbce": lambda: generalised_binary_loss(model, hidden, targets, negatives, 0.5),
+    }
+    trained = [hidden, model.item_embedding.weight, model.output_bias, *model.head.parameters()]
+    expected = losses[kind]()
+    slopes = torch.autograd.grad(expected * 0.3, trained)
+    for tensor, slope in zip(trained[:3], slopes, strict=False):
+        direction = torch.randn(tensor.shape, dtype=torch.float64, generator=generator)
+        found = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                tensor += step * direction
+                found.append(losses[kind]().item())
+                tensor -= step * direction
+        by_difference = 0.3 * (found[0] - found[1]) / 2e-5
+        assert (slope * direction).sum().item() == pytest.approx(by_difference, rel=1e-6, abs=1e-8)
+    monkeypatch.setattr(softmax, "BLOCK_ROWS", 2)
+    monkeypatch.setattr(softmax, "BLOCK_SCORES", 0)
+    bits = []
+    for threads in (3, 2, 1, 1):
+        use_threads(threads)
+        loss = losses[kind]()
+        bits.append([loss, *torch.autograd.grad(loss * 0.3, trained)])
+    torch.testing.assert_close(bits[0], [expected, *slopes])
+    assert all(torch.equal(*pair) for again in bits[1:] for pair in zip(bits[0], again, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["sampled", "bce", "gbce"])
