@@ -6,7 +6,7 @@ is summed in the order of blocks, the same bits whatever the threads.
 Shape letters: ``N`` positions, ``D`` width, ``K`` negatives.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,9 @@ def softmax_over_pool(
 ) -> Tensor:
     """Sum over positions of log(exp(own) + sum of exp(score - log_expected)) - own, over the negatives that are no
     hits. `pool`: their vectors [K, D] and biases [K]."""
+    own_N = own_N + log_expected  # the same difference as from all others, and cheaper
     loss: Tensor = _OverPool.apply(  # type: ignore[no-untyped-call]
-        query_ND, *pool, own_N, None, hit_NK, ("softmax", log_expected)
+        query_ND, *pool, own_N, None, hit_NK
     )
     return loss
 
@@ -30,7 +31,7 @@ def softplus_over_pool(query_ND: Tensor, pool: tuple[Tensor, Tensor], hit_NK: "H
     """Sum over positions of weight times the sum of -log(1 - s(negative)) over the negatives that are no hits; s is the
     logistic function."""
     loss: Tensor = _OverPool.apply(  # type: ignore[no-untyped-call]
-        query_ND, *pool, None, weight_N, hit_NK, ("softplus", 0.0)
+        query_ND, *pool, None, weight_N, hit_NK
     )
     return loss
 
@@ -53,7 +54,8 @@ class Hits:
 
 
 class _OverPool(torch.autograd.Function):
-    """The gradients are taken along with the loss, and only scaled afterwards."""
+    """A softmax where targets' own scores are given, else softplus with a weight for each position. The gradients are
+    taken along with the loss, and only scaled afterwards."""
 
     @staticmethod
     def forward(
@@ -64,7 +66,6 @@ class _OverPool(torch.autograd.Function):
         own_N: Tensor | None,
         weight_N: Tensor | None,
         hit_NK: Hits,
-        kind: tuple[Literal["softmax", "softplus"], float],
     ) -> Tensor:
         device, trained = query_ND.device.type, any(ctx.needs_input_grad)
         dtype, wide = dtypes_of(table_KD)
@@ -79,7 +80,7 @@ class _OverPool(torch.autograd.Function):
                 query = query_ND[here].to(dtype)
                 scores = torch.addmm(bias, query, table.T).to(wide).masked_fill_(hit_NK[here], -torch.inf)
                 if own_N is not None:
-                    loss, excess, more = _softmax(scores.sub_(kind[1]), own_N[here].to(wide))
+                    loss, excess, more = _softmax(scores, own_N[here].to(wide))
                 else:
                     assert weight_N is not None
                     loss, excess, more = _softplus(scores, weight_N[here].to(wide))
@@ -96,7 +97,7 @@ class _OverPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         slopes = [slope * gradients[0] for slope in ctx.saved_tensors]
-        return *slopes, *[None] * (7 - len(slopes))
+        return *slopes, *[None] * (6 - len(slopes))
 
 
 def _softmax(scores_NK: Tensor, own_N: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
