@@ -3,7 +3,8 @@
 For each split: an attention over friends is trained on the users whose history is in the training part, and ranks what
 the held-out users have, beside popularity and plain counts of what friends have; and, as a control, the same with
 friends swapped at random. Writes to <output>/<name>: report.md, users.parquet (metrics of each user), influence.parquet
-(split, user, friend, share: each friend's share of influence, 1 together for a user).
+(split, user, friend, share: each friend's share of influence, 1 together for a user), and model, which answers users
+without a history in `recommend` and served (see `trainer/social/friends_folder.py`).
 """
 
 import time
@@ -36,6 +37,7 @@ from trainer.inference.scorer import Scores
 from trainer.parallel.distributed import join
 from trainer.recipes.run_folder import alone
 from trainer.social.attention import TrainedFriends, train_friends
+from trainer.social.friends_folder import FriendsModel, save_friends
 from trainer.social.ranking import Metrics, examples, ranked
 
 ATTENTION, CONTROL = "attention over friends", "attention over friends, swapped at random"
@@ -47,7 +49,7 @@ _KEYS = {  # in names of metrics
     COUNTED_CONTROL: "counted_swapped",
     CONTROL: "attention_swapped",
 }
-REPORT, USERS, INFLUENCE = "report.md", "users.parquet", "influence.parquet"
+REPORT, USERS, INFLUENCE, MODEL = "report.md", "users.parquet", "influence.parquet", "model"
 _READ = (tables.SOCIAL, tables.ITEMS, tables.USERS, tables.DOMAINS, tables.SEQUENCES)
 _SHOWN = ("NDCG@10", "Recall@10", "MRR")
 
@@ -69,6 +71,7 @@ class _Fold:
     users: list[str]  # raw ids
     found: dict[str, Metrics]
     influence: pa.Table
+    model: FriendsModel
 
 
 def run(config: FriendsConfig) -> Result:
@@ -92,12 +95,15 @@ def run(config: FriendsConfig) -> Result:
         catalogue = read_catalogue(release, config.domain)
         folds = [_fold(config, release, catalogue, network, split) for split in config.splits]
         result, text = _summary(config, folder, release, folds)
+        kept = {fold.split: fold.model for fold in folds}.get(config.keep or config.splits[0])
+        digest = save_friends(folder / MODEL, kept or _learned(config, release, catalogue, network, str(config.keep)))
         pq.write_table(pa.concat_tables([_table_of(fold) for fold in folds]), folder / USERS)
         pq.write_table(pa.concat_tables([fold.influence for fold in folds]), folder / INFLUENCE)
         (folder / REPORT).write_text(text, encoding="utf-8")
         for name in (REPORT, USERS, INFLUENCE):
             tracked.log_artifact(folder / name)
         tracked.log_metrics(result.metrics)
+        tracked.set_tags({tracking.MODEL_HASH: digest})
         tracked.describe(text)
         print(text, end="")
     return result
@@ -128,7 +134,30 @@ def _fold(config: FriendsConfig, release: Release, catalogue: Catalogue, network
     shown = ", ".join(f"{label} {means(metrics)['NDCG@10']:.4f}" for label, metrics in found.items())
     print(f"{split}: {len(held_out):,} users, NDCG@10 {shown}; {time.monotonic() - begun:.0f} s", flush=True)
     influence = _influence(release, split, trained[""], everyone, held_out.users)
-    return _Fold(split, raw_users(release, held_out.users), found, influence)
+    model = _model(config, release, catalogue, split, everyone, trained[""])
+    return _Fold(split, raw_users(release, held_out.users), found, influence, model)
+
+
+def _learned(
+    config: FriendsConfig, release: Release, catalogue: Catalogue, network: Network, split: str
+) -> FriendsModel:
+    """A model that learns from the training part of a split in which it isn't measured."""
+    users, taken = read_training(release, split, config.domain, catalogue)
+    everyone = np.union1d(users, network.users)
+    trained = train_friends(network.of(everyone).edges, widened(taken, users, everyone), config.model)
+    return _model(config, release, catalogue, split, everyone, trained)
+
+
+def _model(
+    config: FriendsConfig,
+    release: Release,
+    catalogue: Catalogue,
+    split: str,
+    everyone: IntArray,
+    trained: TrainedFriends,
+) -> FriendsModel:
+    raw = pa.array(raw_users(release, everyone), pa.string())
+    return FriendsModel(config, split, release, catalogue, everyone, raw, trained)
 
 
 def _without_history(held_out: HeldOut, split: str) -> HeldOut:

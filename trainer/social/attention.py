@@ -89,10 +89,16 @@ class TrainedFriends:
     evidence: Evidence
     losses: list[float]  # of each epoch
 
-    @torch.no_grad()
     def scores(self, users_B: IntArray) -> FloatArray:
         """[B, V] for places of the network. What is no candidate is ranked by plain counts, below all candidates."""
-        circle, found = self.evidence.of(users_B)
+        return self._scores(*self.evidence.of(users_B))
+
+    def scores_of_friends(self, friends_F: IntArray, *, mutual: bool) -> FloatArray:
+        """[1, V], as `scores`, for somebody outside the network with these friends (see `Evidence.of_friends`)."""
+        return self._scores(*self.evidence.of_friends(friends_F, mutual=mutual))
+
+    @torch.no_grad()
+    def _scores(self, circle: Circle, found: FloatArray) -> FloatArray:
         scores_BC = self.model(circle)
         lowest = scores_BC.min(1, keepdim=True).values
         np.put_along_axis(found, circle.candidates_BC, (scores_BC - lowest).numpy(), 1)
