@@ -22,6 +22,7 @@ from trainer.config.model import (
     MlpConfig,
     ModelConfig,
     PeterRecConfig,
+    UserFeaturesConfig,
 )
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.social import (
@@ -115,6 +116,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "TransferName",
+    "UserFeaturesConfig",
     "WeightsHeadConfig",
     "event_types_read",
     "patch_of",

@@ -73,12 +73,29 @@ class ItemFeaturesConfig(JoinedFeaturesConfig):
         return bool(self.encoders) or self.document is not None
 
 
+class UserFeaturesConfig(JoinedFeaturesConfig):
+    """Of users."""
+
+    # Whether a user without an item is scored by features alone, at evaluation, in `recommend` and served; else, and
+    # where the user has none, by popularity.
+    alone: bool = False
+
+    @model_validator(mode="after")
+    def _training_shows_features_alone(self) -> Self:
+        if self.alone and not self.id_dropout:
+            raise ValueError(
+                "alone: expected an id_dropout above 0, found 0, so that training shows no user by features alone; set "
+                "it, e.g. 0.5"
+            )
+        return self
+
+
 class NetworkConfig(Section):
     """What every network has."""
 
     user_width: int  # 0: no user embedding
     features: ItemFeaturesConfig = ItemFeaturesConfig()
-    user_features: JoinedFeaturesConfig = JoinedFeaturesConfig()  # beside the user's embedding
+    user_features: UserFeaturesConfig = UserFeaturesConfig()  # beside the user's embedding
 
     @model_validator(mode="after")
     def _features_join_users(self) -> Self:

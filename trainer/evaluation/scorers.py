@@ -45,7 +45,7 @@ from trainer.evaluation.baselines.names import (
 from trainer.evaluation.baselines.sequences import item_to_item, popularity, transitions
 from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import TrainedModel
-from trainer.inference.scorer import Scores, has_items
+from trainer.inference.scorer import Scores, answered
 
 IntArray = npt.NDArray[np.int64]
 
@@ -216,8 +216,9 @@ def model_scorer(
     """A model, scored on the evaluated domain's items whatever it was trained on.
 
     A model of the evaluated domain reads that domain's items; a model of the domain `all` also reads what the user did
-    elsewhere before the first held-out item. A user of whom the model reads nothing gets the popular items, as when
-    served: by interactions in the training parts of the evaluated split.
+    elsewhere before the first held-out item. A user of whom the model reads nothing, features of users included
+    where it answers by them alone, gets the popular items, as when served: by interactions in the training parts of the
+    evaluated split.
 
     Raises EvaluateError: it was trained on what is held out here, or (`must_know`) knows none of the items; without
     `must_know` such a model finds nothing.
@@ -264,7 +265,7 @@ def model_scorer(
         if not needs.separators:  # the same items, without what stands between baskets
             is_read &= own.items != SEP
         read = own.keep(is_read)
-        scores, nothing_B = scorer.scores(read, candidates), torch.from_numpy(~has_items(read))
+        scores, nothing_B = scorer.scores(read, candidates), torch.from_numpy(~answered(trained_model.model, read))
         popular_C = None
         if nothing_B.any():
             popular_C = torch.from_numpy(examples.training_interactions[known].astype(np.float32))

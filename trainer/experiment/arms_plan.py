@@ -20,6 +20,7 @@ from trainer.config import (
     ModelConfig,
     PretrainConfig,
     TrackingConfig,
+    UserFeaturesConfig,
 )
 from trainer.evaluation.three_arms import LEVEL
 from trainer.experiment.plan import ExperimentConfig
@@ -71,7 +72,7 @@ class ArmsConfig(Section):
     # What is compared, by name: `model.features` of the arm `real`, whose twin exchanges them among items; and
     # `model.user_features`, exchanged among users.
     features: dict[FileName, ItemFeaturesConfig] = Field(default_factory=dict)
-    user_features: dict[FileName, JoinedFeaturesConfig] = Field(default_factory=dict)
+    user_features: dict[FileName, UserFeaturesConfig] = Field(default_factory=dict)
     # (features, those that they are compared with), arms `real` of both.
     pairs: tuple[tuple[str, str], ...] = ()
     preset: PretrainConfig  # of all trainings, without features

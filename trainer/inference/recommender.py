@@ -11,7 +11,8 @@ was, for a model that reads kinds (others pass it over). A model of next baskets
     items     raw ids, best first; what is in the history is left out (not so of baskets, where things are had again)
     scores    the scorer's own: what evaluation ranked by; of a model that tells clicks, log-odds of one; of `popular`
               answers, training interactions
-    basis     model | friends (what friends have) | popular (the history is empty, or holds no known item)
+    basis     model | friends (what friends have) | popular (the history is empty, or holds no known item, and the model
+              does not answer by the features of `user`: `model.user_features.alone`)
     unknown   ids of the history that the model does not know, and has no features of, which were ignored
     version   registered version, e.g. graftrec/3
 
@@ -48,7 +49,7 @@ from trainer.arrays import Int8Array, IntArray
 from trainer.data.events import Events
 from trainer.inference.later_items import LaterItemsError, with_vectors
 from trainer.inference.model_folder import TrainedModel
-from trainer.inference.scorer import Scores, has_items, top_k
+from trainer.inference.scorer import Scores, answered, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
 BATCH_SIZE = 256  # histories scored at once
@@ -99,7 +100,7 @@ class TopK:
     """The best rows for histories: the model's, and for an empty history the popular ones."""
 
     def __init__(self, trained_model: TrainedModel) -> None:
-        self._scorer = trained_model.scorer(clicks=True)
+        self._scorer, self._model = trained_model.scorer(clicks=True), trained_model.model
         self._repeats = trained_model.config.ranks_repeats
         popularity = torch.from_numpy(trained_model.popularity.astype(np.float32))
         if (predicted_V := trained_model.predicted_V) is not None:
@@ -112,7 +113,7 @@ class TopK:
         `trainer.inference.scorer.top_k`."""
         rows, scores = self._popular(k)
         rows_BK, scores_BK = rows.repeat(len(histories), axis=0), scores.repeat(len(histories), 1)
-        examples = np.flatnonzero(has_items(histories))
+        examples = np.flatnonzero(answered(self._model, histories))
         if len(examples):
             own = histories.take(examples)
             left_out = own.until(np.zeros(len(own), np.int64)) if self._repeats else own
@@ -244,10 +245,10 @@ class Recommender:
             self._event_types(requests),
         )
         histories = whole.keep(given != UNK)
-        has_history = has_items(histories)
+        is_answered = answered(self.trained_model.model, histories)
         best_rows, best = self._shortlist.best(histories, k)
         return [
-            self._one(items, history, best_rows[place], best[place], MODEL if has_history[place] else POPULAR)
+            self._one(items, history, best_rows[place], best[place], MODEL if is_answered[place] else POPULAR)
             for place, (items, history) in enumerate(zip(read, rows, strict=True))
         ]
 

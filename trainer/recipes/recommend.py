@@ -69,7 +69,9 @@ def run(config: RecommendConfig) -> Result:
         num_users = SequenceDataset(release, split, DOMAIN_ALL).num_rows
     kinds = any(one.event_types for one in of_sequences)
     reads_all = models.companion is not None or reads == DOMAIN_ALL
-    source = HistorySource(release, split, reads, reads_all, table, kinds, num_users, models.friends is not None)
+    source = HistorySource(
+        release, split, reads, reads_all, table, kinds, num_users, models.friends is not None, _encoders(trained_model)
+    )
     with spark_io.writing(release.lake, tables.RECOMMENDATIONS, wait_seconds=config.wait_seconds):
         return _renew(config, models, source, domain)
 
@@ -141,6 +143,12 @@ def _of_release(models: Models, release: Release) -> Models:
         None if companion is None else (later(companion[0]), companion[1]),
         None if friends is None else (renewed(friends[0], release), friends[1]),
     )
+
+
+def _encoders(trained_model: TrainedModel) -> tuple[str, ...]:
+    """Whose vectors of users answer for those without an item."""
+    given = trained_model.config.model.user_features
+    return given.encoders if given.alone else ()
 
 
 def _friends(config: RecommendConfig, own: TrainedModel, version: Version | None) -> tuple[FriendsModel, str] | None:
@@ -232,8 +240,9 @@ def _users_by_model(lake: str, domain: str) -> dict[str, int]:
 def _identity(config: RecommendConfig, models: Models, source: HistorySource, domain: str) -> str:
     """A hash of everything that the rows depend on."""
     release = source.release
-    social = (tables.SOCIAL,) if source.friends else ()
-    read = dict.fromkeys(table.name for table in (source.table, tables.SEQUENCES, tables.USERS, *social))
+    read = dict.fromkeys(table.name for table in (source.table, tables.SEQUENCES, tables.USERS))
+    read |= {tables.SOCIAL.name: None} if source.friends else {}
+    read |= {tables.FEATURES.name: None} if source.encoders else {}
     versions = [release.versions.get(name) for name in read]
     examples = [(one.hash, label) for one, label in models.all]
     parts = [examples, release.number, versions, source.split, domain, config.k, code_hash("trainer.recipes.recommend")]
@@ -279,5 +288,5 @@ def _write(
         )
     seconds = time.monotonic() - start
     by_model = _users_by_model(release.lake, domain)
-    num_users = sum(by_model.values()) if source.friends else source.num_users
+    num_users = sum(by_model.values()) if source.friends or source.encoders else source.num_users
     return Result(num_users, written.rows, written.version, written.committed, seconds, by_model)

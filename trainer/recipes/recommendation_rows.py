@@ -43,7 +43,7 @@ from trainer.data.sequences import event_type_codes
 from trainer.inference.later_items import LaterItems, load_later, save_later, with_later
 from trainer.inference.model_folder import USER_IDS, TrainedModel, load_model
 from trainer.inference.recommender import TopK
-from trainer.inference.scorer import has_items
+from trainer.inference.scorer import answered
 from trainer.parallel.cores import use_threads
 from trainer.social.friends_folder import FriendsModel, is_friends, load_friends, save_friends
 from trainer.social.friends_recommender import FriendsRecommender
@@ -80,6 +80,7 @@ class HistorySource:
     event_types: bool
     num_users: int  # with any event, in whichever domain
     friends: bool = False  # users who have friends and no event are read, too
+    encoders: tuple[str, ...] = ()  # and those whom one of these encoders has a vector of
 
 
 def score_users(
@@ -117,25 +118,31 @@ def _histories(spark: SparkSession, source: HistorySource, parallel: int) -> Dat
         own = everyone.join(own.drop("bucket"), "user", "left")
     vocabulary = spark_io.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
     users = vocabulary.select("index", F.col("user").alias("raw"))
-    if source.friends:
-        own = _with_friends(spark, source, own)
+    if source.friends or source.encoders:
+        own = _with_others(spark, source, own)
     joined = own.select(F.col("user").alias("index"), "bucket", "items", *more).join(users, "index")
     tasks = max(parallel, -(-source.num_users // USERS_PER_TASK))
     return joined.repartition(tasks, "index").select("raw", "index", "bucket", "items", *more)
 
 
-def _with_friends(spark: SparkSession, source: HistorySource, own: DataFrame) -> DataFrame:
-    """And a row, without a history, of each user of the social network who has none."""
+def _with_others(spark: SparkSession, source: HistorySource, own: DataFrame) -> DataFrame:
+    """And a row, without a history, of each user who has none, but friends, or features that users are answered by."""
     release = source.release
 
-    def read(table: Table) -> DataFrame:
-        return spark_io.read(spark, release.lake, table, version=release.versions[table.name])
+    def read(table: Table, partitions: dict[str, list[str]] | None = None) -> DataFrame:
+        return spark_io.read(spark, release.lake, table, version=release.versions[table.name], partitions=partitions)
 
-    social = read(tables.SOCIAL)
-    network = social.select(F.col("user_index").alias("index")).union(social.select("friend_index")).distinct()
+    found = []
+    if source.friends:
+        social = read(tables.SOCIAL)
+        found = [social.select(F.col(name).alias("user")) for name in ("user_index", "friend_index")]
+    if source.encoders:
+        vectors = read(tables.FEATURES, {"kind": ["user"], "encoder": list(source.encoders)})
+        found.append(vectors.select(F.col("index").alias("user")))
+    others = functools.reduce(DataFrame.union, found).distinct()
     bucket = spark_io.bucket_of(num_buckets(release)).alias("bucket")
     named = read(tables.USERS).select(F.col("index").alias("user"), bucket)
-    lacking = named.join(network.select(F.col("index").alias("user")), "user").join(own, "user", "left_anti")
+    lacking = named.join(others, "user").join(own, "user", "left_anti")
     return own.unionByName(lacking, allowMissingColumns=True)
 
 
@@ -162,7 +169,7 @@ class _Model:
         self.catalogue = trained_model.catalogue
         self.raw_ids = pa.array(trained_model.catalogue.raw_ids, pa.string())
         self.shortlist = TopK(trained_model)
-        self.event_types = trained_model.event_types
+        self.event_types, self.model = trained_model.event_types, trained_model.model
 
 
 class _Friends:
@@ -227,7 +234,7 @@ def _knows(batch: pa.RecordBatch, model: _Model | _Friends) -> npt.NDArray[np.bo
     if isinstance(model, _Friends):
         known: npt.NDArray[np.bool_] = model.recommender.places(batch.column("raw")) >= 0
         return known
-    return has_items(_as_histories(batch, model))
+    return answered(model.model, _as_histories(batch, model))
 
 
 def _best(

@@ -20,11 +20,11 @@ from trainer.config import (
     CaserConfig,
     DupnConfig,
     FinetuneConfig,
-    JoinedFeaturesConfig,
     MlpConfig,
     NextItemConfig,
     PeterRecConfig,
     PretrainConfig,
+    UserFeaturesConfig,
 )
 from trainer.data.events import Events
 from trainer.data.release import pin
@@ -57,7 +57,7 @@ def model_of(kind, aggregate=None, **settings):
         has[:FIRST_INDEX] = False
         vectors = random.normal(size=(NUM_USERS, 7)).astype(np.float16) * has[:, None]
         tables = (FeatureTable(torch.from_numpy(vectors), torch.from_numpy(has)),)
-        joined = JoinedFeaturesConfig(encoders=("social",), width=5, aggregate=aggregate, **settings)
+        joined = UserFeaturesConfig(encoders=("social",), width=5, aggregate=aggregate, **settings)
         config = type(config).model_validate(config.model_dump() | {"user_features": joined})
     knowledge = torch.zeros(NUM_ITEMS, 0, dtype=torch.int32)
     sizes = ModelSizes(num_users=NUM_USERS, num_entities=0, knowledge_VS=knowledge, user_features=tables)
