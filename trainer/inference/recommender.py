@@ -315,7 +315,7 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
             f"record {place}: `friends` is a list of raw user ids (strings), found {str(friends)[:100]!r}"
         )
     user = None if user is None else _ids([user], place, "user")[0]
-    friends = _ids(friends or [], place, "friends")
+    friends = tuple(_ids(friends or [], place, "friends"))
     return Request(_ids(items, place, "items"), user, kinds, baskets, _vectors(features, place), friends)
 
 

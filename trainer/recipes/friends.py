@@ -20,13 +20,13 @@ import torch
 from etl import tables, text_table
 from etl.redaction import redact
 from etl.settings import ConfigError, replaced
-from trainer import tracking
 from trainer.arrays import IntArray
 from trainer.config.social import FriendsConfig
 from trainer.data.catalogue import Catalogue, read_catalogue
 from trainer.data.events import Events
 from trainer.data.held_out import HeldOut
 from trainer.data.release import Release, pin
+from trainer.data.sequences import SequenceDataset
 from trainer.data.social import Network, read_network, read_training, rewired, widened
 from trainer.evaluation.baselines.friends import counted_friends
 from trainer.evaluation.baselines.names import FRIENDS, POPULARITY
@@ -35,10 +35,13 @@ from trainer.evaluation.scorers import raw_users
 from trainer.evaluation.significance import Comparison, holm, p_text, paired_t
 from trainer.inference.scorer import Scores
 from trainer.parallel.distributed import join
+from trainer.recipes.recorded_once import note_done, recorded_once
 from trainer.recipes.run_folder import alone
+from trainer.recipes.run_result import identity_of, reused
 from trainer.social.attention import TrainedFriends, train_friends
 from trainer.social.friends_folder import FriendsModel, save_friends
 from trainer.social.ranking import Metrics, examples, ranked
+from trainer.tracking import Run
 
 ATTENTION, CONTROL = "attention over friends", "attention over friends, swapped at random"
 COUNTED_CONTROL = "friends' items, friends swapped at random"
@@ -74,45 +77,60 @@ class _Fold:
     model: FriendsModel
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What all folds read."""
+
+    release: Release
+    catalogue: Catalogue
+    network: Network
+
+
 def run(config: FriendsConfig) -> Result:
     """Raises GraftrecError."""
     world = join(replaced(config.runtime, device="cpu", precision="fp32"))
     if world.size > 1:
         raise ConfigError(f"friends: expected one process, found {world.size}; start it without torchrun")
-    with (
-        alone(Path(config.output) / config.name, world) as folder,
-        tracking.start_run(
-            config.tracking,
-            name=config.name,
-            resolved=config,
-            tags={"graftrec.recipe": "friends"},
-            must_record=True,
-        ) as tracked,
-    ):
+    with alone(Path(config.output) / config.name, world) as folder:
         release = pin(config.lake, config.release)
-        tracked.log_release(release, tables=[table.name for table in _READ])
-        network = read_network(release, directed=config.directed)
-        catalogue = read_catalogue(release, config.domain)
-        folds = [_fold(config, release, catalogue, network, split) for split in config.splits]
-        result, text = _summary(config, folder, release, folds)
-        kept = {fold.split: fold.model for fold in folds}.get(config.keep or config.splits[0])
-        digest = save_friends(folder / MODEL, kept or _learned(config, release, catalogue, network, str(config.keep)))
-        pq.write_table(pa.concat_tables([_table_of(fold) for fold in folds]), folder / USERS)
-        pq.write_table(pa.concat_tables([fold.influence for fold in folds]), folder / INFLUENCE)
-        (folder / REPORT).write_text(text, encoding="utf-8")
-        for name in (REPORT, USERS, INFLUENCE):
-            tracked.log_artifact(folder / name)
-        tracked.log_metrics(result.metrics)
-        tracked.set_tags({tracking.MODEL_HASH: digest})
-        tracked.describe(text)
-        print(text, end="")
+        of_run = identity_of(config, release, "trainer.recipes.friends", _READ, "")
+        identity = ":".join(of_run.values())
+        if (finished := reused(config, folder, identity, world)) is not None:
+            print(f"{config.name}: unchanged, the model in {folder / MODEL} stands")
+            return Result(folder, finished.metrics, _gain(pq.read_table(folder / USERS)))
+        given = _Given(release, read_catalogue(release, config.domain), read_network(release, directed=config.directed))
+        if config.keep is not None:
+            SequenceDataset(release, config.keep, config.domain)  # refuses a split that is not there
+        held_out = {split: _held_out(config, given, split) for split in config.splits}
+        with recorded_once(config, folder, identity, world, release=release, read=_READ) as tracked:
+            tracked.set_tags({"graftrec.recipe": "friends"})
+            folds = [_fold(config, given, split, held) for split, held in held_out.items()]
+            result = _finish(config, folder, given, folds, identity, tracked)
     return result
 
 
-def _fold(config: FriendsConfig, release: Release, catalogue: Catalogue, network: Network, split: str) -> _Fold:
+def _finish(
+    config: FriendsConfig, folder: Path, read: _Given, folds: list[_Fold], identity: str, tracked: Run
+) -> Result:
+    result, text = _summary(config, folder, read.release, folds)
+    kept = {fold.split: fold.model for fold in folds}.get(config.keep or config.splits[0])
+    digest = save_friends(folder / MODEL, kept or _learned(config, read, str(config.keep)))
+    pq.write_table(pa.concat_tables([_table_of(fold) for fold in folds]), folder / USERS)
+    pq.write_table(pa.concat_tables([fold.influence for fold in folds]), folder / INFLUENCE)
+    (folder / REPORT).write_text(text, encoding="utf-8")
+    for name in (REPORT, USERS, INFLUENCE):
+        tracked.log_artifact(folder / name)
+    tracked.log_metrics(result.metrics)
+    tracked.describe(text)
+    note_done(folder, identity, digest, result.metrics, tracked)
+    print(text, end="")
+    return result
+
+
+def _fold(config: FriendsConfig, read: _Given, split: str, held_out: HeldOut) -> _Fold:
     begun = time.monotonic()
+    release, catalogue, network = read.release, read.catalogue, read.network
     users, taken = read_training(release, split, config.domain, catalogue)
-    held_out = _without_history(examples(release, split, config.domain, catalogue, "test"), split)
     everyone = np.union1d(np.union1d(users, network.users), held_out.users)
     of_all = widened(taken, users, everyone)
     networks = {"": network.of(everyone)}
@@ -134,34 +152,28 @@ def _fold(config: FriendsConfig, release: Release, catalogue: Catalogue, network
     shown = ", ".join(f"{label} {means(metrics)['NDCG@10']:.4f}" for label, metrics in found.items())
     print(f"{split}: {len(held_out):,} users, NDCG@10 {shown}; {time.monotonic() - begun:.0f} s", flush=True)
     influence = _influence(release, split, trained[""], everyone, held_out.users)
-    model = _model(config, release, catalogue, split, everyone, trained[""])
+    model = _model(config, read, split, everyone, trained[""])
     return _Fold(split, raw_users(release, held_out.users), found, influence, model)
 
 
-def _learned(
-    config: FriendsConfig, release: Release, catalogue: Catalogue, network: Network, split: str
-) -> FriendsModel:
+def _learned(config: FriendsConfig, read: _Given, split: str) -> FriendsModel:
     """A model that learns from the training part of a split in which it isn't measured."""
-    users, taken = read_training(release, split, config.domain, catalogue)
-    everyone = np.union1d(users, network.users)
-    trained = train_friends(network.of(everyone).edges, widened(taken, users, everyone), config.model)
-    return _model(config, release, catalogue, split, everyone, trained)
+    users, taken = read_training(read.release, split, config.domain, read.catalogue)
+    everyone = np.union1d(users, read.network.users)
+    trained = train_friends(read.network.of(everyone).edges, widened(taken, users, everyone), config.model)
+    return _model(config, read, split, everyone, trained)
 
 
 def _model(
-    config: FriendsConfig,
-    release: Release,
-    catalogue: Catalogue,
-    split: str,
-    everyone: IntArray,
-    trained: TrainedFriends,
+    config: FriendsConfig, read: _Given, split: str, everyone: IntArray, trained: TrainedFriends
 ) -> FriendsModel:
-    raw = pa.array(raw_users(release, everyone), pa.string())
-    return FriendsModel(config, split, release, catalogue, everyone, raw, trained)
+    raw = pa.array(raw_users(read.release, everyone), pa.string())
+    return FriendsModel(config, split, read.release, read.catalogue, everyone, raw, trained)
 
 
-def _without_history(held_out: HeldOut, split: str) -> HeldOut:
-    """Raises ConfigError where a user has a history: that would be another question."""
+def _held_out(config: FriendsConfig, read: _Given, split: str) -> HeldOut:
+    """The users of a split's test part. Raises ConfigError where one has a history: that would be another question."""
+    held_out = examples(read.release, split, config.domain, read.catalogue, "test")
     if known := int((held_out.histories.lengths > 0).sum()):
         raise ConfigError(
             f"splits: expected {split} to hold out users' whole histories, found {known:,} of {len(held_out):,} users "
@@ -189,6 +201,12 @@ def _influence(
     names = [pa.array(raw[np.searchsorted(met, places)], pa.string()) for places in (user, friend)]
     columns = {"split": pa.array([split] * len(user), pa.string()), "user": names[0], "friend": names[1]}
     return pa.table(columns | {"share": pa.array(share, pa.float32())})
+
+
+def _gain(users: pa.Table) -> Comparison:
+    """As a finished run left its users' metrics."""
+    ours, counted = (users[f"{label}/NDCG@10"].to_numpy() for label in (ATTENTION, FRIENDS))
+    return paired_t(ours, counted)
 
 
 def _table_of(fold: _Fold) -> pa.Table:

@@ -17,7 +17,6 @@ import pyarrow as pa
 from etl import tables
 from etl.redaction import redact
 from etl.settings import replaced
-from trainer import tracking
 from trainer.arrays import IntArray
 from trainer.config import GraphConfig
 from trainer.data.release import Release, pin
@@ -41,9 +40,9 @@ from trainer.knowledge_graph.vectors import (
     weights_hash,
 )
 from trainer.parallel.distributed import World, join
-from trainer.recipes.run_folder import DONE, alone, clear_other, noted
+from trainer.recipes.recorded_once import note_done, recorded_once
+from trainer.recipes.run_folder import alone
 from trainer.recipes.run_result import Result, agreed, identity_of, reused
-from trainer.recipes.training_record import mlflow_uid
 from trainer.tracking import Run
 
 REPORT = "report.md"
@@ -101,16 +100,9 @@ def _run(config: GraphConfig, world: World, folder: Path) -> Result:
 
     inputs = _read(config, release, parent)
     training = _training(inputs, world)
-    clear_other(folder, identity, world, say)
     size = _size(inputs)
     say(f"{config.name}: {config.model.kind}, release {release.number} of {release.lake}, {size}")
-    with (
-        noted(folder, world),
-        tracking.start_run(
-            config.tracking, name=config.name, resolved=config, uid=mlflow_uid(folder, world), must_record=True
-        ) as tracked,
-    ):
-        tracked.log_release(release, tables=[table.name for table in _READ])
+    with recorded_once(config, folder, identity, world, release=release, read=_READ) as tracked:
         tracked.set_tags({"graftrec.recipe": "features"})
         about = f"Embeds the knowledge graph of release {release.number} of `{redact(release.lake)}` by "
         about += f"{config.model.kind}: {size}."
@@ -227,10 +219,8 @@ def _finish(
         tracked.log_artifact(folder / REPORT)
         tracked.log_artifact(folder / "model")
         tracked.log_metrics(metrics)
-        tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
         tracked.describe(f"Test MRR {metrics['test/MRR']:.3f}, Hits@10 {metrics['test/Hits@10']:.3f}.\n\n{about}")
-        done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
-        (folder / (DONE + ".new")).write_text(json.dumps(done, indent=1))
+        note_done(folder, identity, digest, metrics, tracked)
     world.wait()
     return world.of_first(metrics)
 

@@ -196,6 +196,22 @@ def test_the_recipe_friends_measures_and_keeps_influence(lake: str, tmp_path: Pa
     assert "swapped at random" in report
     again = friends.run(friends_of(tmp_path / "again", lake))
     assert again.metrics == result.metrics
+    before = {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()}
+    same = friends.run(friends_of(tmp_path, lake))  # unchanged
+    assert (same.metrics, same.gain) == (result.metrics, result.gain)
+    with pytest.raises(DataError, match="split 'last-9'"):
+        friends.run(friends_of(tmp_path, lake, keep="last-9"))  # a mistake removes nothing
+    assert {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_mistake_removes_no_vectors(lake: str, tmp_path: Path) -> None:
+    found = social_features.run(features_of(tmp_path, lake, LIGHTGCN).social)
+    before = (found.model / "features.parquet").read_bytes()
+    for data in ({"lake": lake, "split": "last-9"}, {"lake": lake, "split": "last-5", "domain": "moon"}):
+        with pytest.raises(DataError):
+            social_features.run(features_of(tmp_path, lake, LIGHTGCN, data=data).social)
+    assert (found.model / "features.parquet").read_bytes() == before
+    assert social_features.run(features_of(tmp_path, lake, LIGHTGCN).social).reused
 
 
 def test_mistakes_are_one_line(lake: str, tiny_lake: str, tmp_path: Path) -> None:
