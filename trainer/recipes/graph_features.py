@@ -6,7 +6,7 @@ one goes on.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,8 +119,7 @@ def _run(config: GraphConfig, world: World, folder: Path) -> Result:
             ),
         )
         metrics = _finish(folder, inputs, training, identity, tracked, about)
-    figures = ", ".join(f"{name} {metrics[f'test/{name}']:.3f}" for name in ("MRR", "Hits@10"))
-    say(f"{config.name}: test {figures}; vectors in {folder / 'model' / FEATURES}, report in {folder / REPORT}")
+    say(f"{config.name}: {_reached(metrics)}; vectors in {folder / 'model' / FEATURES}, report in {folder / REPORT}")
     return Result(folder, metrics, reused=False, run_id=tracked.id)
 
 
@@ -195,7 +194,8 @@ def _finish(
     metrics: dict[str, float] = {"seconds": sum(epoch.seconds for epoch in training.progress.history)}
     if world.first:
         ranks = filtered_ranks(training.model, whole, inputs.split.test, inputs.known)
-        metrics |= {f"test/{name}": value for name, value in ranks.metrics().items()}
+        if len(inputs.split.test):
+            metrics |= {f"test/{name}": value for name, value in ranks.metrics().items()}
         kinds, ids, indices, vectors = features_of(training.model, whole, graph, inputs.split.train, inputs.raw_ids)
         versions = {table.name: inputs.release.versions.get(table.name) for table in _READ}
         properties = {
@@ -219,10 +219,18 @@ def _finish(
         tracked.log_artifact(folder / REPORT)
         tracked.log_artifact(folder / "model")
         tracked.log_metrics(metrics)
-        tracked.describe(f"Test MRR {metrics['test/MRR']:.3f}, Hits@10 {metrics['test/Hits@10']:.3f}.\n\n{about}")
+        reached = _reached(metrics)
+        tracked.describe(f"{reached[0].upper()}{reached[1:]}.\n\n{about}")
         note_done(folder, identity, digest, metrics, tracked)
     world.wait()
     return world.of_first(metrics)
+
+
+def _reached(metrics: Mapping[str, float]) -> str:
+    """What it reached on held-out triples, in words."""
+    if "test/MRR" not in metrics:
+        return "no triple was held out for test"
+    return "test " + ", ".join(f"{name} {metrics[f'test/{name}']:.3f}" for name in ("MRR", "Hits@10"))
 
 
 def _report(inputs: _Inputs, ranks: Ranks, coverage: dict[str, float], num_vectors: int) -> str:
@@ -234,7 +242,7 @@ def _report(inputs: _Inputs, ranks: Ranks, coverage: dict[str, float], num_vecto
             f"{_size(inputs)}. {num_vectors:,} nodes have a vector, {lacking:,} have no training triple and none.",
             "## Held-out triples\n\nFiltered by the triples of all parts; ties count half. A scorer that scores all "
             f"alike has MRR {2 / (inputs.graph.num_nodes + 1):.4f} where no candidate is filtered.",
-            ranking_text(ranks, inputs.graph.relations),
+            ranking_text(ranks, inputs.graph.relations) if len(inputs.split.test) else "None was held out.",
             "## Coverage",
             coverage_text(coverage),
         ]

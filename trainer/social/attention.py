@@ -10,6 +10,7 @@ Shape letters: ``B`` users of a batch, ``C`` candidates, ``J`` kinds of evidence
 a friend.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from trainer.arrays import FloatArray, IntArray
 from trainer.config.social import FriendModelConfig
 from trainer.social.evidence import EVIDENCE, OF_FRIEND, Circle, Evidence
+from trainer.training.loop import NonFiniteLoss
 
 _FLOOR = 0.02  # added to a share before its logarithm
 
@@ -112,7 +114,7 @@ class TrainedFriends:
 
 
 def train_friends(edges_UU: sp.csr_array, taken_UV: sp.csr_array, config: FriendModelConfig) -> TrainedFriends:
-    """Learn from users who have a history and a circle. A function of the arguments alone."""
+    """Learn from users who have a history and a circle. A function of the arguments alone. Raises NonFiniteLoss."""
     evidence = Evidence(edges_UU, taken_UV, num_candidates=config.candidates)
     random = np.random.default_rng(config.seed)
     users = np.flatnonzero((evidence.size > 0) & (evidence.degree > 0))
@@ -138,6 +140,11 @@ def train_friends(edges_UU: sp.csr_array, taken_UV: sp.csr_array, config: Friend
             schedule.step()
             total += float(loss.detach())
         losses.append(total / max(len(circles), 1))
+        if not math.isfinite(losses[-1]) or not all(one.isfinite().all() for one in model.parameters()):
+            raise NonFiniteLoss(
+                f"expected a loss that is a number, found {losses[-1]} in epoch {len(losses)}; lower "
+                "model.learning_rate"
+            )
     return TrainedFriends(model, evidence, losses)
 
 

@@ -23,6 +23,7 @@ from trainer.data.sequences import SequenceDataset
 from trainer.data.social import read_network, read_training
 from trainer.evaluation.scorers import baseline_scorers, read_evaluation_set
 from trainer.recipes import features, friends, social_features
+from trainer.training.loop import NonFiniteLoss
 
 RUN = {"runtime": {"progress": False, "threads": 1}, "tracking": {"enabled": False}}
 NODE2VEC = {"kind": "node2vec", "width": 8, "walks": 3, "length": 8, "epochs": 2}
@@ -202,6 +203,24 @@ def test_the_recipe_friends_measures_and_keeps_influence(lake: str, tmp_path: Pa
     with pytest.raises(DataError, match="split 'last-9'"):
         friends.run(friends_of(tmp_path, lake, keep="last-9"))  # a mistake removes nothing
     assert {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()} == before
+
+
+def test_steps_that_are_too_large_are_no_result(lake: str, tmp_path: Path) -> None:
+    model = {"candidates": 20, "epochs": 2, "batch_size": 16, "learning_rate": 1e30}
+    with pytest.raises(NonFiniteLoss, match=r"lower model\.learning_rate"):
+        friends.run(friends_of(tmp_path, lake, model=model))
+    assert not (tmp_path / "friends" / "model").exists()
+
+
+def test_a_name_that_another_encoder_has_is_refused(lake: str, tmp_path: Path) -> None:
+    lake = str(shutil.copytree(lake, tmp_path / "lake"))
+    features.run(features_of(tmp_path, lake, NODE2VEC))
+    graph = {"name": "vectors", "output": str(tmp_path / "graphs"), "data": {"lake": lake}, **RUN}
+    before = DeltaTable(f"{lake}/features").version()
+    with pytest.raises(ConfigError, match=r"graph\.name: expected one of its own, found 'vectors'"):
+        features.run(load(FeaturesConfig, _written(tmp_path, "graph", {"graph": graph})))
+    assert DeltaTable(f"{lake}/features").version() == before
+    assert not (tmp_path / "graphs").exists()
 
 
 def test_a_mistake_removes_no_vectors(lake: str, tmp_path: Path) -> None:
