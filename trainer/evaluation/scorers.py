@@ -28,7 +28,7 @@ from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
 from trainer.data.cold_items import cold_rows
 from trainer.data.events import Events, beside, merge
 from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, sampled, without_repeats
-from trainer.data.release import Release, domains_with_sequences, pin
+from trainer.data.release import DataError, Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
 from trainer.data.social import has_network, read_network, read_training
 from trainer.evaluation.baselines.friends import counted_friends
@@ -154,8 +154,13 @@ def training_histories(dataset: SequenceDataset, catalogue: Catalogue, *, max_us
 
 
 def raw_users(release: Release, users: IntArray) -> list[str]:
-    """Raw ids of users, who ascend."""
+    """Raw ids of users, who ascend. Raises DataError where the vocabulary lacks one."""
     found = release.read(tables.USERS, ["user", "index"], indices=users)
+    if len(found) != len(users):
+        raise DataError(
+            f"expected {len(users):,} users of other tables in the table users, found {len(found):,} of them in "
+            f"release {release.number} of {release.lake}; take another release, or make the lake anew by `python -m etl`"
+        )
     raw: list[str] = found.sort_by("index")["user"].to_pylist()
     return raw
 

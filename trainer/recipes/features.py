@@ -201,6 +201,7 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     """Without Spark: a vocabulary's columns are few, and its values are counted over all of it."""
     table = _THINGS[given.kind]
     rows = release.read(table, [given.kind, "index", *columns_read(given.columns)])
+    _refuse_none(len(rows), table, release)
     cells = {name: cells_of(rows, name) for name in given.columns}
     tails = _tails(release, given.relations, rows["index"].to_numpy())
     vectors, names = attribute_vectors(
@@ -247,6 +248,15 @@ def _tails(release: Release, relations: Sequence[str], index: IntArray) -> dict[
     return found
 
 
+def _refuse_none(count: int, table: Table, release: Release) -> None:
+    """Raises FeatureError for a table without a row."""
+    if not count:
+        raise FeatureError(
+            f"features: expected rows in the table {table.name}, found none in release {release.number} of "
+            f"{release.lake}; take another release or lake"
+        )
+
+
 def _template(text: TextConfig) -> str:
     """With what stands for no text: both decide on a thing's text."""
     without = f" without {', '.join(map(repr, sorted(text.placeholders)))}" if text.placeholders else ""
@@ -262,6 +272,7 @@ def _renew(
     things = spark_io.read(spark, lake, table, version=release.versions[table.name])
     texts = held(_texts(things, text))
     total, covered = things.count(), texts.count()
+    _refuse_none(total, table, release)
     if not covered:
         raise FeatureError(
             f"features {encoding.name}: expected a text of one of {total:,} {table.name} at least, found none in "

@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from etl import tables
+from etl.jobs import releases
+from etl.lake import spark_io
 from etl.settings import ConfigError, load
 from tests.fixtures.lakes import NUM_TASTES, build_tiny_lake
 from trainer.config import FeaturesConfig, FriendsConfig
@@ -203,6 +205,19 @@ def test_the_recipe_friends_measures_and_keeps_influence(lake: str, tmp_path: Pa
     with pytest.raises(DataError, match="split 'last-9'"):
         friends.run(friends_of(tmp_path, lake, keep="last-9"))  # a mistake removes nothing
     assert {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()} == before
+
+
+def test_users_whom_the_vocabulary_lacks_are_no_traceback(lake: str, tmp_path: Path) -> None:
+    lake = str(shutil.copytree(lake, tmp_path / "lake"))
+    write_deltalake(f"{lake}/users", DeltaTable(f"{lake}/users").to_pyarrow_table().slice(3), mode="overwrite")
+    with spark_io.writing(lake, tables.RELEASES):
+        releases.release_with(lake, {"users": DeltaTable(f"{lake}/users").version()})
+    for run in (
+        lambda: friends.run(friends_of(tmp_path, lake)),
+        lambda: social_features.run(features_of(tmp_path, lake, NODE2VEC).social),
+    ):
+        with pytest.raises(DataError, match=r"expected \d+ users of other tables in the table users"):
+            run()
 
 
 def test_steps_that_are_too_large_are_no_result(lake: str, tmp_path: Path) -> None:
