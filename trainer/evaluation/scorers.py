@@ -159,7 +159,8 @@ def raw_users(release: Release, users: IntArray) -> list[str]:
     if len(found) != len(users):
         raise DataError(
             f"expected {len(users):,} users of other tables in the table users, found {len(found):,} of them in "
-            f"release {release.number} of {release.lake}; take another release, or make the lake anew by `python -m etl`"
+            f"release {release.number} of {release.lake}; take another release, or write the lake anew: "
+            "`python -m etl`"
         )
     raw: list[str] = found.sort_by("index")["user"].to_pylist()
     return raw
