@@ -179,6 +179,15 @@ class DupnConfig(NetworkConfig):
     knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
     knowledge_width: int = Field(16, ge=1)  # of each slot
 
+    @model_validator(mode="after")
+    def _users_weigh_items(self) -> Self:
+        if self.user_features.alone:
+            raise ValueError(
+                "user_features.alone: expected a model whose scores need no item of the user, found dupn, whose users "
+                "only weigh items; leave it out, or take another model"
+            )
+        return self
+
 
 class MlpConfig(NetworkConfig):
     """User and item vectors and a score of both, without a sequence (survey 2, Eq. 2): Hu et al. 2018's baseline."""

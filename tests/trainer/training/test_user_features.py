@@ -31,6 +31,7 @@ from trainer.data.release import pin
 from trainer.inference.delta_folder import assemble, load_patch, write_patch
 from trainer.inference.model_folder import USER_FEATURES, USER_IDS, load_model
 from trainer.inference.model_folder import USERS as USER_TABLE_FILE
+from trainer.inference.scorer import ModelScorer, answered
 from trainer.models import FeatureTable, ModelSizes, build_model, group_of
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
@@ -106,9 +107,28 @@ def test_users_are_left_with_their_features_alone():
     assert 10 < dropped.sum() < 35
 
 
+@pytest.mark.parametrize("kind", sorted(NETWORKS.keys() - {"dupn"}))
+def test_a_user_without_an_item_is_scored_by_features_alone(kind):
+    model = model_of(kind, "sum", id_dropout=0.5, alone=True).eval()
+    torch.nn.init.normal_(model.features["user"].out.weight)
+    own = model.user_embedding.weight[6]
+    alone, joined = model.user_vectors(torch.tensor([-1 - 6, 6]))
+    torch.testing.assert_close(alone, joined - own)
+    task = build_task(NextItemConfig(loss={"kind": "bce" if kind.startswith("mlp") else "full"}))
+    nothing = Events(np.array([7, 8, 9]), np.zeros(4, np.int64), {"items": np.empty(0, np.int64)})
+    before = ModelScorer(model, task).score(nothing)
+    assert torch.isfinite(before[:, FIRST_INDEX:]).all()
+    assert not torch.equal(before[0], before[1])
+    torch.nn.init.normal_(model.user_embedding.weight)  # whatever is there
+    assert torch.equal(ModelScorer(model, task).score(nothing), before)
+    assert answered(model, nothing).tolist() == [True, True, False]  # one in three has no features
+
+
 def test_features_need_a_user_embedding():
     with pytest.raises(ValidationError, match=r"user_features: expected users' embeddings, .* found user_width 0"):
         Bert4RecConfig(user_width=0, user_features={"encoders": ["social"]})
+    with pytest.raises(ValidationError, match=r"user_features\.alone: .* found dupn, whose users only weigh items"):
+        DupnConfig(user_features={"encoders": ["social"], "id_dropout": 0.5, "alone": True})
     with pytest.raises(ValidationError, match=r"score fm: expected user_features\.aggregate sum, found gate"):
         MlpConfig(score="fm", user_features={"encoders": ["social"]})
 
