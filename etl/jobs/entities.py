@@ -74,11 +74,11 @@ def facts(run: Run) -> DataFrame:
     own = run.engine.raw("people")
     items = run.read(ITEMS).select("item", "title", "year")
     if own is None:
-        return knowledge(run.spark, run.config.knowledge, items)
+        return knowledge(run.spark, run.config.knowledge, items, keep=run.engine.kept)
     own = own.withColumn("source", F.lit(run.config.source.kind))
     if not run.config.knowledge.files:
         return own
-    beside = knowledge(run.spark, run.config.knowledge, items)
+    beside = knowledge(run.spark, run.config.knowledge, items, keep=run.engine.kept)
     lacking = beside.join(own.select("item", "relation").distinct(), ["item", "relation"], "left_anti")
     return own.unionByName(lacking)
 
@@ -97,7 +97,8 @@ def fingerprint(source: Source, config: EtlConfig) -> str:
 
 def run(run: Run) -> Outcome:
     named = run.engine.kept("facts", lambda: facts(run))
-    if (rows := triple_rows(run.spark, run.config.knowledge, run.read(ITEMS))) is not None:
+    rows = triple_rows(run.spark, run.config.knowledge, run.read(ITEMS), keep=run.engine.kept)
+    if rows is not None:
         quarantine.set_aside_triples(run, rows)
     then = past(run, ITEMS, "entity", [_ends(named)])
     return run.commit(transform(named, then.old, first=then.first), metadata=then.metadata)

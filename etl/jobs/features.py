@@ -25,6 +25,7 @@ from etl.settings import GraftrecError
 from etl.tables import FEATURES
 
 MAX_SHARED = 0.01  # of the things with a vector: how many may have the same one
+_THINGS = {"item": "items", "user": "users", "entity": "entities"}
 LEAST_SHARED = 3  # two editions of one film are no placeholder, in however small a catalogue
 ROWS = "id string, index int, vector array<float>, source_hash bigint"
 _SUMMARY = "digest bigint, id string, width int, fault string"
@@ -152,9 +153,9 @@ def _check(found: Found, encoding: Encoding, max_shared: float) -> None:
         raise FeatureError(f"{name}: expected finite vectors, none zero, found {found.fault}; mend the encoder")
     if found.shared >= LEAST_SHARED and found.shared > max_shared * found.rows:
         raise FeatureError(
-            f"{name}: expected each vector of {max_shared:.0%} of {found.rows:,} {encoding.kind}s at most, found "
-            f"{found.shared:,} that share that of {found.example!r}, a placeholder as it seems; leave them out, or "
-            "raise --max_shared"
+            f"{name}: expected each vector of {max_shared:.0%} of {found.rows:,} {_THINGS[encoding.kind]} at most, "
+            f"found {found.shared:,} that share that of {found.example!r}, a placeholder as it seems; leave them out, "
+            "or raise --max_shared"
         )
 
 

@@ -23,7 +23,7 @@ from etl.sources.entity_keys import listed_names, person_key, title_keys
 from etl.sources.files import RawFile, find_files, fingerprint
 from etl.sources.rows import RawRows, Shape
 from etl.sources.schema import PEOPLE, spark_schema
-from etl.sources.triples import graph_triples
+from etl.sources.triples import Keep, anew, graph_triples
 
 _WORKS = pa.schema(
     [
@@ -38,11 +38,12 @@ _WORKS = pa.schema(
 _NAMED = [field.name for field in PEOPLE if field.name != "item"]
 
 
-def knowledge(spark: SparkSession, config: KnowledgeConfig, items: DataFrame) -> DataFrame:
-    """item, relation, rank, name, key, source of all files, for `items` (item, title, year). Raises GraftrecError."""
+def knowledge(spark: SparkSession, config: KnowledgeConfig, items: DataFrame, *, keep: Keep = anew) -> DataFrame:
+    """item, relation, rank, name, key, source of all files, for `items` (item, title, year). `keep`: of files of
+    triples, for who reads them again. Raises GraftrecError."""
     found: DataFrame | None = None
     for position, file in enumerate(config.files):
-        rows = file_triples(spark, file, config.root, items, setting=f"knowledge.files[{position}]")
+        rows = file_triples(spark, file, config.root, items, setting=f"knowledge.files[{position}]", keep=keep)
         if found is None:
             found = rows
             continue
@@ -70,11 +71,11 @@ def knowledge_fingerprint(config: KnowledgeConfig) -> str:
 
 
 def file_triples(
-    spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str
+    spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str, keep: Keep = anew
 ) -> DataFrame:
     """item, relation, rank, name, key, source of one file."""
     if config.triples is not None:
-        return graph_triples(spark, config, root, items, setting=setting)
+        return graph_triples(spark, config, root, items, setting=setting, keep=keep)
     wanted = _wanted(config, setting)
     rows = RawRows(config, root, list(wanted), setting=f"{setting}.path")
     works = rows.map(spark, _works(config), _WORKS)

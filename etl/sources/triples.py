@@ -4,6 +4,7 @@ A head is an item by its raw id, or by what a link file makes of it. Rows that c
 item the log doesn't know are rejected. A tail that stands for nothing (`[]`, `unknown`) is no entity.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -30,6 +31,14 @@ _TRIPLES = pa.schema(
 _LINKS = pa.schema([pa.field("item", pa.string()), pa.field("head", pa.string())])
 
 
+Keep = Callable[[str, Callable[[], DataFrame]], DataFrame]  # a frame by name: made, or the one that was made before
+
+
+def anew(name: str, make: Callable[[], DataFrame]) -> DataFrame:
+    """Keeps nothing."""
+    return make()
+
+
 @dataclass(frozen=True)
 class _Graph:
     """`triples`: _TRIPLES. `heads`: item, head, and whether the log knows the item (`known`)."""
@@ -39,12 +48,12 @@ class _Graph:
 
 
 def graph_triples(
-    spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str
+    spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str, keep: Keep
 ) -> DataFrame:
     """item, relation, rank, name, key, source of a file of triples, whose heads are items or linked to them; of a whole
     graph, those with other ends too (OTHER_END)."""
     assert config.triples is not None
-    graph = _read(spark, config, root, items, setting=setting)
+    graph = _read(spark, config, root, items, setting=setting, keep=keep)
     triples, heads = graph.triples.where("reason is null"), graph.heads.where("known").select("item", "head")
     entity, key = F.lit(ENTITY_PREFIX), F.concat(F.lit(ENTITY_PREFIX), F.col("tail"))
     if config.triples.whole:
@@ -64,7 +73,9 @@ def graph_triples(
     )
 
 
-def triple_rows(spark: SparkSession, config: KnowledgeConfig, items: DataFrame) -> DataFrame | None:
+def triple_rows(
+    spark: SparkSession, config: KnowledgeConfig, items: DataFrame, *, keep: Keep = anew
+) -> DataFrame | None:
     """FOUND of the rows of all files of triples, and `source`, the file's name; None: there is no such file.
 
     Of a whole graph, or one with a link file, a head that is linked to no item is an entity, and no fault.
@@ -73,7 +84,7 @@ def triple_rows(spark: SparkSession, config: KnowledgeConfig, items: DataFrame) 
     for position, file in enumerate(config.files):
         if file.triples is None:
             continue
-        graph = _read(spark, file, config.root, items, setting=f"knowledge.files[{position}]")
+        graph = _read(spark, file, config.root, items, setting=f"knowledge.files[{position}]", keep=keep)
         rows = graph.triples
         if not file.triples.whole:
             # An entity may be several items: one known of them is enough.
@@ -93,19 +104,22 @@ def triple_rows(spark: SparkSession, config: KnowledgeConfig, items: DataFrame) 
     return found
 
 
-def _read(spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str) -> _Graph:
+def _read(
+    spark: SparkSession, config: KnowledgeFileConfig, root: str, items: DataFrame, *, setting: str, keep: Keep
+) -> _Graph:
     assert config.triples is not None
     if config.id is None:
         raise GraftrecError(f"{setting}.id: expected the column of heads, found none; set it")
     wanted = [config.id, config.triples.relation, config.triples.tail]
     rows = RawRows(config, root, wanted, setting=f"{setting}.path")
-    triples = rows.frame(spark, kind="knowledge", shape=_triples, schema=_TRIPLES)
+    triples = keep(setting, lambda: rows.frame(spark, kind="knowledge", shape=_triples, schema=_TRIPLES))
     known = items.select("item", F.lit(True).alias("known"))
     if config.link is None:
         return _Graph(triples, known.withColumn("head", F.col("item")))
     link = config.link
-    linked = RawRows(link, root, [link.item, link.entity], setting=f"{setting}.link.path").map(spark, _links, _LINKS)
-    heads = linked.distinct().join(known, "item", "left")
+    pairs = RawRows(link, root, [link.item, link.entity], setting=f"{setting}.link.path")
+    linked = keep(f"{setting}.link", lambda: pairs.map(spark, _links, _LINKS).distinct())
+    heads = linked.join(known, "item", "left")
     return _Graph(triples, heads.select("item", "head", F.coalesce("known", F.lit(False)).alias("known")))
 
 

@@ -87,14 +87,18 @@ def test_vectors_are_placed_in_the_lake_under_their_names(tmp_path: Path) -> Non
         "people": {"attributes": {"relations": ["actor"]}},
         "graph": {"graph": {"data": {"release": 7}}},
         "late": {"graph": {"name": "graph", "data": {"events": "cold"}}},
+        "friends": {"social": {"data": {"lake": "elsewhere"}}},
     }
-    people, graph, late = placed_vectors(config("there", tmp_path, vectors=vectors), "there")
+    people, graph, late, friends = placed_vectors(config("there", tmp_path, vectors=vectors), "there")
     assert (people.name, people.lake, people.graph) == ("people", "there", None)
     assert graph.graph is not None
     assert late.graph is not None
     assert (graph.graph.name, graph.graph.data.lake, graph.graph.data.release) == ("graph", "there", None)
     assert (late.graph.name, late.graph.data.events) == ("graph", "cold")
     assert graph.graph.output != late.graph.output
+    assert friends.social is not None
+    assert (friends.social.name, friends.social.data.lake) == ("friends", "there")
+    assert friends.social.output.startswith(graph.graph.output.removesuffix("graph"))
 
 
 @pytest.mark.parametrize(

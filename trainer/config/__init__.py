@@ -23,6 +23,7 @@ from trainer.config.model import (
     ModelConfig,
     PeterRecConfig,
     TiedConfig,
+    UserFeaturesConfig,
 )
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.social import (
@@ -117,6 +118,7 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "TransferName",
+    "UserFeaturesConfig",
     "WeightsHeadConfig",
     "event_types_read",
     "patch_of",

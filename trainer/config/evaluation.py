@@ -137,6 +137,9 @@ class RecommendConfig(Section):
     domain: str | None = None
     # For users of whom the model knows no item: a version or folder, as `model`. None: the alias `companion`, if any.
     companion: str | None = None
+    # For users of whom neither knows an item, by what their friends have: a version or folder of the recipe `friends`.
+    # None: the alias `friends`, if any.
+    friends: str | None = None
     replace: bool = False  # whether a model folder may replace the rows of a registered version
     k: int = Field(10, ge=1)  # items a user
     batch_size: int = Field(256, ge=1)  # users scored at once

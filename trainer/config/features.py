@@ -83,6 +83,20 @@ class FeaturesConfig(Section):
     spark: SparkConfig = SparkConfig()
     tracking: TrackingConfig = TrackingConfig()  # of texts and attributes; graph and social have their own
 
+    @model_validator(mode="after")
+    def _one_kind_is_made(self) -> "FeaturesConfig":
+        given = [name for name in ("attributes", "graph", "social") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"expected one of attributes, graph and social, found {', '.join(given)}; run each by itself"
+            )
+        run = next((name for name in given if name != "attributes"), None)
+        elsewhere = {"name": "name", "lake": "data.lake", "release": "data.release"}
+        for name, other in elsewhere.items() if run is not None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: expected {run}.{other} in its place, which that run reads; set that")
+        return self
+
     @field_validator("name")
     @classmethod
     def _name_is_one_word(cls, name: str | None) -> str | None:

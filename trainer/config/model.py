@@ -73,12 +73,29 @@ class ItemFeaturesConfig(JoinedFeaturesConfig):
         return bool(self.encoders) or self.document is not None
 
 
+class UserFeaturesConfig(JoinedFeaturesConfig):
+    """Of users."""
+
+    # Whether a user without an item is scored by features alone, at evaluation, in `recommend` and served; else, and
+    # where the user has none, by popularity.
+    alone: bool = False
+
+    @model_validator(mode="after")
+    def _training_shows_features_alone(self) -> Self:
+        if self.alone and not self.id_dropout:
+            raise ValueError(
+                "alone: expected an id_dropout above 0, found 0, so that training shows no user by features alone; set "
+                "it, e.g. 0.5"
+            )
+        return self
+
+
 class NetworkConfig(Section):
     """What every network has."""
 
     user_width: int  # 0: no user embedding
     features: ItemFeaturesConfig = ItemFeaturesConfig()
-    user_features: JoinedFeaturesConfig = JoinedFeaturesConfig()  # beside the user's embedding
+    user_features: UserFeaturesConfig = UserFeaturesConfig()  # beside the user's embedding
 
     @model_validator(mode="after")
     def _features_join_users(self) -> Self:
@@ -186,6 +203,15 @@ class DupnConfig(NetworkConfig):
     event_types: bool = False  # what kind of event each was is read too, of data.event_types
     knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
     knowledge_width: int = Field(16, ge=1)  # of each slot
+
+    @model_validator(mode="after")
+    def _users_weigh_items(self) -> Self:
+        if self.user_features.alone:
+            raise ValueError(
+                "user_features.alone: expected a model whose scores need no item of the user, found dupn, whose users "
+                "only weigh items; leave it out, or take another model"
+            )
+        return self
 
 
 class MlpConfig(NetworkConfig):

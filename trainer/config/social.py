@@ -98,6 +98,9 @@ class FriendsConfig(Section):
     release: int | None = None  # None: the newest complete one
     # That hold out users' whole histories, e.g. all folds of `user_folds`; results are of all together.
     splits: tuple[str, ...] = Field(("users-0",), min_length=1)
+    # The split whose training part the kept model learns from and reads, for users without a history in `recommend` and
+    # served. One that holds out little gives it most. None: the first of `splits`.
+    keep: str | None = None
     domain: str = "all"
     directed: bool = False  # an edge counts for its first user alone, as where trust isn't mutual
     control: bool = True  # the same with friends swapped at random (see `rewired`)

@@ -8,7 +8,7 @@ this split has, and of no others.
 Shape letters: ``V`` catalogue rows, or rows of the user table, ``F`` width of an encoder's vectors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class EncodedVectors:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The rows that vectors are read for: `row_of` global indices, UNK where there is none, of `count`."""
 
     kind: Literal["item", "user"]
@@ -65,65 +65,42 @@ class _Rows:
         return "model.features" if self.kind == "item" else "model.user_features"
 
 
-def _of_items(catalogue: Catalogue) -> _Rows:
-    return _Rows("item", catalogue.rows, len(catalogue))
+def rows_of_items(catalogue: Catalogue) -> Rows:
+    return Rows("item", catalogue.rows, len(catalogue))
 
 
-def read_item_vectors(
-    release: Release,
-    catalogue: Catalogue,
-    config: JoinedFeaturesConfig,
-    *,
-    split: str,
-    trained_V: BoolArray,
-    shuffle: Shuffle | None = None,
-    fitted: dict[str, EncodedVectors] | None = None,
-) -> dict[str, EncodedVectors]:
-    """Encoder -> vectors of a catalogue's rows. `trained_V`: rows with an event in the training part, which whitening
-    is fitted on; `shuffle`: rows exchange their vectors; `fitted`: encoders whose whitening a parent has, which its
-    projections were trained behind.
-
-    Raises DataError for an encoder of no vectors, or one that read another split than this.
-    """
-    rows = _of_items(catalogue)
-    return _read_all(release, rows, config, split=split, trained_V=trained_V, shuffle=shuffle, fitted=fitted or {})
-
-
-def read_user_vectors(
-    release: Release,
-    config: JoinedFeaturesConfig,
-    *,
-    split: str,
-    trained_V: BoolArray,
-    shuffle: Shuffle | None = None,
-    fitted: dict[str, EncodedVectors] | None = None,
-) -> dict[str, EncodedVectors]:
-    """As read_item_vectors, of rows of the user table."""
+def rows_of_users(release: Release) -> Rows:
+    """Of the user table."""
     count = vocabulary_size(release, tables.USERS)
 
     def row_of(index: npt.NDArray[Any]) -> IntArray:
         return np.where(index < count, index, tables.UNK).astype(np.int64)
 
-    rows = _Rows("user", row_of, count)
-    return _read_all(release, rows, config, split=split, trained_V=trained_V, shuffle=shuffle, fitted=fitted or {})
+    return Rows("user", row_of, count)
 
 
-def _read_all(
+def read_vectors(
     release: Release,
-    rows: _Rows,
+    rows: Rows,
     config: JoinedFeaturesConfig,
     *,
     split: str,
     trained_V: BoolArray,
-    shuffle: Shuffle | None,
-    fitted: dict[str, EncodedVectors],
+    shuffle: Shuffle | None = None,
+    fitted: Mapping[str, EncodedVectors] | None = None,
 ) -> dict[str, EncodedVectors]:
+    """Encoder -> vectors of rows of a catalogue, or of the user table. `trained_V`: rows with an event in the training
+    part, which whitening is fitted on; `shuffle`: rows exchange their vectors; `fitted`: encoders whose whitening a
+    parent has, which its projections were trained behind.
+
+    Raises DataError for an encoder of no vectors, or one that read another split than this.
+    """
     found = {}
     for encoder in config.encoders:
         raw_VF, has_V = _read(release, rows, encoder, split)
         if shuffle is not None:
             raw_VF = raw_VF[shuffle.rows(has_V)]
-        known = fitted.get(encoder)
+        known = (fitted or {}).get(encoder)
         if known is not None and len(known.whitening.mean_F) != raw_VF.shape[1]:
             raise DataError(
                 f"{rows.setting}: expected vectors by {encoder} as wide as the parent's, "
@@ -160,10 +137,10 @@ def encodings_of(release: Release, encoders: Sequence[str], split: str) -> dict[
 
 def read_raw_vectors(release: Release, catalogue: Catalogue, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:
     """Vectors of items as the table has them: see _read."""
-    return _read(release, _of_items(catalogue), encoder, split)
+    return _read(release, rows_of_items(catalogue), encoder, split)
 
 
-def _read(release: Release, rows: _Rows, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:
+def _read(release: Release, rows: Rows, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:
     """[V, F] as the table has them, zero where it has none; bool [V]. Vectors made of this split are preferred to those
     of none."""
     where = f"release {release.number} of {release.lake}"

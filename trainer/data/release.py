@@ -188,6 +188,12 @@ def domains_with_sequences(release: Release, split: str) -> list[str]:
     return sorted({str(part["domain"]) for part in release.partitions(tables.SEQUENCES) if part["split"] == split})
 
 
+def num_buckets(release: Release) -> int:
+    """Into how many buckets a lake's users are parted."""
+    handle = _open(release.lake, tables.SEQUENCES, release.versions.get(tables.SEQUENCES.name))
+    return int(handle.metadata().configuration[tables.PROPERTY_BUCKETS])
+
+
 def vocabulary_size(release: Release, table: Table) -> int:
     """Largest index of a vocabulary plus one; FIRST_INDEX for an empty one."""
     if table.name not in release.versions:

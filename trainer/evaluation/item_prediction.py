@@ -409,14 +409,15 @@ def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:
     held_out = without_repeats(
         validation.held_out, where=f"split {data.split!r} and domain {data.domain!r} for validation"
     )
-    if not has_items(held_out.histories).any():
+    alone = validation.config.model.user_features.alone
+    if not alone and not has_items(held_out.histories).any():
         raise ConfigError(
             f"expected users with something to read before what split {data.split!r} holds out, found none in domain "
             f"{data.domain!r}: its users are new there; read all domains (data.domain: {DOMAIN_ALL}, data.predicted: "
             f"{data.answered}), or take another split"
         )
     if data.answered == data.domain:
-        return _with_history(held_out), None
+        return held_out if alone else _with_history(held_out), None
     among = rows_of_domain(validation.release, validation.catalogue, data.answered)
     examples = held_out.targets[held_out.targets >= 0]
     if strange := int((~among[examples]).sum()):
@@ -427,10 +428,12 @@ def _validated(validation: Validation) -> tuple[HeldOut, Tensor | None]:
         )
     given = held_out.histories
     before = given.before(held_out.first_time, always=among[given.items])
-    return _with_history(replace(held_out, histories=before)), torch.from_numpy(among)
+    read = replace(held_out, histories=before)
+    return read if alone else _with_history(read), torch.from_numpy(among)
 
 
 def _with_history(held_out: HeldOut) -> HeldOut:
-    """Users who are new since training are ranked by popularity, which no epoch changes: they are not validated."""
+    """Users who are new since training are ranked by popularity, which no epoch changes: they are not validated. Unless
+    the model answers by their features."""
     known = has_items(held_out.histories)
     return held_out if known.all() else held_out.take(np.flatnonzero(known))

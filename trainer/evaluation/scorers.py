@@ -28,7 +28,7 @@ from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
 from trainer.data.cold_items import cold_rows
 from trainer.data.events import Events, beside, merge
 from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, sampled, without_repeats
-from trainer.data.release import Release, domains_with_sequences, pin
+from trainer.data.release import DataError, Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
 from trainer.data.social import has_network, read_network, read_training
 from trainer.evaluation.baselines.friends import counted_friends
@@ -45,7 +45,7 @@ from trainer.evaluation.baselines.names import (
 from trainer.evaluation.baselines.sequences import item_to_item, popularity, transitions
 from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import TrainedModel
-from trainer.inference.scorer import Scores, has_items
+from trainer.inference.scorer import Scores, answered
 
 IntArray = npt.NDArray[np.int64]
 
@@ -154,8 +154,14 @@ def training_histories(dataset: SequenceDataset, catalogue: Catalogue, *, max_us
 
 
 def raw_users(release: Release, users: IntArray) -> list[str]:
-    """Raw ids of users, who ascend."""
+    """Raw ids of users, who ascend. Raises DataError where the vocabulary lacks one."""
     found = release.read(tables.USERS, ["user", "index"], indices=users)
+    if len(found) != len(users):
+        raise DataError(
+            f"expected {len(users):,} users of other tables in the table users, found {len(found):,} of them in "
+            f"release {release.number} of {release.lake}; take another release, or write the lake anew: "
+            "`python -m etl`"
+        )
     raw: list[str] = found.sort_by("index")["user"].to_pylist()
     return raw
 
@@ -216,8 +222,9 @@ def model_scorer(
     """A model, scored on the evaluated domain's items whatever it was trained on.
 
     A model of the evaluated domain reads that domain's items; a model of the domain `all` also reads what the user did
-    elsewhere before the first held-out item. A user of whom the model reads nothing gets the popular items, as when
-    served: by interactions in the training parts of the evaluated split.
+    elsewhere before the first held-out item. A user of whom the model reads nothing, features of users included
+    where it answers by them alone, gets the popular items, as when served: by interactions in the training parts of the
+    evaluated split.
 
     Raises EvaluateError: it was trained on what is held out here, or (`must_know`) knows none of the items; without
     `must_know` such a model finds nothing.
@@ -264,7 +271,7 @@ def model_scorer(
         if not needs.separators:  # the same items, without what stands between baskets
             is_read &= own.items != SEP
         read = own.keep(is_read)
-        scores, nothing_B = scorer.scores(read, candidates), torch.from_numpy(~has_items(read))
+        scores, nothing_B = scorer.scores(read, candidates), torch.from_numpy(~answered(trained_model.model, read))
         popular_C = None
         if nothing_B.any():
             popular_C = torch.from_numpy(examples.training_interactions[known].astype(np.float32))

@@ -20,6 +20,7 @@ from trainer.config import (
     ModelConfig,
     PretrainConfig,
     TrackingConfig,
+    UserFeaturesConfig,
 )
 from trainer.evaluation.three_arms import LEVEL
 from trainer.experiment.plan import ExperimentConfig
@@ -71,7 +72,7 @@ class ArmsConfig(Section):
     # What is compared, by name: `model.features` of the arm `real`, whose twin exchanges them among items; and
     # `model.user_features`, exchanged among users.
     features: dict[FileName, ItemFeaturesConfig] = Field(default_factory=dict)
-    user_features: dict[FileName, JoinedFeaturesConfig] = Field(default_factory=dict)
+    user_features: dict[FileName, UserFeaturesConfig] = Field(default_factory=dict)
     # (features, those that they are compared with), arms `real` of both.
     pairs: tuple[tuple[str, str], ...] = ()
     preset: PretrainConfig  # of all trainings, without features
@@ -187,15 +188,19 @@ def placed_vectors(config: ArmsConfig, lake: str) -> list[FeaturesConfig]:
     """What makes the vectors, in the lake and under the names that the settings give."""
     found = []
     for name, given in config.vectors.items():
-        graph = given.graph
-        if graph is not None:
-            own = name if graph.name == type(graph)().name else graph.name
-            data = replaced(graph.data, lake=lake, release=None)
-            output = str(config.folder / "vectors" / name)
-            graph = replaced(graph, name=own, data=data, output=output, tracking=config.tracking)
-        found.append(
-            replaced(given, name=given.name or name, lake=lake, release=None, graph=graph, tracking=config.tracking)
+        run = given.graph or given.social
+        if run is None:
+            own = {"name": given.name or name, "lake": lake, "release": None}
+            found.append(replaced(given, **own, tracking=config.tracking))
+            continue
+        placed = replaced(
+            run,
+            name=name if run.name == type(run)().name else run.name,
+            data=replaced(run.data, lake=lake, release=None),
+            output=str(config.folder / "vectors" / name),
+            tracking=config.tracking,
         )
+        found.append(replaced(given, **{"social" if given.graph is None else "graph": placed}))
     return found
 
 

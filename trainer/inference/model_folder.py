@@ -65,6 +65,7 @@ CONTENT = "content"
 FEATURES = "features.safetensors"
 DOCUMENT = "document"  # with a colon behind it; of other encoders a slash is behind the name
 USER_TABLE = "user_embedding.weight"
+FRIENDS_RECIPE = "friends"  # of folders that hold no network of sequences: see `trainer/social/friends_folder.py`
 
 
 class ModelFolderError(GraftrecError):
@@ -322,8 +323,8 @@ def read_model(
 ) -> TrainedModel:
     """The model of a folder's settings and catalogue, and of tensors that were read already, which it takes as they
     are; `digests` of the whole folder's files. `user_features` None: the folder's."""
-    described = json.loads((folder / CONFIG).read_text())
     config, parent = config_of(folder)
+    described = json.loads((folder / CONFIG).read_text())
     classes = {head: tuple(names) for head, names in described.get("classes", {}).items()}
     rows = pq.read_table(folder / CATALOGUE)
     flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
@@ -381,8 +382,22 @@ def read_model(
     )
 
 
+def recipe_of(folder: Path) -> str:
+    """The recipe that made a model folder; "" where that can't be read."""
+    try:
+        return str(json.loads((folder / CONFIG).read_text())["recipe"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
-    """Settings of the run that made a model folder, and the hash of the model it was grafted on."""
+    """Settings of the run that made a model folder, and the hash of the model it was grafted on. Raises
+    ModelFolderError."""
+    if recipe_of(folder) == FRIENDS_RECIPE:
+        raise ModelFolderError(
+            f"expected a model of sequences in {folder}, found an attention over friends, which stands beside one: "
+            "register it with the alias `friends`, or give it as `friends` of recommend"
+        )
     described = json.loads((folder / CONFIG).read_text())
     kind = FinetuneConfig if described["recipe"] == "finetune" else PretrainConfig
     config = kind.model_validate(old_versions.settings(described["config"]))

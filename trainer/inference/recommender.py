@@ -11,13 +11,17 @@ was, for a model that reads kinds (others pass it over). A model of next baskets
     items     raw ids, best first; what is in the history is left out (not so of baskets, where things are had again)
     scores    the scorer's own: what evaluation ranked by; of a model that tells clicks, log-odds of one; of `popular`
               answers, training interactions
-    basis     model | popular (the history is empty, or holds no known item)
+    basis     model | friends (what friends have) | popular (the history is empty, or holds no known item, and the model
+              does not answer by the features of `user`: `model.user_features.alone`)
     unknown   ids of the history that the model does not know, and has no features of, which were ignored
     version   registered version, e.g. graftrec/3
 
 `items` may be ids of any domain. Where the model knows none of them, as those of a user who is new in its domain, the
 version at the alias `companion` answers if it knows one, and `version` says so. The rule for ids is that of logs
 (`etl.identifiers`): " 5" and, where a caller's schema lets them through, the numbers 5 and 5.0 are "5".
+
+Where neither knows an item, the version at the alias `friends`, if there is one, answers from what friends have: those
+that the request gives, `friends` (a list of raw user ids), or else those of `user` in the log. `basis` says so.
 
 An item that came after training is ranked, and read, by its features alone. A version reads the vectors of later items
 from the release that $GRAFTREC_FEATURES names (`<lake>@<release>`), and from the request: `features` is a list of
@@ -32,7 +36,7 @@ nothing of MLflow; `pyfunc.py` is what MLflow runs.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -45,13 +49,13 @@ from trainer.arrays import Int8Array, IntArray
 from trainer.data.events import Events
 from trainer.inference.later_items import LaterItemsError, with_vectors
 from trainer.inference.model_folder import TrainedModel
-from trainer.inference.scorer import Scores, has_items, top_k
+from trainer.inference.scorer import Scores, answered, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
 BATCH_SIZE = 256  # histories scored at once
-FIELDS = ("items", "user", "event_types", "baskets", "features")  # of a record
+FIELDS = ("items", "user", "event_types", "baskets", "features", "friends")  # of a record
 _UNREAD = f"fields of other names than {', '.join(FIELDS)} are not read"
-MODEL, POPULAR = "model", "popular"  # what an answer is based on
+MODEL, FRIENDS, POPULAR = "model", "friends", "popular"  # what an answer is based on
 
 
 class RequestError(GraftrecError):
@@ -67,6 +71,7 @@ class Request:
     event_types: Sequence[str] | None = None  # of each item
     baskets: Sequence[Sequence[str]] | None = None
     features: Sequence[tuple[str, str, Sequence[float]]] = ()  # of later items: raw id, encoder, vector
+    friends: Sequence[str] = ()  # raw ids of the user's friends
 
     @property
     def form(self) -> str:
@@ -85,11 +90,17 @@ class Answer:
     version: str
 
 
+class Answering(Protocol):
+    """What answers requests: a `Recommender`, or an attention over friends."""
+
+    def answer(self, requests: Sequence[Request], k: int = DEFAULT_K) -> list[Answer]: ...
+
+
 class TopK:
     """The best rows for histories: the model's, and for an empty history the popular ones."""
 
     def __init__(self, trained_model: TrainedModel) -> None:
-        self._scorer = trained_model.scorer(clicks=True)
+        self._scorer, self._model = trained_model.scorer(clicks=True), trained_model.model
         self._repeats = trained_model.config.ranks_repeats
         popularity = torch.from_numpy(trained_model.popularity.astype(np.float32))
         if (predicted_V := trained_model.predicted_V) is not None:
@@ -102,7 +113,7 @@ class TopK:
         `trainer.inference.scorer.top_k`."""
         rows, scores = self._popular(k)
         rows_BK, scores_BK = rows.repeat(len(histories), axis=0), scores.repeat(len(histories), 1)
-        examples = np.flatnonzero(has_items(histories))
+        examples = np.flatnonzero(answered(self._model, histories))
         if len(examples):
             own = histories.take(examples)
             left_out = own.until(np.zeros(len(own), np.int64)) if self._repeats else own
@@ -116,7 +127,8 @@ class TopK:
 
 class Recommender:
     """A model, ready to answer. `beside`: gives the one for another domain; `companion`: the one for histories of which
-    this one knows no item. Either gives None where there is none, and is read once."""
+    this one knows no item; `friends`: what answers users of whom neither knows an item. Each gives None where there is
+    none, and is read once."""
 
     def __init__(
         self,
@@ -124,9 +136,10 @@ class Recommender:
         version: str,
         beside: "Callable[[str], Recommender | None]" = lambda domain: None,
         companion: "Callable[[], Recommender | None]" = lambda: None,
+        friends: Callable[[], Answering | None] = lambda: None,
     ) -> None:
         self.trained_model, self.version, self._beside = trained_model, version, functools.cache(beside)
-        self._companion = functools.cache(companion)
+        self._companion, self._friends = functools.cache(companion), functools.cache(friends)
         self._shortlist, self.reads = TopK(trained_model), trained_model.config.task.needs.request
         self._place_of = {name: place for place, name in enumerate(trained_model.event_types, 1)}
         self._row_of = {raw: row for row, raw in enumerate(trained_model.catalogue.raw_ids) if row >= FIRST_INDEX}
@@ -150,8 +163,7 @@ class Recommender:
 
     def answer(self, requests: Sequence[Request], k: int = DEFAULT_K) -> list[Answer]:
         """One answer for each request, in order. Raises RequestError."""
-        if not 1 <= k <= MAX_K:
-            raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {k}")
+        check_k(k)
         for place, request in enumerate(requests):
             if request.form != self.reads:
                 raise RequestError(
@@ -173,7 +185,21 @@ class Recommender:
             for place, other in zip(unread, others, strict=True):
                 if other.basis == MODEL:
                     answers[place] = other
+        self._ask_friends(requests, answers, k)
         return answers
+
+    def _ask_friends(self, requests: Sequence[Request], answers: list[Answer], k: int) -> None:
+        """Replace answers by what is popular by those from what friends have, where these are known."""
+        alone = [
+            place
+            for place, request in enumerate(requests)
+            if answers[place].basis == POPULAR and (request.user is not None or request.friends)
+        ]
+        friends = self._friends() if alone else None
+        if friends is not None:
+            for place, other in zip(alone, friends.answer([requests[place] for place in alone], k), strict=True):
+                if other.basis == FRIENDS:
+                    answers[place] = other
 
     def _with(self, request: Request) -> "Recommender":
         """One that has the later items of a request, too. Raises RequestError."""
@@ -219,10 +245,10 @@ class Recommender:
             self._event_types(requests),
         )
         histories = whole.keep(given != UNK)
-        has_history = has_items(histories)
+        is_answered = answered(self.trained_model.model, histories)
         best_rows, best = self._shortlist.best(histories, k)
         return [
-            self._one(items, history, best_rows[place], best[place], MODEL if has_history[place] else POPULAR)
+            self._one(items, history, best_rows[place], best[place], MODEL if is_answered[place] else POPULAR)
             for place, (items, history) in enumerate(zip(read, rows, strict=True))
         ]
 
@@ -242,6 +268,12 @@ class Recommender:
         return Answer([raw_ids[row] for row in rows[:count]], scores[:count].tolist(), basis, unknown, self.version)
 
 
+def check_k(k: int) -> None:
+    """Raises RequestError."""
+    if not 1 <= k <= MAX_K:
+        raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {k}")
+
+
 def _read(request: Request) -> Sequence[str | None]:
     """Raw ids, oldest first; None where a basket ends."""
     if request.baskets is None:
@@ -257,7 +289,7 @@ def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
 
 
 def _parse(record: Mapping[str, Any], place: int) -> Request:
-    items, user, kinds, baskets, features = (_plain(record.get(name)) for name in FIELDS)
+    items, user, kinds, baskets, features, friends = (_plain(record.get(name)) for name in FIELDS)
     if baskets is not None:
         if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
             raise RequestError(
@@ -278,8 +310,13 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
         raise RequestError(
             f"record {place}: `event_types` is a list of strings as long as `items`, found {str(kinds)[:100]!r}"
         )
+    if friends is not None and not _is_ids(friends):
+        raise RequestError(
+            f"record {place}: `friends` is a list of raw user ids (strings), found {str(friends)[:100]!r}"
+        )
     user = None if user is None else _ids([user], place, "user")[0]
-    return Request(_ids(items, place, "items"), user, kinds, baskets, _vectors(features, place))
+    friends = tuple(_ids(friends or [], place, "friends"))
+    return Request(_ids(items, place, "items"), user, kinds, baskets, _vectors(features, place), friends)
 
 
 def _vectors(features: Any, place: int) -> tuple[tuple[str, str, list[float]], ...]:

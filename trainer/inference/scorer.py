@@ -75,6 +75,15 @@ def has_items(histories: Events) -> npt.NDArray[np.bool_]:
     return flags
 
 
+def answered(model: SequenceModel, histories: Events) -> npt.NDArray[np.bool_]:
+    """[B] whether a model says more of a user than what is popular: of those with an item, and with
+    `model.user_features.alone` of those with features. Users and items are the model's rows."""
+    flags = has_items(histories)
+    if model.config.user_features.alone:
+        flags = flags | model.has_user_features(torch.from_numpy(histories.users.astype(np.int64))).cpu().numpy()
+    return flags
+
+
 @torch.inference_mode()
 def top_k(scores: Scores, seen: Events, k: int) -> tuple[IntArray, Tensor]:
     """Rows [B, K] and scores [B, K], on the CPU, of the best rows not in `seen` (rows), K = min(k, V), best first.
@@ -254,10 +263,13 @@ class ModelScorer:
 
     def _batch(self, histories: Events) -> Batch:
         """Padded at the end to the longest."""
+        users = histories.users.astype(np.int64)
+        if self.model.config.user_features.alone:
+            users = np.where(has_items(histories), users, -1 - users)
         batch = Batch(
             torch.from_numpy(histories.padded("items", PAD)),
             torch.from_numpy(histories.lengths.astype(np.int64)),
-            torch.from_numpy(histories.users.astype(np.int64)),
+            torch.from_numpy(users),
             len(histories),
             slice(0, len(histories)),
             (),

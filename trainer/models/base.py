@@ -268,15 +268,31 @@ class SequenceModel(nn.Module):
 
     def user_vectors(self, users_B: Tensor) -> Tensor:
         """[B, user width], with features where the model has any; that of the unknown user for those beyond the
-        table."""
+        table. -1 - row: by that user's features alone (see `by_features`)."""
+        alone_B = users_B < 0 if self.config.user_features.alone else None
+        users_B = users_B if alone_B is None else torch.where(alone_B, -1 - users_B, users_B)
         known_B = torch.where(users_B < self.user_embedding.num_embeddings, users_B, UNK)
         own_BD = self.rows_of(self.user_embedding.weight, known_B)
         if "user" not in self.features:
             return own_BD
+        if alone_B is not None:
+            own_BD = own_BD * ~alone_B[..., None]
         if self.training and (share := self.config.user_features.id_dropout):
             own_BD = own_BD * kept_ids(known_B, share)[..., None]
         joined: Tensor = self.features["user"](own_BD, known_B)
         return joined
+
+    def has_user_features(self, users_B: Tensor) -> Tensor:
+        """[B] which users have a vector by any of the encoders."""
+        if "user" not in self.features:
+            return torch.zeros_like(users_B, dtype=torch.bool)
+        features = self.features["user"]
+        assert isinstance(features, Features)
+        has_U = features.has_any()
+        has_U[:FIRST_INDEX] = False
+        users_B = users_B.to(has_U.device)
+        is_known_B = (users_B >= 0) & (users_B < len(has_U))
+        return is_known_B & has_U[torch.where(is_known_B, users_B, 0)]
 
     def entity_vectors(self, rows: Tensor | None) -> Tensor:
         """The vectors of catalogue rows' entities side by side, [V or *rows.shape, S x knowledge width]."""

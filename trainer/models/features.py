@@ -102,6 +102,11 @@ class Features(nn.Module):
         vectors_ND: Tensor = own_ND + added
         return vectors_ND
 
+    def has_any(self) -> Tensor:
+        """[V] bool: which rows have a vector by any encoder; reserved ones count as if they had."""
+        kinds = range(len(self.projections) + (self.document is not None))
+        return ~torch.stack([self._buffer("lacks", place) for place in kinds]).all(0)
+
     def parts(self, rows: Tensor | None) -> Tensor:
         """What each encoder adds to an item's vector, [N, K, D], where their sum is what is added."""
         assert self.config.aggregate == "sum"

@@ -28,7 +28,7 @@ from etl.plain_path import absolute
 from etl.redaction import redact
 from etl.session import held, spark_session, user_errors
 from etl.settings import ConfigError
-from etl.tables import FEATURES, KNOWLEDGE, Table
+from etl.tables import FEATURES, KNOWLEDGE, SOCIAL, Table
 from trainer import tracking
 from trainer.arrays import FloatArray, IntArray
 from trainer.config import FeaturesConfig, GraphConfig, SocialConfig
@@ -69,7 +69,7 @@ def run(config: FeaturesConfig) -> Result:
     if unknown := unknown_columns(given.kind, given.columns):
         setting = "text" if config.attributes is None else "attributes"
         known = known_columns(given.kind)
-        raise ConfigError(f"{setting}: expected columns of {given.kind}s ({known}), found {unknown[0]!r}")
+        raise ConfigError(f"{setting}: expected columns of {_THINGS[given.kind].name} ({known}), found {unknown[0]!r}")
     encoder = text_encoder(config.text.encoder) if config.attributes is None else None
     release, begun = pin(config.lake, config.release), time.monotonic()
     with spark_io.writing(release.lake, FEATURES, wait_seconds=config.wait_seconds):
@@ -85,7 +85,7 @@ def run(config: FeaturesConfig) -> Result:
     released = f"release {number} ({'new' if committed else 'unchanged'}) in {release.lake}"
     if things:
         print(
-            f"features {encoding.name}: {encoded:,} encoded, {covered:,} of {things:,} {given.kind}s "
+            f"features {encoding.name}: {encoded:,} encoded, {covered:,} of {things:,} {_THINGS[given.kind].name} "
             f"({covered / things:.1%}) have one, {encoding.width} wide; {released}",
             flush=True,
         )
@@ -116,8 +116,8 @@ def _record(config: FeaturesConfig, encoding: Encoding, result: Result, seconds:
             }
         )
         tracked.describe(
-            f"Vectors of {encoding.kind}s by {name}, {encoding.width} wide, in release {result.release} of "
-            f"`{redact(release.lake)}`: {result.encoded:,} encoded in {seconds:,.0f} s; {result.covered:,} of "
+            f"Vectors of {_THINGS[encoding.kind].name} by {name}, {encoding.width} wide, in release {result.release} "
+            f"of `{redact(release.lake)}`: {result.encoded:,} encoded in {seconds:,.0f} s; {result.covered:,} of "
             f"{result.things:,} have one ({result.covered / result.things:.1%})."
         )
 
@@ -125,8 +125,9 @@ def _record(config: FeaturesConfig, encoding: Encoding, result: Result, seconds:
 def _of_run(config: FeaturesConfig, given: GraphConfig | SocialConfig) -> Result:
     """Train an embedding of the knowledge graph or the social network, or find it trained, and write the vectors of its
     nodes. Of several processes the first one writes."""
-    trained = graph_features.run(given) if isinstance(given, GraphConfig) else social_features.run(given)
     lake, things = absolute(given.data.lake), 0
+    _refuse_name(given, lake)
+    trained = graph_features.run(given) if isinstance(given, GraphConfig) else social_features.run(given)
     if not join(given.runtime).first:
         return Result(0, 0, 0, 0, False)
     with spark_io.writing(lake, FEATURES, wait_seconds=config.wait_seconds):
@@ -140,6 +141,18 @@ def _of_run(config: FeaturesConfig, given: GraphConfig | SocialConfig) -> Result
     state = "new" if committed else "unchanged"
     print(f"features {given.name}: {things:,} things have one; release {number} ({state}) in {lake}", flush=True)
     return Result(things, things, things if committed else 0, number, committed)
+
+
+def _refuse_name(given: GraphConfig | SocialConfig, lake: str) -> None:
+    """Raises ConfigError where the table has vectors of that name by an encoder of another kind, which those of this
+    run would replace."""
+    setting, own = ("graph", KNOWLEDGE) if isinstance(given, GraphConfig) else ("social", SOCIAL)
+    for found in encodings(lake).values():
+        if found.encoder == given.name and (found.template or own.name not in found.inputs):
+            raise ConfigError(
+                f"{setting}.name: expected one of its own, found {given.name!r}, by which {lake} has vectors of "
+                f"another encoder ({found.template or ', '.join(found.inputs) or 'of no table'}); set another name"
+            )
 
 
 def _vectors_in(folder: Path) -> Iterator[tuple[Encoding, list[str], IntArray, FloatArray]]:
@@ -188,6 +201,7 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     """Without Spark: a vocabulary's columns are few, and its values are counted over all of it."""
     table = _THINGS[given.kind]
     rows = release.read(table, [given.kind, "index", *columns_read(given.columns)])
+    _refuse_none(len(rows), table, release)
     cells = {name: cells_of(rows, name) for name in given.columns}
     tails = _tails(release, given.relations, rows["index"].to_numpy())
     vectors, names = attribute_vectors(
@@ -234,6 +248,15 @@ def _tails(release: Release, relations: Sequence[str], index: IntArray) -> dict[
     return found
 
 
+def _refuse_none(count: int, table: Table, release: Release) -> None:
+    """Raises FeatureError for a table without a row."""
+    if not count:
+        raise FeatureError(
+            f"features: expected rows in the table {table.name}, found none in release {release.number} of "
+            f"{release.lake}; take another release or lake"
+        )
+
+
 def _template(text: TextConfig) -> str:
     """With what stands for no text: both decide on a thing's text."""
     without = f" without {', '.join(map(repr, sorted(text.placeholders)))}" if text.placeholders else ""
@@ -249,9 +272,10 @@ def _renew(
     things = spark_io.read(spark, lake, table, version=release.versions[table.name])
     texts = held(_texts(things, text))
     total, covered = things.count(), texts.count()
+    _refuse_none(total, table, release)
     if not covered:
         raise FeatureError(
-            f"features {encoding.name}: expected a text of one of {total:,} {text.kind}s at least, found none in "
+            f"features {encoding.name}: expected a text of one of {total:,} {table.name} at least, found none in "
             f"{', '.join(text.columns)}; name columns that hold texts: --text.columns"
         )
     _check_shared(texts, encoding, covered, config.max_shared)
@@ -283,7 +307,7 @@ def _check_shared(texts: DataFrame, encoding: Encoding, covered: int, max_shared
         shown = repr(text if len(text) < 80 else f"{text[:80]}…")
         raise FeatureError(
             f"features {encoding.name}: expected a text to be that of {max_shared:.0%} of {covered:,} "
-            f"{encoding.kind}s at most, found {shown} of {count:,}; give --text.placeholders if that says "
+            f"{_THINGS[encoding.kind].name} at most, found {shown} of {count:,}; give --text.placeholders if that says "
             "nothing, else add a column that tells them apart, or raise --max_shared"
         )
 

@@ -3,7 +3,8 @@
 For each split: an attention over friends is trained on the users whose history is in the training part, and ranks what
 the held-out users have, beside popularity and plain counts of what friends have; and, as a control, the same with
 friends swapped at random. Writes to <output>/<name>: report.md, users.parquet (metrics of each user), influence.parquet
-(split, user, friend, share: each friend's share of influence, 1 together for a user).
+(split, user, friend, share: each friend's share of influence, 1 together for a user), and model, which answers users
+without a history in `recommend` and served (see `trainer/social/friends_folder.py`).
 """
 
 import time
@@ -19,13 +20,13 @@ import torch
 from etl import tables, text_table
 from etl.redaction import redact
 from etl.settings import ConfigError, replaced
-from trainer import tracking
 from trainer.arrays import IntArray
 from trainer.config.social import FriendsConfig
 from trainer.data.catalogue import Catalogue, read_catalogue
 from trainer.data.events import Events
 from trainer.data.held_out import HeldOut
 from trainer.data.release import Release, pin
+from trainer.data.sequences import SequenceDataset
 from trainer.data.social import Network, read_network, read_training, rewired, widened
 from trainer.evaluation.baselines.friends import counted_friends
 from trainer.evaluation.baselines.names import FRIENDS, POPULARITY
@@ -34,9 +35,13 @@ from trainer.evaluation.scorers import raw_users
 from trainer.evaluation.significance import Comparison, holm, p_text, paired_t
 from trainer.inference.scorer import Scores
 from trainer.parallel.distributed import join
+from trainer.recipes.recorded_once import note_done, recorded_once
 from trainer.recipes.run_folder import alone
+from trainer.recipes.run_result import identity_of, reused
 from trainer.social.attention import TrainedFriends, train_friends
+from trainer.social.friends_folder import FriendsModel, save_friends
 from trainer.social.ranking import Metrics, examples, ranked
+from trainer.tracking import Run
 
 ATTENTION, CONTROL = "attention over friends", "attention over friends, swapped at random"
 COUNTED_CONTROL = "friends' items, friends swapped at random"
@@ -47,7 +52,7 @@ _KEYS = {  # in names of metrics
     COUNTED_CONTROL: "counted_swapped",
     CONTROL: "attention_swapped",
 }
-REPORT, USERS, INFLUENCE = "report.md", "users.parquet", "influence.parquet"
+REPORT, USERS, INFLUENCE, MODEL = "report.md", "users.parquet", "influence.parquet", "model"
 _READ = (tables.SOCIAL, tables.ITEMS, tables.USERS, tables.DOMAINS, tables.SEQUENCES)
 _SHOWN = ("NDCG@10", "Recall@10", "MRR")
 
@@ -69,6 +74,16 @@ class _Fold:
     users: list[str]  # raw ids
     found: dict[str, Metrics]
     influence: pa.Table
+    model: FriendsModel
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What all folds read."""
+
+    release: Release
+    catalogue: Catalogue
+    network: Network
 
 
 def run(config: FriendsConfig) -> Result:
@@ -76,37 +91,46 @@ def run(config: FriendsConfig) -> Result:
     world = join(replaced(config.runtime, device="cpu", precision="fp32"))
     if world.size > 1:
         raise ConfigError(f"friends: expected one process, found {world.size}; start it without torchrun")
-    with (
-        alone(Path(config.output) / config.name, world) as folder,
-        tracking.start_run(
-            config.tracking,
-            name=config.name,
-            resolved=config,
-            tags={"graftrec.recipe": "friends"},
-            must_record=True,
-        ) as tracked,
-    ):
+    with alone(Path(config.output) / config.name, world) as folder:
         release = pin(config.lake, config.release)
-        tracked.log_release(release, tables=[table.name for table in _READ])
-        network = read_network(release, directed=config.directed)
-        catalogue = read_catalogue(release, config.domain)
-        folds = [_fold(config, release, catalogue, network, split) for split in config.splits]
-        result, text = _summary(config, folder, release, folds)
-        pq.write_table(pa.concat_tables([_table_of(fold) for fold in folds]), folder / USERS)
-        pq.write_table(pa.concat_tables([fold.influence for fold in folds]), folder / INFLUENCE)
-        (folder / REPORT).write_text(text, encoding="utf-8")
-        for name in (REPORT, USERS, INFLUENCE):
-            tracked.log_artifact(folder / name)
-        tracked.log_metrics(result.metrics)
-        tracked.describe(text)
-        print(text, end="")
+        of_run = identity_of(config, release, "trainer.recipes.friends", _READ, "")
+        identity = ":".join(of_run.values())
+        if (finished := reused(config, folder, identity, world)) is not None:
+            print(f"{config.name}: unchanged, the model in {folder / MODEL} stands")
+            return Result(folder, finished.metrics, _gain(pq.read_table(folder / USERS)))
+        given = _Given(release, read_catalogue(release, config.domain), read_network(release, directed=config.directed))
+        if config.keep is not None:
+            SequenceDataset(release, config.keep, config.domain)  # refuses a split that is not there
+        held_out = {split: _held_out(config, given, split) for split in config.splits}
+        with recorded_once(config, folder, identity, world, release=release, read=_READ) as tracked:
+            tracked.set_tags({"graftrec.recipe": "friends"})
+            folds = [_fold(config, given, split, held) for split, held in held_out.items()]
+            result = _finish(config, folder, given, folds, identity, tracked)
     return result
 
 
-def _fold(config: FriendsConfig, release: Release, catalogue: Catalogue, network: Network, split: str) -> _Fold:
+def _finish(
+    config: FriendsConfig, folder: Path, read: _Given, folds: list[_Fold], identity: str, tracked: Run
+) -> Result:
+    result, text = _summary(config, folder, read.release, folds)
+    kept = {fold.split: fold.model for fold in folds}.get(config.keep or config.splits[0])
+    digest = save_friends(folder / MODEL, kept or _learned(config, read, str(config.keep)))
+    pq.write_table(pa.concat_tables([_table_of(fold) for fold in folds]), folder / USERS)
+    pq.write_table(pa.concat_tables([fold.influence for fold in folds]), folder / INFLUENCE)
+    (folder / REPORT).write_text(text, encoding="utf-8")
+    for name in (REPORT, USERS, INFLUENCE):
+        tracked.log_artifact(folder / name)
+    tracked.log_metrics(result.metrics)
+    tracked.describe(text)
+    note_done(folder, identity, digest, result.metrics, tracked)
+    print(text, end="")
+    return result
+
+
+def _fold(config: FriendsConfig, read: _Given, split: str, held_out: HeldOut) -> _Fold:
     begun = time.monotonic()
+    release, catalogue, network = read.release, read.catalogue, read.network
     users, taken = read_training(release, split, config.domain, catalogue)
-    held_out = _without_history(examples(release, split, config.domain, catalogue, "test"), split)
     everyone = np.union1d(np.union1d(users, network.users), held_out.users)
     of_all = widened(taken, users, everyone)
     networks = {"": network.of(everyone)}
@@ -128,11 +152,28 @@ def _fold(config: FriendsConfig, release: Release, catalogue: Catalogue, network
     shown = ", ".join(f"{label} {means(metrics)['NDCG@10']:.4f}" for label, metrics in found.items())
     print(f"{split}: {len(held_out):,} users, NDCG@10 {shown}; {time.monotonic() - begun:.0f} s", flush=True)
     influence = _influence(release, split, trained[""], everyone, held_out.users)
-    return _Fold(split, raw_users(release, held_out.users), found, influence)
+    model = _model(config, read, split, everyone, trained[""])
+    return _Fold(split, raw_users(release, held_out.users), found, influence, model)
 
 
-def _without_history(held_out: HeldOut, split: str) -> HeldOut:
-    """Raises ConfigError where a user has a history: that would be another question."""
+def _learned(config: FriendsConfig, read: _Given, split: str) -> FriendsModel:
+    """A model that learns from the training part of a split in which it isn't measured."""
+    users, taken = read_training(read.release, split, config.domain, read.catalogue)
+    everyone = np.union1d(users, read.network.users)
+    trained = train_friends(read.network.of(everyone).edges, widened(taken, users, everyone), config.model)
+    return _model(config, read, split, everyone, trained)
+
+
+def _model(
+    config: FriendsConfig, read: _Given, split: str, everyone: IntArray, trained: TrainedFriends
+) -> FriendsModel:
+    raw = pa.array(raw_users(read.release, everyone), pa.string())
+    return FriendsModel(config, split, read.release, read.catalogue, everyone, raw, trained)
+
+
+def _held_out(config: FriendsConfig, read: _Given, split: str) -> HeldOut:
+    """The users of a split's test part. Raises ConfigError where one has a history: that would be another question."""
+    held_out = examples(read.release, split, config.domain, read.catalogue, "test")
     if known := int((held_out.histories.lengths > 0).sum()):
         raise ConfigError(
             f"splits: expected {split} to hold out users' whole histories, found {known:,} of {len(held_out):,} users "
@@ -160,6 +201,12 @@ def _influence(
     names = [pa.array(raw[np.searchsorted(met, places)], pa.string()) for places in (user, friend)]
     columns = {"split": pa.array([split] * len(user), pa.string()), "user": names[0], "friend": names[1]}
     return pa.table(columns | {"share": pa.array(share, pa.float32())})
+
+
+def _gain(users: pa.Table) -> Comparison:
+    """As a finished run left its users' metrics."""
+    ours, counted = (users[f"{label}/NDCG@10"].to_numpy() for label in (ATTENTION, FRIENDS))
+    return paired_t(ours, counted)
 
 
 def _table_of(fold: _Fold) -> pa.Table:

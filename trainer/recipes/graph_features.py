@@ -6,7 +6,7 @@ one goes on.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ import pyarrow as pa
 from etl import tables
 from etl.redaction import redact
 from etl.settings import replaced
-from trainer import tracking
 from trainer.arrays import IntArray
 from trainer.config import GraphConfig
 from trainer.data.release import Release, pin
@@ -41,9 +40,9 @@ from trainer.knowledge_graph.vectors import (
     weights_hash,
 )
 from trainer.parallel.distributed import World, join
-from trainer.recipes.run_folder import DONE, alone, clear_other, noted
+from trainer.recipes.recorded_once import note_done, recorded_once
+from trainer.recipes.run_folder import alone
 from trainer.recipes.run_result import Result, agreed, identity_of, reused
-from trainer.recipes.training_record import mlflow_uid
 from trainer.tracking import Run
 
 REPORT = "report.md"
@@ -101,16 +100,9 @@ def _run(config: GraphConfig, world: World, folder: Path) -> Result:
 
     inputs = _read(config, release, parent)
     training = _training(inputs, world)
-    clear_other(folder, identity, world, say)
     size = _size(inputs)
     say(f"{config.name}: {config.model.kind}, release {release.number} of {release.lake}, {size}")
-    with (
-        noted(folder, world),
-        tracking.start_run(
-            config.tracking, name=config.name, resolved=config, uid=mlflow_uid(folder, world), must_record=True
-        ) as tracked,
-    ):
-        tracked.log_release(release, tables=[table.name for table in _READ])
+    with recorded_once(config, folder, identity, world, release=release, read=_READ) as tracked:
         tracked.set_tags({"graftrec.recipe": "features"})
         about = f"Embeds the knowledge graph of release {release.number} of `{redact(release.lake)}` by "
         about += f"{config.model.kind}: {size}."
@@ -127,8 +119,7 @@ def _run(config: GraphConfig, world: World, folder: Path) -> Result:
             ),
         )
         metrics = _finish(folder, inputs, training, identity, tracked, about)
-    figures = ", ".join(f"{name} {metrics[f'test/{name}']:.3f}" for name in ("MRR", "Hits@10"))
-    say(f"{config.name}: test {figures}; vectors in {folder / 'model' / FEATURES}, report in {folder / REPORT}")
+    say(f"{config.name}: {_reached(metrics)}; vectors in {folder / 'model' / FEATURES}, report in {folder / REPORT}")
     return Result(folder, metrics, reused=False, run_id=tracked.id)
 
 
@@ -203,7 +194,8 @@ def _finish(
     metrics: dict[str, float] = {"seconds": sum(epoch.seconds for epoch in training.progress.history)}
     if world.first:
         ranks = filtered_ranks(training.model, whole, inputs.split.test, inputs.known)
-        metrics |= {f"test/{name}": value for name, value in ranks.metrics().items()}
+        if len(inputs.split.test):
+            metrics |= {f"test/{name}": value for name, value in ranks.metrics().items()}
         kinds, ids, indices, vectors = features_of(training.model, whole, graph, inputs.split.train, inputs.raw_ids)
         versions = {table.name: inputs.release.versions.get(table.name) for table in _READ}
         properties = {
@@ -227,12 +219,18 @@ def _finish(
         tracked.log_artifact(folder / REPORT)
         tracked.log_artifact(folder / "model")
         tracked.log_metrics(metrics)
-        tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
-        tracked.describe(f"Test MRR {metrics['test/MRR']:.3f}, Hits@10 {metrics['test/Hits@10']:.3f}.\n\n{about}")
-        done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
-        (folder / (DONE + ".new")).write_text(json.dumps(done, indent=1))
+        reached = _reached(metrics)
+        tracked.describe(f"{reached[0].upper()}{reached[1:]}.\n\n{about}")
+        note_done(folder, identity, digest, metrics, tracked)
     world.wait()
     return world.of_first(metrics)
+
+
+def _reached(metrics: Mapping[str, float]) -> str:
+    """What it reached on held-out triples, in words."""
+    if "test/MRR" not in metrics:
+        return "no triple was held out for test"
+    return "test " + ", ".join(f"{name} {metrics[f'test/{name}']:.3f}" for name in ("MRR", "Hits@10"))
 
 
 def _report(inputs: _Inputs, ranks: Ranks, coverage: dict[str, float], num_vectors: int) -> str:
@@ -244,7 +242,7 @@ def _report(inputs: _Inputs, ranks: Ranks, coverage: dict[str, float], num_vecto
             f"{_size(inputs)}. {num_vectors:,} nodes have a vector, {lacking:,} have no training triple and none.",
             "## Held-out triples\n\nFiltered by the triples of all parts; ties count half. A scorer that scores all "
             f"alike has MRR {2 / (inputs.graph.num_nodes + 1):.4f} where no candidate is filtered.",
-            ranking_text(ranks, inputs.graph.relations),
+            ranking_text(ranks, inputs.graph.relations) if len(inputs.split.test) else "None was held out.",
             "## Coverage",
             coverage_text(coverage),
         ]

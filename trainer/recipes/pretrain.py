@@ -23,7 +23,7 @@ from trainer.config import FinetuneConfig, PretrainConfig, patch_of
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, read_knowledge, rows_by_raw_id, rows_of_domain
 from trainer.data.documents import Documents, read_documents
-from trainer.data.item_vectors import EncodedVectors, encodings_of, read_item_vectors, read_user_vectors
+from trainer.data.item_vectors import EncodedVectors, encodings_of, read_vectors, rows_of_items, rows_of_users
 from trainer.data.loader import Loader, Share
 from trainer.data.release import Release, pin, vocabulary_size
 from trainer.data.sequences import SequenceDataset, training_events, training_interactions
@@ -33,7 +33,8 @@ from trainer.evaluation.validation import Validator
 from trainer.inference.model_folder import ModelParts, TrainedModel, document_table, feature_tables, save_model
 from trainer.models import ModelSizes, RowTables, SequenceModel, build_model
 from trainer.parallel.distributed import World, join
-from trainer.recipes.run_folder import DONE, alone, clear_other, noted
+from trainer.recipes.recorded_once import note_done
+from trainer.recipes.run_folder import alone, clear_other, noted
 from trainer.recipes.run_result import Result, agreed, read_tables, recipe_of, reused, run_identity
 from trainer.recipes.training_record import (
     curves_of,
@@ -65,6 +66,7 @@ class Inputs:
     user_features: dict[str, EncodedVectors]
     documents: Documents | None
     untrained_V: npt.NDArray[np.bool_] | None  # rows that nobody has had, where the model must do without ids
+    interactions_V: IntArray | None  # in the training part, where features or cold items need them
 
 
 class NonFiniteScore(NonFiniteLoss):
@@ -113,7 +115,17 @@ def _fit(
     user_features = _user_features(config, release, dataset, parent)
     untrained_V = _untrained(config, release, catalogue, interactions_V, parent)
     inputs = Inputs(
-        config, release, catalogue, knowledge, parent, task, features, user_features, documents, untrained_V
+        config,
+        release,
+        catalogue,
+        knowledge,
+        parent,
+        task,
+        features,
+        user_features,
+        documents,
+        untrained_V,
+        interactions_V,
     )
     model, account = _model(inputs, world)
     clear_other(folder, identity, world, say)  # now that all is known to go together: a typo removes nothing
@@ -238,9 +250,9 @@ def _features(
     documents = None if given.document is None else read_documents(release, catalogue, given.document)
     if documents is not None and shuffle is not None:
         documents = documents.shuffled(shuffle)
-    vectors = read_item_vectors(
+    vectors = read_vectors(
         release,
-        catalogue,
+        rows_of_items(catalogue),
         given,
         split=config.data.split,
         trained_V=interactions_V > 0,
@@ -258,8 +270,9 @@ def _user_features(
     if not given.encoders:
         return {}
     events_V = training_events(dataset, vocabulary_size(release, tables.USERS))
-    return read_user_vectors(
+    return read_vectors(
         release,
+        rows_of_users(release),
         given,
         split=config.data.split,
         trained_V=events_V > 0,
@@ -353,7 +366,9 @@ def _finish(
     """Model folder, curves, and the note that all is done (`noted` gives it its name), which is returned."""
     config, release, catalogue, task = inputs.config, inputs.release, inputs.catalogue, inputs.task
     others = bool(config.task.negative_events)  # what was shown only has not been taken
-    popularity = training_interactions(training.loader.dataset, catalogue, others=others)
+    popularity = inputs.interactions_V
+    if popularity is None or others:
+        popularity = training_interactions(training.loader.dataset, catalogue, others=others)
     digest = save_model(
         folder / "model",
         ModelParts(
@@ -385,7 +400,4 @@ def _finish(
     )
     tracked.log_figure(figures.learning_curves([curve], title=config.name, score=score), "pictures/learning_curve.png")
     tracked.log_metrics(final_metrics(metrics))
-    tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
-    done = {"identity": identity, "hash": digest, "metrics": metrics, "mlflow_run": tracked.id}
-    (folder / (DONE + ".new")).write_text(json.dumps(done, indent=1))
-    return done
+    return note_done(folder, identity, digest, metrics, tracked)

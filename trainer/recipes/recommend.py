@@ -1,6 +1,7 @@
 """Batch recommendations: a domain's k best items for every user, in the Delta table `recommendations`.
 
-`recommendation_rows` scores them, by the registered model and its `companion`. `model_version` says which model a row
+`recommendation_rows` scores them, by the registered model, its `companion` and, where there is one, an attention over
+`friends`. `model_version` says which model a row
 is from. One commit replaces all of the domain's partitions or none. It records its inputs: a rerun on the same inputs
 does nothing.
 """
@@ -29,9 +30,10 @@ from trainer.data.catalogue import read_catalogue
 from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset
 from trainer.inference.later_items import with_release
-from trainer.inference.model_folder import MANIFEST, TrainedModel, load_model
+from trainer.inference.model_folder import MANIFEST, TrainedModel, load_model, model_hash
 from trainer.recipes.recommendation_rows import HistorySource, Models, progress, score_users
 from trainer.registry import COMPANION, Registry, Version
+from trainer.social.friends_folder import FriendsModel, load_friends, renewed
 
 UNREGISTERED = "unregistered/"  # what labels of model folders begin with
 
@@ -51,31 +53,32 @@ class Result:
 def run(config: RecommendConfig) -> Result:
     """The recipe `recommend`. Raises GraftrecError."""
     models = _models(config)
-    trained_model = models[0][0]
-    companion = models[1][1] if len(models) > 1 else ""
+    trained_model, _ = models.own
     table = tables.TABLES[trained_model.config.task.needs.table]
-    for one, _ in models:
+    of_sequences = [one for one, _ in (models.own, models.companion or models.own)]
+    for one in of_sequences:
         one.scorer(clicks=True)  # refuses a model that ranks no items
     own = trained_model.config.data
     predicts = own.predicted or own.domain
     split, domain = config.split or own.split, config.domain or predicts
     reads = own.domain if domain == predicts else domain  # rows are of what is predicted, whatever is read for it
     release = pin(config.lake or trained_model.lake, config.release)
-    models = [(with_release(one, release, read_catalogue(release, one.config.data.domain)), by) for one, by in models]
-    trained_model = models[0][0]
+    models = _of_release(models, release)
     num_users = open_dataset(table.name, release, split, reads).num_rows
     if DOMAIN_ALL in domains_with_sequences(release, split):
         num_users = SequenceDataset(release, split, DOMAIN_ALL).num_rows
-    kinds = any(one.event_types for one, _ in models)
-    source = HistorySource(release, split, reads, companion != "" or reads == DOMAIN_ALL, table, kinds, num_users)
+    kinds = any(one.event_types for one in of_sequences)
+    reads_all = models.companion is not None or reads == DOMAIN_ALL
+    source = HistorySource(
+        release, split, reads, reads_all, table, kinds, num_users, models.friends is not None, _encoders(trained_model)
+    )
     with spark_io.writing(release.lake, tables.RECOMMENDATIONS, wait_seconds=config.wait_seconds):
         return _renew(config, models, source, domain)
 
 
 def _renew(config: RecommendConfig, models: Models, source: HistorySource, domain: str) -> Result:
     """Write the domain's rows, unless the table holds them already. Only the lake's writer may."""
-    release, (trained_model, label), num_users = source.release, models[0], source.num_users
-    companion = models[1][1] if len(models) > 1 else ""
+    release, (trained_model, label), num_users = source.release, models.own, source.num_users
     app, identity = f"recommend/{domain}", _identity(config, models, source, domain)
     recorded = spark_io.transactions(release.lake, tables.RECOMMENDATIONS, [app, identity])
     if app in recorded and recorded.get(identity) == recorded[app]:
@@ -85,8 +88,13 @@ def _renew(config: RecommendConfig, models: Models, source: HistorySource, domai
         return Result(num_users, 0, version or 0, False, 0.0, _users_by_model(release.lake, domain))
     _refuse_replacement(config, label, release, domain)
     by = tracking.model_link(label, trained_model.hash)
-    if companion:
-        by += f", and by {tracking.model_link(companion, models[1][0].hash)} for users without an item that it knows"
+    beside = {"companion": models.companion, "friends": models.friends}
+    others = {role: other for role, other in beside.items() if other is not None}
+    for role, (other, name) in others.items():
+        whom = {"companion": "users without an item that it knows", "friends": "those whose friends alone have one"}[
+            role
+        ]
+        by += f", and by {tracking.model_link(name, other.hash)} for {whom}"
     description = (
         f"Top {config.k} items of domain {domain} for {num_users:,} users, by {by}; release {release.number} of "
         f"`{redact(release.lake)}`."
@@ -97,57 +105,104 @@ def _renew(config: RecommendConfig, models: Models, source: HistorySource, domai
         tracked.describe(description)
         tracked.set_tags(
             {"graftrec.recipe": "recommend", "graftrec.model_version": label, "graftrec.hash": trained_model.hash}
-            | ({"graftrec.companion": companion} if companion else {})
+            | {f"graftrec.{role}": name for role, (_, name) in others.items()}
         )
         number = recorded.get(app, 0) + 1
         result = _write(config, models, source, domain, (app, identity, number))
         speed = result.users / max(result.seconds, 1e-9)
         tracked.log_metrics(
             {"users": result.users, "rows": result.rows, "seconds": result.seconds, "users_per_second": speed}
-            | ({"companion_users": result.by_model.get(companion, 0)} if companion else {})
+            | {f"{role}_users": result.by_model.get(name, 0) for role, (_, name) in others.items()}
         )
-    by_companion = f", {result.by_model.get(companion, 0):,} of them by {companion}" if companion else ""
+    by_others = "".join(f", {result.by_model.get(name, 0):,} of them by {name}" for _, name in others.values())
     print(
-        f"recommend: top {config.k} of {domain} for {result.users:,} users by {label}{by_companion}, release "
+        f"recommend: top {config.k} of {domain} for {result.users:,} users by {label}{by_others}, release "
         f"{release.number}: {result.rows:,} rows in {result.seconds:.1f} s ({speed:,.0f} users/s); "
         f"{_place(release)} version {result.version}"
     )
     return result
 
 
-def _models(config: RecommendConfig) -> list[tuple[TrainedModel, str]]:
-    """The model, and its companion if it has one, each with its label in `model_version`: "graftrec/3", or
+def _models(config: RecommendConfig) -> Models:
+    """The model, and what stands beside it, each with its label in `model_version`: "graftrec/3", or
     "unregistered/<hash>" for a folder."""
     folder, label, version = _model(config, config.model)
-    trained_model = load_model(folder, users=False)
+    own = load_model(folder, users=False), label
+    return Models(own, _companion(config, own[0], version), _friends(config, own[0], version))
+
+
+def _of_release(models: Models, release: Release) -> Models:
+    """With what a release has and the models did not see in training."""
+
+    def later(one: TrainedModel) -> TrainedModel:
+        return with_release(one, release, read_catalogue(release, one.config.data.domain))
+
+    own, companion, friends = models.own, models.companion, models.friends
+    return Models(
+        (later(own[0]), own[1]),
+        None if companion is None else (later(companion[0]), companion[1]),
+        None if friends is None else (renewed(friends[0], release), friends[1]),
+    )
+
+
+def _encoders(trained_model: TrainedModel) -> tuple[str, ...]:
+    """Whose vectors of users answer for those without an item."""
+    given = trained_model.config.model.user_features
+    return given.encoders if given.alone else ()
+
+
+def _friends(config: RecommendConfig, own: TrainedModel, version: Version | None) -> tuple[FriendsModel, str] | None:
+    """The attention over friends beside a model. Raises GraftrecError."""
+    if config.friends is not None:
+        folder, name, _ = _model(config, config.friends)
+    else:
+        registry = Registry(config.registered_model) if version is not None else None
+        found = registry.friends(version) if registry is not None and version is not None else None
+        if registry is None or found is None:
+            return None
+        folder, name = registry.folder(found), found.label
+    friends = load_friends(folder)
+    predicts = own.config.data.answered
+    if friends.domain != predicts:
+        raise GraftrecError(
+            f"friends: expected a model that ranks domain {predicts!r}, found {name}, which ranks {friends.domain!r}; "
+            "name another"
+        )
+    return friends, name
+
+
+def _companion(
+    config: RecommendConfig, trained_model: TrainedModel, version: Version | None
+) -> tuple[TrainedModel, str] | None:
+    """A model that reads all domains, beside one that reads its own. Raises GraftrecError."""
     if trained_model.config.data.domain == DOMAIN_ALL:
-        return [(trained_model, label)]
+        return None
     if config.companion is not None:
         folder, name, _ = _model(config, config.companion)
     else:
         registry = Registry(config.registered_model) if version is not None else None
         found = registry.companion(version) if registry is not None and version is not None else None
         if registry is None or found is None:
-            return [(trained_model, label)]
+            return None
         folder, name = registry.folder(found), found.label
     companion = load_model(folder, users=False)
     own, other = trained_model.config, companion.config
     reads_alike = other.task.needs == own.task.needs
     if not reads_alike and config.companion is None:  # the alias is for versions that read other histories
-        return [(trained_model, label)]
+        return None
     if not reads_alike or other.data.domain != DOMAIN_ALL or other.data.answered != own.data.answered:
         raise GraftrecError(
             f"expected a companion that reads domain {DOMAIN_ALL!r} and predicts {own.data.answered!r}, from "
             f"{own.task.needs.table}, found {name}, which reads {other.data.domain!r} and predicts "
             f"{other.data.answered!r}, from {other.task.needs.table}; name another, or move the alias {COMPANION!r}"
         )
-    return [(trained_model, label), (companion, name)]
+    return companion, name
 
 
 def _model(config: RecommendConfig, named: str) -> tuple[Path, str, Version | None]:
     """The folder, label and version (of a folder: None) of a model by alias, number or folder."""
     if (Path(named) / MANIFEST).is_file() or "/" in named:
-        return Path(named), f"{UNREGISTERED}{load_model(named, users=False).hash[:12]}", None
+        return Path(named), f"{UNREGISTERED}{model_hash(named)[:12]}", None
     registry = Registry(config.registered_model)
     version = registry.version(named)
     if config.domain is not None:  # a patch beside it may be for that domain
@@ -186,8 +241,10 @@ def _identity(config: RecommendConfig, models: Models, source: HistorySource, do
     """A hash of everything that the rows depend on."""
     release = source.release
     read = dict.fromkeys(table.name for table in (source.table, tables.SEQUENCES, tables.USERS))
+    read |= {tables.SOCIAL.name: None} if source.friends else {}
+    read |= {tables.FEATURES.name: None} if source.encoders else {}
     versions = [release.versions.get(name) for name in read]
-    examples = [(trained_model.hash, label) for trained_model, label in models]
+    examples = [(one.hash, label) for one, label in models.all]
     parts = [examples, release.number, versions, source.split, domain, config.k, code_hash("trainer.recipes.recommend")]
     return f"recommend/{domain}/{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
@@ -202,9 +259,10 @@ def _write(
     release, (app, identity, number) = source.release, transaction
     start = time.monotonic()
     spark = spark_session(config.spark, name="graftrec recommend")
-    metadata = {"job": "recommend", "model_version": models[0][1], "release": str(release.number), "k": str(config.k)}
-    if len(models) > 1:
-        metadata["companion"] = models[1][1]
+    metadata = {"job": "recommend", "model_version": models.own[1], "release": str(release.number), "k": str(config.k)}
+    for role, other in (("companion", models.companion), ("friends", models.friends)):
+        if other is not None:
+            metadata[role] = other[1]
     with progress(spark, source.num_users) as count:
         rows = score_users(spark, source, models, config, domain, count)
         written = spark_io.write(
@@ -230,4 +288,5 @@ def _write(
         )
     seconds = time.monotonic() - start
     by_model = _users_by_model(release.lake, domain)
-    return Result(source.num_users, written.rows, written.version, written.committed, seconds, by_model)
+    num_users = sum(by_model.values()) if source.friends or source.encoders else source.num_users
+    return Result(num_users, written.rows, written.version, written.committed, seconds, by_model)

@@ -4,7 +4,8 @@ Executors score in parallel, on one thread each: a Python worker loads the model
 Its memory is that of the model, a batch of users and a block of their scores. A user's whole known sequence is the
 input, and its items are not recommended. Users without an item that the model knows, e.g. those who are new in the
 domain, get the recommendations of its companion, which reads all domains; if there is none, or it knows none of their
-items either, they get the popular items. The rows equal the served model's answers, up to the last bits.
+items either, what their friends have, by an attention over friends, which also gives rows to users who have friends and
+no event at all; else the popular items. The rows equal the served model's answers, up to the last bits.
 """
 
 import atexit
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from pyspark import SparkFiles
@@ -36,20 +38,34 @@ from trainer.arrays import IntArray
 from trainer.config import RecommendConfig
 from trainer.data.baskets import separated
 from trainer.data.events import Column, Events
-from trainer.data.release import Release, domains_with_sequences
+from trainer.data.release import Release, domains_with_sequences, num_buckets
 from trainer.data.sequences import event_type_codes
 from trainer.inference.later_items import LaterItems, load_later, save_later, with_later
 from trainer.inference.model_folder import USER_IDS, TrainedModel, load_model
 from trainer.inference.recommender import TopK
-from trainer.inference.scorer import has_items
+from trainer.inference.scorer import answered
 from trainer.parallel.cores import use_threads
+from trainer.social.friends_folder import FriendsModel, is_friends, load_friends, save_friends
+from trainer.social.friends_recommender import FriendsRecommender
 
 ROWS_SCHEMA = (
     "domain string, bucket int, user string, rank int, item string, score float, model_version string, release long"
 )
 USERS_PER_TASK = 20_000
 LATER = "later.npz"  # beside a model's files: items that came after it was trained
-Models = Sequence[tuple[TrainedModel, str]]  # each with its label: the model, and its companion if there is one
+
+
+@dataclass(frozen=True)
+class Models:
+    """The model, and what stands beside it, each with its label."""
+
+    own: tuple[TrainedModel, str]
+    companion: tuple[TrainedModel, str] | None = None
+    friends: tuple[FriendsModel, str] | None = None
+
+    @property
+    def all(self) -> list[tuple[TrainedModel | FriendsModel, str]]:
+        return [one for one in (self.own, self.companion, self.friends) if one is not None]
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,8 @@ class HistorySource:
     table: Table
     event_types: bool
     num_users: int  # with any event, in whichever domain
+    friends: bool = False  # users who have friends and no event are read, too
+    encoders: tuple[str, ...] = ()  # and those whom one of these encoders has a vector of
 
 
 def score_users(
@@ -72,7 +90,7 @@ def score_users(
     accumulator of the users scored; None: they are not counted."""
     score = functools.partial(
         _score_batches,
-        models=[(_shipped(spark, trained_model), label) for trained_model, label in models],
+        models=[(_shipped(spark, one), label) for one, label in models.all],
         count=count,
         k=config.k,
         batch_size=config.batch_size,
@@ -100,9 +118,32 @@ def _histories(spark: SparkSession, source: HistorySource, parallel: int) -> Dat
         own = everyone.join(own.drop("bucket"), "user", "left")
     vocabulary = spark_io.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
     users = vocabulary.select("index", F.col("user").alias("raw"))
+    if source.friends or source.encoders:
+        own = _with_others(spark, source, own)
     joined = own.select(F.col("user").alias("index"), "bucket", "items", *more).join(users, "index")
     tasks = max(parallel, -(-source.num_users // USERS_PER_TASK))
     return joined.repartition(tasks, "index").select("raw", "index", "bucket", "items", *more)
+
+
+def _with_others(spark: SparkSession, source: HistorySource, own: DataFrame) -> DataFrame:
+    """And a row, without a history, of each user who has none, but friends, or features that users are answered by."""
+    release = source.release
+
+    def read(table: Table, partitions: dict[str, list[str]] | None = None) -> DataFrame:
+        return spark_io.read(spark, release.lake, table, version=release.versions[table.name], partitions=partitions)
+
+    found = []
+    if source.friends:
+        social = read(tables.SOCIAL)
+        found = [social.select(F.col(name).alias("user")) for name in ("user_index", "friend_index")]
+    if source.encoders:
+        vectors = read(tables.FEATURES, {"kind": ["user"], "encoder": list(source.encoders)})
+        found.append(vectors.select(F.col("index").alias("user")))
+    others = functools.reduce(DataFrame.union, found).distinct()
+    bucket = spark_io.bucket_of(num_buckets(release)).alias("bucket")
+    named = read(tables.USERS).select(F.col("index").alias("user"), bucket)
+    lacking = named.join(others, "user").join(own, "user", "left_anti")
+    return own.unionByName(lacking, allowMissingColumns=True)
 
 
 def _joined(baskets: DataFrame) -> DataFrame:
@@ -128,15 +169,28 @@ class _Model:
         self.catalogue = trained_model.catalogue
         self.raw_ids = pa.array(trained_model.catalogue.raw_ids, pa.string())
         self.shortlist = TopK(trained_model)
-        self.event_types = trained_model.event_types
+        self.event_types, self.model = trained_model.event_types, trained_model.model
+
+
+class _Friends:
+    """An attention over friends, ready to score."""
+
+    event_types = ()
+
+    def __init__(self, model: FriendsModel) -> None:
+        self.catalogue = model.catalogue
+        self.raw_ids = pa.array(model.catalogue.raw_ids, pa.string())
+        self.recommender = FriendsRecommender(model, "")
 
 
 _loading = threading.Lock()  # Sail's tasks are threads of one process
 
 
-@functools.lru_cache(maxsize=2)  # the model and its companion
-def _loaded(model: str) -> _Model:
+@functools.lru_cache(maxsize=3)  # the model and what stands beside it
+def _loaded(model: str) -> _Model | _Friends:
     folder = Path(model) if "/" in model else Path(SparkFiles.getRootDirectory()) / model
+    if is_friends(folder):
+        return _Friends(load_friends(folder))
     own, later = load_model(folder), folder / LATER
     return _Model(with_later(own, load_later(later)) if later.is_file() else own)
 
@@ -151,8 +205,9 @@ def _score_batches(
     domain: str,
     release: int,
 ) -> Iterator[pa.RecordBatch]:
-    """Top-k rows of the users in `batches` (raw, index, bucket, items). `models`: place and label of the model, and of
-    its companion, which scores users of whom only it knows an item."""
+    """Top-k rows of the users in `batches` (raw, index, bucket, items). `models`: place and label of the model, of its
+    companion, which scores users of whom only it knows an item, and of an attention over friends, for users of whom
+    none knows one."""
     use_threads(1)  # there are as many tasks at once as cores
     with _loading:
         loaded = [(_loaded(place), label) for place, label in models]
@@ -161,21 +216,36 @@ def _score_batches(
         order = np.argsort(_lengths(batch.column("items")), kind="stable")
         for start in range(0, len(order), batch_size):
             chosen = batch.take(pa.array(order[start : start + batch_size]))
-            by_model = [np.ones(len(chosen), bool)]
+            scored_by = np.zeros(len(chosen), np.int64)
             if len(loaded) > 1:
-                knows, companion_knows = (has_items(_as_histories(chosen, model)) for model, _ in loaded)
-                by_companion = ~knows & companion_knows
-                by_model = [~by_companion, by_companion]
-            for (model, label), users in zip(loaded, by_model, strict=True):
-                if users.any():
+                nobody = ~_knows(chosen, loaded[0][0])
+                for place, (model, _) in enumerate(loaded[1:], 1):
+                    scored_by[nobody & _knows(chosen, model)] = place
+                    nobody &= scored_by == 0
+            for place, (model, label) in enumerate(loaded):
+                if (users := scored_by == place).any():
                     yield _best(model, label, chosen.filter(pa.array(users)), k, domain, release)
         if count is not None:
             count.add(batch.num_rows)
 
 
-def _best(model: _Model, label: str, chosen: pa.RecordBatch, k: int, domain: str, release: int) -> pa.RecordBatch:
+def _knows(batch: pa.RecordBatch, model: _Model | _Friends) -> npt.NDArray[np.bool_]:
+    """[B] of which users a model knows an item, or friends who have some."""
+    if isinstance(model, _Friends):
+        known: npt.NDArray[np.bool_] = model.recommender.places(batch.column("raw")) >= 0
+        return known
+    return answered(model.model, _as_histories(batch, model))
+
+
+def _best(
+    model: _Model | _Friends, label: str, chosen: pa.RecordBatch, k: int, domain: str, release: int
+) -> pa.RecordBatch:
     """Rows of the table RECOMMENDATIONS for the users `chosen`."""
-    rows, best = model.shortlist.best(_as_histories(chosen, model), k)
+    histories = _as_histories(chosen, model)
+    if isinstance(model, _Friends):
+        rows, best = model.recommender.best(model.recommender.places(chosen.column("raw")), histories, k)
+    else:
+        rows, best = model.shortlist.best(histories, k)
     owner, place = torch.isfinite(best).numpy().nonzero()
     users = pa.array(owner)
     return pa.RecordBatch.from_arrays(
@@ -193,7 +263,7 @@ def _best(model: _Model, label: str, chosen: pa.RecordBatch, k: int, domain: str
     )
 
 
-def _as_histories(batch: pa.RecordBatch, model: _Model) -> Events:
+def _as_histories(batch: pa.RecordBatch, model: _Model | _Friends) -> Events:
     """The users' items that the model knows, as its rows, by time where there are times: a row of the domain `all` may
     have held-out items at the end."""
     items = batch.column("items")
@@ -231,15 +301,20 @@ def _in_a_row(baskets: pa.ListArray) -> pa.ListArray:
 # --- shipping and progress ---------------------------------------------
 
 
-def _shipped(spark: SparkSession, trained_model: TrainedModel) -> str:
-    """Give executors the model folder, without raw user ids, which they don't need. Returns what `_loaded` finds it by.
+def _shipped(spark: SparkSession, trained_model: TrainedModel | FriendsModel) -> str:
+    """Give executors the model folder, without raw user ids, which they don't need: but an attention over friends knows
+    users by these. Returns what `_loaded` finds it by.
 
     Sail takes no files: it runs in this process, or its server must see the folder under the same path.
     """
+    if isinstance(trained_model, FriendsModel):
+        scratch = Path(tempfile.mkdtemp(prefix="graftrec-friends-"))
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        save_friends(scratch / "model", trained_model)
+        return str(scratch / "model") if engine_of(spark) == "sail" else _archived(spark, scratch / "model")
     later: LaterItems | None = trained_model.later_items
     if engine_of(spark) == "sail" and later is None:
         return str(trained_model.folder.absolute())
-    # Kept as long as the session: it fetches the archive whenever an executor begins.
     scratch = Path(tempfile.mkdtemp(prefix="graftrec-model-"))
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     if later is not None:
@@ -248,9 +323,17 @@ def _shipped(spark: SparkSession, trained_model: TrainedModel) -> str:
         for file in trained_model.folder.iterdir():
             (scratch / file.name).symlink_to(file.absolute())
         return str(scratch)
+    return _archived(spark, trained_model.folder, scratch / LATER)
+
+
+def _archived(spark: SparkSession, folder: Path, *more: Path) -> str:
+    """Ship the files of a folder, and more; returns the archive's name."""
+    # Kept as long as the session: it fetches the archive whenever an executor begins.
+    scratch = Path(tempfile.mkdtemp(prefix="graftrec-model-"))
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     packed_model = scratch / "model.zip"
     with zipfile.ZipFile(packed_model, "w", zipfile.ZIP_STORED) as target:
-        for file in [*sorted(trained_model.folder.iterdir()), scratch / LATER]:
+        for file in [*sorted(folder.iterdir()), *more]:
             if file.is_file() and file.name != USER_IDS:
                 entry = zipfile.ZipInfo(file.name)  # without a time: the same model is the same archive
                 with file.open("rb") as source, target.open(entry, "w", force_zip64=True) as packed:

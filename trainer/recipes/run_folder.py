@@ -32,6 +32,7 @@ def alone(folder: Path, world: World) -> Iterator[Path]:
     if not world.first:
         yield folder
         return
+    _check_own(folder)  # before a lock file is left in what is somebody else's
     folder.mkdir(parents=True, exist_ok=True)
     with tracking.file_lock(folder / "lock", wait=False) as held:
         if not held:

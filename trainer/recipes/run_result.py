@@ -10,7 +10,7 @@ from etl import tables
 from etl.settings import GraftrecError, config_hash, replaced
 from trainer import tracking
 from trainer.code_hash import code_hash
-from trainer.config import FinetuneConfig, GraphConfig, PretrainConfig, SocialConfig
+from trainer.config import FinetuneConfig, FriendsConfig, GraphConfig, PretrainConfig, SocialConfig
 from trainer.data.release import Release, pin
 from trainer.inference.model_folder import TrainedModel, load_model, model_hash
 from trainer.parallel.distributed import World
@@ -55,7 +55,7 @@ def run_identity(config: PretrainConfig, release: Release, parent: TrainedModel 
 
 
 def identity_of(
-    config: PretrainConfig | GraphConfig | SocialConfig,
+    config: PretrainConfig | GraphConfig | SocialConfig | FriendsConfig,
     release: Release,
     module: str,
     read: Sequence[tables.Table],
@@ -94,7 +94,7 @@ def finished(config: PretrainConfig) -> Result | None:
 
 
 def reused(
-    config: PretrainConfig | GraphConfig | SocialConfig, folder: Path, identity: str, world: World
+    config: PretrainConfig | GraphConfig | SocialConfig | FriendsConfig, folder: Path, identity: str, world: World
 ) -> Result | None:
     """What a finished run of this identity has left in its folder, None where there is none. MLflow's run notes it."""
     found = world.of_first(finished_in(folder, identity) if world.first else None)

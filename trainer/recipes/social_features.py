@@ -7,12 +7,15 @@ killed one begins anew and ends with the same bytes.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import scipy.sparse as sp
 import torch
 from torch import Tensor
 
@@ -20,19 +23,19 @@ from etl import tables, text_table
 from etl.redaction import redact
 from etl.settings import ConfigError, replaced
 from etl.tables import FIRST_INDEX
-from trainer import tracking
 from trainer.arrays import IntArray
 from trainer.config.social import LightGcnConfig, Node2VecConfig, SocialConfig
-from trainer.data.catalogue import read_catalogue
+from trainer.data.catalogue import Catalogue, read_catalogue
+from trainer.data.held_out import HeldOut
 from trainer.data.release import Release, pin
 from trainer.data.social import Network, read_network, read_training, rewired, widened
 from trainer.evaluation.ranking_metrics import means
 from trainer.evaluation.scorers import raw_users
 from trainer.knowledge_graph.vectors import FEATURES, Features, save_embedding, weights_hash
 from trainer.parallel.distributed import join
-from trainer.recipes.run_folder import DONE, alone, clear_other, noted
+from trainer.recipes.recorded_once import note_done, recorded_once
+from trainer.recipes.run_folder import alone
 from trainer.recipes.run_result import Result, identity_of, reused
-from trainer.recipes.training_record import mlflow_uid
 from trainer.social.lightgcn import train
 from trainer.social.ranking import Metrics, VectorScore, examples, ranked
 from trainer.social.skip_gram import node2vec
@@ -69,23 +72,21 @@ def run(config: SocialConfig) -> Result:
         if (finished := reused(config, folder, identity, world)) is not None:
             print(f"{config.name}: unchanged, the vectors in {folder / 'model'} stand")
             return finished
-        clear_other(folder, identity, world, print)
-        with (
-            noted(folder, world),
-            tracking.start_run(
-                config.tracking, name=config.name, resolved=config, uid=mlflow_uid(folder, world), must_record=True
-            ) as tracked,
-        ):
-            tracked.log_release(release, tables=[table.name for table in _READ])
+        make = _prepared(config, release)
+        with recorded_once(config, folder, identity, world, release=release, read=_READ) as tracked:
             tracked.set_tags({"graftrec.recipe": "features"})
             begun = time.monotonic()
-            made = _walked(config, config.model, release) if config.model.kind == "node2vec" else None
-            if made is None:
-                assert isinstance(config.model, LightGcnConfig)
-                made = _propagated(config, config.model, release, tracked)
+            made = make(tracked)
             made.metrics["seconds"] = time.monotonic() - begun
             _finish(folder, config, release, made, identity, tracked)
     return Result(folder, made.metrics, reused=False, run_id=tracked.id)
+
+
+def _prepared(config: SocialConfig, release: Release) -> Callable[[Run], _Made]:
+    """What trains, once all that it reads is read."""
+    if isinstance(config.model, Node2VecConfig):
+        return partial(_walked, config, config.model, _network(config, release))
+    return partial(_propagated, config, config.model, release, _read_log(config, config.model, release))
 
 
 def _network(config: SocialConfig, release: Release) -> Network:
@@ -93,16 +94,29 @@ def _network(config: SocialConfig, release: Release) -> Network:
     return network if config.data.rewired is None else rewired(network, seed=config.data.rewired)
 
 
-def _walked(config: SocialConfig, model: Node2VecConfig, release: Release) -> _Made:
-    network = _network(config, release)
+def _walked(config: SocialConfig, model: Node2VecConfig, network: Network, tracked: Run) -> _Made:
     print(f"{config.name}: node2vec, {len(network.users):,} users, {network.edges.nnz:,} edges")
     vectors, losses = node2vec(network.edges, model)
+    for epoch, loss in enumerate(losses, 1):
+        tracked.log_metrics({"train/loss": loss}, step=epoch)
     lines = [f"{len(network.users):,} users, {network.edges.nnz:,} edges; loss of a pair by epoch: "]
     lines[0] += ", ".join(f"{loss:.4f}" for loss in losses) + "."
     return _Made(network.users, vectors, lines=lines, metrics={"train/loss": losses[-1]})
 
 
-def _propagated(config: SocialConfig, model: LightGcnConfig, release: Release, tracked: Run) -> _Made:
+@dataclass(frozen=True)
+class _Log:
+    """What LightGCN reads: who took what, who knows whom (None: not read), and what is ranked."""
+
+    catalogue: Catalogue
+    users: IntArray  # [U] global indices
+    taken: sp.csr_array  # [U, V], of the catalogue's rows from FIRST_INDEX on
+    edges: sp.csr_array | None
+    validation: HeldOut
+    test: HeldOut
+
+
+def _read_log(config: SocialConfig, model: LightGcnConfig, release: Release) -> _Log:
     data = config.data
     assert data.split is not None
     catalogue = read_catalogue(release, data.domain)
@@ -112,9 +126,14 @@ def _propagated(config: SocialConfig, model: LightGcnConfig, release: Release, t
         network = _network(config, release)
         everyone = np.union1d(users, network.users)
         taken, users, edges = widened(taken, users, everyone), everyone, network.of(everyone).edges
-    taken = taken[:, FIRST_INDEX:].tocsr()
+    validation, test = (examples(release, data.split, data.domain, catalogue, part) for part in ("validation", "test"))
+    return _Log(catalogue, users, taken[:, FIRST_INDEX:].tocsr(), edges, validation, test)
+
+
+def _propagated(config: SocialConfig, model: LightGcnConfig, release: Release, log: _Log, tracked: Run) -> _Made:
+    users, taken, edges, catalogue = log.users, log.taken, log.edges, log.catalogue
+    validation, test = log.validation, log.test
     popular = torch.from_numpy(np.asarray(taken.sum(0), dtype=np.float32).ravel())
-    validation = examples(release, data.split, data.domain, catalogue, "validation")
     size = f"{taken.shape[0]:,} users, {taken.shape[1]:,} items, {taken.nnz:,} interactions"
     size += f", {edges.nnz:,} edges of friends" if edges is not None else ", no friends"
     print(f"{config.name}: lightgcn, {size}; {len(validation):,} users validated")
@@ -130,7 +149,6 @@ def _propagated(config: SocialConfig, model: LightGcnConfig, release: Release, t
             print(f"epoch {epoch:>3}  loss {loss:.4f}  validation NDCG@10 {metric:.4f}", flush=True)
 
     trained = train(taken, model, edges_UU=edges, validate=validate, on_epoch=on_epoch)
-    test = examples(release, data.split, data.domain, catalogue, "test")
     found = ranked(VectorScore(users, trained.users, trained.items, popular), test)
     flat = ranked(VectorScore(np.array([-1]), torch.zeros(1, 1), torch.ones(len(popular), 1), popular), test)
     reached = means(found)
@@ -199,9 +217,7 @@ def _finish(folder: Path, config: SocialConfig, release: Release, made: _Made, i
     tracked.log_artifact(folder / REPORT)
     tracked.log_artifact(folder / "model")
     tracked.log_metrics(made.metrics)
-    tracked.set_tags({"graftrec.model_hash": digest, "graftrec.run_folder": str(folder)})
     tracked.describe(f"{about} {covered}\n\n" + "\n\n".join(made.lines))
-    done = {"identity": identity, "hash": digest, "metrics": made.metrics, "mlflow_run": tracked.id}
-    (folder / (DONE + ".new")).write_text(json.dumps(done, indent=1))
+    note_done(folder, identity, digest, made.metrics, tracked)
     shown = ", ".join(f"{name} {made.metrics[f'test/{name}']:.4f}" for name in _SHOWN if f"test/{name}" in made.metrics)
     print(f"{config.name}: {shown + '; ' if shown else ''}{covered} Vectors in {folder / 'model' / FEATURES}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from etl import text_table
 from etl.redaction import redact
-from trainer.config import FinetuneConfig, PretrainConfig, patch_of
+from trainer.config import FinetuneConfig, FriendsConfig, PretrainConfig, patch_of
 from trainer.evaluation.class_metrics import signed
 from trainer.evaluation.gate import Decision
 from trainer.evaluation.significance import gain_text, p_text
@@ -150,6 +150,15 @@ def version(artifact: TrainedModel) -> str:
     if scores:
         facts.append("validation: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     return paragraphs(f"{first}.", items(facts))
+
+
+def friends_version(config: FriendsConfig, described: Mapping[str, Any]) -> str:
+    """What a registered attention over friends is."""
+    facts = [
+        f"reads the training part of split {described['split']}, domain {config.domain}, seed {config.model.seed}",
+        f"trained on release {described['release']} of `{redact(config.lake)}`",
+    ]
+    return paragraphs("Attention over friends: ranks items for users without a history.", items(facts))
 
 
 def scores(part: str, means: Mapping[str, Mapping[str, float]]) -> str:

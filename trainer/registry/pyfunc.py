@@ -14,14 +14,18 @@ from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import ModelFolderError, TrainedModel, load_model
 from trainer.inference.recommender import DEFAULT_K, Recommender, parse
 from trainer.registry import Registry, Version
+from trainer.social.friends_folder import is_friends, load_friends
+from trainer.social.friends_recommender import FriendsRecommender
 from trainer.tracking.queue import warn
 
 RELEASE_OF_FEATURES = "GRAFTREC_FEATURES"  # environment variable: <lake>@<release>, whose later items are ranked
 
 
-def load(folder: Path, label: str) -> Recommender:
+def load(folder: Path, label: str) -> Recommender | FriendsRecommender:
     """What the store holds of a version, ready to answer. The backbone is read once, and patches for other domains
     stand on it; champions of other domains are read at first use. Raises GraftrecError."""
+    if is_friends(folder):
+        return FriendsRecommender(load_friends(folder), label)
     name, _, number = label.rpartition("/")
     if not name and is_patch(folder):
         raise ModelFolderError(
@@ -52,12 +56,20 @@ def load(folder: Path, label: str) -> Recommender:
             trained_model = load_patch(stored, backbone)
         else:
             trained_model = load_model(registry.folder(other))
-        return Recommender(trained_model, other.label, companion=lambda: _companion(registry, other))
+        return Recommender(
+            trained_model,
+            other.label,
+            companion=lambda: _companion(registry, other),
+            friends=lambda: _friends(registry, other),
+        )
 
     def companion() -> Recommender | None:
         return None if registry is None else _companion(registry, registry.version(number))
 
-    return Recommender(own, label, beside, companion)
+    def friends() -> FriendsRecommender | None:
+        return None if registry is None else _friends(registry, registry.version(number))
+
+    return Recommender(own, label, beside, companion, friends)
 
 
 def _with_later_items(own: TrainedModel) -> TrainedModel:
@@ -83,7 +95,19 @@ def _companion(registry: Registry, version: Version) -> Recommender | None:
         return None
 
 
-def answer(recommender: Recommender, records: list[dict[str, Any]], params: dict[str, Any]) -> list[dict[str, Any]]:
+def _friends(registry: Registry, version: Version) -> FriendsRecommender | None:
+    """The attention over friends beside a version. None if there is none, and, with a warning, if it can't be read."""
+    try:
+        found = registry.friends(version)
+        return None if found is None else FriendsRecommender(load_friends(registry.stored(found)), found.label)
+    except GraftrecError as error:
+        warn(f"no friends beside {version.label}, so users without a history get popular items: {error}")
+        return None
+
+
+def answer(
+    recommender: Recommender | FriendsRecommender, records: list[dict[str, Any]], params: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Answers as plain records."""
     chosen = recommender.of_domain(str(params.get("domain") or ""))
     answers = chosen.answer(parse(records), int(params.get("k", DEFAULT_K)))

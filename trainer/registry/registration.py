@@ -8,15 +8,15 @@ from typing import Any
 
 from etl.redaction import redact
 from trainer import tracking
-from trainer.config import PretrainConfig, TrackingConfig
+from trainer.config import TrackingConfig
 from trainer.registry import descriptions
 from trainer.registry.version import TAG_HASH
 
 MODEL_FOLDER = "model"  # of the model folder among the artifacts of the MLflow model
 
 
-def create_registered_model(client: Any, name: str, config: PretrainConfig) -> None:
-    description = descriptions.registered_model(name, config.data.answered)
+def create_registered_model(client: Any, name: str, domain: str) -> None:
+    description = descriptions.registered_model(name, domain)
     with contextlib.suppress(Exception):  # there is one already, or another process has just made it
         client.create_registered_model(name, description=description)
 

@@ -10,9 +10,10 @@ from trainer import tracking
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 COMPANION = "companion"  # for users of whom the champion, which reads its own domain, knows no item
+FRIENDS = "friends"  # an attention over friends, for users of whom neither knows an item
 TAG_HASH = tracking.MODEL_HASH  # of the model folder
 TAG_PARENT = "graftrec.parent"  # hash of the model it was grafted on
-TAG_KIND = "graftrec.kind"  # full | patch: what it has beside its parent, a version too
+TAG_KIND = "graftrec.kind"  # full | patch: what it has beside its parent, a version too | friends
 TAG_DOMAIN = "graftrec.domain"  # whose items it predicts
 TAG_FAMILY = "graftrec.family"  # its registered model is one of <family>-<domain>, one for each domain
 AUDIT_CHARACTERS = 4_500  # of one tag; what is longer goes on in the next

@@ -2,7 +2,8 @@
 
 A version holds an MLflow model made of code and JSON (`pyfunc.py`) around a model folder (`model_folder.py`). Aliases,
 not stages: `candidate` (registered last), `champion` (served), `previous` (champion before), `companion` (reads all
-domains, and answers where the champion knows nothing of a user). A few tags hold what code looks up; what people read
+domains, and answers where the champion knows nothing of a user), `friends` (ranks what friends have, and answers where
+neither does). A few tags hold what code looks up; what people read
 is the version's description, and the metrics of its logged model.
 """
 
@@ -24,7 +25,7 @@ import pyarrow.parquet as pq
 from etl.redaction import redact
 from etl.tables import FIRST_INDEX
 from trainer import tracking
-from trainer.config import PretrainConfig, patch_of
+from trainer.config import patch_of
 from trainer.data.release import Release
 from trainer.inference.delta_folder import PATCH, assemble, write_patch
 from trainer.inference.model_folder import CATALOGUE, MANIFEST, config_of, load_model, model_hash
@@ -36,6 +37,7 @@ from trainer.registry.version import (
     CANDIDATE,
     CHAMPION,
     COMPANION,
+    FRIENDS,
     TAG_DOMAIN,
     TAG_FAMILY,
     TAG_HASH,
@@ -44,7 +46,10 @@ from trainer.registry.version import (
     Version,
     audit_tags,
 )
+from trainer.social.friends_folder import friends_config, is_friends
 from trainer.tracking import TrackingError, translated
+
+_EXAMPLE_OF_FRIENDS = {"items": [], "friends": ["1", "2"]}  # a request that names nobody: users are personal data
 
 
 class Registry:
@@ -109,6 +114,8 @@ class Registry:
 
     def _parent_of(self, folder: Path) -> Path | None:
         """The model folder of a patch's parent; None for what is no patch."""
+        if is_friends(folder):
+            return None
         config, parent = config_of(folder)
         if patch_of(config) is None:
             return None
@@ -118,18 +125,22 @@ class Registry:
     def _add(
         self, folder: Path, digest: str, run_id: str, tags: dict[str, str], parent_folder: Path | None = None
     ) -> Version:
-        config, parent = config_of(folder)
-        kind = "full" if parent_folder is None else "patch"
-        own = {TAG_HASH: digest, TAG_KIND: kind, TAG_DOMAIN: config.data.answered}
+        of_friends = is_friends(folder)
+        domain, parent = (friends_config(folder)[0].domain, None) if of_friends else _answered(folder)
+        kind = "friends" if of_friends else "full" if parent_folder is None else "patch"
+        own = {TAG_HASH: digest, TAG_KIND: kind, TAG_DOMAIN: domain}
         if self.family:
             own[TAG_FAMILY] = self.family
         if parent_folder is not None:
             own[TAG_PARENT] = str(parent)
         every = own | {key: redact(value) for key, value in tags.items()}
         with self._asking(f"can't register {folder} as {self.name}"), tempfile.TemporaryDirectory() as scratch:
-            example = _example(folder, config)
-            description = descriptions.version(load_model(folder, users=False))
-            create_registered_model(self._client, self.name, config)
+            example = _EXAMPLE_OF_FRIENDS if of_friends else _example(folder)
+            if of_friends:
+                description = descriptions.friends_version(*friends_config(folder))
+            else:
+                description = descriptions.version(load_model(folder, users=False))
+            create_registered_model(self._client, self.name, domain)
             logged = logged_model(self._client, self.name, digest, run_id)
             if parent_folder is not None:
                 write_patch(folder, parent_folder, Path(scratch) / "patch")
@@ -205,7 +216,14 @@ class Registry:
     def companion(self, version: Version) -> Version | None:
         """The version beside `version` for users of whom that one knows no item: at the alias `companion`, where it
         predicts the same domain. None where there is none."""
-        found = self.holder(version).find(COMPANION)
+        return self._beside(version, COMPANION)
+
+    def friends(self, version: Version) -> Version | None:
+        """The attention over friends beside `version`, at the alias `friends`, where it ranks the same domain."""
+        return self._beside(version, FRIENDS)
+
+    def _beside(self, version: Version, alias: str) -> Version | None:
+        found = self.holder(version).find(alias)
         if found is None or found.number == version.number:
             return None
         return found if found.tags.get(TAG_DOMAIN) == version.tags.get(TAG_DOMAIN) else None
@@ -374,8 +392,15 @@ class Registry:
         )
 
 
-def _example(folder: Path, config: PretrainConfig) -> dict[str, Any]:
+def _answered(folder: Path) -> tuple[str, str | None]:
+    """The domain whose items a model predicts, and its parent's hash."""
+    config, parent = config_of(folder)
+    return config.data.answered, parent
+
+
+def _example(folder: Path) -> dict[str, Any]:
     """A request that the model knows: its three most popular items, as a history."""
+    config, _ = config_of(folder)
     rows = pq.read_table(folder / CATALOGUE, columns=["item", "popularity"]).slice(FIRST_INDEX)
     popular = rows.sort_by([("popularity", "descending")])["item"].slice(0, 3).to_pylist()
     forms = {"items": popular, "baskets": [popular[:2], popular[2:]]}

@@ -10,6 +10,7 @@ Shape letters: ``B`` users of a batch, ``C`` candidates, ``J`` kinds of evidence
 a friend.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from trainer.arrays import FloatArray, IntArray
 from trainer.config.social import FriendModelConfig
 from trainer.social.evidence import EVIDENCE, OF_FRIEND, Circle, Evidence
+from trainer.training.loop import NonFiniteLoss
 
 _FLOOR = 0.02  # added to a share before its logarithm
 
@@ -89,10 +91,16 @@ class TrainedFriends:
     evidence: Evidence
     losses: list[float]  # of each epoch
 
-    @torch.no_grad()
     def scores(self, users_B: IntArray) -> FloatArray:
         """[B, V] for places of the network. What is no candidate is ranked by plain counts, below all candidates."""
-        circle, found = self.evidence.of(users_B)
+        return self._scores(*self.evidence.of(users_B))
+
+    def scores_of_friends(self, friends_F: IntArray, *, mutual: bool) -> FloatArray:
+        """[1, V], as `scores`, for somebody outside the network with these friends (see `Evidence.of_friends`)."""
+        return self._scores(*self.evidence.of_friends(friends_F, mutual=mutual))
+
+    @torch.no_grad()
+    def _scores(self, circle: Circle, found: FloatArray) -> FloatArray:
         scores_BC = self.model(circle)
         lowest = scores_BC.min(1, keepdim=True).values
         np.put_along_axis(found, circle.candidates_BC, (scores_BC - lowest).numpy(), 1)
@@ -106,7 +114,7 @@ class TrainedFriends:
 
 
 def train_friends(edges_UU: sp.csr_array, taken_UV: sp.csr_array, config: FriendModelConfig) -> TrainedFriends:
-    """Learn from users who have a history and a circle. A function of the arguments alone."""
+    """Learn from users who have a history and a circle. A function of the arguments alone. Raises NonFiniteLoss."""
     evidence = Evidence(edges_UU, taken_UV, num_candidates=config.candidates)
     random = np.random.default_rng(config.seed)
     users = np.flatnonzero((evidence.size > 0) & (evidence.degree > 0))
@@ -132,6 +140,11 @@ def train_friends(edges_UU: sp.csr_array, taken_UV: sp.csr_array, config: Friend
             schedule.step()
             total += float(loss.detach())
         losses.append(total / max(len(circles), 1))
+        if not math.isfinite(losses[-1]) or not all(one.isfinite().all() for one in model.parameters()):
+            raise NonFiniteLoss(
+                f"expected a loss that is a number, found {losses[-1]} in epoch {len(losses)}; lower "
+                "model.learning_rate"
+            )
     return TrainedFriends(model, evidence, losses)
 
 

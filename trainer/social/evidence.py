@@ -25,6 +25,7 @@ EVIDENCE = ("count", "share", "part", "second", "walk", "common", "alike", "popu
 OF_FRIEND = ("friends", "items", "common", "alike", "weight")
 _FLOOR = np.array([0.5, 0.02, 1e-3, 1e-2, 1e-5, 1e-2, 1e-2, 1e-3, 1.0, 1.0], np.float32)  # added before the logarithm
 _SCORES_PER_BLOCK = 1 << 22
+STRANGER = -1  # in the place of somebody outside the network
 
 
 @dataclass(frozen=True)
@@ -50,31 +51,14 @@ class Evidence:
         self.popular = np.asarray(taken_UV.sum(0)).ravel()
         self.size = np.asarray(taken_UV.sum(1)).ravel()
         self.degree = np.diff(edges_UU.indptr).astype(np.float32)
-        knows = edges_UU.copy()
-        knows.data = np.ones_like(knows.data)
-        has = sp.diags_array((self.size > 0).astype(np.float32))
-        self.friends = _sorted(knows @ has)
-        spread = sp.diags_array(1 / np.maximum(self.degree, 1)) @ knows
-        self.second = _without_self(spread @ spread @ has)
+        self.knows = _ones(edges_UU)
+        self.known_by = self.knows.T.tocsr()
+        self.has_history = sp.diags_array((self.size > 0).astype(np.float32))
         self.of_history = (sp.diags_array(1 / np.maximum(self.size, 1)) @ taken_UV).tocsr()
-        # Likeness: cosine of histories in which rare items weigh more; common friends: Adamic and Adar 2003.
+        # Likeness: cosine of histories in which rare items weigh more.
         rare = (taken_UV @ sp.diags_array(1 / np.log(np.e + self.popular))).tocsr()
         length = np.sqrt(np.asarray(rare.power(2).sum(1)).ravel())
         self.profile = (sp.diags_array(1 / np.maximum(length, 1e-9)) @ rare).tocsr()
-        rarely = sp.diags_array(1 / np.log(np.e + self.degree))
-        self.common = _of_edges(self.friends, knows @ rarely @ knows.T)
-        self.alike = self._alike()
-
-    def _alike(self) -> sp.csr_array:
-        """Of each edge: the summed cosine of the friend and the user's other friends."""
-        total = (self.friends @ self.profile).tocsr()  # [U, V]: a friend's own part is taken off below
-        row = np.repeat(np.arange(self.friends.shape[0]), np.diff(self.friends.indptr))
-        found = np.empty(len(row), np.float32)
-        for start in range(0, len(row), 1 << 14):
-            part = slice(start, start + (1 << 14))
-            both = total[row[part]].multiply(self.profile[self.friends.indices[part]])
-            found[part] = np.asarray(both.sum(1)).ravel() - 1
-        return sp.csr_array((np.maximum(found, 0), self.friends.indices, self.friends.indptr), shape=self.friends.shape)
 
     def batch_users(self) -> int:
         """Users whose scores of the whole catalogue are in memory at once."""
@@ -82,30 +66,49 @@ class Evidence:
 
     def of(self, users_B: IntArray) -> tuple[Circle, FloatArray]:
         """The circle of these places in the network, and what ranks all items without it, [B, V] below 0."""
-        own = self.taken[users_B].toarray()
-        friends = self.friends[users_B]
+        return self._of(users_B, self.edges[users_B], self.taken[users_B].toarray(), self.degree)
+
+    def of_friends(self, friends_F: IntArray, *, mutual: bool) -> tuple[Circle, FloatArray]:
+        """As `of`, [1, …], for somebody outside the network who has no history and these friends (places), each of
+        weight 1: what `of` gives had they been part of it. `mutual`: a friendship is one of both."""
+        row = (np.ones(len(friends_F), np.float32), (np.zeros(len(friends_F), np.int64), np.sort(friends_F)))
+        degree = self.degree.copy()
+        degree[friends_F] += mutual
+        edges = sp.csr_array(row, shape=(1, len(self.size)))
+        return self._of(np.array([STRANGER]), edges, np.zeros((1, self.taken.shape[1]), np.float32), degree)
+
+    def _of(
+        self, users_B: IntArray, edges_BU: sp.csr_array, own_BV: FloatArray, degree_U: FloatArray
+    ) -> tuple[Circle, FloatArray]:
+        knows, degree_B = _ones(edges_BU), np.diff(edges_BU.indptr).astype(np.float32)
+        friends = _sorted(knows @ self.has_history)
         known = np.diff(friends.indptr).astype(np.float32)
         per_friend = (1 / np.maximum(known, 1))[:, None]
-        popular = self.popular - own
+        popular = self.popular - own_BV
         count = (friends @ self.taken).toarray()
         part = (friends @ self.of_history).tocsr()
         walk = self._walk(users_B, part, popular) * per_friend
-        second = (self.second[users_B] @ self.taken).toarray()
-        common, alike = ((of[users_B] @ self.taken).toarray() * per_friend for of in (self.common, self.alike))
+        second = (self._second(users_B, knows, degree_U) @ self.taken).toarray()
+        # Common friends: Adamic and Adar 2003.
+        of_common = _of_edges(friends, knows @ sp.diags_array(1 / np.log(np.e + degree_U)) @ self.known_by)
+        of_alike = self._alike(friends)
+        common, alike = ((of @ self.taken).toarray() * per_friend for of in (of_common, of_alike))
         share, parts = count * per_friend, part.toarray() * per_friend
         most = np.maximum(walk.max(1, keepdims=True), 1e-9)
-        prior = popular / max(len(self.size), 1)
+        prior = popular / max(len(self.size) + int((users_B == STRANGER).any()), 1)
         order = share + 0.02 * walk / most + 0.02 * second + 1e-4 * prior
         order[:, :FIRST_INDEX] = -1
         chosen = np.argpartition(-order, self.num_candidates - 1, axis=1)[:, : self.num_candidates]
         chosen = np.sort(chosen, axis=1)
         of_items = (count, share, parts, second, walk, common, alike, prior)
         columns = [np.take_along_axis(found, chosen, 1) for found in of_items]
-        of_user = (known, self.degree[users_B])
-        columns += [np.repeat(found[:, None], chosen.shape[1], 1) for found in of_user]
+        columns += [np.repeat(found[:, None], chosen.shape[1], 1) for found in (known, degree_B)]
         evidence = np.log(np.stack(columns, -1).astype(np.float32) + _FLOOR)
         owner = np.repeat(np.arange(len(users_B)), np.diff(friends.indptr))
         friend = friends.indices.astype(np.int64)
+        others = np.maximum(np.repeat(np.diff(friends.indptr), np.diff(friends.indptr)) - 1, 1)
+        of_friend = [degree_U[friend], self.size[friend], of_common.data]
+        of_friend += [of_alike.data / others, _of_edges(friends, edges_BU).data]
         edge, cell = self._members(owner, friend, chosen)
         circle = Circle(
             users_B,
@@ -113,11 +116,32 @@ class Evidence:
             torch.from_numpy(evidence),
             torch.from_numpy(owner),
             friend,
-            torch.from_numpy(self._of_friends(users_B, friends, friend)),
+            torch.from_numpy(np.log1p(np.stack(of_friend, -1)).astype(np.float32)),
             torch.from_numpy(edge),
             torch.from_numpy(cell),
         )
         return circle, (order / np.maximum(order.max(1, keepdims=True), 1e-9) - 2).astype(np.float32)
+
+    def _second(self, users_B: IntArray, knows_BU: sp.csr_array, degree_U: FloatArray) -> sp.csr_array:
+        """[B, U] of a walk to a friend and on to a friend of theirs who has a history, not back."""
+        met = np.unique(knows_BU.indices)
+        first = sp.diags_array((1 / np.maximum(np.diff(knows_BU.indptr), 1)).astype(np.float32)) @ knows_BU
+        then = sp.diags_array(1 / np.maximum(degree_U[met], 1)) @ self.knows[met]
+        found = (first.tocsr()[:, met] @ then @ self.has_history).tocsr()
+        row = np.repeat(np.arange(len(users_B)), np.diff(found.indptr))
+        found.data[found.indices == users_B[row]] = 0
+        return _sorted(found)
+
+    def _alike(self, friends_BU: sp.csr_array) -> sp.csr_array:
+        """Of each edge: the summed cosine of the friend and the user's other friends."""
+        total = (friends_BU @ self.profile).tocsr()  # [B, V]: a friend's own part is taken off below
+        row = np.repeat(np.arange(friends_BU.shape[0]), np.diff(friends_BU.indptr))
+        found = np.empty(len(row), np.float32)
+        for start in range(0, len(row), 1 << 14):
+            part = slice(start, start + (1 << 14))
+            both = total[row[part]].multiply(self.profile[friends_BU.indices[part]])
+            found[part] = np.asarray(both.sum(1)).ravel() - 1
+        return sp.csr_array((np.maximum(found, 0), friends_BU.indices, friends_BU.indptr), shape=friends_BU.shape)
 
     def _walk(self, users_B: IntArray, part_BV: sp.csr_array, popular_BV: FloatArray) -> FloatArray:
         """[B, V] of a walk from a friend's item to others who have it and on to their items, never by the user."""
@@ -125,16 +149,9 @@ class Evidence:
         steps = part_BV.data / np.maximum(popular_BV[row, part_BV.indices], 1)
         items = sp.csr_array((steps, part_BV.indices, part_BV.indptr), shape=part_BV.shape)
         others = (items @ self.taken.T).toarray()
-        others[np.arange(len(users_B)), users_B] = 0
+        known = np.flatnonzero(users_B != STRANGER)
+        others[known, users_B[known]] = 0
         found: FloatArray = (sp.csr_array(others) @ self.of_history).toarray()
-        return found
-
-    def _of_friends(self, users_B: IntArray, friends: sp.csr_array, friend_E: IntArray) -> FloatArray:
-        weight = _of_edges(friends, self.edges[users_B]).data
-        others = np.maximum(np.repeat(np.diff(friends.indptr), np.diff(friends.indptr)) - 1, 1)
-        columns = [self.degree[friend_E], self.size[friend_E], self.common[users_B].data]
-        columns += [self.alike[users_B].data / others, weight]
-        found: FloatArray = np.log1p(np.stack(columns, -1)).astype(np.float32)
         return found
 
     def _members(self, owner_E: IntArray, friend_E: IntArray, chosen_BC: IntArray) -> tuple[IntArray, IntArray]:
@@ -156,10 +173,10 @@ def _sorted(matrix: sp.csr_array) -> sp.csr_array:
     return found
 
 
-def _without_self(matrix: sp.csr_array) -> sp.csr_array:
-    found = matrix.tocsr()
-    found.setdiag(0)
-    return _sorted(found)
+def _ones(edges: sp.csr_array) -> sp.csr_array:
+    found = edges.copy()
+    found.data = np.ones_like(found.data)
+    return found
 
 
 def _of_edges(edges: sp.csr_array, values: sp.csr_array) -> sp.csr_array:

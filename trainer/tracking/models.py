@@ -116,6 +116,7 @@ def pack(
                 ColSpec(texts, "event_types", required=False),
                 ColSpec(Array(texts), "baskets", required=False),
                 ColSpec(Array(vector), "features", required=False),
+                ColSpec(texts, "friends", required=False),
             ]
         ),
         Schema(

@@ -14,7 +14,7 @@ from etl.tables import FEATURES, FIRST_INDEX, ITEMS
 from trainer.arrays import FloatArray
 from trainer.config import ItemFeaturesConfig
 from trainer.data.catalogue import Catalogue, read_catalogue
-from trainer.data.item_vectors import SHRINKAGE, read_item_vectors
+from trainer.data.item_vectors import SHRINKAGE, read_vectors, rows_of_items
 from trainer.data.release import DataError, Release, pin
 
 
@@ -68,8 +68,8 @@ def config(*encoders: str, **settings: Any) -> ItemFeaturesConfig:
 
 
 def test_vectors_lie_at_their_items_rows(release: Release, catalogue: Catalogue) -> None:
-    one = read_item_vectors(
-        release, catalogue, config("text", whitening=False), split="last-5", trained_V=trained(catalogue)
+    one = read_vectors(
+        release, rows_of_items(catalogue), config("text", whitening=False), split="last-5", trained_V=trained(catalogue)
     )["text"]
     raw = {int(index): vector for index, vector in zip(range(FIRST_INDEX, FIRST_INDEX + 30), RAW, strict=True)}
     for row, index in enumerate(catalogue.global_index.tolist()):
@@ -82,9 +82,9 @@ def test_vectors_lie_at_their_items_rows(release: Release, catalogue: Catalogue)
 def test_whitening_is_fitted_on_training_items_alone(release: Release, catalogue: Catalogue) -> None:
     is_trained = trained(catalogue)
     given = {"split": "last-5", "trained_V": is_trained}
-    one = read_item_vectors(release, catalogue, config("text"), **given)["text"]
+    one = read_vectors(release, rows_of_items(catalogue), config("text"), **given)["text"]
     seen = is_trained & one.has_V
-    raw = read_item_vectors(release, catalogue, config("text", whitening=False), **given)["text"].vectors_VF
+    raw = read_vectors(release, rows_of_items(catalogue), config("text", whitening=False), **given)["text"].vectors_VF
     covariance = np.cov(raw[seen].astype(float).T, bias=True)
     variances = np.linalg.eigvalsh(covariance)
     np.testing.assert_allclose(one.vectors_VF[seen].astype(float).mean(0), 0, atol=2e-3)
@@ -92,8 +92,12 @@ def test_whitening_is_fitted_on_training_items_alone(release: Release, catalogue
     np.testing.assert_allclose(whitened - np.diag(np.diag(whitened)), 0, atol=1e-2)
     shrunk = variances / (variances + SHRINKAGE * variances.mean())
     np.testing.assert_allclose(np.sort(np.diag(whitened)), np.sort(shrunk), atol=1e-2)
-    fewer = read_item_vectors(
-        release, catalogue, config("text"), split="last-5", trained_V=trained(catalogue, FIRST_INDEX + 19)
+    fewer = read_vectors(
+        release,
+        rows_of_items(catalogue),
+        config("text"),
+        split="last-5",
+        trained_V=trained(catalogue, FIRST_INDEX + 19),
     )["text"]
     assert (fewer.whitening.mean_F != one.whitening.mean_F).any()
 
@@ -108,7 +112,7 @@ def test_vectors_of_items_that_are_not_trained_on_change_no_whitening(
     assert (other != RAW).any()
     shifted = lake_with(tiny_lake, tmp_path / "lake", {("text", ""): other}, items=range(30))
     one, two = (
-        read_item_vectors(lake, catalogue, config("text"), split="last-5", trained_V=is_trained)["text"]
+        read_vectors(lake, rows_of_items(catalogue), config("text"), split="last-5", trained_V=is_trained)["text"]
         for lake in (release, shifted)
     )
     assert (one.whitening.mean_F == two.whitening.mean_F).all()
@@ -119,20 +123,24 @@ def test_vectors_of_items_that_are_not_trained_on_change_no_whitening(
 
 def test_a_parents_whitening_is_taken(release: Release, catalogue: Catalogue) -> None:
     few, many = trained(catalogue, FIRST_INDEX + 12), trained(catalogue)
-    parent = read_item_vectors(release, catalogue, config("text", "graph"), split="last-5", trained_V=few)
-    grafted = read_item_vectors(
-        release, catalogue, config("text", "graph"), split="last-5", trained_V=many, fitted=parent
+    parent = read_vectors(release, rows_of_items(catalogue), config("text", "graph"), split="last-5", trained_V=few)
+    grafted = read_vectors(
+        release, rows_of_items(catalogue), config("text", "graph"), split="last-5", trained_V=many, fitted=parent
     )
     assert (grafted["text"].vectors_VF == parent["text"].vectors_VF).all()
     narrow = {"text": parent["graph"]}
     with pytest.raises(DataError, match="expected vectors by text as wide as the parent's, 2, found 4"):
-        read_item_vectors(release, catalogue, config("text"), split="last-5", trained_V=many, fitted=narrow)
+        read_vectors(release, rows_of_items(catalogue), config("text"), split="last-5", trained_V=many, fitted=narrow)
 
 
 def test_the_mean_stands_for_what_is_missing(release: Release, catalogue: Catalogue) -> None:
     is_trained = trained(catalogue)
-    one = read_item_vectors(
-        release, catalogue, config("text", whitening=False, missing="mean"), split="last-5", trained_V=is_trained
+    one = read_vectors(
+        release,
+        rows_of_items(catalogue),
+        config("text", whitening=False, missing="mean"),
+        split="last-5",
+        trained_V=is_trained,
     )["text"]
     lacking = ~one.has_V
     lacking[:FIRST_INDEX] = False
@@ -144,8 +152,12 @@ def test_the_mean_stands_for_what_is_missing(release: Release, catalogue: Catalo
 
 def test_a_run_reads_vectors_of_its_split_or_of_none(release: Release, catalogue: Catalogue) -> None:
     read = {
-        split: read_item_vectors(
-            release, catalogue, config("graph", whitening=False), split=split, trained_V=trained(catalogue)
+        split: read_vectors(
+            release,
+            rows_of_items(catalogue),
+            config("graph", whitening=False),
+            split=split,
+            trained_V=trained(catalogue),
         )["graph"].vectors_VF
         for split in ("last-5", "causal")
     }
@@ -153,14 +165,14 @@ def test_a_run_reads_vectors_of_its_split_or_of_none(release: Release, catalogue
     with pytest.raises(
         DataError, match=r"by 'graph' for split 'joint-5', found those by graph, text .* causal, last-5"
     ):
-        read_item_vectors(release, catalogue, config("graph"), split="joint-5", trained_V=trained(catalogue))
+        read_vectors(release, rows_of_items(catalogue), config("graph"), split="joint-5", trained_V=trained(catalogue))
 
 
 def test_vectors_of_a_split_are_of_the_releases_own_sequences(tiny_lake: str, tmp_path: Path) -> None:
     release = lake_with(tiny_lake, tmp_path / "lake", {("graph", "last-5"): RAW}, items=range(30), inputs={"items": 0})
     given = {"split": "last-5", "trained_V": trained(read_catalogue(release, "all"))}
     catalogue = read_catalogue(release, "all")
-    read_item_vectors(release, catalogue, config("graph"), **given)  # of items: they grow
+    read_vectors(release, rows_of_items(catalogue), config("graph"), **given)  # of items: they grow
     with spark_io.writing(release.lake, FEATURES):
         one = Encoding(kind="item", encoder="graph", split="last-5", width=4, inputs={"sequences": 9})
         features.write_arrays(release.lake, ["i05"], np.array([5]), RAW[:1], one)
@@ -168,15 +180,15 @@ def test_vectors_of_a_split_are_of_the_releases_own_sequences(tiny_lake: str, tm
         assert version is not None
         releases.release_with(release.lake, {FEATURES.name: version})
     with pytest.raises(DataError, match=r"made from version 1 of sequences, which release 3 of .*, found version 9"):
-        read_item_vectors(pin(release.lake, None), catalogue, config("graph"), **given)
+        read_vectors(pin(release.lake, None), rows_of_items(catalogue), config("graph"), **given)
 
 
 def test_an_encoder_that_there_is_not(release: Release, catalogue: Catalogue, tiny_lake: str) -> None:
     with pytest.raises(DataError, match=r"by 'bert' for split 'last-5', found those by graph, text in release 2"):
-        read_item_vectors(release, catalogue, config("bert"), split="last-5", trained_V=trained(catalogue))
+        read_vectors(release, rows_of_items(catalogue), config("bert"), split="last-5", trained_V=trained(catalogue))
     bare = pin(tiny_lake, None)
     with pytest.raises(DataError, match=r"expected vectors of items, .* has none; run `python -m trainer features`"):
-        read_item_vectors(bare, catalogue, config("text"), split="last-5", trained_V=trained(catalogue))
+        read_vectors(bare, rows_of_items(catalogue), config("text"), split="last-5", trained_V=trained(catalogue))
 
 
 def test_a_domain_without_a_vector(tiny_lake: str, tmp_path: Path) -> None:
@@ -198,4 +210,4 @@ def test_a_domain_without_a_vector(tiny_lake: str, tmp_path: Path) -> None:
     release = pin(lake, None)
     catalogue = read_catalogue(release, "target")
     with pytest.raises(DataError, match="expected vectors by 'text' of items that are read, found none of"):
-        read_item_vectors(release, catalogue, config("text"), split="last-5", trained_V=trained(catalogue))
+        read_vectors(release, rows_of_items(catalogue), config("text"), split="last-5", trained_V=trained(catalogue))

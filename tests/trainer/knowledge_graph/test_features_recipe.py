@@ -75,6 +75,35 @@ def test_vectors_of_items_and_entities_by_raw_id(tiny_lake: str, tmp_path: Path,
     assert "unchanged" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lake", "other", r"lake: expected graph\.data\.lake in its place"),
+        ("name", "mine", r"name: expected graph\.name in its place"),
+        (
+            "attributes",
+            {"categorical": ["categories"]},
+            "expected one of attributes, graph and social, found attributes",
+        ),
+    ],
+)
+def test_a_setting_that_the_graph_does_not_read_is_refused(
+    name: str, value: object, message: str, tiny_lake: str, tmp_path: Path
+) -> None:
+    path = config_file(tmp_path, tiny_lake)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ConfigError, match=message):
+        load(FeaturesConfig, str(path))
+
+
+def test_without_held_out_triples_nothing_is_said_of_ranks(
+    tiny_lake: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    result = features.run(tiny(tmp_path, tiny_lake, data={"test": 0.0}))
+    assert not [name for name in result.metrics if name.startswith("test/")]
+    assert "nan" not in (result.folder / "report.md").read_text() + capsys.readouterr().out
+
+
 def test_a_thing_without_a_training_triple_has_no_vector(tiny_lake: str, tmp_path: Path) -> None:
     config = tiny(tmp_path, tiny_lake, data={"lake": tiny_lake, "test": 0.6})
     rows = pq.read_table(features.run(config).model / "features.parquet").to_pylist()

@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from etl import tables
+from etl.jobs import releases
+from etl.lake import spark_io
 from etl.settings import ConfigError, load
 from tests.fixtures.lakes import NUM_TASTES, build_tiny_lake
 from trainer.config import FeaturesConfig, FriendsConfig
@@ -23,6 +25,7 @@ from trainer.data.sequences import SequenceDataset
 from trainer.data.social import read_network, read_training
 from trainer.evaluation.scorers import baseline_scorers, read_evaluation_set
 from trainer.recipes import features, friends, social_features
+from trainer.training.loop import NonFiniteLoss
 
 RUN = {"runtime": {"progress": False, "threads": 1}, "tracking": {"enabled": False}}
 NODE2VEC = {"kind": "node2vec", "width": 8, "walks": 3, "length": 8, "epochs": 2}
@@ -196,6 +199,53 @@ def test_the_recipe_friends_measures_and_keeps_influence(lake: str, tmp_path: Pa
     assert "swapped at random" in report
     again = friends.run(friends_of(tmp_path / "again", lake))
     assert again.metrics == result.metrics
+    before = {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()}
+    same = friends.run(friends_of(tmp_path, lake))  # unchanged
+    assert (same.metrics, same.gain) == (result.metrics, result.gain)
+    with pytest.raises(DataError, match="split 'last-9'"):
+        friends.run(friends_of(tmp_path, lake, keep="last-9"))  # a mistake removes nothing
+    assert {path: path.read_bytes() for path in result.folder.rglob("*") if path.is_file()} == before
+
+
+def test_users_whom_the_vocabulary_lacks_are_no_traceback(lake: str, tmp_path: Path) -> None:
+    lake = str(shutil.copytree(lake, tmp_path / "lake"))
+    write_deltalake(f"{lake}/users", DeltaTable(f"{lake}/users").to_pyarrow_table().slice(3), mode="overwrite")
+    with spark_io.writing(lake, tables.RELEASES):
+        releases.release_with(lake, {"users": DeltaTable(f"{lake}/users").version()})
+    for run in (
+        lambda: friends.run(friends_of(tmp_path, lake)),
+        lambda: social_features.run(features_of(tmp_path, lake, NODE2VEC).social),
+    ):
+        with pytest.raises(DataError, match=r"expected \d+ users of other tables in the table users"):
+            run()
+
+
+def test_steps_that_are_too_large_are_no_result(lake: str, tmp_path: Path) -> None:
+    model = {"candidates": 20, "epochs": 2, "batch_size": 16, "learning_rate": 1e30}
+    with pytest.raises(NonFiniteLoss, match=r"lower model\.learning_rate"):
+        friends.run(friends_of(tmp_path, lake, model=model))
+    assert not (tmp_path / "friends" / "model").exists()
+
+
+def test_a_name_that_another_encoder_has_is_refused(lake: str, tmp_path: Path) -> None:
+    lake = str(shutil.copytree(lake, tmp_path / "lake"))
+    features.run(features_of(tmp_path, lake, NODE2VEC))
+    graph = {"name": "vectors", "output": str(tmp_path / "graphs"), "data": {"lake": lake}, **RUN}
+    before = DeltaTable(f"{lake}/features").version()
+    with pytest.raises(ConfigError, match=r"graph\.name: expected one of its own, found 'vectors'"):
+        features.run(load(FeaturesConfig, _written(tmp_path, "graph", {"graph": graph})))
+    assert DeltaTable(f"{lake}/features").version() == before
+    assert not (tmp_path / "graphs").exists()
+
+
+def test_a_mistake_removes_no_vectors(lake: str, tmp_path: Path) -> None:
+    found = social_features.run(features_of(tmp_path, lake, LIGHTGCN).social)
+    before = (found.model / "features.parquet").read_bytes()
+    for data in ({"lake": lake, "split": "last-9"}, {"lake": lake, "split": "last-5", "domain": "moon"}):
+        with pytest.raises(DataError):
+            social_features.run(features_of(tmp_path, lake, LIGHTGCN, data=data).social)
+    assert (found.model / "features.parquet").read_bytes() == before
+    assert social_features.run(features_of(tmp_path, lake, LIGHTGCN).social).reused
 
 
 def test_mistakes_are_one_line(lake: str, tiny_lake: str, tmp_path: Path) -> None:

@@ -177,6 +177,17 @@ def test_mistakes_write_nothing(
     assert pin(str(lake), None).number == 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"attributes": {"categorical": ["categories"]}}], ids=["text", "columns"])
+def test_a_table_without_a_row_is_named(
+    spark: SparkSession, tiny_lake: str, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    lake = copied(tiny_lake, tmp_path / "lake")
+    change_items(lake, lambda rows: [])
+    with pytest.raises(GraftrecError, match="expected rows in the table items, found none in release 2 of"):
+        features.run(config(lake, **settings))
+    assert not (lake / FEATURES.name).exists()
+
+
 def test_a_name_is_one_word() -> None:
     assert FeaturesConfig(name="text-2.plots").name == "text-2.plots"
     with pytest.raises(ValueError, match="expected letters, digits"):

@@ -20,17 +20,18 @@ from trainer.config import (
     CaserConfig,
     DupnConfig,
     FinetuneConfig,
-    JoinedFeaturesConfig,
     MlpConfig,
     NextItemConfig,
     PeterRecConfig,
     PretrainConfig,
+    UserFeaturesConfig,
 )
 from trainer.data.events import Events
 from trainer.data.release import pin
 from trainer.inference.delta_folder import assemble, load_patch, write_patch
 from trainer.inference.model_folder import USER_FEATURES, USER_IDS, load_model
 from trainer.inference.model_folder import USERS as USER_TABLE_FILE
+from trainer.inference.scorer import ModelScorer, answered
 from trainer.models import FeatureTable, ModelSizes, build_model, group_of
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
@@ -57,7 +58,7 @@ def model_of(kind, aggregate=None, **settings):
         has[:FIRST_INDEX] = False
         vectors = random.normal(size=(NUM_USERS, 7)).astype(np.float16) * has[:, None]
         tables = (FeatureTable(torch.from_numpy(vectors), torch.from_numpy(has)),)
-        joined = JoinedFeaturesConfig(encoders=("social",), width=5, aggregate=aggregate, **settings)
+        joined = UserFeaturesConfig(encoders=("social",), width=5, aggregate=aggregate, **settings)
         config = type(config).model_validate(config.model_dump() | {"user_features": joined})
     knowledge = torch.zeros(NUM_ITEMS, 0, dtype=torch.int32)
     sizes = ModelSizes(num_users=NUM_USERS, num_entities=0, knowledge_VS=knowledge, user_features=tables)
@@ -106,9 +107,28 @@ def test_users_are_left_with_their_features_alone():
     assert 10 < dropped.sum() < 35
 
 
+@pytest.mark.parametrize("kind", sorted(NETWORKS.keys() - {"dupn"}))
+def test_a_user_without_an_item_is_scored_by_features_alone(kind):
+    model = model_of(kind, "sum", id_dropout=0.5, alone=True).eval()
+    torch.nn.init.normal_(model.features["user"].out.weight)
+    own = model.user_embedding.weight[6]
+    alone, joined = model.user_vectors(torch.tensor([-1 - 6, 6]))
+    torch.testing.assert_close(alone, joined - own)
+    task = build_task(NextItemConfig(loss={"kind": "bce" if kind.startswith("mlp") else "full"}))
+    nothing = Events(np.array([7, 8, 9]), np.zeros(4, np.int64), {"items": np.empty(0, np.int64)})
+    before = ModelScorer(model, task).score(nothing)
+    assert torch.isfinite(before[:, FIRST_INDEX:]).all()
+    assert not torch.equal(before[0], before[1])
+    torch.nn.init.normal_(model.user_embedding.weight)  # whatever is there
+    assert torch.equal(ModelScorer(model, task).score(nothing), before)
+    assert answered(model, nothing).tolist() == [True, True, False]  # one in three has no features
+
+
 def test_features_need_a_user_embedding():
     with pytest.raises(ValidationError, match=r"user_features: expected users' embeddings, .* found user_width 0"):
         Bert4RecConfig(user_width=0, user_features={"encoders": ["social"]})
+    with pytest.raises(ValidationError, match=r"user_features\.alone: .* found dupn, whose users only weigh items"):
+        DupnConfig(user_features={"encoders": ["social"], "id_dropout": 0.5, "alone": True})
     with pytest.raises(ValidationError, match=r"score fm: expected user_features\.aggregate sum, found gate"):
         MlpConfig(score="fm", user_features={"encoders": ["social"]})
 

@@ -26,7 +26,7 @@ from trainer.arrays import FloatArray, IntArray
 from trainer.config import BaselinesConfig, ItemFeaturesConfig
 from trainer.data.baskets import open_dataset
 from trainer.data.events import Events
-from trainer.data.item_vectors import read_item_vectors
+from trainer.data.item_vectors import read_vectors, rows_of_items
 from trainer.evaluation.baselines.names import CONTENT_NEIGHBOURS, PREDICTED_POPULARITY, RIDGE
 from trainer.evaluation.scorers import EvaluationSet, Scorer, training_histories
 from trainer.inference.scorer import Scores
@@ -38,8 +38,8 @@ def cold_scorers(examples: EvaluationSet, config: BaselinesConfig, encoders: tup
     """By vectors of these encoders, side by side. Raises DataError for one of no vectors."""
     trained_V = examples.training_interactions > 0
     read = ItemFeaturesConfig(encoders=encoders, whitening=False)
-    found = read_item_vectors(
-        examples.release, examples.catalogue, read, split=examples.split, trained_V=trained_V
+    found = read_vectors(
+        examples.release, rows_of_items(examples.catalogue), read, split=examples.split, trained_V=trained_V
     ).values()
     features_VF = np.concatenate([one.vectors_VF.astype(np.float64) for one in found], axis=1)
     dataset = open_dataset(examples.table, examples.release, examples.split, examples.domain)

@@ -1,0 +1,168 @@
+"""A trained attention over friends as a folder: scores of users without a history, by what their friends have.
+
+config.json          settings of the run, the split whose training part it reads, release, table versions
+weights.safetensors  the attention
+circle.safetensors   who knows whom and who has what, as sparse matrices, by place of a user
+people.parquet       place of a user in these, global index, raw id: personal data, as is the circle
+catalogue.parquet    row, global index, raw item id, title
+manifest.json        SHA-256 of each file above; written last
+origin.json          the lake's place
+
+`renewed` reads another release's friendships and items by the same attention: it learned what to make of a circle, not
+who is in it.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+import torch
+from safetensors.torch import load_file, save_file
+
+from etl.plain_path import absolute
+from etl.settings import replaced
+from trainer.arrays import IntArray
+from trainer.config import FriendsConfig
+from trainer.data.catalogue import Catalogue, read_catalogue
+from trainer.data.release import Release
+from trainer.data.social import read_network, read_training, widened
+from trainer.evaluation.scorers import raw_users
+from trainer.inference.model_folder import (
+    CATALOGUE,
+    CONFIG,
+    FRIENDS_RECIPE,
+    MANIFEST,
+    ORIGIN,
+    WEIGHTS,
+    ModelFolderError,
+    catalogue_of,
+    digest_of,
+    lake_of,
+    model_hash,
+    recipe_of,
+)
+from trainer.social.attention import FriendAttention, TrainedFriends
+from trainer.social.evidence import Evidence
+
+CIRCLE, PEOPLE = "circle.safetensors", "people.parquet"
+
+
+@dataclass(frozen=True)
+class FriendsModel:
+    """An attention with the circle that it reads; `users` and `raw_ids` by place in the network."""
+
+    config: FriendsConfig
+    split: str  # whose training part is read
+    release: Release
+    catalogue: Catalogue
+    users: IntArray  # [U] global index, ascending
+    raw_ids: pa.StringArray  # [U]
+    trained: TrainedFriends
+    hash: str = ""  # of its folder
+
+    @property
+    def domain(self) -> str:
+        return self.config.domain
+
+
+def is_friends(folder: str | Path) -> bool:
+    """Whether a folder holds an attention over friends."""
+    return recipe_of(Path(folder)) == FRIENDS_RECIPE
+
+
+def save_friends(folder: Path, model: FriendsModel) -> str:
+    """Write the folder in the place of any old one; returns its hash."""
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    evidence = model.trained.evidence
+    save_file({name: one.contiguous() for name, one in model.trained.model.state_dict().items()}, new / WEIGHTS)
+    parts: dict[str, npt.NDArray[Any]] = {}
+    for name, matrix in (("edges", evidence.edges), ("taken", evidence.taken)):
+        parts |= {f"{name}/indptr": matrix.indptr.astype(np.int64), f"{name}/indices": matrix.indices.astype(np.int32)}
+    parts["edges/weights"] = evidence.edges.data.astype(np.float32)
+    save_file({name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}, new / CIRCLE)
+    people = {"place": np.arange(len(model.users)), "index": model.users, "user": model.raw_ids}
+    pq.write_table(pa.table(people), new / PEOPLE)
+    catalogue = model.catalogue
+    rows = {"row": np.arange(len(catalogue)), "index": catalogue.global_index, "item": catalogue.raw_ids}
+    pq.write_table(pa.table(rows | {"title": catalogue.titles}), new / CATALOGUE)
+    described = {
+        "recipe": FRIENDS_RECIPE,
+        "config": replaced(model.config, lake="").model_dump(mode="json"),
+        "split": model.split,
+        "release": model.release.number,
+        "versions": model.release.versions,
+    }
+    (new / CONFIG).write_text(json.dumps(described, indent=1))
+    digests = {path.name: digest_of(path) for path in sorted(new.iterdir())}
+    (new / MANIFEST).write_text(json.dumps(digests, indent=1))
+    (new / ORIGIN).write_text(json.dumps({"lake": model.release.lake}), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+    return model_hash(folder)
+
+
+def friends_config(folder: Path) -> tuple[FriendsConfig, dict[str, Any]]:
+    """Settings of the run that made a folder, and all that its config.json says. Raises ModelFolderError."""
+    if not is_friends(folder):
+        raise ModelFolderError(
+            f"expected a model of the recipe `friends` in {folder}, found none; give a finished run's `model` folder"
+        )
+    described = json.loads((folder / CONFIG).read_text())
+    return replaced(FriendsConfig.model_validate(described["config"]), lake=lake_of(folder)), described
+
+
+def load_friends(folder: str | Path) -> FriendsModel:
+    """Raises ModelFolderError."""
+    folder = Path(folder)
+    digest = model_hash(folder)
+    config, described = friends_config(folder)
+    catalogue = catalogue_of(folder)
+    people = pq.read_table(folder / PEOPLE)
+    parts = {name: one.numpy() for name, one in load_file(folder / CIRCLE).items()}
+    num = len(people)
+    given = (parts["edges/weights"], parts["edges/indices"], parts["edges/indptr"])
+    edges = sp.csr_array(given, shape=(num, num))
+    ones = np.ones(len(parts["taken/indices"]), np.float32)
+    taken = sp.csr_array((ones, parts["taken/indices"], parts["taken/indptr"]), shape=(num, len(catalogue)))
+    attention = FriendAttention(config.model.hidden)
+    attention.load_state_dict(load_file(folder / WEIGHTS))
+    evidence = Evidence(edges, taken, num_candidates=config.model.candidates)
+    release = Release(absolute(config.lake), described["release"], described["versions"])
+    return FriendsModel(
+        config,
+        described["split"],
+        release,
+        catalogue,
+        people["index"].to_numpy().astype(np.int64),
+        people["user"].combine_chunks(),
+        TrainedFriends(attention.eval(), evidence, []),
+        digest,
+    )
+
+
+def renewed(model: FriendsModel, release: Release) -> FriendsModel:
+    """The same attention on the friendships and the training part of a release; itself on its own. Raises DataError."""
+    own = model.release
+    if (own.lake, own.number) == (release.lake, release.number):
+        return model
+    catalogue = read_catalogue(release, model.domain)
+    network = read_network(release, directed=model.config.directed)
+    users, taken = read_training(release, model.split, model.domain, catalogue)
+    everyone = np.union1d(users, network.users)
+    evidence = Evidence(
+        network.of(everyone).edges,
+        widened(taken, users, everyone),
+        num_candidates=model.config.model.candidates,
+    )
+    trained = TrainedFriends(model.trained.model, evidence, model.trained.losses)
+    raw = pa.array(raw_users(release, everyone), pa.string())
+    return replace(model, release=release, catalogue=catalogue, users=everyone, raw_ids=raw, trained=trained)
