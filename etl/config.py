@@ -194,6 +194,10 @@ class SplitConfig(Section):
     name: FileName = "last-5"
     validation: int = Field(2, ge=0)
     test: int = Field(3, ge=0)
+    # The order of a user's events at one time. file: as in the log's files; item: by raw item id, numbers by value;
+    # scrambled: by a hash of user, item, time and `ties_seed`.
+    ties: Literal["file", "item", "scrambled"] = "file"
+    ties_seed: int = 0
     min_train: int = Field(1, ge=1)  # a user with fewer training items left is not evaluated: trains only
     causal_target: str | None = None  # cut every other domain at the user's first held-out item of this domain
     # In the domain `all` the hold-out is that of this domain, moved to the end: a model of all domains has then seen
