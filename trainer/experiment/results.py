@@ -358,9 +358,10 @@ def _seed(seed: int, training: "TrainingJob") -> dict[str, Any]:
         "seconds": done["metrics"]["seconds"],
         "pretrain_seconds": done["metrics"]["pretrain_seconds"] or None,
         "items_per_second": items / trained if trained else None,
-        "validation": done["metrics"][f"validation/{score}"],
+        "validation": done["metrics"].get(f"validation/{score}"),  # None: the split has no validation part
         "curve": [
-            {"epoch": epoch["epoch"], "loss": epoch["loss"], "validation": epoch["metrics"][score]} for epoch in history
+            {"epoch": epoch["epoch"], "loss": epoch["loss"], "validation": epoch["metrics"].get(score)}
+            for epoch in history
         ],
     }
 
