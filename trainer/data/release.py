@@ -70,6 +70,14 @@ class Release:
                 return SplitConfig(**{key: recorded[key] for key in SplitConfig.model_fields if key in recorded})
         return None
 
+    @property
+    def has_mere_order(self) -> bool:
+        """Whether the log has an order of events, and no times. Raises DataError."""
+        properties = (
+            _open(self.lake, tables.SEQUENCES, self.versions.get(tables.SEQUENCES.name)).metadata().configuration
+        )
+        return bool(properties.get(tables.PROPERTY_TIME) == tables.TIME_ORDINAL)
+
     def has_validation(self, split: str) -> bool:
         """Whether the split may have one, as far as its rule says."""
         rule = self.split(split)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from etl.settings import replaced
 from trainer.config import BaselinesConfig, EvaluateConfig, PretrainConfig
 from trainer.data.catalogue import Catalogue
 from trainer.data.cold_items import COLD, WARM
 from trainer.data.held_out import FULL, HeldOut, Part, ReadOptions, read_held_out
-from trainer.data.release import Release
+from trainer.data.release import DataError, Release, pin
+from trainer.evaluation.card import ProtocolCard, card_of, card_of_model, check_cards
 from trainer.evaluation.comparison import Key, Results, by_key
 from trainer.evaluation.scorers import Scorer
 from trainer.inference.model_folder import TrainedModel
@@ -104,6 +107,7 @@ class Question:
 class Evaluator(ABC):
     """The same examples for every model, and what is measured on them."""
 
+    config: EvaluateConfig
     release: Release
     split: str
     domain: str
@@ -149,6 +153,58 @@ class Evaluator(ABC):
     @abstractmethod
     def results(self, scorers: Mapping[Key, Scorer], outputs: Mapping[Key, Output]) -> Results:
         """Of scorers and their outputs."""
+
+    # --- under which rules
+
+    @property
+    @abstractmethod
+    def table(self) -> str:
+        """That the users' events are of."""
+
+    @property
+    def ranks_repeats(self) -> bool | None:
+        """Whether what a user has had is ranked too; None: nothing is ranked."""
+        return None
+
+    @cached_property
+    def card(self) -> ProtocolCard:
+        """Of models that are trained on this split, and of baselines; under the first protocol."""
+        return card_of(
+            self.release,
+            split=self.split,
+            domain=self.domain,
+            part=self.part,
+            table=self.table,
+            max_users=self.config.evaluation.max_users,
+            repeats=self.ranks_repeats,
+        )
+
+    def card_of_model(self, model: TrainedModel) -> ProtocolCard:
+        """Its release says what it was trained on; where that is gone, this one."""
+        own = self.release
+        if (model.lake, model.release) != (own.lake, own.number):
+            with suppress(DataError):
+                own = pin(model.lake, model.release)
+        return card_of_model(self.card, model.config, own)
+
+    def cards(self, models: Sequence[tuple[str, TrainedModel]], results: Results) -> list[dict[str, Any]]:
+        """The cards of a table, a protocol's beside each other, as they are stored. `models`: label and model.
+        Baselines, which read no time, have that of the first model."""
+        of_model = {label: self.card_of_model(model) for label, model in models}
+        rows: dict[str, list[str]] = {}
+        first = next(iter(of_model.values()), self.card)
+        known = {card.hash: card for card in (first, *of_model.values())}
+        for label in results.labels:
+            rows.setdefault(of_model.get(label, first).hash, []).append(label)
+        return [
+            replaced(known[digest], candidates=protocol).entry(labels)
+            for protocol in results.protocols
+            for digest, labels in rows.items()
+        ]
+
+    def check_cards(self, models: Sequence[TrainedModel], *, across: Sequence[str] = ()) -> None:
+        """Raises EvaluateError where models have different protocol cards, but for the fields `across`."""
+        check_cards([(str(model.folder), self.card_of_model(model)) for model in models], allowed=across)
 
     def predict(self, scorers: Sequence[Scorer]) -> Results:
         """Score the examples by all scorers. Raises EvaluateError for two of one label and seed."""

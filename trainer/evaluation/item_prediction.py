@@ -320,6 +320,14 @@ class ItemPrediction(Evaluator):
         self.examples, self.config, self.release = examples, config, examples.release
         self.split, self.domain, self.part = examples.split, examples.domain, examples.part
 
+    @property
+    def table(self) -> str:
+        return self.examples.table
+
+    @property
+    def ranks_repeats(self) -> bool:
+        return self.examples.held_out.repeats
+
     @staticmethod
     def metrics_of(task: TaskSettings | None) -> TaskMetrics:
         per_user = tuple(metrics_of(np.ones((1, 1), np.int64)))

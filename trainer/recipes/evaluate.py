@@ -24,6 +24,7 @@ from trainer import tracking
 from trainer.code_hash import code_hash
 from trainer.config import EvaluateConfig, EvaluatedModel, PretrainConfig
 from trainer.data.release import Release, pin
+from trainer.evaluation import card
 from trainer.evaluation.class_prediction import CONFUSIONS
 from trainer.evaluation.click_prediction import RELIABILITY
 from trainer.evaluation.comparison import Key, Results, Row, compare_table
@@ -34,6 +35,7 @@ from trainer.evaluation.scorers import label_of
 from trainer.inference.model_folder import TrainedModel, config_of, load_model, model_hash
 from trainer.parallel.distributed import join
 from trainer.registry import descriptions
+from trainer.registry.gate_evidence import CARD_TAG
 
 USERS, SUMMARY, TABLE = "users.parquet", "summary.json", "table.txt"
 PICTURES = (GAINS, CONFUSIONS, RELIABILITY)
@@ -95,7 +97,9 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         ]
         own = next(rows for one, rows in compared if one is results)
         rows = [row for _, rows in compared for row in rows]
+        cards = _cards(config, chosen, models, found)
         text = "\n\n".join(one.text(rows, against=config.against) for one, rows in compared)
+        text += "\n\n" + "\n".join(card.lines(cards))
         print(text)
         _begin(folder)
         _write_users((table for _, one in _leading(found) for table in one.tables()), folder / USERS)
@@ -110,12 +114,17 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             "domain": evaluator.domain,
             "part": evaluator.part,
             "against": config.against,
+            "cards": cards,
         }
+        hashes = ", ".join(dict.fromkeys(entry["hash"] for entry in cards))
+        run.set_tags({CARD_TAG: hashes})
+        run.log_params({f"card.{number}": entry["text"] for number, entry in enumerate(cards)})
         summary = {"key": key, "of": identity, "run": run.id, "rows": data} | about | results.summary()
         _keep(summary, folder, run)
         report = EvaluationReport(folder, data, text, skipped=False, run_id=run.id)
         where = f"{results.num_users:,} users of domain {evaluator.domain}, split {evaluator.split}"
-        _describe(run, report, config.part, where=f"{where}, release {release.number}", drawn=drawn)
+        where = f"{where}, release {release.number}"
+        _describe(run, report, config.part, where=where, drawn=drawn, under=card.lines(cards)[0])
         shown = {row.metric for row in own}
         for model, of_model in zip(models, results.scorers, strict=False):
             if model.config.data.answered == evaluator.domain:
@@ -133,6 +142,7 @@ def _evaluated(
     found: list[tuple[Evaluator, Results]] = []
     for kind in evaluators_of(models[0].config.task):
         for evaluator in kind.read(Question(config, models, release)):
+            evaluator.check_cards(models, across=config.across)
             scorers = [
                 evaluator.scorer(model, label=named.label, seed=named.seed)
                 for named, model in zip(chosen, models, strict=True)
@@ -141,6 +151,18 @@ def _evaluated(
                 scorers += evaluator.baselines(config.baselines)
             found.append((evaluator, evaluator.predict(scorers)))
     return found
+
+
+def _cards(
+    config: EvaluateConfig,
+    chosen: Sequence[EvaluatedModel],
+    models: Sequence[TrainedModel],
+    found: Sequence[tuple[Evaluator, Results]],
+) -> list[dict[str, Any]]:
+    """The protocol cards of all tables."""
+    named = [(one.label or label_of(model.config), model) for one, model in zip(chosen, models, strict=True)]
+    entries = [entry for evaluator, results in found for entry in evaluator.cards(named, results)]
+    return list({entry["hash"]: entry for entry in entries}.values())
 
 
 def _leading(found: Sequence[tuple[Evaluator, Results]]) -> list[tuple[Evaluator, Results]]:
@@ -168,13 +190,15 @@ def _numbers(results: Results, key: Key, part: str, shown: set[str]) -> dict[str
     }
 
 
-def _describe(run: tracking.Run, report: EvaluationReport, part: str, *, where: str, drawn: str = "") -> None:
+def _describe(
+    run: tracking.Run, report: EvaluationReport, part: str, *, where: str, under: str, drawn: str = ""
+) -> None:
     """Log the comparison as metrics, and as a table with its picture in the run's description."""
     run.log_metrics(descriptions.result_metrics(report.rows, part))
     picture = f"evaluation/{SMALL}{drawn}" if drawn else ""
     if drawn:
         run.log_thumbnail(report.folder / drawn, picture)
-    heading = f"{part.capitalize()} results of {where}."
+    heading = f"{part.capitalize()} results of {where}. Under {under}."
     run.describe(descriptions.results(report.rows, notes=heading, picture=picture))
 
 
