@@ -13,9 +13,10 @@ from typing import Any, Literal, get_args
 
 from etl.config import SplitConfig
 from etl.settings import Section, replaced
-from etl.tables import BASKETS, DOMAIN_ALL
+from etl.tables import DOMAIN_ALL
 from trainer.config import PretrainConfig
 from trainer.config.evaluation import ModelField
+from trainer.data.baskets import DATASETS
 from trainer.data.held_out import FULL, Part
 from trainer.data.release import Release
 from trainer.evaluation.scorers import EvaluateError
@@ -124,7 +125,7 @@ def card_of_model(card: ProtocolCard, config: PretrainConfig, own: Release) -> P
 
 def trained_on(rule: SplitConfig | None, table: str) -> str:
     """What of a history a model is trained on, in words."""
-    if table == BASKETS.name:
+    if not DATASETS[table].by_number:
         return "all baskets but the last two (n−2)"
     if rule is None or rule.is_by_time or rule.is_by_chance or rule.cold_items or rule.cold_users:
         return "the training part"
@@ -208,7 +209,7 @@ def lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _rule(rule: SplitConfig | None, name: str, table: str) -> dict[str, Any]:
     """What a split holds out, without what is as everywhere."""
-    if table == BASKETS.name and (rule is None or not rule.is_by_time):
+    if not DATASETS[table].by_number and (rule is None or not rule.is_by_time):
         return {"baskets": 1}
     if rule is None:
         return {"name": name}

@@ -179,32 +179,32 @@ class Evaluator(ABC):
             repeats=self.ranks_repeats,
         )
 
-    def card_of_model(self, model: TrainedModel) -> ProtocolCard:
-        """Its release says what it was trained on; where that is gone, this one."""
+    def card_of_model(self, config: PretrainConfig, lake: str, release: int) -> ProtocolCard:
+        """`release` of `lake` says what it was trained on; where that is gone, this one."""
         own = self.release
-        if (model.lake, model.release) != (own.lake, own.number):
+        if (lake, release) != (own.lake, own.number):
             with suppress(DataError):
-                own = pin(model.lake, model.release)
-        return card_of_model(self.card, model.config, own)
+                own = pin(lake, release)
+        return card_of_model(self.card, config, own)
 
-    def cards(self, models: Sequence[tuple[str, TrainedModel]], results: Results) -> list[dict[str, Any]]:
-        """The cards of a table, a protocol's beside each other, as they are stored. `models`: label and model.
-        Baselines, which read no time, have that of the first model."""
-        of_model = {label: self.card_of_model(model) for label, model in models}
+    def check_cards(self, models: Sequence[TrainedModel], *, across: Sequence[str] = ()) -> None:
+        """Raises EvaluateError where models have different protocol cards, but for the fields `across`."""
+        cards = [(str(model.folder), self.card_of_model(model.config, model.lake, model.release)) for model in models]
+        check_cards(cards, allowed=across)
+
+    def cards(self, of_label: Mapping[str, ProtocolCard], results: Results) -> list[dict[str, Any]]:
+        """The cards of a table, a protocol's beside each other, as they are stored. `of_label`: the models'. Baselines,
+        which are told no time, have that of the first model."""
+        first = next(iter(of_label.values()), self.card)
+        known = {card.hash: card for card in (first, *of_label.values())}
         rows: dict[str, list[str]] = {}
-        first = next(iter(of_model.values()), self.card)
-        known = {card.hash: card for card in (first, *of_model.values())}
         for label in results.labels:
-            rows.setdefault(of_model.get(label, first).hash, []).append(label)
+            rows.setdefault(of_label.get(label, first).hash, []).append(label)
         return [
             replaced(known[digest], candidates=protocol).entry(labels)
             for protocol in results.protocols
             for digest, labels in rows.items()
         ]
-
-    def check_cards(self, models: Sequence[TrainedModel], *, across: Sequence[str] = ()) -> None:
-        """Raises EvaluateError where models have different protocol cards, but for the fields `across`."""
-        check_cards([(str(model.folder), self.card_of_model(model)) for model in models], allowed=across)
 
     def predict(self, scorers: Sequence[Scorer]) -> Results:
         """Score the examples by all scorers. Raises EvaluateError for two of one label and seed."""

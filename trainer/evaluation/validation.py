@@ -4,8 +4,8 @@ A split without a validation part (`validation: 0`: trained on all but what is t
 trained, and the last one's weights are kept.
 """
 
-from etl.tables import SEQUENCES
 from trainer.config import PretrainConfig
+from trainer.data.baskets import DATASETS
 from trainer.data.catalogue import Catalogue
 from trainer.data.release import Release
 from trainer.evaluation.evaluator import Validation
@@ -22,8 +22,8 @@ class Validator:
     def __init__(self, config: PretrainConfig, release: Release, catalogue: Catalogue, task: Task) -> None:
         validation = Validation(config, release, catalogue, task)
         self._task = task
-        reads_split = config.task.needs.table == SEQUENCES.name
-        self.measures_nothing = reads_split and not release.has_validation(config.data.split)
+        by_number = DATASETS[config.task.needs.table].by_number
+        self.measures_nothing = by_number and not release.has_validation(config.data.split)
         kinds = [] if self.measures_nothing else evaluators_of(config.task)
         self._measures = [evaluator.measure(validation) for evaluator in kinds]
 

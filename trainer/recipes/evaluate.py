@@ -160,8 +160,13 @@ def _cards(
     found: Sequence[tuple[Evaluator, Results]],
 ) -> list[dict[str, Any]]:
     """The protocol cards of all tables."""
-    named = [(one.label or label_of(model.config), model) for one, model in zip(chosen, models, strict=True)]
-    entries = [entry for evaluator, results in found for entry in evaluator.cards(named, results)]
+    entries: list[dict[str, Any]] = []
+    for evaluator, results in found:
+        of_label = {
+            _label(one, model.config): evaluator.card_of_model(model.config, model.lake, model.release)
+            for one, model in zip(chosen, models, strict=True)
+        }
+        entries += evaluator.cards(of_label, results)
     return list({entry["hash"]: entry for entry in entries}.values())
 
 

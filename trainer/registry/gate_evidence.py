@@ -62,7 +62,9 @@ class GateEvidence:
     @property
     def cards(self) -> list[dict[str, Any]]:
         """Under which the version was measured, one a protocol."""
-        return self.evaluator.cards(self._models[:1], self.results)
+        _, model = self._models[0]
+        own = self.evaluator.card_of_model(model.config, model.lake, model.release)
+        return self.evaluator.cards({VERSION: own}, self.results)
 
     def means(self) -> dict[str, dict[str, float]]:
         """The version's own numbers, by protocol, or by what is predicted."""
