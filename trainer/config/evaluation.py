@@ -45,6 +45,9 @@ class EvaluateConfig(Section):
     output: str = "runs"
     model: str | None = None  # one model folder…
     models: tuple[EvaluatedModel, ...] = ()  # … or several
+    # Parquet files of other software's scores (user, item, score), rows beside models or alone; then lake, split and
+    # domain are named here.
+    ranks: tuple[str, ...] = ()
     lake: Place | None = None  # None, here and below: the first model's own
     release: int | None = None
     split: str | None = None
@@ -61,6 +64,11 @@ class EvaluateConfig(Section):
     baselines: BaselinesConfig = BaselinesConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
 
     @field_validator("metrics")
     @classmethod

@@ -12,14 +12,15 @@ import numpy.typing as npt
 from torch import Tensor
 
 from etl.settings import replaced
-from trainer.config import BaselinesConfig, EvaluateConfig, PretrainConfig
+from trainer.config import BaselinesConfig, EvaluateConfig, NextItemConfig, PretrainConfig
 from trainer.data.catalogue import Catalogue
 from trainer.data.cold_items import COLD, WARM
 from trainer.data.held_out import FULL, HeldOut, Part, ReadOptions, read_held_out
 from trainer.data.release import DataError, Release, pin
 from trainer.evaluation.card import ProtocolCard, card_of, card_of_model, check_cards
 from trainer.evaluation.comparison import Key, Results, by_key
-from trainer.evaluation.scorers import Scorer
+from trainer.evaluation.outside import OutsideRanks
+from trainer.evaluation.scorers import EvaluateError, Scorer
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import ModelScorer
 from trainer.parallel.distributed import World
@@ -87,7 +88,7 @@ class Question:
 
     @property
     def task(self) -> Any:
-        return self.models[0].config.task
+        return self.models[0].config.task if self.models else NextItemConfig()
 
     @property
     def split(self) -> str:
@@ -145,6 +146,14 @@ class Evaluator(ABC):
     @abstractmethod
     def baselines(self, config: BaselinesConfig) -> Sequence[Scorer]:
         """The simple baselines."""
+
+    def outside(self, files: Sequence[OutsideRanks]) -> tuple[list[Scorer], list[str]]:
+        """Other software's scores as rows of the table, and notes on them. Raises EvaluateError where no items are
+        ranked."""
+        raise EvaluateError(
+            f"ranks: expected models that rank items beside {files[0].path}, found a task that predicts something "
+            "else; evaluate them apart"
+        )
 
     @abstractmethod
     def output(self, scorer: Scorer) -> Output:

@@ -183,6 +183,7 @@ class Scorer:
     reads: str
     is_model: bool = False
     facts: dict[str, Any] = field(default_factory=dict)  # folder, hash, seconds…
+    listed: npt.NDArray[np.bool_] | None = None  # [U, R] the held-out items that can be found at all; None: all
 
 
 # --- models ---------------------------------------------
