@@ -413,7 +413,10 @@ class ItemPrediction(Evaluator):
                 f"evaluation.protocols: expected {FULL} beside ranks, found "
                 f"{', '.join(self.examples.held_out.protocols)}, of whose items the files score some only; add {FULL}"
             )
-        self.examples = replace(self.examples, held_out=replace(self.examples.held_out, protocols=tuple(protocols)))
+        held_out = self.examples.held_out
+        negatives = {name: drawn for name, drawn in held_out.negatives.items() if name in protocols}
+        held_out = replace(held_out, protocols=tuple(protocols), negatives=negatives)
+        self.examples = replace(self.examples, held_out=held_out)
         of_files = [f"{scorer.label}: {note}" for scorer in scorers for note in scorer.facts["notes"]]
         unknown = "what it was trained on and whether it was told the request's time, its file doesn't say"
         return scorers, [
