@@ -54,7 +54,7 @@ table2 both both-causal both-w128 both-w128-causal leave-one-out leave-one-out-b
 	@$(BIN)/python mlflow_projects/experiment.py --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)
 
 protocols: $(BIN)/.installed  ## one recipe under each protocol card, on a generated log, or with DATA=… on MovieLens-1M; then hours
-	@$(BIN)/python mlflow_projects/protocols.py --protocols $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
+	@$(BIN)/python mlflow_projects/protocols.py --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
 
 models: $(BIN)/.installed  ## each model by each transfer, on a generated log, or with DATA=… on MovieLens-1M; hours
 	@$(BIN)/python mlflow_projects/experiment.py --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)

@@ -63,12 +63,15 @@ class Release:
     cold_items: Mapping[str, ColdItemsConfig] = field(default_factory=dict)  # split with cold items -> which they are
     etl: Mapping[str, Any] = field(default_factory=dict)  # the ETL's configuration, as recorded; {}: not known
 
+    @property
+    def splits(self) -> list[SplitConfig]:
+        """The rules of its splits, as far as it says."""
+        fields = SplitConfig.model_fields
+        return [SplitConfig(**{key: one[key] for key in fields if key in one}) for one in self.etl.get("splits", ())]
+
     def split(self, name: str) -> SplitConfig | None:
         """The rule of a split; None where the release doesn't say."""
-        for recorded in self.etl.get("splits", ()):
-            if recorded.get("name") == name:
-                return SplitConfig(**{key: recorded[key] for key in SplitConfig.model_fields if key in recorded})
-        return None
+        return next((split for split in self.splits if split.name == name), None)
 
     @property
     def has_mere_order(self) -> bool:

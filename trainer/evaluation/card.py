@@ -214,6 +214,8 @@ def _rule(rule: SplitConfig | None, name: str, table: str) -> dict[str, Any]:
     if rule is None:
         return {"name": name}
     found = rule.model_dump(mode="json", exclude={"name", "ties", "ties_seed"}, exclude_defaults=True)
+    if rule.cold_items is not None:
+        found["cold_items"] = rule.cold_items.model_dump(mode="json")
     counts = {} if rule.is_by_time or rule.is_by_chance else {"validation": rule.validation, "test": rule.test}
     return counts | found
 

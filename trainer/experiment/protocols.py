@@ -1,6 +1,6 @@
 """One recipe under each of several protocol cards, beside what others published under them: a heading a card.
 
-    python mlflow_projects/protocols.py --protocols demo [--data FOLDER] [--section.key value …]
+    python mlflow_projects/protocols.py --experiment demo [--data FOLDER] [--section.key value …]
 
 Figures under different cards are never put side by side: each card has a table of its own, with the recipe's mean over
 seeds, the simple baselines, and figures of others as their source has them. Trainings are processes that are skipped
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from etl.command import CommandParser, configurations, run_command
-from etl.config import EtlConfig, check_root
-from etl.settings import ConfigError, FileName, Section, load, replaced
+from etl.config import EtlConfig, SplitConfig, check_root
+from etl.settings import ConfigError, FileName, Place, Section, load, replaced
 from etl.text_table import aligned
 from trainer.config import (
     BaselinesConfig,
@@ -33,6 +33,7 @@ from trainer.experiment.run import RUNS_MISSING, experiments_etl
 from trainer.recipes.training_jobs import TrainingJob
 
 if TYPE_CHECKING:
+    from trainer.data.release import Release
     from trainer.recipes.evaluate import EvaluationReport
     from trainer.tracking import Run
 
@@ -65,7 +66,9 @@ class ProtocolsConfig(Section):
 
     name: FileName = "protocols"
     runs: str = "runs"  # folder: <runs>/<name>
-    etl: EtlConfig
+    etl: EtlConfig | None = None  # makes the tables; or, in its place:
+    lake: Place | None = None  # … a lake that is there
+    release: int | None = None  # of that lake; None: the newest
     label: str = "ours"  # of the recipe's rows
     recipe: PretrainConfig
     timed: PretrainConfig | None = None  # the recipe where the request's time is known; None: not available
@@ -88,28 +91,35 @@ class ProtocolsConfig(Section):
 
     @model_validator(mode="after")
     def _cards_can_be_run(self) -> "ProtocolsConfig":
-        splits = {split.name: split for split in self.etl.splits}
+        if (self.etl is None) == (self.lake is None):
+            raise ValueError("expected one of etl, which makes tables, and lake, where there are some")
         if unknown := set(self.only) - self.cards.keys():
             raise ValueError(f"only: expected some of {', '.join(self.cards)}, found {min(unknown)}; mend the name")
+        if self.etl is not None and (mistake := self.mistake({split.name: split for split in self.etl.splits})):
+            raise ValueError(mistake)
+        return self
+
+    def mistake(self, splits: Mapping[str, SplitConfig]) -> str:
+        """Why these splits don't suffice for the cards; "" where they do."""
         for name, card in self.cards.items():
             if card.split not in splits:
-                raise ValueError(
+                return (
                     f"cards.{name}.split: expected one of etl.splits ({', '.join(splits)}), found {card.split}; mend it"
                 )
             if card.epochs_of is None:
                 continue
             other = self.cards.get(card.epochs_of)
-            if other is None or not splits[other.split].has_validation or other.epochs_of is not None:
-                raise ValueError(
+            if other is None or other.epochs_of is not None or not splits[other.split].has_validation:
+                return (
                     f"cards.{name}.epochs_of: expected a card whose split has a validation part, found "
                     f"{card.epochs_of}; name another one"
                 )
             if splits[card.split].has_validation:
-                raise ValueError(
+                return (
                     f"cards.{name}.epochs_of: expected none, since split {card.split} has a validation part; leave it "
                     "out"
                 )
-        return self
+        return ""
 
 
 @dataclass
@@ -126,17 +136,21 @@ class CardResult:
 def run(config: ProtocolsConfig) -> int:
     """All cards. Gives the exit code: 0, or 1 where trainings are missing."""
     from trainer import tracking
-    from trainer.recipes import run_etl, training_jobs
+    from trainer.data.release import pin
+    from trainer.recipes import training_jobs
     from trainer.recipes.alone import alone
     from trainer.recipes.pipeline import jobs_of
 
-    check_root(config.etl.source, "etl.source.root")
+    if config.etl is not None:
+        check_root(config.etl.source, "etl.source.root")
     found = {name: CardResult(card, reason=_not_available(config, card)) for name, card in config.shown.items()}
     with alone(config.folder, "protocols"):
         training_jobs.prepare()
         tags = {"graftrec.recipe": "protocols"}
         with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
-            release = run_etl.run(config.etl, config.tracking)
+            release = pin(*_tables(config))
+            if mistake := config.mistake({split.name: split for split in release.splits}):
+                raise ConfigError(mistake)
             environment = tracking.child_environment(tracked)
             for follows in (False, True):  # how many epochs, the first ones say
                 jobs = _jobs(config, found, release, follows=follows)
@@ -158,6 +172,16 @@ def run(config: ProtocolsConfig) -> int:
     return RUNS_MISSING if missing else 0
 
 
+def _tables(config: ProtocolsConfig) -> tuple[str, int | None]:
+    """Lake and release to read."""
+    if config.etl is None:
+        assert config.lake is not None
+        return config.lake, config.release
+    from trainer.recipes import run_etl
+
+    return config.etl.lake, run_etl.run(config.etl, config.tracking)
+
+
 def _recipe(config: ProtocolsConfig, card: CardPlan) -> PretrainConfig | None:
     return config.recipe if card.request_time == "unknown" else config.timed
 
@@ -176,10 +200,9 @@ def _not_available(config: ProtocolsConfig, card: CardPlan) -> str:
 
 
 def _jobs(
-    config: ProtocolsConfig, found: Mapping[str, CardResult], release: int, *, follows: bool
+    config: ProtocolsConfig, found: Mapping[str, CardResult], release: "Release", *, follows: bool
 ) -> list[TrainingJob]:
-    """The trainings of cards that take their number of epochs from another one, or of the others. `release`: of the
-    tables."""
+    """The trainings of cards that take their number of epochs from another one, or of the others."""
     jobs = []
     for name, one in found.items():
         recipe, card = _recipe(config, one.plan), one.plan
@@ -196,7 +219,7 @@ def _jobs(
                 recipe,
                 name=f"{name}-{seed}",
                 output=str(config.folder),
-                data=replaced(recipe.data, lake=config.etl.lake, release=release, split=card.split),
+                data=replaced(recipe.data, lake=release.lake, release=release.number, split=card.split),
                 train=replaced(recipe.train, seed=seed),
                 tracking=config.tracking,
             )
@@ -328,12 +351,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=f"One recipe under each protocol card.\n\n{configurations('protocols')}",
         settings=ProtocolsConfig,
     )
-    parser.add_argument("--protocols", required=True, help="a name under conf/protocols/, or a YAML file")
+    parser.add_argument("--experiment", required=True, help="a name under conf/protocols/, or a YAML file")
     parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
     known, overrides = parser.parse_known_args(arguments)
 
     def work() -> int:
-        name = known.protocols if known.protocols.endswith(".yaml") else f"protocols/{known.protocols}"
+        name = known.experiment if known.experiment.endswith(".yaml") else f"protocols/{known.experiment}"
         config = load(ProtocolsConfig, name, overrides)
         return run(replaced(config, etl=experiments_etl(config.etl, known.data)) if known.data else config)
 
