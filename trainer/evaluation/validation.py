@@ -16,14 +16,18 @@ from trainer.parallel.distributed import World
 from trainer.tasks import Task
 
 
+def has_validation(config: PretrainConfig, release: Release) -> bool:
+    """Whether a run has a validation part, as far as its split's rule says."""
+    return not DATASETS[config.task.needs.table].by_number or release.has_validation(config.data.split)
+
+
 class Validator:
     """What the task's evaluators measure. Raises GraftrecError for data that can't be validated on."""
 
     def __init__(self, config: PretrainConfig, release: Release, catalogue: Catalogue, task: Task) -> None:
         validation = Validation(config, release, catalogue, task)
         self._task = task
-        by_number = DATASETS[config.task.needs.table].by_number
-        self.measures_nothing = by_number and not release.has_validation(config.data.split)
+        self.measures_nothing = not has_validation(config, release)
         kinds = [] if self.measures_nothing else evaluators_of(config.task)
         self._measures = [evaluator.measure(validation) for evaluator in kinds]
 

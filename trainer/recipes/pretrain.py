@@ -106,11 +106,6 @@ def _fit(
     dataset = _dataset(config, release)
     task = prepare_task(config.task, release, catalogue, dataset)
     validation = Validator(config, release, catalogue, task)
-    if validation.measures_nothing and judge is not unjudged:
-        raise ConfigError(
-            f"data.split: expected a split with a validation part, by which trials are compared, found "
-            f"{config.data.split!r}, which has none; search on another one"
-        )
     interactions_V = None
     if config.model.features.given or config.data.split in release.cold_items:
         interactions_V = training_interactions(dataset, catalogue)

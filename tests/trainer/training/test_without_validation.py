@@ -5,12 +5,12 @@ import json
 import polars as pl
 import pytest
 
-from etl.settings import ConfigError
 from tests.fixtures.orders import add_splits
 from tests.fixtures.trainings import tiny
 from trainer.config import PretrainConfig, SearchConfig
 from trainer.inference.model_folder import load_model
 from trainer.recipes import pretrain, search
+from trainer.recipes.trials import SearchError
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_split_with_validation_stops_as_before(lake, tmp_path):
 
 def test_a_search_needs_a_validation_part(lake, tmp_path):
     recipe = tiny(PretrainConfig, tmp_path, lake, data={"split": "loo-all", "domain": "target"})
-    given = {"recipe": recipe, "trials": 1, "output": str(tmp_path / "runs"), "tracking": {"enabled": False}}
+    given = {"pretrain": recipe, "trials": 1, "output": str(tmp_path / "runs"), "tracking": {"enabled": False}}
     space = {"train.learning_rate": [0.001, 0.003]}
-    with pytest.raises(ConfigError, match="expected a split with a validation part, by which trials are compared"):
+    with pytest.raises(SearchError, match="expected a split with a validation part, by which trials are compared"):
         search.run(SearchConfig.model_validate({"name": "searched", "space": space} | given))
