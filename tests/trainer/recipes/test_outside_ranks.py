@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 
 from etl.settings import ConfigError
@@ -92,6 +93,36 @@ def test_ranks_of_a_file_agree_with_ranx(tiny_lake, tmp_path, asked, target, mos
     if most is not None:
         assert "fewer than 10 candidates" in report.text
         assert sum(own[user]["MRR"] == 0 for user in own) > 0
+
+
+def test_the_export_of_each_user_is_a_contract(tiny_lake, tmp_path, asked, target):
+    """Its columns, their types and order are documented in trainer/evaluation/README.md. Means over users are those of
+    the summary."""
+    place = written(some_scores(asked, target), tmp_path / "theirs.parquet")
+    report = evaluate.run(config(tiny_lake, tmp_path, place, evaluation={"protocols": ["full", "uniform-100"]}))
+    metrics = ["NDCG@1", "Recall@1", "NDCG@5", "Recall@5", "NDCG@10", "Recall@10", "MRR"]
+    assert [(field.name, str(field.type)) for field in pq.read_schema(report.folder / evaluate.USERS)] == [
+        ("label", "string"),
+        ("seed", "int64"),
+        ("protocol", "string"),
+        ("convention", "string"),
+        ("user", "string"),
+        ("training_items", "int64"),
+        *((name, "double") for name in metrics),
+    ]
+    users = pl.read_parquet(report.folder / evaluate.USERS)
+    assert not users.select("label", "seed", "protocol", "convention", "user").is_duplicated().any()
+    assert users.group_by("label", "protocol", "convention").len()["len"].unique().to_list() == [len(asked)]
+    assert set(users["user"]) == asked.keys()
+    lengths = {user: len(parts[0]) for user, parts in asked.items()}  # with the validation items
+    assert all(row["training_items"] == lengths[row["user"]] - 2 for row in users.to_dicts())
+    summary = json.loads((report.folder / evaluate.SUMMARY).read_text())
+    for one in summary["contenders"]:
+        for protocol, means in one["means"].items():
+            own = users.filter((pl.col("label") == one["label"]) & (pl.col("protocol") == protocol))
+            for convention, prefix in (("list", ""), ("single", "single/")):
+                found = own.filter(pl.col("convention") == convention).select(pl.col(metrics).mean()).to_dicts()[0]
+                assert found == pytest.approx({name: means[prefix + name] for name in metrics})
 
 
 def test_ties_count_against_the_held_out_item(tiny_lake, tmp_path, asked, target):
