@@ -129,7 +129,7 @@ class CardResult:
     plan: CardPlan
     trainings: list[TrainingJob] = field(default_factory=list)
     report: "EvaluationReport | None" = None
-    cards: list[dict[str, Any]] = field(default_factory=list)
+    cards: list[Mapping[str, Any]] = field(default_factory=list)
     reason: str = ""
 
 
@@ -255,7 +255,7 @@ def _evaluate(config: ProtocolsConfig, name: str, one: CardResult) -> None:
             tracking=config.tracking,
         )
     )
-    one.cards = json.loads((one.report.folder / evaluate.SUMMARY).read_text(encoding="utf-8"))["cards"]
+    one.cards = list(one.report.cards)
 
 
 def _check_apart(found: Mapping[str, CardResult]) -> None:

@@ -52,6 +52,7 @@ class EvaluationReport:
     text: str
     skipped: bool  # nothing had changed since the last run
     run_id: str = ""  # of the MLflow run that made them; "" where that is unknown
+    cards: Sequence[Mapping[str, Any]] = ()  # protocol cards, as in summary.json
 
 
 def run(config: EvaluateConfig) -> EvaluationReport:
@@ -126,7 +127,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         run.log_params({f"card.{number}": entry["text"] for number, entry in enumerate(cards)})
         summary = {"key": key, "of": identity, "run": run.id, "rows": data} | about | results.summary()
         _keep(summary, folder, run)
-        report = EvaluationReport(folder, data, text, skipped=False, run_id=run.id)
+        report = EvaluationReport(folder, data, text, skipped=False, run_id=run.id, cards=cards)
         where = f"{results.num_users:,} users of domain {evaluator.domain}, split {evaluator.split}"
         where = f"{where}, release {release.number}"
         _describe(run, report, config.part, where=where, drawn=drawn, under=card.lines(cards)[0])
@@ -362,4 +363,5 @@ def _done(folder: Path, key: str) -> EvaluationReport | None:
         return None
     if summary.get("key") != key or not (folder / USERS).is_file():
         return None
-    return EvaluationReport(folder, summary["rows"], text, skipped=True, run_id=summary.get("run", ""))
+    run, cards = summary.get("run", ""), summary.get("cards", ())
+    return EvaluationReport(folder, summary["rows"], text, skipped=True, run_id=run, cards=cards)
