@@ -20,7 +20,9 @@ from trainer.data.baskets import DATASETS
 from trainer.data.held_out import FULL, Part
 from trainer.data.release import Release
 from trainer.evaluation.scorers import EvaluateError
+from trainer.tracking import Run
 
+CARD_TAG = "graftrec.card"  # of runs and versions: hashes of the protocol cards that their figures were measured under
 NOT_RANKED = "not ranked"
 _UNKNOWN = "not recorded"
 
@@ -202,6 +204,18 @@ def lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
         several = len({each["hash"] for each in entries if each["card"]["candidates"] == card.candidates}) > 1
         found.append(f"{shown}; of {', '.join(entry['labels'])}" if several and entry["labels"] else shown)
     return found
+
+
+def hashes(entries: Iterable[Mapping[str, Any]]) -> str:
+    """As a tag has them."""
+    return ", ".join(dict.fromkeys(entry["hash"] for entry in entries))
+
+
+def record(run: Run, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Stored cards as tag and parameters of an MLflow run."""
+    if entries:
+        run.set_tags({CARD_TAG: hashes(entries)})
+        run.log_params({f"card.{number}": entry["text"] for number, entry in enumerate(entries)})
 
 
 # --- words ---------------------------------------------

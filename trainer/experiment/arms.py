@@ -68,6 +68,7 @@ def run(config: ArmsConfig) -> int:
 
 def _keep(config: ArmsConfig, found: "Found", release: "Release", about: dict[str, Any], tracked: "Run") -> None:
     """results.json, results.md and the picture, in the folder and in MLflow."""
+    from trainer.evaluation.card import record
     from trainer.experiment import arms_report, results
     from trainer.tracking import provenance
 
@@ -86,6 +87,7 @@ def _keep(config: ArmsConfig, found: "Found", release: "Release", about: dict[st
     kept, table = config.folder / "results.json", arms_report.as_markdown(found, config)
     kept.write_text(json.dumps(plain, indent=1, allow_nan=False), encoding="utf-8")
     (config.folder / "results.md").write_text(table, encoding="utf-8")
+    record(tracked, [entry for entries in about["cards"].values() for entry in entries])
     tracked.log_artifact(kept)
     tracked.log_text(table, "results.md")
     if found.entries:

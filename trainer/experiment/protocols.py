@@ -314,6 +314,7 @@ def text_of(found: Mapping[str, CardResult]) -> str:
 
 def _keep(config: ProtocolsConfig, found: Mapping[str, CardResult], tracked: "Run") -> str:
     """Table and results, in the folder and in MLflow. Gives the table."""
+    from trainer.evaluation.card import record
     from trainer.experiment.results import finite, machine
     from trainer.tracking import provenance
 
@@ -331,6 +332,7 @@ def _keep(config: ProtocolsConfig, found: Mapping[str, CardResult], tracked: "Ru
     }
     kept = config.folder / RESULTS
     kept.write_text(json.dumps(finite(results), indent=1, allow_nan=False), encoding="utf-8")
+    record(tracked, [entry for one in found.values() for entry in one.cards])
     tracked.log_artifact(kept)
     tracked.log_text(text, TABLE)
     tracked.describe(f"One recipe under {len(found)} protocol cards.\n\n```\n{text}\n```")

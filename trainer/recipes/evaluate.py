@@ -36,7 +36,6 @@ from trainer.evaluation.scorers import label_of
 from trainer.inference.model_folder import TrainedModel, config_of, load_model, model_hash
 from trainer.parallel.distributed import join
 from trainer.registry import descriptions
-from trainer.registry.gate_evidence import CARD_TAG
 
 USERS, SUMMARY, TABLE = "users.parquet", "summary.json", "table.txt"
 PICTURES = (GAINS, CONFUSIONS, RELIABILITY)
@@ -123,8 +122,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             "against": config.against,
             "cards": cards,
         }
-        run.set_tags({CARD_TAG: ", ".join(dict.fromkeys(entry["hash"] for entry in cards))})
-        run.log_params({f"card.{number}": entry["text"] for number, entry in enumerate(cards)})
+        card.record(run, cards)
         summary = {"key": key, "of": identity, "run": run.id, "rows": data} | about | results.summary()
         _keep(summary, folder, run)
         report = EvaluationReport(folder, data, text, skipped=False, run_id=run.id, cards=cards)

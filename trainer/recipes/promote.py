@@ -40,7 +40,7 @@ from trainer.recipes.compared_models import Compared, PromoteError, candidate_ve
 from trainer.recipes.hints import recommend_command
 from trainer.recipes.promotion_record import audit_entry, audited, examples_text, gate_section, means_of, verdict_of
 from trainer.registry import CANDIDATE, CHAMPION, PREVIOUS, Promotion, Registry, Version, descriptions
-from trainer.registry.gate_evidence import CARD_TAG, SCRATCH, VERSION, GateEvidence
+from trainer.registry.gate_evidence import SCRATCH, VERSION, GateEvidence
 from trainer.tracking import Run
 
 TAG_GATE = "graftrec.gate"  # the gate's last result: passed, or why not
@@ -96,7 +96,7 @@ def run(config: PromoteConfig, recommend: RecommendConfig | None = None) -> Prom
         place.write_text(json.dumps(record, indent=1), encoding="utf-8")
         tracked.log_artifact(place)
         tracked.set_tags({TAG_GATE: verdict_of(decision), "graftrec.version": version.label})
-        tracked.set_tags({CARD_TAG: ", ".join(entry["hash"] for entry in cards)} if cards else {})
+        card.record(tracked, cards)
         tracked.describe(descriptions.promotion(version.label, version.hash, decision, examples_text(found)))
         for check in decision.checks:
             tracked.log_metrics({f"gate/{check.name}/{name}": value for name, value in check.numbers.items()})
@@ -245,7 +245,7 @@ def _crown(
 ) -> Promoted:
     """Tags first: a champion without its decision is worse than the decision of a promotion that did not happen."""
     before = str(champion.number) if champion else ""
-    cards = {CARD_TAG: ", ".join(one["hash"] for one in entry["cards"])} if entry.get("cards") else {}
+    cards = {card.CARD_TAG: card.hashes(entry["cards"])} if entry.get("cards") else {}
     registry.set_tags(version.number, {TAG_GATE: verdict_of(decision), TAG_BEFORE: before} | cards)
     registry.audit(version.number, audited("promoted", entry))
     replaced = promotion.crown(version.number)

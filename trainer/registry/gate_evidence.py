@@ -26,7 +26,6 @@ from trainer.registry import CHAMPION
 
 VERSION, SCRATCH = "candidate", FROM_SCRATCH  # labels, beside the registry's champion
 SCRATCH_TRANSFER = "none"
-CARD_TAG = "graftrec.card"  # of runs and versions: hashes of the protocol cards that their figures were measured under
 Named = Sequence[tuple[str, TrainedModel]]  # labels and models; the version itself first
 
 
