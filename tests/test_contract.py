@@ -22,7 +22,7 @@ from etl.settings import ConfigError, Section, load, replaced
 from tests.fixtures.places import ROOT
 from trainer.experiment.arms_plan import ArmsConfig
 from trainer.experiment.plan import ExperimentConfig
-from trainer.experiment.protocols import ProtocolsConfig
+from trainer.experiment.protocols_plan import ProtocolsConfig
 from trainer.recipes.pipeline_plan import PipelineConfig
 
 # In the order of imports: a room imports itself and rooms above it only.

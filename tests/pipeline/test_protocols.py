@@ -9,7 +9,7 @@ import pytest
 from etl.settings import ConfigError, load, replaced
 from tests.fixtures.orders import LOO, LOO_ALL, SCRAMBLED, add_splits
 from trainer.experiment import protocols
-from trainer.experiment.protocols import ProtocolsConfig
+from trainer.experiment.protocols_plan import ProtocolsConfig
 
 MODEL = {"width": 8, "blocks": 1, "max_length": 24, "user_width": 0, "knowledge": {}}
 TRAIN = {"epochs": 3, "min_epochs": 0, "patience": 1, "batch_size": 16, "warmup_steps": 0}

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from etl.config import SplitConfig
+from etl.config import KCoreConfig, SplitConfig
 from etl.settings import Section, replaced
 from etl.tables import DOMAIN_ALL
 from trainer.config import PretrainConfig
@@ -101,7 +101,7 @@ def card_of(
         domain_rule=_domain_rule(release, domain),
         split=_rule(rule, split, table),
         ties=_ties(release, rule),
-        kcore=dict(release.etl.get("kcore", {})),
+        kcore={key: value for key, value in release.etl.get("kcore", {}).items() if key in KCoreConfig.model_fields},
         candidates=FULL,
         seen_items="not ranked" if repeats is None else "candidates" if repeats else "left out",
         repeats="not ranked" if repeats is None else "ranked" if repeats else "left out",
