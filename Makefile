@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-w128 both-w128-causal \
-	leave-one-out leave-one-out-b4 models features page test test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
+	leave-one-out leave-one-out-b4 protocols models features page test test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
 	bench-growth bench-demo bench-planted check format clean clean-all
 
 help:  ## this list
@@ -52,6 +52,9 @@ table2 both both-causal both-w128 both-w128-causal leave-one-out leave-one-out-b
 	@test -n "$(DATA)" || { echo "make $@: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
 		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
 	@$(BIN)/python mlflow_projects/experiment.py --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)
+
+protocols: $(BIN)/.installed  ## one recipe under each protocol card, on a generated log, or with DATA=… on MovieLens-1M; then hours
+	@$(BIN)/python mlflow_projects/protocols.py --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
 
 models: $(BIN)/.installed  ## each model by each transfer, on a generated log, or with DATA=… on MovieLens-1M; hours
 	@$(BIN)/python mlflow_projects/experiment.py --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)

@@ -192,8 +192,12 @@ class SplitConfig(Section):
     """
 
     name: FileName = "last-5"
-    validation: int = Field(2, ge=0)
+    validation: int = Field(2, ge=0)  # 0: trained on all but the test items, for a fixed number of epochs
     test: int = Field(3, ge=0)
+    # The order of a user's events at one time. file: as in the log's files; item: by raw item id, numbers by value;
+    # scrambled: by a hash of user, item, time and `ties_seed`.
+    ties: Literal["file", "item", "scrambled"] = "file"
+    ties_seed: int = 0
     min_train: int = Field(1, ge=1)  # a user with fewer training items left is not evaluated: trains only
     causal_target: str | None = None  # cut every other domain at the user's first held-out item of this domain
     # In the domain `all` the hold-out is that of this domain, moved to the end: a model of all domains has then seen
@@ -223,6 +227,12 @@ class SplitConfig(Section):
     @property
     def is_by_chance(self) -> bool:
         return self.random is not None or self.user_folds is not None
+
+    @property
+    def has_validation(self) -> bool:
+        """False where the last `test` items are held out, and none before them."""
+        other = self.is_by_time or self.is_by_chance or self.cold_items is not None or self.cold_users is not None
+        return other or self.validation > 0 or not self.test
 
 
 class SequencesConfig(Section):

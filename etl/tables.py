@@ -285,7 +285,9 @@ SEQUENCES = Table(
             _field("domain", _STRING),
             _field("bucket", _INT),
             _field("user", _INT),  # global user index
-            _field("items", pa.list_(_INT)),  # global item indices in (time, source_order); kept items only
+            _field(
+                "items", pa.list_(_INT)
+            ),  # global item indices in (time, the split's rule for ties); kept items only
             _field("times", pa.list_(_LONG), null=True),  # in files timestamps, as in interactions
             _field("event_types", pa.list_(_STRING), null=True),
             _field("values", pa.list_(pa.float32()), null=True),

@@ -22,6 +22,7 @@ from etl.settings import ConfigError, Section, load, replaced
 from tests.fixtures.places import ROOT
 from trainer.experiment.arms_plan import ArmsConfig
 from trainer.experiment.plan import ExperimentConfig
+from trainer.experiment.protocols_plan import ProtocolsConfig
 from trainer.recipes.pipeline_plan import PipelineConfig
 
 # In the order of imports: a room imports itself and rooms above it only.
@@ -312,6 +313,7 @@ def kinds() -> dict[str, type[Section]]:
         "pipeline": PipelineConfig,
         "experiment": ExperimentConfig,
         "arms": ArmsConfig,
+        "protocols": ProtocolsConfig,
         "preset": Preset,
     }
     for module in (etl.config, trainer.config):
@@ -441,7 +443,7 @@ def test_project_environment_has_the_same_pins() -> None:
 def test_project_names_configurations_that_exist() -> None:
     entries = yaml.safe_load((ROOT / "mlflow_projects" / "MLproject").read_text())["entry_points"]
     recipes = {"etl", "pretrain", "finetune", "features", "search", "evaluate", "backtest", "promote", "recommend"}
-    assert entries.keys() == recipes | {"main", "experiment", "arms"}
+    assert entries.keys() == recipes | {"main", "experiment", "arms", "protocols"}
     for entry_point, entry in entries.items():
         named = {name: parameter["default"] for name, parameter in entry["parameters"].items()}
         default = named["config"] if "config" in named else f"{entry_point}/{named['experiment']}"

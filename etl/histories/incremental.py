@@ -44,14 +44,14 @@ class PreviousState:
 
     files: Mapping[int, Mapping[Key, Sequence[str]]]
     appended: Mapping[int, tuple[str, ...]]
-    whole: frozenset[str]  # splits whose rows of the domain `all` are in time order
+    whole: frozenset[str]  # splits whose rows of the domain `all` are in (time, source_order)
 
 
 def previous_state(
     lake: str, version: int | None, appended: Sequence[DataFile], whole: Sequence[str]
 ) -> PreviousState | None:
     """What of SEQUENCES at `version` can be copied, where the log has gained the files `appended` since. `whole`:
-    the splits whose rows of the domain `all` are in time order. None where its files don't each hold a run of
+    the splits whose rows of the domain `all` are in (time, source_order). None where its files don't each hold a run of
     neighbouring users.
     """
     actions = pa.table(existing_table(lake, SEQUENCES, version).get_add_actions(flatten=True))
@@ -153,7 +153,7 @@ def _histories(
     item = item[order]
     chosen = users.filter(pa.array(mine))
     index, raw = chosen["index"].to_numpy(), whole(chosen["user"])
-    return Histories(index, user[order], item, bits_of_index[item], time[order], more, raw)
+    return Histories(index, user[order], item, bits_of_index[item], time[order], more, raw, catalogue)
 
 
 def _with_nulls(lists: pa.ChunkedArray, size: Ints) -> pa.Array:

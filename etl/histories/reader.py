@@ -53,6 +53,7 @@ class Histories:
     time: Ints  # [N]
     more: Mapping[str, pa.Array]  # [N] each: the columns requested
     raw: pa.Array  # [U] raw user ids
+    catalogue: "Catalogue | None" = None  # that has the items' raw ids
 
 
 Key = tuple[str, str]  # split and domain
@@ -266,6 +267,7 @@ def _histories(
         time=kept["time"].to_numpy()[order],
         more={name: kept[name].take(pa.array(order)) for name in read.columns},
         raw=raw,
+        catalogue=catalogue,
     )
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.config import EtlConfig, SplitConfig
+from etl.histories import ties
 from etl.histories.reader import Histories, Key
 from etl.jobs import changed_buckets, time_splits
 from etl.jobs.domains import names_of
@@ -34,6 +35,14 @@ def rows(
 ) -> Iterator[tuple[Key, pa.RecordBatch]]:
     """BASKETS, less its partition columns, of each split and domain. `names`: the domains, in the order of bits. `gap`:
     minutes; None: as the log has them."""
+    for ordered, of_order in ties.by_order(histories, splits):
+        yield from _rows(ordered, names, of_order, gap)
+
+
+def _rows(
+    histories: Histories, names: Sequence[str], splits: Sequence[SplitConfig], gap: float | None
+) -> Iterator[tuple[Key, pa.RecordBatch]]:
+    """As `rows`, of splits with one rule for ties, whose order the histories have."""
     if gap is None:
         coded = pc.dictionary_encode(histories.more["basket"])
         basket = coded.indices.fill_null(-1).to_numpy()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from etl.config import SplitConfig
 from etl.histories.reader import Histories, Ints
+from etl.histories.ties import mixed
 from etl.settings import ConfigError
 
 _MANY = 2.0**64
@@ -59,11 +60,7 @@ def _draws(histories: Histories) -> npt.NDArray[np.uint64]:
     words = np.array([_hash(raw) for raw in histories.raw.to_pylist()], np.uint64)
     first = np.searchsorted(histories.user, np.arange(len(words)))
     place = (np.arange(len(histories.user)) - first[histories.user]).astype(np.uint64)
-    z = words[histories.user] + (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    found: npt.NDArray[np.uint64] = z ^ (z >> np.uint64(31))
-    return found
+    return mixed(words[histories.user] + (place + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _hash(raw: str) -> int:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from etl.config import EtlConfig, SplitConfig
+from etl.histories import ties
 from etl.histories.reader import Histories, Ints, Key, read_catalogue
 from etl.jobs import changed_buckets, cold_items, hashed_splits, time_splits
 from etl.jobs.domains import names_of
@@ -27,6 +28,7 @@ from etl.tables import (
     PROPERTY_BUCKETS,
     PROPERTY_TIME,
     SEQUENCES,
+    TIME_ORDINAL,
     USERS,
     cold_user_hash,
 )
@@ -43,6 +45,17 @@ def rows(
 ) -> Iterator[tuple[Key, pa.RecordBatch]]:
     """SEQUENCES, less its partition columns, of each split and domain. `names`: the domains, in the order of bits.
     `cold_parts`: see `cold_items.parts`."""
+    for ordered, of_order in ties.by_order(histories, splits):
+        yield from _rows(ordered, names, of_order, cold_parts or {})
+
+
+def _rows(
+    histories: Histories,
+    names: Sequence[str],
+    splits: Sequence[SplitConfig],
+    cold_parts: Mapping[str, cold_items.Parts],
+) -> Iterator[tuple[Key, pa.RecordBatch]]:
+    """As `rows`, of splits with one rule for ties, whose order the histories have."""
     cold = {split.name: cold_part(histories, split, names) for split in splits if split.cold_users is not None}
     cuts = {
         split.name: cut(histories, split, split.causal_target, names, cold.get(split.name))
@@ -77,7 +90,7 @@ def rows(
                 moved, valid_start, test_start, end = _joint(histories, at, size, split, names, part)
                 own = _lists(histories, moved, size)
             if split.cold_items is not None:
-                parts = (cold_parts or {})[split.name]
+                parts = cold_parts[split.name]
                 moved, valid_start, test_start, end = cold_items.cut(at, histories.item[at], size, split, parts)
                 own = _lists(histories, moved, size)
             columns = {
@@ -198,7 +211,10 @@ def _lists(histories: Histories, at: npt.NDArray[np.int64], size: Ints) -> dict[
 
 def settings(config: EtlConfig) -> object:
     """What of the configuration decides how histories are cut."""
-    splits = [split.model_dump() for split in config.splits]
+    splits = [
+        split.model_dump(exclude={"ties", "ties_seed"} if split.ties == "file" else None)  # as before there were others
+        for split in config.splits
+    ]
     return [splits, [domain.name for domain in config.domains], config.sequences.model_dump()]
 
 
@@ -212,6 +228,11 @@ def check(config: EtlConfig) -> None:
     known = names_of(config.domains)
     for split in config.splits:
         time_splits.check(split)
+        if split.ties != "scrambled" and split.ties_seed:
+            raise ConfigError(
+                f"splits.{split.name}.ties_seed: expected ties scrambled, which it is the seed of, found {split.ties}; "
+                "leave it out, or set ties"
+            )
         cold_items.check(split, known)
         hashed_splits.check(split)
         if split.causal_target is not None and split.causal_target not in known:
@@ -241,6 +262,11 @@ def run(run: Run) -> Outcome:
     check(run.config)
     time_splits.check_times(run)
     log = spark_io.last_commit(run.lake, INTERACTIONS)
+    if log["time"] == TIME_ORDINAL and (tied := [split for split in run.config.splits if split.ties != "file"]):
+        raise ConfigError(
+            f"splits.{tied[0].name}.ties: expected a log with times, found one whose times are mere order, in which "
+            "nothing is tied; leave it out"
+        )
     names = names_of(run.config.domains)
     by_item = [split for split in run.config.splits if split.cold_items is not None]
     catalogue = read_catalogue(changed_buckets.inputs_of(run, run.inputs, ())) if by_item else None
@@ -252,7 +278,7 @@ def run(run: Run) -> Outcome:
         whole=tuple(
             split.name
             for split in run.config.splits
-            if split.joint_target is None and split.cold_items is None and split.random is None
+            if split.joint_target is None and split.cold_items is None and split.random is None and split.ties == "file"
         ),
         properties={PROPERTY_BUCKETS: log["buckets"], PROPERTY_TIME: log["time"]},
     )

@@ -10,6 +10,9 @@ from trainer.config.data import each_once
 from trainer.config.metrics import known_metric
 from trainer.config.training import EvaluationConfig, RuntimeConfig, TrackingConfig
 
+# Fields of the protocol card that are a model's: `across` names those in which compared models may differ.
+ModelField = Literal["trained_on", "request_time"]
+
 
 class EvaluatedModel(Section):
     """A model folder, the row of the table it belongs to, and the seed it was trained with."""
@@ -42,6 +45,9 @@ class EvaluateConfig(Section):
     output: str = "runs"
     model: str | None = None  # one model folder…
     models: tuple[EvaluatedModel, ...] = ()  # … or several
+    # Parquet files of other software's scores (user, item, score), rows beside models or alone; then lake, split and
+    # domain are named here.
+    ranks: tuple[str, ...] = ()
     lake: Place | None = None  # None, here and below: the first model's own
     release: int | None = None
     split: str | None = None
@@ -51,11 +57,18 @@ class EvaluateConfig(Section):
     # The label that was chosen before `part` was read. Its gain in the first metric under the first protocol is the one
     # planned test: its p-value is not adjusted, and the gate makes the same test.
     candidate: str | None = None
+    # What may differ in the models' protocol cards (trainer/evaluation/README.md), where that is what is measured.
+    across: tuple[ModelField, ...] = ()
     metrics: tuple[str, ...] = ()  # of the comparison table; (): NDCG@10, Recall@10, MRR, or those of baskets
     evaluation: EvaluationConfig = EvaluationConfig()
     baselines: BaselinesConfig = BaselinesConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("ranks", mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
 
     @field_validator("metrics")
     @classmethod
@@ -117,6 +130,7 @@ class PromoteConfig(Section):
     split: str | None = None
     domain: str | None = None
     part: Literal["validation", "test"] = "test"
+    across: tuple[ModelField, ...] = ()  # as in `evaluate`
     gate: GateConfig = GateConfig()
     rollback: bool = False  # no judgement: the previous champion is champion again
     evaluation: EvaluationConfig = EvaluationConfig(protocols=("full",))

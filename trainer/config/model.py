@@ -97,6 +97,11 @@ class NetworkConfig(Section):
     features: ItemFeaturesConfig = ItemFeaturesConfig()
     user_features: UserFeaturesConfig = UserFeaturesConfig()  # beside the user's embedding
 
+    @property
+    def reads_request_time(self) -> bool:
+        """Whether the model is told when it is asked: figures of those that are have a protocol card of their own."""
+        return False
+
     @model_validator(mode="after")
     def _features_join_users(self) -> Self:
         if self.user_features.given and not self.user_width:

@@ -26,6 +26,7 @@ class BasketDataset(SequenceDataset):
     table = tables.BASKETS
     held_out = "a basket"
     advice = "give users of three baskets and more"
+    by_number = False  # the last basket, and the one before it
     has_negatives = False  # they would be items that the user never had
 
     def __init__(

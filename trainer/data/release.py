@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import deltalake
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from etl import tables
-from etl.config import ColdItemsConfig, etl_command
+from etl.config import ColdItemsConfig, SplitConfig, etl_command
 from etl.lake import file_reader
 from etl.lake.datafile import DataFile
 from etl.lake.delta_log import snapshot_digest
@@ -60,6 +61,30 @@ class Release:
     digests: dict[str, str] = field(default_factory=dict)  # of tables' logs; none of releases of before
     by_time: Mapping[str, dt.datetime] = field(default_factory=dict)  # split by time -> until when it trains
     cold_items: Mapping[str, ColdItemsConfig] = field(default_factory=dict)  # split with cold items -> which they are
+    etl: Mapping[str, Any] = field(default_factory=dict)  # the ETL's configuration, as recorded; {}: not known
+
+    @property
+    def splits(self) -> list[SplitConfig]:
+        """The rules of its splits, as far as it says."""
+        fields = SplitConfig.model_fields
+        return [SplitConfig(**{key: one[key] for key in fields if key in one}) for one in self.etl.get("splits", ())]
+
+    def split(self, name: str) -> SplitConfig | None:
+        """The rule of a split; None where the release doesn't say."""
+        return next((split for split in self.splits if split.name == name), None)
+
+    @property
+    def has_mere_order(self) -> bool:
+        """Whether the log has an order of events, and no times. Raises DataError."""
+        properties = (
+            _open(self.lake, tables.SEQUENCES, self.versions.get(tables.SEQUENCES.name)).metadata().configuration
+        )
+        return bool(properties.get(tables.PROPERTY_TIME) == tables.TIME_ORDINAL)
+
+    def has_validation(self, split: str) -> bool:
+        """Whether the split may have one, as far as its rule says."""
+        rule = self.split(split)
+        return rule is None or rule.has_validation
 
     def files(self, table: Table, partitions: Mapping[str, str | None] | None = None) -> list[TableFile]:
         """Data files of a table's pinned version, sorted by path; only those of the partitions named. Their bytes are
@@ -166,10 +191,11 @@ def pin(lake: str, release: int | None) -> Release:
         raise DataError(str(error)) from None
     digests = json.loads(commits[0].get("digests", "{}")) if commits else {}
     versions = {entry["table"]: entry["version"] for entry in known[number]["tables"]}
-    splits = json.loads(known[number]["config"]).get("splits", ())
+    etl = json.loads(known[number]["config"])
+    splits = etl.get("splits", ())
     by_time = {split["name"]: _date(split["train_until"]) for split in splits if split.get("train_until")}
     cold = {split["name"]: ColdItemsConfig(**split["cold_items"]) for split in splits if split.get("cold_items")}
-    return Release(lake, number, versions, digests, by_time, cold)
+    return Release(lake, number, versions, digests, by_time, cold, etl)
 
 
 def _date(written: str) -> dt.datetime:

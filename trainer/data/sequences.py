@@ -85,6 +85,7 @@ class SequenceDataset:
     held_out = "items"  # by a user, in words
     advice = "shorten the split's hold-out, or give more interactions per user"  # where nobody holds out anything
     has_negatives = True  # fixed ones, of the table `negatives`
+    by_number = True  # whether a split's `validation` and `test` are how many are held out
 
     def __init__(
         self, release: Release, split: str, domain: str, *, values: bool = False, event_types: Sequence[str] = ()

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,13 +11,16 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from trainer.config import BaselinesConfig, EvaluateConfig, PretrainConfig
+from etl.settings import replaced
+from trainer.config import BaselinesConfig, EvaluateConfig, NextItemConfig, PretrainConfig
 from trainer.data.catalogue import Catalogue
 from trainer.data.cold_items import COLD, WARM
 from trainer.data.held_out import FULL, HeldOut, Part, ReadOptions, read_held_out
-from trainer.data.release import Release
+from trainer.data.release import DataError, Release, pin
+from trainer.evaluation.card import ProtocolCard, card_of, card_of_model, check_cards
 from trainer.evaluation.comparison import Key, Results, by_key
-from trainer.evaluation.scorers import Scorer
+from trainer.evaluation.outside import OutsideRanks
+from trainer.evaluation.scorers import EvaluateError, Scorer
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import ModelScorer
 from trainer.parallel.distributed import World
@@ -84,7 +88,7 @@ class Question:
 
     @property
     def task(self) -> Any:
-        return self.models[0].config.task
+        return self.models[0].config.task if self.models else NextItemConfig()
 
     @property
     def split(self) -> str:
@@ -104,6 +108,7 @@ class Question:
 class Evaluator(ABC):
     """The same examples for every model, and what is measured on them."""
 
+    config: EvaluateConfig
     release: Release
     split: str
     domain: str
@@ -142,6 +147,14 @@ class Evaluator(ABC):
     def baselines(self, config: BaselinesConfig) -> Sequence[Scorer]:
         """The simple baselines."""
 
+    def outside(self, files: Sequence[OutsideRanks]) -> tuple[list[Scorer], list[str]]:
+        """Other software's scores as rows of the table, and notes on them. Raises EvaluateError where no items are
+        ranked."""
+        raise EvaluateError(
+            f"ranks: expected models that rank items beside {files[0].path}, found a task that predicts something "
+            "else; evaluate them apart"
+        )
+
     @abstractmethod
     def output(self, scorer: Scorer) -> Output:
         """What a scorer gives for the examples."""
@@ -149,6 +162,58 @@ class Evaluator(ABC):
     @abstractmethod
     def results(self, scorers: Mapping[Key, Scorer], outputs: Mapping[Key, Output]) -> Results:
         """Of scorers and their outputs."""
+
+    # --- under which rules
+
+    @property
+    @abstractmethod
+    def table(self) -> str:
+        """That the users' events are of."""
+
+    @property
+    def ranks_repeats(self) -> bool | None:
+        """Whether what a user has had is ranked too; None: nothing is ranked."""
+        return None
+
+    @cached_property
+    def card(self) -> ProtocolCard:
+        """Of models that are trained on this split, and of baselines; under the first protocol."""
+        return card_of(
+            self.release,
+            split=self.split,
+            domain=self.domain,
+            part=self.part,
+            table=self.table,
+            max_users=self.config.evaluation.max_users,
+            repeats=self.ranks_repeats,
+        )
+
+    def card_of_model(self, config: PretrainConfig, lake: str, release: int) -> ProtocolCard:
+        """`release` of `lake` says what it was trained on; where that is gone, this one."""
+        own = self.release
+        if (lake, release) != (own.lake, own.number):
+            with suppress(DataError):
+                own = pin(lake, release)
+        return card_of_model(self.card, config, own)
+
+    def check_cards(self, models: Sequence[TrainedModel], *, across: Sequence[str] = ()) -> None:
+        """Raises EvaluateError where models have different protocol cards, but for the fields `across`."""
+        cards = [(str(model.folder), self.card_of_model(model.config, model.lake, model.release)) for model in models]
+        check_cards(cards, allowed=across)
+
+    def cards(self, of_label: Mapping[str, ProtocolCard], results: Results) -> list[dict[str, Any]]:
+        """The cards of a table, a protocol's beside each other, as they are stored. `of_label`: the models'. Baselines,
+        which are told no time, have that of the first model."""
+        first = next(iter(of_label.values()), self.card)
+        known = {card.hash: card for card in (first, *of_label.values())}
+        rows: dict[str, list[str]] = {}
+        for label in results.labels:
+            rows.setdefault(of_label.get(label, first).hash, []).append(label)
+        return [
+            replaced(known[digest], candidates=protocol).entry(labels)
+            for protocol in results.protocols
+            for digest, labels in rows.items()
+        ]
 
     def predict(self, scorers: Sequence[Scorer]) -> Results:
         """Score the examples by all scorers. Raises EvaluateError for two of one label and seed."""

@@ -29,7 +29,8 @@ from trainer.evaluation.baselines.cold_items import cold_scorers
 from trainer.evaluation.comparison import Key, Results, Row, block, by_key, in_order, notes_on_tests
 from trainer.evaluation.evaluator import Evaluator, Measure, Output, Question, TaskMetrics, Validation
 from trainer.evaluation.item_ranking import BASKET, SINGLE, convention_of, metrics_of, rank, ranks
-from trainer.evaluation.ranking_metrics import FloatArray, means, metrics_from_ranks
+from trainer.evaluation.outside import OutsideRanks, complete_protocols, outside_scorers
+from trainer.evaluation.ranking_metrics import MISSED, FloatArray, means, metrics_from_ranks
 from trainer.evaluation.scorers import (
     EvaluateError,
     EvaluationSet,
@@ -268,6 +269,9 @@ def _ranked(scorer: Scorer, examples: EvaluationSet, *, batch_size: int, progres
         return Scores(scores.num_users, scores.num_rows, columns)
 
     given = ranks(counted, examples.held_out, batch_size=batch_size, progress=progress)
+    if scorer.listed is not None:
+        cannot_UR = ~scorer.listed
+        given = {name: np.where(cannot_UR & (ranks_UR > 0), MISSED, ranks_UR) for name, ranks_UR in given.items()}
     return {protocol: ranks_UR.astype(np.int32) for protocol, ranks_UR in given.items()} | {BROKEN: np.array(broken)}
 
 
@@ -291,6 +295,8 @@ def _account(row: Row) -> str:
     text = f"{row.label}: {row.metric} {with_sign(gain.gain, 4)} {interval} ({varied})"
     if row.bootstrap is not None:
         text += f", bootstrap [{row.bootstrap[0]:+.4f}, {row.bootstrap[1]:+.4f}] (users)"
+    if not row.seconds:  # other software's
+        return text
     return text + f"; pre-training {row.pretrain_seconds:,.0f} s, training {row.seconds:,.0f} s"
 
 
@@ -319,6 +325,14 @@ class ItemPrediction(Evaluator):
     def __init__(self, examples: EvaluationSet, config: EvaluateConfig) -> None:
         self.examples, self.config, self.release = examples, config, examples.release
         self.split, self.domain, self.part = examples.split, examples.domain, examples.part
+
+    @property
+    def table(self) -> str:
+        return self.examples.table
+
+    @property
+    def ranks_repeats(self) -> bool:
+        return self.examples.held_out.repeats
 
     @staticmethod
     def metrics_of(task: TaskSettings | None) -> TaskMetrics:
@@ -388,6 +402,28 @@ class ItemPrediction(Evaluator):
         encoders = config.encoders or self.encoders
         by_content = cold_scorers(self.examples, config, encoders) if self.examples.held_out.sets and encoders else []
         return [*baseline_scorers(self.examples, config), *repeated, *by_content]
+
+    def outside(self, files: Sequence[OutsideRanks]) -> tuple[list[Scorer], list[str]]:
+        """Other software's scores as rows of the table, and notes on them. Protocols that the files don't suffice for
+        are left out from here on. Raises ConfigError."""
+        scorers = [scorer for file in files for scorer in outside_scorers(file, self.examples)]
+        protocols, notes = complete_protocols(scorers, self.examples)
+        if not protocols:
+            raise ConfigError(
+                f"evaluation.protocols: expected {FULL} beside ranks, found "
+                f"{', '.join(self.examples.held_out.protocols)}, of whose items the files score some only; add {FULL}"
+            )
+        held_out = self.examples.held_out
+        negatives = {name: drawn for name, drawn in held_out.negatives.items() if name in protocols}
+        held_out = replace(held_out, protocols=tuple(protocols), negatives=negatives)
+        self.examples = replace(self.examples, held_out=held_out)
+        of_files = [f"{scorer.label}: {note}" for scorer in scorers for note in scorer.facts["notes"]]
+        unknown = "what it was trained on and whether it was told the request's time, its file doesn't say"
+        return scorers, [
+            *notes,
+            *of_files,
+            *(f"{label}: {unknown}" for label in dict.fromkeys(s.label for s in scorers)),
+        ]
 
     def output(self, scorer: Scorer) -> Output:
         batch_size, progress = self.config.evaluation.batch_size, self.config.runtime.progress

@@ -67,6 +67,11 @@ class PredictionEvaluator(Evaluator):
             )
 
     @property
+    def table(self) -> str:
+        table: str = self.task.needs.table
+        return table
+
+    @property
     @abstractmethod
     def histories(self) -> Events:
         """What is read of each user, in rows of the catalogue."""

@@ -189,6 +189,7 @@ class Scorer:
     reads: str
     is_model: bool = False
     facts: dict[str, Any] = field(default_factory=dict)  # folder, hash, seconds…
+    listed: npt.NDArray[np.bool_] | None = None  # [U, R] the held-out items that can be found at all; None: all
 
 
 # --- models ---------------------------------------------
@@ -321,8 +322,9 @@ def user_rows(trained_model: TrainedModel, raw_users: Sequence[str]) -> IntArray
 
 
 def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
-    """A domain's training part may hold what another holds out: that of `all` under `last-5` does, not so `causal`; and
-    a sequence's may hold the last basket, where that is longer than what the split holds out."""
+    """A domain's training part may hold what another holds out: that of `all` under `last-5` does, not so `causal`; so
+    may that of another split of the same domain, which holds out less or orders ties otherwise; and a sequence's may
+    hold the last basket, where that is longer than what the split holds out."""
     data, release = trained_model.config.data, examples.release
     if trained_model.lake == release.lake and trained_model.release > release.number:
         raise EvaluateError(
@@ -331,7 +333,6 @@ def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
             "release"
         )
     same = (data.domain, trained_model.config.task.needs.table) == (examples.domain, examples.table)
-    same &= data.split == examples.split or not release.by_time.keys() & {data.split, examples.split}  # of other dates
     if data.split == examples.split and trained_model.lake == release.lake and data.split in release.by_time:
         until = pin(release.lake, trained_model.release).by_time.get(data.split)
         if until is not None and until > release.by_time[data.split]:
@@ -341,19 +342,31 @@ def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
                 f"release {trained_model.release}; train it again, or evaluate later dates"
             )
     _refuse_cold(trained_model, examples)
-    if same or data.domain not in domains_with_sequences(examples.release, data.split):
+    if same and data.split == examples.split:
+        return
+    if data.domain not in domains_with_sequences(examples.release, data.split):
         return
     dataset = SequenceDataset(examples.release, data.split, data.domain)
     trained = examples._rows(read_users(dataset, _is_among(examples.users)), training=True).of_users(examples.users)
-    own = np.bincount(trained.owners[np.isin(trained.items, examples.own_rows)], minlength=len(trained))
-    given = examples.held_out.histories
-    leaked = int(np.maximum(own - given.keep(given.items != SEP).lengths, 0).sum())
-    if leaked:
+    is_own = np.isin(trained.items, examples.own_rows)
+    if same:  # who has nothing to read there gets the popular items, whatever the model was trained on
+        is_own &= np.repeat(examples.held_out.histories.lengths > 0, trained.lengths)
+    if leaked := _num_beyond(trained.keep(is_own), examples):
         raise EvaluateError(
             f"expected a model that has not seen what it is asked, found {leaked:,} held-out interactions of domain "
             f"{examples.domain!r} in what {trained_model.folder} was trained on (split {data.split!r}, domain "
             f"{data.domain!r}); train it on a split that is causal for {examples.domain!r}, and holds out as much"
         )
+
+
+def _num_beyond(trained: Events, examples: EvaluationSet) -> int:
+    """How many of the events `trained` on, in rows of `everything`, are not in the input, or not as often."""
+    given, width = examples.input_anywhere, len(examples.everything)
+    counts = []
+    for events in (trained, given.keep(given.items >= FIRST_INDEX)):
+        pairs, count = np.unique(events.owners * width + events.items, return_counts=True)
+        counts.append(dict(zip(pairs.tolist(), count.tolist(), strict=True)))
+    return sum(max(count - counts[1].get(pair, 0), 0) for pair, count in counts[0].items())
 
 
 def _refuse_cold(trained_model: TrainedModel, examples: EvaluationSet) -> None:

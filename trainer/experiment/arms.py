@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etl.command import CommandParser, configurations, run_command
 from etl.config import check_root
@@ -27,14 +27,15 @@ from trainer.experiment.run import RUNS_MISSING, experiments_etl, jobs_of, start
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
-    from trainer.evaluation.comparison import Results
     from trainer.experiment.arms_results import Found
+    from trainer.experiment.results import Scored
     from trainer.tracking import Run
 
 
 def run(config: ArmsConfig) -> int:
     """The whole experiment. Gives the exit code: 0, or 1 where trainings are missing."""
     from trainer import tracking
+    from trainer.evaluation.card import lines
     from trainer.experiment import arms_report, arms_results
     from trainer.recipes.alone import alone
 
@@ -53,26 +54,28 @@ def run(config: ArmsConfig) -> int:
             tracked.log_release(release, context="evaluation")
             missing: list[str] = []
             environment = tracking.child_environment(tracked)
-            by_split = {split: _of_split(config, split, release, environment, missing) for split in config.splits}
-            found = arms_results.collect(config, by_split)
+            scored = {split: _of_split(config, split, release, environment, missing) for split in config.splits}
+            found = arms_results.collect(config, {split: one.results[-1] for split, one in scored.items()})
             missing += found.missing
-            _keep(config, found, release, started["started"], tracked)
-    print(f"\n{arms_report.text(found, config)}\n\nresults  {folder / 'results.json'}", flush=True)
+            cards = {split: one.cards for split, one in scored.items()}
+            _keep(config, found, release, {"started": started["started"], "cards": cards}, tracked)
+    under = "\n".join(f"split {split}: {line}" for split, entries in cards.items() for line in lines(entries))
+    print(f"\n{arms_report.text(found, config)}\n\n{under}\n\nresults  {folder / 'results.json'}", flush=True)
     for line in missing:
         print(f"missing  {line}", file=sys.stderr)
     return RUNS_MISSING if missing else 0
 
 
-def _keep(config: ArmsConfig, found: "Found", release: "Release", started: str, tracked: "Run") -> None:
+def _keep(config: ArmsConfig, found: "Found", release: "Release", about: dict[str, Any], tracked: "Run") -> None:
     """results.json, results.md and the picture, in the folder and in MLflow."""
+    from trainer.evaluation.card import record
     from trainer.experiment import arms_report, results
     from trainer.tracking import provenance
 
-    about = {
+    about |= {
         "experiment": config.name,
         "code": provenance.code_version(),
         "machine": results.machine(),
-        "started": started,
         "finished": time.strftime("%Y-%m-%d %H:%M"),
         "lake": redact(release.lake),
         "release": release.number,
@@ -84,6 +87,7 @@ def _keep(config: ArmsConfig, found: "Found", release: "Release", started: str, 
     kept, table = config.folder / "results.json", arms_report.as_markdown(found, config)
     kept.write_text(json.dumps(plain, indent=1, allow_nan=False), encoding="utf-8")
     (config.folder / "results.md").write_text(table, encoding="utf-8")
+    record(tracked, [entry for entries in about["cards"].values() for entry in entries])
     tracked.log_artifact(kept)
     tracked.log_text(table, "results.md")
     if found.entries:
@@ -119,7 +123,7 @@ def _release(config: ArmsConfig) -> "Release":
 
 def _of_split(
     config: ArmsConfig, split: str, release: "Release", environment: dict[str, str], missing: list[str]
-) -> "Results":
+) -> "Scored":
     """Train and score all arms on a split; adds to `missing` what failed. Raises GraftrecError where all did."""
     from trainer.experiment.results import Scored, trained
     from trainer.recipes import training_jobs
@@ -142,7 +146,7 @@ def _of_split(
                 missing.append(f"{split}, {row.id}, seed {seed}: {training.failure}")
     if experiment.baselines.enabled:
         scored.add_baselines()
-    return scored.results[-1]
+    return scored
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

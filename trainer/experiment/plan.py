@@ -21,6 +21,7 @@ from trainer.config import (
     TransferName,
     with_transfer,
 )
+from trainer.config.evaluation import ModelField
 from trainer.evaluation import evaluators
 from trainer.evaluation.class_metrics import signed
 from trainer.experiment.rows import GridPlan, RowPlan, rows_of_grid
@@ -104,6 +105,7 @@ class ExperimentConfig(Section):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     rows: tuple[str, ...] = ()  # ids of the only rows to train; (): all. The runs of the others are missing
     evaluation: EvaluationConfig = EvaluationConfig()
+    across: tuple[ModelField, ...] = ()  # as in `evaluate`: what may differ in the rows' protocol cards
     baselines: BaselinesConfig = BaselinesConfig()
     metric: str | None = None  # that differences are tested in; None: the one of validation, if each user has it
     jobs: int | None = Field(None, ge=1)  # cells at a time; None: cores / threads

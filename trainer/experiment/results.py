@@ -23,6 +23,7 @@ from trainer.config import EvaluateConfig, PretrainConfig, event_types_read
 from trainer.data.catalogue import read_catalogue, read_knowledge
 from trainer.data.release import Release
 from trainer.data.sequences import SequenceDataset
+from trainer.evaluation.card import ProtocolCard, check_cards, lines
 from trainer.evaluation.comparison import Key, Results
 from trainer.evaluation.evaluator import Evaluator, Output, Question
 from trainer.evaluation.evaluators import evaluator_of, monitor
@@ -113,6 +114,7 @@ class Scored:
         self.task = first.config.task
         self.evaluators = evaluator_of(self.task).read(Question(settings, [first], release, list(kinds)))
         self._scorers: dict[Key, Scorer] = {}
+        self._cards: dict[str, ProtocolCard] = {}  # of models, by label
         self._outputs: list[dict[Key, Output]] = [{} for _ in self.evaluators]
         self._folder = config.folder / "outputs"
         self._folder.mkdir(exist_ok=True)
@@ -123,9 +125,19 @@ class Scored:
         both = zip(self.evaluators, self._outputs, strict=True)
         return [evaluator.results(self._scorers, outputs) for evaluator, outputs in both]
 
+    @property
+    def cards(self) -> list[dict[str, Any]]:
+        """The protocol cards of all rows, as they are stored."""
+        both = zip(self.evaluators, self.results, strict=True)
+        entries = [entry for evaluator, results in both for entry in evaluator.cards(self._cards, results)]
+        return list({entry["hash"]: entry for entry in entries}.values())
+
     def add_model(self, row: "Row", seed: int, training: "TrainingJob") -> None:
         """Raises GraftrecError where the model can't be scored here."""
         model, found = model_hash(training.model), []
+        config = training.config
+        card = self.evaluators[0].card_of_model(config, self.release.lake, config.data.release or self.release.number)
+        check_cards([*self._cards.items(), (row.id, card)], allowed=self.config.across)
         for evaluator in self.evaluators:
             kept = self._folder / f"{self._key(evaluator, model)}.npz"
             if not kept.is_file():
@@ -137,6 +149,7 @@ class Scored:
             with np.load(kept) as opened:
                 found.append({name: opened[name] for name in opened.files})
         reads = [str(output.pop(READS)) for output in found]
+        self._cards[row.id] = card
         self._add(Scorer(row.id, seed, lambda: found, reads[0], is_model=True), found)
 
     def add_baselines(self) -> list[Scorer]:
@@ -238,6 +251,8 @@ def collect(
             "evaluated_users": results[0].num_users,
             "domains": facts.domains,
         },
+        "cards": scored.cards,
+        "across": list(config.across),
         "protocols": [protocol for one in results for protocol in one.protocols],
         "conventions": list(results[0].conventions),
         "metrics": metrics,
@@ -358,9 +373,10 @@ def _seed(seed: int, training: "TrainingJob") -> dict[str, Any]:
         "seconds": done["metrics"]["seconds"],
         "pretrain_seconds": done["metrics"]["pretrain_seconds"] or None,
         "items_per_second": items / trained if trained else None,
-        "validation": done["metrics"][f"validation/{score}"],
+        "validation": done["metrics"].get(f"validation/{score}"),  # None: the split has no validation part
         "curve": [
-            {"epoch": epoch["epoch"], "loss": epoch["loss"], "validation": epoch["metrics"][score]} for epoch in history
+            {"epoch": epoch["epoch"], "loss": epoch["loss"], "validation": epoch["metrics"].get(score)}
+            for epoch in history
         ],
     }
 
@@ -408,10 +424,10 @@ def text_table(found: dict[str, Any], metric: str) -> str:
     """Every row under every protocol and convention, in one metric."""
     places = [(p, c) for p in found["protocols"] for c in found["conventions"]]
     width = max(len(row["id"]) for row in found["rows"]) + 2
-    lines = [f"{metric:<{width}}" + "".join(f"{', '.join(filter(None, (p, c))):>22}" for p, c in places)]
+    table = [f"{metric:<{width}}" + "".join(f"{', '.join(filter(None, (p, c))):>22}" for p, c in places)]
     for row in sorted(found["rows"], key=lambda row: row["status"] != "done"):
         trainings = (
             [f"{row['metrics'][p][c][metric]['mean']:>22.4f}" for p, c in places] if row["metrics"] else ["  missing"]
         )
-        lines.append(f"{row['id']:<{width}}" + "".join(trainings))
-    return "\n".join(lines)
+        table.append(f"{row['id']:<{width}}" + "".join(trainings))
+    return "\n".join([*table, *lines(found["cards"])])

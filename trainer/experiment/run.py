@@ -39,6 +39,7 @@ def run(config: ExperimentConfig) -> int:
     """The whole experiment. Gives the exit code: 0, or 1 where requested runs are missing."""
     from trainer import tracking
     from trainer.data.release import pin
+    from trainer.evaluation import card
     from trainer.experiment import results
     from trainer.recipes import training_jobs as runner
     from trainer.recipes.alone import alone
@@ -70,6 +71,7 @@ def run(config: ExperimentConfig) -> int:
             kept = folder / "results.json"
             kept.write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
             page = report.write(found, folder / "report")
+            card.record(tracked, found["cards"])
             tracked.log_artifact(kept)
             tracked.log_artifact(page.parent, "report")
             tracked.log_metrics(dict(results.flat_metrics(found, config.logged_metrics)))

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from trainer import figures, tracking
 from trainer.config import EvaluatedModel
 from trainer.config.backtest import BacktestConfig
 from trainer.evaluation.baselines.names import POPULARITY
+from trainer.evaluation.card import check_stored
 from trainer.recipes import evaluate, training_jobs
 from trainer.recipes.alone import alone
 from trainer.recipes.pipeline import TrainingFailed, jobs_of, step
@@ -74,10 +76,11 @@ def _run(config: BacktestConfig) -> list[DateResult]:
             )
         if failed := next((one for one in trainings.values() if one.failure), None):
             raise TrainingFailed(f"{failed.name}: {failed.failure}", failed.exit_code)
-        results = []
+        results, cards = list[DateResult](), dict[str, dict[str, Any]]()
         for date, training in trainings.items():
             with step(f"evaluate {date}"):
-                results.append(_evaluated(config, date, training))
+                results.append(_evaluated(config, date, training, cards))
+        check_stored(cards, allowed=["split"])  # which is of other dates
         _show(config, results, tracked)
     return results
 
@@ -88,7 +91,10 @@ def _training(config: BacktestConfig, date: str, split: str, release: int) -> Tr
     return TrainingJob(date, "pretrain", made)
 
 
-def _evaluated(config: BacktestConfig, date: str, training: TrainingJob) -> DateResult:
+def _evaluated(
+    config: BacktestConfig, date: str, training: TrainingJob, cards: dict[str, dict[str, Any]]
+) -> DateResult:
+    """Adds the evaluation's protocol cards to `cards`."""
     report = evaluate.run(
         replaced(
             config.evaluate,
@@ -99,6 +105,7 @@ def _evaluated(config: BacktestConfig, date: str, training: TrainingJob) -> Date
             tracking=config.tracking,
         )
     )
+    cards[date] = {"cards": report.cards}
     first = report.rows[0]
     shown = [row for row in report.rows if (row["protocol"], row["metric"]) == (first["protocol"], first["metric"])]
     new = json.loads((report.folder / evaluate.SUMMARY).read_text(encoding="utf-8")).get("new", {})

@@ -22,14 +22,16 @@ import pyarrow.parquet as pq
 from etl.settings import ConfigError, replaced
 from trainer import tracking
 from trainer.code_hash import code_hash
-from trainer.config import EvaluateConfig, EvaluatedModel, PretrainConfig
+from trainer.config import EvaluateConfig, EvaluatedModel, NextItemConfig, PretrainConfig
 from trainer.data.release import Release, pin
+from trainer.evaluation import card
 from trainer.evaluation.class_prediction import CONFUSIONS
 from trainer.evaluation.click_prediction import RELIABILITY
 from trainer.evaluation.comparison import Key, Results, Row, compare_table
 from trainer.evaluation.evaluator import Evaluator, Question
 from trainer.evaluation.evaluators import evaluators_of
 from trainer.evaluation.item_prediction import GAINS
+from trainer.evaluation.outside import OutsideRanks, read_ranks
 from trainer.evaluation.scorers import label_of
 from trainer.inference.model_folder import TrainedModel, config_of, load_model, model_hash
 from trainer.parallel.distributed import join
@@ -49,27 +51,33 @@ class EvaluationReport:
     text: str
     skipped: bool  # nothing had changed since the last run
     run_id: str = ""  # of the MLflow run that made them; "" where that is unknown
+    cards: Sequence[Mapping[str, Any]] = ()  # protocol cards, as in summary.json
 
 
 def run(config: EvaluateConfig) -> EvaluationReport:
     """Evaluate as configured. Raises GraftrecError (a model, lake, release or protocol that is not there…)."""
     chosen = _chosen(config)
-    first = load_model(chosen[0].model)
-    release = pin(config.lake or first.lake, config.release if config.release or config.lake else first.release)
+    first = load_model(chosen[0].model) if chosen else None
+    task = first.config.task if first else NextItemConfig()
+    files = [read_ranks(place) for place in config.ranks]
+    release = _release(config, first)
     settings = [config_of(Path(model.model))[0] for model in chosen]
-    _check_candidate(config, chosen, settings)
+    labels = [_label(named, own) for named, own in zip(chosen, settings, strict=True)]
+    labels = list(dict.fromkeys([*labels, *(label for file in files for label, _ in file.keys)]))
+    _check_candidate(config, labels)
     identity = _identity(config, chosen, release)
-    config = replaced(config, name=config.name or _name(config, chosen, settings, identity))
+    named = settings[0].name.replace("/", "-") if len(chosen) == 1 and not files else "-".join(labels)[:60]
+    config = replaced(config, name=config.name or _name(config, named, identity))
     assert config.name is not None
     folder = Path(config.output) / config.name / "evaluation"
-    key = _key(config, [model_hash(model.model) for model in chosen], release.versions)
+    hashes = [*(model_hash(model.model) for model in chosen), *(file.sha256 for file in files)]
+    key = _key(config, hashes, release.versions)
     if (done := _done(folder, key)) is not None:
         print(f"evaluate: nothing has changed since the last run, skipped ({folder})")
         print(done.text)
         tracking.note_reused(config.name, done.run_id)
         tracking.settle(config.tracking)
         return done
-    task = first.config.task
     with (
         _noted(folder),
         tracking.start_run(
@@ -84,7 +92,7 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         run.log_release(release, context="evaluation", tables=read)
         device = str(join(config.runtime).device)
         models = [load_model(model.model, device=device) for model in chosen]
-        found = _evaluated(config, chosen, models, release)
+        found, remarks = _evaluated(Question(config, models, release), chosen, files)
         # What the first metric is of stands first; else a task's leading evaluator has the picture and the summary.
         wanted = config.metrics[0].partition("/")[0] if config.metrics else ""
         found.sort(key=lambda one: one[0].name != wanted)
@@ -95,7 +103,9 @@ def run(config: EvaluateConfig) -> EvaluationReport:
         ]
         own = next(rows for one, rows in compared if one is results)
         rows = [row for _, rows in compared for row in rows]
+        cards = _cards(config, chosen, models, found)
         text = "\n\n".join(one.text(rows, against=config.against) for one, rows in compared)
+        text = "\n".join([text, *remarks, "", *card.lines(cards)])
         print(text)
         _begin(folder)
         _write_users((table for _, one in _leading(found) for table in one.tables()), folder / USERS)
@@ -110,12 +120,15 @@ def run(config: EvaluateConfig) -> EvaluationReport:
             "domain": evaluator.domain,
             "part": evaluator.part,
             "against": config.against,
+            "cards": cards,
         }
+        card.record(run, cards)
         summary = {"key": key, "of": identity, "run": run.id, "rows": data} | about | results.summary()
         _keep(summary, folder, run)
-        report = EvaluationReport(folder, data, text, skipped=False, run_id=run.id)
+        report = EvaluationReport(folder, data, text, skipped=False, run_id=run.id, cards=cards)
         where = f"{results.num_users:,} users of domain {evaluator.domain}, split {evaluator.split}"
-        _describe(run, report, config.part, where=f"{where}, release {release.number}", drawn=drawn)
+        where = f"{where}, release {release.number}"
+        _describe(run, report, config.part, where=where, drawn=drawn, under=card.lines(cards)[0])
         shown = {row.metric for row in own}
         for model, of_model in zip(models, results.scorers, strict=False):
             if model.config.data.answered == evaluator.domain:
@@ -127,20 +140,43 @@ def run(config: EvaluateConfig) -> EvaluationReport:
 
 
 def _evaluated(
-    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], models: Sequence[TrainedModel], release: Release
-) -> list[tuple[Evaluator, Results]]:
-    """What every evaluator of the task finds, the leading one first."""
+    question: Question, chosen: Sequence[EvaluatedModel], files: Sequence[OutsideRanks]
+) -> tuple[list[tuple[Evaluator, Results]], list[str]]:
+    """What every evaluator of the task finds, the leading one first; and notes on other software's scores."""
     found: list[tuple[Evaluator, Results]] = []
-    for kind in evaluators_of(models[0].config.task):
-        for evaluator in kind.read(Question(config, models, release)):
+    config, models = question.config, question.models
+    notes: list[str] = []
+    for kind in evaluators_of(question.task):
+        for evaluator in kind.read(question):
+            evaluator.check_cards(models, across=config.across)
             scorers = [
                 evaluator.scorer(model, label=named.label, seed=named.seed)
                 for named, model in zip(chosen, models, strict=True)
             ]
+            if files:
+                outside, notes = evaluator.outside(files)
+                scorers += outside
             if config.baselines.enabled:
                 scorers += evaluator.baselines(config.baselines)
             found.append((evaluator, evaluator.predict(scorers)))
-    return found
+    return found, notes
+
+
+def _cards(
+    config: EvaluateConfig,
+    chosen: Sequence[EvaluatedModel],
+    models: Sequence[TrainedModel],
+    found: Sequence[tuple[Evaluator, Results]],
+) -> list[dict[str, Any]]:
+    """The protocol cards of all tables."""
+    entries: list[dict[str, Any]] = []
+    for evaluator, results in found:
+        of_label = {
+            _label(one, model.config): evaluator.card_of_model(model.config, model.lake, model.release)
+            for one, model in zip(chosen, models, strict=True)
+        }
+        entries += evaluator.cards(of_label, results)
+    return list({entry["hash"]: entry for entry in entries}.values())
 
 
 def _leading(found: Sequence[tuple[Evaluator, Results]]) -> list[tuple[Evaluator, Results]]:
@@ -168,13 +204,15 @@ def _numbers(results: Results, key: Key, part: str, shown: set[str]) -> dict[str
     }
 
 
-def _describe(run: tracking.Run, report: EvaluationReport, part: str, *, where: str, drawn: str = "") -> None:
+def _describe(
+    run: tracking.Run, report: EvaluationReport, part: str, *, where: str, under: str, drawn: str = ""
+) -> None:
     """Log the comparison as metrics, and as a table with its picture in the run's description."""
     run.log_metrics(descriptions.result_metrics(report.rows, part))
     picture = f"evaluation/{SMALL}{drawn}" if drawn else ""
     if drawn:
         run.log_thumbnail(report.folder / drawn, picture)
-    heading = f"{part.capitalize()} results of {where}."
+    heading = f"{part.capitalize()} results of {where}. Under {under}."
     run.describe(descriptions.results(report.rows, notes=heading, picture=picture))
 
 
@@ -230,11 +268,26 @@ def _noted(folder: Path) -> Iterator[None]:
 
 def _chosen(config: EvaluateConfig) -> list[EvaluatedModel]:
     chosen = [*([EvaluatedModel(model=config.model)] if config.model else []), *config.models]
-    if not chosen:
+    if not chosen and not config.ranks:
         raise ConfigError(
-            "expected a model to evaluate, found none; give --model FOLDER, or `models` in the configuration"
+            "expected a model to evaluate, found none; give --model FOLDER, `models` in the configuration, or --ranks "
+            "FILE"
         )
     return chosen
+
+
+def _release(config: EvaluateConfig, first: TrainedModel | None) -> Release:
+    """The one to evaluate on. Raises ConfigError where nothing says which."""
+    if first is not None:
+        return pin(config.lake or first.lake, config.release if config.release or config.lake else first.release)
+    given = {"lake": config.lake, "split": config.split, "domain": config.domain}
+    if lacking := [name for name, value in given.items() if value is None]:
+        raise ConfigError(
+            f"ranks: expected lake, split and domain beside them where no model of ours says which, found no "
+            f"{', no '.join(lacking)}; give {' '.join(f'--{name} …' for name in lacking)}"
+        )
+    assert config.lake is not None
+    return pin(config.lake, config.release)
 
 
 def _write_users(tables: Iterator[pa.Table], path: Path) -> None:
@@ -252,15 +305,12 @@ def _write_users(tables: Iterator[pa.Table], path: Path) -> None:
 # --- reuse ---------------------------------------------
 
 
-def _check_candidate(
-    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], settings: Sequence[PretrainConfig]
-) -> None:
+def _check_candidate(config: EvaluateConfig, labels: Sequence[str]) -> None:
     """Raises ConfigError for a candidate that is no label of the models."""
-    labels = [_label(named, own) for named, own in zip(chosen, settings, strict=True)]
     if config.candidate is not None and config.candidate not in labels:
         raise ConfigError(
-            f"candidate: expected a label of the models ({', '.join(dict.fromkeys(labels))}), found "
-            f"{config.candidate!r}; mend the name"
+            f"candidate: expected a label of the models ({', '.join(labels)}), found {config.candidate!r}; mend the "
+            "name"
         )
 
 
@@ -271,16 +321,13 @@ def _label(named: EvaluatedModel, settings: PretrainConfig) -> str:
 def _identity(config: EvaluateConfig, chosen: Sequence[EvaluatedModel], release: Release) -> str:
     """Hash of models, data and `against`: only an evaluation of the same may replace this one."""
     models = [[str(Path(model.model).resolve()), model.label, model.seed] for model in chosen]
-    text = json.dumps([models, release.lake, config.split, config.domain, config.part, config.against])
+    parts = [models, release.lake, config.split, config.domain, config.part, config.against]
+    text = json.dumps([*parts, *([[str(Path(place).resolve()) for place in config.ranks]] if config.ranks else [])])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _name(
-    config: EvaluateConfig, chosen: Sequence[EvaluatedModel], settings: Sequence[PretrainConfig], identity: str
-) -> str:
-    """After the run of the only model, or the labels of several; numbered where another evaluation has that name."""
-    labels = list(dict.fromkeys(_label(named, own) for named, own in zip(chosen, settings, strict=True)))
-    about = settings[0].name.replace("/", "-") if len(chosen) == 1 else "-".join(labels)[:60]
+def _name(config: EvaluateConfig, about: str, identity: str) -> str:
+    """`about`: the run of the only model, or the labels of several. Numbered where another evaluation has that name."""
     base = f"evaluate-{about}"
 
     def is_free(name: str) -> bool:
@@ -314,4 +361,5 @@ def _done(folder: Path, key: str) -> EvaluationReport | None:
         return None
     if summary.get("key") != key or not (folder / USERS).is_file():
         return None
-    return EvaluationReport(folder, summary["rows"], text, skipped=True, run_id=summary.get("run", ""))
+    run, cards = summary.get("run", ""), summary.get("cards", ())
+    return EvaluationReport(folder, summary["rows"], text, skipped=True, run_id=run, cards=cards)

@@ -195,6 +195,8 @@ def jobs_of(jobs: int | None, runtime: RuntimeConfig, trainings: int) -> int:
 
 def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, every: Sequence[Trained]) -> Outcome:
     """Evaluate the models of one target domain, promote the best if the gate passes, write recommendations."""
+    from trainer.evaluation import card
+
     heading = f" {target}" if len(planned.targets) > 1 else ""
     trained = [model for model in every if model.label != COLD]
     with step(f"evaluate{heading}"):
@@ -207,7 +209,8 @@ def conclude(config: PipelineConfig, planned: Plan, target: str, release: int, e
             cold = next((model for model in every if model.label == COLD), None)
             lines += companion(config, planned, target, release, cold, trained)
     lines += recommend(config, target, release)
-    return Outcome(target, report, gain_table(report.rows), refusal, lines)
+    table = "\n".join([gain_table(report.rows), *card.lines(report.cards[:1])])
+    return Outcome(target, report, table, refusal, lines)
 
 
 def companion(

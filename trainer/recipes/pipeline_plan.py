@@ -138,7 +138,12 @@ def plan(config: PipelineConfig) -> tuple[PipelineConfig, Plan]:
     if set(transfers) == {SCRATCH}:
         source = None
     splits: list[SplitConfig] = list(config.etl.splits)
-    _split_named(splits, config.finetune.data.split, "finetune.data.split")
+    chooses = _split_named(splits, config.finetune.data.split, "finetune.data.split")
+    if not chooses.has_validation:
+        raise ConfigError(
+            f"finetune.data.split: expected a split with a validation part, which chooses the candidate, found "
+            f"{chooses.name!r}, which has none; name another one"
+        )
     if source is not None:
         _split_named(splits, config.pretrain.data.split, "pretrain.data.split")
     joint: dict[str, str] = {}

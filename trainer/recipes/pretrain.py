@@ -141,6 +141,8 @@ def _fit(
     training = Training(model, task, loader, config.train, world)
     score = monitor(config.task)
     say(introduction(config, release, catalogue, dataset, validation, account))
+    if validation.measures_nothing:
+        say(f"split {config.data.split} has no validation part: all {config.train.epochs} epochs are trained")
     say(account.text())
 
     data = f"release {release.number} of `{redact(release.lake)}`, {size_of(config, catalogue, dataset, validation)}"
@@ -193,10 +195,10 @@ def _fit(
                 tracked.log_artifact(folder / "model")
                 log_model(tracked, done["hash"], config, release, account, metrics)
         world.wait()
-    say(
-        f"{config.name}: best epoch {training.progress.best_epoch} of {len(training.progress.history)}, validation "
-        f"{score} {training.progress.best_score:.4f}, {metrics['seconds']:.0f} s; model in {folder / 'model'}"
-    )
+    progress = training.progress
+    best = f"best epoch {progress.best_epoch} of {len(progress.history)}, validation {score} {progress.best_score:.4f}"
+    best = f"{len(progress.history)} epochs" if validation.measures_nothing else best
+    say(f"{config.name}: {best}, {metrics['seconds']:.0f} s; model in {folder / 'model'}")
     return Result(folder, metrics, reused=False, run_id=done.get("mlflow_run", ""))
 
 
@@ -396,7 +398,9 @@ def _finish(
     (folder / "history.json").write_text(json.dumps(history, indent=1))
     score = monitor(config.task)
     curve = figures.Curve(
-        config.name, [epoch["loss"] for epoch in history], [epoch["metrics"][score] for epoch in history]
+        config.name,
+        [epoch["loss"] for epoch in history],
+        [epoch["metrics"].get(score, float("nan")) for epoch in history],
     )
     tracked.log_figure(figures.learning_curves([curve], title=config.name, score=score), "pictures/learning_curve.png")
     tracked.log_metrics(final_metrics(metrics))

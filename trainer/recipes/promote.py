@@ -24,6 +24,7 @@ from etl.settings import GraftrecError, RunAgain, replaced
 from trainer import tracking
 from trainer.config import PromoteConfig, RecommendConfig, event_types_read
 from trainer.data.release import Release, pin
+from trainer.evaluation import card
 from trainer.evaluation.comparison import Results
 from trainer.evaluation.gate import (
     BEST_BASELINE,
@@ -87,18 +88,21 @@ def run(config: PromoteConfig, recommend: RecommendConfig | None = None) -> Prom
         )
         found, faults = _ask(registry, version, compared, config, release)
         decision, promoted = _judge_and_move(registry, version, found, faults, config, tracked)
-        record = {"version": version.label, "release": release.number, "lake": release.lake} | decision.as_dict()
+        cards = [] if found is None else found.cards
+        record = {"version": version.label, "release": release.number, "lake": release.lake, "cards": cards}
+        record |= decision.as_dict()
         place = Path(config.output) / config.name / "decision.json"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(record, indent=1), encoding="utf-8")
         tracked.log_artifact(place)
         tracked.set_tags({TAG_GATE: verdict_of(decision), "graftrec.version": version.label})
+        card.record(tracked, cards)
         tracked.describe(descriptions.promotion(version.label, version.hash, decision, examples_text(found)))
         for check in decision.checks:
             tracked.log_metrics({f"gate/{check.name}/{name}": value for name, value in check.numbers.items()})
     if found is not None:
         print(f"gate on release {release.number}, {found.num_users:,} users of domain {found.domain}, {found.part}:")
-    print(decision.text())
+        print("\n".join([*card.lines(cards), decision.text()]))
     if shown := detectable(decision, config.gate.level):
         print(f"  {shown}")
     if promoted is None:
@@ -241,7 +245,8 @@ def _crown(
 ) -> Promoted:
     """Tags first: a champion without its decision is worse than the decision of a promotion that did not happen."""
     before = str(champion.number) if champion else ""
-    registry.set_tags(version.number, {TAG_GATE: verdict_of(decision), TAG_BEFORE: before})
+    cards = {card.CARD_TAG: card.hashes(entry["cards"])} if entry.get("cards") else {}
+    registry.set_tags(version.number, {TAG_GATE: verdict_of(decision), TAG_BEFORE: before} | cards)
     registry.audit(version.number, audited("promoted", entry))
     replaced = promotion.crown(version.number)
     if (candidate := registry.find(CANDIDATE)) is not None and candidate.number == version.number:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer import tracking
+from trainer.evaluation.card import lines
 from trainer.evaluation.gate import Decision
 from trainer.evaluation.item_ranking import SINGLE
 from trainer.registry import Version, descriptions
@@ -30,7 +31,8 @@ def gate_section(decision: Decision, found: GateEvidence | None, run: Run) -> st
     """The decision in a version's description."""
     link = tracking.run_link("The gate's run", run.id) + " holds decision.json." if run.id else ""
     scores = f"This version:\n\n{descriptions.scores(found.part, means_of(found))}" if found is not None else ""
-    return descriptions.paragraphs(descriptions.gate(decision, examples_text(found)), scores, link)
+    under = "" if found is None else "\n".join(f"Under {line}." for line in lines(found.cards))
+    return descriptions.paragraphs(descriptions.gate(decision, examples_text(found)), scores, under, link)
 
 
 def examples_text(found: GateEvidence | None) -> str:
@@ -49,6 +51,7 @@ def audit_entry(decision: Decision, found: GateEvidence | None, champion: Versio
             "domain": found.domain,
             "part": found.part,
             "users": found.num_users,
+            "cards": [{"hash": entry["hash"], "text": entry["text"]} for entry in found.cards],
         }
     return examples | {
         "champion": champion.label if champion else None,

@@ -140,7 +140,8 @@ def _finished(training: TrainingJob) -> str | None:
     training.is_done, training.metrics, training.run_id = True, done.metrics, done.run_id
     epochs = f"best epoch {done.metrics['best_epoch']:.0f} of {done.metrics['epochs']:.0f}"
     score = monitor(training.config.task)
-    return f"validation {score} {done.metrics[f'validation/{score}']:.4f}, {epochs}"
+    value = done.metrics.get(f"validation/{score}")
+    return f"no validation, {epochs}" if value is None else f"validation {score} {value:.4f}, {epochs}"
 
 
 # --- a process --------------------------------------------------------------------------------------------------------

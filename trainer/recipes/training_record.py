@@ -67,8 +67,9 @@ def curves_of(epoch: Epoch) -> dict[str, float]:
 
 def log_epoch(epoch: Epoch, score: str, tracked: Run, say: Callable[[str], None]) -> None:
     tracked.log_metrics(curves_of(epoch), step=epoch.epoch)
+    validation = f"validation {score} {epoch.metrics[score]:.4f}  " if epoch.metrics else ""
     say(
-        f"epoch {epoch.epoch:>3}  loss {epoch.loss:.4f}  validation {score} {epoch.metrics[score]:.4f}  "
+        f"epoch {epoch.epoch:>3}  loss {epoch.loss:.4f}  {validation}"
         f"{epoch.items_per_second:,.0f} items/s  {epoch.seconds:.1f} s"
     )
 

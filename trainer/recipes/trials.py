@@ -21,6 +21,7 @@ from etl.plain_path import plain_path
 from etl.settings import GraftrecError, RunAgain, load, replaced
 from trainer.config import FinetuneConfig, PretrainConfig, PrunerConfig, RangeConfig, SearchConfig, with_transfer
 from trainer.data.release import pin
+from trainer.evaluation.validation import has_validation
 from trainer.inference.model_folder import load_model
 from trainer.recipes.run_result import run_identity
 
@@ -161,6 +162,11 @@ def _open(config: SearchConfig, folder: Path, name: str, base: PretrainConfig) -
         pruner=_pruner(config.pruner, base.train.epochs),
     )
     release = pin(base.data.lake, base.data.release or study.user_attrs.get("release"))
+    if not has_validation(base, release):
+        raise SearchError(
+            f"data.split: expected a split with a validation part, by which trials are compared, found "
+            f"{base.data.split!r}, which has none; search on another one"
+        )
     before = study.user_attrs.get("identity", {})
     identity = _identity(config, base, release.number)
     if before and (changed := [part for part in identity if identity[part] != before.get(part)]):

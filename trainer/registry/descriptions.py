@@ -61,7 +61,9 @@ def _transfer(config: PretrainConfig) -> str:
 
 def outcome(metrics: Mapping[str, float], score: str) -> str:
     """The first line of a finished training run."""
-    best, of, seconds = metrics[f"validation/{score}"], metrics["epochs"], metrics["seconds"]
+    best, of, seconds = metrics.get(f"validation/{score}"), metrics["epochs"], metrics["seconds"]
+    if best is None:
+        return f"No validation part: {of:.0f} epochs, {seconds:,.0f} s."
     return f"Validation {score} {best:.4f} in epoch {metrics['best_epoch']:.0f} of {of:.0f}, {seconds:,.0f} s."
 
 

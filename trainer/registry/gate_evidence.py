@@ -6,6 +6,7 @@ Shape letters: ``S`` seeds, ``U`` users, ``C`` users of a slice.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class GateEvidence:
         self.transferred = was_transferred(first.config, first.parent)
         self.evaluator = _evaluator(models, event_types, config, release)
         self.split, self.domain, self.table = self.evaluator.split, self.evaluator.domain, first.config.task.needs.table
+        self._across, self._models = config.across, models
+        self.evaluator.check_cards([model for _, model in models], across=config.across)
         scorers = [self.evaluator.scorer(model, label=label) for label, model in models]
         if config.gate.must_beat:
             baselines = self.evaluator.baselines(config.baselines)
@@ -46,12 +49,21 @@ class GateEvidence:
         self.num_users, self.faults = self.results.num_users, self.results.faults()
 
     def champion(self, model: TrainedModel) -> Results:
-        """The champion on the same examples, whatever it was trained on. Raises GraftrecError."""
+        """The champion on the same examples, whatever it was trained on. Raises GraftrecError, also where its protocol
+        card is another one."""
+        self.evaluator.check_cards([self._models[0][1], model], across=self._across)
         return self.evaluator.predict([self.evaluator.scorer(model, label=CHAMPION, must_know=False)])
 
     def evidence(self, champion: Results | None, gate: GateConfig) -> Evidence:
         """What the gate is shown: the first seed of the version's label is the version itself."""
         return evidence_of(self.results, champion, gate, transferred=self.transferred)
+
+    @property
+    def cards(self) -> list[dict[str, Any]]:
+        """Under which the version was measured, one a protocol."""
+        _, model = self._models[0]
+        own = self.evaluator.card_of_model(model.config, model.lake, model.release)
+        return self.evaluator.cards({VERSION: own}, self.results)
 
     def means(self) -> dict[str, dict[str, float]]:
         """The version's own numbers, by protocol, or by what is predicted."""

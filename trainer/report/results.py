@@ -6,6 +6,8 @@ from itertools import product
 from typing import Any
 
 from etl.settings import GraftrecError
+from trainer.evaluation.card import check_cards, lines, stored
+from trainer.evaluation.scorers import EvaluateError
 from trainer.report import survey
 from trainer.report.document import Tone
 from trainer.report.hypotheses import LEVEL
@@ -56,6 +58,17 @@ class Place:
         return bool(entry["protocol"] == self.protocol and entry["convention"] == self.convention)
 
 
+def check_rows(given: Mapping[str, Any]) -> None:
+    """Raises ReportError for rows under different protocol cards, but for what the experiment set `across`."""
+    cards = stored(given)
+    for candidates in dict.fromkeys(card.candidates for card in cards):
+        own = [(f"row {card.hash}", card) for card in cards if card.candidates == candidates]
+        try:
+            check_cards(own, allowed=given.get("across", ()))
+        except EvaluateError as error:
+            raise ReportError(str(error)) from None
+
+
 class Results:
     """`given`: the content of results.json. Raises ReportError if a part is missing.
 
@@ -70,6 +83,8 @@ class Results:
             raise ReportError(
                 f"expected an experiment's results, found none of {', '.join(missing)}; give its results.json"
             )
+        check_rows(given)
+        self.cards = lines(given.get("cards", ()))
         self.title = f"Experiment {given['experiment']}, preset {given['preset']}"
         self.code, self.machine = given["code"], given["machine"]
         self.started, self.finished = given["started"], given["finished"]

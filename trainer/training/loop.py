@@ -173,7 +173,8 @@ def train(
     checkpoints: Path,
     watch: Watch,
 ) -> None:
-    """Train until the epochs are used up, or `score` (a metric that `validate` returns) has stopped rising.
+    """Train until the epochs are used up, or `score` (a metric that `validate` returns) has stopped rising. Where it
+    returns none, all epochs are trained, and each is better than the one before.
 
     Resumes from `checkpoints` where there are any. Afterwards `training.best` holds the best epoch's weights.
     Raises Stopped on SIGTERM and SIGINT, NonFiniteLoss, and what `watch.judge` does.
@@ -274,9 +275,9 @@ def _finish_epoch(training: Training, metrics: dict[str, float], score: str, val
     speed = progress.items / max(progress.seconds, 1e-9)
     loss = progress.loss_sum / max(progress.positions, 1)
     progress.history.append(Epoch(epoch, loss, metrics, speed, progress.seconds + validation_seconds))
-    is_best = metrics[score] > progress.best_score
+    is_best = not metrics or metrics[score] > progress.best_score
     if is_best:
-        progress.best_score, progress.best_epoch = metrics[score], epoch
+        progress.best_score, progress.best_epoch = metrics.get(score, -math.inf), epoch
     waited = epoch - max(progress.best_epoch, config.min_epochs)
     progress.finished = epoch >= config.epochs or waited >= config.patience
     progress.loss_sum = progress.positions = progress.seconds = 0.0

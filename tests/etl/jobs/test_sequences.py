@@ -19,7 +19,7 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from etl.config import ColdItemsConfig, DomainConfig, EtlConfig, GeneratorSource, SplitConfig
-from etl.histories import bucket_writer, incremental, reader
+from etl.histories import bucket_writer, incremental, reader, ties
 from etl.histories.bucket_writer import BucketWork
 from etl.jobs import baskets, cold_items, sequences
 from etl.jobs.job import Outcome, Run, RunContext, plan_run
@@ -519,6 +519,36 @@ def _expected_baskets(log: Any, users: Any, splits: Sequence[SplitConfig], most:
     return expected
 
 
+def _mixed(z: int) -> int:
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+def _turn(row: Sequence[Any], split: SplitConfig) -> Any:
+    """What orders an event among those of its user and time."""
+    if split.ties == "item":
+        return row[1]
+    user, item = (
+        int(hashlib.blake2b(f"{split.ties_seed}/{raw}".encode(), digest_size=8, person=b"ties").hexdigest(), 16)
+        for raw in row[:2]
+    )
+    return _mixed(user ^ _mixed(item ^ _mixed(row[2] % 2**64)))
+
+
+def _by_split(expect: Any, log: Sequence[Any], users: Any, splits: Sequence[SplitConfig], most: int) -> dict[Any, Any]:
+    """What is expected of each split: that of a log whose lines have its order."""
+    expected: dict[Any, Any] = {}
+    for split in splits:
+        lines = log
+        if split.ties != "file":
+            held = {event[1] for events in _histories(log, users, most).values() for event in events}
+            kept = [row for place, row in enumerate(log) if place in held]
+            lines = sorted(kept, key=lambda row, split=split: (row[2], _turn(row, split)))
+        expected |= expect(lines, users, [replaced(split, ties="file", ties_seed=0)], most)
+    return expected
+
+
 def _at(microseconds: int) -> str:
     return (EPOCH + microseconds * MICROSECOND).isoformat()
 
@@ -542,13 +572,17 @@ SPLITS = (
 )
 EAGER = SplitConfig(name="cold", cold_users=0.3, joint_target="target", causal_target="target")
 BY_TIME = SplitConfig(name="time", train_until=_at(-50), validate_until=_at(3), test_until=_at(30_000))
+BY_ITEM = SplitConfig(name="a-by-item", validation=1, test=1, causal_target="target", ties="item")
+SCRAMBLED = SplitConfig(name="scrambled", validation=1, test=1, ties="scrambled", ties_seed=3)
 DAYS_SPLITS = (
+    BY_ITEM,
     SplitConfig(name="a-joint", joint_target="target"),
     EAGER,
     COLD_ITEMS,
     LAST,
     CAUSAL,
     BY_TIME,
+    SCRAMBLED,
 )  # a joint row first
 
 
@@ -565,12 +599,58 @@ def test_tables_equal_plain_loops(
     users = {f"u{number}": number % 7 != 3 for number in range(35)}  # the log has users that the vocabulary lacks
     shown: list[dict[str, Any]] = []
     made = _made(tmp_path / "s", log, SEQUENCES, SPLITS, users, max_events=most, files=3, shown=shown)
-    assert {key: row for key, (row,) in made.items()} == _expected_sequences(log, users, SPLITS, most)
+    expected = _expected_sequences(log, users, SPLITS, most)
+    assert {key: row for key, (row,) in made.items()} == expected
     partitions = {json.dumps(entry["partition"]) for entry in shown}
     if most == 1_000:
         assert (len(shown) > len(partitions)) == (part < most)
     made = _made(tmp_path / "b", log, BASKETS, SPLITS, users, max_events=most, files=2)
     assert made == _expected_baskets(log, users, SPLITS, most)
+
+
+@pytest.mark.parametrize(("ties", "seed"), [("item", 0), ("scrambled", 0), ("scrambled", 7)])
+@pytest.mark.parametrize(("part", "most"), [(1 << 22, 1_000), (50, 9)])
+def test_each_rule_for_ties_equals_files_in_that_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ties: Any, seed: int, part: int, most: int
+) -> None:
+    """For all kinds of splits, beside the same ones in the order of the files. Which events a long history keeps is
+    decided by the files."""
+    monkeypatch.setattr(reader, "PART_EVENTS", part)
+    log = _random_log(8, size=700, times=6, full=True)
+    users = {f"u{number}": number % 7 != 3 for number in range(35)}
+    tied = [replaced(split, name=f"tied-{split.name}", ties=ties, ties_seed=seed) for split in SPLITS]
+    tied = [split for split in tied if split.cold_items is None]  # whose parts are named by split
+    both = [one for pair in zip(SPLITS, tied, strict=False) for one in pair]
+    made = _made(tmp_path / "s", log, SEQUENCES, both, users, max_events=most, files=3)
+    found = {key: row for key, (row,) in made.items()}
+    assert found == _by_split(_expected_sequences, log, users, both, most)
+    assert any(
+        found[f"tied-{split}", *key]["items"] != row["items"]
+        for (split, *key), row in found.items()
+        if f"tied-{split}" in {one.name for one in tied}
+    )
+    made = _made(tmp_path / "b", log, BASKETS, both, users, max_events=most, files=2)
+    assert made == _by_split(_expected_baskets, log, users, both, most)
+
+
+def test_the_seed_scrambles_only_ties_and_each_differently(tmp_path: Path) -> None:
+    log = [("u", item, 1) for item in "abcd"] + [("u", item, 2) for item in "dcba"]
+    splits = [SplitConfig(name=f"s{seed}", ties="scrambled", ties_seed=seed) for seed in range(20)]
+    found = _sequences(tmp_path, log, splits, {"u": True})
+    orders = [tuple(found[split.name, "all", 5]["items"]) for split in splits]
+    assert all(sorted(order[:4]) == sorted(order[4:]) == [A, B, C, D] for order in orders)
+    assert len(set(orders)) == len(orders)
+    assert any(order[:4] != order[4:] for order in orders)  # the time counts too
+
+
+def test_items_are_ordered_as_numbers_where_they_are() -> None:
+    raw = ["10", "9", "b", "a10", "a9", "٣", "007", "7", "1" * 30]
+    catalogue = reader.Catalogue(pa.array(raw), np.arange(len(raw))[::-1].copy(), np.ones(len(raw), np.int64))
+    one = np.zeros(len(raw), np.int64)
+    given = reader.Histories(np.array([5]), one, catalogue.index, one + 1, one, {}, pa.array(["u"]), catalogue)
+    found = ties.in_order(given, SplitConfig(ties="item"))
+    order = [raw[len(raw) - 1 - index] for index in found.item.tolist()]
+    assert order == ["007", "7", "9", "10", "1" * 30, "a10", "a9", "b", "٣"]
 
 
 @pytest.mark.parametrize(
@@ -644,7 +724,7 @@ def test_rows_copied_or_renewed_equal_plain_loops(
             for row in written:
                 key = (file.partition["split"], file.partition["domain"], row["user"])
                 assert found.setdefault(key, row) is row
-        assert found == _expected_sequences(log, users, DAYS_SPLITS, most)
+        assert found == _by_split(_expected_sequences, log, users, DAYS_SPLITS, most)
 
 
 @pytest.mark.parametrize("scale", [1, 10**6, 10**15])
@@ -724,6 +804,7 @@ def test_splits_that_cannot_be_made_are_refused() -> None:
         ((SplitConfig(train_until="2024-01-02", causal_target="target"),), "leave it out"),
         ((SplitConfig(train_until="2024-01-02", joint_target="target", cold_users=0.1),), "leave it out"),
         ((SplitConfig(train_until="2024-01-02", cold_items=ColdItemsConfig()),), "leave it out"),
+        ((SplitConfig(ties="item", ties_seed=1),), "ties_seed: expected ties scrambled"),
         ((SplitConfig(cold_items=ColdItemsConfig(), joint_target="target"),), "make two splits"),
         ((SplitConfig(cold_items=ColdItemsConfig(domain="elsewhere")),), "cold_items.domain.*'elsewhere'"),
     ]:

@@ -157,7 +157,11 @@ def test_a_baseline_that_the_log_does_not_have_ends_with_two(store, models):
     with pytest.raises(GateError, match="must_beat: expected simple baselines among best, popularity"):
         promote.run(
             config(
-                models, "deep-0", domain="all", split="last-5", gate=GATE | {"must_beat": ["item-to-item, all domains"]}
+                models,
+                "deep-0",
+                domain="all",
+                split="joint-5",
+                gate=GATE | {"must_beat": ["item-to-item, all domains"]},
             )
         )
 

@@ -41,6 +41,7 @@ def summary(results: Results) -> list[Block]:
     return [
         Text(_about(results), "lead"),
         Columns([Picture("overview", figure, alt_text)], _in_short(results)),
+        *(Text(f"Under {line}.", "faint") for line in results.cards),
         Text(_what_ran(results), "faint"),
     ]
 

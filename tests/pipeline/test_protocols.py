@@ -1,0 +1,104 @@
+"""One recipe under several protocol cards: epochs handed on, headings, published figures, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from etl.settings import ConfigError, load, replaced
+from tests.fixtures.orders import LOO, LOO_ALL, SCRAMBLED, add_splits
+from trainer.experiment import protocols
+from trainer.experiment.protocols_plan import ProtocolsConfig
+
+MODEL = {"width": 8, "blocks": 1, "max_length": 24, "user_width": 0, "knowledge": {}}
+TRAIN = {"epochs": 3, "min_epochs": 0, "patience": 1, "batch_size": 16, "warmup_steps": 0}
+RECIPE = {"model": MODEL, "train": TRAIN, "task": {"kind": "next_item"}, "data": {"domain": "target"}}
+PUBLISHED = [{"model": "theirs", "ndcg": 0.1772, "source": "their page"}]
+CARDS = {
+    "file": {"heading": "In the order of the files", "split": "loo", "published": PUBLISHED},
+    "scrambled": {"heading": "Scrambled", "split": "scrambled"},
+    "all": {"heading": "All but the last", "split": "loo-all", "epochs_of": "file"},
+    "time": {"heading": "Told the time", "split": "loo", "request_time": "known", "published": PUBLISHED},
+}
+
+
+@pytest.fixture(scope="module")
+def lake(tiny_lake: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return add_splits(tiny_lake, tmp_path_factory.mktemp("orders") / "lake", (LOO, LOO_ALL, SCRAMBLED))
+
+
+def config(lake: str, folder: Path, **more: Any) -> ProtocolsConfig:
+    given = {"name": "tiny", "runs": str(folder), "lake": lake, "recipe": RECIPE, "cards": CARDS, "seeds": [3]}
+    return ProtocolsConfig.model_validate(given | {"jobs": 2, "tracking": {"enabled": False}} | more)
+
+
+def test_each_card_has_a_heading_and_its_own_figures(
+    lake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = config(lake, tmp_path)
+    assert protocols.run(given) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((given.folder / "results.json").read_text())["headings"]
+    assert list(found) == list(CARDS)
+    hashes = {name: one["cards"][0]["hash"] for name, one in found.items() if one["cards"]}
+    assert len(set(hashes.values())) == len(hashes) == 3
+    for name, one in found.items():
+        place = printed.index(f"\n{CARDS[name]['heading']}\n")
+        if name in hashes:
+            assert printed.index(f"card {hashes[name]} (full)", place) == place + len(str(CARDS[name]["heading"])) + 2
+        kinds = [row["kind"] for row in one["rows"]]
+        assert kinds == [
+            *(["ours", "baseline"] if name in hashes else []),
+            *(["published"] if "published" in CARDS[name] else []),
+        ]
+    assert found["file"]["rows"][2] == {
+        "label": "theirs",
+        "kind": "published",
+        "NDCG@10": 0.1772,
+        "Recall@10": None,
+        "source": "their page",
+    }
+    assert found["time"]["reason"].startswith("not available: no recipe here is told the request's time")
+    best = json.loads((given.folder / "file-3" / "done.json").read_text())["metrics"]["best_epoch"]
+    epochs = json.loads((given.folder / "all-3" / "done.json").read_text())["metrics"]["epochs"]
+    assert epochs == best
+    assert protocols.run(given) == 0
+    assert "[2/2] scrambled-3: unchanged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("cards", "message"),
+    [
+        ({"a": {"heading": "A", "split": "elsewhere"}}, "cards.a.split: expected one of etl.splits"),
+        (
+            {"a": {"heading": "A", "split": "loo", "epochs_of": "b"}},
+            "expected a card whose split has a validation part",
+        ),
+        (
+            {"a": {"heading": "A", "split": "loo"}, "b": {"heading": "B", "split": "loo", "epochs_of": "a"}},
+            "expected none, since split loo has a validation part",
+        ),
+    ],
+)
+def test_cards_that_cannot_be_run_are_refused(lake: str, tmp_path: Path, cards: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        protocols.run(config(lake, tmp_path, cards=cards))
+
+
+def test_two_headings_of_one_card_are_refused(lake: str, tmp_path: Path) -> None:
+    cards = {name: {"heading": name, "split": "loo"} for name in ("a", "b")}
+    with pytest.raises(ConfigError, match="a protocol card of its own for each, found card"):
+        protocols.run(config(lake, tmp_path, cards=cards))
+
+
+@pytest.mark.parametrize("name", ["demo", "ml1m"])
+def test_shipped_cards_can_be_run(name: str) -> None:
+    """Each published figure has a source, and the cards that need a model that is told the time say so."""
+    given = load(ProtocolsConfig, f"protocols/{name}")
+    assert all(figure.source for card in given.cards.values() for figure in card.published)
+    known = [card for card in given.cards.values() if card.request_time == "known"]
+    assert known
+    assert all(protocols._not_available(given, card).startswith("not available") for card in known)
+    only = replaced(given, only=(next(iter(given.cards)),))
+    assert len(only.shown) == 1
