@@ -1,5 +1,6 @@
 """Settings of evaluation, gate, registry and recommendations."""
 
+import datetime as dt
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -137,6 +138,8 @@ class RecommendConfig(Section):
     domain: str | None = None
     # For users of whom the model knows no item: a version or folder, as `model`. None: the alias `companion`, if any.
     companion: str | None = None
+    # When requests are made, for models that read that: ISO 8601, in UTC unless it gives an offset. None: now.
+    time: dt.datetime | None = None
     replace: bool = False  # whether a model folder may replace the rows of a registered version
     k: int = Field(10, ge=1)  # items a user
     batch_size: int = Field(256, ge=1)  # users scored at once

@@ -73,12 +73,51 @@ class ItemFeaturesConfig(JoinedFeaturesConfig):
         return bool(self.encoders) or self.document is not None
 
 
+class TimeConfig(Section):
+    """What a network reads of when events were; nothing by default (see trainer/models/time.py)."""
+
+    # The time from the event before to each event, and from it to the request where that is known, are added to the
+    # item's vector, each by log-spaced buckets.
+    intervals: bool = False
+    # known: a position knows when the event is that it predicts; asked, when the request is made. last_event: it knows
+    # the times of events only, as a model that answers long before it is asked.
+    request_time: Literal["known", "last_event"] = "known"
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is read."""
+        return self.intervals
+
+
+class AttentionTimeConfig(TimeConfig):
+    """As TimeConfig, of a network that attends."""
+
+    # Attention adds a learned number for the time between query and key, and for how far they stand apart (HSTU: Zhai
+    # et al. 2024).
+    bias: bool = False
+
+    @property
+    def given(self) -> bool:
+        return self.intervals or self.bias
+
+
 class NetworkConfig(Section):
     """What every network has."""
 
     user_width: int  # 0: no user embedding
+    time: TimeConfig = TimeConfig()
     features: ItemFeaturesConfig = ItemFeaturesConfig()
     user_features: JoinedFeaturesConfig = JoinedFeaturesConfig()  # beside the user's embedding
+
+    @property
+    def reads_times(self) -> bool:
+        """Whether it reads when events were."""
+        return self.time.given
+
+    @property
+    def reads_request_time(self) -> bool:
+        """Whether it reads when the request is made: at evaluation, when the held-out event was."""
+        return self.time.given and self.time.request_time == "known"
 
     @model_validator(mode="after")
     def _features_join_users(self) -> Self:
@@ -93,6 +132,7 @@ class Bert4RecConfig(NetworkConfig):
     """BERT4Rec (Sun et al. 2019) with the survey's user and knowledge embeddings (4.3, 4.4)."""
 
     kind: Literal["bert4rec"] = "bert4rec"
+    time: AttentionTimeConfig = AttentionTimeConfig()
     blocks: int = Field(2, ge=1)
     width: int = Field(64, ge=1)
     heads: int = Field(2, ge=1)
@@ -184,6 +224,12 @@ class MlpConfig(NetworkConfig):
         if min(layers) < 1:
             raise ValueError(f"expected widths of 1 and more, found {', '.join(map(str, layers))}")
         return layers
+
+    @model_validator(mode="after")
+    def _no_sequence_is_read(self) -> "MlpConfig":
+        if self.reads_times:
+            raise ValueError("time: expected a model that reads a sequence, found mlp, which reads none; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _vectors_are_multiplied(self) -> "MlpConfig":

@@ -71,7 +71,10 @@ class EventPrediction(ClassPrediction):
                 "evaluate on its own release"
             )
         config = question.config
-        options = ReadOptions(values=task.reads_values, event_types=types, max_users=config.evaluation.max_users)
+        times = any(model.config.reads_times for model in question.models)
+        options = ReadOptions(
+            times=times, values=task.reads_values, event_types=types, max_users=config.evaluation.max_users
+        )
         held_out = read_held_out(release, split, domain, catalogue, config.part, options)
         past = read_users(dataset, lambda sequences: np.isin(sequences.users, held_out.users))
         assert past is not None, "whoever holds something out has a past"

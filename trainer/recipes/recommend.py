@@ -5,6 +5,7 @@ is from. One commit replaces all of the domain's partitions or none. It records 
 does nothing.
 """
 
+import datetime as dt
 import hashlib
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from etl.lake.file_reader import open_parquet
 from etl.lake.snapshots import snapshot_files
 from etl.redaction import redact
 from etl.session import spark_session
-from etl.settings import GraftrecError, RunAgain
+from etl.settings import GraftrecError, RunAgain, replaced
 from etl.tables import DOMAIN_ALL
 from trainer import tracking
 from trainer.code_hash import code_hash
@@ -30,7 +31,7 @@ from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset
 from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import MANIFEST, TrainedModel, load_model
-from trainer.recipes.recommendation_rows import HistorySource, Models, progress, score_users
+from trainer.recipes.recommendation_rows import HistorySource, Models, microseconds, progress, score_users
 from trainer.registry import COMPANION, Registry, Version
 
 UNREGISTERED = "unregistered/"  # what labels of model folders begin with
@@ -66,8 +67,21 @@ def run(config: RecommendConfig) -> Result:
     num_users = open_dataset(table.name, release, split, reads).num_rows
     if DOMAIN_ALL in domains_with_sequences(release, split):
         num_users = SequenceDataset(release, split, DOMAIN_ALL).num_rows
-    kinds = any(one.event_types for one, _ in models)
-    source = HistorySource(release, split, reads, companion != "" or reads == DOMAIN_ALL, table, kinds, num_users)
+    for one, by in models:
+        if one.config.reads_times:
+            release.require_times(tables.SEQUENCES, by)
+    source = HistorySource(
+        release,
+        split,
+        reads,
+        companion != "" or reads == DOMAIN_ALL,
+        table,
+        event_types=any(one.event_types for one, _ in models),
+        times=any(one.config.reads_times for one, _ in models),
+        num_users=num_users,
+    )
+    if config.time is None and any(one.config.reads_request_time for one, _ in models):
+        config = replaced(config, time=dt.datetime.now(dt.UTC))
     with spark_io.writing(release.lake, tables.RECOMMENDATIONS, wait_seconds=config.wait_seconds):
         return _renew(config, models, source, domain)
 
@@ -189,6 +203,8 @@ def _identity(config: RecommendConfig, models: Models, source: HistorySource, do
     versions = [release.versions.get(name) for name in read]
     examples = [(trained_model.hash, label) for trained_model, label in models]
     parts = [examples, release.number, versions, source.split, domain, config.k, code_hash("trainer.recipes.recommend")]
+    if any(trained_model.config.reads_request_time for trained_model, _ in models):
+        parts.append(microseconds(config))
     return f"recommend/{domain}/{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 

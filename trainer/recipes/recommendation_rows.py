@@ -8,6 +8,7 @@ items either, they get the popular items. The rows equal the served model's answ
 """
 
 import atexit
+import datetime as dt
 import functools
 import hashlib
 import shutil
@@ -62,7 +63,27 @@ class HistorySource:
     reads_all: bool
     table: Table
     event_types: bool
+    times: bool
     num_users: int  # with any event, in whichever domain
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is computed for every user."""
+
+    k: int
+    batch_size: int  # users scored at once
+    domain: str
+    release: int
+    time: int  # of the requests: microseconds since 1970
+
+
+def microseconds(config: RecommendConfig) -> int:
+    """When requests are made; 0 where nothing reads it."""
+    if config.time is None:
+        return 0
+    when = config.time if config.time.tzinfo else config.time.replace(tzinfo=dt.UTC)
+    return (when - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
 
 
 def score_users(
@@ -74,10 +95,7 @@ def score_users(
         _score_batches,
         models=[(_shipped(spark, trained_model), label) for trained_model, label in models],
         count=count,
-        k=config.k,
-        batch_size=config.batch_size,
-        domain=domain,
-        release=source.release.number,
+        wanted=Wanted(config.k, config.batch_size, domain, source.release.number, microseconds(config)),
     )
     return _histories(spark, source, config.spark.shuffle_partitions).mapInArrow(score, ROWS_SCHEMA)
 
@@ -94,8 +112,9 @@ def _histories(spark: SparkSession, source: HistorySource, parallel: int) -> Dat
     domain = DOMAIN_ALL if source.reads_all else source.reads
     own = _ONE_ROW_A_USER[source.table.name](read(source.table, domain))
     more = ["event_types"] if source.event_types else []
-    more += ["times"] if source.reads_all and "times" in own.columns else []
-    if "times" not in more and DOMAIN_ALL in domains_with_sequences(release, source.split):
+    by_time = source.reads_all and "times" in own.columns
+    more += ["times"] if by_time or source.times else []
+    if not by_time and DOMAIN_ALL in domains_with_sequences(release, source.split):
         everyone = read(tables.SEQUENCES, DOMAIN_ALL).select("user", "bucket")
         own = everyone.join(own.drop("bucket"), "user", "left")
     vocabulary = spark_io.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
@@ -129,6 +148,7 @@ class _Model:
         self.raw_ids = pa.array(trained_model.catalogue.raw_ids, pa.string())
         self.shortlist = TopK(trained_model)
         self.event_types = trained_model.event_types
+        self.reads_times = trained_model.config.reads_times
 
 
 _loading = threading.Lock()  # Sail's tasks are threads of one process
@@ -146,10 +166,7 @@ def _score_batches(
     *,
     models: Sequence[tuple[str, str]],
     count: Any,
-    k: int,
-    batch_size: int,
-    domain: str,
-    release: int,
+    wanted: Wanted,
 ) -> Iterator[pa.RecordBatch]:
     """Top-k rows of the users in `batches` (raw, index, bucket, items). `models`: place and label of the model, and of
     its companion, which scores users of whom only it knows an item."""
@@ -159,43 +176,43 @@ def _score_batches(
     for batch in batches:
         # Users of like lengths together: less padding.
         order = np.argsort(_lengths(batch.column("items")), kind="stable")
-        for start in range(0, len(order), batch_size):
-            chosen = batch.take(pa.array(order[start : start + batch_size]))
+        for start in range(0, len(order), wanted.batch_size):
+            chosen = batch.take(pa.array(order[start : start + wanted.batch_size]))
             by_model = [np.ones(len(chosen), bool)]
             if len(loaded) > 1:
-                knows, companion_knows = (has_items(_as_histories(chosen, model)) for model, _ in loaded)
+                knows, companion_knows = (has_items(_as_histories(chosen, model, wanted.time)) for model, _ in loaded)
                 by_companion = ~knows & companion_knows
                 by_model = [~by_companion, by_companion]
             for (model, label), users in zip(loaded, by_model, strict=True):
                 if users.any():
-                    yield _best(model, label, chosen.filter(pa.array(users)), k, domain, release)
+                    yield _best(model, label, chosen.filter(pa.array(users)), wanted)
         if count is not None:
             count.add(batch.num_rows)
 
 
-def _best(model: _Model, label: str, chosen: pa.RecordBatch, k: int, domain: str, release: int) -> pa.RecordBatch:
+def _best(model: _Model, label: str, chosen: pa.RecordBatch, wanted: Wanted) -> pa.RecordBatch:
     """Rows of the table RECOMMENDATIONS for the users `chosen`."""
-    rows, best = model.shortlist.best(_as_histories(chosen, model), k)
+    rows, best = model.shortlist.best(_as_histories(chosen, model, wanted.time), wanted.k)
     owner, place = torch.isfinite(best).numpy().nonzero()
     users = pa.array(owner)
     return pa.RecordBatch.from_arrays(
         [
-            pa.repeat(domain, len(owner)),
+            pa.repeat(wanted.domain, len(owner)),
             chosen.column("bucket").take(users),
             chosen.column("raw").take(users),
             pa.array(place + 1, pa.int32()),
             model.raw_ids.take(pa.array(rows[owner, place])),
             pa.array(best.numpy()[owner, place], pa.float32()),
             pa.repeat(label, len(owner)),
-            pa.repeat(pa.scalar(release, pa.int64()), len(owner)),
+            pa.repeat(pa.scalar(wanted.release, pa.int64()), len(owner)),
         ],
         names=tables.RECOMMENDATIONS.schema.names,
     )
 
 
-def _as_histories(batch: pa.RecordBatch, model: _Model) -> Events:
+def _as_histories(batch: pa.RecordBatch, model: _Model, time: int) -> Events:
     """The users' items that the model knows, as its rows, by time where there are times: a row of the domain `all` may
-    have held-out items at the end."""
+    have held-out items at the end. `time`: of the requests, in microseconds."""
     items = batch.column("items")
     if pa.types.is_list(items.type.value_type) or pa.types.is_large_list(items.type.value_type):
         items = _in_a_row(items)
@@ -208,8 +225,11 @@ def _as_histories(batch: pa.RecordBatch, model: _Model) -> Events:
         kinds = pa.chunked_array([batch.column("event_types")])
         columns["event_types"] = event_type_codes(kinds, lengths, model.event_types)
     if "times" in batch.schema.names:
-        columns["times"] = batch.column("times").flatten().to_numpy(zero_copy_only=False)
-    found = Events(users, offsets, columns)
+        times = batch.column("times").flatten()
+        if pa.types.is_timestamp(times.type):
+            times = times.cast(pa.timestamp("us", times.type.tz)).cast(pa.int64())
+        columns["times"] = times.to_numpy(zero_copy_only=False)
+    found = Events(users, offsets, columns, request_times=np.full(len(users), time))
     found = found.in_time_order() if "times" in columns else found
     return found.keep(found.items != UNK)
 

@@ -116,6 +116,8 @@ def pack(
                 ColSpec(texts, "event_types", required=False),
                 ColSpec(Array(texts), "baskets", required=False),
                 ColSpec(Array(vector), "features", required=False),
+                ColSpec(numbers, "times", required=False),
+                ColSpec(DataType.double, "time", required=False),
             ]
         ),
         Schema(
