@@ -138,7 +138,7 @@ def test_unknown_and_missing_items_are_no_obstacle(done):
         ],
         names=["raw", "index", "bucket", "items"],
     )
-    settings = {"count": None, "k": 3, "batch_size": 2, "domain": "d", "release": 9}
+    settings = {"count": None, "wanted": recommendation_rows.Wanted(3, 2, "d", 9, 0)}
     settings["models"] = [(str(done.folder), "l")]
     rows = pa.Table.from_batches(recommendation_rows._score_batches(iter([batch]), **settings)).to_pylist()
     popular = sorted(range(5, len(catalogue)), key=lambda row: (-trained_model.popularity[row], row))[:3]
