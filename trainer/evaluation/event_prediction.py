@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from etl import tables
 from etl.settings import ConfigError
 from trainer.config import BaselinesConfig, MultiConfig
 from trainer.data.catalogue import Catalogue, read_catalogue
@@ -72,6 +73,8 @@ class EventPrediction(ClassPrediction):
             )
         config = question.config
         times = any(model.config.reads_times for model in question.models)
+        if times:
+            release.require_times(tables.SEQUENCES, str(first.folder))
         options = ReadOptions(
             times=times, values=task.reads_values, event_types=types, max_users=config.evaluation.max_users
         )

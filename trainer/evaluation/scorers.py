@@ -284,6 +284,8 @@ def model_scorer(
         return Scores(len(histories), width, columns)
 
     reads = "all domains, others until the first held-out item" if reads_all else examples.domain
+    if trained_model.config.reads_request_time:
+        reads += ", and when the held-out event was: the request's time"
     return Scorer(
         label or label_of(trained_model.config),
         trained_model.config.train.seed if seed is None else seed,

@@ -80,7 +80,7 @@ def run(config: RecommendConfig) -> Result:
         times=any(one.config.reads_times for one, _ in models),
         num_users=num_users,
     )
-    if config.time is None and any(one.config.reads_request_time for one, _ in models):
+    if config.time is None and _reads_request_time(models):
         config = replaced(config, time=dt.datetime.now(dt.UTC))
     with spark_io.writing(release.lake, tables.RECOMMENDATIONS, wait_seconds=config.wait_seconds):
         return _renew(config, models, source, domain)
@@ -101,8 +101,9 @@ def _renew(config: RecommendConfig, models: Models, source: HistorySource, domai
     by = tracking.model_link(label, trained_model.hash)
     if companion:
         by += f", and by {tracking.model_link(companion, models[1][0].hash)} for users without an item that it knows"
+    asked = f", requested at {config.time}" if _reads_request_time(models) else ""
     description = (
-        f"Top {config.k} items of domain {domain} for {num_users:,} users, by {by}; release {release.number} of "
+        f"Top {config.k} items of domain {domain} for {num_users:,} users{asked}, by {by}; release {release.number} of "
         f"`{redact(release.lake)}`."
     )
     read = [source.table.name, tables.ITEMS.name, tables.USERS.name]
@@ -122,7 +123,7 @@ def _renew(config: RecommendConfig, models: Models, source: HistorySource, domai
         )
     by_companion = f", {result.by_model.get(companion, 0):,} of them by {companion}" if companion else ""
     print(
-        f"recommend: top {config.k} of {domain} for {result.users:,} users by {label}{by_companion}, release "
+        f"recommend: top {config.k} of {domain} for {result.users:,} users{asked} by {label}{by_companion}, release "
         f"{release.number}: {result.rows:,} rows in {result.seconds:.1f} s ({speed:,.0f} users/s); "
         f"{_place(release)} version {result.version}"
     )
@@ -196,6 +197,10 @@ def _users_by_model(lake: str, domain: str) -> dict[str, int]:
     return dict(found)
 
 
+def _reads_request_time(models: Models) -> bool:
+    return any(trained_model.config.reads_request_time for trained_model, _ in models)
+
+
 def _identity(config: RecommendConfig, models: Models, source: HistorySource, domain: str) -> str:
     """A hash of everything that the rows depend on."""
     release = source.release
@@ -203,7 +208,7 @@ def _identity(config: RecommendConfig, models: Models, source: HistorySource, do
     versions = [release.versions.get(name) for name in read]
     examples = [(trained_model.hash, label) for trained_model, label in models]
     parts = [examples, release.number, versions, source.split, domain, config.k, code_hash("trainer.recipes.recommend")]
-    if any(trained_model.config.reads_request_time for trained_model, _ in models):
+    if _reads_request_time(models):
         parts.append(microseconds(config))
     return f"recommend/{domain}/{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
