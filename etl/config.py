@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
@@ -190,6 +190,8 @@ class SplitConfig(Section):
     With `train_until`, hold-out by time: of every user and domain, what comes after that date. With `random` or
     `user_folds`, hold-out by chance.
     """
+
+    LATER: ClassVar = ("ties", "ties_seed")
 
     name: FileName = "last-5"
     validation: int = Field(2, ge=0)  # 0: trained on all but the test items, for a fixed number of epochs

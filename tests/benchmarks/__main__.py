@@ -20,6 +20,7 @@ SUITES = {
     "demo": ("demo",),
     "planted": ("planted_features",),
     "growth": ("growth", "new_day", "heavy_user"),
+    "times": ("train_time",),
 }
 _PACKAGES = ("torch", "pyspark", "pysail", "pyarrow", "deltalake", "polars", "duckdb", "numpy")
 

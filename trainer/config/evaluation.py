@@ -1,6 +1,7 @@
 """Settings of evaluation, gate, registry and recommendations."""
 
-from typing import Any, Literal
+import datetime as dt
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,6 +40,8 @@ class BaselinesConfig(Section):
 
 class EvaluateConfig(Section):
     """Score model folders on one pinned release, beside the simple baselines."""
+
+    LATER: ClassVar = ("ranks", "across")
 
     # Results go to <output>/<name>/evaluation. None: named after the models, without replacing other evaluations.
     name: FileName | None = None
@@ -118,6 +121,8 @@ class GateConfig(Section):
 class PromoteConfig(Section):
     """Judge a candidate, and move the registry's alias to it if it passes."""
 
+    LATER: ClassVar = ("across",)
+
     name: FileName = "promote"
     output: str = "runs"  # the decision goes to <output>/<name>/decision.json
     registered_model: FileName = "graftrec"
@@ -142,6 +147,8 @@ class PromoteConfig(Section):
 class RecommendConfig(Section):
     """Write the top-k of every user to the Delta table `recommendations`, of one domain's items."""
 
+    LATER: ClassVar = ("friends", "time")
+
     name: FileName = "recommend"
     registered_model: FileName = "graftrec"
     model: str = "champion"  # an alias or the number of a registered version, or a model folder
@@ -154,6 +161,8 @@ class RecommendConfig(Section):
     # For users of whom neither knows an item, by what their friends have: a version or folder of the recipe `friends`.
     # None: the alias `friends`, if any.
     friends: str | None = None
+    # When requests are made, for models that read that: ISO 8601, in UTC unless it gives an offset. None: now.
+    time: dt.datetime | None = None
     replace: bool = False  # whether a model folder may replace the rows of a registered version
     k: int = Field(10, ge=1)  # items a user
     batch_size: int = Field(256, ge=1)  # users scored at once

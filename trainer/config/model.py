@@ -76,6 +76,8 @@ class ItemFeaturesConfig(JoinedFeaturesConfig):
 class UserFeaturesConfig(JoinedFeaturesConfig):
     """Of users."""
 
+    LATER: ClassVar = ("alone",)
+
     # Whether a user without an item is scored by features alone, at evaluation, in `recommend` and served; else, and
     # where the user has none, by popularity.
     alone: bool = False
@@ -90,17 +92,54 @@ class UserFeaturesConfig(JoinedFeaturesConfig):
         return self
 
 
+class TimeConfig(Section):
+    """What a network reads of when events were; nothing by default (see trainer/models/time.py)."""
+
+    # The time from the event before to each event, and from it to the request where that is known, are added to the
+    # item's vector, each by log-spaced buckets.
+    intervals: bool = False
+    # known: a position knows when the event is that it predicts; asked, when the request is made. last_event: it knows
+    # the times of events only, as a model that answers long before it is asked.
+    request_time: Literal["known", "last_event"] = "known"
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is read."""
+        return self.intervals
+
+
+class AttentionTimeConfig(TimeConfig):
+    """As TimeConfig, of a network that attends."""
+
+    # Attention adds a learned number for the time between query and key, and for how far they stand apart (HSTU: Zhai
+    # et al. 2024).
+    bias: bool = False
+
+    @property
+    def given(self) -> bool:
+        return self.intervals or self.bias
+
+
 class NetworkConfig(Section):
     """What every network has."""
 
+    LATER: ClassVar[tuple[str, ...]] = ("time",)
+
     user_width: int  # 0: no user embedding
+    time: TimeConfig = TimeConfig()
     features: ItemFeaturesConfig = ItemFeaturesConfig()
     user_features: UserFeaturesConfig = UserFeaturesConfig()  # beside the user's embedding
 
     @property
+    def reads_times(self) -> bool:
+        """Whether it reads when events were."""
+        return self.time.given
+
+    @property
     def reads_request_time(self) -> bool:
-        """Whether the model is told when it is asked: figures of those that are have a protocol card of their own."""
-        return False
+        """Whether it reads when the request is made: at evaluation, when the held-out event was. Figures of those that
+        do have a protocol card of their own."""
+        return self.time.given and self.time.request_time == "known"
 
     @model_validator(mode="after")
     def _features_join_users(self) -> Self:
@@ -114,7 +153,7 @@ class NetworkConfig(Section):
 class TiedConfig(NetworkConfig):
     """Of networks that score items with the vectors that they read them by."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("score", "temperature")
+    LATER: ClassVar = (*NetworkConfig.LATER, "score", "temperature")
 
     # dot: the product of the user's and the item's vector, and the item's bias. cosine: the cosine of both, divided by
     # the temperature, without a bias (as HSTU is trained: Zhai et al. 2024).
@@ -137,6 +176,7 @@ class Bert4RecConfig(TiedConfig):
     LATER: ClassVar = (*TiedConfig.LATER, "block")
 
     kind: Literal["bert4rec"] = "bert4rec"
+    time: AttentionTimeConfig = AttentionTimeConfig()
     blocks: int = Field(2, ge=1)
     # plain: what a layer gives is added (Vaswani et al. 2017). ligr: it is gated first, and the second layer is a
     # SwiGLU, as in LiGR and eSASRec (Borisyuk et al. 2025; Tikhonovich et al. 2025).
@@ -240,6 +280,12 @@ class MlpConfig(NetworkConfig):
         if min(layers) < 1:
             raise ValueError(f"expected widths of 1 and more, found {', '.join(map(str, layers))}")
         return layers
+
+    @model_validator(mode="after")
+    def _no_sequence_is_read(self) -> "MlpConfig":
+        if self.reads_times:
+            raise ValueError("time: expected a model that reads a sequence, found mlp, which reads none; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _vectors_are_multiplied(self) -> "MlpConfig":

@@ -1,6 +1,6 @@
 """Settings of vectors from the social network, which the recipe `features` trains (survey 2.3)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -91,6 +91,8 @@ class FriendModelConfig(Section):
 
 class FriendsConfig(Section):
     """Recommend to users without a history by what their friends have, and measure it beside plain counts."""
+
+    LATER: ClassVar = ("keep",)
 
     name: FileName = "friends"
     output: str = "runs"  # the run's folder is <output>/<name>

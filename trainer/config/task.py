@@ -49,6 +49,7 @@ class TaskSettings(Section):
     kind: str
     needs: ClassVar[DataNeeds] = DataNeeds()
     reads_event_types: ClassVar[bool] = False  # whether a model may read the events' types
+    reads_times: ClassVar[bool] = False  # whether a model may read when events were
     reads_all_ranks: ClassVar[bool] = False  # whether a step reads the users of other ranks
     networks: ClassVar[tuple[str, ...]] = ()  # kinds of model that it can train; (): all
 
@@ -113,6 +114,7 @@ class MaskedItemConfig(TaskSettings):
     mask_probability: float = Field(0.2, gt=0, lt=1)
     last_only_probability: float = Field(0.15, ge=0, le=1)  # samples in which only the last position is masked
     loss: LossConfig = LossConfig()
+    reads_times: ClassVar[bool] = True
 
 
 class NextItemConfig(TaskSettings):
@@ -122,6 +124,7 @@ class NextItemConfig(TaskSettings):
     targets: int = Field(1, ge=1)  # Caser's T (Tang and Wang 2018)
     loss: LossConfig = LossConfig()
     reads_event_types: ClassVar[bool] = True
+    reads_times: ClassVar[bool] = True
 
     @property
     def reads_left_to_right(self) -> bool:
@@ -255,6 +258,7 @@ class MultiConfig(TaskSettings):
     max_levels: int = Field(20, ge=2)  # different values that are still levels
     loss: LossConfig = LossConfig()  # of the item
     reads_event_types: ClassVar[bool] = True
+    reads_times: ClassVar[bool] = True
     networks: ClassVar[tuple[str, ...]] = READ_ITEMS
 
     @property

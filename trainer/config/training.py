@@ -94,6 +94,16 @@ class PretrainConfig(Section):
         """Whether what a user has had is a candidate too."""
         return self.evaluation.ranks_repeats(self.task.needs.repeats)
 
+    @property
+    def reads_times(self) -> bool:
+        """Whether the model reads when events were."""
+        return self.model.reads_times
+
+    @property
+    def reads_request_time(self) -> bool:
+        """Whether the model reads when the request is made: at evaluation, when the held-out event was."""
+        return self.model.reads_request_time
+
     @model_validator(mode="after")
     def _rows_are_few(self) -> "PretrainConfig":
         if self.train.table_optimizer == "rowwise" and self.task.scores_catalogue:
@@ -128,6 +138,15 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"model dupn reads from left to right, found task {self.task.kind}, which looks ahead; take next_item, "
                 "or a task with causal: true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _task_reads_times(self) -> "PretrainConfig":
+        if self.reads_times and not self.task.reads_times:
+            raise ValueError(
+                f"model.time: expected task next_item, masked_item or multi, found {self.task.kind}, which reads no "
+                "times; leave model.time out"
             )
         return self
 

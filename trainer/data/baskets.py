@@ -19,7 +19,7 @@ class BasketDataset(SequenceDataset):
     """The baskets of one split and domain, each user a sequence; its parts are those of the baskets.
 
     A group is a data file, that is, a bucket's users or a part of them: a user's baskets lie in one file, but maybe in
-    several row groups of it. They have no values and no event types, whichever are requested. Raises DataError where
+    several row groups of it. They have no values, event types or times, whichever are requested. Raises DataError where
     there are none, and for a file that can't be read.
     """
 
@@ -30,7 +30,14 @@ class BasketDataset(SequenceDataset):
     has_negatives = False  # they would be items that the user never had
 
     def __init__(
-        self, release: Release, split: str, domain: str, *, values: bool = False, event_types: Sequence[str] = ()
+        self,
+        release: Release,
+        split: str,
+        domain: str,
+        *,
+        values: bool = False,
+        event_types: Sequence[str] = (),
+        times: bool = False,
     ) -> None:
         self.release, self.split, self.domain = release, split, domain
         has_any = tables.BASKETS.name in release.versions
@@ -99,7 +106,14 @@ DATASETS = {dataset.table.name: dataset for dataset in (SequenceDataset, BasketD
 
 
 def open_dataset(
-    table: str, release: Release, split: str, domain: str, *, values: bool = False, event_types: Sequence[str] = ()
+    table: str,
+    release: Release,
+    split: str,
+    domain: str,
+    *,
+    values: bool = False,
+    event_types: Sequence[str] = (),
+    times: bool = False,
 ) -> SequenceDataset:
     """What a task's `needs.table` has of a split and domain. Raises DataError."""
-    return DATASETS[table](release, split, domain, values=values, event_types=event_types)
+    return DATASETS[table](release, split, domain, values=values, event_types=event_types, times=times)

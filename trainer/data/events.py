@@ -1,7 +1,7 @@
 """Users' events as one ragged container: every room that reads or passes on a user's history uses it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -21,6 +21,8 @@ class Events:
     users: IntArray  # [B] any id that is the same in every domain
     offsets: IntArray  # [B + 1]
     columns: Mapping[str, Column]  # name -> [sum of lengths]; `items` is always there
+    # [B] when each user's request is made, as `times`; None: nobody asks, or it is not known.
+    request_times: IntArray | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, users: IntArray, offsets: IntArray, items: Column, *more: Column) -> "Events":
@@ -78,7 +80,8 @@ class Events:
     def keep(self, flags: npt.NDArray[np.bool_]) -> "Events":
         """Only the events whose flag is set."""
         kept = np.concatenate([[0], np.cumsum(flags)])[self.offsets]
-        return Events(self.users, kept, {name: values[flags] for name, values in self.columns.items()})
+        columns = {name: values[flags] for name, values in self.columns.items()}
+        return Events(self.users, kept, columns, request_times=self.request_times)
 
     def until(self, ends: IntArray) -> "Events":
         """The first ``ends[b]`` events of each user: a training part, or what is read at a validation or test."""
@@ -102,7 +105,9 @@ class Events:
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         flat = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Events(self.users[rows], offsets, {name: values[flat] for name, values in self.columns.items()})
+        columns = {name: values[flat] for name, values in self.columns.items()}
+        asked = None if self.request_times is None else self.request_times[rows]
+        return Events(self.users[rows], offsets, columns, request_times=asked)
 
     def of_users(self, users: IntArray) -> "Events":
         """Those of exactly these users, in that order; none of a user who is not here. The users here ascend."""

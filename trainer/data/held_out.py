@@ -146,6 +146,9 @@ def read_held_out(
     # A split with cold items has other items in the validation part than in the test part, and none of them is input.
     histories = examples.with_columns(items=rows).until(examples.valid_start if sets else start)
     first = examples.offsets[:-1] + start
+    first_time = examples.times[first] if len(examples.times) else examples.times
+    if len(first_time):  # a user asks when the first held-out event was
+        histories = replace(histories, request_times=first_time)
     return HeldOut(
         examples.users,
         histories,
@@ -158,7 +161,7 @@ def read_held_out(
         tuple(protocols),
         len(catalogue),
         np.bincount(owner[(position < examples.valid_start[owner]) & (rows != SEP)], minlength=len(examples)),
-        examples.times[first] if len(examples.times) else examples.times,
+        first_time,
         options.table,
         options.repeats,
         _until(dataset, catalogue, part) if split in release.by_time else None,

@@ -135,6 +135,7 @@ class Loader:
             self._padded(items_NT, block.firsts[batch] + starts, lengths, width) if self.everyone else None,
             more.get("values"),
             more["event_types"].long() if "event_types" in more else None,
+            more.get("times"),
         )
 
     def _padded(self, windows_NT: Int32Array, starts: IntArray, lengths: IntArray, width: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from etl.lake.snapshots import (
 from etl.plain_path import absolute
 from etl.redaction import one_line
 from etl.settings import GraftrecError
-from etl.tables import FIRST_INDEX, Table
+from etl.tables import FIRST_INDEX, TIME_TIMESTAMP, Table
 from trainer.arrays import IntArray
 
 FOOTERS = 64  # of data files, kept: a twentieth of what a row group takes is reading its file's anew
@@ -115,6 +115,21 @@ class Release:
                 "it, found its log altered; restore the log from a copy"
             )
         return files
+
+    def has_times(self, table: Table) -> bool:
+        """Whether the times of a table are times, and not mere order. Raises DataError."""
+        handle = _open(self.lake, table, self.versions.get(table.name))
+        time = handle.metadata().configuration.get(tables.PROPERTY_TIME, TIME_TIMESTAMP)
+        return bool(time == TIME_TIMESTAMP)
+
+    def require_times(self, table: Table, reader: str) -> None:
+        """Raises DataError where the log has no times, which `reader` reads."""
+        if not self.has_times(table):
+            raise DataError(
+                f"expected a log with times, which {reader} reads (model.time), found mere order in {table.name} of "
+                f"release {self.number} of {self.lake}; leave model.time out, or name the log's column of times and "
+                f"its unit in the source (columns.time, time_unit) and run {etl_command(self.lake)} into another lake"
+            )
 
     def read(
         self,

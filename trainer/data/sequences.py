@@ -75,12 +75,14 @@ class SequenceDataset:
     """The sequences of one split and domain of a release, as row groups that can be read in any combination.
 
     `values`: the events' values (ratings, prices) are read too. `event_types`: names of kinds of event to be
-    distinguished: those of an event are read as its place among them, from 1 on, and 0 for whatever else.
-    Raises DataError where there are none, and for a file that is missing, damaged or not of the contract's schema.
+    distinguished: those of an event are read as its place among them, from 1 on, and 0 for whatever else. `times`: when
+    events were is read in any case. Raises DataError where there are none, and for a file that is missing, damaged or
+    not of the contract's schema.
     """
 
     table = tables.SEQUENCES
     values = False
+    times = False
     event_types: Sequence[str] = ()
     held_out = "items"  # by a user, in words
     advice = "shorten the split's hold-out, or give more interactions per user"  # where nobody holds out anything
@@ -88,10 +90,17 @@ class SequenceDataset:
     by_number = True  # whether a split's `validation` and `test` are how many are held out
 
     def __init__(
-        self, release: Release, split: str, domain: str, *, values: bool = False, event_types: Sequence[str] = ()
+        self,
+        release: Release,
+        split: str,
+        domain: str,
+        *,
+        values: bool = False,
+        event_types: Sequence[str] = (),
+        times: bool = False,
     ) -> None:
         self.release, self.split, self.domain = release, split, domain
-        self.values, self.event_types = values, event_types
+        self.values, self.event_types, self.times = values, event_types, times
         self.files = release.files(tables.SEQUENCES, {"split": split, "domain": domain})
         if not self.files:
             known = known_sequences(release, tables.SEQUENCES)
@@ -125,10 +134,13 @@ class SequenceDataset:
         columns = ["user", "items", "valid_start", *(["test_start", "end"] if held_out else [])]
         with blamed(file), open_parquet(file, self._metadata(file)) as parquet:
             # One thread, and no coalesced reads ahead: a row group is one unit of work.
-            columns += [*(["times"] if times else []), *(["values"] if self.values else [])]
+            columns += [*(["times"] if times or self.times else []), *(["values"] if self.values else [])]
             columns += ["event_types"] if self.event_types else []
             table = parquet.read_row_group(number, columns=columns, use_threads=False)
-            return _flatten(table, self.rows_per_group[group], self.event_types)
+            found = _flatten(table, self.rows_per_group[group], self.event_types)
+            if self.times and len(found.times) != len(found.items):
+                raise Damage(f"expected a time of each of {len(found.items):,} items, found {len(found.times):,}")
+            return found
 
     def read_all(self, *, times: bool = False) -> Sequences:
         return self.read(range(len(self.groups)), times=times)

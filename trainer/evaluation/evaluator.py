@@ -39,7 +39,8 @@ class Validation:
 
     @cached_property
     def held_out(self) -> HeldOut:
-        """What the users who are validated hold out; times only where more is read than is predicted."""
+        """What the users who are validated hold out; times only where more is read than is predicted, or the model
+        reads them."""
         data = self.config.data
         protocols: tuple[str, ...] = (FULL,)
         if (
@@ -50,7 +51,7 @@ class Validation:
             protocols,
             table=self.config.task.needs.table,
             repeats=self.config.ranks_repeats,
-            times=data.answered != data.domain,
+            times=data.answered != data.domain or self.config.reads_times,
             values=self.config.task.reads_values,
             event_types=data.event_types,
             max_users=self.config.train.validation_users,

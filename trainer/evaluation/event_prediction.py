@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from etl import tables
 from etl.settings import ConfigError
 from trainer.config import BaselinesConfig, MultiConfig
 from trainer.data.catalogue import Catalogue, read_catalogue
@@ -71,7 +72,12 @@ class EventPrediction(ClassPrediction):
                 "evaluate on its own release"
             )
         config = question.config
-        options = ReadOptions(values=task.reads_values, event_types=types, max_users=config.evaluation.max_users)
+        times = any(model.config.reads_times for model in question.models)
+        if times:
+            release.require_times(tables.SEQUENCES, str(first.folder))
+        options = ReadOptions(
+            times=times, values=task.reads_values, event_types=types, max_users=config.evaluation.max_users
+        )
         held_out = read_held_out(release, split, domain, catalogue, config.part, options)
         past = read_users(dataset, lambda sequences: np.isin(sequences.users, held_out.users))
         assert past is not None, "whoever holds something out has a past"

@@ -238,6 +238,8 @@ def model_scorer(
             f"{needs.table}; name a model first that does, too"
         )
     own_kinds = _kinds_as_known(trained_model, examples)
+    if trained_model.config.reads_times:
+        examples.release.require_times(tables.SEQUENCES, str(trained_model.folder))
     trained_model = with_release(
         trained_model, examples.release, examples.everything if reads_all else examples.catalogue
     )
@@ -266,6 +268,7 @@ def model_scorer(
         given = source.take(place) if reads_all else histories
         kinds = own_kinds[given.event_types] if len(own_kinds) else own_kinds
         own = Events.of(own_users[place], given.offsets, item_rows[given.items], given.times, kinds)
+        own = dataclasses.replace(own, request_times=histories.request_times)
         if len(known) == 0:
             return Scores.of(torch.full((1, 1), -torch.inf).expand(len(histories), width))
         is_read = own.items != UNK
@@ -289,6 +292,8 @@ def model_scorer(
         return Scores(len(histories), width, columns)
 
     reads = "all domains, others until the first held-out item" if reads_all else examples.domain
+    if trained_model.config.reads_request_time:
+        reads += ", and when the held-out event was: the request's time"
     return Scorer(
         label or label_of(trained_model.config),
         trained_model.config.train.seed if seed is None else seed,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -82,6 +82,8 @@ class ModelPlan(Section):
 class ExperimentConfig(Section):
     """Which rows, on what data, and how they are compared. Lake, domains, seeds, names and folders are set here, not in
     the sections."""
+
+    LATER: ClassVar = ("across",)
 
     name: FileName = "experiment"
     preset: str = "cpu"

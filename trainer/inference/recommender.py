@@ -6,7 +6,9 @@
 
 `items` is a history, oldest first; `user` may be left out, and so may `event_types`, the kind of event that each item's
 was, for a model that reads kinds (others pass it over). A model of next baskets takes `baskets` in the place of
-`items`: a list of lists, oldest first. An answer holds
+`items`: a list of lists, oldest first. A model that reads times needs `times`, when each item's event was, and takes
+`time`, when the request is made: seconds since 1970 (UTC), numbers; others pass them over. Times never fall, and none
+is later than `time`. Without `time` it is now, or the last event where that is later: clocks differ. An answer holds
 
     items     raw ids, best first; what is in the history is left out (not so of baskets, where things are had again)
     scores    the scorer's own: what evaluation ranked by; of a model that tells clicks, log-odds of one; of `popular`
@@ -33,7 +35,11 @@ params of other names never arrive: MLflow leaves them out, with a warning in th
 nothing of MLflow; `pyfunc.py` is what MLflow runs.
 """
 
+import dataclasses
 import functools
+import itertools
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -53,7 +59,9 @@ from trainer.inference.scorer import Scores, answered, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
 BATCH_SIZE = 256  # histories scored at once
-FIELDS = ("items", "user", "event_types", "baskets", "features", "friends")  # of a record
+FIELDS = ("items", "user", "event_types", "baskets", "features", "friends", "times", "time")  # of a record
+LATEST = 2**33  # seconds since 1970 that a time may be, the year 2242: more are milliseconds, or microseconds
+MICROSECONDS = 1_000_000  # of a second
 _UNREAD = f"fields of other names than {', '.join(FIELDS)} are not read"
 MODEL, FRIENDS, POPULAR = "model", "friends", "popular"  # what an answer is based on
 
@@ -72,6 +80,8 @@ class Request:
     baskets: Sequence[Sequence[str]] | None = None
     features: Sequence[tuple[str, str, Sequence[float]]] = ()  # of later items: raw id, encoder, vector
     friends: Sequence[str] = ()  # raw ids of the user's friends
+    times: Sequence[float] | None = None  # of each item, seconds since 1970, ascending
+    time: float | None = None  # of the request; None: now
 
     @property
     def form(self) -> str:
@@ -141,6 +151,7 @@ class Recommender:
         self.trained_model, self.version, self._beside = trained_model, version, functools.cache(beside)
         self._companion, self._friends = functools.cache(companion), functools.cache(friends)
         self._shortlist, self.reads = TopK(trained_model), trained_model.config.task.needs.request
+        self.reads_times = trained_model.config.reads_times
         self._place_of = {name: place for place, name in enumerate(trained_model.event_types, 1)}
         self._row_of = {raw: row for row, raw in enumerate(trained_model.catalogue.raw_ids) if row >= FIRST_INDEX}
 
@@ -165,6 +176,11 @@ class Recommender:
         """One answer for each request, in order. Raises RequestError."""
         check_k(k)
         for place, request in enumerate(requests):
+            if self.reads_times and request.items and request.times is None:
+                raise RequestError(
+                    f"record {place}: expected `times`, which {self.version} reads: a number of seconds since 1970 "
+                    "(UTC) for each of `items`, found none; give when each item's event was"
+                )
             if request.form != self.reads:
                 raise RequestError(
                     f"record {place}: expected `{self.reads}`, which {self.version} reads, found `{request.form}`"
@@ -180,7 +196,9 @@ class Recommender:
         answers = [found[place] for place in range(len(requests))]
         unread = [place for place, answer in enumerate(answers) if answer.basis == POPULAR and answer.unknown]
         companion = self._companion() if unread else None
-        if companion is not None and companion.reads == self.reads:
+        if companion is not None and companion.reads_times:  # asked by a request for a model that reads none
+            unread = [place for place in unread if requests[place].times is not None]
+        if companion is not None and companion.reads == self.reads and unread:
             others = companion.answer([requests[place] for place in unread], k)
             for place, other in zip(unread, others, strict=True):
                 if other.basis == MODEL:
@@ -236,14 +254,16 @@ class Recommender:
         read = [_read(request) for request in requests]
         rows = [[SEP if item is None else self._row_of.get(item, UNK) for item in items] for items in read]
         users = self.trained_model.users or {}
+        times, asked = self._times(requests)
         given = np.array([row for history in rows for row in history], dtype=np.int64)
         whole = Events.of(
             np.array([users.get(request.user or "", UNK) for request in requests], dtype=np.int64),
             np.concatenate([[0], np.cumsum([len(history) for history in rows])]).astype(np.int64),
             given,
-            np.empty(0, dtype=np.int64),
+            times,
             self._event_types(requests),
         )
+        whole = dataclasses.replace(whole, request_times=asked)
         histories = whole.keep(given != UNK)
         is_answered = answered(self.trained_model.model, histories)
         best_rows, best = self._shortlist.best(histories, k)
@@ -258,6 +278,16 @@ class Recommender:
             return np.empty(0, np.int8)
         kinds = [request.event_types or [""] * len(request.items) for request in requests]
         return np.array([self._place_of.get(kind, 0) for of_one in kinds for kind in of_one], dtype=np.int8)
+
+    def _times(self, requests: Sequence[Request]) -> tuple[IntArray, IntArray | None]:
+        """In microseconds, of all items one behind the other, and of the requests; nothing where none are read."""
+        if not self.reads_times:
+            return np.empty(0, np.int64), None
+        now = time.time()
+        given = [second for request in requests for second in request.times or ()]
+        asked = [now if request.time is None else request.time for request in requests]
+        times, requested = (np.floor(np.array(part) * MICROSECONDS).astype(np.int64) for part in (given, asked))
+        return times, requested
 
     def _one(
         self, items: Sequence[str | None], history: Sequence[int], rows: IntArray, scores: Tensor, basis: str
@@ -289,7 +319,7 @@ def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
 
 
 def _parse(record: Mapping[str, Any], place: int) -> Request:
-    items, user, kinds, baskets, features, friends = (_plain(record.get(name)) for name in FIELDS)
+    items, user, kinds, baskets, features, friends, times, asked = (_plain(record.get(name)) for name in FIELDS)
     if baskets is not None:
         if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
             raise RequestError(
@@ -315,8 +345,44 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
             f"record {place}: `friends` is a list of raw user ids (strings), found {str(friends)[:100]!r}"
         )
     user = None if user is None else _ids([user], place, "user")[0]
-    friends = tuple(_ids(friends or [], place, "friends"))
-    return Request(_ids(items, place, "items"), user, kinds, baskets, _vectors(features, place), friends)
+    _check_times(times, asked, len(items), place)
+    given = tuple(_ids(friends or [], place, "friends"))
+    vectors = _vectors(features, place)
+    return Request(_ids(items, place, "items"), user, kinds, baskets, vectors, given, times, asked)
+
+
+def _check_times(times: Any, asked: Any, num_items: int, place: int) -> None:
+    """Raises RequestError for times of a record that are no numbers of seconds, that fall, or that are to come."""
+    for name, given in (("times", times), ("time", [] if asked is None else [asked])):
+        if given is None:
+            continue
+        what = f"`{name}` is a number of seconds since 1970 (UTC)" + (" for each of `items`" if name == "times" else "")
+        if not isinstance(given, list) or not all(map(_is_number, given)):
+            raise RequestError(f"record {place}: {what}, found {str(given if name == 'times' else asked)[:100]!r}")
+        if wrong := [one for one in given if not -LATEST < one < LATEST]:
+            raise RequestError(
+                f"record {place}: {what}, found {wrong[0]:g}; divide milliseconds by 1,000, microseconds by 1,000,000"
+            )
+    if times is None:
+        return
+    if len(times) != num_items:
+        raise RequestError(
+            f"record {place}: `times` is as long as `items`, found {len(times)} times of {num_items} items"
+        )
+    if fallen := [at for at, (before, after) in enumerate(itertools.pairwise(times), 1) if after < before]:
+        raise RequestError(
+            f"record {place}: `items` and `times` are oldest first, found time {fallen[0]} before the one that stands "
+            "before it; sort both by time"
+        )
+    if asked is not None and times and times[-1] > asked:
+        raise RequestError(
+            f"record {place}: expected events until the request's `time`, {asked:.0f}, found one at {times[-1]:.0f}; "
+            "leave out later events, or correct `time`"
+        )
+
+
+def _is_number(given: Any) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
 
 
 def _vectors(features: Any, place: int) -> tuple[tuple[str, str, list[float]], ...]:

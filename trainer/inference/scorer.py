@@ -276,4 +276,18 @@ class ModelScorer:
         )
         if len(histories.event_types):
             batch.event_types = torch.from_numpy(histories.padded("event_types"))
+        if self.model.config.reads_times:
+            batch.times, batch.asked = _times_of(histories, needs_request=self.model.config.reads_request_time)
         return batch.to(self.device)
+
+
+def _times_of(histories: Events, *, needs_request: bool) -> tuple[Tensor, Tensor]:
+    """(times [B, T] of events, [B] of requests). A request is not earlier than its user's last event: clocks differ."""
+    histories.require_times()
+    if needs_request and histories.request_times is None:
+        raise ValueError("expected the times of requests, which the model reads, found none")
+    requests = np.zeros(len(histories), np.int64) if histories.request_times is None else histories.request_times
+    last = requests.copy()
+    has_any = histories.lengths > 0
+    last[has_any] = histories.times[histories.offsets[1:][has_any] - 1]
+    return torch.from_numpy(histories.padded("times")), torch.from_numpy(np.maximum(requests, last))

@@ -114,13 +114,14 @@ def _new(
         model.add_features(sizes.features, sizes.documents)
     if sizes.user_features:
         model.add_user_features(sizes.user_features)
+    model.add_time()
     return model
 
 
 def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
-    """Parameter groups (item, user, knowledge, features, position, patch, body, head) to the name prefixes of their
-    tensors."""
-    return {**_network(config).GROUPS, "features": ("features.",)}
+    """Parameter groups (item, user, knowledge, features, time, position, patch, body, head) to the name prefixes of
+    their tensors."""
+    return {**_network(config).GROUPS, "features": ("features.",), "time": ("time.",)}
 
 
 def _network(config: ModelConfig) -> type[SequenceModel]:

@@ -18,6 +18,7 @@ from trainer.models.documents import DocumentTable
 from trainer.models.features import Features, FeatureTable, kept_ids
 from trainer.models.heads import LossWeights, PairHead, unit
 from trainer.models.row_table import RowTable, RowTables
+from trainer.models.time import ITEMS_ONLY, EventInputs, Intervals
 
 _EVERY = slice(None)
 TABLE_STD = 0.02
@@ -81,6 +82,7 @@ class SequenceModel(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.task_heads = nn.ModuleDict()
         self.features = nn.ModuleDict()  # `scored`: of the vectors that score; `user`: of users
+        self.time = nn.ModuleDict()  # what reads when events were
 
     def table(self, num_embeddings: int, width: int) -> nn.Embedding | RowTable:
         """A table of item, user or entity vectors, dense or row-wise."""
@@ -106,14 +108,13 @@ class SequenceModel(nn.Module):
         *,
         causal: bool,
         table_VD: Tensor | None = None,
-        event_types_BT: Tensor | None = None,
+        events: EventInputs = ITEMS_ONLY,
     ) -> Tensor:
         """Hidden states [N, D] of the positions that are wanted (bool [B, T], real ones), row after row.
 
         items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows of the user table (those
         beyond it are unknown). `causal`: a position looks at none behind it. `table_VD`: item_vectors(), where the
-        caller has it already. `event_types` [B, T]: kinds of event, where the model reads them (`data.event_types`); 0
-        for none of them, or for a reserved row; None: all are."""
+        caller has it already. `events`: what is read of events beside items."""
         raise NotImplementedError
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
@@ -133,6 +134,20 @@ class SequenceModel(nn.Module):
         """Vectors from outside the log beside items' own: `item_vectors` has them from now on. Drawn from the global
         random state, and at first without effect."""
         self.features["scored"] = Features(self.config.features, self.item_width, tables, documents)
+
+    def add_time(self) -> None:
+        """What reads when events were, as `config.time` says: at first without effect."""
+        time = self.config.time
+        if time.intervals:
+            self.time["intervals"] = Intervals(self.config.width, until=time.request_time == "known")
+
+    def with_intervals(self, vectors_BTD: Tensor, events: EventInputs) -> Tensor:
+        """Items' vectors with the times between events added, where the network reads these."""
+        if "intervals" not in self.time:
+            return vectors_BTD
+        assert events.times is not None, "times are read"
+        timed_BTD: Tensor = vectors_BTD + self.time["intervals"](events.times).to(vectors_BTD.dtype)
+        return timed_BTD
 
     def add_user_features(self, tables: tuple[FeatureTable, ...]) -> None:
         """As `add_features`, beside users' own vectors."""

@@ -14,7 +14,7 @@ read. Counting back from the newest was tried: the predicted position is then ha
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,9 @@ from trainer.models.base import ModelSizes
 from trainer.models.cpu import attention
 from trainer.models.cpu.dropout import Dropout
 from trainer.models.cpu.rotary import rotated
-from trainer.models.item_encoder import TiedModel
+from trainer.models.item_encoder import Chunk, TiedModel
 from trainer.models.row_table import RowTables
+from trainer.models.time import Pairs, RelativeBias
 
 # Without cuDNN, which makes a plan for each shape that it hasn't seen, a tenth of a second: here nearly every step's.
 CUDA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -66,7 +67,8 @@ class Block(nn.Module):
         patches: Patches = None,
     ) -> Tensor:
         """[B, T, D] to [B, T, D]; to [N, D], those `wanted`, where not all are. `mask` [B, 1, 1 or Q, T]: what a
-        position may look at; None: everything, or with `causal` what doesn't stand behind it."""
+        position may look at, or [B, H, Q, T] what is added to its scores; None: everything, or with `causal` what
+        doesn't stand behind it."""
         D = x_BTD.shape[2]
         normed_BTD = asking_BQD = self.attention_norm(x_BTD)
         qkv = weight_of(self.qkv, patches, "qkv")
@@ -160,32 +162,50 @@ class Bert4Rec(TiedModel):
         self.output_norm = nn.LayerNorm(config.width)
         self._add_head()
 
+    def add_time(self) -> None:
+        super().add_time()
+        if self.config.time.bias:
+            sizes = self.config.heads, self.config.max_length
+            self.time["bias"] = nn.ModuleList(RelativeBias(*sizes) for _ in self.blocks)
+
     def _placed(self, vectors_BTD: Tensor) -> Tensor:
         return vectors_BTD + self.position_embedding.weight[: vectors_BTD.shape[1]]
 
     def _network(self) -> Sequence[nn.Parameter]:
-        return [*self.input_norm.parameters(), *self.blocks.parameters(), *self.output_norm.parameters()]
+        biases = [parameter for bias in self._biases() for parameter in bias.parameters()]
+        return [*self.input_norm.parameters(), *self.blocks.parameters(), *biases, *self.output_norm.parameters()]
 
-    def _chunk(
-        self, x_BTD: Tensor, lengths_B: Tensor, wanted_BT: Tensor, random: torch.Generator | None, *, causal: bool
-    ) -> Tensor:
+    def _biases(self) -> list[RelativeBias]:
+        """One a block, or none."""
+        return list(cast(nn.ModuleList, self.time["bias"])) if "bias" in self.time else []  # type: ignore[arg-type]
+
+    def _chunk(self, x_BTD: Tensor, chunk: Chunk, random: torch.Generator | None) -> Tensor:
         """Hidden states [N, D] of the wanted positions of some sequences, from the vectors of their items."""
+        lengths_B, wanted_BT, causal = chunk.lengths_B, chunk.wanted_BT, chunk.causal
         T = int(lengths_B.amax()) if len(lengths_B) else x_BTD.shape[1]
         x_BTD, wanted_BT = self.dropout(self.input_norm(x_BTD[:, :T]), random), wanted_BT[:, :T]
         place_T = torch.arange(T, device=x_BTD.device)
         rotation_TE = self.rotation_TE[:T] if self.config.positions == "rotary" else None
-        mask = None
-        if not causal and bool((lengths_B < T).any()):  # a causal query never sees what stands behind it
+        biases = self._biases()
+        mask, pairs = None, None
+        if biases:
+            assert chunk.times is not None, "times are read"
+            pairs = Pairs.of(chunk.times, lengths_B, T, causal=causal)
+        elif not causal and bool((lengths_B < T).any()):  # a causal query never sees what stands behind it
             mask = (place_T < lengths_B[:, None])[:, None, None]
         *blocks, (last, last_patches) = zip(self.blocks, self.patches_of_blocks(), strict=True)
-        for block, patches in blocks:
+        for place, (block, patches) in enumerate(blocks):
+            mask = biases[place](pairs) if biases else mask
             x_BTD = block(x_BTD, mask, rotation_TE, causal=causal, random=random, patches=patches)
         wanted = Wanted(wanted_BT)
         how = {"causal": causal, "random": random, "patches": last_patches}
         if 2 * wanted.mask_BQ.shape[1] > T:  # most are wanted: no gain in leaving the others out
+            mask = biases[-1](pairs) if biases else mask
             x_ND = last(x_BTD, mask, rotation_TE, **how)[wanted_BT]
         else:
-            if causal:
+            if pairs is not None:
+                mask = biases[-1](pairs.asked_at(wanted.places_BQ))
+            elif causal:
                 mask = (place_T <= wanted.places_BQ[:, :, None])[:, None]
             x_ND = last(x_BTD, mask, rotation_TE, wanted=wanted, **how)
         hidden_ND: Tensor = self.output_norm(x_ND)

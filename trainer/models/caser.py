@@ -28,6 +28,7 @@ from trainer.models.cpu.chunks import mapped, order_of, sizes_by_length
 from trainer.models.documents import DocumentTable
 from trainer.models.features import Features, FeatureTable
 from trainer.models.row_table import RowTables
+from trainer.models.time import ITEMS_ONLY, EventInputs
 
 CHUNK_POSITIONS = 1_024  # windows that go through the filters together on a CPU, about
 
@@ -103,12 +104,14 @@ class Caser(SequenceModel):
         *,
         causal: bool,
         table_VD: Tensor | None = None,
-        event_types_BT: Tensor | None = None,
+        events: EventInputs = ITEMS_ONLY,
     ) -> Tensor:
         order_B = lengths_B.argsort(stable=True)
         lengths, wanted = lengths_B[order_B], wanted_BT[order_B]
         ends_BT = self._ends(lengths, wanted, causal=causal)
-        x_BTD = self._read(items_BT[order_B], lengths)  # once for the whole batch; what follows is done chunk by chunk
+        x_BTD = self._read(
+            items_BT[order_B], lengths, events.take(order_B)
+        )  # once for the whole batch; what follows is done chunk by chunk
         sizes = sizes_by_length(lengths, CHUNK_POSITIONS)
         wanted_of, ends_of = torch.split(wanted, sizes), torch.split(ends_BT, sizes)
         seeds = torch.randint(1 << 62, (len(sizes),)).tolist() if self.training else []
@@ -123,9 +126,10 @@ class Caser(SequenceModel):
             return hidden
         return torch.cat([hidden, self.user_vectors(users_B)[wanted_BT.nonzero()[:, 0]]], dim=1)
 
-    def _read(self, items_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    def _read(self, items_BT: Tensor, lengths_B: Tensor, events: EventInputs) -> Tensor:
         """Vectors [B, T, D] of the items and their entities; zero behind a sequence's end."""
         x_BTD = self.with_features(self.own_vectors(self.item_embedding.weight, items_BT), items_BT, "read")
+        x_BTD = self.with_intervals(x_BTD, events)
         if self.knowledge_projection is not None:
             x_BTD = torch.cat([x_BTD, self.entity_vectors(items_BT)], dim=2)
         real_BT = torch.arange(items_BT.shape[1], device=items_BT.device) < lengths_B[:, None]

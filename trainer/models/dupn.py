@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trainer.config import DupnConfig
 from trainer.models.base import TABLE_STD, ModelSizes, SequenceModel, initialise
 from trainer.models.row_table import RowTables
+from trainer.models.time import ITEMS_ONLY, EventInputs
 
 MOST = 15.0  # of an attention score's size, so that exponentials of any two can be divided in fp32
 
@@ -97,13 +98,14 @@ class Dupn(SequenceModel):
         *,
         causal: bool,
         table_VD: Tensor | None = None,
-        event_types_BT: Tensor | None = None,
+        events: EventInputs = ITEMS_ONLY,
     ) -> Tensor:
         assert causal, "settings refuse tasks that look ahead"
         vectors_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
         if self.config.event_types:
-            kinds_BT = torch.zeros_like(items_BT) if event_types_BT is None else event_types_BT
+            kinds_BT = torch.zeros_like(items_BT) if events.event_types_BT is None else events.event_types_BT
             vectors_BTD = vectors_BTD + self.event_type_embedding(kinds_BT)
+        vectors_BTD = self.with_intervals(vectors_BTD, events)
         random = None
         if self.training:
             random = torch.Generator(vectors_BTD.device).manual_seed(int(torch.randint(1 << 62, ())))

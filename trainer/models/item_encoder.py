@@ -9,6 +9,7 @@ core of its own: hardly any padding, and what one layer writes is still near whe
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
@@ -21,8 +22,19 @@ from trainer.models.base import TABLE_STD, ModelSizes, SequenceModel, initialise
 from trainer.models.cpu.chunks import mapped, order_of, sizes_by_length
 from trainer.models.heads import CosineQuery
 from trainer.models.row_table import RowTables
+from trainer.models.time import ITEMS_ONLY, EventInputs, EventTimes
 
 CHUNK_POSITIONS = 1_024  # padded positions that go through the network together on a CPU: 0.5 MB at width 128
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Sequences that go through the network together: which positions are wanted, when events were."""
+
+    lengths_B: Tensor
+    wanted_BT: Tensor
+    times: EventTimes | None
+    causal: bool
 
 
 class TiedModel(SequenceModel):
@@ -116,33 +128,34 @@ class TiedModel(SequenceModel):
         *,
         causal: bool,
         table_VD: Tensor | None = None,
-        event_types_BT: Tensor | None = None,
+        events: EventInputs = ITEMS_ONLY,
     ) -> Tensor:
         order_B = lengths_B.argsort(stable=True)
         items_BT, lengths_B, wanted_BT = items_BT[order_B], lengths_B[order_B], wanted_BT[order_B]
+        events = events.take(order_B)
         # Tables are read once for the whole batch; what follows is done chunk by chunk.
         vectors_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
-        x_BTD = self._placed(vectors_BTD)
+        x_BTD = self._placed(self.with_intervals(vectors_BTD, events))
         if self.config.user_width:
             x_BTD = x_BTD + self.user_projection(self.user_vectors(users_B)[order_B])[:, None]
         sizes = sizes_by_length(lengths_B, CHUNK_POSITIONS)
         lengths, wanted = torch.split(lengths_B, sizes), torch.split(wanted_BT, sizes)
+        times: Sequence[EventTimes | None] = [None] * len(sizes) if events.times is None else events.times.split(sizes)
         seeds = torch.randint(1 << 62, (len(sizes),)).tolist() if self.training else []
 
-        def chunk(number: int, x_BTD: Tensor) -> Tensor:
+        def through(number: int, x_BTD: Tensor) -> Tensor:
             random = torch.Generator(x_BTD.device).manual_seed(seeds[number]) if self.training else None
-            return self._chunk(x_BTD, lengths[number], wanted[number], random, causal=causal)
+            chunk = Chunk(lengths[number], wanted[number], times[number], causal)
+            return self._chunk(x_BTD, chunk, random)
 
         weights = [*self._network(), *(self.patches.parameters() if self.patches is not None else ())]
-        return torch.cat(mapped(chunk, torch.split(x_BTD, sizes), weights))[order_of(wanted_BT, order_B)]
+        return torch.cat(mapped(through, torch.split(x_BTD, sizes), weights))[order_of(wanted_BT, order_B)]
 
     def _placed(self, vectors_BTD: Tensor) -> Tensor:
         """The items' vectors with what tells their places."""
         raise NotImplementedError
 
-    def _chunk(
-        self, x_BTD: Tensor, lengths_B: Tensor, wanted_BT: Tensor, random: torch.Generator | None, *, causal: bool
-    ) -> Tensor:
+    def _chunk(self, x_BTD: Tensor, chunk: Chunk, random: torch.Generator | None) -> Tensor:
         """Hidden states [N, D] of the wanted positions of some sequences, from the vectors of their items."""
         raise NotImplementedError
 

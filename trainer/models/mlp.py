@@ -23,6 +23,7 @@ from trainer.config import MlpConfig
 from trainer.models.base import TABLE_STD, ModelSizes, SequenceModel, initialise
 from trainer.models.features import Features
 from trainer.models.row_table import RowTables
+from trainer.models.time import ITEMS_ONLY, EventInputs
 
 PAIRS = 1 << 18  # of user and item that go through the layers together
 
@@ -103,7 +104,7 @@ class Mlp(SequenceModel):
         *,
         causal: bool,
         table_VD: Tensor | None = None,
-        event_types_BT: Tensor | None = None,
+        events: EventInputs = ITEMS_ONLY,
     ) -> Tensor:
         user_BH = self.user_vectors(users_B)
         if self.config.score == "mlp":

@@ -20,7 +20,7 @@ from trainer.config import PeterRecConfig
 from trainer.models.adapters import Patches, patched, weight_of
 from trainer.models.base import ModelSizes
 from trainer.models.cpu.dropout import Dropout
-from trainer.models.item_encoder import TiedModel
+from trainer.models.item_encoder import Chunk, TiedModel
 from trainer.models.row_table import RowTables
 
 KERNEL = 3
@@ -82,9 +82,8 @@ class PeterRec(TiedModel):
     def _network(self) -> Sequence[nn.Parameter]:
         return [*self.input_norm.parameters(), *self.blocks.parameters(), *self.output_norm.parameters()]
 
-    def _chunk(
-        self, x_BTD: Tensor, lengths_B: Tensor, wanted_BT: Tensor, random: torch.Generator | None, *, causal: bool
-    ) -> Tensor:
+    def _chunk(self, x_BTD: Tensor, chunk: Chunk, random: torch.Generator | None) -> Tensor:
+        lengths_B, wanted_BT, causal = chunk.lengths_B, chunk.wanted_BT, chunk.causal
         T = int(lengths_B.amax()) if len(lengths_B) else x_BTD.shape[1]
         x_BTD, wanted_BT = self.dropout(self.input_norm(x_BTD[:, :T]), random), wanted_BT[:, :T]
         real_BT1 = None

@@ -213,7 +213,17 @@ def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
     split, domain = config.data.split, config.data.domain
     negatives, table = config.task.negative_events, config.task.needs.table
     setting, types = ("task.impressions", negatives) if negatives else ("data.event_types", config.data.event_types)
-    dataset = open_dataset(table, release, split, domain, values=config.task.reads_values, event_types=types)
+    if config.reads_times:
+        release.require_times(tables.TABLES[table], f"model {config.model.kind}")
+    dataset = open_dataset(
+        table,
+        release,
+        split,
+        domain,
+        values=config.task.reads_values,
+        event_types=types,
+        times=config.reads_times,
+    )
     _check_event_types(dataset, setting)
     return dataset
 

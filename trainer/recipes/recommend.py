@@ -6,6 +6,7 @@ is from. One commit replaces all of the domain's partitions or none. It records 
 does nothing.
 """
 
+import datetime as dt
 import hashlib
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from etl.lake.file_reader import open_parquet
 from etl.lake.snapshots import snapshot_files
 from etl.redaction import redact
 from etl.session import spark_session
-from etl.settings import GraftrecError, RunAgain
+from etl.settings import GraftrecError, RunAgain, replaced
 from etl.tables import DOMAIN_ALL
 from trainer import tracking
 from trainer.code_hash import code_hash
@@ -31,7 +32,7 @@ from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset
 from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import MANIFEST, TrainedModel, load_model, model_hash
-from trainer.recipes.recommendation_rows import HistorySource, Models, progress, score_users
+from trainer.recipes.recommendation_rows import HistorySource, Models, microseconds, progress, score_users
 from trainer.registry import COMPANION, Registry, Version
 from trainer.social.friends_folder import FriendsModel, load_friends, renewed
 
@@ -55,8 +56,7 @@ def run(config: RecommendConfig) -> Result:
     models = _models(config)
     trained_model, _ = models.own
     table = tables.TABLES[trained_model.config.task.needs.table]
-    of_sequences = [one for one, _ in (models.own, models.companion or models.own)]
-    for one in of_sequences:
+    for one, _ in models.networks:
         one.scorer(clicks=True)  # refuses a model that ranks no items
     own = trained_model.config.data
     predicts = own.predicted or own.domain
@@ -67,11 +67,23 @@ def run(config: RecommendConfig) -> Result:
     num_users = open_dataset(table.name, release, split, reads).num_rows
     if DOMAIN_ALL in domains_with_sequences(release, split):
         num_users = SequenceDataset(release, split, DOMAIN_ALL).num_rows
-    kinds = any(one.event_types for one in of_sequences)
-    reads_all = models.companion is not None or reads == DOMAIN_ALL
+    for one, by in models.networks:
+        if one.config.reads_times:
+            release.require_times(tables.SEQUENCES, by)
     source = HistorySource(
-        release, split, reads, reads_all, table, kinds, num_users, models.friends is not None, _encoders(trained_model)
+        release,
+        split,
+        reads,
+        models.companion is not None or reads == DOMAIN_ALL,
+        table,
+        event_types=any(one.event_types for one, _ in models.networks),
+        times=any(one.config.reads_times for one, _ in models.networks),
+        num_users=num_users,
+        friends=models.friends is not None,
+        encoders=_encoders(trained_model),
     )
+    if config.time is None and _reads_request_time(models):
+        config = replaced(config, time=dt.datetime.now(dt.UTC))
     with spark_io.writing(release.lake, tables.RECOMMENDATIONS, wait_seconds=config.wait_seconds):
         return _renew(config, models, source, domain)
 
@@ -95,8 +107,9 @@ def _renew(config: RecommendConfig, models: Models, source: HistorySource, domai
             role
         ]
         by += f", and by {tracking.model_link(name, other.hash)} for {whom}"
+    asked = f", requested at {config.time}" if _reads_request_time(models) else ""
     description = (
-        f"Top {config.k} items of domain {domain} for {num_users:,} users, by {by}; release {release.number} of "
+        f"Top {config.k} items of domain {domain} for {num_users:,} users{asked}, by {by}; release {release.number} of "
         f"`{redact(release.lake)}`."
     )
     read = [source.table.name, tables.ITEMS.name, tables.USERS.name]
@@ -116,7 +129,7 @@ def _renew(config: RecommendConfig, models: Models, source: HistorySource, domai
         )
     by_others = "".join(f", {result.by_model.get(name, 0):,} of them by {name}" for _, name in others.values())
     print(
-        f"recommend: top {config.k} of {domain} for {result.users:,} users by {label}{by_others}, release "
+        f"recommend: top {config.k} of {domain} for {result.users:,} users{asked} by {label}{by_others}, release "
         f"{release.number}: {result.rows:,} rows in {result.seconds:.1f} s ({speed:,.0f} users/s); "
         f"{_place(release)} version {result.version}"
     )
@@ -237,6 +250,10 @@ def _users_by_model(lake: str, domain: str) -> dict[str, int]:
     return dict(found)
 
 
+def _reads_request_time(models: Models) -> bool:
+    return any(trained_model.config.reads_request_time for trained_model, _ in models.networks)
+
+
 def _identity(config: RecommendConfig, models: Models, source: HistorySource, domain: str) -> str:
     """A hash of everything that the rows depend on."""
     release = source.release
@@ -246,6 +263,8 @@ def _identity(config: RecommendConfig, models: Models, source: HistorySource, do
     versions = [release.versions.get(name) for name in read]
     examples = [(one.hash, label) for one, label in models.all]
     parts = [examples, release.number, versions, source.split, domain, config.k, code_hash("trainer.recipes.recommend")]
+    if _reads_request_time(models):
+        parts.append(microseconds(config))
     return f"recommend/{domain}/{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 

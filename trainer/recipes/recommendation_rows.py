@@ -9,6 +9,7 @@ no event at all; else the popular items. The rows equal the served model's answe
 """
 
 import atexit
+import datetime as dt
 import functools
 import hashlib
 import shutil
@@ -64,8 +65,13 @@ class Models:
     friends: tuple[FriendsModel, str] | None = None
 
     @property
+    def networks(self) -> list[tuple[TrainedModel, str]]:
+        """Those that read histories."""
+        return [one for one in (self.own, self.companion) if one is not None]
+
+    @property
     def all(self) -> list[tuple[TrainedModel | FriendsModel, str]]:
-        return [one for one in (self.own, self.companion, self.friends) if one is not None]
+        return [one for one in (*self.networks, self.friends) if one is not None]
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,29 @@ class HistorySource:
     reads_all: bool
     table: Table
     event_types: bool
+    times: bool
     num_users: int  # with any event, in whichever domain
     friends: bool = False  # users who have friends and no event are read, too
     encoders: tuple[str, ...] = ()  # and those whom one of these encoders has a vector of
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is computed for every user."""
+
+    k: int
+    batch_size: int  # users scored at once
+    domain: str
+    release: int
+    time: int  # of the requests: microseconds since 1970
+
+
+def microseconds(config: RecommendConfig) -> int:
+    """When requests are made; 0 where nothing reads it."""
+    if config.time is None:
+        return 0
+    when = config.time if config.time.tzinfo else config.time.replace(tzinfo=dt.UTC)
+    return (when - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(microseconds=1)
 
 
 def score_users(
@@ -92,10 +118,7 @@ def score_users(
         _score_batches,
         models=[(_shipped(spark, one), label) for one, label in models.all],
         count=count,
-        k=config.k,
-        batch_size=config.batch_size,
-        domain=domain,
-        release=source.release.number,
+        wanted=Wanted(config.k, config.batch_size, domain, source.release.number, microseconds(config)),
     )
     return _histories(spark, source, config.spark.shuffle_partitions).mapInArrow(score, ROWS_SCHEMA)
 
@@ -112,8 +135,9 @@ def _histories(spark: SparkSession, source: HistorySource, parallel: int) -> Dat
     domain = DOMAIN_ALL if source.reads_all else source.reads
     own = _ONE_ROW_A_USER[source.table.name](read(source.table, domain))
     more = ["event_types"] if source.event_types else []
-    more += ["times"] if source.reads_all and "times" in own.columns else []
-    if "times" not in more and DOMAIN_ALL in domains_with_sequences(release, source.split):
+    by_time = source.reads_all and "times" in own.columns
+    more += ["times"] if by_time or source.times else []
+    if not by_time and DOMAIN_ALL in domains_with_sequences(release, source.split):
         everyone = read(tables.SEQUENCES, DOMAIN_ALL).select("user", "bucket")
         own = everyone.join(own.drop("bucket"), "user", "left")
     vocabulary = spark_io.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
@@ -200,10 +224,7 @@ def _score_batches(
     *,
     models: Sequence[tuple[str, str]],
     count: Any,
-    k: int,
-    batch_size: int,
-    domain: str,
-    release: int,
+    wanted: Wanted,
 ) -> Iterator[pa.RecordBatch]:
     """Top-k rows of the users in `batches` (raw, index, bucket, items). `models`: place and label of the model, of its
     companion, which scores users of whom only it knows an item, and of an attention over friends, for users of whom
@@ -214,58 +235,56 @@ def _score_batches(
     for batch in batches:
         # Users of like lengths together: less padding.
         order = np.argsort(_lengths(batch.column("items")), kind="stable")
-        for start in range(0, len(order), batch_size):
-            chosen = batch.take(pa.array(order[start : start + batch_size]))
+        for start in range(0, len(order), wanted.batch_size):
+            chosen = batch.take(pa.array(order[start : start + wanted.batch_size]))
             scored_by = np.zeros(len(chosen), np.int64)
             if len(loaded) > 1:
-                nobody = ~_knows(chosen, loaded[0][0])
+                nobody = ~_knows(chosen, loaded[0][0], wanted.time)
                 for place, (model, _) in enumerate(loaded[1:], 1):
-                    scored_by[nobody & _knows(chosen, model)] = place
+                    scored_by[nobody & _knows(chosen, model, wanted.time)] = place
                     nobody &= scored_by == 0
             for place, (model, label) in enumerate(loaded):
                 if (users := scored_by == place).any():
-                    yield _best(model, label, chosen.filter(pa.array(users)), k, domain, release)
+                    yield _best(model, label, chosen.filter(pa.array(users)), wanted)
         if count is not None:
             count.add(batch.num_rows)
 
 
-def _knows(batch: pa.RecordBatch, model: _Model | _Friends) -> npt.NDArray[np.bool_]:
+def _knows(batch: pa.RecordBatch, model: _Model | _Friends, time: int) -> npt.NDArray[np.bool_]:
     """[B] of which users a model knows an item, or friends who have some."""
     if isinstance(model, _Friends):
         known: npt.NDArray[np.bool_] = model.recommender.places(batch.column("raw")) >= 0
         return known
-    return answered(model.model, _as_histories(batch, model))
+    return answered(model.model, _as_histories(batch, model, time))
 
 
-def _best(
-    model: _Model | _Friends, label: str, chosen: pa.RecordBatch, k: int, domain: str, release: int
-) -> pa.RecordBatch:
+def _best(model: _Model | _Friends, label: str, chosen: pa.RecordBatch, wanted: Wanted) -> pa.RecordBatch:
     """Rows of the table RECOMMENDATIONS for the users `chosen`."""
-    histories = _as_histories(chosen, model)
+    histories = _as_histories(chosen, model, wanted.time)
     if isinstance(model, _Friends):
-        rows, best = model.recommender.best(model.recommender.places(chosen.column("raw")), histories, k)
+        rows, best = model.recommender.best(model.recommender.places(chosen.column("raw")), histories, wanted.k)
     else:
-        rows, best = model.shortlist.best(histories, k)
+        rows, best = model.shortlist.best(histories, wanted.k)
     owner, place = torch.isfinite(best).numpy().nonzero()
     users = pa.array(owner)
     return pa.RecordBatch.from_arrays(
         [
-            pa.repeat(domain, len(owner)),
+            pa.repeat(wanted.domain, len(owner)),
             chosen.column("bucket").take(users),
             chosen.column("raw").take(users),
             pa.array(place + 1, pa.int32()),
             model.raw_ids.take(pa.array(rows[owner, place])),
             pa.array(best.numpy()[owner, place], pa.float32()),
             pa.repeat(label, len(owner)),
-            pa.repeat(pa.scalar(release, pa.int64()), len(owner)),
+            pa.repeat(pa.scalar(wanted.release, pa.int64()), len(owner)),
         ],
         names=tables.RECOMMENDATIONS.schema.names,
     )
 
 
-def _as_histories(batch: pa.RecordBatch, model: _Model | _Friends) -> Events:
+def _as_histories(batch: pa.RecordBatch, model: _Model | _Friends, time: int) -> Events:
     """The users' items that the model knows, as its rows, by time where there are times: a row of the domain `all` may
-    have held-out items at the end."""
+    have held-out items at the end. `time`: of the requests, in microseconds."""
     items = batch.column("items")
     if pa.types.is_list(items.type.value_type) or pa.types.is_large_list(items.type.value_type):
         items = _in_a_row(items)
@@ -278,8 +297,11 @@ def _as_histories(batch: pa.RecordBatch, model: _Model | _Friends) -> Events:
         kinds = pa.chunked_array([batch.column("event_types")])
         columns["event_types"] = event_type_codes(kinds, lengths, model.event_types)
     if "times" in batch.schema.names:
-        columns["times"] = batch.column("times").flatten().to_numpy(zero_copy_only=False)
-    found = Events(users, offsets, columns)
+        times = batch.column("times").flatten()
+        if pa.types.is_timestamp(times.type):
+            times = times.cast(pa.timestamp("us", times.type.tz)).cast(pa.int64())
+        columns["times"] = times.to_numpy(zero_copy_only=False)
+    found = Events(users, offsets, columns, request_times=np.full(len(users), time))
     found = found.in_time_order() if "times" in columns else found
     return found.keep(found.items != UNK)
 

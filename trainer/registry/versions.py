@@ -404,7 +404,9 @@ def _example(folder: Path) -> dict[str, Any]:
     rows = pq.read_table(folder / CATALOGUE, columns=["item", "popularity"]).slice(FIRST_INDEX)
     popular = rows.sort_by([("popularity", "descending")])["item"].slice(0, 3).to_pylist()
     forms = {"items": popular, "baskets": [popular[:2], popular[2:]]}
-    return {config.task.needs.request: forms[config.task.needs.request]}
+    times = {"times": [1e9 + 60 * place for place in range(len(popular))]} if config.reads_times else {}
+    asked = {"time": 1e9 + 3_600} if config.reads_request_time else {}
+    return {config.task.needs.request: forms[config.task.needs.request]} | times | asked
 
 
 def _scratch() -> str:

@@ -15,8 +15,10 @@ from etl.tables import FIRST_INDEX, MASK, PAD
 from trainer.config import MaskedItemConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
+from trainer.models.time import EventInputs
 from trainer.tasks.base import Task
 from trainer.tasks.loss import is_predicted, summed_loss
+from trainer.tasks.times import times_before_mask, times_of_masked
 
 
 class MaskedItem(Task):
@@ -32,10 +34,13 @@ class MaskedItem(Task):
         corrupted_BT, lengths_B, chosen_BT = self.mask(batch, model.num_items)
         if model.untrained_V is not None:  # an item that nobody has had, drawn in the place of one that is masked
             corrupted_BT = torch.where(model.untrained_V[corrupted_BT], MASK, corrupted_BT)
+        events = EventInputs(times=times_of_masked(model, batch, chosen_BT))
         chosen_BT &= is_predicted(model, batch.items)
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
-        hidden_ND = model(corrupted_BT, lengths_B, batch.users, chosen_BT, causal=False, table_VD=table_VD)
+        hidden_ND = model(
+            corrupted_BT, lengths_B, batch.users, chosen_BT, causal=False, table_VD=table_VD, events=events
+        )
         targets_N = batch.items[chosen_BT]
         loss = summed_loss(model, hidden_ND, targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
         return loss, chosen_BT.sum()
@@ -70,5 +75,8 @@ class MaskedItem(Task):
         items_BT = torch.cat([batch.items, batch.items.new_zeros(len(batch.items), 1)], dim=1)
         asked_BT = torch.arange(items_BT.shape[1], device=items_BT.device) == batch.lengths[:, None]
         items_BT = torch.where(asked_BT, MASK, items_BT)
-        query_BD: Tensor = model(items_BT, batch.lengths + 1, batch.users, asked_BT, causal=False, table_VD=table_VD)
+        events = EventInputs(times=times_before_mask(model, batch))
+        query_BD: Tensor = model(
+            items_BT, batch.lengths + 1, batch.users, asked_BT, causal=False, table_VD=table_VD, events=events
+        )
         return query_BD

@@ -59,10 +59,8 @@ class Multi(Task):
         whole = "next_item" in self.config.tells and self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
         real_BT = batch.mask_BT
-        inputs_BT, kinds_BT = begun(batch)
-        hidden_ND = model(
-            inputs_BT, batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD, event_types_BT=kinds_BT
-        )
+        inputs_BT, events = begun(model, batch)
+        hidden_ND = model(inputs_BT, batch.lengths, batch.users, real_BT, causal=True, table_VD=table_VD, events=events)
         items_N = batch.items[real_BT]
         total = hidden_ND.new_zeros(())
         for place, name in enumerate(self.config.tells):

@@ -11,8 +11,10 @@ from etl.tables import CLS
 from trainer.config import NextItemConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
+from trainer.models.time import EventInputs
 from trainer.tasks.base import Task
 from trainer.tasks.loss import is_predicted, loss_of_users, summed_loss
+from trainer.tasks.times import times_behind_cls
 
 
 class NextItem(Task):
@@ -27,7 +29,7 @@ class NextItem(Task):
         """(summed loss, number of predicted items) of this rank's slice."""
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
-        inputs_BT, kinds_BT = begun(batch)
+        inputs_BT, events = begun(model, batch)
         real_BT = batch.mask_BT if self.config.targets > 1 else batch.mask_BT & is_predicted(model, batch.items)
         one_query = (
             whole and not model.reads_sequence and self.config.targets == 1 and not self.config.loss.label_smoothing
@@ -37,7 +39,7 @@ class NextItem(Task):
             asking_BT = torch.zeros_like(real_BT)
             asking_BT[:, 0] = True
         hidden_ND = model(
-            inputs_BT, batch.lengths, batch.users, asking_BT, causal=True, table_VD=table_VD, event_types_BT=kinds_BT
+            inputs_BT, batch.lengths, batch.users, asking_BT, causal=True, table_VD=table_VD, events=events
         )
         targets_N = batch.items[real_BT]
         if one_query:
@@ -61,22 +63,21 @@ class NextItem(Task):
 
     def query(self, model: SequenceModel, batch: Batch, table_VD: Tensor | None = None) -> Tensor:
         """The query: hidden states [B, D] at the newest item (at CLS for an empty history)."""
-        items_BT, kinds_BT = _begin(batch)
+        items_BT, events = _begin(model, batch)
         newest_BT = torch.arange(items_BT.shape[1], device=items_BT.device) == batch.lengths[:, None]
         query_BD: Tensor = model(
-            items_BT, batch.lengths + 1, batch.users, newest_BT, causal=True, table_VD=table_VD, event_types_BT=kinds_BT
+            items_BT, batch.lengths + 1, batch.users, newest_BT, causal=True, table_VD=table_VD, events=events
         )
         return query_BD
 
 
-def begun(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Items [B, T] and, where they are read, kinds of event: at each position what stood before it, a CLS at the
-    first."""
-    items_BT, kinds_BT = _begin(batch)
-    return items_BT[:, :-1], None if kinds_BT is None else kinds_BT[:, :-1]
+def begun(model: SequenceModel, batch: Batch) -> tuple[Tensor, EventInputs]:
+    """Items [B, T] and what is read beside them: at each position what stood before it, a CLS at the first."""
+    items_BT, events = _begin(model, batch)
+    return items_BT[:, :-1], events.until(items_BT.shape[1] - 1)
 
 
-def _begin(batch: Batch) -> tuple[Tensor, Tensor | None]:
+def _begin(model: SequenceModel, batch: Batch) -> tuple[Tensor, EventInputs]:
     """All of a batch, [B, T + 1], behind a CLS."""
     kinds_BT = None if batch.event_types is None else F.pad(batch.event_types, (1, 0))
-    return F.pad(batch.items, (1, 0), value=CLS), kinds_BT
+    return F.pad(batch.items, (1, 0), value=CLS), EventInputs(kinds_BT, times_behind_cls(model, batch))

@@ -100,7 +100,7 @@ def pack(
     import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
-    from mlflow.types.schema import Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
+    from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
 
     package = Path(__file__).parent.parent
     texts, numbers = Array(DataType.string), Array(DataType.double)
@@ -117,6 +117,8 @@ def pack(
                 ColSpec(Array(texts), "baskets", required=False),
                 ColSpec(Array(vector), "features", required=False),
                 ColSpec(texts, "friends", required=False),
+                ColSpec(AnyType(), "times", required=False),  # numbers: of a list of doubles 978300760 would be none
+                ColSpec(AnyType(), "time", required=False),
             ]
         ),
         Schema(

@@ -34,8 +34,8 @@ COPIED_GROUPS: dict[str, tuple[str, ...]] = {
     "none": (),
     "shallow": ("user", "knowledge"),
     "shallow+features": ("user", "knowledge", "features"),
-    "deep": ("user", "knowledge", "features", "position", "body", "head"),
-    "patch": ("user", "knowledge", "features", "position", "body", "head"),
+    "deep": ("user", "knowledge", "features", "time", "position", "body", "head"),
+    "patch": ("user", "knowledge", "features", "time", "position", "body", "head"),
 }
 
 
@@ -148,7 +148,7 @@ def initialise_from(
     given = dict(parent.model.named_parameters()) if parent is not None and transfer != "none" else {}
     groups = group_of(model, config)
     norms = _layer_norms(model) if plan.layer_norm else set()
-    # Features of items, or of users, that the parent has none of begin as no change.
+    # Features of items, or of users, that the parent has none of begin as no change, and so do times.
     known_features = {name.split(".")[1] for name in given if name.startswith("features.")}
     asks_for_features = transfer == "shallow+features" and not known_features
     lines = []
@@ -159,6 +159,7 @@ def initialise_from(
         if shared_out is not None:
             shape = (shared_out.num_rows(tensor), *shape[1:])
         begins = group == "features" and not asks_for_features and name.split(".")[1] not in known_features
+        begins |= group == "time" and name not in given  # of a parent that reads no times, or others
         if group in COPIED_GROUPS[transfer] and not begins:
             if name not in given:
                 raise TransferError(

@@ -13,6 +13,7 @@ from tests.fixtures.networks import NUM_ITEMS, batch_of, descend
 from trainer.config import LossConfig, MaskedItemConfig, NextItemConfig, PeterRecConfig, TargetItemConfig
 from trainer.data.batch import Batch
 from trainer.models import item_encoder
+from trainer.models.item_encoder import Chunk
 from trainer.tasks import MaskedItem, NextItem
 from trainer.tasks.target_item import TargetItem
 from trainer.tasks.user_vector import newest
@@ -73,7 +74,7 @@ def test_a_position_reads_what_its_dilations_reach(causal):
     model, length, at = model_of(config), 260, 130
     x_1TD = torch.randn(1, length, 16, dtype=torch.float64, requires_grad=True)
     wanted_1T = torch.arange(length)[None] == at
-    hidden = model._chunk(x_1TD, torch.tensor([length]), wanted_1T, None, causal=causal)
+    hidden = model._chunk(x_1TD, Chunk(torch.tensor([length]), wanted_1T, None, causal), None)
     (slope,) = torch.autograd.grad(hidden.square().sum(), x_1TD)
     reached = slope[0].abs().sum(1).nonzero()[:, 0]
     assert (int(reached.min()), int(reached.max())) == ((at - 120, at) if causal else (at - 60, at + 60))

@@ -138,7 +138,7 @@ def test_unknown_and_missing_items_are_no_obstacle(done):
         ],
         names=["raw", "index", "bucket", "items"],
     )
-    settings = {"count": None, "k": 3, "batch_size": 2, "domain": "d", "release": 9}
+    settings = {"count": None, "wanted": recommendation_rows.Wanted(3, 2, "d", 9, 0)}
     settings["models"] = [(str(done.folder), "l")]
     rows = pa.Table.from_batches(recommendation_rows._score_batches(iter([batch]), **settings)).to_pylist()
     popular = sorted(range(5, len(catalogue)), key=lambda row: (-trained_model.popularity[row], row))[:3]
@@ -162,11 +162,13 @@ def test_scoring_is_the_same_whatever_the_batches(done):
         ],
         names=["raw", "index", "bucket", "items"],
     )
-    settings = {"models": [(str(done.folder), "l")], "count": None, "k": 4, "domain": "d", "release": 1}
+    settings = {"models": [(str(done.folder), "l")], "count": None}
 
     def scored(batches, batch_size):
         tables = pa.Table.from_batches(
-            recommendation_rows._score_batches(iter(batches), batch_size=batch_size, **settings)
+            recommendation_rows._score_batches(
+                iter(batches), wanted=recommendation_rows.Wanted(4, batch_size, "d", 1, 0), **settings
+            )
         )
         return {(row["user"], row["rank"]): (row["item"], row["score"]) for row in tables.to_pylist()}
 

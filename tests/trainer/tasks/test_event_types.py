@@ -37,6 +37,7 @@ from trainer.evaluation.scorers import model_scorer, read_evaluation_set
 from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, Request, RequestError, parse
 from trainer.models import ModelSizes, build_model
+from trainer.models.time import EventInputs
 from trainer.recipes import promote, recommend
 from trainer.recipes.evaluate import run as evaluate
 from trainer.recipes.finetune import run as finetune
@@ -163,7 +164,7 @@ def network(kinds=2, **more):
 
 def hidden(model, items_BT, kinds_BT):
     lengths, every = torch.full((len(items_BT),), items_BT.shape[1]), torch.ones_like(items_BT, dtype=torch.bool)
-    given = {"causal": True, "event_types_BT": kinds_BT}
+    given = {"causal": True, "events": EventInputs(kinds_BT)}
     return model(items_BT, lengths, torch.zeros(len(items_BT)).long(), every, **given).view(*items_BT.shape, -1)
 
 

@@ -42,6 +42,9 @@ RUNS = {  # model, task, data
         {"kind": "multi", "tells": ["next_item", "category", "event_type", "value"], "weighting": "uncertainty"},
         KINDS,
     ),
+    "bert4rec next item, times": (BERT4REC | {"time": {"bias": True, "intervals": True}}, {"kind": "next_item"}, {}),
+    "bert4rec masked item, times": (BERT4REC | {"time": {"bias": True}}, {"kind": "masked_item"}, {}),
+    "caser next items, times": (CASER | {"time": {"intervals": True}}, {"kind": "next_item", "loss": BCE}, {}),
     "mlp next item": (MLP, {"kind": "next_item", "loss": BCE}, {}),
 }
 PATCHES = {"serial": {"kind": "adapter"}, "lora": {"kind": "lora"}}

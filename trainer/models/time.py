@@ -1,0 +1,152 @@
+"""When events were, as input of a network: time since and until, by log-spaced buckets. Nothing at first: all begins at
+zero.
+
+`RelativeBias`: what attention adds to a query's score of a key, by the time between them and by how far they stand
+apart, for each head (HSTU: Zhai et al. 2024, section 3.2; positions as in T5: Raffel et al. 2020). As there, position i
+asks at the time of the event that it predicts, which is the request's time when it is served: `EventTimes.asked`.
+
+`Intervals`: how long an event's predecessor lies before it and, where it is known, how long after it the next request
+is, each a vector that is added to the item's. For any network that reads items.
+
+A bucket holds the times between two powers of two, or the middle of them: 0 is under a second, then there are two
+buckets for each doubling of seconds, 63 is 50 years and more (HSTU's: 2.3 for each doubling, its logarithm's base is
+e^0.301). A bucket is the exponent and the first bit behind it of the number of seconds, no logarithm: on every machine
+the same.
+
+Shape letters: ``B`` sequences, ``T`` positions, ``Q`` positions of a sequence that ask, ``H`` heads, ``D`` width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.models.cpu.bucket_values import bucket_values
+
+NUM_BUCKETS = 64
+MOST_SECONDS = 2**31 - 1  # between two events of a sequence; what is further apart counts as so far
+
+
+@dataclass(frozen=True)
+class EventTimes:
+    """Whole seconds [B, T] int32, since the first position's: `own` of each position's event, `asked` of the request
+    that it answers, which is known, or as `own`. Anything past a sequence's end."""
+
+    own_BT: Tensor
+    asked_BT: Tensor
+
+    @classmethod
+    def of(cls, own_BT: Tensor, asked_BT: Tensor) -> "EventTimes":
+        """Of seconds int64 since any moment."""
+        first_B1 = own_BT[:, :1]
+        own, asked = ((seconds - first_B1).clamp(0, MOST_SECONDS).int() for seconds in (own_BT, asked_BT))
+        return cls(own, asked)
+
+    def take(self, rows: Tensor) -> "EventTimes":
+        """Those of some sequences, in that order."""
+        return EventTimes(self.own_BT[rows], self.asked_BT[rows])
+
+    def until(self, end: int) -> "EventTimes":
+        """Those of the first positions."""
+        return EventTimes(self.own_BT[:, :end], self.asked_BT[:, :end])
+
+    def split(self, sizes: Sequence[int]) -> list["EventTimes"]:
+        """So many sequences each."""
+        sizes = list(sizes)
+        own, asked = torch.split(self.own_BT, sizes), torch.split(self.asked_BT, sizes)
+        return [EventTimes(*both) for both in zip(own, asked, strict=True)]
+
+
+@dataclass(frozen=True)
+class EventInputs:
+    """What a network reads of events beside items. `event_types` int64 [B, T]: kinds of event, where the model reads
+    them (`data.event_types`); 0 for none of them, or for a reserved row; None: all are. `times`: where it reads them
+    (`model.time`)."""
+
+    event_types_BT: Tensor | None = None
+    times: EventTimes | None = None
+
+    def take(self, rows: Tensor) -> "EventInputs":
+        """Those of some sequences, in that order."""
+        kinds, times = self.event_types_BT, self.times
+        return EventInputs(None if kinds is None else kinds[rows], None if times is None else times.take(rows))
+
+    def until(self, end: int) -> "EventInputs":
+        """Those of the first positions."""
+        kinds, times = self.event_types_BT, self.times
+        return EventInputs(None if kinds is None else kinds[:, :end], None if times is None else times.until(end))
+
+
+ITEMS_ONLY = EventInputs()
+
+
+def time_buckets(seconds: Tensor) -> Tensor:
+    """Buckets int32 of how far times int32 lie apart, either way."""
+    bits = seconds.abs().float().view(torch.int32)
+    return (bits >> 22).sub_(253).clamp_(min=0)  # 253: of a second it is 1
+
+
+class Intervals(nn.Module):
+    """Vectors [B, T, D] of the time since the event before, and until the request."""
+
+    def __init__(self, width: int, *, until: bool) -> None:
+        super().__init__()
+        self.since_embedding = nn.Parameter(torch.zeros(NUM_BUCKETS, width))
+        self.until_embedding = nn.Parameter(torch.zeros(NUM_BUCKETS, width)) if until else None
+
+    def forward(self, times: EventTimes) -> Tensor:
+        since_BT = F.pad(times.own_BT.diff(dim=1), (1, 0))
+        found = F.embedding(time_buckets(since_BT), self.since_embedding)
+        if self.until_embedding is not None:
+            found = found + F.embedding(time_buckets(times.asked_BT - times.own_BT), self.until_embedding)
+        return found
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Positions that ask and those that they look at, of some sequences: the same for all layers. `blocked`, 0 or -inf,
+    [T, T] with `causal`, else [B, 1, T]; `places` [B, Q]: which ask, None: all."""
+
+    buckets_BQT: Tensor
+    blocked: Tensor
+    places_BQ: Tensor | None
+    causal: bool
+
+    @classmethod
+    def of(cls, times: EventTimes, lengths_B: Tensor, T: int, *, causal: bool) -> "Pairs":
+        """All pairs of the first T positions."""
+        device, own_BT, asked_BT = times.own_BT.device, times.own_BT[:, :T], times.asked_BT[:, :T]
+        if causal:
+            is_blocked = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
+        else:
+            is_blocked = (torch.arange(T, device=device) >= lengths_B[:, None])[:, None]
+        blocked = torch.zeros(is_blocked.shape, device=device).masked_fill_(is_blocked, -torch.inf)
+        return cls(time_buckets(asked_BT[:, :, None] - own_BT[:, None]), blocked, None, causal)
+
+    def asked_at(self, places_BQ: Tensor) -> "Pairs":
+        """Only those of some positions that ask."""
+        index = places_BQ[:, :, None].expand(-1, -1, self.buckets_BQT.shape[2])
+        return Pairs(self.buckets_BQT.gather(1, index), self.blocked, places_BQ, self.causal)
+
+
+class RelativeBias(nn.Module):
+    """What is added to the scores of attention, [B, H, Q, T]; -inf for what a position may not look at."""
+
+    def __init__(self, heads: int, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.time_embedding = nn.Parameter(torch.zeros(heads, NUM_BUCKETS))
+        self.position_embedding = nn.Parameter(torch.zeros(heads, 2 * max_length - 1))  # of i - j, ascending
+
+    def forward(self, pairs: Pairs) -> Tensor:
+        T = pairs.buckets_BQT.shape[2]
+        apart_HX = self.position_embedding[:, self.max_length - T : self.max_length + T - 1]
+        of_place = apart_HX.flip(1).unfold(1, T, 1).flip(1)  # [H, T, T]
+        if pairs.causal:
+            of_place = of_place + pairs.blocked.to(of_place.dtype)
+        of_place = of_place[:, None] if pairs.places_BQ is None else of_place[:, pairs.places_BQ]
+        if not pairs.causal:
+            of_place = of_place + pairs.blocked.to(of_place.dtype)
+        return (bucket_values(self.time_embedding, pairs.buckets_BQT) + of_place).transpose(0, 1)
