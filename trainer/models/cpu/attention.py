@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
-    """`F.scaled_dot_product_attention` on a CPU, [B, H, Q, E]; a `mask` of query's type is added, and may be trained."""
+    """`F.scaled_dot_product_attention` on a CPU, [B, H, Q, E]; a floating `mask` is added, and may be trained."""
     if mask is not None and mask.is_floating_point():
         if torch.is_grad_enabled() and mask.requires_grad:
             with torch.autocast("cpu", enabled=False):
