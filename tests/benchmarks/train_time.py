@@ -39,7 +39,7 @@ def measure(report: Report, options: Options) -> None:
             rows,
         )
         if precision == "fp32":
-            report.bar("the step with times as a bias of attention over that without", rows[2][2], at_most=1.5)
+            report.bar("the step with times as a bias of attention over that without", rows[2][2], at_most=1.25)
             report.bar("the step with intervals over that without", rows[1][2], at_most=1.15)
 
 

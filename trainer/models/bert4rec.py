@@ -214,6 +214,8 @@ class Bert4Rec(TiedModel):
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
     """Attention (Vaswani et al. 2017, equation 1), [B, H, Q, E]."""
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
     if query.device.type == "cuda":
         with sdpa_kernel(CUDA_KERNELS):
             return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)

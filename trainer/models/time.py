@@ -110,6 +110,7 @@ class Pairs:
     [T, T] with `causal`, else [B, 1, T]; `places` [B, Q]: which ask, None: all."""
 
     buckets_BQT: Tensor
+    apart_TT: Tensor  # int32: how far a query stands behind a key, from 0 on
     blocked: Tensor
     places_BQ: Tensor | None
     causal: bool
@@ -123,12 +124,14 @@ class Pairs:
         else:
             is_blocked = (torch.arange(T, device=device) >= lengths_B[:, None])[:, None]
         blocked = torch.zeros(is_blocked.shape, device=device).masked_fill_(is_blocked, -torch.inf)
-        return cls(time_buckets(asked_BT[:, :, None] - own_BT[:, None]), blocked, None, causal)
+        place_T = torch.arange(T, dtype=torch.int32, device=device)
+        apart_TT = place_T[:, None] - place_T + (T - 1)
+        return cls(time_buckets(asked_BT[:, :, None] - own_BT[:, None]), apart_TT, blocked, None, causal)
 
     def asked_at(self, places_BQ: Tensor) -> "Pairs":
         """Only those of some positions that ask."""
         index = places_BQ[:, :, None].expand(-1, -1, self.buckets_BQT.shape[2])
-        return Pairs(self.buckets_BQT.gather(1, index), self.blocked, places_BQ, self.causal)
+        return Pairs(self.buckets_BQT.gather(1, index), self.apart_TT, self.blocked, places_BQ, self.causal)
 
 
 class RelativeBias(nn.Module):
@@ -143,7 +146,7 @@ class RelativeBias(nn.Module):
     def forward(self, pairs: Pairs) -> Tensor:
         T = pairs.buckets_BQT.shape[2]
         apart_HX = self.position_embedding[:, self.max_length - T : self.max_length + T - 1]
-        of_place = apart_HX.flip(1).unfold(1, T, 1).flip(1)  # [H, T, T]
+        of_place = bucket_values(apart_HX, pairs.apart_TT)
         if pairs.causal:
             of_place = of_place + pairs.blocked.to(of_place.dtype)
         of_place = of_place[:, None] if pairs.places_BQ is None else of_place[:, pairs.places_BQ]

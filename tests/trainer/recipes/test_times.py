@@ -13,6 +13,7 @@ import torch
 
 from etl import tables
 from etl.tables import FIRST_INDEX, TIME_ORDINAL
+from tests.fixtures.folders import write_model
 from tests.fixtures.lakes import build_tiny_lake
 from tests.fixtures.recommendations import config as recommend_config
 from tests.fixtures.recommendations import histories_of, rows_of
@@ -20,6 +21,7 @@ from tests.fixtures.stores import enter_store
 from tests.fixtures.trainings import config_file
 from trainer.__main__ import main
 from trainer.config import EvaluateConfig, PretrainConfig
+from trainer.data.catalogue import read_catalogue
 from trainer.data.held_out import ReadOptions
 from trainer.data.release import DataError, pin
 from trainer.data.sequences import SequenceDataset
@@ -215,3 +217,50 @@ def test_a_log_without_times_evaluates_and_answers_none(untimed, trained, tmp_pa
     enter_store(tmp_path / "store", monkeypatch)
     with pytest.raises(DataError, match="found mere order in sequences"):
         recommend.run(recommend_config(untimed, model=str(trained.model)))
+
+
+# --- a model of all domains ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def joint(tiny_lake, tmp_path_factory):
+    """It reads all domains and predicts the target."""
+    folder = tmp_path_factory.mktemp("joint")
+    return pretrain.run(settings(folder, tiny_lake, "bias", domain="all", predicted="target", split="joint-5")).model
+
+
+def test_a_joint_model_reads_the_times_of_all_domains_until_the_request(joint, tiny_lake):
+    trained_model, release = load_model(joint), pin(tiny_lake, None)
+    examples = read_evaluation_set(release, "last-5", "target", "test", ReadOptions())
+    given = examples.held_out.histories
+    scores = model_scorer(trained_model, examples).score(given).whole()
+    whole = SequenceDataset(release, "last-5", "all").read_all(times=True)
+    everything = read_catalogue(release, "all")
+    target = set(examples.catalogue.raw_ids)
+    place_of = {int(user): place for place, user in enumerate(whole.users)}
+    row_of = {raw: row for row, raw in enumerate(examples.catalogue.raw_ids)}
+    server = Recommender(trained_model, "m/1")
+    for place, user in enumerate(examples.users.tolist()):
+        own = slice(whole.offsets[place_of[user]], whole.offsets[place_of[user] + 1])
+        asked = int(given.request_times[place])
+        events = [  # a user's events are a minute apart: those before the first held-out one are the input
+            (everything.raw_ids[row], int(when) / SECOND)
+            for row, when in zip(everything.rows(whole.items[own]), whole.times[own], strict=True)
+            if when < asked
+        ]
+        assert {raw for raw, _ in events} - target
+        items, times = zip(*events, strict=True)
+        (answer,) = server.answer([Request(list(items), times=list(times), time=asked / SECOND)], 1_000)
+        expected = [scores[place, row_of[item]].item() for item in answer.items]
+        np.testing.assert_allclose(answer.scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_companion_that_reads_times_passes_over_requests_without(joint, tiny_lake, tmp_path):
+    champion = load_model(write_model(tmp_path / "champion", tiny_lake, seed=5))
+    companion = Recommender(load_model(joint), "m/2")
+    server = Recommender(champion, "m/1", companion=lambda: companion)
+    known = set(champion.catalogue.raw_ids)
+    items = [raw for raw in companion.trained_model.catalogue.raw_ids[FIRST_INDEX:] if raw not in known][:2]
+    without, with_times = server.answer([Request(items), Request(items, times=[1e9, 1e9 + 60], time=1e9 + 120)])
+    assert (without.basis, without.version) == ("popular", "m/1")
+    assert (with_times.basis, with_times.version) == ("model", "m/2")

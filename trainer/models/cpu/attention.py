@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool) -> Tensor:
-    """`F.scaled_dot_product_attention` on a CPU, [B, H, Q, E]; `mask` too may be trained."""
+    """`F.scaled_dot_product_attention` on a CPU, [B, H, Q, E]; a floating `mask` is added, and may be trained."""
     if mask is not None and mask.is_floating_point():
         if torch.is_grad_enabled() and mask.requires_grad:
             with torch.autocast("cpu", enabled=False):
-                scores = query @ (key * key.shape[-1] ** -0.5).transpose(-1, -2) + mask.to(query.dtype)
+                scores = query @ (key * key.shape[-1] ** -0.5).transpose(-1, -2) + mask
                 summed: Tensor = scores.softmax(-1) @ value
                 return summed
-        return F.scaled_dot_product_attention(query, key, value, mask.to(query.dtype))
+        return F.scaled_dot_product_attention(query, key, value, mask)
     if query.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
     with torch.autocast("cpu", enabled=False):
