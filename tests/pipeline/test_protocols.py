@@ -9,7 +9,11 @@ import pytest
 from etl.settings import ConfigError, load, replaced
 from tests.fixtures.orders import LOO, LOO_ALL, SCRAMBLED, add_splits
 from trainer.experiment import protocols
+from trainer.experiment import run as experiment
+from trainer.experiment.plan import ExperimentConfig
 from trainer.experiment.protocols_plan import ProtocolsConfig
+from trainer.report import report
+from trainer.report.results import ReportError
 
 MODEL = {"width": 8, "blocks": 1, "max_length": 24, "user_width": 0, "knowledge": {}}
 TRAIN = {"epochs": 3, "min_epochs": 0, "patience": 1, "batch_size": 16, "warmup_steps": 0}
@@ -99,6 +103,38 @@ def test_shipped_cards_can_be_run(name: str) -> None:
     assert all(figure.source for card in given.cards.values() for figure in card.published)
     known = [card for card in given.cards.values() if card.request_time == "known"]
     assert known
-    assert all(protocols._not_available(given, card).startswith("not available") for card in known)
+    lacking = [card for card in known if protocols._not_available(given, card)]
+    assert lacking == (known if given.timed is None else [])
     only = replaced(given, only=(next(iter(given.cards)),))
     assert len(only.shown) == 1
+
+
+def experiment_config(lake: str, folder: Path, **more: Any) -> ExperimentConfig:
+    rows = {
+        name: {"label": name, "pretrain": {**RECIPE, "data": {"domain": "target", "split": split}}}
+        for name, split in (("n2", "loo"), ("n1", "loo-all"))
+    }
+    given = {"name": "two-cards", "runs": str(folder), "lake": lake, "split": "loo", "custom": rows, "seeds": [3]}
+    given |= {"joint": False, "jobs": 2, "evaluation": {"protocols": ["full"]}, "tracking": {"enabled": False}}
+    return ExperimentConfig.model_validate(given | more)
+
+
+def test_an_experiment_keeps_its_card_and_rows_of_another_are_missing(
+    lake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = experiment_config(lake, tmp_path)
+    assert experiment.run(given) == experiment.RUNS_MISSING
+    printed = capsys.readouterr()
+    assert "missing  n1, seed 3: expected figures under one protocol card, found card" in printed.err
+    found = json.loads((given.folder / "results.json").read_text())
+    (entry,) = found["cards"]
+    assert "n2" in entry["labels"]
+    assert "n1" not in entry["labels"]
+    assert entry["text"] in printed.out
+    assert f"Under {entry['text']}." in (given.folder / "report" / "report.md").read_text()
+    assert experiment.run(replaced(given, across=("trained_on",))) == 0
+    found = json.loads((given.folder / "results.json").read_text())
+    assert [entry["labels"][0] for entry in found["cards"]] == ["n2", "n1"]
+    report.write(found, tmp_path / "page")
+    with pytest.raises(ReportError, match="expected figures under one protocol card"):
+        report.write(found | {"across": []}, tmp_path / "page")

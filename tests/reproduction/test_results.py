@@ -15,6 +15,7 @@ import pytest
 from etl.config import MovielensSource
 from etl.settings import load
 from tests.fixtures.places import ROOT
+from trainer.evaluation.card import ProtocolCard
 from trainer.experiment.plan import ExperimentConfig
 from trainer.report import report
 
@@ -35,6 +36,10 @@ def test_kept_results_say_where_they_come_from_and_can_be_drawn(path: Path, tmp_
                     assert len(value["seeds"]) == len(row["seeds"])
                     assert value["mean"] == pytest.approx(sum(value["seeds"]) / len(value["seeds"]))
         assert all(run["model_hash"] and run["seconds"] > 0 for run in row["seeds"])
+    for entry in found.get("cards", ()):
+        card = ProtocolCard.model_validate(entry["card"])
+        assert (card.hash, card.text()) == (entry["hash"], entry["text"])
+        assert set(entry["labels"]) <= {row["id"] for row in found["rows"]}
     assert report.write(found, tmp_path).is_file()
 
 

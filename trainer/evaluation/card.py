@@ -45,7 +45,8 @@ class ProtocolCard(Section):
 
     @property
     def hash(self) -> str:
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        given = self.model_dump(mode="json", exclude_defaults=True)  # a field that is added later changes no older hash
+        text = json.dumps(given, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def text(self) -> str:

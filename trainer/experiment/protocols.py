@@ -38,6 +38,7 @@ class CardResult:
     """What one card came to. `reason`: why there is no figure of ours."""
 
     plan: CardPlan
+    label: str  # of the recipe
     trainings: list[TrainingJob] = field(default_factory=list)
     report: "EvaluationReport | None" = None
     cards: list[Mapping[str, Any]] = field(default_factory=list)
@@ -54,7 +55,9 @@ def run(config: ProtocolsConfig) -> int:
 
     if config.etl is not None:
         check_root(config.etl.source, "etl.source.root")
-    found = {name: CardResult(card, reason=_not_available(config, card)) for name, card in config.shown.items()}
+    found = {
+        name: CardResult(card, config.label, reason=_not_available(config, card)) for name, card in config.shown.items()
+    }
     with alone(config.folder, "protocols"):
         training_jobs.prepare()
         tags = {"graftrec.recipe": "protocols"}
@@ -208,8 +211,8 @@ def text_of(found: Mapping[str, CardResult]) -> str:
     """One table, with a heading a card."""
     from trainer.evaluation.card import lines
 
-    lengths = [len(row["label"]) for one in found.values() for row in rows_of(one)]
-    width = max(lengths, default=5)
+    lengths = [len(label) for one in found.values() for label in (one.label, *(row["label"] for row in rows_of(one)))]
+    width = max(lengths)
     blocks = []
     for one in found.values():
         cells = [["model".ljust(width), *METRICS, "source"]]
@@ -217,7 +220,7 @@ def text_of(found: Mapping[str, CardResult]) -> str:
             values = ["–" if row[name] is None else f"{row[name]:.4f}" for name in METRICS]
             cells.append([row["label"].ljust(width), *values, row["source"]])
         if one.reason:
-            cells.append(["ours".ljust(width), "–", "–", one.reason])
+            cells.append([one.label.ljust(width), "–", "–", one.reason])
         heads = [one.plan.heading, *lines(one.cards)]
         blocks.append("\n".join([*heads, *aligned(cells, rule=True)]))
     return "\n\n".join(blocks)
