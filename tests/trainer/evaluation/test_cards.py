@@ -8,12 +8,21 @@ import pytest
 
 from etl.config import SplitConfig
 from etl.settings import replaced
-from tests.fixtures.folders import write_model
+from tests.fixtures.folders import MODEL, write_model
 from tests.fixtures.orders import LOO, LOO_ALL, SCRAMBLED, add_splits
 from tests.fixtures.trainings import TINY
-from trainer.config import Bert4RecConfig, EvaluateConfig, PretrainConfig, PromoteConfig
+from trainer.config import EvaluateConfig, PretrainConfig, PromoteConfig
 from trainer.data.release import pin
-from trainer.evaluation.card import ProtocolCard, card_of, check_cards, check_stored, differences, lines, stored
+from trainer.evaluation.card import (
+    ProtocolCard,
+    card_of,
+    card_of_model,
+    check_cards,
+    check_stored,
+    differences,
+    lines,
+    stored,
+)
 from trainer.evaluation.scorers import EvaluateError
 from trainer.recipes import evaluate, promote
 from trainer.registry import Registry
@@ -195,17 +204,12 @@ def test_cards_are_kept_in_summary_run_and_table(lake, tmp_path, monkeypatch):
     assert f"Under {entry['text']}" in run.data.tags["mlflow.note.content"]
 
 
-def told_the_time(monkeypatch):
-    """Models with two blocks are told the request's time."""
-    monkeypatch.setattr(Bert4RecConfig, "reads_request_time", property(lambda model: model.blocks == 2))
-
-
 def test_the_gate_keeps_the_card_and_refuses_a_champion_of_another(lake, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.chdir(tmp_path)
     first, second = (
-        write_model(tmp_path / f"deep-{seed}", lake, split="loo", skill=3.0, noise=0.0, seed=seed, transfer="none")
-        for seed in (1, 2)
+        write_model(tmp_path / name, lake, split="loo", skill=3.0, noise=0.0, seed=seed, model=MODEL | {"time": time})
+        for name, seed, time in (("untold", 1, {}), ("told", 2, {"bias": True}))
     )
     gate = {"min_users": 2, "must_beat": [], "min_slice_users": 1_000, "champion_margin": 1.0}
 
@@ -219,7 +223,6 @@ def test_the_gate_keeps_the_card_and_refuses_a_champion_of_another(lake, tmp_pat
     version = Registry("graftrec").version("@champion")
     assert version.tags["graftrec.card"] == entry["hash"]
     assert audit_trail(version)[-1]["cards"] == [{"hash": entry["hash"], "text": entry["text"]}]
-    monkeypatch.setattr("trainer.evaluation.card.reads_request_time", lambda model: model.train.seed == 2)
     with pytest.raises(EvaluateError, match=r"differ in request_time known and unknown; .* set across"):
         promote.run(config(second))
     assert Registry("graftrec").version("@champion").number == promoted.version.number
@@ -227,14 +230,22 @@ def test_the_gate_keeps_the_card_and_refuses_a_champion_of_another(lake, tmp_pat
     assert Registry("graftrec").version("@champion").number != promoted.version.number
 
 
-def test_no_model_of_today_is_told_the_time(monkeypatch):
-    from trainer.evaluation.card import reads_request_time
-
-    config = PretrainConfig.model_validate(TINY)
-    assert not reads_request_time(config)
-    told_the_time(monkeypatch)
-    assert not reads_request_time(config)
-    assert reads_request_time(replaced(config, model=replaced(config.model, blocks=2)))
+@pytest.mark.parametrize(
+    ("time", "known"),
+    [
+        ({}, "unknown"),
+        ({"bias": True}, "known"),
+        ({"intervals": True}, "known"),
+        ({"bias": True, "intervals": True, "request_time": "last_event"}, "unknown"),
+    ],
+)
+def test_a_card_says_whether_a_model_is_told_the_time(release, time, known):
+    settings = TINY | {"model": TINY["model"] | {"time": time}, "data": {"domain": "target", "split": "loo"}}
+    config = PretrainConfig.model_validate(settings)
+    found = card_of_model(card(release), config, release)
+    assert found.request_time == known
+    assert (found == card(release)) == (known == "unknown")
+    assert f"the request's time is {known}" in found.text()
 
 
 def test_lines_name_only_what_differs(release):

@@ -12,7 +12,7 @@ from deltalake import DeltaTable, write_deltalake
 
 from etl.settings import GraftrecError, load
 from etl.tables import RELEASES, bucket_of
-from tests.fixtures.folders import write_model
+from tests.fixtures.folders import MODEL, write_model
 from tests.fixtures.lakes import build_tiny_lake
 from tests.fixtures.processes import recommended_on_sail
 from tests.fixtures.recommendations import config, rows_of
@@ -213,3 +213,24 @@ def test_friends_of_another_domain_are_refused(done, tmp_path):
         GraftrecError, match="friends: expected a model that ranks domain 'target', found unregistered/"
     ):
         recommend.run(config(lake, model=target, friends=str(done.run / "model")))
+
+
+def test_friends_stand_beside_a_model_that_reads_times(done):
+    """Users without an event have no times: neither rows nor a server asks for any."""
+    lake = str(shutil.copytree(done.lake, done.root / "timed"))
+    shutil.rmtree(f"{lake}/recommendations")
+    reads = MODEL | {"time": {"bias": True, "intervals": True}}
+    timed = write_model(done.root / "timed-model", lake, domain="all", split="users-0", seed=5, model=reads)
+    given = {"model": timed, "friends": str(done.run / "model"), "time": "2001-09-10", "k": 40}
+    result = recommend.run(config(lake, **given))
+    assert sorted(result.by_model.values()) == [3, 57]
+    assert not recommend.run(config(lake, **given)).committed
+    found, before = rows_of(lake, "all"), rows_of(done.lake, "all")
+    friends_model = FriendsRecommender(load_friends(done.run / "model"), LABEL)
+    server = Recommender(load_model(timed), "m/1", friends=lambda: friends_model)
+    for user in done.had:
+        (answer,) = server.answer([Request([], user)], k=40)
+        assert (answer.basis, answer.version) == ("friends", LABEL)
+        assert answer.items == [row["item"] for row in found[user]] == [row["item"] for row in before[user]]
+    with pytest.raises(RequestError, match="expected `times`, which m/1 reads"):
+        server.answer([Request([found["u003"][0]["item"]], "u003")])

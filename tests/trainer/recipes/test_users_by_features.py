@@ -1,5 +1,6 @@
 """Users without an item, answered by their features alone: evaluated, recommended and served alike."""
 
+import datetime as dt
 import shutil
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from trainer.recipes import recommend
 from trainer.recipes.pretrain import run as pretrain
 
 BY_TASTE = {"encoders": ["taste"], "width": 8, "id_dropout": 0.5, "alone": True}
+MODEL = {"width": 16, "user_width": 8, "knowledge": {}, "user_features": BY_TASTE}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +45,7 @@ def done(spark, tiny_lake, tmp_path_factory):
         releases.release_with(lake, {FEATURES.name: spark_io.current_version(lake, FEATURES)})
     train = {"epochs": 40, "min_epochs": 0, "learning_rate": 0.01, "batch_size": 16}
     settings = {"data": {"domain": "target", "split": "cold-users"}, "train": train}
-    model = {"width": 16, "user_width": 8, "knowledge": {}, "user_features": BY_TASTE}
-    run = pretrain(tiny(PretrainConfig, root, lake, name="alone", model=model, **settings))
+    run = pretrain(tiny(PretrainConfig, root, lake, name="alone", model=MODEL, **settings))
     named = {row["user"] for row in users}
     return SimpleNamespace(lake=lake, model=str(run.model), named=named, root=root)
 
@@ -85,6 +86,29 @@ def test_rows_are_the_answers_and_the_evaluations(done):
         best = np.argsort(-row[FIRST_INDEX:], kind="stable") + FIRST_INDEX
         if user in done.named:
             assert alone.items == [raw_ids[place] for place in best[: len(alone.items)]]
+
+
+def test_a_model_that_reads_times_answers_by_features_when_it_is_asked(done):
+    """Without an event there is no time but the request's, which nothing is added for."""
+    model = MODEL | {"time": {"bias": True, "intervals": True}}
+    settings = {"data": {"domain": "target", "split": "cold-users"}, "task": {"kind": "next_item"}}
+    train = {"epochs": 2, "min_epochs": 2, "learning_rate": 0.05}
+    run = pretrain(tiny(PretrainConfig, done.root, done.lake, name="timed", model=model, train=train, **settings))
+    lake = str(shutil.copytree(done.lake, done.root / "timed-lake"))
+    recommend.run(config(lake, model=str(run.model), k=16, domain="target", split="last-5", time="2001-09-10"))
+    found, served = rows_of(lake), Recommender(load_model(run.model), "x")
+    asked = dt.datetime(2001, 9, 10, tzinfo=dt.UTC).timestamp()
+    answer = served.answer([Request([], "u000", time=asked)], k=16)[0]
+    assert answer.basis == "model"
+    assert answer.items == [row["item"] for row in found["u000"]]
+    assert answer.scores == pytest.approx([row["score"] for row in found["u000"]], rel=1e-4, abs=1e-5)
+    examples = read_evaluation_set(pin(done.lake, None), "cold-users", "target", "test", ReadOptions())
+    scores = model_scorer(load_model(run.model), examples).score(examples.held_out.histories).whole().numpy()
+    place = next(place for place, user in enumerate(examples.raw_users) if user in done.named)
+    alone = served.answer([Request([], examples.raw_users[place], time=asked)], k=16)[0]
+    row_of = {raw: row for row, raw in enumerate(examples.catalogue.raw_ids)}
+    expected = [scores[place, row_of[item]] for item in alone.items]
+    np.testing.assert_allclose(alone.scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_who_is_not_known_gets_what_is_popular(done):
