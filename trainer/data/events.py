@@ -130,7 +130,8 @@ class Events:
         lengths = self.lengths
         width = int(lengths.max(initial=0))
         found = np.full((len(self), width), fill, dtype=np.int64)
-        found[np.arange(width) < lengths[:, None]] = self.columns[name]
+        if width:  # without an event there may be no such column
+            found[np.arange(width) < lengths[:, None]] = self.columns[name]
         return found
 
     def require_times(self) -> None:
