@@ -51,6 +51,7 @@ ROOMS = (
     "etl.__main__",
     "trainer.old_versions",
     "trainer.arrays",
+    "trainer.ridge",
     "trainer.code_hash",
     "trainer.config",
     "trainer.parallel",
