@@ -4,7 +4,7 @@ import hashlib
 import json
 import types
 import typing
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -32,6 +32,8 @@ class ConfigError(GraftrecError):
 
 class Section(BaseModel):
     """Base of every configuration section: frozen, unknown keys refused, and so are numbers that are not finite."""
+
+    LATER: ClassVar[tuple[str, ...]] = ()  # settings newer than some hashes, which leave them out at their defaults
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, hide_input_in_errors=True
@@ -97,6 +99,23 @@ def is_union(annotation: Any) -> bool:
 
 
 def config_hash(config: Section) -> str:
-    """First 16 hex digits of the SHA-256 of the configuration's canonical JSON."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    """First 16 hex digits of the SHA-256 of the configuration's canonical JSON, without `LATER` settings at their
+    defaults: so that a new setting leaves the hashes of old configurations as they were."""
+    text = json.dumps(_without_later_defaults(config, config.model_dump(mode="json")), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_later_defaults(value: Any, dumped: Any) -> Any:
+    """`dumped` is `value` as JSON."""
+    if isinstance(value, Section):
+        fields = type(value).model_fields
+        return {
+            name: _without_later_defaults(one, dumped[name])
+            for name, one in value
+            if name in dumped and not (name in value.LATER and one == fields[name].default)
+        }
+    if isinstance(value, dict):
+        return {key: _without_later_defaults(one, dumped[str(key)]) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_without_later_defaults(*pair) for pair in zip(value, dumped, strict=True)]
+    return dumped

@@ -22,6 +22,7 @@ from trainer.config.model import (
     MlpConfig,
     ModelConfig,
     PeterRecConfig,
+    TiedConfig,
 )
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.social import (
@@ -112,6 +113,7 @@ __all__ = [
     "TaskHead",
     "TaskSettings",
     "TextConfig",
+    "TiedConfig",
     "TrackingConfig",
     "TrainConfig",
     "TransferName",

@@ -1,6 +1,6 @@
 """Settings of networks."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
@@ -102,11 +102,36 @@ class NetworkConfig(Section):
         return self
 
 
-class Bert4RecConfig(NetworkConfig):
+class TiedConfig(NetworkConfig):
+    """Of networks that score items with the vectors that they read them by."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("score", "temperature")
+
+    # dot: the product of the user's and the item's vector, and the item's bias. cosine: the cosine of both, divided by
+    # the temperature, without a bias (as HSTU is trained: Zhai et al. 2024).
+    score: Literal["dot", "cosine"] = "dot"
+    temperature: float = Field(0.05, gt=0)  # of cosine
+
+    @model_validator(mode="after")
+    def _temperature_is_of_cosines(self) -> Self:
+        default = type(self).model_fields["temperature"].default
+        if self.score == "dot" and self.temperature != default:
+            raise ValueError(
+                f"temperature: expected score cosine, which it divides, found dot; set that, or leave {default}"
+            )
+        return self
+
+
+class Bert4RecConfig(TiedConfig):
     """BERT4Rec (Sun et al. 2019) with the survey's user and knowledge embeddings (4.3, 4.4)."""
+
+    LATER: ClassVar = (*TiedConfig.LATER, "block")
 
     kind: Literal["bert4rec"] = "bert4rec"
     blocks: int = Field(2, ge=1)
+    # plain: what a layer gives is added (Vaswani et al. 2017). ligr: it is gated first, and the second layer is a
+    # SwiGLU, as in LiGR and eSASRec (Borisyuk et al. 2025; Tikhonovich et al. 2025).
+    block: Literal["plain", "ligr"] = "plain"
     width: int = Field(64, ge=1)
     heads: int = Field(2, ge=1)
     max_length: int = Field(200, ge=2)  # positions, the predicted one included
@@ -143,7 +168,7 @@ class CaserConfig(NetworkConfig):
     knowledge_width: int = Field(25, ge=1)  # of each slot
 
 
-class PeterRecConfig(NetworkConfig):
+class PeterRecConfig(TiedConfig):
     """PeterRec (Yuan et al. 2020), with the survey's user and knowledge embeddings where requested."""
 
     kind: Literal["peterrec"] = "peterrec"

@@ -14,12 +14,16 @@ READ_ITEMS = ("bert4rec", "caser", "dupn", "peterrec")  # kinds of model that re
 
 class LossConfig(Section):
     """full: softmax over the catalogue. sampled: over the targets and sampled negatives, with the logQ correction. bce:
-    each target and each negative by itself, as yes or no. All positions of a batch share the negatives: scoring them is
+    each target and each negative by itself, as yes or no. gbce: as bce, with the target's probability to a power that
+    makes up for the sampling (Petrov and Macdonald 2023). All positions of a batch share the negatives: scoring them is
     one product of matrices then, and costs a row of the table each, not one for each position.
     """
 
-    kind: Literal["full", "sampled", "bce"] = "full"
+    LATER: ClassVar = ("calibration",)
+
+    kind: Literal["full", "sampled", "bce", "gbce"] = "full"
     num_negatives: int = Field(1_024, ge=1)
+    calibration: float = Field(0.75, ge=0, le=1)  # of gbce, the paper's t: 0 is bce, 1 calibrated probabilities
     label_smoothing: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")

@@ -139,6 +139,7 @@ class ModelScorer:
         among = model.predicted_V if among is None else among
         self._left_out_V = None if among is None else ~among.to(self.device)
         self._later_NQ = None if later_NQ is None else later_NQ.to(self.device)
+        self._later_scored_NQ = None if self._later_NQ is None else model.as_scored(self._later_NQ)
         self.num_rows = model.num_items + (0 if later_NQ is None else len(later_NQ))
 
     def scores(self, histories: Events, candidates: IntArray | None = None) -> Scores:
@@ -156,14 +157,14 @@ class ModelScorer:
                 return block(start, stop)
 
         def of_own(rows: slice | Tensor) -> Tensor:
-            if isinstance(rows, slice) and self._table_VD is None:
+            if isinstance(rows, slice) and self._scored_VD is None:
                 rows = torch.arange(rows.start, rows.stop, device=self.device)
-            scores = self.task.scores(self.model, hidden_BD, rows, self._table_VD, self._bias_V)
+            scores = self.task.scores(self.model, hidden_BD, rows, self._scored_VD, self._bias_V)
             if self._left_out_V is not None:
                 scores.masked_fill_(self._left_out_V[rows], -torch.inf)
             return scores
 
-        own, later_NQ = self.model.num_items, self._later_NQ
+        own, later_NQ = self.model.num_items, self._later_scored_NQ
 
         def block(start: int, stop: int) -> Tensor:
             rows_N = None if rows_C is None else rows_C[start:stop]
@@ -211,6 +212,20 @@ class ModelScorer:
         return table_VD
 
     @functools.cached_property
+    def _scored_VD(self) -> Tensor | None:
+        """The item table as it scores: the same one, or where scores are cosines another, made once and in blocks. None
+        as of the item table, for which a second one is one too many."""
+        table_VD, model = self._table_VD, self.model
+        if table_VD is None or not model.scores_cosines:
+            return table_VD
+        if model.tables is not None and len(table_VD) > ROWS_PER_BLOCK:
+            return None
+        scored_VD = torch.empty_like(table_VD)
+        for start in range(0, len(table_VD), ROWS_PER_BLOCK):
+            scored_VD[start : start + ROWS_PER_BLOCK] = model.as_scored(table_VD[start : start + ROWS_PER_BLOCK])
+        return scored_VD
+
+    @functools.cached_property
     def _read_VD(self) -> Tensor | None:
         """The table that histories are read by, later items behind the model's own."""
         if self._later_NQ is None or self._table_VD is None:
@@ -219,7 +234,7 @@ class ModelScorer:
 
     @functools.cached_property
     def _bias_V(self) -> Tensor | None:
-        return None if self._table_VD is None else self.model.bias()
+        return None if self._scored_VD is None else self.model.bias()
 
     @torch.inference_mode()
     def hidden(self, histories: Events) -> Tensor:

@@ -18,7 +18,7 @@ from trainer.models.cpu.dropout import Dropout
 from trainer.models.documents import DocumentTable
 from trainer.models.feature_map import FeatureMap, fitted_rows
 from trainer.models.features import Features, FeatureTable, kept_ids
-from trainer.models.heads import LossWeights, PairHead
+from trainer.models.heads import LossWeights, PairHead, unit
 from trainer.models.row_table import RowTable, RowTables
 
 _EVERY = slice(None)
@@ -119,8 +119,17 @@ class SequenceModel(nn.Module):
         raise NotImplementedError
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
-        """The vectors that score catalogue rows, [V, Q] or [*rows.shape, Q]."""
+        """The vectors of catalogue rows, [V, Q] or [*rows.shape, Q]; they score as `as_scored` makes them."""
         raise NotImplementedError
+
+    @property
+    def scores_cosines(self) -> bool:
+        """Whether `as_scored` changes anything."""
+        return False
+
+    def as_scored(self, vectors: Tensor) -> Tensor:
+        """Items' vectors as queries (`head`) are multiplied with them: themselves, or at length 1."""
+        return unit(vectors) if self.scores_cosines else vectors
 
     def add_features(self, tables: tuple[FeatureTable, ...], documents: DocumentTable | None) -> None:
         """Vectors from outside the log beside items' own: `item_vectors` has them from now on. Drawn from the global
@@ -263,15 +272,20 @@ class SequenceModel(nn.Module):
     ) -> Tensor:
         """Scores [N, C] of catalogue rows for hidden states; all of them, reserved ones included, where none are named.
 
-        `table_VD`, `bias_V`: item_vectors() and bias(), where the caller has them already: a slice of rows copies
-        nothing then."""
+        `table_VD`, `bias_V`: as_scored(item_vectors()) and bias(), where the caller has them already: a slice of rows
+        copies nothing then."""
         if isinstance(rows, slice):
-            table_CD = (self.item_vectors() if table_VD is None else table_VD)[rows]
+            table_CD = (self.as_scored(self.item_vectors()) if table_VD is None else table_VD)[rows]
             bias_C = (self.bias() if bias_V is None else bias_V)[rows]
         else:
-            table_CD = self.item_vectors(rows) if table_VD is None else table_VD[rows]
+            table_CD = self.as_scored(self.item_vectors(rows)) if table_VD is None else table_VD[rows]
             bias_C = self.bias(rows) if bias_V is None else bias_V[rows]
         return self.crossed(self.head(hidden_ND), table_CD, bias_C)
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether a score is the product of a query and an item's vector, and its bias."""
+        return True
 
     def matched(self, query_NQ: Tensor, vectors_NQ: Tensor) -> Tensor:
         """Scores [N], without biases, of queries and an item's vector for each."""

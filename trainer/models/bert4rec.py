@@ -37,6 +37,8 @@ CUDA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPB
 class Block(nn.Module):
     """One Transformer layer (Vaswani et al. 2017; survey equations 3 and 4), normalised first."""
 
+    LINEARS: ClassVar[tuple[str, ...]] = ("qkv", "attention_out", "feed_in", "feed_out")
+
     def __init__(self, config: Bert4RecConfig) -> None:
         super().__init__()
         width = config.width
@@ -45,9 +47,12 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attention_out = nn.Linear(width, width)
         self.feed_norm = nn.LayerNorm(width)
+        self._add_feed_layers(width)
+        self.dropout = Dropout(config.dropout)
+
+    def _add_feed_layers(self, width: int) -> None:
         self.feed_in = nn.Linear(width, 4 * width)
         self.feed_out = nn.Linear(4 * width, width)
-        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -81,17 +86,45 @@ class Block(nn.Module):
         if wanted is not None:
             x, attended, asking = x_BTD[wanted.mask_BT], attended_BQD[wanted.mask_BQ], asking_BQD[wanted.mask_BQ]
         attended = F.linear(attended, weight_of(self.attention_out, patches, "attention_out"), self.attention_out.bias)
-        x = x + self.dropout(patched(patches, "first", asking, attended), random)
+        x = self._added(x, self.dropout(patched(patches, "first", asking, attended), random), "first_gate", patches)
         normed = self.feed_norm(x)
+        fed = patched(patches, "second", normed, self._fed(normed, patches))
+        return self._added(x, self.dropout(fed, random), "second_gate", patches)
+
+    def _fed(self, normed: Tensor, patches: Patches) -> Tensor:
+        """What the second layer gives, [..., D] to [..., D]."""
         inner = F.gelu(F.linear(normed, weight_of(self.feed_in, patches, "feed_in"), self.feed_in.bias))
-        fed = F.linear(inner, weight_of(self.feed_out, patches, "feed_out"), self.feed_out.bias)
-        out: Tensor = x + self.dropout(patched(patches, "second", normed, fed), random)
-        return out
+        return F.linear(inner, weight_of(self.feed_out, patches, "feed_out"), self.feed_out.bias)
+
+    def _added(self, x: Tensor, given: Tensor, gate: str, patches: Patches) -> Tensor:
+        """The residual stream with what a layer gave for it; `gate`: the name of its gate, where there are any."""
+        return x + given
 
     def _heads(self, x_BTD: Tensor, parts: int) -> tuple[Tensor, ...]:
         """`parts` tensors [B, H, T, E] of one that holds them side by side."""
         B, T, width = x_BTD.shape
         return x_BTD.view(B, T, parts, self.heads, width // parts // self.heads).permute(2, 0, 3, 1, 4).unbind()
+
+
+class GatedBlock(Block):
+    """A layer of LiGR (Borisyuk et al. 2025) as eSASRec has it (Tikhonovich et al. 2025): x + sigmoid(W x) * attention,
+    then x + sigmoid(W' x) * SwiGLU (Shazeer 2020), whose layers have no bias."""
+
+    LINEARS: ClassVar = (*Block.LINEARS, "first_gate", "second_gate")
+
+    def _add_feed_layers(self, width: int) -> None:
+        self.feed_in = nn.Linear(width, 8 * width, bias=False)  # of 4: what goes through SiLU, and what it multiplies
+        self.feed_out = nn.Linear(4 * width, width, bias=False)
+        self.first_gate = nn.Linear(width, width)
+        self.second_gate = nn.Linear(width, width)
+
+    def _fed(self, normed: Tensor, patches: Patches) -> Tensor:
+        gate, value = F.linear(normed, weight_of(self.feed_in, patches, "feed_in")).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * value, weight_of(self.feed_out, patches, "feed_out"))
+
+    def _added(self, x: Tensor, given: Tensor, gate: str, patches: Patches) -> Tensor:
+        layer: nn.Linear = getattr(self, gate)
+        return x + torch.sigmoid(F.linear(x, weight_of(layer, patches, gate), layer.bias)) * given
 
 
 class Wanted:
@@ -112,8 +145,6 @@ class Wanted:
 class Bert4Rec(TiedModel):
     """Items are scored with the same knowledge-enhanced vectors that they are embedded with."""
 
-    LINEARS: ClassVar = ("qkv", "attention_out", "feed_in", "feed_out")
-
     config: Bert4RecConfig
     rotation_TE: Tensor
 
@@ -123,7 +154,9 @@ class Bert4Rec(TiedModel):
         if config.positions == "rotary":
             self.register_buffer("rotation_TE", _rotation(config), persistent=False)
         self.input_norm = nn.LayerNorm(config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        block = GatedBlock if config.block == "ligr" else Block
+        self.linears = block.LINEARS
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.blocks))
         self.output_norm = nn.LayerNorm(config.width)
         self._add_head()
 

@@ -1,5 +1,5 @@
-"""A score of a user's vector and an item's content by a small network: f(u, v) of content-based click prediction
-(survey equation 2; Chen et al. 2019, *BERT4SessRec*).
+"""What stands behind a hidden state: cosines of items, weights of losses, and a score of an item's content by a small
+network, f(u, v) of content-based click prediction (survey equation 2; Chen et al. 2019, *BERT4SessRec*).
 
 Shape letters: ``N`` pairs, ``D`` width of a hidden state, ``F`` width of content.
 """
@@ -9,6 +9,8 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+SMALLEST_SQUARE = 1e-8  # of a length: an item of which nothing is known has a vector of zeros, and no direction
 
 
 class PairHead(nn.Module):
@@ -30,6 +32,24 @@ class PairHead(nn.Module):
             x = layer(F.gelu(x) if place else x)
         logits: Tensor = x.squeeze(-1)
         return logits
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Vectors [..., D] at length 1, in fp32 at least; those of zeros stay so."""
+    wide = vectors.float() if vectors.dtype == torch.bfloat16 else vectors
+    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + SMALLEST_SQUARE)
+
+
+class CosineQuery(nn.Module):
+    """Users' vectors [..., D] at length 1, divided by a temperature: their product with items' vectors of length 1 is
+    the cosine over the temperature, as HSTU scores (Zhai et al. 2024)."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unit(x) / self.temperature
 
 
 class LossWeights(nn.Module):

@@ -19,6 +19,7 @@ from trainer.config import Bert4RecConfig, PatchConfig, PeterRecConfig
 from trainer.models.adapters import Patches, new_patches
 from trainer.models.base import TABLE_STD, ModelSizes, SequenceModel, initialise
 from trainer.models.cpu.chunks import mapped, order_of, sizes_by_length
+from trainer.models.heads import CosineQuery
 from trainer.models.row_table import RowTables
 
 CHUNK_POSITIONS = 1_024  # padded positions that go through the network together on a CPU: 0.5 MB at width 128
@@ -50,7 +51,7 @@ class TiedModel(SequenceModel):
         "entity_embedding.weight",
     )
 
-    LINEARS: ClassVar[tuple[str, ...]]  # of a block: what LoRA changes
+    linears: tuple[str, ...]  # of a block: what LoRA changes
 
     config: Bert4RecConfig | PeterRecConfig
     blocks: nn.ModuleList
@@ -74,9 +75,21 @@ class TiedModel(SequenceModel):
 
     def _add_head(self) -> None:
         width = self.config.width
-        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
-        self.output_bias = self.per_item()
+        scale = [CosineQuery(self.config.temperature)] if self.scores_cosines else []
+        self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), *scale)
+        if not self.scores_cosines:
+            self.output_bias = self.per_item()
         self.apply(initialise)
+
+    @property
+    def scores_cosines(self) -> bool:
+        return self.config.score == "cosine"
+
+    def bias(self, rows: Tensor | None = None) -> Tensor:
+        """As of every model; cosines have none."""
+        if not self.scores_cosines:
+            return super().bias(rows)
+        return self.item_embedding.weight.new_zeros(self.num_items if rows is None else rows.shape)
 
     @staticmethod
     def table_std(width: int) -> float:
@@ -139,7 +152,7 @@ class TiedModel(SequenceModel):
 
     def add_patches(self, config: PatchConfig) -> None:
         """New patches beside every block, drawn from the global random state."""
-        self.patches = new_patches(config, self.config.width, self.blocks, self.LINEARS)
+        self.patches = new_patches(config, self.config.width, self.blocks, self.linears)
 
     def patches_of_blocks(self) -> list[Patches]:
         """Of each block, in order."""

@@ -110,6 +110,10 @@ class Mlp(SequenceModel):
             user_BH = self.of_user(user_BH)
         return user_BH[wanted_BT.nonzero()[:, 0]]
 
+    @property
+    def multiplies(self) -> bool:
+        return self.config.score != "mlp"
+
     def matched(self, query_NQ: Tensor, vectors_NQ: Tensor) -> Tensor:
         if self.config.score != "mlp":
             return super().matched(query_NQ, vectors_NQ)

@@ -11,7 +11,6 @@ through `head` (the released code has a second table); layers are drawn at 1 / s
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +65,7 @@ class Block(nn.Module):
 class PeterRec(TiedModel):
     """Items are scored with the same knowledge-enhanced vectors that they are embedded with."""
 
-    LINEARS: ClassVar = ("first", "second")
+    linears = ("first", "second")
 
     config: PeterRecConfig
 

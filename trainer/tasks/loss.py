@@ -13,6 +13,7 @@ from torch import Tensor
 from etl.tables import FIRST_INDEX
 from trainer.config import LossConfig
 from trainer.models import SequenceModel
+from trainer.tasks.pool import Hits, softmax_over_pool, softplus_over_pool
 from trainer.tasks.softmax import summed_cross_entropy
 
 
@@ -34,8 +35,9 @@ def summed_loss(
         if rows_C is not None:
             classes_N = torch.searchsorted(rows_C, targets_N)
         rows = slice(FIRST_INDEX, None) if rows_C is None else rows_C
+        table_CD = model.as_scored(table_VD[rows])
         return summed_cross_entropy(
-            model.head(hidden_ND), table_VD[rows], bias_V[rows], classes_N, label_smoothing=config.label_smoothing
+            model.head(hidden_ND), table_CD, bias_V[rows], classes_N, label_smoothing=config.label_smoothing
         )
     num_items = model.num_items - FIRST_INDEX if rows_C is None else len(rows_C)
     drawn = np.random.default_rng([*draw, 4]).integers(0, num_items, config.num_negatives)
@@ -43,6 +45,9 @@ def summed_loss(
     negatives_K = negatives_K + FIRST_INDEX if rows_C is None else rows_C[negatives_K]
     if config.kind == "bce":
         return binary_loss(model, hidden_ND, targets_N, negatives_K)
+    if config.kind == "gbce":
+        power = positive_power(config.num_negatives, num_items, config.calibration)
+        return generalised_binary_loss(model, hidden_ND, targets_N, negatives_K, power)
     log_expected = np.log(config.num_negatives / num_items)  # draws of one item among K: K q, uniform q
     return sampled_softmax(model, hidden_ND, targets_N, negatives_K, float(log_expected))
 
@@ -55,6 +60,7 @@ def loss_of_users(
     rows_C = model.classes()
     if rows_C is None:
         rows_C = torch.arange(FIRST_INDEX, model.num_items, device=hidden_BD.device)
+    table_VD = None if table_VD is None else model.as_scored(table_VD)
     scores_BC = wide(model.scores(hidden_BD, rows_C, table_VD, model.bias()))
     counts_B = torch.bincount(owner_N, minlength=len(hidden_BD))
     own_N = scores_BC[owner_N, torch.searchsorted(rows_C, targets_N)]
@@ -71,12 +77,11 @@ def sampled_softmax(
     model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor, log_expected: float
 ) -> Tensor:
     """The sampled loss for given negatives [K], all drawn with the same expected count exp(log_expected)."""
-    query_ND = model.head(hidden_ND)
-    rows = torch.cat([targets_N, negatives_K])
-    N, vectors, bias = len(targets_N), model.item_vectors(rows), model.bias(rows)
-    own_N = model.matched(query_ND, vectors[:N]) + bias[:N]
-    others_NK = model.crossed(query_ND, vectors[N:], bias[N:]) - log_expected
-    others_NK = others_NK.masked_fill(negatives_K == targets_N[:, None], -torch.inf)
+    query_ND, own_N, pool = _read(model, hidden_ND, targets_N, negatives_K)
+    hit_NK = Hits(targets_N, negatives_K)
+    if model.multiplies:
+        return softmax_over_pool(query_ND, wide(own_N), pool, hit_NK, log_expected)
+    others_NK = (model.crossed(query_ND, *pool) - log_expected).masked_fill(hit_NK[:], -torch.inf)
     total_N = torch.logsumexp(wide(torch.cat([own_N[:, None], others_NK], dim=1)), dim=1)
     loss: Tensor = (total_N - own_N).sum()
     return loss
@@ -85,14 +90,61 @@ def sampled_softmax(
 def binary_loss(model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor) -> Tensor:
     """Sum over N positions of -log s(target), less the mean of log(1 - s(negative)) over the negatives that aren't the
     target; s is the logistic function (Tang and Wang 2018, equation 8, there with the sum over 3 negatives)."""
-    query_ND = model.head(hidden_ND)
-    rows = torch.cat([targets_N, negatives_K])
-    N, vectors, bias = len(targets_N), model.item_vectors(rows), model.bias(rows)
-    own_N = wide(model.matched(query_ND, vectors[:N]) + bias[:N])
-    others_NK = wide(model.crossed(query_ND, vectors[N:], bias[N:]))
-    other_NK = negatives_K != targets_N[:, None]
-    refused_N = (F.softplus(others_NK) * other_NK).sum(1) / other_NK.sum(1).clamp(min=1)
-    return (F.softplus(-own_N) + refused_N).sum()
+    hit_NK = Hits(targets_N, negatives_K)
+    weight_N = 1 / hit_NK.others().clamp(min=1)
+    return _binary(model, hidden_ND, targets_N, negatives_K, power=1.0, weight_N=weight_N)
+
+
+def positive_power(num_negatives: int, num_items: int, calibration: float) -> float:
+    """beta of gBCE (Petrov and Macdonald 2023): alpha (t (1 - 1 / alpha) + 1 / alpha), where alpha = K / (items - 1) is
+    the share of the negatives that is sampled, and t the calibration."""
+    alpha = num_negatives / max(1, num_items - 1)
+    return alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
+
+
+def generalised_binary_loss(
+    model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor, power: float
+) -> Tensor:
+    """Sum over N positions of gBCE (Petrov and Macdonald 2023): -(log s(target)^power + sum of log(1 - s(negative))) /
+    (K + 1), over the K negatives but those that are the target.
+
+    log s^power is power * log s. The paper turns it into a logit, log(1 / (s^-power - 1)), for which it needs float64:
+    where s is near 1 the difference is lost in float32. Here it is never formed.
+    """
+    weight_N = torch.ones(len(targets_N), device=targets_N.device)
+    total = _binary(model, hidden_ND, targets_N, negatives_K, power=power, weight_N=weight_N)
+    return total / (len(negatives_K) + 1)
+
+
+def _binary(
+    model: SequenceModel,
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    negatives_K: Tensor,
+    *,
+    power: float,
+    weight_N: Tensor,
+) -> Tensor:
+    """Sum over N positions of -power log s(target), less weight times the sum of log(1 - s(negative))."""
+    query_ND, own_N, pool = _read(model, hidden_ND, targets_N, negatives_K)
+    hit_NK = Hits(targets_N, negatives_K)
+    if model.multiplies:
+        refused = softplus_over_pool(query_ND, pool, hit_NK, weight_N)
+    else:
+        refused_NK = F.softplus(wide(model.crossed(query_ND, *pool))).masked_fill(hit_NK[:], 0)
+        refused = (refused_NK.sum(1) * weight_N).sum()
+    return power * F.softplus(-wide(own_N)).sum() + refused
+
+
+def _read(
+    model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Queries [N, Q], scores [N] of their targets, vectors [K, Q] and biases [K] of the negatives; each row is read
+    once."""
+    query_ND, rows, N = model.head(hidden_ND), torch.cat([targets_N, negatives_K]), len(targets_N)
+    vectors, bias = model.as_scored(model.item_vectors(rows)), model.bias(rows)
+    own_N = model.matched(query_ND, vectors[:N]) + bias[:N]
+    return query_ND, own_N, (vectors[N:], bias[N:])
 
 
 def wide(scores: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ and nothing is read twice (as in Liger Kernel's fused linear cross-entropy: Hsu 
 Shape letters: ``N`` positions, ``D`` width, ``V`` classes.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,42 @@ def summed_cross_entropy(
     return loss
 
 
+def dtypes_of(table_VD: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of products, autocast's where that is on, and of sums and exponentials."""
+    device = table_VD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table_VD.dtype
+    return dtype, torch.promote_types(dtype, torch.float32)
+
+
+def block_rows(device: str, num_classes: int) -> int:
+    """Positions of a block."""
+    return max(BLOCK_ROWS, (BLOCK_SCORES if device == "cpu" else DEVICE_BLOCK_SCORES) // num_classes)
+
+
+def summed_in_blocks(
+    block: Callable[[int], tuple[Tensor, ...]],
+    num_positions: int,
+    rows: int,
+    totals: Sequence[Tensor],
+    *,
+    device: str,
+    per_row: tuple[int, ...],
+) -> Tensor:
+    """The sum of the losses of blocks of `rows` positions; `block` gives one's, and its slopes, which are added up in
+    `totals` in the order of blocks: those `per_row` are a position's each."""
+    count = max(1, -(-num_positions // rows))
+    done = on_threads(block, count) if device == "cpu" else map(block, range(count))
+    losses = []
+    for number, (loss, *slopes) in enumerate(done):
+        losses.append(loss)
+        for place, (total, slope) in enumerate(zip(totals, slopes, strict=False)):
+            if place in per_row:
+                total[number * rows : (number + 1) * rows] = slope
+            else:
+                total += slope
+    return sum(losses[1:], start=losses[0])
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
     """The gradients are taken along with the loss, and only scaled afterwards. On a CPU threads take a block each; what
     blocks give is summed in their order, so that the same bits come out however many threads there are."""
@@ -39,26 +76,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any, query_ND: Tensor, table_VD: Tensor, bias_V: Tensor, targets_N: Tensor, smoothing: float
     ) -> Tensor:
         device, trained = query_ND.device.type, any(ctx.needs_input_grad)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table_VD.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=query_ND.device)
+        dtype, wide = dtypes_of(table_VD)
         totals = [torch.zeros_like(x, dtype=wide) for x in (query_ND, table_VD, bias_V)] if trained else []
         with torch.autocast(device, enabled=False):
             table, bias = table_VD.to(dtype), bias_V.to(dtype)
-            rows = max(BLOCK_ROWS, (BLOCK_SCORES if device == "cpu" else DEVICE_BLOCK_SCORES) // len(table))
+            rows = block_rows(device, len(table))
             blocks = list(zip(torch.split(query_ND, rows), torch.split(targets_N, rows), strict=True))
 
             def block(number: int) -> tuple[Tensor, ...]:
                 query, targets = blocks[number]
                 return _loss_and_slopes(query.to(dtype), targets[:, None], table, bias, smoothing, trained=trained)
 
-            done = on_threads(block, len(blocks)) if device == "cpu" else map(block, range(len(blocks)))
-            for number, (more, *slopes) in enumerate(done):
-                loss += more
-                if trained:
-                    totals[0][number * rows : (number + 1) * rows] = slopes[0]
-                    totals[1] += slopes[1]
-                    totals[2] += slopes[2]
+            loss = summed_in_blocks(block, len(query_ND), rows, totals, device=device, per_row=(0,))
         ctx.save_for_backward(*totals)
         return loss
 

@@ -26,7 +26,7 @@ from torch import nn
 from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, UNK
 from trainer.arrays import IntArray
-from trainer.config import ModelConfig, TransferName
+from trainer.config import ModelConfig, TiedConfig, TransferName
 from trainer.inference.model_folder import TrainedModel
 from trainer.models import SequenceModel, group_of, groups_of
 
@@ -143,6 +143,8 @@ def initialise_from(
         )
     if parent is not None and transfer != "none":
         _check_event_types(config, plan.event_types, parent)
+        if "head" in COPIED_GROUPS[transfer] or shared_V is not None:
+            _check_score(config, parent)
     given = dict(parent.model.named_parameters()) if parent is not None and transfer != "none" else {}
     groups = group_of(model, config)
     norms = _layer_norms(model) if plan.layer_norm else set()
@@ -161,7 +163,7 @@ def initialise_from(
             if name not in given:
                 raise TransferError(
                     f"transfer {transfer}: the parent {_named(parent)} has no tensor {name}; give both models the same "
-                    "knowledge, user_width and blocks"
+                    "knowledge, user_width, blocks and block"
                 )
             source: torch.Tensor = given[name]
             if shared_out is not None:
@@ -192,6 +194,16 @@ def _check_event_types(config: ModelConfig, event_types: tuple[str, ...], parent
         raise TransferError(
             f"expected data.event_types to be the parent's ({', '.join(theirs)}), found {', '.join(event_types)}; set "
             "them alike"
+        )
+
+
+def _check_score(config: ModelConfig, parent: TrainedModel) -> None:
+    """A head, and items' vectors, that were trained for products are of no use for cosines, which have no biases."""
+    theirs = parent.config.model
+    if isinstance(config, TiedConfig) and isinstance(theirs, TiedConfig) and config.score != theirs.score:
+        raise TransferError(
+            f"expected model.score to be that of the parent {_named(parent)}, {theirs.score}, found {config.score}; "
+            "set them alike"
         )
 
 

@@ -42,6 +42,7 @@ from trainer.registry import pyfunc
 WIDTH, LATER = 10, ("new0", "new1", "bare")  # bare: without a vector
 NETWORKS = {
     "bert4rec": {"kind": "bert4rec", "blocks": 1},
+    "cosines": {"kind": "bert4rec", "blocks": 1, "score": "cosine"},
     "caser": {"kind": "caser"},
     "peterrec": {"kind": "peterrec", "dilations": [1, 2]},
     "dupn": {"kind": "dupn"},

@@ -39,6 +39,9 @@ MODELS = {
         blocks=2, width=16, heads=2, max_length=12, dropout=0.0, user_width=4, knowledge_width=3
     ),
     "learned": Bert4RecConfig(blocks=1, width=16, heads=2, max_length=12, dropout=0.0, positions="learned"),
+    "gated, cosines": Bert4RecConfig(
+        blocks=2, width=16, heads=2, max_length=12, dropout=0.0, block="ligr", score="cosine"
+    ),
     "peterrec": PeterRecConfig(width=16, dilations=(1, 2), max_length=12, dropout=0.0),
     "caser": CaserConfig(width=8, max_length=12, window=3, horizontal=4, vertical=2, dropout=0.0, user_width=4),
 }
@@ -46,6 +49,7 @@ TASKS = {
     "masked": MaskedItemConfig(mask_probability=0.5),
     "next": NextItemConfig(loss=LossConfig(label_smoothing=0.1)),
     "next, three targets, bce": NextItemConfig(targets=3, loss=LossConfig(kind="bce", num_negatives=10)),
+    "next, gbce": NextItemConfig(loss=LossConfig(kind="gbce", num_negatives=10)),
     "masked, sampled": MaskedItemConfig(loss=LossConfig(kind="sampled", num_negatives=10)),
 }
 
