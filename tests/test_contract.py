@@ -52,6 +52,7 @@ ROOMS = (
     "etl.__main__",
     "trainer.old_versions",
     "trainer.arrays",
+    "trainer.ridge",
     "trainer.code_hash",
     "trainer.config",
     "trainer.parallel",

@@ -31,7 +31,8 @@ class JoinedFeaturesConfig(Section):
     encoders: tuple[str, ...] = ()  # names in the table; (): none
     width: int = Field(64, ge=1)  # that an encoder's vectors are projected to
     # How they join the own vector: see trainer/models/features.py. With each, a model begins as one without.
-    aggregate: Literal["concat", "sum", "gate", "attention"] = "gate"
+    # ridge, of items: no part in training; those that nobody has had get what ridge regression predicts of the others.
+    aggregate: Literal["concat", "sum", "gate", "attention", "ridge"] = "gate"
     # What stands for the vector of one that has none: learned: one that is trained; zero; mean: of those that have.
     missing: Literal["learned", "zero", "mean"] = "learned"
     whitening: bool = True  # centred, and of equal variance in all directions, over those that are trained on
@@ -71,6 +72,16 @@ class ItemFeaturesConfig(JoinedFeaturesConfig):
     @property
     def given(self) -> bool:
         return bool(self.encoders) or self.document is not None
+
+    @model_validator(mode="after")
+    def _ridge_is_fitted_apart(self) -> Self:
+        if self.aggregate != "ridge":
+            return self
+        trained = [name for name in ("document", "dropout", "id_dropout") if getattr(self, name)]
+        if trained or not self.encoders:
+            found = f"{trained[0]}, which trains with the network" if trained else "none"
+            raise ValueError(f"aggregate ridge: expected encoders alone, found {found}; leave it out, or name some")
+        return self
 
 
 class UserFeaturesConfig(JoinedFeaturesConfig):
@@ -147,6 +158,8 @@ class NetworkConfig(Section):
             raise ValueError(
                 "user_features: expected users' embeddings, which they join, found user_width 0; set a width"
             )
+        if self.user_features.aggregate == "ridge":
+            raise ValueError("user_features: expected aggregate concat, sum, gate or attention, found ridge, of items")
         return self
 
 
@@ -294,6 +307,11 @@ class MlpConfig(NetworkConfig):
         for name, features in (("features", self.features), ("user_features", self.user_features)):
             if self.score == "fm" and features.given and features.aggregate != "sum":
                 raise ValueError(f"score fm: expected {name}.aggregate sum, found {features.aggregate}; set that")
+        if self.score == "mlp" and self.features.aggregate == "ridge":
+            raise ValueError(
+                "score mlp: expected features.aggregate without ridge, which predicts vectors that are "
+                "multiplied; set score dot"
+            )
         return self
 
 

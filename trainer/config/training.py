@@ -22,7 +22,8 @@ class TrainConfig(Section):
     # rows of its batch only, and the tables are shared out over the processes; for catalogues past memory's comfort.
     table_optimizer: Literal["adamw", "rowwise"] = "adamw"
     table_learning_rate: float = Field(0.02, gt=0)  # of rowwise; warms up and falls as learning_rate does
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0)  # of layers' matrices
+    table_weight_decay: float = Field(0.0, ge=0)  # of tables of vectors (adamw): matrix factorisation needs it
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up, over `epochs`
     final_rate: float = Field(0.0, ge=0, le=1)  # least share of the learning rate that a schedule falls to

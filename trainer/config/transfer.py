@@ -63,6 +63,10 @@ class FinetuneConfig(PretrainConfig):
     def _features_are_there(self) -> "FinetuneConfig":
         if self.transfer == "shallow+features" and not self.model.features.given:
             raise ValueError("transfer shallow+features: expected encoders in model.features, found none; set shallow")
+        if self.transfer == "shallow+features" and self.model.features.aggregate == "ridge":
+            raise ValueError(
+                "transfer shallow+features: expected features that are trained, found aggregate ridge; set shallow"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ Shape letters: ``B`` sequences, ``T`` positions, ``D`` width of a hidden state, 
 slots of an item, ``N`` any number of positions, ``C`` candidates, ``Q`` width of what scores.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,7 @@ from etl.tables import FIRST_INDEX, UNK
 from trainer.config import ModelConfig, PairHeadConfig, TaskHead, WeightsHeadConfig
 from trainer.models.cpu.dropout import Dropout
 from trainer.models.documents import DocumentTable
+from trainer.models.feature_map import FeatureMap, fitted_rows
 from trainer.models.features import Features, FeatureTable, kept_ids
 from trainer.models.heads import LossWeights, PairHead, unit
 from trainer.models.row_table import RowTable, RowTables
@@ -133,7 +135,10 @@ class SequenceModel(nn.Module):
     def add_features(self, tables: tuple[FeatureTable, ...], documents: DocumentTable | None) -> None:
         """Vectors from outside the log beside items' own: `item_vectors` has them from now on. Drawn from the global
         random state, and at first without effect."""
-        self.features["scored"] = Features(self.config.features, self.item_width, tables, documents)
+        if self.config.features.aggregate == "ridge":
+            self.features["scored"] = FeatureMap(self.item_width, tables)
+        else:
+            self.features["scored"] = Features(self.config.features, self.item_width, tables, documents)
 
     def add_time(self) -> None:
         """What reads when events were, as `config.time` says: at first without effect."""
@@ -154,8 +159,25 @@ class SequenceModel(nn.Module):
         self.features["user"] = Features(self.config.user_features, self.config.user_width, tables)
 
     @property
+    def feature_map(self) -> FeatureMap | None:
+        """What gives vectors to items that nobody has had, fitted apart from training."""
+        found = dict(self.features.items()).get("scored")
+        return found if isinstance(found, FeatureMap) else None
+
+    def fit_features(self) -> None:
+        """Fit the feature map, where there is one, to what trained items have now."""
+        if self.feature_map is None:
+            return
+        assert self.untrained_V is not None
+        unfit_V = self.untrained_V if self.predicted_V is None else self.untrained_V | ~self.predicted_V
+        rows = fitted_rows(unfit_V)
+        with torch.no_grad():
+            self.feature_map.fit(rows, self.item_vectors(rows), self.bias(rows))
+
+    @property
     def items_have_features(self) -> bool:
-        return "scored" in self.features
+        """Whether they have a part in items' vectors: a map has none in training."""
+        return "scored" in self.features and not (self.training and self.feature_map is not None)
 
     @property
     def features_of_items(self) -> list[str]:
@@ -186,8 +208,20 @@ class SequenceModel(nn.Module):
         """Vectors of catalogue rows with what comes from outside the log; as they are where nothing does."""
         if not self.items_have_features:
             return vectors
+        if self.feature_map is not None:
+            return self._where_untrained(vectors, rows, self.feature_map.vectors)
         joined: Tensor = self.features[place](vectors, rows)
         return joined
+
+    def _where_untrained(self, own: Tensor, rows: Tensor | None, mapped: Callable[[Tensor], Tensor]) -> Tensor:
+        """Own vectors, or biases, with those of a map for rows that nobody has had."""
+        assert self.untrained_V is not None
+        wanted = self.untrained_V if rows is None else self.untrained_V[rows]
+        if not wanted.any():
+            return own
+        found = own.clone()
+        found[wanted] = mapped(wanted.nonzero()[:, 0] if rows is None else rows[wanted]).to(found.dtype)
+        return found
 
     def restrict_targets(self, rows_V: Tensor) -> None:
         """Predict these catalogue rows only (bool [V], at least one real item): others are read, and never an
@@ -239,7 +273,10 @@ class SequenceModel(nn.Module):
         """Output biases of catalogue rows, [V] or [*rows.shape]; zero where features alone are known, which so learn to
         say how popular an item is."""
         own, known = self.rows_of(self.output_bias, rows), self._known(rows)
-        return own if known is None else own * known
+        own = own if known is None else own * known
+        if self.feature_map is None or not self.items_have_features:
+            return own
+        return self._where_untrained(own, rows, self.feature_map.biases)
 
     def scores(
         self,

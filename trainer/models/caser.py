@@ -85,7 +85,8 @@ class Caser(SequenceModel):
 
     def add_features(self, tables: tuple[FeatureTable, ...], documents: DocumentTable | None) -> None:
         super().add_features(tables, documents)
-        self.features["read"] = Features(self.config.features, self.config.width, tables, documents)
+        if self.feature_map is None:  # a map speaks of items that nobody has had: no history has them
+            self.features["read"] = Features(self.config.features, self.config.width, tables, documents)
 
     @property
     def item_width(self) -> int:

@@ -306,14 +306,16 @@ def _untrained(
 ) -> npt.NDArray[np.bool_] | None:
     """Rows that nobody has had, in the training part or that of a parent whose items are shared. None where that
     changes nothing: the split has no cold items, and every item is seen with its id."""
-    if interactions_V is None or not (config.model.features.id_dropout or config.data.split in release.cold_items):
+    is_mapped = config.model.features.aggregate == "ridge"
+    may_lack = is_mapped or config.model.features.id_dropout or config.data.split in release.cold_items
+    if interactions_V is None or not may_lack:
         return None
     untrained_V = interactions_V == 0
     untrained_V[:FIRST_INDEX] = False
     if parent is not None and isinstance(config, FinetuneConfig) and config.shared_items:
         shared_V = rows_by_raw_id(parent.catalogue, catalogue)
         untrained_V &= (shared_V == UNK) | (parent.popularity[shared_V] == 0)
-    return untrained_V if untrained_V.any() else None
+    return untrained_V if is_mapped or untrained_V.any() else None
 
 
 def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]:

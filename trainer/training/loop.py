@@ -207,6 +207,7 @@ def train(
                 if wish >= Wish.STOP:
                     at = f"epoch {training.loader.epoch + 1}, step {training.loader.step}"
                     raise Stopped(f"stopped by a signal at {at}; the state is saved: run the same command to go on")
+            training.model.fit_features()
             metrics = training.world.of_first(validate())  # another host's may differ in the last bits
             is_best = _finish_epoch(training, metrics, score, time.monotonic() - begun)
             _save(training, checkpoints, is_best=is_best)

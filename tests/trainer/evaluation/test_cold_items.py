@@ -25,6 +25,7 @@ from trainer.inference.scorer import Scores
 from trainer.models import ModelSizes, build_model
 from trainer.recipes.pretrain import run as pretrain
 from trainer.registry.gate_evidence import evidence_of
+from trainer.ridge import PENALTIES
 
 PROTOCOLS = ReadOptions((COLD, WARM, FULL))
 TRAIN = {"epochs": 2, "min_epochs": 0, "learning_rate": 0.01, "weight_decay": 0}
@@ -188,9 +189,11 @@ def test_ridge_has_the_penalty_that_predicts_rows_left_out_best(width):
     def error(penalty):
         return sum(((fitted(rows[rows != row], penalty)[row] - given[row]) ** 2).sum() for row in rows)
 
-    best = min(cold_items.PENALTIES, key=error)
-    np.testing.assert_allclose(cold_items.Ridge(features, trained_V).predict(given), fitted(rows, best), atol=1e-9)
-    assert cold_items.PENALTIES[0] < best < cold_items.PENALTIES[-1]
+    best = min(PENALTIES, key=error)
+    np.testing.assert_allclose(
+        cold_items.FittedOnTrained(features, trained_V).predict(given), fitted(rows, best), atol=1e-9
+    )
+    assert PENALTIES[0] < best < PENALTIES[-1]
 
 
 def test_content_neighbours_sum_cosines_with_the_history():
@@ -214,7 +217,7 @@ def test_ridge_onto_factors_scores_cold_items_by_who_likes_what():
     features[np.arange(5, 45), np.arange(5, 45) % 2] = 1
     items = [random.choice(np.arange(5 + user % 2, 41, 2), 8, replace=False) for user in range(60)]
     training = Events(np.arange(60), np.arange(0, 481, 8), {"items": np.concatenate(items)})
-    ridge = cold_items.Ridge(features, (np.arange(45) >= 5) & (np.arange(45) < 41))
+    ridge = cold_items.FittedOnTrained(features, (np.arange(45) >= 5) & (np.arange(45) < 41))
     scores = cold_items.ridge_onto_factors(ridge, training, 45, num_factors=2).score(training)
     cold = scores[:, 41:]  # 41 and 43 are of the taste of even users
     assert (cold[::2, [0, 2]].amin(1) > cold[::2, [1, 3]].amax(1)).all()
@@ -226,6 +229,6 @@ def test_predicted_popularity_is_the_same_for_all():
     features[5:, 0] = np.arange(20)
     counts = np.zeros(25, np.int64)
     counts[5:20] = 10 + 3 * np.arange(15)
-    found = cold_items.predicted_popularity(cold_items.Ridge(features, counts > 0), counts)
+    found = cold_items.predicted_popularity(cold_items.FittedOnTrained(features, counts > 0), counts)
     assert (found[20:].diff() > 0).all()
     assert float(found[24]) == pytest.approx(10 + 3 * 19, rel=0.02)

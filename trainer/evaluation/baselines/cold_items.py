@@ -5,11 +5,9 @@ A model that reads features must be above all three: the first is the same for a
 content is worth; the others read who the user is, and are fitted in closed form.
 
 Factors: a truncated singular value decomposition of the training matrix (Cremonesi, Koren, Turrin 2010, PureSVD); the
-map from features to factors as in Gantner et al. 2010, by ridge regression (Hoerl and Kennard 1970), whose penalty is
-the one with the least leave-one-out error (Allen 1974, PRESS).
+map from features to factors as in Gantner et al. 2010, by ridge regression (`trainer.ridge`).
 
-Shape letters: ``B`` users, ``V`` rows of the catalogue, ``N`` trained ones, ``F`` width of all features side by side,
-``R`` their rank, ``K`` factors.
+Shape letters: ``B`` users, ``V`` rows of the catalogue, ``F`` width of all features side by side, ``K`` factors.
 """
 
 from dataclasses import dataclass
@@ -30,8 +28,7 @@ from trainer.data.item_vectors import read_vectors, rows_of_items
 from trainer.evaluation.baselines.names import CONTENT_NEIGHBOURS, PREDICTED_POPULARITY, RIDGE
 from trainer.evaluation.scorers import EvaluationSet, Scorer, training_histories
 from trainer.inference.scorer import Scores
-
-PENALTIES = np.logspace(-1, 5, 25)
+from trainer.ridge import Ridge
 
 
 def cold_scorers(examples: EvaluationSet, config: BaselinesConfig, encoders: tuple[str, ...]) -> list[Scorer]:
@@ -45,7 +42,7 @@ def cold_scorers(examples: EvaluationSet, config: BaselinesConfig, encoders: tup
     dataset = open_dataset(examples.table, examples.release, examples.split, examples.domain)
     training = training_histories(dataset, examples.catalogue, max_users=config.max_users)
     about = " and ".join(encoders)
-    fitted = Ridge(features_VF, trained_V)
+    fitted = FittedOnTrained(features_VF, trained_V)
     popular_V = predicted_popularity(fitted, examples.training_interactions)
     ridge = ridge_onto_factors(fitted, training, len(features_VF), num_factors=config.factors)
     nearest = ContentNeighbours(_unit_rows(_centred(features_VF, trained_V)))
@@ -60,48 +57,19 @@ def cold_scorers(examples: EvaluationSet, config: BaselinesConfig, encoders: tup
     ]
 
 
-class Ridge:
-    """Linear maps with an intercept from features to anything, fitted on the trained rows, [V, K] for all rows.
-
-    The penalty, the same for all K, is that of PENALTIES with the least squared error of leaving each row out.
-    """
+class FittedOnTrained:
+    """Ridge regressions from features [V, F] to anything, fitted on the trained rows, for all rows."""
 
     def __init__(self, features_VF: FloatArray, trained_V: npt.NDArray[np.bool_]) -> None:
-        x_VF = _centred(features_VF, trained_V)
-        x_NF = x_VF[trained_V]
-        self._trained_V = trained_V
-        if len(x_NF) < x_NF.shape[1]:  # the smaller of both matrices of products is decomposed
-            squares_R, left_NR = np.linalg.eigh(x_NF @ x_NF.T)
-            kept_R = squares_R > 1e-9 * squares_R[-1]
-            self._left_NR = left_NR[:, kept_R]
-            self._along_VR = x_VF @ (x_NF.T @ self._left_NR)
-        else:
-            squares_R, right_FR = np.linalg.eigh(x_NF.T @ x_NF)
-            kept_R = squares_R > 1e-9 * squares_R[-1]
-            singular_R = np.sqrt(squares_R[kept_R])
-            self._along_VR = x_VF @ right_FR[:, kept_R] * singular_R
-            self._left_NR = self._along_VR[trained_V] / singular_R**2
-        self._squares_R = squares_R[kept_R]
+        self._features_VF, self._trained_V = features_VF, trained_V
+        self._ridge = Ridge(features_VF[trained_V])
 
     def predict(self, given_VK: FloatArray) -> FloatArray:
-        """`given` [V, K]: of the trained rows."""
-        mean_K = given_VK[self._trained_V].mean(0)
-        y_NK = given_VK[self._trained_V] - mean_K
-        left_NR, squares_R = self._left_NR, self._squares_R
-        along_RK = left_NR.T @ y_NK
-
-        def left_out_error(penalty: float) -> float:
-            share_R = squares_R / (squares_R + penalty)
-            leverage_N = (left_NR**2) @ share_R + 1 / len(y_NK)  # the intercept's too
-            residual_NK = (y_NK - left_NR @ (share_R[:, None] * along_RK)) / (1 - leverage_N)[:, None]
-            return float((residual_NK**2).sum())
-
-        penalty = min(PENALTIES, key=left_out_error)
-        predicted: FloatArray = mean_K + self._along_VR @ (along_RK / (squares_R + penalty)[:, None])
-        return predicted
+        """[V, K], of `given` [V, K] of the trained rows."""
+        return self._ridge.fit(given_VK[self._trained_V])(self._features_VF)
 
 
-def predicted_popularity(ridge: Ridge, interactions_V: IntArray) -> Tensor:
+def predicted_popularity(ridge: FittedOnTrained, interactions_V: IntArray) -> Tensor:
     """[V] an item's training interactions, as a ridge regression on features has them. Not their logarithms: the most
     popular items decide, and on MovieLens-1M these are found better so (NDCG@10 0.33 for 0.31)."""
     return torch.from_numpy(ridge.predict(interactions_V[:, None].astype(np.float64))[:, 0])
@@ -132,7 +100,7 @@ class Factors:
         return torch.from_numpy(user_BK @ self.predicted_VK.T)
 
 
-def ridge_onto_factors(ridge: Ridge, training: Events, num_rows: int, *, num_factors: int) -> Factors:
+def ridge_onto_factors(ridge: FittedOnTrained, training: Events, num_rows: int, *, num_factors: int) -> Factors:
     """`training`: training parts, in rows of the catalogue, which has so many."""
     seen_UV = _counts(training, num_rows)
     seen_UV.data[:] = 1
