@@ -71,6 +71,19 @@ def test_each_card_has_a_heading_and_its_own_figures(
     assert "[2/2] scrambled-3: unchanged" in capsys.readouterr().out
 
 
+def test_a_recipe_that_is_told_the_time_has_a_card_of_its_own(lake: str, tmp_path: Path) -> None:
+    told = RECIPE | {"model": MODEL | {"time": {"bias": True}}}
+    given = config(lake, tmp_path, timed=told, only=("file", "time"))
+    assert protocols.run(given) == 0
+    found = json.loads((given.folder / "results.json").read_text())["headings"]
+    cards = {name: one["cards"][0] for name, one in found.items()}
+    assert [cards[name]["card"]["request_time"] for name in ("file", "time")] == ["unknown", "known"]
+    assert cards["file"]["hash"] != cards["time"]["hash"]
+    assert [row["kind"] for row in found["time"]["rows"]] == ["ours", "baseline", "published"]
+    untold = protocols._not_available(config(lake, tmp_path, timed=RECIPE), given.cards["time"])
+    assert untold == "not available: the recipe does not read the request's time, which is known under this card"
+
+
 @pytest.mark.parametrize(
     ("cards", "message"),
     [
