@@ -21,7 +21,7 @@ class LinearMap:
     mean_K: FloatArray
 
     def __call__(self, x_NF: FloatArray) -> FloatArray:
-        found: FloatArray = self.mean_K + (x_NF - self.centre_F) @ self.weight_FK
+        found: FloatArray = self.mean_K + np.matmul(x_NF - self.centre_F, self.weight_FK)
         return found
 
 
