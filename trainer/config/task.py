@@ -16,15 +16,23 @@ class LossConfig(Section):
     """full: softmax over the catalogue. sampled: over the targets and sampled negatives, with the logQ correction. bce:
     each target and each negative by itself, as yes or no. gbce: as bce, with the target's probability to a power that
     makes up for the sampling (Petrov and Macdonald 2023). All positions of a batch share the negatives: scoring them is
-    one product of matrices then, and costs a row of the table each, not one for each position.
+    one product of matrices then, and costs a row of the table each, not one for each position. squared: what a user has
+    had is to score 1, and everything 0 with a small weight (implicit feedback: Hu, Koren, Volinsky 2008), for `mlp`.
     """
 
-    LATER: ClassVar = ("calibration",)
+    LATER: ClassVar = ("calibration", "unobserved_weight", "l2")
 
-    kind: Literal["full", "sampled", "bce", "gbce"] = "full"
+    kind: Literal["full", "sampled", "bce", "gbce", "squared"] = "full"
     num_negatives: int = Field(1_024, ge=1)
     calibration: float = Field(0.75, ge=0, le=1)  # of gbce, the paper's t: 0 is bce, 1 calibrated probabilities
+    unobserved_weight: float = Field(0.1, gt=0)  # of squared: of every item's 0, beside a taken one's 1
+    l2: float = Field(0.01, ge=0)  # of squared: of the squares of both vectors, for each pair, by the pair's weight
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+    @property
+    def scores_catalogue(self) -> bool:
+        """Whether it scores every item."""
+        return self.kind in ("full", "squared")
 
     @model_validator(mode="after")
     def _smoothing_has_a_catalogue(self) -> "LossConfig":
@@ -82,7 +90,7 @@ class TaskSettings(Section):
     def scores_catalogue(self) -> bool:
         """Whether a step scores every item."""
         loss = getattr(self, "loss", None)
-        return isinstance(loss, LossConfig) and loss.kind == "full"
+        return isinstance(loss, LossConfig) and loss.scores_catalogue
 
     @property
     def reads_left_to_right(self) -> bool:
@@ -275,7 +283,7 @@ class MultiConfig(TaskSettings):
 
     @property
     def scores_catalogue(self) -> bool:
-        return self.scores_items and self.loss.kind == "full"
+        return self.scores_items and self.loss.scores_catalogue
 
     @property
     def reads_left_to_right(self) -> bool:

@@ -24,8 +24,7 @@ class TrainConfig(Section):
     # rows of its batch only, and the tables are shared out over the processes; for catalogues past memory's comfort.
     table_optimizer: Literal["adamw", "rowwise"] = "adamw"
     table_learning_rate: float = Field(0.02, gt=0)  # of rowwise; warms up and falls as learning_rate does
-    weight_decay: float = Field(0.01, ge=0)  # of layers' matrices
-    table_weight_decay: float = Field(0.0, ge=0)  # of tables of vectors (adamw): matrix factorisation needs it
+    weight_decay: float = Field(0.01, ge=0)
     warmup_steps: int = Field(100, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up, over `epochs`
     final_rate: float = Field(0.0, ge=0, le=1)  # least share of the learning rate that a schedule falls to
@@ -113,6 +112,19 @@ class PretrainConfig(Section):
             raise ValueError(
                 "train.table_optimizer rowwise needs a loss that reads few rows, and task.loss.kind full reads all; "
                 "set task.loss.kind=sampled, or train.table_optimizer=adamw"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _squares_are_of_users(self) -> "PretrainConfig":
+        loss = getattr(self.task, "loss", None)
+        if loss is None or loss.kind != "squared":
+            return self
+        one_query = isinstance(self.model, MlpConfig) and self.model.score != "mlp"
+        if not one_query or self.task.kind != "next_item" or self.task.targets != 1:
+            raise ValueError(
+                f"task.loss.kind squared: expected task next_item of one target and a model of kind mlp with score dot "
+                f"or fm, found {self.task.kind} and {self.model.kind}; set those, or another loss"
             )
         return self
 

@@ -25,6 +25,7 @@ from trainer.data.catalogue import Catalogue, rows_by_raw_id
 from trainer.data.item_vectors import encodings_of, has_vectors, read_raw_vectors
 from trainer.data.release import Release
 from trainer.inference.model_folder import TrainedModel
+from trainer.inference.scorer import LaterVectors
 from trainer.models import SequenceModel
 
 
@@ -125,8 +126,8 @@ def with_later(trained_model: TrainedModel, later: LaterItems) -> TrainedModel:
         [*own.titles, *later.titles],
     )
     popularity = np.concatenate([trained_model.popularity, np.zeros(len(later), np.int64)])
-    vectors_NQ = later_vectors(trained_model.model, later)
-    return replace(trained_model, catalogue=catalogue, popularity=popularity, later=vectors_NQ, later_items=later)
+    vectors = later_vectors(trained_model.model, later)
+    return replace(trained_model, catalogue=catalogue, popularity=popularity, later=vectors, later_items=later)
 
 
 def save_later(path: Path, later: LaterItems) -> None:
@@ -152,21 +153,21 @@ def load_later(path: Path) -> LaterItems:
         return LaterItems(found["index"], ids, titles, parts["vectors/"], parts["has/"])
 
 
-class _ItemVectors(nn.Module):
-    """`item_vectors` as a forward pass, whose tensors `functional_call` can replace."""
+class _Scored(nn.Module):
+    """What scores items as a forward pass, whose tensors `functional_call` can replace."""
 
     def __init__(self, model: SequenceModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.model.item_vectors(rows)
+    def forward(self, rows: Tensor) -> LaterVectors:
+        return LaterVectors(self.model.item_vectors(rows), self.model.bias(rows))
 
 
 @torch.inference_mode()
-def later_vectors(model: SequenceModel, later: LaterItems) -> Tensor:
-    """[N, Q] the vectors that score later items: those of the same network, had it a catalogue of these items alone,
-    without anything of their own, or metadata."""
+def later_vectors(model: SequenceModel, later: LaterItems) -> LaterVectors:
+    """The vectors and biases that score later items: those of the same network, had it a catalogue of these items
+    alone, without anything of their own, or metadata."""
     num, device = FIRST_INDEX + len(later), model.knowledge_VS.device
     zeros = {name: torch.zeros(num, *table.shape[1:], dtype=table.dtype) for name, table in _item_tables(model).items()}
     replaced: dict[str, Tensor] = dict(zeros)
@@ -183,7 +184,7 @@ def later_vectors(model: SequenceModel, later: LaterItems) -> Tensor:
             replaced[f"features.{name}.lacks_{place}"] = torch.cat([torch.zeros(FIRST_INDEX, dtype=torch.bool), lacks])
     tensors = {f"model.{name}": tensor.to(device) for name, tensor in replaced.items()}
     rows = torch.arange(FIRST_INDEX, num, device=device)
-    found: Tensor = functional_call(_ItemVectors(model.eval()), tensors, (rows,))
+    found: LaterVectors = functional_call(_Scored(model.eval()), tensors, (rows,))
     return found
 
 

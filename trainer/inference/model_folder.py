@@ -50,7 +50,7 @@ from trainer.data.documents import Documents
 from trainer.data.item_features import Content
 from trainer.data.item_vectors import EncodedVectors, Whitening
 from trainer.data.release import Release
-from trainer.inference.scorer import ModelScorer
+from trainer.inference.scorer import LaterVectors, ModelScorer
 from trainer.models import DocumentTable, FeatureTable, ModelSizes, SequenceModel, build_saved
 from trainer.models.row_table import interleave
 from trainer.tasks import Task, build_task
@@ -98,7 +98,7 @@ class TrainedModel:
     # Encoder -> its weights and template; empty in folders of before.
     encodings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     # Of items that came after training (`trainer.inference.later_items`), the last rows of the catalogue: [N, Q].
-    later: Tensor | None = None
+    later: LaterVectors | None = None
     later_items: Any = None
 
     @property
@@ -123,7 +123,7 @@ class TrainedModel:
                 f"expected a model that ranks items, found {self.folder}, which predicts a user's {task.predicts}; "
                 "`python -m trainer evaluate` scores it"
             )
-        return ModelScorer(self.model, self.task, device=device, later_NQ=self.later)
+        return ModelScorer(self.model, self.task, device=device, later=self.later)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ Shape letters: ``B`` users, ``T`` positions, ``D`` width, ``C`` candidates, ``V`
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -127,11 +129,18 @@ def _best_columns(block: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best[:, :k], columns[:, :k]
 
 
+class LaterVectors(NamedTuple):
+    """What scores items that came after training."""
+
+    vectors_NQ: Tensor
+    bias_N: Tensor
+
+
 class ModelScorer:
     """Scores of catalogue rows for histories; -inf for rows that are not `among` (bool [V]; None: all that the model
     predicts). Make a new one when the weights change: the item table is kept.
 
-    `later_NQ`: vectors of items that came after training, rows behind the model's own, whose scores stay as they are:
+    `later`: items that came after training, rows behind the model's own, whose scores stay as they are:
     products of a larger table could differ in the last bit.
     """
 
@@ -142,14 +151,14 @@ class ModelScorer:
         *,
         device: torch.device | str = "cpu",
         among: Tensor | None = None,
-        later_NQ: Tensor | None = None,
+        later: LaterVectors | None = None,
     ) -> None:
         self.model, self.task, self.device = model, task, torch.device(device)
         among = model.predicted_V if among is None else among
         self._left_out_V = None if among is None else ~among.to(self.device)
-        self._later_NQ = None if later_NQ is None else later_NQ.to(self.device)
-        self._later_scored_NQ = None if self._later_NQ is None else model.as_scored(self._later_NQ)
-        self.num_rows = model.num_items + (0 if later_NQ is None else len(later_NQ))
+        self._later = None if later is None else LaterVectors(*(part.to(self.device) for part in later))
+        self._later_scored_NQ = None if self._later is None else model.as_scored(self._later.vectors_NQ)
+        self.num_rows = model.num_items + (0 if later is None else len(later.bias_N))
 
     def scores(self, histories: Events, candidates: IntArray | None = None) -> Scores:
         """Scores [B, C] float32 on the model's device; items and candidates are catalogue rows, users global indices.
@@ -162,7 +171,7 @@ class ModelScorer:
 
         @torch.inference_mode()
         def columns(start: int, stop: int) -> Tensor:
-            with torch_threads_for(len(hidden_BD) * (stop - start)):
+            with self._evaluated(), torch_threads_for(len(hidden_BD) * (stop - start)):
                 return block(start, stop)
 
         def of_own(rows: slice | Tensor) -> Tensor:
@@ -177,17 +186,17 @@ class ModelScorer:
 
         def block(start: int, stop: int) -> Tensor:
             rows_N = None if rows_C is None else rows_C[start:stop]
-            if later_NQ is None:
+            if later_NQ is None or self._later is None:
                 return of_own(slice(start, stop) if rows_N is None else rows_N)
-            none = later_NQ.new_zeros(len(later_NQ))
+            bias_N = self._later.bias_N
             if rows_N is None:
                 edge = min(max(own, start), stop)
-                later = self.task.scores(self.model, hidden_BD, slice(edge - own, stop - own), later_NQ, none)
+                later = self.task.scores(self.model, hidden_BD, slice(edge - own, stop - own), later_NQ, bias_N)
                 return torch.cat([of_own(slice(start, edge)), later], 1)
             is_own = rows_N < own
             scores = torch.empty(len(hidden_BD), len(rows_N), device=self.device)
             scores[:, is_own] = of_own(rows_N[is_own]).to(scores)
-            scores[:, ~is_own] = self.task.scores(self.model, hidden_BD, rows_N[~is_own] - own, later_NQ, none)
+            scores[:, ~is_own] = self.task.scores(self.model, hidden_BD, rows_N[~is_own] - own, later_NQ, bias_N)
             return scores
 
         return Scores(len(histories), self.num_rows if candidates is None else len(candidates), columns)
@@ -237,9 +246,9 @@ class ModelScorer:
     @functools.cached_property
     def _read_VD(self) -> Tensor | None:
         """The table that histories are read by, later items behind the model's own."""
-        if self._later_NQ is None or self._table_VD is None:
+        if self._later is None or self._table_VD is None:
             return self._table_VD
-        return torch.cat([self._table_VD, self._later_NQ.to(self._table_VD)])
+        return torch.cat([self._table_VD, self._later.vectors_NQ.to(self._table_VD)])
 
     @functools.cached_property
     def _bias_V(self) -> Tensor | None:
@@ -248,9 +257,7 @@ class ModelScorer:
     @torch.inference_mode()
     def hidden(self, histories: Events) -> Tensor:
         """The query of each user, [B, D]. Users of like lengths are read together: less padding."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with self._evaluated():
             recent = histories.newest(self.model.config.max_length - 1)  # the query adds a position of its own
             order = np.argsort(recent.lengths, kind="stable")
             parts = [
@@ -258,8 +265,18 @@ class ModelScorer:
                 for users in np.split(order, range(HISTORIES_PER_BATCH, len(order), HISTORIES_PER_BATCH))
             ]
             return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(self.device)]
+
+    @contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """The model as it is asked, and not as it is trained: a validation comes in the middle of a training."""
+        if not self.model.training:
+            yield
+            return
+        self.model.eval()
+        try:
+            yield
         finally:
-            self.model.train(was_training)
+            self.model.train()
 
     def _batch(self, histories: Events) -> Batch:
         """Padded at the end to the longest."""

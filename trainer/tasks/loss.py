@@ -53,19 +53,48 @@ def summed_loss(
 
 
 def loss_of_users(
-    model: SequenceModel, hidden_BD: Tensor, targets_N: Tensor, owner_N: Tensor, table_VD: Tensor | None
+    model: SequenceModel,
+    hidden_BD: Tensor,
+    targets_N: Tensor,
+    owner_N: Tensor,
+    table_VD: Tensor | None,
+    config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
     """As `summed_loss` over the whole catalogue, and N, of targets that a user has one hidden state for, whichever it
-    is (`owner` [N], places in B): a softmax for each user and not for each target."""
+    is (`owner` [N], places in B): a softmax for each user and not for each target. Or, by `config`, `squared_loss`."""
     rows_C = model.classes()
     if rows_C is None:
         rows_C = torch.arange(FIRST_INDEX, model.num_items, device=hidden_BD.device)
+    place_N = torch.searchsorted(rows_C, targets_N)
+    num_targets = torch.tensor(len(targets_N), device=hidden_BD.device)
+    if config.kind == "squared":
+        table_VD = model.item_vectors() if table_VD is None else table_VD
+        return squared_loss(
+            model.head(hidden_BD), table_VD[rows_C], model.bias(rows_C), (owner_N, place_N), config
+        ), num_targets
     table_VD = None if table_VD is None else model.as_scored(table_VD)
     scores_BC = wide(model.scores(hidden_BD, rows_C, table_VD, model.bias()))
     counts_B = torch.bincount(owner_N, minlength=len(hidden_BD))
-    own_N = scores_BC[owner_N, torch.searchsorted(rows_C, targets_N)]
+    own_N = scores_BC[owner_N, place_N]
     loss: Tensor = (torch.logsumexp(scores_BC, dim=1) * counts_B).sum() - own_N.sum()
-    return loss, torch.tensor(len(targets_N), device=loss.device)
+    return loss, num_targets
+
+
+def squared_loss(
+    query_BD: Tensor, table_CD: Tensor, bias_C: Tensor, taken: tuple[Tensor, Tensor], config: LossConfig
+) -> Tensor:
+    """Implicit feedback as in Hu, Koren and Volinsky (2008), in the form and with the regularisation of Rendle et al.
+    (2021): the sum over what was `taken` (user, item; [N] places in B and C) of (1 - score)² + l2 (|user|² + |item|²),
+    and of weight times (score² + l2 (|user|² + |item|²)) over all pairs. Biases are not regularised."""
+    users_N, items_N = taken
+    scores_BC = wide(query_BD @ table_CD.T + bias_C)
+    loss = (1 - scores_BC[users_N, items_N]).square().sum() + config.unobserved_weight * scores_BC.square().sum()
+    if not config.l2:
+        return loss
+    of_users_B, of_items_C = wide(query_BD).square().sum(1), wide(table_CD).square().sum(1)
+    taken_sum = of_users_B[users_N].sum() + of_items_C[items_N].sum()
+    all_sum = len(of_items_C) * of_users_B.sum() + len(of_users_B) * of_items_C.sum()
+    return loss + config.l2 * (taken_sum + config.unobserved_weight * all_sum)
 
 
 def is_predicted(model: SequenceModel, items: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class NextItem(Task):
 
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """(summed loss, number of predicted items) of this rank's slice."""
-        whole = self.config.loss.kind == "full"
+        whole = self.config.loss.scores_catalogue
         table_VD = model.item_vectors() if whole else None
         inputs_BT, events = begun(model, batch)
         real_BT = batch.mask_BT if self.config.targets > 1 else batch.mask_BT & is_predicted(model, batch.items)
@@ -43,7 +43,7 @@ class NextItem(Task):
         )
         targets_N = batch.items[real_BT]
         if one_query:
-            return loss_of_users(model, hidden_ND, targets_N, real_BT.nonzero()[:, 0], table_VD)
+            return loss_of_users(model, hidden_ND, targets_N, real_BT.nonzero()[:, 0], table_VD, self.config.loss)
         if self.config.targets > 1:
             asking, targets_N = self._following(batch)
             wanted_N = is_predicted(model, targets_N)

@@ -98,13 +98,8 @@ def adagrad_rows(values: Tensor, sums_U: Tensor, gradient: Tensor, rate: float) 
 
 
 def _adamw(parameters: dict[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices of layers, and by a setting of its own on tables
-    of vectors; not on biases and norms."""
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        decay = 0.0
-        if parameter.ndim == 2:
-            decay = config.table_weight_decay if "embedding" in name else config.weight_decay
-        groups.setdefault(decay, []).append(parameter)
-    given = [{"params": group, "weight_decay": decay} for decay, group in groups.items()]
-    return torch.optim.AdamW(given, lr=config.learning_rate, fused=True)
+    """AdamW (Loshchilov and Hutter 2019); weight decay on matrices of layers only, not on tables, biases, norms."""
+    decayed = [p for name, p in parameters.items() if p.ndim == 2 and "embedding" not in name]
+    others = [p for name, p in parameters.items() if not (p.ndim == 2 and "embedding" not in name)]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, fused=True)
