@@ -1,6 +1,6 @@
 """Settings of a training run."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -12,8 +12,6 @@ from trainer.config.task import MaskedItemConfig, TaskConfig
 
 class TrainConfig(Section):
     """Optimisation and stopping. `batch_size` is global: over all processes together."""
-
-    LATER: ClassVar = ("table_weight_decay",)
 
     batch_size: int = Field(128, ge=1)
     epochs: int = Field(60, ge=1)
