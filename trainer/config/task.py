@@ -93,6 +93,11 @@ class TaskSettings(Section):
         return isinstance(loss, LossConfig) and loss.scores_catalogue
 
     @property
+    def is_next_item(self) -> bool:
+        """Whether it predicts one next item and nothing else."""
+        return False
+
+    @property
     def reads_left_to_right(self) -> bool:
         """Whether a position never reads what stands behind it."""
         return bool(getattr(self, "causal", False))
@@ -133,6 +138,10 @@ class NextItemConfig(TaskSettings):
     loss: LossConfig = LossConfig()
     reads_event_types: ClassVar[bool] = True
     reads_times: ClassVar[bool] = True
+
+    @property
+    def is_next_item(self) -> bool:
+        return self.targets == 1
 
     @property
     def reads_left_to_right(self) -> bool:

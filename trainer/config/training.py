@@ -119,7 +119,7 @@ class PretrainConfig(Section):
         if loss is None or loss.kind != "squared":
             return self
         one_query = isinstance(self.model, MlpConfig) and self.model.score != "mlp"
-        if not one_query or self.task.kind != "next_item" or self.task.targets != 1:
+        if not one_query or not self.task.is_next_item:
             raise ValueError(
                 f"task.loss.kind squared: expected task next_item of one target and a model of kind mlp with score dot "
                 f"or fm, found {self.task.kind} and {self.model.kind}; set those, or another loss"
