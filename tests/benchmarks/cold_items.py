@@ -3,7 +3,7 @@ predicted popularity and content kNN, paired on the same draws of cold items.
 
     python -m tests.benchmarks.cold_items --lake LAKE --work FOLDER --draws 0 1 2 --out results.json
 
-`LAKE`: by `etl/ml1m_cold_items`, with features by `features/flags_ml1m` and `features/text_wordllama`. For each draw (a
+`LAKE`: by `etl/ml1m_cold_items`, with features by `features/flags_ml1m`. For each draw (a
 seed of the hash) a model of `conf/pretrain/ml1m_cold_items.yaml` is trained, and one without features; `evaluate`
 scores them on the test part beside the baselines. Tests are of users and draws, crossed, and of users alone.
 """
@@ -20,7 +20,7 @@ from etl.settings import load, replaced
 from trainer.config import EvaluateConfig, EvaluationConfig, PretrainConfig
 from trainer.config.evaluation import BaselinesConfig, EvaluatedModel
 from trainer.evaluation.baselines.names import OF_COLD_ITEMS
-from trainer.evaluation.significance import Comparison, compare
+from trainer.evaluation.significance import Comparison, compare, paired_t
 from trainer.recipes import evaluate, pretrain
 
 METRIC = "NDCG@10"
@@ -56,8 +56,9 @@ def draw(number: int, lake: str, work: Path, overrides: list[str]) -> pl.DataFra
     return users.select("label", "protocol", "user", pl.col(METRIC).alias("value"))
 
 
-def paired(draws: list[pl.DataFrame], label: str, other: str, protocol: str) -> Comparison:
-    """Of users who hold out something in every draw."""
+def paired(draws: list[pl.DataFrame], label: str, other: str, protocol: str) -> tuple[Comparison, Comparison]:
+    """Of users who hold out something in every draw: over users and draws, which speaks of other draws too, and over
+    users with these draws alone, by each user's mean."""
 
     def values(name: str) -> list[dict[str, float]]:
         found = []
@@ -69,7 +70,7 @@ def paired(draws: list[pl.DataFrame], label: str, other: str, protocol: str) -> 
     ours, theirs = values(label), values(other)
     users = sorted(set.intersection(*(set(one) for one in (*ours, *theirs))))
     left, right = (np.array([[one[user] for user in users] for one in both]) for both in (ours, theirs))
-    return compare(left, right)
+    return compare(left, right), paired_t(left.mean(0), right.mean(0))
 
 
 def main() -> None:
@@ -92,14 +93,16 @@ def main() -> None:
             print(f"{protocol:5} {label:32} {np.mean(of_draw):.4f} ({shown})")
     for protocol in PROTOCOLS:
         for other in (NONE, *OF_COLD_ITEMS):
-            gain = paired(draws, FEATURES, other, protocol)
+            gain, of_users = paired(draws, FEATURES, other, protocol)
             report["gains"].setdefault(protocol, {})[other] = {
                 "gain": gain.gain, "low": gain.low, "high": gain.high, "p": gain.p_value,
+                "p_of_users": of_users.p_value,
                 "users": gain.num_users, "draws": gain.num_seeds, "relative": gain.relative_gain,
             }  # fmt: skip
             print(
                 f"{protocol:5} {FEATURES} over {other:32} {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}], "
-                f"{gain.relative_gain:+.1%}, p {gain.p_value:.2g} ({gain.num_users:,} users, {gain.num_seeds} draws)"
+                f"{gain.relative_gain:+.1%}, p {gain.p_value:.2g} over users and draws, {of_users.p_value:.2g} over users with "
+                f"these draws ({gain.num_users:,} users, {gain.num_seeds} draws)"
             )
     if own.out:
         own.out.write_text(json.dumps(report, indent=1))
