@@ -101,8 +101,8 @@ def main() -> None:
             }  # fmt: skip
             print(
                 f"{protocol:5} {FEATURES} over {other:32} {gain.gain:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}], "
-                f"{gain.relative_gain:+.1%}, p {gain.p_value:.2g} over users and draws, {of_users.p_value:.2g} over users with "
-                f"these draws ({gain.num_users:,} users, {gain.num_seeds} draws)"
+                f"{gain.relative_gain:+.1%}, p {gain.p_value:.2g} over users and draws, "
+                f"{of_users.p_value:.2g} over users with these draws ({gain.num_users:,} users, {gain.num_seeds} draws)"
             )
     if own.out:
         own.out.write_text(json.dumps(report, indent=1))
