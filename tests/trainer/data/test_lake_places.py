@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 from etl import tables
+from etl.tables import FIRST_INDEX
 from tests.fixtures.object_store import BUCKET, copy_lake, seaweed, settings, variables
 from tests.fixtures.trainings import TINY, equal_weights, weights_of
 from trainer.data.baskets import BasketDataset
@@ -47,7 +48,11 @@ def contents(lake):
     )
     found = [vars(each) for each in (*datasets, held_out)]
     found += [catalogue.global_index, list(catalogue.raw_ids), list(catalogue.titles)]
-    found += [read_knowledge(release, catalogue, {"director": 1}), release.versions, raw_users(release, np.arange(9))]
+    found += [
+        read_knowledge(release, catalogue, {"director": 1}),
+        release.versions,
+        raw_users(release, np.arange(FIRST_INDEX, 9)),
+    ]
     with np.printoptions(threshold=sys.maxsize):
         return repr([release.read(tables.ITEMS, ["item", "categories"]).to_pydict(), found]).replace(lake, "")
 
