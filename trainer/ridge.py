@@ -26,7 +26,7 @@ class LinearMap:
 
 
 class Ridge:
-    """Linear maps with an intercept from inputs [N, F] to anything; the inputs are decomposed once."""
+    """Linear maps with an intercept from inputs [N, F] to outputs; the inputs are decomposed once."""
 
     def __init__(self, x_NF: FloatArray) -> None:
         centre_F: FloatArray = x_NF.mean(0)

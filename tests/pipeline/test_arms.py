@@ -17,6 +17,7 @@ from trainer.evaluation.item_prediction import Evaluation
 from trainer.evaluation.scorers import EvaluationSet, Scorer, read_evaluation_set
 from trainer.experiment import arms, arms_report, arms_results
 from trainer.experiment.arms_plan import ArmsConfig, SliceConfig, experiment_of, placed_vectors
+from trainer.experiment.command import movielens_in
 from trainer.experiment.plan import planned, training_jobs
 
 MODEL = {"width": 8, "blocks": 1, "max_length": 24, "user_width": 0, "knowledge": {}}
@@ -250,7 +251,7 @@ def test_movielens_brings_knowledge_and_what_links_it_from_beside_its_folder(tmp
     for name in ("ml-1m/ratings.dat", "mkr-ml1m/kg.txt", "mkr-ml1m/item_index2entity_id.txt", "ml-1m/dbpedia.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    given = arms.movielens_in(load(ArmsConfig, "arms/ml1m"), tmp_path / "ml-1m")
+    given = movielens_in(load(ArmsConfig, "arms/ml1m"), tmp_path / "ml-1m")
     assert given.etl is not None
     files = {file.name: file for file in given.etl.knowledge.files}
     assert {name: Path(file.path) for name, file in files.items()} == {
@@ -261,6 +262,6 @@ def test_movielens_brings_knowledge_and_what_links_it_from_beside_its_folder(tmp
     assert link is not None
     assert Path(link.path) == tmp_path / "mkr-ml1m/item_index2entity_id.txt"
     (tmp_path / "mkr-ml1m/item_index2entity_id.txt").unlink()  # triples without their link would be of no film
-    without = arms.movielens_in(load(ArmsConfig, "arms/ml1m"), tmp_path / "ml-1m")
+    without = movielens_in(load(ArmsConfig, "arms/ml1m"), tmp_path / "ml-1m")
     assert without.etl is not None
     assert [file.name for file in without.etl.knowledge.files] == ["dbpedia"]

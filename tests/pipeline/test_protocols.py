@@ -63,7 +63,7 @@ def test_each_card_has_a_heading_and_its_own_figures(
         "Recall@10": None,
         "source": "their page",
     }
-    assert found["time"]["reason"].startswith("not available: no recipe here is told the request's time")
+    assert found["time"]["reason"].startswith("not available: no recipe here reads the request's time")
     best = json.loads((given.folder / "file-3" / "done.json").read_text())["metrics"]["best_epoch"]
     epochs = json.loads((given.folder / "all-3" / "done.json").read_text())["metrics"]["epochs"]
     assert epochs == best

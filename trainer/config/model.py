@@ -109,8 +109,8 @@ class TimeConfig(Section):
     # The time from the event before to each event, and from it to the request where that is known, are added to the
     # item's vector, each by log-spaced buckets.
     intervals: bool = False
-    # known: a position knows when the event is that it predicts; asked, when the request is made. last_event: it knows
-    # the times of events only, as a model that answers long before it is asked.
+    # known: a position knows when the event is that it predicts; in an answer, when the request is made. last_event: it
+    # knows the times of events only, as a model whose answers are computed long before requests.
     request_time: Literal["known", "last_event"] = "known"
 
     @property

@@ -16,8 +16,8 @@ class Batch:
     values [B, T] float32: the events' values, where they are read; NaN where there is none, anything past the end;
     event_types [B, T] int64: the events' kinds, where they are read: places among `data.event_types` from 1 on, 0 for
     none of them, anything past the end;
-    times [B, T] int64: when events were, where it is read: microseconds since 1970, anything past the end; asked [B]
-    int64: when the request is made, as `times`; None in training;
+    times [B, T] int64: when events were, where it is read: microseconds since 1970, anything past the end;
+    request_times [B] int64: when the request is made, as `times`; None in training;
     rows: this rank's slice of the global batch of `global_rows` users and `global_items` items; draw: (seed, epoch,
     step), which whatever is random about this batch is a function of.
     """
@@ -34,7 +34,7 @@ class Batch:
     values: Tensor | None = None
     event_types: Tensor | None = None
     times: Tensor | None = None
-    asked: Tensor | None = None
+    request_times: Tensor | None = None
 
     @property
     def mask_BT(self) -> Tensor:
@@ -50,6 +50,6 @@ class Batch:
             values=None if self.values is None else self.values.to(device, non_blocking=True),
             event_types=None if self.event_types is None else self.event_types.to(device, non_blocking=True),
             times=None if self.times is None else self.times.to(device, non_blocking=True),
-            asked=None if self.asked is None else self.asked.to(device, non_blocking=True),
+            request_times=None if self.request_times is None else self.request_times.to(device, non_blocking=True),
             everyone=None if self.everyone is None else self.everyone.to(device, non_blocking=True),
         )

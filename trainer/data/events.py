@@ -21,7 +21,7 @@ class Events:
     users: IntArray  # [B] any id that is the same in every domain
     offsets: IntArray  # [B + 1]
     columns: Mapping[str, Column]  # name -> [sum of lengths]; `items` is always there
-    # [B] when each user's request is made, as `times`; None: nobody asks, or it is not known.
+    # [B] when each user's request is made, as `times`; None: there is none, or it is not known.
     request_times: IntArray | None = field(default=None, kw_only=True)
 
     @classmethod
@@ -106,8 +106,8 @@ class Events:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         flat = np.repeat(self.offsets[rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         columns = {name: values[flat] for name, values in self.columns.items()}
-        asked = None if self.request_times is None else self.request_times[rows]
-        return Events(self.users[rows], offsets, columns, request_times=asked)
+        requested = None if self.request_times is None else self.request_times[rows]
+        return Events(self.users[rows], offsets, columns, request_times=requested)
 
     def of_users(self, users: IntArray) -> "Events":
         """Those of exactly these users, in that order; none of a user who is not here. The users here ascend."""

@@ -147,7 +147,7 @@ def read_held_out(
     histories = examples.with_columns(items=rows).until(examples.valid_start if sets else start)
     first = examples.offsets[:-1] + start
     first_time = examples.times[first] if len(examples.times) else examples.times
-    if len(first_time):  # a user asks when the first held-out event was
+    if len(first_time):  # a user's request is made when the first held-out event was
         histories = replace(histories, request_times=first_time)
     return HeldOut(
         examples.users,

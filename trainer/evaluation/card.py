@@ -1,7 +1,7 @@
 """Protocol cards: the rules under which a figure was measured, named, hashed and printed with every table.
 
 Published figures of one log differ by more than models do: in what is held out, in which order events of one second
-stand, in how much of a history is trained on, in which items are ranked, and in whether a model is told when the answer
+stand, in how much of a history is trained on, in which items are ranked, and in whether a model reads when the answer
 was given. Two figures may be compared if their cards are the same. One card belongs to one ranking protocol (`full`,
 `uniform-100`, …) of one evaluation; `trained_on` and `request_time` are the models'.
 """
@@ -23,12 +23,11 @@ from trainer.evaluation.scorers import EvaluateError
 from trainer.tracking import Run
 
 CARD_TAG = "graftrec.card"  # of runs and versions: hashes of the protocol cards that their figures were measured under
-NOT_RANKED = "not ranked"
-_UNKNOWN = "not recorded"
+NOT_RANKED: Literal["not ranked"] = "not ranked"
 
 
 class ProtocolCard(Section):
-    """What must be the same of two figures that are compared."""
+    """The rules of an evaluation; figures may be compared where these are equal."""
 
     part: Literal["validation", "test"]
     domain: str  # whose items are predicted
@@ -41,7 +40,7 @@ class ProtocolCard(Section):
     repeats: Literal["left out", "ranked", "not ranked"]  # held-out items that are in the input
     users: str  # who is evaluated: all that hold something out, or about so many
     trained_on: str
-    request_time: Literal["known", "unknown"]  # whether models are told when the answer was given
+    request_time: Literal["known", "unknown"]  # whether models read when the answer was given
 
     @property
     def hash(self) -> str:
@@ -104,17 +103,12 @@ def card_of(
         ties=_ties(release, rule),
         kcore={key: value for key, value in release.etl.get("kcore", {}).items() if key in KCoreConfig.model_fields},
         candidates=FULL,
-        seen_items="not ranked" if repeats is None else "candidates" if repeats else "left out",
-        repeats="not ranked" if repeats is None else "ranked" if repeats else "left out",
+        seen_items=NOT_RANKED if repeats is None else "candidates" if repeats else "left out",
+        repeats=NOT_RANKED if repeats is None else "ranked" if repeats else "left out",
         users="all" if max_users is None else f"about {max_users:,}",
         trained_on=trained_on(rule, table),
         request_time="unknown",
     )
-
-
-def reads_request_time(config: PretrainConfig) -> bool:
-    """Whether a model is told when the answer was given."""
-    return config.model.reads_request_time
 
 
 def card_of_model(card: ProtocolCard, config: PretrainConfig, own: Release) -> ProtocolCard:
@@ -122,7 +116,7 @@ def card_of_model(card: ProtocolCard, config: PretrainConfig, own: Release) -> P
     return replaced(
         card,
         trained_on=trained_on(own.split(config.data.split), config.task.needs.table),
-        request_time="known" if reads_request_time(config) else "unknown",
+        request_time="known" if config.reads_request_time else "unknown",
     )
 
 
@@ -280,7 +274,7 @@ def _held_out(split: Mapping[str, Any], part: str) -> str:
 
 def _kcore(kcore: Mapping[str, Any]) -> str:
     if not kcore:
-        return f"k-core {_UNKNOWN}"
+        return "k-core not recorded"
     passes = "" if kcore.get("iterate", True) else ", one pass"
     return f"users of {kcore['min_user']} events and items of {kcore['min_item']} at least{passes}"
 

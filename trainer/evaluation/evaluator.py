@@ -169,7 +169,7 @@ class Evaluator(ABC):
     @property
     @abstractmethod
     def table(self) -> str:
-        """That the users' events are of."""
+        """The table of the users' events."""
 
     @property
     def ranks_repeats(self) -> bool | None:
@@ -204,7 +204,7 @@ class Evaluator(ABC):
 
     def cards(self, of_label: Mapping[str, ProtocolCard], results: Results) -> list[dict[str, Any]]:
         """The cards of a table, a protocol's beside each other, as they are stored. `of_label`: the models'. Baselines,
-        which are told no time, have that of the first model."""
+        which read no time, have that of the first model."""
         first = next(iter(of_label.values()), self.card)
         known = {card.hash: card for card in (first, *of_label.values())}
         rows: dict[str, list[str]] = {}

@@ -418,7 +418,7 @@ class ItemPrediction(Evaluator):
         held_out = replace(held_out, protocols=tuple(protocols), negatives=negatives)
         self.examples = replace(self.examples, held_out=held_out)
         of_files = [f"{scorer.label}: {note}" for scorer in scorers for note in scorer.facts["notes"]]
-        unknown = "what it was trained on and whether it was told the request's time, its file doesn't say"
+        unknown = "what it was trained on and whether it read the request's time, its file doesn't say"
         return scorers, [
             *notes,
             *of_files,

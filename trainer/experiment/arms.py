@@ -13,17 +13,16 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etl.command import CommandParser, configurations, run_command
 from etl.config import check_root
 from etl.redaction import redact
-from etl.settings import ConfigError, GraftrecError, load, replaced
+from etl.settings import ConfigError, GraftrecError
 from etl.tables import FEATURES
 from trainer.experiment import plan
 from trainer.experiment.arms_plan import ArmsConfig, experiment_of, placed_vectors
-from trainer.experiment.run import RUNS_MISSING, experiments_etl, jobs_of, started_with
+from trainer.experiment.command import run_named
+from trainer.experiment.run import RUNS_MISSING, jobs_of, started_with
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
@@ -150,23 +149,11 @@ def _of_split(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = CommandParser(
-        "features.py",
-        description=f"Whether features help, in three arms.\n\n{configurations('arms')}",
-        settings=ArmsConfig,
+    return run_named(
+        ArmsConfig,
+        "arms",
+        run,
+        command="features",
+        description="Whether features help, in three arms.",
+        arguments=arguments,
     )
-    parser.add_argument("--experiment", required=True, help="a name under conf/arms/, or a YAML file")
-    parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
-    known, overrides = parser.parse_known_args(arguments)
-
-    def work() -> int:
-        name = known.experiment if known.experiment.endswith(".yaml") else f"arms/{known.experiment}"
-        config = load(ArmsConfig, name, overrides)
-        return run(movielens_in(config, known.data) if known.data else config)
-
-    return run_command("features", work)
-
-
-def movielens_in(config: ArmsConfig, folder: Path) -> ArmsConfig:
-    """Take MovieLens-1M from `folder`."""
-    return replaced(config, etl=experiments_etl(config.etl, folder))

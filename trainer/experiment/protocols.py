@@ -2,26 +2,25 @@
 
     python mlflow_projects/protocols.py --experiment demo [--data FOLDER] [--section.key value …]
 
-Figures under different cards are never put side by side: each card has a table of its own, with the recipe's mean over
-seeds, the simple baselines, and figures of others as their source has them. Trainings are processes that are skipped
-once they are done, so the same command continues what was stopped anywhere. Writes table.txt and results.json to
-<runs>/<name>. Exit codes: 0; 1 where trainings are missing; 2 for a mistake in settings or data.
+Figures under different cards are never put side by side: one table has a heading for each card, and below it the
+recipe's mean over seeds, the best simple baseline, and figures of others as their source has them. Trainings are
+processes that are skipped once they are done, so the same command continues what was stopped anywhere. Writes table.txt
+and results.json to <runs>/<name>. Exit codes: 0; 1 where trainings are missing; 2 for a mistake in settings or data.
 """
 
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etl.command import CommandParser, configurations, run_command
 from etl.config import check_root
-from etl.settings import ConfigError, load, replaced
+from etl.settings import ConfigError, replaced
 from etl.text_table import aligned
 from trainer.config import EvaluateConfig, EvaluatedModel, PretrainConfig
+from trainer.experiment.command import build_tables, run_named
 from trainer.experiment.protocols_plan import CardPlan, ProtocolsConfig
-from trainer.experiment.run import RUNS_MISSING, experiments_etl
+from trainer.experiment.run import RUNS_MISSING
 from trainer.recipes.training_jobs import TrainingJob
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def run(config: ProtocolsConfig) -> int:
         training_jobs.prepare()
         tags = {"graftrec.recipe": "protocols"}
         with tracking.start_run(config.tracking, name=config.name, resolved=config, tags=tags) as tracked:
-            release = pin(*_tables(config))
+            release = pin(*build_tables(config))
             if mistake := config.mistake({split.name: split for split in release.splits}):
                 raise ConfigError(mistake)
             environment = tracking.child_environment(tracked)
@@ -86,29 +85,17 @@ def run(config: ProtocolsConfig) -> int:
     return RUNS_MISSING if missing else 0
 
 
-def _tables(config: ProtocolsConfig) -> tuple[str, int | None]:
-    """Lake and release to read."""
-    if config.etl is None:
-        assert config.lake is not None
-        return config.lake, config.release
-    from trainer.recipes import run_etl
-
-    return config.etl.lake, run_etl.run(config.etl, config.tracking)
-
-
 def _recipe(config: ProtocolsConfig, card: CardPlan) -> PretrainConfig | None:
     return config.recipe if card.request_time == "unknown" else config.timed
 
 
 def _not_available(config: ProtocolsConfig, card: CardPlan) -> str:
     """Why a card has no figure of ours; "" where it will have one."""
-    from trainer.evaluation.card import reads_request_time
-
     recipe = _recipe(config, card)
     if recipe is None:
-        return "not available: no recipe here is told the request's time (timed)"
-    if reads_request_time(recipe) != (card.request_time == "known"):
-        reads = "reads" if reads_request_time(recipe) else "does not read"
+        return "not available: no recipe here reads the request's time (timed)"
+    if recipe.reads_request_time != (card.request_time == "known"):
+        reads = "reads" if recipe.reads_request_time else "does not read"
         return f"not available: the recipe {reads} the request's time, which is {card.request_time} under this card"
     return ""
 
@@ -173,7 +160,7 @@ def _evaluate(config: ProtocolsConfig, name: str, one: CardResult) -> None:
 
 
 def _check_apart(found: Mapping[str, CardResult]) -> None:
-    """Raises ConfigError for two headings of one card, under which figures would be said to differ that don't."""
+    """Raises ConfigError for two headings of one card: their figures are of one protocol and may be compared."""
     first: dict[str, str] = {}
     for name, one in found.items():
         for entry in one.cards[:1]:
@@ -262,18 +249,11 @@ def _keep(config: ProtocolsConfig, found: Mapping[str, CardResult], tracked: "Ru
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = CommandParser(
-        "protocols.py",
-        description=f"One recipe under each protocol card.\n\n{configurations('protocols')}",
-        settings=ProtocolsConfig,
+    return run_named(
+        ProtocolsConfig,
+        "protocols",
+        run,
+        command="protocols",
+        description="One recipe under each protocol card.",
+        arguments=arguments,
     )
-    parser.add_argument("--experiment", required=True, help="a name under conf/protocols/, or a YAML file")
-    parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
-    known, overrides = parser.parse_known_args(arguments)
-
-    def work() -> int:
-        name = known.experiment if known.experiment.endswith(".yaml") else f"protocols/{known.experiment}"
-        config = load(ProtocolsConfig, name, overrides)
-        return run(replaced(config, etl=experiments_etl(config.etl, known.data)) if known.data else config)
-
-    return run_command("protocols", work)

@@ -21,7 +21,7 @@ class PublishedFigure(Section):
 
 
 class CardPlan(Section):
-    """One protocol card: what is held out, in which order, and whether the recipe is told the request's time."""
+    """One protocol card: what is held out, in which order, and whether the recipe reads the request's time."""
 
     heading: str
     split: str

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from etl.command import CommandParser, configurations, run_command
-from etl.config import EtlConfig, MovielensSource, check_root
-from etl.settings import ConfigError, GraftrecError, Section, config_hash, load, replaced
+from etl.command import run_command
+from etl.config import check_root
+from etl.settings import ConfigError, Section, config_hash, load, replaced
 from trainer.config import (
     FinetuneConfig,
     TrackingConfig,
@@ -28,6 +28,7 @@ from trainer.training.empty_transfer import empty_by_data
 
 if TYPE_CHECKING:
     from trainer.data.release import Release
+from trainer.experiment.command import build_tables, movielens_in, parser_of
 from trainer.experiment.plan import NOT_REQUESTED, ExperimentConfig, Row, check_rows, planned, training_jobs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -105,16 +106,6 @@ def _missing(rows: Sequence[Row]) -> Iterator[str]:
                 yield f"{row.id}, seed {seed}: {training.failure}"
 
 
-def build_tables(config: ExperimentConfig) -> tuple[str, int | None]:
-    """Lake and release to read."""
-    if config.etl is None:
-        assert config.lake is not None
-        return config.lake, config.release
-    from trainer.recipes import run_etl
-
-    return config.etl.lake, run_etl.run(config.etl, config.tracking)
-
-
 def jobs_of(config: ExperimentConfig) -> int:
     return config.jobs or max(1, usable_cores() // config.threads)
 
@@ -140,20 +131,6 @@ def load_experiment(name: str, preset: str | None, overrides: Sequence[str] = ()
     return load(ExperimentConfig, f"experiment/{name}_{preset}", overrides)
 
 
-def movielens_in(config: ExperimentConfig, folder: Path) -> ExperimentConfig:
-    """Take MovieLens-1M from `folder`; without its knowledge files the runs with metadata are missing."""
-    return replaced(config, etl=experiments_etl(config.etl, folder))
-
-
-def experiments_etl(etl: EtlConfig | None, folder: Path) -> EtlConfig:
-    """An experiment's ETL, with MovieLens-1M from `folder`. Raises GraftrecError for another log."""
-    from trainer.recipes.pipeline import movielens_etl
-
-    if etl is None or not isinstance(etl.source, MovielensSource):
-        raise GraftrecError("--data is for MovieLens-1M, found an experiment on something else; leave it out")
-    return movielens_etl(etl, folder)
-
-
 def keep(config: ExperimentConfig) -> Path:
     """Copy the results into the repository."""
     place = KEPT / f"{config.name}-{config.preset}.json"
@@ -163,14 +140,9 @@ def keep(config: ExperimentConfig) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = CommandParser(
-        "experiment.py",
-        description=f"The survey's experiment, and others of the same kind.\n\n{configurations('experiment')}",
-        settings=ExperimentConfig,
-    )
-    parser.add_argument("--experiment", required=True, help="a name under conf/experiment/, or a YAML file")
+    description = "The survey's experiment, and others of the same kind."
+    parser = parser_of(ExperimentConfig, "experiment", program="experiment.py", description=description)
     parser.add_argument("--preset", help="cpu, paper…: conf/experiment/<experiment>_<preset>.yaml")
-    parser.add_argument("--data", type=Path, help="MovieLens-1M: the folder of ratings.dat, movies.dat, users.dat")
     parser.add_argument("--keep", action="store_true", help="copy the results to tests/reproduction/results/")
     known, overrides = parser.parse_known_args(arguments)
 

@@ -227,9 +227,7 @@ def _load_user_features(
 def save_model(folder: Path, parts: ModelParts) -> str:
     """Write a model folder in the place of any old one; returns its hash."""
     config, release, catalogue, content = parts.config, parts.release, parts.catalogue, parts.content
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    new = begun(folder)
     tensors = {name: _whole(shares, new / f"{name}.whole") for name, shares in parts.weights.items()}
     user_table = tensors.pop(USER_TABLE, None)
     save_file(tensors, new / WEIGHTS)
@@ -277,9 +275,23 @@ def save_model(folder: Path, parts: ModelParts) -> str:
             pq.write_table(parts.users.select(["user", "index"]), new / USER_IDS)
     for scratch in new.glob("*.whole"):
         scratch.unlink()
+    costs = {name: parts.metrics[name] for name in COSTS if name in parts.metrics}
+    return finished(folder, {"lake": release.lake, "costs": costs})
+
+
+def begun(folder: Path) -> Path:
+    """An empty folder beside a model's, to be filled with its files; `finished` puts it in the place of any old one."""
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    return new
+
+
+def finished(folder: Path, origin: Mapping[str, Any]) -> str:
+    """Seal the files that stand in what `begun` gave. Returns the model folder's hash."""
+    new = folder.with_name(folder.name + ".new")
     digests = {path.name: digest_of(path) for path in sorted(new.iterdir())}
     (new / MANIFEST).write_text(json.dumps(digests, indent=1))
-    origin = {"lake": release.lake, "costs": {name: parts.metrics[name] for name in COSTS if name in parts.metrics}}
     (new / ORIGIN).write_text(json.dumps(origin), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)

@@ -196,7 +196,7 @@ class Recommender:
         answers = [found[place] for place in range(len(requests))]
         unread = [place for place, answer in enumerate(answers) if answer.basis == POPULAR and answer.unknown]
         companion = self._companion() if unread else None
-        if companion is not None and companion.reads_times:  # asked by a request for a model that reads none
+        if companion is not None and companion.reads_times:  # requested by a request for a model that reads none
             unread = [place for place in unread if requests[place].times is not None]
         if companion is not None and companion.reads == self.reads and unread:
             others = companion.answer([requests[place] for place in unread], k)
@@ -254,7 +254,7 @@ class Recommender:
         read = [_read(request) for request in requests]
         rows = [[SEP if item is None else self._row_of.get(item, UNK) for item in items] for items in read]
         users = self.trained_model.users or {}
-        times, asked = self._times(requests)
+        times, requested = self._times(requests)
         given = np.array([row for history in rows for row in history], dtype=np.int64)
         whole = Events.of(
             np.array([users.get(request.user or "", UNK) for request in requests], dtype=np.int64),
@@ -263,7 +263,7 @@ class Recommender:
             times,
             self._event_types(requests),
         )
-        whole = dataclasses.replace(whole, request_times=asked)
+        whole = dataclasses.replace(whole, request_times=requested)
         histories = whole.keep(given != UNK)
         is_answered = answered(self.trained_model.model, histories)
         best_rows, best = self._shortlist.best(histories, k)
@@ -285,8 +285,8 @@ class Recommender:
             return np.empty(0, np.int64), None
         now = time.time()
         given = [second for request in requests for second in request.times or ()]
-        asked = [now if request.time is None else request.time for request in requests]
-        times, requested = (np.floor(np.array(part) * MICROSECONDS).astype(np.int64) for part in (given, asked))
+        requested = [now if request.time is None else request.time for request in requests]
+        times, requested = (np.floor(np.array(part) * MICROSECONDS).astype(np.int64) for part in (given, requested))
         return times, requested
 
     def _one(
@@ -319,7 +319,7 @@ def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
 
 
 def _parse(record: Mapping[str, Any], place: int) -> Request:
-    items, user, kinds, baskets, features, friends, times, asked = (_plain(record.get(name)) for name in FIELDS)
+    items, user, kinds, baskets, features, friends, times, requested = (_plain(record.get(name)) for name in FIELDS)
     if baskets is not None:
         if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
             raise RequestError(
@@ -345,20 +345,20 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
             f"record {place}: `friends` is a list of raw user ids (strings), found {str(friends)[:100]!r}"
         )
     user = None if user is None else _ids([user], place, "user")[0]
-    _check_times(times, asked, len(items), place)
+    _check_times(times, requested, len(items), place)
     given = tuple(_ids(friends or [], place, "friends"))
     vectors = _vectors(features, place)
-    return Request(_ids(items, place, "items"), user, kinds, baskets, vectors, given, times, asked)
+    return Request(_ids(items, place, "items"), user, kinds, baskets, vectors, given, times, requested)
 
 
-def _check_times(times: Any, asked: Any, num_items: int, place: int) -> None:
+def _check_times(times: Any, requested: Any, num_items: int, place: int) -> None:
     """Raises RequestError for times of a record that are no numbers of seconds, that fall, or that are to come."""
-    for name, given in (("times", times), ("time", [] if asked is None else [asked])):
+    for name, given in (("times", times), ("time", [] if requested is None else [requested])):
         if given is None:
             continue
         what = f"`{name}` is a number of seconds since 1970 (UTC)" + (" for each of `items`" if name == "times" else "")
         if not isinstance(given, list) or not all(map(_is_number, given)):
-            raise RequestError(f"record {place}: {what}, found {str(given if name == 'times' else asked)[:100]!r}")
+            raise RequestError(f"record {place}: {what}, found {str(given if name == 'times' else requested)[:100]!r}")
         if wrong := [one for one in given if not -LATEST < one < LATEST]:
             raise RequestError(
                 f"record {place}: {what}, found {wrong[0]:g}; divide milliseconds by 1,000, microseconds by 1,000,000"
@@ -374,10 +374,10 @@ def _check_times(times: Any, asked: Any, num_items: int, place: int) -> None:
             f"record {place}: `items` and `times` are oldest first, found time {fallen[0]} before the one that stands "
             "before it; sort both by time"
         )
-    if asked is not None and times and times[-1] > asked:
+    if requested is not None and times and times[-1] > requested:
         raise RequestError(
-            f"record {place}: expected events until the request's `time`, {asked:.0f}, found one at {times[-1]:.0f}; "
-            "leave out later events, or correct `time`"
+            f"record {place}: expected events until the request's `time`, {requested:.0f}, found one at "
+            f"{times[-1]:.0f}; leave out later events, or correct `time`"
         )
 
 

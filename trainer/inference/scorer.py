@@ -268,7 +268,7 @@ class ModelScorer:
 
     @contextmanager
     def _evaluated(self) -> Iterator[None]:
-        """The model as it is asked, and not as it is trained: a validation comes in the middle of a training."""
+        """The model in evaluation mode, and then as it was: a validation comes in the middle of a training."""
         if not self.model.training:
             yield
             return
@@ -294,7 +294,7 @@ class ModelScorer:
         if len(histories.event_types):
             batch.event_types = torch.from_numpy(histories.padded("event_types"))
         if self.model.config.reads_times:
-            batch.times, batch.asked = _times_of(histories, needs_request=self.model.config.reads_request_time)
+            batch.times, batch.request_times = _times_of(histories, needs_request=self.model.config.reads_request_time)
         return batch.to(self.device)
 
 

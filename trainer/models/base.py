@@ -161,7 +161,7 @@ class SequenceModel(nn.Module):
     @property
     def feature_map(self) -> FeatureMap | None:
         """What gives vectors to items that nobody has had, fitted apart from training."""
-        found = dict(self.features.items()).get("scored")
+        found = getattr(self.features, "scored", None)
         return found if isinstance(found, FeatureMap) else None
 
     def fit_features(self) -> None:

@@ -204,7 +204,7 @@ class Bert4Rec(TiedModel):
             x_ND = last(x_BTD, mask, rotation_TE, **how)[wanted_BT]
         else:
             if pairs is not None:
-                mask = biases[-1](pairs.asked_at(wanted.places_BQ))
+                mask = biases[-1](pairs.of_places(wanted.places_BQ))
             elif causal:
                 mask = (place_T <= wanted.places_BQ[:, :, None])[:, None]
             x_ND = last(x_BTD, mask, rotation_TE, wanted=wanted, **how)

@@ -23,7 +23,7 @@ MAX_FITTED = 100_000  # items: more are sampled at even distances
 
 class FeatureMap(nn.Module):
     """Catalogue rows [N] -> vectors [N, D] and biases [N]. The map is kept in buffers: the optimizer has no part in
-    it. Of features that an item lacks it is given the mean, and of an item without any it says the mean of all."""
+    it. Of features that an item lacks it takes the mean; an item without any gets the mean of all items."""
 
     centre_F: Tensor
     weight_FK: Tensor

@@ -2,8 +2,8 @@
 zero.
 
 `RelativeBias`: what attention adds to a query's score of a key, by the time between them and by how far they stand
-apart, for each head (HSTU: Zhai et al. 2024, section 3.2; positions as in T5: Raffel et al. 2020). As there, position i
-asks at the time of the event that it predicts, which is the request's time when it is served: `EventTimes.asked`.
+apart, for each head (HSTU: Zhai et al. 2024, section 3.2; positions as in T5: Raffel et al. 2020). As there, the query
+of position i is made at the time of the event that it predicts, in an answer at the request's: `EventTimes.query_BT`.
 
 `Intervals`: how long an event's predecessor lies before it and, where it is known, how long after it the next request
 is, each a vector that is added to the item's. For any network that reads items.
@@ -13,7 +13,7 @@ buckets for each doubling of seconds, 63 is 50 years and more (HSTU's: 2.3 for e
 e^0.301). A bucket is the exponent and the first bit behind it of the number of seconds, no logarithm: on every machine
 the same.
 
-Shape letters: ``B`` sequences, ``T`` positions, ``Q`` positions of a sequence that ask, ``H`` heads, ``D`` width.
+Shape letters: ``B`` sequences, ``T`` positions, ``Q`` queries, positions that attend, ``H`` heads, ``D`` width.
 """
 
 from collections.abc import Sequence
@@ -31,32 +31,32 @@ MOST_SECONDS = 2**31 - 1  # between two events of a sequence; what is further ap
 
 @dataclass(frozen=True)
 class EventTimes:
-    """Whole seconds [B, T] int32, since the first position's: `own` of each position's event, `asked` of the request
-    that it answers, which is known, or as `own`. Anything past a sequence's end."""
+    """Whole seconds [B, T] int32, since the first position's: `own` of each position's event, `query` of the event
+    that it predicts, or of the request, where that is known; else as `own`. Anything past a sequence's end."""
 
     own_BT: Tensor
-    asked_BT: Tensor
+    query_BT: Tensor
 
     @classmethod
-    def of(cls, own_BT: Tensor, asked_BT: Tensor) -> "EventTimes":
+    def of(cls, own_BT: Tensor, query_BT: Tensor) -> "EventTimes":
         """Of seconds int64 since any moment."""
         first_B1 = own_BT[:, :1]
-        own, asked = ((seconds - first_B1).clamp(0, MOST_SECONDS).int() for seconds in (own_BT, asked_BT))
-        return cls(own, asked)
+        own, query = ((seconds - first_B1).clamp(0, MOST_SECONDS).int() for seconds in (own_BT, query_BT))
+        return cls(own, query)
 
     def take(self, rows: Tensor) -> "EventTimes":
         """Those of some sequences, in that order."""
-        return EventTimes(self.own_BT[rows], self.asked_BT[rows])
+        return EventTimes(self.own_BT[rows], self.query_BT[rows])
 
     def until(self, end: int) -> "EventTimes":
         """Those of the first positions."""
-        return EventTimes(self.own_BT[:, :end], self.asked_BT[:, :end])
+        return EventTimes(self.own_BT[:, :end], self.query_BT[:, :end])
 
     def split(self, sizes: Sequence[int]) -> list["EventTimes"]:
         """So many sequences each."""
         sizes = list(sizes)
-        own, asked = torch.split(self.own_BT, sizes), torch.split(self.asked_BT, sizes)
-        return [EventTimes(*both) for both in zip(own, asked, strict=True)]
+        own, query = torch.split(self.own_BT, sizes), torch.split(self.query_BT, sizes)
+        return [EventTimes(*both) for both in zip(own, query, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ class Intervals(nn.Module):
         since_BT = F.pad(times.own_BT.diff(dim=1), (1, 0))
         found = F.embedding(time_buckets(since_BT), self.since_embedding)
         if self.until_embedding is not None:
-            found = found + F.embedding(time_buckets(times.asked_BT - times.own_BT), self.until_embedding)
+            found = found + F.embedding(time_buckets(times.query_BT - times.own_BT), self.until_embedding)
         return found
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Positions that ask and those that they look at, of some sequences: the same for all layers. `blocked`, 0 or -inf,
-    [T, T] with `causal`, else [B, 1, T]; `places` [B, Q]: which ask, None: all."""
+    """Queries and the positions that they attend to, of some sequences: the same for all layers. `blocked`, 0 or -inf,
+    [T, T] with `causal`, else [B, 1, T]; `places` [B, Q]: of the queries, None: all."""
 
     buckets_BQT: Tensor
     apart_TT: Tensor  # int32: how far a query stands behind a key, from 0 on
@@ -118,7 +118,7 @@ class Pairs:
     @classmethod
     def of(cls, times: EventTimes, lengths_B: Tensor, T: int, *, causal: bool) -> "Pairs":
         """All pairs of the first T positions."""
-        device, own_BT, asked_BT = times.own_BT.device, times.own_BT[:, :T], times.asked_BT[:, :T]
+        device, own_BT, query_BT = times.own_BT.device, times.own_BT[:, :T], times.query_BT[:, :T]
         if causal:
             is_blocked = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
         else:
@@ -126,10 +126,10 @@ class Pairs:
         blocked = torch.zeros(is_blocked.shape, device=device).masked_fill_(is_blocked, -torch.inf)
         place_T = torch.arange(T, dtype=torch.int32, device=device)
         apart_TT = place_T[:, None] - place_T + (T - 1)
-        return cls(time_buckets(asked_BT[:, :, None] - own_BT[:, None]), apart_TT, blocked, None, causal)
+        return cls(time_buckets(query_BT[:, :, None] - own_BT[:, None]), apart_TT, blocked, None, causal)
 
-    def asked_at(self, places_BQ: Tensor) -> "Pairs":
-        """Only those of some positions that ask."""
+    def of_places(self, places_BQ: Tensor) -> "Pairs":
+        """Only those of queries at some places."""
         index = places_BQ[:, :, None].expand(-1, -1, self.buckets_BQT.shape[2])
         return Pairs(self.buckets_BQT.gather(1, index), self.apart_TT, self.blocked, places_BQ, self.causal)
 

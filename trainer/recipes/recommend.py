@@ -1,15 +1,15 @@
 """Batch recommendations: a domain's k best items for every user, in the Delta table `recommendations`.
 
 `recommendation_rows` scores them, by the registered model, its `companion` and, where there is one, an attention over
-`friends`. `model_version` says which model a row
-is from. One commit replaces all of the domain's partitions or none. It records its inputs: a rerun on the same inputs
-does nothing.
+`friends`. `model_version` says which model a row is from. One commit replaces all of the domain's partitions or none.
+It records its inputs: a rerun on the same inputs does nothing.
 """
 
 import datetime as dt
 import hashlib
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import MANIFEST, TrainedModel, load_model, model_hash
 from trainer.recipes.recommendation_rows import HistorySource, Models, microseconds, progress, score_users
 from trainer.registry import COMPANION, Registry, Version
-from trainer.social.friends_folder import FriendsModel, load_friends, renewed
+from trainer.social.friends_folder import FriendsModel, load_friends, on_release
 
 UNREGISTERED = "unregistered/"  # what labels of model folders begin with
 
@@ -107,10 +107,10 @@ def _renew(config: RecommendConfig, models: Models, source: HistorySource, domai
             role
         ]
         by += f", and by {tracking.model_link(name, other.hash)} for {whom}"
-    asked = f", requested at {config.time}" if _reads_request_time(models) else ""
+    requested = f", requested at {config.time}" if _reads_request_time(models) else ""
     description = (
-        f"Top {config.k} items of domain {domain} for {num_users:,} users{asked}, by {by}; release {release.number} of "
-        f"`{redact(release.lake)}`."
+        f"Top {config.k} items of domain {domain} for {num_users:,} users{requested}, by {by}; release "
+        f"{release.number} of `{redact(release.lake)}`."
     )
     read = [source.table.name, tables.ITEMS.name, tables.USERS.name]
     with tracking.start_run(config.tracking, name=config.name, resolved=config) as tracked:
@@ -129,7 +129,7 @@ def _renew(config: RecommendConfig, models: Models, source: HistorySource, domai
         )
     by_others = "".join(f", {result.by_model.get(name, 0):,} of them by {name}" for _, name in others.values())
     print(
-        f"recommend: top {config.k} of {domain} for {result.users:,} users{asked} by {label}{by_others}, release "
+        f"recommend: top {config.k} of {domain} for {result.users:,} users{requested} by {label}{by_others}, release "
         f"{release.number}: {result.rows:,} rows in {result.seconds:.1f} s ({speed:,.0f} users/s); "
         f"{_place(release)} version {result.version}"
     )
@@ -154,7 +154,7 @@ def _of_release(models: Models, release: Release) -> Models:
     return Models(
         (later(own[0]), own[1]),
         None if companion is None else (later(companion[0]), companion[1]),
-        None if friends is None else (renewed(friends[0], release), friends[1]),
+        None if friends is None else (on_release(friends[0], release), friends[1]),
     )
 
 
@@ -166,14 +166,10 @@ def _encoders(trained_model: TrainedModel) -> tuple[str, ...]:
 
 def _friends(config: RecommendConfig, own: TrainedModel, version: Version | None) -> tuple[FriendsModel, str] | None:
     """The attention over friends beside a model. Raises GraftrecError."""
-    if config.friends is not None:
-        folder, name, _ = _model(config, config.friends)
-    else:
-        registry = Registry(config.registered_model) if version is not None else None
-        found = registry.friends(version) if registry is not None and version is not None else None
-        if registry is None or found is None:
-            return None
-        folder, name = registry.folder(found), found.label
+    found = _beside(config, config.friends, version, Registry.friends)
+    if found is None:
+        return None
+    folder, name = found
     friends = load_friends(folder)
     predicts = own.config.data.answered
     if friends.domain != predicts:
@@ -190,14 +186,10 @@ def _companion(
     """A model that reads all domains, beside one that reads its own. Raises GraftrecError."""
     if trained_model.config.data.domain == DOMAIN_ALL:
         return None
-    if config.companion is not None:
-        folder, name, _ = _model(config, config.companion)
-    else:
-        registry = Registry(config.registered_model) if version is not None else None
-        found = registry.companion(version) if registry is not None and version is not None else None
-        if registry is None or found is None:
-            return None
-        folder, name = registry.folder(found), found.label
+    found = _beside(config, config.companion, version, Registry.companion)
+    if found is None:
+        return None
+    folder, name = found
     companion = load_model(folder, users=False)
     own, other = trained_model.config, companion.config
     reads_alike = other.task.needs == own.task.needs
@@ -210,6 +202,23 @@ def _companion(
             f"{other.data.answered!r}, from {other.task.needs.table}; name another, or move the alias {COMPANION!r}"
         )
     return companion, name
+
+
+def _beside(
+    config: RecommendConfig,
+    named: str | None,
+    version: Version | None,
+    of_version: Callable[[Registry, Version], Version | None],
+) -> tuple[Path, str] | None:
+    """Folder and label of what stands beside a model: as named, else what the registry has for the model's version."""
+    if named is not None:
+        folder, label, _ = _model(config, named)
+        return folder, label
+    if version is None:
+        return None
+    registry = Registry(config.registered_model)
+    found = of_version(registry, version)
+    return None if found is None else (registry.folder(found), found.label)
 
 
 def _model(config: RecommendConfig, named: str) -> tuple[Path, str, Version | None]:

@@ -330,17 +330,16 @@ def _shipped(spark: SparkSession, trained_model: TrainedModel | FriendsModel) ->
     Sail takes no files: it runs in this process, or its server must see the folder under the same path.
     """
     if isinstance(trained_model, FriendsModel):
-        scratch = Path(tempfile.mkdtemp(prefix="graftrec-friends-"))
-        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-        save_friends(scratch / "model", trained_model)
-        return str(scratch / "model") if engine_of(spark) == "sail" else _archived(spark, scratch / "model")
+        folder = _scratch() / "model"
+        save_friends(folder, trained_model)
+        return str(folder) if engine_of(spark) == "sail" else _archived(spark, folder)
     later: LaterItems | None = trained_model.later_items
     if engine_of(spark) == "sail" and later is None:
         return str(trained_model.folder.absolute())
-    scratch = Path(tempfile.mkdtemp(prefix="graftrec-model-"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    if later is not None:
-        save_later(scratch / LATER, later)
+    if later is None:
+        return _archived(spark, trained_model.folder)
+    scratch = _scratch()
+    save_later(scratch / LATER, later)
     if engine_of(spark) == "sail":
         for file in trained_model.folder.iterdir():
             (scratch / file.name).symlink_to(file.absolute())
@@ -348,11 +347,16 @@ def _shipped(spark: SparkSession, trained_model: TrainedModel | FriendsModel) ->
     return _archived(spark, trained_model.folder, scratch / LATER)
 
 
+def _scratch() -> Path:
+    """A folder that is removed with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="graftrec-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _archived(spark: SparkSession, folder: Path, *more: Path) -> str:
     """Ship the files of a folder, and more; returns the archive's name."""
-    # Kept as long as the session: it fetches the archive whenever an executor begins.
-    scratch = Path(tempfile.mkdtemp(prefix="graftrec-model-"))
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    scratch = _scratch()  # kept as long as the session: it fetches the archive whenever an executor begins
     packed_model = scratch / "model.zip"
     with zipfile.ZipFile(packed_model, "w", zipfile.ZIP_STORED) as target:
         for file in [*sorted(folder.iterdir()), *more]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +89,27 @@ def _with_later_items(own: TrainedModel) -> TrainedModel:
 
 def _companion(registry: Registry, version: Version) -> Recommender | None:
     """The companion of a version, ready to answer. None if there is none, and, with a warning, if it can't be read."""
-    try:
+    with _spared(f"no companion of {version.label}, so users new in its domain get popular items"):
         found = registry.companion(version)
         return None if found is None else Recommender(load_model(registry.folder(found)), found.label)
-    except GraftrecError as error:
-        warn(f"no companion of {version.label}, so users new in its domain get popular items: {error}")
-        return None
+    return None
 
 
 def _friends(registry: Registry, version: Version) -> FriendsRecommender | None:
-    """The attention over friends beside a version. None if there is none, and, with a warning, if it can't be read."""
-    try:
+    """The attention over friends beside a version, as `_companion`."""
+    with _spared(f"no friends beside {version.label}, so users without a history get popular items"):
         found = registry.friends(version)
-        return None if found is None else FriendsRecommender(load_friends(registry.stored(found)), found.label)
+        return None if found is None else FriendsRecommender(load_friends(registry.folder(found)), found.label)
+    return None
+
+
+@contextmanager
+def _spared(without: str) -> Iterator[None]:
+    """Warns of what can't be read, and goes on without it."""
+    try:
+        yield
     except GraftrecError as error:
-        warn(f"no friends beside {version.label}, so users without a history get popular items: {error}")
-        return None
+        warn(f"{without}: {error}")
 
 
 def answer(

@@ -10,7 +10,7 @@ from trainer import tracking
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 COMPANION = "companion"  # for users of whom the champion, which reads its own domain, knows no item
-FRIENDS = "friends"  # an attention over friends, for users of whom neither knows an item
+FRIENDS = "friends"  # an attention over friends, for users of whom champion and companion know no item
 TAG_HASH = tracking.MODEL_HASH  # of the model folder
 TAG_PARENT = "graftrec.parent"  # hash of the model it was grafted on
 TAG_KIND = "graftrec.kind"  # full | patch: what it has beside its parent, a version too | friends

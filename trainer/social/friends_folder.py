@@ -8,12 +8,11 @@ catalogue.parquet    row, global index, raw item id, title
 manifest.json        SHA-256 of each file above; written last
 origin.json          the lake's place
 
-`renewed` reads another release's friendships and items by the same attention: it learned what to make of a circle, not
-who is in it.
+`on_release` reads another release's friendships and items by the same attention: it learned what to make of a circle,
+not who is in it.
 """
 
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,11 @@ from trainer.inference.model_folder import (
     CATALOGUE,
     CONFIG,
     FRIENDS_RECIPE,
-    MANIFEST,
-    ORIGIN,
     WEIGHTS,
     ModelFolderError,
+    begun,
     catalogue_of,
-    digest_of,
+    finished,
     lake_of,
     model_hash,
     recipe_of,
@@ -79,9 +77,7 @@ def is_friends(folder: str | Path) -> bool:
 
 def save_friends(folder: Path, model: FriendsModel) -> str:
     """Write the folder in the place of any old one; returns its hash."""
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    new = begun(folder)
     evidence = model.trained.evidence
     save_file({name: one.contiguous() for name, one in model.trained.model.state_dict().items()}, new / WEIGHTS)
     parts: dict[str, npt.NDArray[Any]] = {}
@@ -102,12 +98,7 @@ def save_friends(folder: Path, model: FriendsModel) -> str:
         "versions": model.release.versions,
     }
     (new / CONFIG).write_text(json.dumps(described, indent=1))
-    digests = {path.name: digest_of(path) for path in sorted(new.iterdir())}
-    (new / MANIFEST).write_text(json.dumps(digests, indent=1))
-    (new / ORIGIN).write_text(json.dumps({"lake": model.release.lake}), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-    return model_hash(folder)
+    return finished(folder, {"lake": model.release.lake})
 
 
 def friends_config(folder: Path) -> tuple[FriendsConfig, dict[str, Any]]:
@@ -149,7 +140,7 @@ def load_friends(folder: str | Path) -> FriendsModel:
     )
 
 
-def renewed(model: FriendsModel, release: Release) -> FriendsModel:
+def on_release(model: FriendsModel, release: Release) -> FriendsModel:
     """The same attention on the friendships and the training part of a release; itself on its own. Raises DataError."""
     own = model.release
     if (own.lake, own.number) == (release.lake, release.number):

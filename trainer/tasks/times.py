@@ -1,4 +1,4 @@
-"""When each position of a sequence was, and when it is asked, as tasks lay sequences out.
+"""When each position's event was, and when its query is made, as tasks lay sequences out.
 
 Where the request's time is not known (`model.time.request_time: last_event`), a position knows the times of the events
 that it reads and no others.
@@ -23,39 +23,39 @@ def seconds(times: Tensor) -> Tensor:
 
 
 def times_behind_cls(model: SequenceModel, batch: Batch) -> EventTimes | None:
-    """Of [B, T + 1] positions, a CLS and the events: each is asked at the event that comes next, the last one at
-    `batch.asked`, where there is such a time. A CLS is at the first event, or at the request where there is no event.
+    """Of [B, T + 1] positions, a CLS and the events: the query of each is at the next event, that of the last at
+    `batch.request_times`, where there are any. A CLS is at the first event, or at the request where there is no event.
     None where the model reads no times."""
     if not model.config.reads_times:
         return None
     assert batch.times is not None, "times are read"
-    events_BT, asked_B = seconds(batch.times), _asked(batch)
-    first_B = torch.where(batch.lengths > 0, F.pad(events_BT, (0, 1))[:, 0], asked_B)
+    events_BT, request_B = seconds(batch.times), _request_seconds(batch)
+    first_B = torch.where(batch.lengths > 0, F.pad(events_BT, (0, 1))[:, 0], request_B)
     own_BT = torch.cat([first_B[:, None], events_BT], 1)
     if not model.config.reads_request_time:
         return EventTimes.of(own_BT, own_BT)
-    asked_BT = F.pad(events_BT, (0, 1)).scatter(1, batch.lengths[:, None], asked_B[:, None])
-    return EventTimes.of(own_BT, asked_BT)
+    query_BT = F.pad(events_BT, (0, 1)).scatter(1, batch.lengths[:, None], request_B[:, None])
+    return EventTimes.of(own_BT, query_BT)
 
 
 def times_before_mask(model: SequenceModel, batch: Batch) -> EventTimes | None:
-    """Of [B, T + 1] positions, the events and a MASK behind the last, which is asked at `batch.asked`, or at the last
-    event where the model doesn't know that. None where the model reads no times."""
+    """Of [B, T + 1] positions, the events and a MASK behind the last, which is at `batch.request_times`, or at the
+    last event where the model doesn't know that. None where the model reads no times."""
     if not model.config.reads_times:
         return None
     assert batch.times is not None, "times are read"
-    events_BT, asked_B = F.pad(seconds(batch.times), (0, 1)), _asked(batch)
+    events_BT, request_B = F.pad(seconds(batch.times), (0, 1)), _request_seconds(batch)
     if not model.config.reads_request_time:
         last_B = events_BT.gather(1, (batch.lengths - 1).clamp(min=0)[:, None])[:, 0]
-        asked_B = torch.where(batch.lengths > 0, last_B, asked_B)
-    own_BT = events_BT.scatter(1, batch.lengths[:, None], asked_B[:, None])
+        request_B = torch.where(batch.lengths > 0, last_B, request_B)
+    own_BT = events_BT.scatter(1, batch.lengths[:, None], request_B[:, None])
     return EventTimes.of(own_BT, own_BT)
 
 
 def times_of_masked(model: SequenceModel, batch: Batch, chosen_BT: Tensor) -> EventTimes | None:
     """Of a batch's events, some of them chosen to be predicted: these are at their own times, or, where the model
-    doesn't know when it is asked, at that of the event before them which is not chosen; without one, of the first such
-    event. None where the model reads no times."""
+    doesn't read the request's time, at that of the event before them which is not chosen; without one, of the first
+    such event. None where the model reads no times."""
     if not model.config.reads_times:
         return None
     assert batch.times is not None, "times are read"
@@ -70,6 +70,6 @@ def times_of_masked(model: SequenceModel, batch: Batch, chosen_BT: Tensor) -> Ev
     return EventTimes.of(own_BT, own_BT)
 
 
-def _asked(batch: Batch) -> Tensor:
-    """When each user asks, in seconds; in training nobody does, and no position that is trained reads it."""
-    return torch.zeros_like(batch.lengths) if batch.asked is None else seconds(batch.asked)
+def _request_seconds(batch: Batch) -> Tensor:
+    """When requests are made; 0 in training, where no position that is trained reads it."""
+    return torch.zeros_like(batch.lengths) if batch.request_times is None else seconds(batch.request_times)

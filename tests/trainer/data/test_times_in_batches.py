@@ -37,7 +37,7 @@ def test_a_batch_has_the_time_of_each_of_its_items(tiny_lake):
     seen = 0
     for batch in loader_of(tiny_lake, times=True):
         assert batch.times.shape == batch.items.shape
-        assert batch.asked is None
+        assert batch.request_times is None
         for row, user in enumerate(batch.users.tolist()):
             for place in range(int(batch.lengths[row])):
                 assert batch.times[row, place].item() == time_of[user, batch.items[row, place].item()]

@@ -10,11 +10,9 @@ import pytest
 import torch
 from deltalake import DeltaTable, write_deltalake
 
-from etl.jobs import features, releases
-from etl.lake import spark_io
-from etl.lake.encodings import Encoding
 from etl.settings import replaced
-from etl.tables import FEATURES, FIRST_INDEX, ITEMS, UNK
+from etl.tables import FIRST_INDEX, ITEMS, UNK
+from tests.fixtures.feature_lakes import write_vectors
 from tests.fixtures.recommendations import config, histories_of, rows_of
 from tests.fixtures.trainings import TINY
 from trainer.config import Bert4RecConfig, PretrainConfig
@@ -61,14 +59,6 @@ def overwrite(lake, name, change):
     return DeltaTable(f"{lake}/{name}").version()
 
 
-def encoded(lake, rows, vectors, also=()):
-    encoding = Encoding(kind="item", encoder="text", width=vectors.shape[1])
-    with spark_io.writing(lake, FEATURES):
-        index = np.array([row["index"] for row in rows])
-        features.write_arrays(lake, [row["item"] for row in rows], index, vectors, encoding)
-        releases.release_with(lake, {FEATURES.name: spark_io.current_version(lake, FEATURES), **dict(also)})
-
-
 def next_day(lake, vectors):
     """Three more items, of both domains' catalogue, the first two with vectors; each user's last test item becomes the
     first of them."""
@@ -97,7 +87,7 @@ def next_day(lake, vectors):
             ],
         ),
     }
-    encoded(lake, [*rows, *new[:2]], vectors, also=changed)
+    write_vectors(lake, [*rows, *new[:2]], vectors, versions=changed)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +100,7 @@ def done(tiny_lake, tmp_path_factory):
     vectors = np.random.default_rng(0).normal(size=(len(rows) + 2, WIDTH)).astype(np.float32) + 1
     vectors[-2] = vectors[7]  # new0 is of the same features as the eighth item
     vectors[-2] += 1e-3  # all but
-    encoded(lake, rows, vectors[:-2])
+    write_vectors(lake, rows, vectors[:-2])
     models = {}
     for name, network in NETWORKS.items():
         train = {"epochs": 2, "min_epochs": 0, "learning_rate": 0.01}
@@ -255,12 +245,8 @@ def test_vectors_by_another_encoder_of_that_name_are_refused(done, tmp_path):
     release = pin(lake, None)
     rows = release.read(ITEMS, ["item", "index"]).to_pylist()
     vectors = np.random.default_rng(2).normal(size=(len(rows), WIDTH)).astype(np.float32)
-    encoding = Encoding(kind="item", encoder="text", width=WIDTH, weights="f00d")
     own = load_model(done.models["bert4rec"])
-    with spark_io.writing(lake, FEATURES):
-        index = np.array([row["index"] for row in rows])
-        features.write_arrays(lake, [row["item"] for row in rows], index, vectors, encoding)
-        releases.release_with(lake, {FEATURES.name: spark_io.current_version(lake, FEATURES)})
+    write_vectors(lake, rows, vectors, weights="f00d")
     with pytest.raises(LaterItemsError, match=r"expected vectors by 'text' as .* found others .*weights f00d"):
         with_release(own, pin(lake, None), read_catalogue(pin(lake, None), "target"))
 

@@ -10,10 +10,8 @@ from pydantic import ValidationError
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 
-from etl.jobs import features, releases
-from etl.lake import spark_io
-from etl.lake.encodings import Encoding
-from etl.tables import FEATURES, FIRST_INDEX, ITEMS
+from etl.tables import FIRST_INDEX, ITEMS
+from tests.fixtures.feature_lakes import write_vectors
 from tests.fixtures.trainings import TINY
 from trainer.config import LossConfig, PretrainConfig
 from trainer.data.release import pin
@@ -97,11 +95,7 @@ def done(tiny_lake, tmp_path_factory):
     shutil.copytree(tiny_lake, lake)
     rows = pin(lake, None).read(ITEMS, ["item", "index"]).to_pylist()
     vectors = np.random.default_rng(0).normal(size=(len(rows), 6)).astype(np.float32)
-    with spark_io.writing(lake, FEATURES):
-        index = np.array([row["index"] for row in rows])
-        encoding = Encoding(kind="item", encoder="text", width=6)
-        features.write_arrays(lake, [row["item"] for row in rows], index, vectors, encoding)
-        releases.release_with(lake, {FEATURES.name: spark_io.current_version(lake, FEATURES)})
+    write_vectors(lake, rows, vectors)
     return SimpleNamespace(root=root, lake=lake)
 
 

@@ -50,7 +50,7 @@ def timed_batch(lengths, *, seed=0, asked=None):
     batch, random = batch_of(lengths, seed=seed), np.random.default_rng(seed + 1)
     apart = np.floor(np.exp(random.uniform(-1, 18, batch.items.shape))).astype(np.int64)
     batch.times = torch.from_numpy(900_000_000 + apart.cumsum(1)) * 1_000_000 + 999_999
-    batch.asked = None if asked is None else torch.tensor(asked) * 1_000_000
+    batch.request_times = None if asked is None else torch.tensor(asked) * 1_000_000
     return batch
 
 
@@ -117,7 +117,7 @@ def test_a_bias_is_that_of_each_pair_alone(causal, asking):
         nn.init.normal_(parameter)
     pairs = Pairs.of(EventTimes.of(own, asked), lengths, T, causal=causal)
     places = torch.arange(T).expand(3, T) if asking is None else torch.tensor(asking)
-    found = bias(pairs if asking is None else pairs.asked_at(places))
+    found = bias(pairs if asking is None else pairs.of_places(places))
     for b in range(3):
         for q, i in enumerate(places[b].tolist()):
             for j in range(T):
@@ -197,18 +197,18 @@ def test_what_is_new_is_trained(name, task):
 # --- who knows which time ---------------------------------------------
 
 
-def test_a_position_is_asked_at_the_next_event():
+def test_a_position_is_of_places_the_next_event():
     model, batch = model_of(NETWORKS["bias"], slots=0), timed_batch([3, 1], asked=[1_800_000_000, 1_900_000_000])
     seconds = batch.times // 1_000_000
     seconds[:] = torch.tensor([[10, 20, 50], [7, 0, 0]])
     batch.times = seconds * 1_000_000 + 5
-    batch.asked = torch.tensor([90, 70]) * 1_000_000
+    batch.request_times = torch.tensor([90, 70]) * 1_000_000
     known = times_behind_cls(model, batch)
     assert known.own_BT.tolist() == [[0, 0, 10, 40], [0, 0, 0, 0]]  # since the first event; pads count as none
-    assert known.asked_BT[0].tolist() == [0, 10, 40, 80]
-    assert known.asked_BT[1, :2].tolist() == [0, 63]
+    assert known.query_BT[0].tolist() == [0, 10, 40, 80]
+    assert known.query_BT[1, :2].tolist() == [0, 63]
     last = times_behind_cls(model_of(unknown(NETWORKS["bias"]), slots=0), batch)
-    assert torch.equal(last.asked_BT, last.own_BT)
+    assert torch.equal(last.query_BT, last.own_BT)
     before = times_before_mask(model, batch)
     assert before.own_BT[0].tolist() == [0, 10, 40, 80]
     without = times_before_mask(model_of(unknown(NETWORKS["bias"]), slots=0), batch)
@@ -295,7 +295,7 @@ def test_only_differences_of_times_matter_and_no_padding(name, task):
     batch = timed_batch([6, 9, 3], asked=[2_000_000_000] * 3)
     with torch.no_grad():
         whole = TASKS[task].query(model, batch)
-        batch.times, batch.asked = batch.times - 10**15, batch.asked - 10**15
+        batch.times, batch.request_times = batch.times - 10**15, batch.request_times - 10**15
         torch.testing.assert_close(TASKS[task].query(model, batch), whole, rtol=0, atol=0)
         batch.times[~batch.mask_BT] = -(2**62)
         assert torch.equal(TASKS[task].query(model, batch), whole)

@@ -25,7 +25,7 @@ from trainer.inference.recommender import Recommender, Request, RequestError, pa
 from trainer.recipes import friends, recommend
 from trainer.registry import CHAMPION, Registry, pyfunc
 from trainer.registry import FRIENDS as ALIAS
-from trainer.social.friends_folder import load_friends, renewed
+from trainer.social.friends_folder import load_friends, on_release
 from trainer.social.friends_recommender import FriendsRecommender
 
 SETTINGS = ["--model.candidates", "20", "--model.epochs", "3", "--model.batch_size", "16", "--control", "false"]
@@ -175,7 +175,7 @@ def test_rows_are_the_same_on_sail(done):
 
 def test_a_renewed_model_reads_new_friendships(done):
     model = load_friends(done.run / "model")
-    same = renewed(model, pin(done.lake, 2))
+    same = on_release(model, pin(done.lake, 2))
     np.testing.assert_allclose(
         same.trained.scores(np.arange(5)), model.trained.scores(np.arange(5)), rtol=1e-5, atol=1e-5
     )

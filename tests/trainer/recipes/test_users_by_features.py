@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from etl.jobs import features, releases
-from etl.lake import spark_io
-from etl.lake.encodings import Encoding
-from etl.tables import FEATURES, FIRST_INDEX, USERS
+from etl.tables import FIRST_INDEX, USERS
+from tests.fixtures.feature_lakes import write_vectors
 from tests.fixtures.lakes import NUM_TASTES
 from tests.fixtures.recommendations import config, rows_of
 from tests.fixtures.trainings import tiny
@@ -39,10 +37,7 @@ def done(spark, tiny_lake, tmp_path_factory):
     index = np.array([row["index"] for row in users])
     vectors = np.eye(NUM_TASTES, dtype=np.float32)[(index - FIRST_INDEX) % NUM_TASTES]
     vectors += 0.05 * np.random.default_rng(0).normal(size=vectors.shape).astype(np.float32)  # no two are the same
-    with spark_io.writing(lake, FEATURES):
-        encoding = Encoding(kind="user", encoder="taste", width=NUM_TASTES)
-        features.write_arrays(lake, [row["user"] for row in users], index, vectors, encoding)
-        releases.release_with(lake, {FEATURES.name: spark_io.current_version(lake, FEATURES)})
+    write_vectors(lake, users, vectors, kind="user", encoder="taste")
     train = {"epochs": 40, "min_epochs": 0, "learning_rate": 0.01, "batch_size": 16}
     settings = {"data": {"domain": "target", "split": "cold-users"}, "train": train}
     run = pretrain(tiny(PretrainConfig, root, lake, name="alone", model=MODEL, **settings))

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from etl.jobs import features, releases
-from etl.lake import spark_io
-from etl.lake.encodings import Encoding
 from etl.settings import GraftrecError
-from etl.tables import FEATURES, ITEMS
+from etl.tables import ITEMS
+from tests.fixtures.feature_lakes import write_vectors
 from tests.fixtures.trainings import tiny
 from trainer.config import FinetuneConfig, PretrainConfig
 from trainer.data.events import Events
@@ -33,11 +31,7 @@ def done(tiny_lake, tmp_path_factory):
     shutil.copytree(tiny_lake, lake)
     items = pin(lake, None).read(ITEMS, ["item", "index"]).to_pylist()[:35]
     vectors = np.random.default_rng(0).normal(size=(35, 10)).astype(np.float32) + 1
-    encoding = Encoding(kind="item", encoder="text", width=10)
-    with spark_io.writing(lake, FEATURES):
-        index = np.array([row["index"] for row in items])
-        features.write_arrays(lake, [row["item"] for row in items], index, vectors, encoding)
-        releases.release_with(lake, {FEATURES.name: spark_io.current_version(lake, FEATURES)})
+    write_vectors(lake, items, vectors)
     train = {"epochs": 2, "min_epochs": 0, "learning_rate": 0.01}
     plain = pretrain(tiny(PretrainConfig, root, lake, name="plain", train=train))
     featured = pretrain(tiny(PretrainConfig, root, lake, name="featured", train=train, model={"features": TEXT}))

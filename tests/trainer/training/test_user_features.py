@@ -8,11 +8,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from etl.jobs import features, releases
-from etl.lake import spark_io
-from etl.lake.encodings import Encoding
 from etl.settings import GraftrecError
-from etl.tables import FEATURES, FIRST_INDEX, UNK, USERS
+from etl.tables import FIRST_INDEX, UNK, USERS
+from tests.fixtures.feature_lakes import write_vectors
 from tests.fixtures.networks import NUM_ITEMS, batch_of
 from tests.fixtures.trainings import tiny
 from trainer.config import (
@@ -142,11 +140,7 @@ def done(tiny_lake, tmp_path_factory):
     users = pin(lake, None).read(USERS, ["user", "index"]).to_pylist()
     some = users[: len(users) - 5]
     vectors = np.random.default_rng(0).normal(size=(len(some), 3)).astype(np.float32) + 1
-    with spark_io.writing(lake, FEATURES):
-        index = np.array([row["index"] for row in some])
-        encoding = Encoding(kind="user", encoder="social", width=3, split="last-5")
-        features.write_arrays(lake, [row["user"] for row in some], index, vectors, encoding)
-        releases.release_with(lake, {FEATURES.name: spark_io.current_version(lake, FEATURES)})
+    write_vectors(lake, some, vectors, kind="user", encoder="social", split="last-5")
     model = {"user_width": 4, "user_features": TOLD}
     run = pretrain(tiny(PretrainConfig, root, lake, name="parent", train=TRAIN, model=model))
     return SimpleNamespace(root=root, lake=lake, model=model, run=run, users=users, some=some)

@@ -58,7 +58,7 @@ def cold_scorers(examples: EvaluationSet, config: BaselinesConfig, encoders: tup
 
 
 class FittedOnTrained:
-    """Ridge regressions from features [V, F] to anything, fitted on the trained rows, for all rows."""
+    """Ridge regressions from features [V, F] to targets [V, K], fitted on the trained rows, for all rows."""
 
     def __init__(self, features_VF: FloatArray, trained_V: npt.NDArray[np.bool_]) -> None:
         self._features_VF, self._trained_V = features_VF, trained_V
