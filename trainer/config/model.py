@@ -134,10 +134,13 @@ class AttentionTimeConfig(TimeConfig):
 class NetworkConfig(Section):
     """What every network has."""
 
-    LATER: ClassVar[tuple[str, ...]] = ("time",)
+    LATER: ClassVar[tuple[str, ...]] = ("time", "domain_asked")
 
     user_width: int  # 0: no user embedding
     time: TimeConfig = TimeConfig()
+    # Whether a position knows if the item that it predicts is of `data.ranked`, the domain that is asked; in an answer
+    # it is. For a joint model, which else has to guess from the history which domain comes next.
+    domain_asked: bool = False
     features: ItemFeaturesConfig = ItemFeaturesConfig()
     user_features: UserFeaturesConfig = UserFeaturesConfig()  # beside the user's embedding
 
@@ -298,6 +301,8 @@ class MlpConfig(NetworkConfig):
     def _no_sequence_is_read(self) -> "MlpConfig":
         if self.reads_times:
             raise ValueError("time: expected a model that reads a sequence, found mlp, which reads none; leave it out")
+        if self.domain_asked:
+            raise ValueError("domain_asked: expected a model that reads a sequence, found mlp; leave it out")
         return self
 
     @model_validator(mode="after")

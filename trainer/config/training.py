@@ -164,6 +164,22 @@ class PretrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_domain_of_several_is_asked(self) -> "PretrainConfig":
+        if not self.model.domain_asked:
+            return self
+        if not self.task.is_next_item:
+            raise ValueError(
+                f"model.domain_asked: expected task next_item of one target, found {self.task.kind}; leave it out"
+            )
+        if self.data.ranked is None or self.data.predicted is not None:
+            raise ValueError(
+                "model.domain_asked: expected a model that predicts items of several domains and is asked for those of "
+                f"one, found data.ranked {self.data.ranked or 'null'}, data.predicted {self.data.predicted or 'null'}; "
+                "set the first alone, or leave domain_asked out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _event_types_are_of_use(self) -> "PretrainConfig":
         names = self.data.event_types
         reads = isinstance(self.model, DupnConfig) and self.model.event_types

@@ -8,8 +8,9 @@ user_features.safetensors of each encoder that the model reads: vectors of users
 content.safetensors  what items are (float16), where the task reads it
 features.safetensors of each encoder that the model reads: vectors of items (float16), which have one, its whitening;
                      of a trained one: texts as words, and the words' vectors
-catalogue.parquet    row, global index, raw item id, title, popularity, whether it is predicted (where not all are) and
-                     untrained (where the model does without ids), entity index of each knowledge slot
+catalogue.parquet    row, global index, raw item id, title, popularity, whether it is predicted (where not all are),
+                     untrained (where the model does without ids) and of the domain that is asked (where the model reads
+                     which one is), entity index of each knowledge slot
 manifest.json        SHA-256 of each file above; written last, so that a half-written folder is no model
 """
 
@@ -141,8 +142,9 @@ class ModelParts:
 
     `weights`: each tensor whole, or the parts that processes shared it out in (row r in part r mod their number).
     `parent`: the hash of its folder. `users`: user (raw id), index. `predicted`: the rows that are ever an answer;
-    None: all real ones. `untrained`: those that nobody has had, where the model does without ids. `classes`: of the
-    task's heads, if any; `task_heads`: the task's layers; `content`: what items are, where the task reads it.
+    None: all real ones. `untrained`: those that nobody has had, where the model does without ids. `asked`: those of the
+    domain that is asked, where the model reads which one is. `classes`: of the task's heads, if any; `task_heads`: the
+    task's layers; `content`: what items are, where the task reads it.
     """
 
     config: PretrainConfig
@@ -156,6 +158,7 @@ class ModelParts:
     users: pa.Table | None
     predicted: npt.NDArray[np.bool_] | None = None
     untrained: npt.NDArray[np.bool_] | None = None
+    asked: npt.NDArray[np.bool_] | None = None
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
     task_heads: Mapping[str, TaskHead] = field(default_factory=dict)
     content: Content | None = None
@@ -266,6 +269,8 @@ def save_model(folder: Path, parts: ModelParts) -> str:
         rows["predicted"] = parts.predicted
     if parts.untrained is not None:
         rows["untrained"] = parts.untrained
+    if parts.asked is not None:
+        rows["asked"] = parts.asked
     pq.write_table(pa.table(rows), new / CATALOGUE)
     if user_table is not None:
         save_file({USER_TABLE: user_table}, new / USERS)
@@ -370,6 +375,8 @@ def read_model(
         model.restrict_targets(torch.from_numpy(rows["predicted"].to_numpy()))
     if "untrained" in rows.column_names:
         model.mark_untrained(torch.from_numpy(rows["untrained"].to_numpy()))
+    if "asked" in rows.column_names:
+        model.ask_for(torch.from_numpy(rows["asked"].to_numpy()))
     return TrainedModel(
         folder=folder,
         config=config,

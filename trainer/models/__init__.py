@@ -115,13 +115,14 @@ def _new(
     if sizes.user_features:
         model.add_user_features(sizes.user_features)
     model.add_time()
+    model.add_domain_asked()
     return model
 
 
 def groups_of(config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
-    """Parameter groups (item, user, knowledge, features, time, position, patch, body, head) to the name prefixes of
-    their tensors."""
-    return {**_network(config).GROUPS, "features": ("features.",), "time": ("time.",)}
+    """Parameter groups (item, user, knowledge, features, time, asked, position, patch, body, head) to the name prefixes
+    of their tensors."""
+    return {**_network(config).GROUPS, "features": ("features.",), "time": ("time.",), "asked": ("asked.",)}
 
 
 def _network(config: ModelConfig) -> type[SequenceModel]:

@@ -20,7 +20,7 @@ from trainer.models.feature_map import FeatureMap, fitted_rows
 from trainer.models.features import Features, FeatureTable, kept_ids
 from trainer.models.heads import LossWeights, PairHead, unit
 from trainer.models.row_table import RowTable, RowTables
-from trainer.models.time import ITEMS_ONLY, EventInputs, Intervals
+from trainer.models.time import ITEMS_ONLY, DomainAsked, EventInputs, Intervals
 
 _EVERY = slice(None)
 TABLE_STD = 0.02
@@ -67,6 +67,7 @@ class SequenceModel(nn.Module):
     untrained_V: (
         Tensor | None
     )  # bool: rows that nobody has had: no class of a loss, and with features nothing of their own
+    asked_V: Tensor | None  # bool: the rows of the domain that is asked, where the model reads which one is
     content_VF: Tensor | None  # vectors of what items are, where the task reads them
     head: nn.Module
     user_embedding: nn.Embedding | RowTable
@@ -80,11 +81,13 @@ class SequenceModel(nn.Module):
         self.register_buffer("knowledge_VS", sizes.knowledge_VS.int(), persistent=False)
         self.register_buffer("predicted_V", None, persistent=False)
         self.register_buffer("untrained_V", None, persistent=False)
+        self.register_buffer("asked_V", None, persistent=False)
         self.register_buffer("content_VF", None, persistent=False)
         self.dropout = Dropout(config.dropout)
         self.task_heads = nn.ModuleDict()
         self.features = nn.ModuleDict()  # `scored`: of the vectors that score; `user`: of users
         self.time = nn.ModuleDict()  # what reads when events were
+        self.asked = nn.ModuleDict()  # what reads which domain is asked
 
     def table(self, num_embeddings: int, width: int) -> nn.Embedding | RowTable:
         """A table of item, user or entity vectors, dense or row-wise."""
@@ -146,13 +149,20 @@ class SequenceModel(nn.Module):
         if time.intervals:
             self.time["intervals"] = Intervals(self.config.width, until=time.request_time == "known")
 
-    def with_intervals(self, vectors_BTD: Tensor, events: EventInputs) -> Tensor:
-        """Items' vectors with the times between events added, where the network reads these."""
-        if "intervals" not in self.time:
-            return vectors_BTD
-        assert events.times is not None, "times are read"
-        timed_BTD: Tensor = vectors_BTD + self.time["intervals"](events.times).to(vectors_BTD.dtype)
-        return timed_BTD
+    def add_domain_asked(self) -> None:
+        """What reads which domain is asked, where `config.domain_asked`: at first without effect."""
+        if self.config.domain_asked:
+            self.asked["domain"] = DomainAsked(self.config.width)
+
+    def with_event_inputs(self, vectors_BTD: Tensor, events: EventInputs) -> Tensor:
+        """Items' vectors with the times between events and the domain asked added, where the network reads these."""
+        if "intervals" in self.time:
+            assert events.times is not None, "times are read"
+            vectors_BTD = vectors_BTD + self.time["intervals"](events.times).to(vectors_BTD.dtype)
+        if "domain" in self.asked:
+            assert events.asked_BT is not None, "the domain asked is read"
+            vectors_BTD = vectors_BTD + self.asked["domain"](events.asked_BT).to(vectors_BTD.dtype)
+        return vectors_BTD
 
     def add_user_features(self, tables: tuple[FeatureTable, ...]) -> None:
         """As `add_features`, beside users' own vectors."""
@@ -227,6 +237,10 @@ class SequenceModel(nn.Module):
         """Predict these catalogue rows only (bool [V], at least one real item): others are read, and never an
         answer."""
         self.predicted_V = rows_V.to(self.knowledge_VS.device)
+
+    def ask_for(self, rows_V: Tensor) -> None:
+        """Answer for the domain of these catalogue rows (bool [V]), where the model reads which one is asked."""
+        self.asked_V = rows_V.to(self.knowledge_VS.device)
 
     def mark_untrained(self, rows_V: Tensor) -> None:
         """Train and score without anything of these catalogue rows' own (bool [V])."""

@@ -130,7 +130,7 @@ class Caser(SequenceModel):
     def _read(self, items_BT: Tensor, lengths_B: Tensor, events: EventInputs) -> Tensor:
         """Vectors [B, T, D] of the items and their entities; zero behind a sequence's end."""
         x_BTD = self.with_features(self.own_vectors(self.item_embedding.weight, items_BT), items_BT, "read")
-        x_BTD = self.with_intervals(x_BTD, events)
+        x_BTD = self.with_event_inputs(x_BTD, events)
         if self.knowledge_projection is not None:
             x_BTD = torch.cat([x_BTD, self.entity_vectors(items_BT)], dim=2)
         real_BT = torch.arange(items_BT.shape[1], device=items_BT.device) < lengths_B[:, None]

@@ -105,7 +105,7 @@ class Dupn(SequenceModel):
         if self.config.event_types:
             kinds_BT = torch.zeros_like(items_BT) if events.event_types_BT is None else events.event_types_BT
             vectors_BTD = vectors_BTD + self.event_type_embedding(kinds_BT)
-        vectors_BTD = self.with_intervals(vectors_BTD, events)
+        vectors_BTD = self.with_event_inputs(vectors_BTD, events)
         random = None
         if self.training:
             random = torch.Generator(vectors_BTD.device).manual_seed(int(torch.randint(1 << 62, ())))

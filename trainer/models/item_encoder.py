@@ -135,7 +135,7 @@ class TiedModel(SequenceModel):
         events = events.take(order_B)
         # Tables are read once for the whole batch; what follows is done chunk by chunk.
         vectors_BTD = self.item_vectors(items_BT) if table_VD is None else F.embedding(items_BT, table_VD)
-        x_BTD = self._placed(self.with_intervals(vectors_BTD, events))
+        x_BTD = self._placed(self.with_event_inputs(vectors_BTD, events))
         if self.config.user_width:
             x_BTD = x_BTD + self.user_projection(self.user_vectors(users_B)[order_B])[:, None]
         sizes = sizes_by_length(lengths_B, CHUNK_POSITIONS)

@@ -1,5 +1,5 @@
-"""When events were, as input of a network: time since and until, by log-spaced buckets. Nothing at first: all begins at
-zero.
+"""What a network reads of events beside items: when they were, by log-spaced buckets, and which domain is asked.
+Nothing at first: all begins at zero.
 
 `RelativeBias`: what attention adds to a query's score of a key, by the time between them and by how far they stand
 apart, for each head (HSTU: Zhai et al. 2024, section 3.2; positions as in T5: Raffel et al. 2020). As there, the query
@@ -7,6 +7,9 @@ of position i is made at the time of the event that it predicts, in an answer at
 
 `Intervals`: how long an event's predecessor lies before it and, where it is known, how long after it the next request
 is, each a vector that is added to the item's. For any network that reads items.
+
+`DomainAsked`: whether the item that a position predicts is of the domain that is asked (`data.ranked`); in an answer it
+is.
 
 A bucket holds the times between two powers of two, or the middle of them: 0 is under a second, then there are two
 buckets for each doubling of seconds, 63 is 50 years and more (HSTU's: 2.3 for each doubling, its logarithm's base is
@@ -63,20 +66,30 @@ class EventTimes:
 class EventInputs:
     """What a network reads of events beside items. `event_types` int64 [B, T]: kinds of event, where the model reads
     them (`data.event_types`); 0 for none of them, or for a reserved row; None: all are. `times`: where it reads them
-    (`model.time`)."""
+    (`model.time`). `asked` bool [B, T]: whether the item that the position predicts is of the domain that is asked,
+    where it reads that (`model.domain_asked`)."""
 
     event_types_BT: Tensor | None = None
     times: EventTimes | None = None
+    asked_BT: Tensor | None = None
 
     def take(self, rows: Tensor) -> "EventInputs":
         """Those of some sequences, in that order."""
-        kinds, times = self.event_types_BT, self.times
-        return EventInputs(None if kinds is None else kinds[rows], None if times is None else times.take(rows))
+        kinds, times, asked = self.event_types_BT, self.times, self.asked_BT
+        return EventInputs(
+            None if kinds is None else kinds[rows],
+            None if times is None else times.take(rows),
+            None if asked is None else asked[rows],
+        )
 
     def until(self, end: int) -> "EventInputs":
         """Those of the first positions."""
-        kinds, times = self.event_types_BT, self.times
-        return EventInputs(None if kinds is None else kinds[:, :end], None if times is None else times.until(end))
+        kinds, times, asked = self.event_types_BT, self.times, self.asked_BT
+        return EventInputs(
+            None if kinds is None else kinds[:, :end],
+            None if times is None else times.until(end),
+            None if asked is None else asked[:, :end],
+        )
 
 
 ITEMS_ONLY = EventInputs()
@@ -102,6 +115,17 @@ class Intervals(nn.Module):
         if self.until_embedding is not None:
             found = found + F.embedding(time_buckets(times.query_BT - times.own_BT), self.until_embedding)
         return found
+
+
+class DomainAsked(nn.Module):
+    """Vectors [B, T, D] of whether the domain that is asked is that of the predicted item."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(2, width))
+
+    def forward(self, asked_BT: Tensor) -> Tensor:
+        return F.embedding(asked_BT.int(), self.embedding)
 
 
 @dataclass(frozen=True)

@@ -342,6 +342,9 @@ def _model(inputs: Inputs, world: World) -> tuple[SequenceModel, TransferReport]
         model.describe(torch.from_numpy(task.content.vectors_VF))
     if config.data.predicted is not None:
         model.restrict_targets(torch.from_numpy(rows_of_domain(release, catalogue, config.data.predicted)))
+    if config.model.domain_asked:
+        assert config.data.ranked is not None, "settings see to it"
+        model.ask_for(torch.from_numpy(rows_of_domain(release, catalogue, config.data.ranked)))
     if inputs.untrained_V is not None:
         model.mark_untrained(torch.from_numpy(inputs.untrained_V))
     if isinstance(config, FinetuneConfig):
@@ -397,6 +400,7 @@ def _finish(
             users=release.read(tables.USERS, ["user", "index"]),
             predicted=None if training.model.predicted_V is None else training.model.predicted_V.cpu().numpy(),
             untrained=inputs.untrained_V,
+            asked=None if training.model.asked_V is None else training.model.asked_V.cpu().numpy(),
             classes=task.class_names,
             task_heads=task.heads,
             content=task.content,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etl.tables import CLS
+from etl.tables import CLS, UNK
 from trainer.config import NextItemConfig
 from trainer.data.batch import Batch
 from trainer.models import SequenceModel
@@ -80,4 +80,17 @@ def begun(model: SequenceModel, batch: Batch) -> tuple[Tensor, EventInputs]:
 def _begin(model: SequenceModel, batch: Batch) -> tuple[Tensor, EventInputs]:
     """All of a batch, [B, T + 1], behind a CLS."""
     kinds_BT = None if batch.event_types is None else F.pad(batch.event_types, (1, 0))
-    return F.pad(batch.items, (1, 0), value=CLS), EventInputs(kinds_BT, times_behind_cls(model, batch))
+    events = EventInputs(kinds_BT, times_behind_cls(model, batch), _asked(model, batch))
+    return F.pad(batch.items, (1, 0), value=CLS), events
+
+
+def _asked(model: SequenceModel, batch: Batch) -> Tensor | None:
+    """[B, T + 1] whether each position's next item is of the domain that is asked; behind the newest, it is. Items that
+    came after training are of none. None where the model doesn't read it."""
+    if not model.config.domain_asked:
+        return None
+    assert model.asked_V is not None, "the domain asked is known"
+    is_known_BT = batch.items < len(model.asked_V)
+    next_BT = model.asked_V[torch.where(is_known_BT, batch.items, UNK)] & is_known_BT
+    asked_BT = F.pad(next_BT, (0, 1))
+    return asked_BT | (torch.arange(asked_BT.shape[1], device=asked_BT.device) == batch.lengths[:, None])

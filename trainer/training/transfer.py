@@ -34,8 +34,8 @@ COPIED_GROUPS: dict[str, tuple[str, ...]] = {
     "none": (),
     "shallow": ("user", "knowledge"),
     "shallow+features": ("user", "knowledge", "features"),
-    "deep": ("user", "knowledge", "features", "time", "position", "body", "head"),
-    "patch": ("user", "knowledge", "features", "time", "position", "body", "head"),
+    "deep": ("user", "knowledge", "features", "time", "asked", "position", "body", "head"),
+    "patch": ("user", "knowledge", "features", "time", "asked", "position", "body", "head"),
 }
 
 
@@ -159,7 +159,7 @@ def initialise_from(
         if shared_out is not None:
             shape = (shared_out.num_rows(tensor), *shape[1:])
         begins = group == "features" and not asks_for_features and name.split(".")[1] not in known_features
-        begins |= group == "time" and name not in given  # of a parent that reads no times, or others
+        begins |= group in ("time", "asked") and name not in given  # of a parent that doesn't read it
         if group in COPIED_GROUPS[transfer] and not begins:
             if name not in given:
                 raise TransferError(
