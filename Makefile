@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-w128 both-w128-causal \
-	leave-one-out leave-one-out-b4 protocols models features page test test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
+	leave-one-out leave-one-out-b4 capacity protocols models features page test test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
 	bench-growth bench-demo bench-planted check format clean clean-all
 
 help:  ## this list
@@ -47,8 +47,9 @@ both-w128:  ## wider, with smoothed labels: make both-w128 DATA=…
 both-w128-causal:  ## and nothing later than what is asked: make both-w128-causal DATA=…
 leave-one-out:  ## MovieLens-1M as others report it, leave-one-out: make leave-one-out DATA=…
 leave-one-out-b4:  ## the same with four blocks: make leave-one-out-b4 DATA=…
+capacity:  ## whether deeper networks carry more from domain to domain: make capacity DATA=…
 
-table2 both both-causal both-w128 both-w128-causal leave-one-out leave-one-out-b4: $(BIN)/.installed
+table2 both both-causal both-w128 both-w128-causal leave-one-out leave-one-out-b4 capacity: $(BIN)/.installed
 	@test -n "$(DATA)" || { echo "make $@: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
 		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
 	@$(BIN)/python mlflow_projects/experiment.py --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)

@@ -26,8 +26,8 @@ from trainer.config.data import READS_ALL
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
 from trainer.data.cold_items import cold_rows
-from trainer.data.events import Events, beside, merge
-from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, sampled, without_repeats
+from trainer.data.events import Events, beside, merge, sampled
+from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, without_repeats
 from trainer.data.release import DataError, Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
 from trainer.data.social import has_network, read_network, read_training

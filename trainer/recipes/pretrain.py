@@ -225,7 +225,7 @@ def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
         times=config.reads_times,
     )
     _check_event_types(dataset, setting)
-    return dataset
+    return dataset.sample_users(config.data.user_share)
 
 
 def _check_event_types(dataset: SequenceDataset, setting: str) -> None:
