@@ -27,16 +27,16 @@ setup: $(BIN)/.dev  ## make .venv with everything, the development tools too
 	@echo "Ready: . $(BIN)/activate"
 
 demo: $(BIN)/.installed  ## the whole path on a generated log, some minutes
-	@$(BIN)/python mlflow_projects/pipeline.py --config pipeline/demo $(ARGS)
+	@$(BIN)/python -m graftrec pipeline --config pipeline/demo $(ARGS)
 
 ml1m: $(BIN)/.installed  ## the same on MovieLens-1M: make ml1m DATA=folder/of/ratings.dat
 	@test -n "$(DATA)" || { echo "make ml1m: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
 		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
-	@$(BIN)/python mlflow_projects/pipeline.py --config pipeline/ml1m --data "$(DATA)" $(ARGS)
+	@$(BIN)/python -m graftrec pipeline --config pipeline/ml1m --data "$(DATA)" $(ARGS)
 
 pipeline: $(BIN)/.installed  ## the same on your own log: make pipeline CONFIG=pipeline/yours
 	@test -n "$(CONFIG)" || { echo "make pipeline: expected CONFIG=pipeline/<name under conf/pipeline>, found none"; exit 2; }
-	@$(BIN)/python mlflow_projects/pipeline.py --config "$(CONFIG)" $(ARGS)
+	@$(BIN)/python -m graftrec pipeline --config "$(CONFIG)" $(ARGS)
 
 PRESET ?= cpu
 
@@ -51,16 +51,16 @@ leave-one-out-b4:  ## the same with four blocks: make leave-one-out-b4 DATA=…
 table2 both both-causal both-w128 both-w128-causal leave-one-out leave-one-out-b4: $(BIN)/.installed
 	@test -n "$(DATA)" || { echo "make $@: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
 		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
-	@$(BIN)/python mlflow_projects/experiment.py --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)
+	@$(BIN)/python -m graftrec experiment --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)
 
 protocols: $(BIN)/.installed  ## one recipe under each protocol card, on a generated log, or with DATA=… on MovieLens-1M; then hours
-	@$(BIN)/python mlflow_projects/protocols.py --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
+	@$(BIN)/python -m graftrec protocols --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
 
 models: $(BIN)/.installed  ## each model by each transfer, on a generated log, or with DATA=… on MovieLens-1M; hours
-	@$(BIN)/python mlflow_projects/experiment.py --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)
+	@$(BIN)/python -m graftrec experiment --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)
 
 features: $(BIN)/.installed  ## whether features help, in three arms, on a generated log, or with DATA=… on MovieLens-1M
-	@$(BIN)/python mlflow_projects/features.py --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
+	@$(BIN)/python -m graftrec arms --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
 
 page: $(BIN)/.installed  ## the MLflow page on http://127.0.0.1:5000 (PORT=…)
 	@echo "Open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"

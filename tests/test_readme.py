@@ -45,9 +45,9 @@ NOT_RUN = {
     "python -m etl all --config etl/ml1m": NEEDS_DATA,
     "python -m trainer friends --config friends/lastfm": "needs Last.fm",
     "make protocols": "trains for minutes; tests/pipeline/test_protocols.py runs the command",
-    "python mlflow_projects/protocols.py": NEEDS_DATA,
+    "graftrec protocols": NEEDS_DATA,
     "make features": "trains for minutes; tests/pipeline/test_arms.py runs the command",
-    "python mlflow_projects/features.py": "the same",
+    "graftrec arms": "the same",
     "make bench": "measures for minutes to hours; one benchmark of the page is run",
 }
 
