@@ -9,11 +9,12 @@ PORT ?= 5000
 
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt $(PIP_OPTIONS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-w128 both-w128-causal \
-	leave-one-out leave-one-out-b4 protocols models features page test test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
+	leave-one-out leave-one-out-b4 protocols models features page test test-newest test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
 	bench-growth bench-demo bench-planted check format clean clean-all
 
 help:  ## this list
@@ -69,6 +70,15 @@ page: $(BIN)/.installed  ## the MLflow page on http://127.0.0.1:5000 (PORT=…)
 test: $(BIN)/.dev  ## the default tests
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-newest:  ## the default tests with the newest versions that pyproject.toml allows, in an environment of their own
+	@test -n "$(PYTHON)" || { echo "graftrec needs Python 3.11 or newer, found none on the PATH"; exit 2; }
+	@rm -rf $(NEWEST) && "$(PYTHON)" -m venv $(NEWEST)
+	@echo "Installing the newest versions (some minutes)"
+	@$(NEWEST)/bin/python -m pip install --disable-pip-version-check -qq $(PIP_OPTIONS) --editable '.[dev]'
+	@echo "Other versions than in constraints.txt:"
+	@$(NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vixFf constraints.txt || true
+	@$(NEWEST)/bin/python -m pytest $(ARGS)
+
 test-slow: $(BIN)/.dev  ## the slow tests
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
@@ -112,8 +122,8 @@ clean:  ## remove what runs left: tables, runs, the MLflow store, caches
 	@rm -rf lake lakes lake-* mlflow-unsent runs mlruns mlartifacts mlflow.db* spark-warehouse metastore_db derby.log \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis .chaos build dist *.egg-info
 
-clean-all: clean  ## and the virtual environment
-	@rm -rf $(VENV)
+clean-all: clean  ## and the virtual environments
+	@rm -rf $(VENV) $(NEWEST)
 
 # --- installation: done once, and again when pyproject.toml or constraints.txt change ------------------------------------
 

@@ -9,7 +9,9 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr
 from importlib import metadata
+from io import StringIO
 from pathlib import Path
 
 from etl.command import CommandParser, configurations, run_command, version
@@ -193,11 +195,8 @@ def _engines(found: Examination, spark: SparkConfig, works: dict[str, bool]) -> 
     connect = spark.master if spark.master.startswith("sc://") else os.environ.get("SPARK_REMOTE")
     found.fact("connect", connect or "no server is named: spark.master sc://host:port, or $SPARK_REMOTE")
     found.fact("sail", "yes, in this process, without Java" if works["pysail"] else "no, for want of pysail")
-    try:
+    with redirect_stderr(StringIO()):  # it says there that Java is missing, too
         engine = choose_engine(spark)
-    except GraftrecError as error:
-        found.fault("chosen", str(error))
-        return "none"
     if engine == "spark" and spark.engine == "spark" and spark.master.startswith("local"):
         found.attempt("chosen", lambda: f"spark, as spark.engine says, with {check_java()}")
     elif engine == "sail" and not works["pysail"]:
@@ -270,8 +269,12 @@ def _store() -> str:
     place = file or folder
     if place is not None and not place.exists():
         return f"{place.resolve()}: not there yet, the first run makes it"
-    with tracking.translated("can't open the store"):
-        tracking.connect(uri).search_experiments(max_results=1)
+    try:
+        with tracking.translated("MLflow"):
+            tracking.connect(uri).search_experiments(max_results=1)
+    except tracking.TrackingError as error:
+        advice = "mend or remove it" if place else f"start the server, or mend {tracking.URI_VARIABLE}"
+        raise GraftrecError(f"expected an MLflow store at {uri}, found none that opens; {advice} ({error})") from None
     return f"{place.resolve()}: opens" if place else f"{uri}: answers"
 
 
