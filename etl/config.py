@@ -7,6 +7,7 @@ from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
+from etl import program
 from etl.file_config import EdgesFileConfig, EventsFileConfig, FileConfig, ItemsFileConfig, UsersFileConfig
 from etl.redaction import remember
 from etl.settings import ConfigError, FileName, Place, Section, named, overridden, setting_words
@@ -291,7 +292,7 @@ def etl_command(lake: str, job: str = "all") -> str:
     """The command that writes a lake's tables, for hints in messages. It names the configuration in use, with the
     settings of the command line, since others would write another log into the lake."""
     given = [word for name, value in _etl_settings() if name != "lake" for word in setting_words(name, value)]
-    words = ["python", "-m", "etl", job, "--config", named(EtlConfig, "etl/YOURS"), *given, "--lake", lake]
+    words = [*program.words("etl", job), "--config", named(EtlConfig, "etl/YOURS"), *given, "--lake", lake]
     return f"`{shlex.join(words)}`"
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from etl import tables
+from etl.program import spelled
 from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array
@@ -160,7 +161,7 @@ def raw_users(release: Release, users: IntArray) -> list[str]:
         raise DataError(
             f"expected {len(users):,} users of other tables in the table users, found {len(found):,} of them in "
             f"release {release.number} of {release.lake}; take another release, or write the lake anew: "
-            "`python -m etl`"
+            f"`{spelled('etl', 'all')}`"
         )
     raw: list[str] = found.sort_by("index")["user"].to_pylist()
     return raw

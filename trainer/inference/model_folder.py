@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from etl.plain_path import absolute
+from etl.program import spelled
 from etl.settings import GraftrecError, replaced
 from etl.tables import UNK
 from trainer import old_versions
@@ -122,7 +123,7 @@ class TrainedModel:
         if not (task.ranks_items or (clicks and task.scores_items)):
             raise ModelFolderError(
                 f"expected a model that ranks items, found {self.folder}, which predicts a user's {task.predicts}; "
-                "`python -m trainer evaluate` scores it"
+                f"`{spelled('trainer', 'evaluate')}` scores it"
             )
         return ModelScorer(self.model, self.task, device=device, later=self.later)
 
