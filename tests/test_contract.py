@@ -54,6 +54,7 @@ ROOMS = (
     "trainer.arrays",
     "trainer.ridge",
     "trainer.code_hash",
+    "trainer.verified_files",
     "trainer.config",
     "trainer.parallel",
     "trainer.encoders",

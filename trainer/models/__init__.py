@@ -77,10 +77,18 @@ def build_saved(
     patch: PatchConfig | None = None,
     task_heads: Mapping[str, TaskHead] | None = None,
 ) -> SequenceModel:
-    """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
+    """A model of saved weights, which it takes as they are: no table is drawn first, or copied. Raises ValueError for
+    weights of other names or shapes."""
     with torch.device("meta"):  # nothing is drawn that would be overwritten
         model = _new(config, sizes, RowTables(ALONE), patch, task_heads)
     model.tables = None  # their modules have served to leave them unfilled
+    wanted, found = ({name: list(one.shape) for name, one in each.items()} for each in (model.state_dict(), weights))
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"expected weights {name} of shape {wanted.get(name, 'none')} by the settings, found "
+                f"{found.get(name, 'none')}"
+            )
     model.to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights, assign=True)
     return model
