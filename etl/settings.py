@@ -13,6 +13,7 @@ import yaml
 
 from etl.redaction import one_line, remember
 from etl.section import (
+    MAX_SECONDS,
     ConfigError,
     FileName,
     GraftrecError,
@@ -20,6 +21,7 @@ from etl.section import (
     RunAgain,
     Section,
     SectionT,
+    Seed,
     config_hash,
     entries_of,
     is_union,
@@ -30,6 +32,7 @@ from etl.section import (
 from etl.setting_errors import explained
 
 __all__ = [
+    "MAX_SECONDS",
     "ConfigError",
     "FileName",
     "GraftrecError",
@@ -37,6 +40,7 @@ __all__ = [
     "RunAgain",
     "Section",
     "SectionT",
+    "Seed",
     "conf_root",
     "config_hash",
     "explained",

@@ -54,7 +54,7 @@ ROOMS = (
     "trainer.arrays",
     "trainer.ridge",
     "trainer.code_hash",
-    "trainer.verified_files",
+    "trainer.trust",
     "trainer.config",
     "trainer.parallel",
     "trainer.encoders",

@@ -42,7 +42,7 @@ from trainer.inference.model_folder import (
     user_table,
     verified_model,
 )
-from trainer.verified_files import (
+from trainer.trust.verified_files import (
     MANIFEST,
     ModelFolderError,
     Record,

@@ -56,10 +56,10 @@ from trainer.inference.scorer import LaterVectors, ModelScorer
 from trainer.models import DocumentTable, FeatureTable, ModelSizes, SequenceModel, build_saved
 from trainer.models.row_table import interleave
 from trainer.tasks import Task, build_task
-from trainer.verified_files import MANIFEST as MANIFEST
-from trainer.verified_files import ModelFolderError as ModelFolderError
-from trainer.verified_files import Record, VerifiedFolder, read_json, record, refused, verified
-from trainer.verified_files import digest_of as digest_of
+from trainer.trust.verified_files import MANIFEST as MANIFEST
+from trainer.trust.verified_files import ModelFolderError as ModelFolderError
+from trainer.trust.verified_files import Record, VerifiedFolder, read_json, record, refused, verified
+from trainer.trust.verified_files import digest_of as digest_of
 
 CONFIG, WEIGHTS, CATALOGUE = "config.json", "weights.safetensors", "catalogue.parquet"
 REQUIRED = (CONFIG, WEIGHTS, CATALOGUE)
@@ -429,7 +429,7 @@ def read_model(
     """The model of a folder's settings and catalogue, and of tensors that were read already, which it takes as they
     are. `user_features` None: the folder's. Raises ModelFolderError."""
     config, described = _described(folder.path)
-    _check_floating(folder.path / WEIGHTS, weights)
+    check_floating(folder.path / WEIGHTS, weights)
     if config.model.user_width and USER_TABLE not in weights:  # everybody is unknown
         nobody = torch.zeros(UNK + 1, config.model.user_width)
         weights[USER_TABLE] = nobody.to(next(iter(weights.values())))
@@ -488,7 +488,7 @@ def read_model(
     )
 
 
-def _check_floating(path: Path, weights: Mapping[str, Tensor]) -> None:
+def check_floating(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Raises ModelFolderError for weights of other types than networks compute in, or none."""
     if not weights:
         raise ModelFolderError(f"{path}: expected weights, found none; {MEND}")

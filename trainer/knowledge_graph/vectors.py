@@ -24,7 +24,7 @@ from trainer.inference.model_folder import MAX_INDEX, MEND, hash_of, verified_mo
 from trainer.knowledge_graph.base import ENTITIES, RELATIONS, GraphModel
 from trainer.knowledge_graph.graph import KINDS, Graph
 from trainer.knowledge_graph.triples import HEAD, RELATION, TAIL
-from trainer.verified_files import MANIFEST, ModelFolderError, Record, digest_of, record
+from trainer.trust.verified_files import MANIFEST, ModelFolderError, Record, digest_of, record
 
 TABLES, NODES, FEATURES, DESCRIPTION = "tables.safetensors", "nodes.parquet", "features.parquet", "embedding.json"
 REQUIRED = (TABLES, NODES, FEATURES, DESCRIPTION)

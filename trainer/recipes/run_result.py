@@ -17,7 +17,7 @@ from trainer.inference.model_folder import TrainedModel, load_model, model_hash
 from trainer.knowledge_graph import vectors
 from trainer.parallel.distributed import World
 from trainer.recipes.run_folder import DONE, RunError, tidy
-from trainer.verified_files import parse_json
+from trainer.trust.verified_files import parse_json
 
 _READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS)
 

@@ -46,7 +46,7 @@ from trainer.registry.version import (
 )
 from trainer.social.friends_folder import friends_config, is_friends
 from trainer.tracking import TrackingError, translated
-from trainer.verified_files import MANIFEST
+from trainer.trust.verified_files import MANIFEST
 
 _EXAMPLE_OF_FRIENDS = {"items": [], "friends": ["1", "2"]}  # a request that names nobody: users are personal data
 

@@ -43,6 +43,7 @@ from trainer.inference.model_folder import (
     WEIGHTS,
     begun,
     catalogue_of,
+    check_floating,
     finished,
     hash_of,
     lake_of,
@@ -50,9 +51,10 @@ from trainer.inference.model_folder import (
     saved_settings,
     verified_model,
 )
+from trainer.models import check_shapes
 from trainer.social.attention import FriendAttention, TrainedFriends
 from trainer.social.evidence import Evidence
-from trainer.verified_files import ModelFolderError, Record, VerifiedFolder, read_json, record, refused
+from trainer.trust.verified_files import ModelFolderError, Record, VerifiedFolder, read_json, record, refused
 
 CIRCLE, PEOPLE = "circle.safetensors", "people.parquet"
 
@@ -142,8 +144,12 @@ def load_friends(folder: str | Path) -> FriendsModel:
                 f"{found.path / PEOPLE}: expected index and id of {edges.shape[0]} users, found {len(people)} rows, or "
                 f"rows without; {MEND}"
             )
-        attention = FriendAttention(config.model.hidden)
-        attention.load_state_dict(found.tensors(WEIGHTS))
+        with torch.device("meta"):  # nothing is drawn, and no memory taken, before the weights are seen to fit
+            attention = FriendAttention(config.model.hidden)
+        weights = found.tensors(WEIGHTS)
+        check_floating(found.path / WEIGHTS, weights)
+        check_shapes(attention, weights)
+        attention.load_state_dict(weights, assign=True)
         evidence = Evidence(edges, taken, num_candidates=config.model.candidates)
     release = Release(absolute(config.lake), described["release"], described["versions"])
     return FriendsModel(

@@ -22,7 +22,7 @@ from torch import Tensor
 from etl.durable import sync
 from etl.settings import GraftrecError
 from trainer.parallel.distributed import ALONE, World
-from trainer.verified_files import (
+from trainer.trust.verified_files import (
     MANIFEST,
     ModelFolderError,
     VerifiedFolder,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from etl.settings import GraftrecError
 from tests.fixtures.folders import write_model
-from tests.fixtures.hostile import SEEDED, copied, rewritten, sealed, spoilt, spoilt_bytes
+from tests.fixtures.hostile import EXAMPLES, SEEDED, copied, rewritten, sealed, spoilt, spoilt_bytes
 from trainer.inference.model_folder import ModelFolderError, config_of, lake_of, load_model, model_hash, recipe_of
 from trainer.inference.recommender import Recommender, Request
 from trainer.social.friends_folder import is_friends, load_friends
@@ -48,15 +48,16 @@ def said_of(folder):
 
 def loads_or_is_refused(folder):
     """Whatever a folder holds: it is refused in a line, or it answers."""
-    begun = time.monotonic()
+    begun, said = time.monotonic(), "fine"
     try:
         loaded = load_model(folder)
         items = list(loaded.catalogue.raw_ids[6:9])
         (answer,) = Recommender(loaded, "m/1").answer([Request(items, "u007")], k=5)
         assert all(isinstance(item, str) for item in answer.items)
     except GraftrecError as error:
-        assert "\n" not in str(error)
-        assert str(error)
+        said = str(error)
+    assert said
+    assert "\n" not in said
     assert time.monotonic() - begun < 20
 
 
@@ -172,7 +173,7 @@ def test_a_model_of_a_newer_version_is_refused_by_what_is_new(folder, change):
         ("model", "knowledge", {"director": 10**9}),
         ("model", "knowledge", {"director": -1}),
         ("model", "knowledge", []),
-        ("model", "knowledge", {"director": 4}),
+        ("model", "knowledge", {"director": 7}),
         ("model", "features", {"encoders": ["e"] * 10}),
         ("data", "event_types", ["x"] * 10**5),
     ],
@@ -259,7 +260,7 @@ def test_a_catalogue_of_more_rows_than_there_are_weights_is_refused_before_it_is
     with pq.ParquetWriter(folder / "catalogue.parquet", group.schema, compression="zstd") as writer:
         for _ in range(100):
             writer.write_table(group)
-    assert (folder / "catalogue.parquet").stat().st_size < 1_000_000
+    assert (folder / "catalogue.parquet").stat().st_size < 2_000_000
     assert f"found {rows:,}" in said_of(sealed(folder))
 
 
@@ -294,7 +295,9 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(folder):
         assert "weights.safetensors" in said_of(sealed(folder))
 
 
-@pytest.mark.parametrize("text", ['{"lake": 3}', "[]", "null", '{"lake": "x", "costs": []}', '{"lake": "s3://a:b@c/d"}'])
+@pytest.mark.parametrize(
+    "text", ['{"lake": 3}', "[]", "null", '{"lake": "x", "costs": []}', '{"lake": "s3://a:b@c/d"}']
+)
 def test_an_origin_that_is_none_is_refused(folder, text):
     (folder / "origin.json").write_text(text)
     said_of(folder)
@@ -312,7 +315,7 @@ def test_a_folder_from_before_has_its_lake_in_its_settings(folder, whole):
 
 
 @given(st.data())
-@settings(SEEDED, max_examples=120)
+@settings(SEEDED, max_examples=EXAMPLES)
 def test_any_settings_load_or_are_refused_in_a_line(whole, tmp_path, data):
     folder = copied(whole, tmp_path / "model")
     described = data.draw(spoilt(json.loads((whole / "config.json").read_text())))
@@ -321,7 +324,7 @@ def test_any_settings_load_or_are_refused_in_a_line(whole, tmp_path, data):
 
 
 @given(st.data())
-@settings(SEEDED, max_examples=120)
+@settings(SEEDED, max_examples=EXAMPLES)
 def test_any_bytes_load_or_are_refused_in_a_line(whole, tmp_path, data):
     folder = copied(whole, tmp_path / "model")
     name = data.draw(st.sampled_from(FILES))
@@ -330,7 +333,7 @@ def test_any_bytes_load_or_are_refused_in_a_line(whole, tmp_path, data):
 
 
 @given(st.data())
-@settings(SEEDED, max_examples=60)
+@settings(SEEDED, max_examples=EXAMPLES)
 def test_any_manifest_loads_the_model_that_was_saved_or_none(whole, tmp_path, data):
     folder = copied(whole, tmp_path / "model")
     described = data.draw(spoilt(json.loads((whole / "manifest.json").read_text())))

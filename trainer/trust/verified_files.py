@@ -3,7 +3,7 @@
 A folder of a model, an embedding or a checkpoint has a manifest: the SHA-256 of each of its files. `verified` refuses a
 manifest that names too little, and names that leave the folder; `VerifiedFolder` reads no file that the manifest does
 not name, and no link. What is read is JSON, safetensors and Parquet, never pickle; whatever is wrong with a file is one
-`ModelFolderError` with the file's name. TRUST.md beside this file says what that protects from, and what it does not.
+`ModelFolderError` with the file's name. README.md beside this file says what that protects from, and what it does not.
 """
 
 import hashlib
