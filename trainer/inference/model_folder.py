@@ -434,7 +434,7 @@ def read_model(
         nobody = torch.zeros(UNK + 1, config.model.user_width)
         weights[USER_TABLE] = nobody.to(next(iter(weights.values())))
     most = max((len(tensor) for tensor in weights.values() if tensor.ndim), default=0)
-    rows = _read_rows(folder, described.num_entities, most)
+    rows = _read_rows(folder, config, described.num_entities, most)
     flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     knowledge = np.asarray(flat, dtype=np.int32).reshape(len(rows), -1)
     with refused(folder.path, MEND):
@@ -516,24 +516,29 @@ _CATALOGUE_TYPES: dict[str, tuple[str, pa.DataType]] = {
     "popularity": ("whole numbers", pa.int64()),
     "predicted": ("true or false", pa.bool_()),
     "untrained": ("true or false", pa.bool_()),
+    "asked": ("true or false", pa.bool_()),
 }
 
 
-def _read_rows(folder: VerifiedFolder, num_entities: int, most: int) -> pa.Table:
+def _read_rows(folder: VerifiedFolder, config: PretrainConfig, num_entities: int, most: int) -> pa.Table:
     """The catalogue, of at most `most` rows. Raises ModelFolderError for what no model writes."""
     path = folder.path / CATALOGUE
     rows = folder.table(CATALOGUE, max_rows=most)
-    if lacking := {"index", "item", "title", "popularity", "knowledge"} - set(rows.column_names):
+    needed = {"index", "item", "title", "popularity", "knowledge"}
+    needed |= {"predicted"} if config.data.predicted is not None else set()
+    needed |= {"asked"} if config.model.domain_asked else set()
+    if lacking := needed - set(rows.column_names):
         raise ModelFolderError(f"{path}: expected the column {min(lacking)}, found none; {folder.mend}")
     with refused(path, folder.mend):
         rows = _typed(rows, path, folder.mend)
         slots = rows["knowledge"].combine_chunks()
         widths = set(pc.unique(pc.list_value_length(slots)).to_pylist())
         entities = slots.flatten()
-        sound = len(widths) == 1 and not slots.null_count and not entities.null_count
+        wanted = sum(config.model.knowledge.values())
+        sound = widths == {wanted} and not slots.null_count and not entities.null_count
         if not sound or (len(entities) and not _within(pa.chunked_array([entities]), max(num_entities, 1))):
             raise ModelFolderError(
-                f"{path}: expected entities from 0 to {num_entities - 1} in as many slots of each row, found others; "
+                f"{path}: expected entities from 0 to {num_entities - 1} in {wanted} slots of each row, found others; "
                 f"{folder.mend}"
             )
     return rows
