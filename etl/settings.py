@@ -17,6 +17,7 @@ import yaml
 
 from etl.redaction import one_line, remember
 from etl.section import (
+    MAX_SECONDS,
     ConfigError,
     FileName,
     GraftrecError,
@@ -24,6 +25,7 @@ from etl.section import (
     RunAgain,
     Section,
     SectionT,
+    Seed,
     config_hash,
     entries_of,
     is_union,
@@ -34,14 +36,18 @@ from etl.section import (
 from etl.setting_errors import explained
 
 __all__ = [
+    "MAX_SECONDS",
     "ConfigError",
     "FileName",
     "GraftrecError",
     "Place",
     "RunAgain",
     "Section",
+    "SectionT",
+    "Seed",
     "conf_roots",
     "config_hash",
+    "explained",
     "load",
     "name_of_a_file",
     "named",

@@ -55,6 +55,7 @@ ROOMS = (
     "trainer.arrays",
     "trainer.ridge",
     "trainer.code_hash",
+    "trainer.trust",
     "trainer.config",
     "trainer.parallel",
     "trainer.encoders",

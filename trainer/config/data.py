@@ -1,10 +1,12 @@
 """What a run reads: lake, release, split, domain."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from etl.settings import Place, Section
+
+Widths = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Field(max_length=100)]  # of layers
 
 READS_ALL = "all-domains"  # label of a model that reads every domain, predicts one, and has no parent
 

@@ -373,7 +373,9 @@ def _summary(training: Training, parent: TrainedModel | None) -> dict[str, float
         "best_epoch": progress.best_epoch,
         "peak_gb": training.world.peak_gb(),
     }
-    inherited = 0.0 if parent is None else parent.metrics["seconds"] + parent.metrics.get("pretrain_seconds", 0.0)
+    inherited = (
+        0.0 if parent is None else parent.metrics.get("seconds", 0.0) + parent.metrics.get("pretrain_seconds", 0.0)
+    )
     return best | cost | {"pretrain_seconds": inherited}
 
 

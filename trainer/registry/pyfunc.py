@@ -14,8 +14,8 @@ from trainer.data.release import pin
 from trainer.inference.delta_folder import is_patch, load_patch, parent_of
 from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import ModelFolderError, TrainedModel, load_model
-from trainer.inference.recommender import DEFAULT_K, Recommender, parse
-from trainer.registry import Registry, Version
+from trainer.inference.recommender import Recommender, RequestError, parse, parse_params
+from trainer.registry import TAG_PARENT, Registry, Version
 from trainer.social.friends_folder import is_friends, load_friends
 from trainer.social.friends_recommender import FriendsRecommender
 from trainer.tracking.queue import warn
@@ -34,15 +34,15 @@ def load(folder: Path, label: str) -> Recommender | FriendsRecommender:
             "a patch is loaded by its registered name, models:/<name>@<alias>, for it needs its parent"
         )
     registry = Registry(name) if name else None
+    version = registry.version(number) if registry is not None else None
     parent = None
-    if is_patch(folder):
-        assert registry is not None
-        version = registry.version(number)
-        known = registry.of_hash(version.tags["graftrec.parent"])
+    if registry is not None and version is not None and is_patch(folder):
+        known = registry.of_hash(version.tags.get(TAG_PARENT, ""))
         if known is None:
             raise ModelFolderError(f"{label} is a patch, and its parent is no version of {name} any more")
-        parent = load_model(registry.stored(known))
+        parent = _registered(load_model(registry.stored(known)), known)
     own = load_patch(folder, parent) if parent is not None else load_model(folder)
+    own = own if version is None else _registered(own, version)
     own, backbone = _with_later_items(own), parent or own
 
     def beside(domain: str) -> Recommender | None:
@@ -53,11 +53,11 @@ def load(folder: Path, label: str) -> Recommender | FriendsRecommender:
             return None
         stored = registry.stored(other)
         if not is_patch(stored):
-            trained_model = backbone if other.hash == backbone.hash else load_model(stored)
+            trained_model = backbone if other.hash == backbone.hash else _registered(load_model(stored), other)
         elif parent_of(stored) == backbone.hash:
-            trained_model = load_patch(stored, backbone)
+            trained_model = _registered(load_patch(stored, backbone), other)
         else:
-            trained_model = load_model(registry.folder(other))
+            trained_model = _registered(load_model(registry.folder(other)), other)
         return Recommender(
             trained_model,
             other.label,
@@ -72,6 +72,16 @@ def load(folder: Path, label: str) -> Recommender | FriendsRecommender:
         return None if registry is None else _friends(registry, registry.version(number))
 
     return Recommender(own, label, beside, companion, friends)
+
+
+def _registered(trained_model: TrainedModel, version: Version) -> TrainedModel:
+    """The model, if it is the one that was registered. Raises ModelFolderError for another in its place."""
+    if version.hash and version.hash != trained_model.hash:
+        raise ModelFolderError(
+            f"{version.label}: expected the model {version.hash[:12]} that was registered, found "
+            f"{trained_model.hash[:12]} in its place; register it again"
+        )
+    return trained_model
 
 
 def _with_later_items(own: TrainedModel) -> TrainedModel:
@@ -91,7 +101,8 @@ def _companion(registry: Registry, version: Version) -> Recommender | None:
     """The companion of a version, ready to answer. None if there is none, and, with a warning, if it can't be read."""
     with _spared(f"no companion of {version.label}, so users new in its domain get popular items"):
         found = registry.companion(version)
-        return None if found is None else Recommender(load_model(registry.folder(found)), found.label)
+        if found is not None:
+            return Recommender(_registered(load_model(registry.folder(found)), found), found.label)
     return None
 
 
@@ -115,10 +126,10 @@ def _spared(without: str) -> Iterator[None]:
 def answer(
     recommender: Recommender | FriendsRecommender, records: list[dict[str, Any]], params: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Answers as plain records."""
-    chosen = recommender.of_domain(str(params.get("domain") or ""))
-    answers = chosen.answer(parse(records), int(params.get("k", DEFAULT_K)))
+    """Answers as plain records. Raises RequestError."""
+    domain, k = parse_params(params)
+    answers = recommender.of_domain(domain).answer(parse(records), k)
     return [dataclasses.asdict(one) for one in answers]
 
 
-tracking.offer(load, answer)
+tracking.offer(load, answer, RequestError)
