@@ -237,6 +237,7 @@ def test_the_command_trains_each_arm_once_and_goes_on_where_it_was(
     found = json.loads((tmp_path / "runs" / "tiny" / "results.json").read_text())
     assert [(claim["slice"], claim["features"]) for claim in found["claims"]] == [("all", "text"), ("rare", "text")]
     assert set(found["baselines"]["rare"]) >= {"popularity", "item-to-item"}
+    assert (tmp_path / "runs" / "tiny" / arms.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert arms.run(given) == 0
     again = capfd.readouterr().out
     assert again.count("unchanged, validation") == 6
