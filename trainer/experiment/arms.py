@@ -137,7 +137,12 @@ def _of_split(
     experiment.folder.mkdir(parents=True, exist_ok=True)
     jobs = plan.training_jobs(rows)
     training_jobs.run(jobs, folder=experiment.folder, jobs=jobs_of(experiment), environment=environment)
-    scored = Scored(experiment, release, trained(rows))
+    done, every = trained(rows), [training for row in rows for training in row.trainings.values()]
+    if not done and every:
+        raise GraftrecError(
+            f"split {split}: expected a trained model, found none of {len(every)}: {every[0].name}: {every[0].failure}"
+        )
+    scored = Scored(experiment, release, done)
     for row in rows:
         for seed, training in row.trainings.items():
             try:
