@@ -48,8 +48,8 @@ class AttributesConfig(Section):
     categorical: tuple[str, ...] = ()  # columns, or attributes.<name>; each value gets a flag
     # Of the table `knowledge`, of items: each thing that several items stand in this relation to gets a flag.
     relations: tuple[str, ...] = ()
-    # false: what items of several domains stand in a relation to gets a flag in each domain, so that `relations` join no
-    # domains: the control of whether joining them adds to transfer.
+    # false: what items of several domains stand in a relation to gets a flag in each of them, so that `relations` join
+    # no domains: the control of whether joining them adds to transfer.
     join_domains: bool = True
     numeric: tuple[str, ...] = ()
     # Directions of most variance that all are reduced to, in their own scale: of flags that few things have,

@@ -4,8 +4,8 @@
 
 Tables are made, encoders' vectors written, and each arm trained on each split that a slice names, over seeds: the same
 model and budget. Finished trainings aren't repeated and a killed one resumes, so the same command continues what was
-stopped anywhere. Then all models and the simple baselines are scored on each slice: a table for terminal and MLflow, and
-results.json, results.md and features.png in <runs>/<name>. Exit codes: 0; 1 where trainings are missing; 2 for a
+stopped anywhere. Then all models and the simple baselines are scored on each slice: a table for terminal and MLflow,
+and results.json, results.md and features.png in <runs>/<name>. Exit codes: 0; 1 where trainings are missing; 2 for a
 mistake in settings or data.
 """
 

@@ -9,7 +9,7 @@ more, leave. One commit replaces the encoder's partition, or appends to it where
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
