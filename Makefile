@@ -102,6 +102,7 @@ bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; t
 	@$(BIN)/python -m tests.benchmarks peers $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench-features: $(BIN)/.dev  ## graphs beside pykeen, encoders beside their packages (DATA=folder of FB15k-237)
+	@$(BIN)/python -c "import transformers" 2>/dev/null || $(INSTALL) transformers
 	@$(BIN)/python -m tests.benchmarks features $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench-growth: $(BIN)/.dev  ## tables of 1, 10 and 100 million interactions, a new day, a heavy user: hours on two cores

@@ -162,7 +162,11 @@ class Sender:
         for folder, header, entries in kept(UNSENT.absolute()):
             if header.pop("uri") != fingerprint(self._uri) or own != (header["uid"] == self._header["uid"]):
                 continue
-            with file_lock(folder / "lock", wait=False) as mine:
+            with contextlib.ExitStack() as held:
+                try:
+                    mine = held.enter_context(file_lock(folder / "lock", wait=False))
+                except FileNotFoundError:  # sent since: by another process, or by the sender of a run before it
+                    continue
                 if not mine or not (folder / "unsent.json").exists():
                     continue
                 sender = Sender(self._uri, self._config, header, header.pop("run_id"))

@@ -41,6 +41,8 @@ def kept(root: Path) -> list[tuple[Path, Entry, list[Entry]]]:
         try:
             content = json.loads(file.read_text())
             found.append((file.parent, content["header"], content["entries"]))
+        except FileNotFoundError:  # sent since
+            continue
         except (OSError, ValueError, KeyError) as error:
             warn(f"can't read {file} ({one_line(error)}); remove it")
     return found
