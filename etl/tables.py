@@ -375,6 +375,8 @@ RELEASES = Table(
             _field("config", _STRING),  # the ETL configuration, JSON
             _field("config_hash", _STRING),
             _field("code_version", _STRING),
+            # When maintenance removed what only this release held, ISO 8601 in UTC; null: it can be read.
+            _field("removed", _STRING, null=True),
         ]
     ),
     key=("release",),

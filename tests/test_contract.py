@@ -49,6 +49,7 @@ ROOMS = (
     "etl.guess",
     "etl.jobs",
     "etl.pipeline",
+    "etl.maintenance",
     "etl.__main__",
     "trainer.old_versions",
     "trainer.arrays",
@@ -95,6 +96,9 @@ MORE_OF_ETL = {
     "trainer.recipes.recommendation_rows": {"etl.lake", "etl.session"},
     "trainer.recipes.alone": {"etl.lake"},  # who holds a lock
     "trainer.recipes.run_etl": {"etl.jobs", "etl.pipeline"},
+    "trainer.recipes.maintain": {"etl.lake", "etl.maintenance"},
+    "trainer.recipes.forget": {"etl.lake", "etl.maintenance"},
+    "trainer.recipes.backup": {"etl.maintenance"},
 }
 
 

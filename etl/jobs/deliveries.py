@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 
 from etl.jobs.job import Run
 from etl.jobs.retraction import less
+from etl.jobs.suppressed import without_forgotten
 from etl.lake import spark_io
 from etl.session import held
 from etl.settings import GraftrecError
@@ -77,7 +78,8 @@ def compared(run: Run, new: Delivery) -> tuple[int, int]:
     own = run.own()
     assert own is not None
     places = {name: new.places[name] for name in new.mended}
-    events = held(filled(run.engine.source.events(run.spark, only=places)).where("rejected is null"))
+    found = without_forgotten(run.lake, run.engine.source.events(run.spark, only=places))
+    events = held(filled(found).where("rejected is null"))
     before = held(of_places(own, list(places.values())))
     moved = less(before, events, also=["source_order"]).count()
     return less(before, events).count() if moved else 0, moved

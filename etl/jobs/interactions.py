@@ -20,6 +20,7 @@ from etl.jobs import deliveries, event_times, quarantine, retraction
 from etl.jobs.deliveries import Delivery, LostDeliveries
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.kcore import broadcast
+from etl.jobs.suppressed import without_forgotten
 from etl.lake import spark_io
 from etl.session import held
 from etl.settings import GraftrecError
@@ -167,7 +168,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
 def _events(run: Run, places: Mapping[str, int], old: DataFrame | None = None) -> DataFrame:
     """The raw events of these files of the source, those of items that neither the source nor `old` knows rejected."""
     source = run.engine.source
-    events = source.events(run.spark, only=places)
+    events = without_forgotten(run.lake, source.events(run.spark, only=places))
     known = source.known_items(run.spark)
     if known is not None:
         if old is not None:

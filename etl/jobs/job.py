@@ -15,6 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import EtlConfig, etl_command
 from etl.jobs.open_source import open_source
+from etl.jobs.suppressed import without_forgotten
 from etl.lake import spark_io
 from etl.plain_path import absolute
 from etl.session import spark_session
@@ -38,6 +39,7 @@ _MACHINERY = {
     "etl.source_hash",
     "etl.stopping",
 }
+_OF_USERS = {"users": ("user",), "edges": ("user", "friend")}  # columns of raw files that name users
 
 
 class MissingInput(GraftrecError):
@@ -90,7 +92,13 @@ class RunContext:
 
     def raw(self, kind: str) -> DataFrame | None:
         """The source's `items`, `users`, `edges` or `people`, None where it has none."""
-        return self.kept(kind, lambda: getattr(self.source, kind)(self.spark))
+
+        def read() -> DataFrame | None:
+            found: DataFrame | None = getattr(self.source, kind)(self.spark)
+            columns = _OF_USERS.get(kind)
+            return found if found is None or columns is None else without_forgotten(self.config.lake, found, columns)
+
+        return self.kept(kind, read)
 
     def kept(self, name: str, make: Callable[[], Frame]) -> Frame:
         """A frame that several jobs use, made once and held by Spark until the command ends."""

@@ -15,6 +15,7 @@ from etl.config import LogSource
 from etl.jobs.event_times import Span
 from etl.jobs.job import Run
 from etl.jobs.kcore import broadcast
+from etl.jobs.suppressed import without_texts
 from etl.lake import spark_io
 from etl.lake.file_reader import open_parquet
 from etl.settings import GraftrecError
@@ -168,7 +169,7 @@ def set_aside_if_any(run: Run, raw: DataFrame, *, kind: str) -> None:
 def _replace(run: Run, rows: DataFrame, scope: dict[str, Sequence[Any]]) -> None:
     spark_io.write(
         run.spark,
-        rows,
+        without_texts(run.lake, rows),
         run.lake,
         QUARANTINE,
         spark_io.Commit(

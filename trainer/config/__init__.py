@@ -25,6 +25,7 @@ from trainer.config.model import (
     TiedConfig,
     UserFeaturesConfig,
 )
+from trainer.config.operations import BackupConfig, ForgetConfig, MaintainConfig, RestoreConfig
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.social import (
     FriendModelConfig,
@@ -63,6 +64,7 @@ from trainer.config.transfer import FinetuneConfig, PatchConfig, TransferName, p
 __all__ = [
     "AttributesConfig",
     "BacktestConfig",
+    "BackupConfig",
     "BaselinesConfig",
     "BasketPairConfig",
     "Bert4RecConfig",
@@ -77,6 +79,7 @@ __all__ = [
     "EvaluationConfig",
     "FeaturesConfig",
     "FinetuneConfig",
+    "ForgetConfig",
     "FriendModelConfig",
     "FriendsConfig",
     "GateConfig",
@@ -88,6 +91,7 @@ __all__ = [
     "JoinedFeaturesConfig",
     "LightGcnConfig",
     "LossConfig",
+    "MaintainConfig",
     "MaskedItemConfig",
     "MlpConfig",
     "ModelConfig",
@@ -104,6 +108,7 @@ __all__ = [
     "PrunerConfig",
     "RangeConfig",
     "RecommendConfig",
+    "RestoreConfig",
     "RuntimeConfig",
     "SearchConfig",
     "SocialConfig",

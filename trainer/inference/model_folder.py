@@ -428,6 +428,14 @@ def lake_of(folder: Path) -> str:
     return absolute(_origin(folder)["lake"])
 
 
+def release_of(folder: Path) -> int:
+    """The number of the release that a model was trained on. Raises ModelFolderError."""
+    try:
+        return int(json.loads((folder / CONFIG).read_text())["release"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelFolderError(f"{folder / CONFIG}: expected a release, found none; restore the folder") from None
+
+
 def _origin(folder: Path) -> dict[str, Any]:
     """Raises ModelFolderError where it can't be read."""
     path = folder / ORIGIN

@@ -1,0 +1,64 @@
+"""Settings of the commands that keep a lake and a store in order."""
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from etl.settings import Place, Section
+from trainer.config.training import TrackingConfig
+
+
+class MaintainConfig(Section):
+    """Remove what nothing needs any more. Without `apply` it is only listed."""
+
+    lake: Place = "lake"
+    runs: str = "runs"  # folder of training runs
+    apply: bool = False  # whether anything is removed or sent
+    keep_releases: int = Field(3, ge=1)  # the newest so many stay, beside those that live processes read
+    keep_registered: bool = True  # and those that a version with an alias (champion…) was trained on
+    older_than_hours: float = Field(24, ge=0)  # files that were written or replaced since then stay
+    abandoned_days: float = Field(14, ge=0)  # checkpoints of a run that nobody has touched for so long are abandoned
+    wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class ForgetConfig(Section):
+    """Forget users: out of the lake, models, per-user files and MLflow's artifacts."""
+
+    user: tuple[str, ...] = Field(min_length=1)  # raw ids; one may stand alone
+    lake: Place = "lake"
+    runs: str = "runs"  # folder of training runs; the receipt goes to <runs>/forgotten
+    any_lake: bool = False  # also out of models and files of other lakes, where the same ids may be other people's
+    wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("user", mode="before")
+    @classmethod
+    def _one_user_is_a_list(cls, given: Any) -> Any:
+        return (str(given),) if isinstance(given, str | int) else given
+
+    @field_validator("user")
+    @classmethod
+    def _users_are_named(cls, users: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(user.strip() for user in users):
+            raise ValueError("expected raw ids of users, found an empty one; name them")
+        return tuple(dict.fromkeys(user.strip() for user in users))
+
+
+class BackupConfig(Section):
+    """Copy a lake at one release, and an embedded MLflow store, to a folder."""
+
+    to: str  # a new or empty folder
+    lake: Place = "lake"
+    release: int | None = None  # None: the newest
+    wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class RestoreConfig(Section):
+    """Put a backup's lake and store where there is none."""
+
+    source: str  # folder of a backup
+    lake: str = "lake"  # a new or empty folder
+    store: str = "."  # folder for mlflow.db and mlartifacts, which has neither
+    tracking: TrackingConfig = TrackingConfig()
