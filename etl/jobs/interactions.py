@@ -88,7 +88,8 @@ def _anew(run: Run, found: dict[str, str], table: SourceTable | SparkTable | Non
         new = Delivery(places, len(places), deliveries.of_table(generation, table))
     else:
         places = deliveries.whole(list(found.values()))
-        new = Delivery(places, len(places), deliveries.transactions(generation, found, places))
+        transacted = deliveries.transactions(generation, found, places)
+        new = Delivery(places, len(places), transacted, digests=deliveries.digests_of(found))
     return _deliver(run, new, None, generation=generation, table=table)
 
 
@@ -148,7 +149,9 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     num_gone, num_new = gone.count(), new.count()
     run.notes.append(f"version {table.version}: {num_gone:,} rows retracted, {num_new:,} added")
     num_places = before + len(places)
+    delivered = Delivery(places, num_places, {}).recorded(table)
     metadata = _metadata(run, num_places=num_places, good=good, generation=generation, table=table, bulk=bulk)
+    metadata[deliveries.RECORDED] = delivered
     if num_gone:
         metadata[retraction.COUNT] = str(int(metadata[retraction.COUNT]) + 1)
         kept, buckets = retraction.retracted(own, gone, new)
@@ -229,7 +232,8 @@ def _deliver(
         transform(events, None if old is None else run.own(times), buckets=run.config.buckets),
         mode="overwrite" if old is None else "append",
         partitioned=old is None,
-        metadata=_metadata(
+        metadata={deliveries.RECORDED: new.recorded(table)}
+        | _metadata(
             run,
             num_places=new.num_places,
             good=good + (0 if old is None else int(run.last["good"])),

@@ -22,7 +22,7 @@ from etl.session import spark_session
 from etl.settings import GraftrecError
 from etl.source_hash import source_hash
 from etl.sources.schema import Source
-from etl.tables import INTERACTIONS, Table
+from etl.tables import DELIVERIES, INTERACTIONS, Table
 
 Frame = TypeVar("Frame", DataFrame, DataFrame | None)
 
@@ -142,7 +142,7 @@ class Run:
     def table(self) -> Table:
         """The job's table, as a lake with this kind of time stores it."""
         table = self.job.table
-        if not table.times:
+        if not table.times or table is DELIVERIES:  # whose time isn't the log's
             return table
         if INTERACTIONS in self.job.reads:
             return table.of(spark_io.last_commit(self.lake, INTERACTIONS)["time"])

@@ -67,7 +67,11 @@ _TABLES = (SEQUENCES, BASKETS, NEGATIVES, RECOMMENDATIONS, FEATURES, SOCIAL, QUA
 
 
 class Reading(RunAgain):
-    """Users are forgotten, but for older releases that a live process reads."""
+    """Users are out of the newest tables, but older releases stay for now: `done` so far."""
+
+    def __init__(self, message: str, done: "Forgotten") -> None:
+        super().__init__(message)
+        self.done = done
 
 
 @dataclass
@@ -356,7 +360,8 @@ def _release(lake: str, done: Forgotten) -> int:
     except CommitConflict:
         raise Reading(
             f"{lake}: the users are out of the newest tables, but these are of a run that has not ended, so older "
-            "releases stay; run `python -m etl all` with the lake's configuration, then this command again"
+            "releases stay; run `python -m etl all` with the lake's configuration, then this command again",
+            done,
         ) from None
     return release_with(lake, found)[0]
 
@@ -373,7 +378,8 @@ def _drop_the_past(lake: str, done: Forgotten) -> None:
         named = "; ".join(f"release {number} by {', '.join(who)}" for number, who in by_release)
         raise Reading(
             f"{lake}: the users are out of the newest tables, but older releases with them are being read: {named}; "
-            "run the same command again when that has ended"
+            "run the same command again when that has ended",
+            done,
         )
     for table in TABLES.values():
         if open_table(lake, table) is not None:

@@ -10,6 +10,7 @@ from pyspark.errors import PySparkException
 from etl.config import EtlConfig, check_root
 from etl.jobs import (
     baskets,
+    delivered,
     domains,
     entities,
     interactions,
@@ -28,7 +29,7 @@ from etl.session import user_errors
 from etl.settings import ConfigError, GraftrecError
 from etl.tables import DOMAIN_ALL, FEATURES, QUARANTINE, RELEASES, SEQUENCES
 
-_MODULES = (interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives)
+_MODULES = (interactions, delivered, items, users, domains, entities, knowledge, social, sequences, baskets, negatives)
 JOBS: tuple[Job, ...] = tuple(module.JOB for module in _MODULES)
 
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from etl.lake.small_files import delete_file, read_file, write_file
-from etl.maintenance.forget import Forgotten, forget
+from etl.maintenance.forget import Forgotten, Reading, forget
 from etl.plain_path import absolute
 from etl.redaction import redact
 from trainer import tracking
@@ -52,12 +52,18 @@ class Receipt:
 
 def run(config: ForgetConfig) -> Receipt:
     """The recipe `forget`. Raises GraftrecError; ends with 5 where a live process still reads an older release."""
-    done = forget(config.lake, config.user, wait_seconds=config.wait_seconds)
+    waiting: Reading | None = None
+    try:
+        done = forget(config.lake, config.user, wait_seconds=config.wait_seconds)
+    except Reading as error:  # models and files needn't wait
+        waiting, done = error, error.done
     receipt = _begun(config.lake, done)
     _note(config, receipt)
     _in_folders(config, receipt)
     if config.tracking.enabled and tracking.is_there():
         _in_store(config, receipt)
+    if waiting is not None:
+        raise waiting
     receipt.by_hand = [
         "raw files are the log's owner's: the lake's list of keyed hashes leaves the users out of every later run",
         "backups, copies of lake and models elsewhere, and processes with a model in memory: restart servers",
@@ -77,8 +83,16 @@ def _begun(lake: str, done: Forgotten) -> Receipt:
     before = Receipt(**json.loads(content)) if content else Receipt(done.users)
     if sorted(before.users) != sorted(done.users):
         before = Receipt(done.users)
-    earlier = before.lake.get("rows", {})
-    before.lake = asdict(done) | {"rows": {name: n + earlier.get(name, 0) for name, n in done.rows.items()}}
+    if before.lake.get("id") == done.id or not before.lake:  # the lake's own journal has gone on
+        before.lake = asdict(done)
+        return before
+    now = asdict(done)
+    for name in ("texts", "entries", "files"):
+        now[name] += before.lake[name]
+    for name in ("indices", "places", "releases"):
+        now[name] = sorted({*now[name], *before.lake[name]})
+    now["rows"] = {name: num + before.lake["rows"].get(name, 0) for name, num in now["rows"].items()}
+    before.lake = now
     return before
 
 
