@@ -34,6 +34,7 @@ ROOMS = (
     "etl.tables",
     "etl.source_hash",
     "etl.redaction",
+    "etl.json_log",
     "etl.section",
     "etl.setting_errors",
     "etl.settings",
@@ -41,6 +42,7 @@ ROOMS = (
     "etl.file_config",
     "etl.config",
     "etl.command",
+    "etl.lineage_events",
     "etl.session",
     "etl.lake",
     "etl.histories",
@@ -99,6 +101,7 @@ MORE_OF_ETL = {
     "trainer.recipes.maintain": {"etl.lake", "etl.maintenance"},
     "trainer.recipes.forget": {"etl.lake", "etl.maintenance"},
     "trainer.recipes.backup": {"etl.maintenance"},
+    "trainer.recipes.explain": {"etl.maintenance"},
 }
 
 

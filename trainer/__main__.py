@@ -30,11 +30,12 @@ RECIPES: dict[str, tuple[type[Section], str]] = {
     "recommend": (configs.RecommendConfig, "write the top-k of every user as a Delta table"),
     "maintain": (configs.MaintainConfig, "list and remove old releases, unfinished files and abandoned runs"),
     "forget": (configs.ForgetConfig, "remove users from lake, models and MLflow"),
+    "explain": (configs.ExplainConfig, "say where a recommendation came from"),
     "backup": (configs.BackupConfig, "copy a lake at one release, and its MLflow store"),
     "restore": (configs.RestoreConfig, "put a backup in the place of nothing"),
 }
 
-OPERATIONS = ("maintain", "forget", "backup", "restore")  # which need no configuration of one's own
+OPERATIONS = ("maintain", "forget", "explain", "backup", "restore")  # which need no configuration of one's own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,8 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         f"python -m trainer {recipe}", description=f"{what}\n\n{configurations(recipe)}", settings=kind
     )
-    given = {"default": f"{recipe}/default"} if recipe in OPERATIONS else {"required": True}
-    parser.add_argument("--config", help="a YAML file, or a name under conf/", **given)
+    default = f"{recipe}/default" if recipe in OPERATIONS else None
+    parser.add_argument(
+        "--config", required=default is None, default=default, help="a YAML file, or a name under conf/"
+    )
     known, overrides = parser.parse_known_args(rest)
     return run_command(recipe, lambda: run(recipe, load(kind, known.config, overrides)))
 

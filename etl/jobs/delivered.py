@@ -1,7 +1,7 @@
 """What was delivered when: a row for each file that a version of `interactions` has read, as its commit records it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
@@ -18,7 +18,7 @@ from etl.tables import DELIVERIES, INTERACTIONS, QUARANTINE
 
 
 def transform(
-    spark: SparkSession, commits: list[Mapping[str, Any]], events: DataFrame, rejects: Mapping[str, int]
+    spark: SparkSession, commits: Sequence[Mapping[str, Any]], events: DataFrame, rejects: Mapping[str, int]
 ) -> DataFrame:
     """DELIVERIES of commits of INTERACTIONS, oldest first. `events`: rows that came with them, and maybe others;
     `rejects`: file -> rows in quarantine."""

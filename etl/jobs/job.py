@@ -75,11 +75,29 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class JobReport:
+    """What one run of a job took and left; `rejected`: rows of raw files that went to quarantine."""
+
+    job: str
+    version: int
+    rows: int
+    rejected: int
+    seconds: float
+    committed: bool
+
+    def as_fields(self) -> dict[str, Any]:
+        """As a record of a log has them."""
+        numbers = {"job": self.job, "version": self.version, "rows": self.rows, "rejected": self.rejected}
+        return numbers | {"seconds": round(self.seconds, 3), "unchanged": not self.committed}
+
+
 class RunContext:
     """What the jobs of one command share: the configuration, and, made at first use, Spark and the source."""
 
     def __init__(self, config: EtlConfig) -> None:
         self.config = config
+        self.done: list[JobReport] = []  # of the jobs that were run, in order
         self._kept: dict[str, DataFrame | None] = {}
 
     @functools.cached_property
@@ -119,6 +137,7 @@ class Run:
     last: Mapping[str, Any]  # its own table's last commit
     provenance: Mapping[str, str]  # what its commit records; see `plan_run`
     notes: list[str] = field(default_factory=list)
+    rejected: int = 0  # rows of raw files that went to quarantine
 
     @property
     def config(self) -> EtlConfig:

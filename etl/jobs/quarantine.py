@@ -118,6 +118,7 @@ def reject_rows(
             f"share; nothing was written"
         )
     scope: dict[str, Sequence[Any]] = {"kind": [kind]} if files is None else {"kind": [kind], "file": files}
+    run.rejected += rejected
     if rejected:
         run.notes.append(f"{rejected:,} of {read:,} rows of {kind} quarantined")
         _replace(run, transform(raw, section=_section(run, kind)), scope)
@@ -152,6 +153,7 @@ def set_aside_triples(run: Run, rows: DataFrame) -> None:
             )
     scope: dict[str, Sequence[Any]] = {"kind": ["knowledge"]}
     if num_rejected := sum(row[2] for row in counts):
+        run.rejected += num_rejected
         run.notes.append(f"{num_rejected:,} of {sum(row[1] for row in counts):,} triples quarantined")
         _replace(run, transform(rows, section="knowledge.files"), scope)
     else:

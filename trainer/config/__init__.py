@@ -25,7 +25,7 @@ from trainer.config.model import (
     TiedConfig,
     UserFeaturesConfig,
 )
-from trainer.config.operations import BackupConfig, ForgetConfig, MaintainConfig, RestoreConfig
+from trainer.config.operations import BackupConfig, ExplainConfig, ForgetConfig, MaintainConfig, RestoreConfig
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.social import (
     FriendModelConfig,
@@ -77,6 +77,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluatedModel",
     "EvaluationConfig",
+    "ExplainConfig",
     "FeaturesConfig",
     "FinetuneConfig",
     "ForgetConfig",

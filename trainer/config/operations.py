@@ -1,6 +1,6 @@
 """Settings of the commands that keep a lake and a store in order."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -43,6 +43,23 @@ class ForgetConfig(Section):
         if not all(user.strip() for user in users):
             raise ValueError("expected raw ids of users, found an empty one; name them")
         return tuple(dict.fromkeys(user.strip() for user in users))
+
+
+class ExplainConfig(Section):
+    """Say where one recommendation came from."""
+
+    user: str  # raw id
+    item: str  # raw id
+    lake: Place = "lake"
+    domain: str | None = None  # None: the first in which the item is recommended
+    events: int = Field(20, ge=0)  # of the user, the newest so many are printed
+    output: Literal["text", "json"] = "text"
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("user", "item", mode="before")
+    @classmethod
+    def _ids_are_texts(cls, given: Any) -> Any:
+        return str(given) if isinstance(given, int) else given
 
 
 class BackupConfig(Section):

@@ -66,6 +66,10 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.recipes import forget
 
             return forget.run
+        case "explain":
+            from trainer.recipes import explain
+
+            return explain.run
         case "backup" | "restore":
             from trainer.recipes import backup
 

@@ -19,6 +19,7 @@ from trainer.tracking.connection import (
 )
 from trainer.tracking.copies import check_room, copy_store, embedded_store, restore_store
 from trainer.tracking.locks import file_lock
+from trainer.tracking.lookup import RunFacts, run_facts
 from trainer.tracking.models import (
     MODEL_HASH,
     VERSIONS,
@@ -60,6 +61,7 @@ __all__ = [
     "VERSIONS",
     "ArtifactRoot",
     "Run",
+    "RunFacts",
     "TrackingError",
     "Unrecorded",
     "abandoned_runs",
@@ -89,6 +91,7 @@ __all__ = [
     "registered_models",
     "resolved",
     "restore_store",
+    "run_facts",
     "run_link",
     "settle",
     "snapshot",
