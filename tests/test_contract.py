@@ -96,6 +96,7 @@ MORE_OF_ETL = {
     "trainer.recipes.recommend": {"etl.lake", "etl.session"},
     "trainer.recipes.features": {"etl.lake", "etl.session", "etl.jobs"},
     "trainer.recipes.recommendation_rows": {"etl.lake", "etl.session"},
+    "trainer.recipes.changed_users": {"etl.lake"},
     "trainer.recipes.alone": {"etl.lake"},  # who holds a lock
     "trainer.recipes.run_etl": {"etl.jobs", "etl.pipeline"},
     "trainer.recipes.maintain": {"etl.lake", "etl.maintenance"},

@@ -28,7 +28,7 @@ def test_each_line_is_a_record_and_jobs_have_numbers(tmp_path: Path) -> None:
     assert {record["level"] for record in found} == {"info"}
     assert {record["command"] for record in found} == {"etl"}
     jobs = {record["job"]: record for record in found if "job" in record}
-    assert list(jobs)[0] == "interactions"
+    assert next(iter(jobs)) == "interactions"
     assert jobs["interactions"]["rejected"] == 2
     lines = (tmp_path / "days" / "day-01.csv").read_text().splitlines()
     assert jobs["interactions"]["rows"] == len(lines) - 3

@@ -98,6 +98,15 @@ class Release:
             raise DataError(str(error)) from None
         return [TableFile(self.lake, table, file.path) for file in paths]
 
+    def by_bucket(self, table: Table, partitions: Mapping[str, str | None]) -> dict[int, list[TableFile]]:
+        """Bucket of users -> data files of a table's pinned version, of the partitions named. Raises DataError."""
+        scope = {column: [value] for column, value in partitions.items()}
+        found: dict[int, list[TableFile]] = {}
+        for file in self._logged(table):
+            if within(file, scope):
+                found.setdefault(int(file.partition["bucket"] or 0), []).append(TableFile(self.lake, table, file.path))
+        return found
+
     def partitions(self, table: Table) -> list[Mapping[str, str | None]]:
         """The partition of each data file of a table. Raises DataError."""
         return [file.partition for file in self._logged(table)]
@@ -228,6 +237,16 @@ def described(lake: str, release: int | None, *, readable: bool = False) -> Rele
     by_time = {split["name"]: _date(split["train_until"]) for split in splits if split.get("train_until")}
     cold = {split["name"]: ColdItemsConfig(**split["cold_items"]) for split in splits if split.get("cold_items")}
     return Release(lake, number, versions, digests, by_time, cold, etl)
+
+
+def created(lake: str) -> dict[int, dt.datetime]:
+    """Release -> when it was made. Raises DataError."""
+    handle = _open(lake, tables.RELEASES, None)
+    found = Release(absolute(lake), 0, {tables.RELEASES.name: handle.version()}).read(
+        tables.RELEASES, ["release", "created"]
+    )
+    epoch = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+    return {row["release"]: epoch + dt.timedelta(microseconds=row["created"]) for row in found.to_pylist()}
 
 
 def _date(written: str) -> dt.datetime:
