@@ -27,7 +27,8 @@ from trainer.config import ForgetConfig
 from trainer.inference.delta_folder import PATCH, parent_of
 from trainer.inference.model_folder import MANIFEST, ModelFolderError, digest_of, model_hash
 from trainer.inference.without_users import follow_parent, is_model, is_of_lake, without_users
-from trainer.social.friends_folder import is_friends
+from trainer.registry import rename_hash
+from trainer.social.friends_folder import is_friends, without_people
 
 PARTIAL = ".forgetting-receipt"  # in the lake, until all is done
 _COLUMNS = ("user", "friend")  # of files with rows of users
@@ -147,7 +148,14 @@ def _clean(config: ForgetConfig, root: Path, receipt: Receipt, *, name: str, lak
         where = f"{name}: {folder.relative_to(root)}" if folder != root else name
         if not (config.any_lake or is_of_lake(folder, lambda one: _same(one, config.lake))):
             continue
-        if (num := without_users(folder, users)) or where in receipt.models:
+        if is_friends(folder):
+            before = model_hash(folder)
+            num, after = without_people(folder, users)
+            if num and config.tracking.enabled and tracking.is_there():
+                rename_hash(before, after)
+        else:
+            num = without_users(folder, users)
+        if num or where in receipt.models:
             receipt.models[where] = max(num, receipt.models.get(where, 0))
         if where not in receipt.shared:
             receipt.shared.append(where)
@@ -157,7 +165,7 @@ def _clean(config: ForgetConfig, root: Path, receipt: Receipt, *, name: str, lak
         if not config.any_lake and own and not _same(own, config.lake):
             continue
         inside = path.parent in of_models
-        if inside and path.name in ("users.parquet", "catalogue.parquet"):
+        if inside and path.name in ("users.parquet", "people.parquet", "catalogue.parquet"):
             continue
         if num := _without_rows(path, users):
             receipt.files[f"{name}: {path.relative_to(root)}"] = num

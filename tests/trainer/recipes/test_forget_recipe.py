@@ -12,19 +12,23 @@ import torch
 from safetensors.torch import load_file
 
 from etl.lake.readers import stop_reading
+from etl.settings import load
 from etl.tables import UNK
 from tests.fixtures.folders import write_model
 from tests.fixtures.lakes import build_tiny_lake
 from tests.fixtures.mentions import mentions
+from tests.fixtures.patches import MODELS, settings
 from tests.fixtures.places import ROOT
 from tests.fixtures.stores import enter_store
-from trainer.config import EvaluateConfig, ForgetConfig
+from tests.fixtures.trainings import TINY
+from trainer.config import EvaluateConfig, ForgetConfig, FriendsConfig, PretrainConfig
 from trainer.inference import without_users as module
 from trainer.inference.model_folder import USER_TABLE, USERS, load_model
 from trainer.inference.recommender import Recommender, Request
 from trainer.inference.without_users import without_users
-from trainer.recipes import evaluate, forget
-from trainer.registry import CHAMPION, Registry
+from trainer.recipes import evaluate, finetune, forget, friends, pretrain
+from trainer.registry import CHAMPION, TAG_KIND, Registry
+from trainer.social.friends_folder import load_friends
 
 GONE, STAYS = "u017", "u018"
 
@@ -164,3 +168,55 @@ def test_no_lake_no_forgetting(place):
     assert done.returncode == 2
     assert "expected a lake (a folder of Delta tables), found no table" in done.stderr
     shutil.rmtree(place / "lake")
+
+
+def test_a_friends_model_loses_name_edges_and_history(tmp_path, monkeypatch):
+    enter_store(tmp_path, monkeypatch)
+    lake = build_tiny_lake(tmp_path / "lake", friends=True)
+    words = [
+        "--lake",
+        lake,
+        "--output",
+        str(tmp_path / "runs"),
+        "--tracking.enabled",
+        "false",
+        "--model.candidates",
+        "20",
+    ]
+    words += ["--model.epochs", "2", "--model.batch_size", "16", "--control", "false", "--splits", "[users-0]"]
+    folder = friends.run(load(FriendsConfig, "friends/lastfm", [*words, "--name", "friends"])).folder / "model"
+    version = Registry().register(folder, alias="friends")
+    stop_reading(lake)
+    before = load_friends(folder)
+    forget.run(ForgetConfig(user=GONE, lake=lake))
+    assert mentions(tmp_path, GONE) == []
+    after = load_friends(folder)
+    place = before.raw_ids.to_pylist().index(GONE)
+    assert before.trained.evidence.edges[[place]].nnz
+    assert not after.trained.evidence.edges[[place]].nnz
+    assert not after.trained.evidence.edges.tocsc()[:, [place]].nnz
+    assert not after.trained.evidence.taken[[place]].nnz
+    others = [one for one in range(len(before.users)) if one != place]
+    assert (after.trained.evidence.taken[others] != before.trained.evidence.taken[others]).nnz == 0
+    registry = Registry()
+    again = registry.version(str(version.number))
+    assert again.hash == after.hash != before.hash
+    assert load_friends(registry.folder(again)).hash == after.hash
+
+
+def test_a_patch_and_its_parent_lose_the_user_and_still_fit(place):
+    lake = str(place / "lake")
+    kind = {"model": MODELS["bert4rec"], "task": {"kind": "next_item"}, "train": {**TINY["train"], "epochs": 1}}
+    data = {"lake": lake, "domain": "all", "split": "joint-5"}
+    parent = pretrain.run(PretrainConfig.model_validate({**TINY, **kind, "name": "parent", "data": data})).model
+    patch = finetune.run(settings(place, lake, {"bert4rec": parent}, "bert4rec", train=kind["train"])).model
+    stop_reading(lake)
+    registry = Registry("shop")
+    version = registry.register(patch)
+    assert version.tags[TAG_KIND] == "patch"
+    forget.run(ForgetConfig(user=GONE, lake=lake))
+    assert mentions(place, GONE) == []
+    whole = load_model(Registry("shop").folder(version))
+    assert whole.hash == version.hash
+    assert GONE not in whole.users
+    assert STAYS in whole.users
