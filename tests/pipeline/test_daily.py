@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 import yaml
@@ -87,7 +88,7 @@ def without_release(rows: list[dict[str, object]]) -> list[tuple[object, ...]]:
 def files(folder: Path) -> dict[str, set[str]]:
     """Bucket -> files of the recommendations' newest version."""
     found: dict[str, set[str]] = {}
-    actions = DeltaTable(folder / "lake" / "recommendations").get_add_actions(flatten=True).to_pydict()
+    actions = pa.table(DeltaTable(folder / "lake" / "recommendations").get_add_actions(flatten=True)).to_pydict()
     for path, bucket in zip(actions["path"], actions["partition.bucket"], strict=True):
         found.setdefault(str(bucket), set()).add(path)
     return found
