@@ -25,7 +25,7 @@ from trainer.config.model import (
     TiedConfig,
     UserFeaturesConfig,
 )
-from trainer.config.operations import BackupConfig, ExplainConfig, ForgetConfig, MaintainConfig, RestoreConfig
+from trainer.config.operations import BackupConfig, ExplainConfig, ForgetConfig, MaintainConfig, RestoreConfig, required
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.social import (
     FriendModelConfig,
@@ -128,5 +128,6 @@ __all__ = [
     "WeightsHeadConfig",
     "event_types_read",
     "patch_of",
+    "required",
     "with_transfer",
 ]

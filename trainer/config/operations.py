@@ -4,8 +4,15 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from etl.settings import Place, Section
+from etl.settings import ConfigError, Place, Section
 from trainer.config.training import TrackingConfig
+
+
+def required(config: Section, *names: str) -> None:
+    """Raise ConfigError where one of these settings has no value: files under conf/ can't know it."""
+    for name in names:
+        if not getattr(config, name):
+            raise ConfigError(f"{name}: expected a value, found none; give --{name}")
 
 
 class MaintainConfig(Section):
@@ -25,7 +32,7 @@ class MaintainConfig(Section):
 class ForgetConfig(Section):
     """Forget users: out of the lake, models, per-user files and MLflow's artifacts."""
 
-    user: tuple[str, ...] = Field(min_length=1)  # raw ids; one may stand alone
+    user: tuple[str, ...] = ()  # raw ids; one may stand alone
     lake: Place = "lake"
     runs: str = "runs"  # folder of training runs; the receipt goes to <runs>/forgotten
     any_lake: bool = False  # also out of models and files of other lakes, where the same ids may be other people's
@@ -48,8 +55,8 @@ class ForgetConfig(Section):
 class ExplainConfig(Section):
     """Say where one recommendation came from."""
 
-    user: str  # raw id
-    item: str  # raw id
+    user: str = ""  # raw id
+    item: str = ""  # raw id
     lake: Place = "lake"
     domain: str | None = None  # None: the first in which the item is recommended
     events: int = Field(20, ge=0)  # of the user, the newest so many are printed
@@ -65,7 +72,7 @@ class ExplainConfig(Section):
 class BackupConfig(Section):
     """Copy a lake at one release, and an embedded MLflow store, to a folder."""
 
-    to: str  # a new or empty folder
+    to: str = ""  # a new or empty folder
     lake: Place = "lake"
     release: int | None = None  # None: the newest
     wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
@@ -75,7 +82,7 @@ class BackupConfig(Section):
 class RestoreConfig(Section):
     """Put a backup's lake and store where there is none."""
 
-    source: str  # folder of a backup
+    source: str = ""  # folder of a backup
     lake: str = "lake"  # a new or empty folder
     store: str = "."  # folder for mlflow.db and mlartifacts, which has neither
     tracking: TrackingConfig = TrackingConfig()

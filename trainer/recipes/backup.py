@@ -12,7 +12,7 @@ from pathlib import Path
 from etl.maintenance.backup import copy_lake, restore_lake
 from etl.settings import GraftrecError
 from trainer import tracking
-from trainer.config import BackupConfig, RestoreConfig
+from trainer.config import BackupConfig, RestoreConfig, required
 
 LAKE, STORE = "lake", "store"
 
@@ -27,6 +27,7 @@ class Copied:
 
 def run(config: BackupConfig) -> Copied:
     """The recipe `backup`. Raises GraftrecError."""
+    required(config, "to")
     to = Path(config.to)
     if to.exists() and any(to.iterdir()):
         raise GraftrecError(f"to: expected a new or empty folder, found files in {to}; name another")
@@ -41,6 +42,7 @@ def run(config: BackupConfig) -> Copied:
 
 def restore(config: RestoreConfig) -> Copied:
     """The recipe `restore`. Raises GraftrecError."""
+    required(config, "source")
     source, has_store = Path(config.source), (Path(config.source) / STORE).is_dir()
     if has_store:
         tracking.check_room(Path(config.store))

@@ -13,7 +13,7 @@ from typing import Any
 from etl.maintenance.lineage import Event, deliveries, events_of, recommendations_of, release_of
 from etl.settings import GraftrecError
 from trainer import tracking
-from trainer.config import ExplainConfig
+from trainer.config import ExplainConfig, required
 from trainer.inference.model_folder import config_of
 from trainer.inference.model_folder import release_of as release_of_model
 from trainer.registry import Registry, Version
@@ -39,6 +39,7 @@ class Explanation:
 
 def run(config: ExplainConfig) -> Explanation:
     """The recipe `explain`. Raises GraftrecError where there is no such row."""
+    required(config, "user", "item")
     row, of = _row(config)
     found = Explanation(row, of)
     if config.tracking.enabled and tracking.is_there():

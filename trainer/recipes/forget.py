@@ -23,7 +23,7 @@ from etl.maintenance.forget import Forgotten, Reading, forget
 from etl.plain_path import absolute
 from etl.redaction import redact
 from trainer import tracking
-from trainer.config import ForgetConfig
+from trainer.config import ForgetConfig, required
 from trainer.inference.delta_folder import PATCH, parent_of
 from trainer.inference.model_folder import MANIFEST, ModelFolderError, digest_of, model_hash
 from trainer.inference.without_users import follow_parent, is_model, is_of_lake, without_users
@@ -53,6 +53,7 @@ class Receipt:
 
 def run(config: ForgetConfig) -> Receipt:
     """The recipe `forget`. Raises GraftrecError; ends with 5 where a live process still reads an older release."""
+    required(config, "user")
     waiting: Reading | None = None
     try:
         done = forget(config.lake, config.user, wait_seconds=config.wait_seconds)

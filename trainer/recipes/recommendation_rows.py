@@ -128,7 +128,7 @@ def kept_rows(spark: SparkSession, source: HistorySource, domain: str, buckets: 
     """The rows of RECOMMENDATIONS of these buckets that stay: of users of the release who are not scored again."""
     assert source.only is not None
     release = source.release
-    partitions = {"domain": [domain], "bucket": list(buckets)}
+    partitions: dict[str, Sequence[Any]] = {"domain": [domain], "bucket": list(buckets)}
     rows = spark_io.read(spark, release.lake, tables.RECOMMENDATIONS, partitions=partitions)
     users = spark_io.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
     chosen = spark.createDataFrame([(int(user),) for user in source.only], "index int")
