@@ -25,6 +25,7 @@ from trainer.config.model import (
     TiedConfig,
     UserFeaturesConfig,
 )
+from trainer.config.operations import BackupConfig, ExplainConfig, ForgetConfig, MaintainConfig, RestoreConfig, required
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.social import (
     FriendModelConfig,
@@ -63,6 +64,7 @@ from trainer.config.transfer import FinetuneConfig, PatchConfig, TransferName, p
 __all__ = [
     "AttributesConfig",
     "BacktestConfig",
+    "BackupConfig",
     "BaselinesConfig",
     "BasketPairConfig",
     "Bert4RecConfig",
@@ -75,8 +77,10 @@ __all__ = [
     "EvaluateConfig",
     "EvaluatedModel",
     "EvaluationConfig",
+    "ExplainConfig",
     "FeaturesConfig",
     "FinetuneConfig",
+    "ForgetConfig",
     "FriendModelConfig",
     "FriendsConfig",
     "GateConfig",
@@ -88,6 +92,7 @@ __all__ = [
     "JoinedFeaturesConfig",
     "LightGcnConfig",
     "LossConfig",
+    "MaintainConfig",
     "MaskedItemConfig",
     "MlpConfig",
     "ModelConfig",
@@ -104,6 +109,7 @@ __all__ = [
     "PrunerConfig",
     "RangeConfig",
     "RecommendConfig",
+    "RestoreConfig",
     "RuntimeConfig",
     "SearchConfig",
     "SocialConfig",
@@ -122,5 +128,6 @@ __all__ = [
     "WeightsHeadConfig",
     "event_types_read",
     "patch_of",
+    "required",
     "with_transfer",
 ]

@@ -58,6 +58,22 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.recipes import friends
 
             return friends.run
+        case "maintain":
+            from trainer.recipes import maintain
+
+            return maintain.run
+        case "forget":
+            from trainer.recipes import forget
+
+            return forget.run
+        case "explain":
+            from trainer.recipes import explain
+
+            return explain.run
+        case "backup" | "restore":
+            from trainer.recipes import backup
+
+            return backup.run if name == "backup" else backup.restore
         case _:
             from trainer.recipes import recommend
 

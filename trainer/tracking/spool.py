@@ -9,8 +9,6 @@ from etl.redaction import one_line
 from trainer.tracking.queue import Entry, warn
 from trainer.tracking.store import sqlite_file
 
-UNSENT = Path("mlflow-unsent")
-
 
 def fingerprint(uri: str) -> str:
     """Of the store that entries are for: a URI may hold secrets."""
