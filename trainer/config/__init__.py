@@ -51,6 +51,7 @@ from trainer.config.task import (
     WeightsHeadConfig,
 )
 from trainer.config.training import (
+    Compile,
     EvaluationConfig,
     PretrainConfig,
     RuntimeConfig,
@@ -69,6 +70,7 @@ __all__ = [
     "CaserConfig",
     "Choice",
     "ClickConfig",
+    "Compile",
     "DataConfig",
     "DocumentConfig",
     "DupnConfig",

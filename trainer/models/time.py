@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.data.packing import Packing
 from trainer.models.cpu.bucket_values import bucket_values
 
 NUM_BUCKETS = 64
@@ -55,6 +56,10 @@ class EventTimes:
         """Those of the first positions."""
         return EventTimes(self.own_BT[:, :end], self.query_BT[:, :end])
 
+    def packed(self, packing: Packing) -> "EventTimes":
+        """Those of the positions of packed rows."""
+        return EventTimes(packing.packed(self.own_BT), packing.packed(self.query_BT))
+
     def split(self, sizes: Sequence[int]) -> list["EventTimes"]:
         """So many sequences each."""
         sizes = list(sizes)
@@ -80,6 +85,15 @@ class EventInputs:
             None if kinds is None else kinds[rows],
             None if times is None else times.take(rows),
             None if asked is None else asked[rows],
+        )
+
+    def packed(self, packing: Packing) -> "EventInputs":
+        """Those of the positions of packed rows."""
+        kinds, times, asked = self.event_types_BT, self.times, self.asked_BT
+        return EventInputs(
+            None if kinds is None else packing.packed(kinds),
+            None if times is None else times.packed(packing),
+            None if asked is None else packing.packed(asked, False),
         )
 
     def until(self, end: int) -> "EventInputs":
@@ -131,7 +145,7 @@ class DomainAsked(nn.Module):
 @dataclass(frozen=True)
 class Pairs:
     """Queries and the positions that they attend to, of some sequences: the same for all layers. `blocked`, 0 or -inf,
-    [T, T] with `causal`, else [B, 1, T]; `places` [B, Q]: of the queries, None: all."""
+    [T, T] with `causal`, else [B, 1 or T, T]; `places` [B, Q]: of the queries, None: all."""
 
     buckets_BQT: Tensor
     apart_TT: Tensor  # int32: how far a query stands behind a key, from 0 on
@@ -151,6 +165,15 @@ class Pairs:
         place_T = torch.arange(T, dtype=torch.int32, device=device)
         apart_TT = place_T[:, None] - place_T + (T - 1)
         return cls(time_buckets(query_BT[:, :, None] - own_BT[:, None]), apart_TT, blocked, None, causal)
+
+    @classmethod
+    def packed(cls, times: EventTimes, sees_RTT: Tensor) -> "Pairs":
+        """All pairs of packed rows, of which each position `sees` some."""
+        T = sees_RTT.shape[1]
+        place_T = torch.arange(T, dtype=torch.int32, device=sees_RTT.device)
+        blocked = torch.zeros(sees_RTT.shape, device=sees_RTT.device).masked_fill(~sees_RTT, -torch.inf)
+        buckets = time_buckets(times.query_BT[:, :, None] - times.own_BT[:, None])
+        return cls(buckets, place_T[:, None] - place_T + (T - 1), blocked, None, causal=False)
 
     def of_places(self, places_BQ: Tensor) -> "Pairs":
         """Only those of queries at some places."""
