@@ -40,6 +40,12 @@ class EventTimes:
 
     own_BT: Tensor
     query_BT: Tensor
+    packed_since: Tensor | None = None  # [R, T] of packed rows: as `since_BT`, where neighbours may be of two sequences
+
+    @property
+    def since_BT(self) -> Tensor:
+        """Seconds since the sequence's event before; 0 at the first."""
+        return F.pad(self.own_BT.diff(dim=1), (1, 0)) if self.packed_since is None else self.packed_since
 
     @classmethod
     def of(cls, own_BT: Tensor, query_BT: Tensor) -> "EventTimes":
@@ -58,7 +64,7 @@ class EventTimes:
 
     def packed(self, packing: Packing) -> "EventTimes":
         """Those of the positions of packed rows."""
-        return EventTimes(packing.packed(self.own_BT), packing.packed(self.query_BT))
+        return EventTimes(*(packing.packed(x) for x in (self.own_BT, self.query_BT, self.since_BT)))
 
     def split(self, sizes: Sequence[int]) -> list["EventTimes"]:
         """So many sequences each."""
@@ -124,8 +130,7 @@ class Intervals(nn.Module):
         self.until_embedding = nn.Parameter(torch.zeros(NUM_BUCKETS, width)) if until else None
 
     def forward(self, times: EventTimes) -> Tensor:
-        since_BT = F.pad(times.own_BT.diff(dim=1), (1, 0))
-        found = F.embedding(time_buckets(since_BT), self.since_embedding)
+        found = F.embedding(time_buckets(times.since_BT), self.since_embedding)
         if self.until_embedding is not None:
             found = found + F.embedding(time_buckets(times.query_BT - times.own_BT), self.until_embedding)
         return found
@@ -160,7 +165,8 @@ class Pairs:
         if causal:
             is_blocked = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
         else:
-            is_blocked = (torch.arange(T, device=device) >= lengths_B[:, None])[:, None]
+            # An empty sequence looks at its first position: a softmax over nothing is no number.
+            is_blocked = (torch.arange(T, device=device) >= lengths_B.clamp(min=1)[:, None])[:, None]
         blocked = torch.zeros(is_blocked.shape, device=device).masked_fill_(is_blocked, -torch.inf)
         place_T = torch.arange(T, dtype=torch.int32, device=device)
         apart_TT = place_T[:, None] - place_T + (T - 1)
