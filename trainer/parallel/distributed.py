@@ -159,6 +159,7 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise GraftrecError("runtime.device is cuda, but torch sees no GPU here; set runtime.device=cpu or auto")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else products' sums come in any order
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     try:

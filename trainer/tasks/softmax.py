@@ -122,9 +122,11 @@ def loss_and_slopes(
     excess = scores.mul_(1 / sums)  # what each class is given beyond what it is due
     if smoothing:
         excess -= smoothing / num_classes
-    excess.scatter_add_(1, targets_N1, excess.new_full(targets_N1.shape, smoothing - 1))
-    if counts_N1 is not None:
-        excess *= counts_N1
+    if counts_N1 is None:
+        excess.scatter_add_(1, targets_N1, excess.new_full(targets_N1.shape, smoothing - 1))
+    else:  # on a GPU, additions to single places come last, one by one
+        is_target = (targets_N1 == torch.arange(num_classes, device=excess.device)).to(wide)
+        excess = (excess + is_target * (smoothing - 1)) * counts_N1
     of_bias_V = excess.sum(0)
     excess = excess.to(table_VD.dtype)
     return loss, excess @ table_VD, excess.T @ query_ND, of_bias_V

@@ -5,7 +5,8 @@ step whose loss or gradient is no number leaves weights and moments as they were
 stops; before a checkpoint and at an epoch's end it waits for the last step.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +48,11 @@ class Unread:
 
 def step_on_device(training: Any, batch: Batch, *, wish: int, learning_rate: float) -> Tensor:
     """One optimiser step on a packed batch: [4] float64 on the device, as `StepNumbers`."""
+    with _same_bits_each_time(training.world.device):
+        return _step(training, batch, wish, learning_rate)
+
+
+def _step(training: Any, batch: Batch, wish: int, learning_rate: float) -> Tensor:
     world: World = training.world
     with torch.autocast(world.device.type, torch.bfloat16) if world.autocast else nullcontext():
         loss, positions = training.loss(tensors_only(batch))
@@ -62,6 +68,22 @@ def step_on_device(training: Any, batch: Batch, *, wish: int, learning_rate: flo
     is_finite = torch.isfinite(numbers_3[1]) & torch.isfinite(norm)
     training.optimizer.update(learning_rate, skip=~is_finite)
     return torch.cat([numbers_3, norm.double()[None]])
+
+
+@contextmanager
+def _same_bits_each_time(device: torch.device) -> Iterator[None]:
+    """On a GPU, without kernels whose sums come in any order, eager or compiled: a run resumes bit for bit."""
+    if device.type != "cuda":
+        yield
+        return
+    settings: Any = torch.utils.deterministic
+    fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        settings.fill_uninitialized_memory = fills
 
 
 def tensors_only(batch: Batch) -> Batch:
