@@ -52,6 +52,7 @@ from trainer.config.task import (
     WeightsHeadConfig,
 )
 from trainer.config.training import (
+    Compile,
     EvaluationConfig,
     PretrainConfig,
     RuntimeConfig,
@@ -71,6 +72,7 @@ __all__ = [
     "CaserConfig",
     "Choice",
     "ClickConfig",
+    "Compile",
     "DataConfig",
     "DocumentConfig",
     "DupnConfig",
