@@ -69,6 +69,7 @@ ROOMS = (
     "trainer.evaluation",
     "trainer.social",
     "trainer.registry",
+    "trainer.serving",
     "trainer.report",
     "trainer.recipes",
     "trainer.experiment",

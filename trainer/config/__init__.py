@@ -26,6 +26,7 @@ from trainer.config.model import (
     UserFeaturesConfig,
 )
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
+from trainer.config.serving import ServeConfig, ServingLimitsConfig
 from trainer.config.social import (
     FriendModelConfig,
     FriendsConfig,
@@ -106,6 +107,8 @@ __all__ = [
     "RecommendConfig",
     "RuntimeConfig",
     "SearchConfig",
+    "ServeConfig",
+    "ServingLimitsConfig",
     "SocialConfig",
     "SocialDataConfig",
     "TargetDataConfig",

@@ -31,8 +31,9 @@ from the release that $GRAFTREC_FEATURES names (`<lake>@<release>`), and from th
 
 `params: {"domain": "books"}` asks for another domain's items: of that domain's champion in the same family of
 registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. Fields and
-params of other names never arrive: MLflow leaves them out, with a warning in the server's log. This module knows
-nothing of MLflow; `pyfunc.py` is what MLflow runs.
+params of other names are refused; behind MLflow they never arrive: it leaves them out, with a warning in the server's
+log. This module knows nothing of MLflow, nor of HTTP; `pyfunc.py` is what MLflow runs, `trainer/serving` another
+server.
 """
 
 import dataclasses
@@ -58,11 +59,12 @@ from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, answered, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
+PARAMS = ("k", "domain")
 BATCH_SIZE = 256  # histories scored at once
 FIELDS = ("items", "user", "event_types", "baskets", "features", "friends", "times", "time")  # of a record
 LATEST = 2**33  # seconds since 1970 that a time may be, the year 2242: more are milliseconds, or microseconds
 MICROSECONDS = 1_000_000  # of a second
-_UNREAD = f"fields of other names than {', '.join(FIELDS)} are not read"
+_FIELDS = f"a record has {', '.join(FIELDS)}"
 MODEL, FRIENDS, POPULAR = "model", "friends", "popular"  # what an answer is based on
 
 
@@ -171,6 +173,14 @@ class Recommender:
     def request(self, items: Sequence[str]) -> Request:
         """A request with that history: of one basket, where baskets are read."""
         return {"items": Request(items), "baskets": Request([], baskets=[items])}[self.reads]
+
+    def prepare(self) -> None:
+        """Read what stands beside it, and answer once: not at the first request that needs it."""
+        self._companion()
+        self._friends()
+        request = self.request(list(self._row_of)[:3])
+        times = [0.0] * len(request.items) if self.reads_times else None
+        self.answer([dataclasses.replace(request, times=times)])
 
     def answer(self, requests: Sequence[Request], k: int = DEFAULT_K) -> list[Answer]:
         """One answer for each request, in order. Raises RequestError."""
@@ -311,14 +321,30 @@ def _read(request: Request) -> Sequence[str | None]:
     return [item for basket in request.baskets for item in (*basket, None)]
 
 
+def parse_params(params: Mapping[str, Any]) -> tuple[int, str]:
+    """k and domain ("": the model's own). Raises RequestError."""
+    if unknown := [name for name in params if name not in PARAMS]:
+        raise RequestError(f"params: expected {' or '.join(PARAMS)}, found {str(unknown[0])[:100]!r}; leave it out")
+    k, domain = (_plain(params.get(name)) for name in PARAMS)
+    k = DEFAULT_K if "k" not in params else k
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {str(k)[:100]!r}")
+    check_k(k)
+    if domain is not None and not isinstance(domain, str):
+        raise RequestError(f"domain is a name, found {str(domain)[:100]!r}")
+    return k, domain or ""
+
+
 def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
     """Requests of records with `items` or `baskets`, and perhaps `user`. Raises RequestError."""
     if not records:
-        raise RequestError(f"expected one record at least, with `items` or `baskets`, found none; {_UNREAD}")
+        raise RequestError(f"expected one record at least, with `items` or `baskets`, found none; {_FIELDS}")
     return [_parse(record, place) for place, record in enumerate(records)]
 
 
 def _parse(record: Mapping[str, Any], place: int) -> Request:
+    if unknown := [name for name in record if name not in FIELDS]:
+        raise RequestError(f"record {place}: {_FIELDS}, found {str(unknown[0])[:100]!r}; leave it out")
     items, user, kinds, baskets, features, friends, times, requested = (_plain(record.get(name)) for name in FIELDS)
     if baskets is not None:
         if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
@@ -330,7 +356,7 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
     if items is None:
         raise RequestError(
             f"record {place}: `items` is a list of raw item ids (strings), or `baskets` a list of such lists, found "
-            f"neither; {_UNREAD}"
+            f"neither; {_FIELDS}"
         )
     if not _is_ids(items):
         raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {str(items)[:100]!r}")

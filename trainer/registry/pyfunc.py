@@ -1,124 +1,19 @@
 """The code that MLflow runs when it loads a registered model ("models from code"): nothing is unpickled."""
 
 import dataclasses
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from etl.settings import GraftrecError
 from trainer import tracking
-from trainer.data.catalogue import read_catalogue
-from trainer.data.release import pin
-from trainer.inference.delta_folder import is_patch, load_patch, parent_of
-from trainer.inference.later_items import with_release
-from trainer.inference.model_folder import ModelFolderError, TrainedModel, load_model
-from trainer.inference.recommender import DEFAULT_K, Recommender, parse
-from trainer.registry import Registry, Version
-from trainer.social.friends_folder import is_friends, load_friends
-from trainer.social.friends_recommender import FriendsRecommender
-from trainer.tracking.queue import warn
+from trainer.inference.recommender import parse, parse_params
+from trainer.registry.loading import RELEASE_OF_FEATURES, Served, load
 
-RELEASE_OF_FEATURES = "GRAFTREC_FEATURES"  # environment variable: <lake>@<release>, whose later items are ranked
+__all__ = ["RELEASE_OF_FEATURES", "answer", "load"]
 
 
-def load(folder: Path, label: str) -> Recommender | FriendsRecommender:
-    """What the store holds of a version, ready to answer. The backbone is read once, and patches for other domains
-    stand on it; champions of other domains are read at first use. Raises GraftrecError."""
-    if is_friends(folder):
-        return FriendsRecommender(load_friends(folder), label)
-    name, _, number = label.rpartition("/")
-    if not name and is_patch(folder):
-        raise ModelFolderError(
-            "a patch is loaded by its registered name, models:/<name>@<alias>, for it needs its parent"
-        )
-    registry = Registry(name) if name else None
-    parent = None
-    if is_patch(folder):
-        assert registry is not None
-        version = registry.version(number)
-        known = registry.of_hash(version.tags["graftrec.parent"])
-        if known is None:
-            raise ModelFolderError(f"{label} is a patch, and its parent is no version of {name} any more")
-        parent = load_model(registry.stored(known))
-    own = load_patch(folder, parent) if parent is not None else load_model(folder)
-    own, backbone = _with_later_items(own), parent or own
-
-    def beside(domain: str) -> Recommender | None:
-        if registry is None:
-            return None
-        other = registry.for_domain(registry.version(number), domain)
-        if other.label == label:
-            return None
-        stored = registry.stored(other)
-        if not is_patch(stored):
-            trained_model = backbone if other.hash == backbone.hash else load_model(stored)
-        elif parent_of(stored) == backbone.hash:
-            trained_model = load_patch(stored, backbone)
-        else:
-            trained_model = load_model(registry.folder(other))
-        return Recommender(
-            trained_model,
-            other.label,
-            companion=lambda: _companion(registry, other),
-            friends=lambda: _friends(registry, other),
-        )
-
-    def companion() -> Recommender | None:
-        return None if registry is None else _companion(registry, registry.version(number))
-
-    def friends() -> FriendsRecommender | None:
-        return None if registry is None else _friends(registry, registry.version(number))
-
-    return Recommender(own, label, beside, companion, friends)
-
-
-def _with_later_items(own: TrainedModel) -> TrainedModel:
-    """With the items of the release that $GRAFTREC_FEATURES names, where the model reads features. Raises
-    GraftrecError."""
-    named = os.environ.get(RELEASE_OF_FEATURES, "")
-    if not named or not own.config.model.features.encoders:
-        return own
-    lake, _, number = named.rpartition("@")
-    if not lake or not number.isdecimal():
-        raise ModelFolderError(f"${RELEASE_OF_FEATURES}: expected <lake>@<release>, found {named!r}; mend it")
-    release = pin(lake, int(number))
-    return with_release(own, release, read_catalogue(release, own.config.data.domain))
-
-
-def _companion(registry: Registry, version: Version) -> Recommender | None:
-    """The companion of a version, ready to answer. None if there is none, and, with a warning, if it can't be read."""
-    with _spared(f"no companion of {version.label}, so users new in its domain get popular items"):
-        found = registry.companion(version)
-        return None if found is None else Recommender(load_model(registry.folder(found)), found.label)
-    return None
-
-
-def _friends(registry: Registry, version: Version) -> FriendsRecommender | None:
-    """The attention over friends beside a version, as `_companion`."""
-    with _spared(f"no friends beside {version.label}, so users without a history get popular items"):
-        found = registry.friends(version)
-        return None if found is None else FriendsRecommender(load_friends(registry.folder(found)), found.label)
-    return None
-
-
-@contextmanager
-def _spared(without: str) -> Iterator[None]:
-    """Warns of what can't be read, and goes on without it."""
-    try:
-        yield
-    except GraftrecError as error:
-        warn(f"{without}: {error}")
-
-
-def answer(
-    recommender: Recommender | FriendsRecommender, records: list[dict[str, Any]], params: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Answers as plain records."""
-    chosen = recommender.of_domain(str(params.get("domain") or ""))
-    answers = chosen.answer(parse(records), int(params.get("k", DEFAULT_K)))
-    return [dataclasses.asdict(one) for one in answers]
+def answer(served: Served, records: list[dict[str, Any]], params: dict[str, Any]) -> list[dict[str, Any]]:
+    """Answers as plain records. Raises RequestError."""
+    k, domain = parse_params(params)
+    return [dataclasses.asdict(one) for one in served.of_domain(domain).answer(parse(records), k)]
 
 
 tracking.offer(load, answer)

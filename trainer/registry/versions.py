@@ -237,8 +237,10 @@ class Registry:
         return sorted((self._version(entry, aliases) for entry in own), key=lambda version: -version.number)
 
     def find(self, alias: str) -> Version | None:
-        """The version an alias stands at, if any."""
-        return next((version for version in self.versions() if alias in version.aliases), None)
+        """The version an alias stands at, if any. It costs one question, however many versions there are."""
+        with self._asking(f"can't ask for the alias {alias} of {self.name}"):
+            found = tracking.version_at(self._client, self.name, alias)
+            return None if found is None else self._version(found, self._aliases())
 
     def version(self, reference: str) -> Version:
         """The version of a number ("3") or alias ("champion", "@champion")."""

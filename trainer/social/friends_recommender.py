@@ -33,6 +33,10 @@ class FriendsRecommender:
             raise RequestError(f"domain: expected {self.model.domain!r}, found {domain!r}")
         return self
 
+    def prepare(self) -> None:
+        """Answer once, as `Recommender.prepare`."""
+        self.answer([Request([])])
+
     @functools.cached_property
     def _knows_U(self) -> npt.NDArray[np.bool_]:
         """Whether each user of the network has a friend who has a history."""

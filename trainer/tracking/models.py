@@ -181,6 +181,18 @@ def _label(folder: Path) -> str:
     return "unregistered"
 
 
+def version_at(client: Any, name: str, alias: str) -> Any | None:
+    """The version of a registered model at an alias; None where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
 def download(uri: str, target: str, store: str) -> str:
     """Fetch an artifact folder into `target`; returns where it is."""
     from mlflow.artifacts import download_artifacts

@@ -1,0 +1,31 @@
+"""Settings of the HTTP server (`trainer/serving`)."""
+
+from pydantic import Field
+
+from etl.settings import FileName, Section
+
+
+class ServingLimitsConfig(Section):
+    """What the server takes at once. More is refused: a body by 413, records by 400, a full queue by 503."""
+
+    body_bytes: int = Field(1 << 20, ge=1)
+    records: int = Field(256, ge=1)  # of one request
+    queue: int = Field(1024, ge=1)  # records that wait for an answer
+    batch: int = Field(64, ge=1)  # records answered at once
+    body_seconds: float = Field(10, gt=0)  # for a request's body to arrive; then 408
+    answer_seconds: float = Field(10, gt=0)  # in the queue and until the answer; then 503
+    idle_seconds: int = Field(75, ge=1)  # an open connection without a request
+
+
+class ServeConfig(Section):
+    """Answer requests over HTTP by a registered model's champion, which is followed when it moves."""
+
+    registered_model: FileName = "graftrec"
+    model: str = "champion"  # an alias, which is followed, the number of a version, or a model folder
+    host: str = "127.0.0.1"  # 0.0.0.0: every network; whoever reaches the port may ask
+    port: int = Field(8000, ge=0, le=65_535)  # 0: any free one
+    follow_seconds: float = Field(2, gt=0)  # between two looks at the registry
+    threads: int = Field(1, ge=1)  # of one answer's large operations
+    drain_seconds: float = Field(0, ge=0)  # after SIGTERM: how long requests are still taken, while /ready says no
+    shutdown_seconds: int = Field(30, ge=0)  # then: how long answers under way may take
+    limits: ServingLimitsConfig = ServingLimitsConfig()
