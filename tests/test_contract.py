@@ -37,6 +37,7 @@ ROOMS = (
     "etl.section",
     "etl.setting_errors",
     "etl.settings",
+    "etl.archive",
     "etl.identifiers",
     "etl.file_config",
     "etl.config",
@@ -79,6 +80,7 @@ ROOMS = (
 OF_ETL = {
     "etl.tables",
     "etl.settings",
+    "etl.archive",
     "etl.identifiers",
     "etl.config",
     "etl.command",

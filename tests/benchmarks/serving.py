@@ -56,7 +56,7 @@ def measure(report: Report, options: Options) -> None:
         name: [statistics.median(column) for column in zip(*of_one, strict=True)] for name, of_one in found.items()
     }
     report.table(
-        f"{REQUESTS:,} requests by {CONNECTIONS} connections on {CORES} cores, client included; medians of {ROUNDS} rounds",
+        f"{REQUESTS:,} requests by {CONNECTIONS} connections, {CORES} cores with the client; median of {ROUNDS} rounds",
         ["server", "requests/s", "p50 ms", "p99 ms", "requests/s of each round"],
         [[name, *middle[name], ", ".join(f"{one[0]:.0f}" for one in found[name])] for name in (OURS, MLFLOW)],
     )

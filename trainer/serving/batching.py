@@ -74,7 +74,15 @@ class Batcher:
         try:
             return await asyncio.wait_for(job.answers, self._limits.answer_seconds)
         except TimeoutError:
+            self._give_up(job)
             raise Overloaded(f"no answer within {self._limits.answer_seconds:g} s") from None
+
+    def _give_up(self, job: _Job) -> None:
+        """Nobody waits for it any more: it makes room, unless it is being answered."""
+        with self._change:
+            if job in self._jobs:
+                self._jobs.remove(job)
+                self._waiting -= len(job.requests)
 
     def _work(self) -> None:
         while jobs := self._next():

@@ -16,7 +16,7 @@ from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX
 from tests.fixtures.folders import alike, write_model
 from tests.fixtures.served_models import Client, served
-from tests.fixtures.stores import enter_store
+from tests.fixtures.stores import enter_store, packed_as
 from trainer.config import ServeConfig
 from trainer.inference.model_folder import load_model
 from trainer.inference.recommender import Recommender, parse
@@ -356,8 +356,7 @@ def test_a_version_that_cannot_be_loaded_changes_nothing(folders, store, items, 
     registry = Registry()
     registry.register(folders[0], alias=CHAMPION)
     broken, good = registry.register(folders[1]), registry.register(folders[2])
-    for file in registry.stored(broken).iterdir():
-        file.unlink()
+    (packed_as(broken) / "artifacts" / "model.zip").unlink()
     with served() as one:
         registry.set_alias(CHAMPION, broken.number)
         wait_for(lambda: "graftrec_follow_failures_total 0.0" not in Client(one).get("/metrics")[1])
