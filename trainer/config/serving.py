@@ -12,6 +12,7 @@ class ServingLimitsConfig(Section):
     records: int = Field(256, ge=1)  # of one request
     queue: int = Field(1024, ge=1)  # records that wait for an answer
     batch: int = Field(64, ge=1)  # records answered at once
+    gather_seconds: float = Field(0.005, ge=0)  # that a batch may wait for as many requests as the one before it had
     body_seconds: float = Field(10, gt=0)  # for a request's body to arrive; then 408
     answer_seconds: float = Field(10, gt=0)  # in the queue and until the answer; then 503
     idle_seconds: int = Field(75, ge=1)  # an open connection without a request

@@ -155,7 +155,8 @@ class Recommender:
         self._shortlist, self.reads = TopK(trained_model), trained_model.config.task.needs.request
         self.reads_times = trained_model.config.reads_times
         self._place_of = {name: place for place, name in enumerate(trained_model.event_types, 1)}
-        self._row_of = {raw: row for row, raw in enumerate(trained_model.catalogue.raw_ids) if row >= FIRST_INDEX}
+        self._raw_ids = list(trained_model.catalogue.raw_ids)
+        self._row_of = {raw: row for row, raw in enumerate(self._raw_ids) if row >= FIRST_INDEX}
 
     def of_domain(self, domain: str) -> "Recommender":
         """The one that predicts that domain's items; "": this one. Raises RequestError."""
@@ -277,9 +278,17 @@ class Recommender:
         histories = whole.keep(given != UNK)
         is_answered = answered(self.trained_model.model, histories)
         best_rows, best = self._shortlist.best(histories, k)
+        counts = torch.isfinite(best).sum(1).tolist()
+        lists = zip(read, rows, best_rows.tolist(), best.tolist(), counts, is_answered.tolist(), strict=True)
         return [
-            self._one(items, history, best_rows[place], best[place], MODEL if is_answered[place] else POPULAR)
-            for place, (items, history) in enumerate(zip(read, rows, strict=True))
+            Answer(
+                [self._raw_ids[row] for row in best_of_one[:count]],
+                scores[:count],
+                MODEL if by_model else POPULAR,
+                [item for item, row in zip(items, history, strict=True) if row == UNK and item is not None],
+                self.version,
+            )
+            for items, history, best_of_one, scores, count, by_model in lists
         ]
 
     def _event_types(self, requests: Sequence[Request]) -> Int8Array:
@@ -298,14 +307,6 @@ class Recommender:
         requested = [now if request.time is None else request.time for request in requests]
         times, requested = (np.floor(np.array(part) * MICROSECONDS).astype(np.int64) for part in (given, requested))
         return times, requested
-
-    def _one(
-        self, items: Sequence[str | None], history: Sequence[int], rows: IntArray, scores: Tensor, basis: str
-    ) -> Answer:
-        count = int(torch.isfinite(scores).sum())
-        raw_ids = self.trained_model.catalogue.raw_ids
-        unknown = [item for item, row in zip(items, history, strict=True) if row == UNK and item is not None]
-        return Answer([raw_ids[row] for row in rows[:count]], scores[:count].tolist(), basis, unknown, self.version)
 
 
 def check_k(k: int) -> None:

@@ -124,7 +124,7 @@ def test_one_bad_request_in_a_batch_is_refused_alone(one, items):
     try:
         threads = [threading.Thread(target=ask, args=(place,)) for place in range(4)]
         threads[0].start()
-        while batcher._waiting or not batcher.works:
+        while batcher._busy_since is None:
             time.sleep(0.01)
         for thread in threads[1:]:
             thread.start()
