@@ -26,7 +26,7 @@ from trainer.config.model import (
     UserFeaturesConfig,
 )
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
-from trainer.config.serving import ServeConfig, ServingLimitsConfig
+from trainer.config.serving import ServeConfig, ServingLimitsConfig, ShelfConfig
 from trainer.config.social import (
     FriendModelConfig,
     FriendsConfig,
@@ -109,6 +109,7 @@ __all__ = [
     "SearchConfig",
     "ServeConfig",
     "ServingLimitsConfig",
+    "ShelfConfig",
     "SocialConfig",
     "SocialDataConfig",
     "TargetDataConfig",

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from etl.settings import FileName, Section
+from etl.settings import FileName, Place, Section
 
 
 class ServingLimitsConfig(Section):
@@ -18,6 +18,15 @@ class ServingLimitsConfig(Section):
     idle_seconds: int = Field(75, ge=1)  # an open connection without a request
 
 
+class ShelfConfig(Section):
+    """What is known of items beside the model. Tables: *.parquet, *.csv, or Delta."""
+
+    items: Place | None = None  # with `item` and `categories`, as <lake>/items: requests may ask for `only` some
+    # With `item`, and perhaps `in_stock` (true, or a number above 0): other items are no answers. *.txt: an id a line.
+    stock: Place | None = None
+    seconds: float = Field(60, gt=0)  # between two readings
+
+
 class ServeConfig(Section):
     """Answer requests over HTTP by a registered model's champion, which is followed when it moves."""
 
@@ -29,4 +38,5 @@ class ServeConfig(Section):
     threads: int = Field(1, ge=1)  # of one answer's large operations
     drain_seconds: float = Field(0, ge=0)  # after SIGTERM: how long requests are still taken, while /ready says no
     shutdown_seconds: int = Field(30, ge=0)  # then: how long answers under way may take
+    shelf: ShelfConfig = ShelfConfig()
     limits: ServingLimitsConfig = ServingLimitsConfig()

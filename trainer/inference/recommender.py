@@ -25,6 +25,9 @@ version at the alias `companion` answers if it knows one, and `version` says so.
 Where neither knows an item, the version at the alias `friends`, if there is one, answers from what friends have: those
 that the request gives, `friends` (a list of raw user ids), or else those of `user` in the log. `basis` says so.
 
+`exclude` is a list of item ids that must not be an answer. `only` is a list of categories, of which an item must have
+one: a server that knows the categories of items takes it (`trainer/serving`), others refuse it.
+
 An item that came after training is ranked, and read, by its features alone. A version reads the vectors of later items
 from the release that $GRAFTREC_FEATURES names (`<lake>@<release>`), and from the request: `features` is a list of
 {"item": raw id, "encoder": name, "vector": numbers as the encoder gives them}. Without any, such an item is unknown.
@@ -44,6 +47,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -54,6 +58,7 @@ from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array, IntArray
 from trainer.data.events import Events
+from trainer.inference.allowed_items import AllowedItems, Within, within
 from trainer.inference.later_items import LaterItemsError, with_vectors
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, answered, top_k
@@ -61,7 +66,8 @@ from trainer.inference.scorer import Scores, answered, top_k
 DEFAULT_K, MAX_K = 10, 10_000
 PARAMS = ("k", "domain")
 BATCH_SIZE = 256  # histories scored at once
-FIELDS = ("items", "user", "event_types", "baskets", "features", "friends", "times", "time")  # of a record
+# Of a record.
+FIELDS = ("items", "user", "event_types", "baskets", "features", "friends", "times", "time", "exclude", "only")
 LATEST = 2**33  # seconds since 1970 that a time may be, the year 2242: more are milliseconds, or microseconds
 MICROSECONDS = 1_000_000  # of a second
 _FIELDS = f"a record has {', '.join(FIELDS)}"
@@ -84,6 +90,9 @@ class Request:
     friends: Sequence[str] = ()  # raw ids of the user's friends
     times: Sequence[float] | None = None  # of each item, seconds since 1970, ascending
     time: float | None = None  # of the request; None: now
+    exclude: Sequence[str] = ()  # raw ids of items that must not be an answer
+    only: Sequence[str] = ()  # categories, of which an item must have one
+    allowed: AllowedItems | None = None  # items that may be an answer, as the server that knows them says; None: all
 
     @property
     def form(self) -> str:
@@ -120,16 +129,28 @@ class TopK:
         self._popularity = Scores.of(popularity[None])
         self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
 
-    def best(self, histories: Events, k: int) -> tuple[IntArray, Tensor]:
+    def best(self, histories: Events, k: int, within: Within | None = None) -> tuple[IntArray, Tensor]:
         """Rows [B, K] and scores [B, K], best first, that are not in the history, or with `repeats` maybe are; see
-        `trainer.inference.scorer.top_k`."""
+        `trainer.inference.scorer.top_k`. `within`: none but these."""
         rows, scores = self._popular(k)
         rows_BK, scores_BK = rows.repeat(len(histories), axis=0), scores.repeat(len(histories), 1)
-        examples = np.flatnonzero(answered(self._model, histories))
+        is_answered = answered(self._model, histories)
+        examples = np.flatnonzero(is_answered)
         if len(examples):
             own = histories.take(examples)
-            left_out = own.until(np.zeros(len(own), np.int64)) if self._repeats else own
-            rows_BK[examples], scores_BK[torch.from_numpy(examples)] = top_k(self._scorer.scores(own), left_out, k)
+            left_out, scored = (
+                own.until(np.zeros(len(own), np.int64)) if self._repeats else own,
+                self._scorer.scores(own),
+            )
+            if within is not None:
+                left_out, scored = within.left_out(left_out, examples), within.of(scored, examples)
+            rows_BK[examples], scores_BK[torch.from_numpy(examples)] = top_k(scored, left_out, k)
+        others = np.flatnonzero(~is_answered)
+        if within is not None and len(others):
+            nothing = histories.take(others).until(np.zeros(len(others), np.int64))
+            popular = self._popularity.whole().repeat(len(others), 1)
+            scored, left_out = within.of(Scores.of(popular), others), within.left_out(nothing, others)
+            rows_BK[others], scores_BK[torch.from_numpy(others)] = top_k(scored, left_out, k)
         return rows_BK, scores_BK
 
     def _popular_rows(self, k: int) -> tuple[IntArray, Tensor]:
@@ -155,6 +176,7 @@ class Recommender:
         self._shortlist, self.reads = TopK(trained_model), trained_model.config.task.needs.request
         self.reads_times = trained_model.config.reads_times
         self._place_of = {name: place for place, name in enumerate(trained_model.event_types, 1)}
+        self._allowed: WeakKeyDictionary[AllowedItems, Tensor] = WeakKeyDictionary()
         self._raw_ids = list(trained_model.catalogue.raw_ids)
         self._row_of = {raw: row for row, raw in enumerate(self._raw_ids) if row >= FIRST_INDEX}
 
@@ -191,6 +213,11 @@ class Recommender:
                 raise RequestError(
                     f"record {place}: expected `times`, which {self.version} reads: a number of seconds since 1970 "
                     "(UTC) for each of `items`, found none; give when each item's event was"
+                )
+            if request.only and request.allowed is None:
+                raise RequestError(
+                    f"record {place}: expected no `only`, since this server knows no categories of items, found "
+                    f"{str(list(request.only))[:100]}; ask a server that has `shelf.items`"
                 )
             if request.form != self.reads:
                 raise RequestError(
@@ -277,7 +304,7 @@ class Recommender:
         whole = dataclasses.replace(whole, request_times=requested)
         histories = whole.keep(given != UNK)
         is_answered = answered(self.trained_model.model, histories)
-        best_rows, best = self._shortlist.best(histories, k)
+        best_rows, best = self._shortlist.best(histories, k, self._within(requests))
         counts = torch.isfinite(best).sum(1).tolist()
         lists = zip(read, rows, best_rows.tolist(), best.tolist(), counts, is_answered.tolist(), strict=True)
         return [
@@ -290,6 +317,17 @@ class Recommender:
             )
             for items, history, best_of_one, scores, count, by_model in lists
         ]
+
+    def _within(self, requests: Sequence[Request]) -> Within | None:
+        """What the requests say of their answers; None where none says anything."""
+        if not any(request.exclude or request.only or request.allowed is not None for request in requests):
+            return None
+        return within(requests, self._row_of, self._flags)
+
+    def _flags(self, allowed: AllowedItems) -> Tensor:
+        if allowed not in self._allowed:
+            self._allowed[allowed] = allowed.flags(self.trained_model.catalogue)
+        return self._allowed[allowed]
 
     def _event_types(self, requests: Sequence[Request]) -> Int8Array:
         """Places among the names that the model tells apart, 0 for others; empty where it reads none."""
@@ -346,7 +384,8 @@ def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
 def _parse(record: Mapping[str, Any], place: int) -> Request:
     if unknown := [name for name in record if name not in FIELDS]:
         raise RequestError(f"record {place}: {_FIELDS}, found {str(unknown[0])[:100]!r}; leave it out")
-    items, user, kinds, baskets, features, friends, times, requested = (_plain(record.get(name)) for name in FIELDS)
+    given = [_plain(record.get(name)) for name in FIELDS]
+    items, user, kinds, baskets, features, friends, times, requested, exclude, only = given
     if baskets is not None:
         if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
             raise RequestError(
@@ -371,11 +410,26 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
         raise RequestError(
             f"record {place}: `friends` is a list of raw user ids (strings), found {str(friends)[:100]!r}"
         )
+    if exclude is not None and not _is_ids(exclude):
+        raise RequestError(
+            f"record {place}: `exclude` is a list of raw item ids (strings), found {str(exclude)[:100]!r}"
+        )
+    if only is not None and not _is_texts(only):
+        raise RequestError(f"record {place}: `only` is a list of categories (strings), found {str(only)[:100]!r}")
     user = None if user is None else _ids([user], place, "user")[0]
     _check_times(times, requested, len(items), place)
-    given = tuple(_ids(friends or [], place, "friends"))
-    vectors = _vectors(features, place)
-    return Request(_ids(items, place, "items"), user, kinds, baskets, vectors, given, times, requested)
+    return Request(
+        _ids(items, place, "items"),
+        user,
+        kinds,
+        baskets,
+        _vectors(features, place),
+        tuple(_ids(friends or [], place, "friends")),
+        times,
+        requested,
+        tuple(_ids(exclude or [], place, "exclude")),
+        tuple(only or ()),
+    )
 
 
 def _check_times(times: Any, requested: Any, num_items: int, place: int) -> None:

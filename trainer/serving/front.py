@@ -18,6 +18,7 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ from trainer.serving import metrics as measured
 from trainer.serving.batching import Batcher, Overloaded
 from trainer.serving.following import Followed
 from trainer.serving.metrics import Metrics
+from trainer.serving.shelf import Shelf
 
 RETRY_SECONDS = 1
 REQUEST_ID = "x-request-id"
@@ -52,10 +54,15 @@ class Front:
     """What the routes share: the followed model, the batches, and whether requests are still wanted."""
 
     def __init__(
-        self, followed: Followed, limits: ServingLimitsConfig, metrics: Metrics, say: Callable[[str], None]
+        self,
+        followed: Followed,
+        shelf: Shelf,
+        limits: ServingLimitsConfig,
+        metrics: Metrics,
+        say: Callable[[str], None],
     ) -> None:
         self.limits, self.metrics, self.draining = limits, metrics, False
-        self._followed, self._say = followed, say
+        self._followed, self._shelf, self._say = followed, shelf, say
         self._batcher = Batcher(lambda: followed.current.served, limits, metrics)
 
     def app(self) -> FastAPI:
@@ -73,8 +80,10 @@ class Front:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         self._followed.start()
+        self._shelf.start()
         yield
         self._followed.stop()
+        self._shelf.stop()
         await asyncio.to_thread(self._batcher.stop)
 
     async def health(self, request: Request) -> Response:
@@ -117,7 +126,8 @@ class Front:
             raise RequestError(
                 f"expected at most {self.limits.records} records, found {len(records)}; send several requests"
             )
-        answers = await self._batcher.answer(parse(records), k, domain)
+        requests = [replace(one, allowed=self._shelf.allowed(one.only)) for one in parse(records)]
+        answers = await self._batcher.answer(requests, k, domain)
         for answer in answers:
             self.metrics.answers.labels(answer.version, answer.basis).inc()
         return [vars(answer) for answer in answers]

@@ -32,8 +32,11 @@ class Metrics:
         self.version = Gauge("graftrec_model_info", "1 for the version that answers", ["version"], registry=mine)
         self.changes = Counter("graftrec_version_changes", "Times that another version took over", registry=mine)
         self.failures = Counter(
-            "graftrec_follow_failures", "Looks at the registry, or loads of a version, that failed", registry=mine
+            "graftrec_follow_failures",
+            "Looks at registry or shelf, or loads of a version, that failed",
+            registry=mine,
         )
+        self.stock = Gauge("graftrec_stock_items", "Items in stock, as last read", registry=mine)
         self.followed = Gauge(
             "graftrec_followed_timestamp_seconds", "When the registry last answered, since 1970", registry=mine
         )

@@ -19,6 +19,7 @@ from trainer.parallel.cores import use_threads
 from trainer.serving.following import Followed
 from trainer.serving.front import Front
 from trainer.serving.metrics import Metrics
+from trainer.serving.shelf import Shelf
 
 CONNECTIONS_WAITING = 2048  # of the listening socket
 
@@ -38,11 +39,12 @@ def made(config: ServeConfig) -> "Server":
         followed = Followed(
             config.registered_model, config.model, seconds=config.follow_seconds, metrics=metrics, say=say
         )
+        shelf = Shelf(config.shelf, metrics, say)
     except BaseException:
         listener.close()
         raise
     listener.listen(CONNECTIONS_WAITING)
-    front = Front(followed, config.limits, metrics, say)
+    front = Front(followed, shelf, config.limits, metrics, say)
     settings = uvicorn.Config(
         front.app(),
         log_config=None,

@@ -122,6 +122,7 @@ def pack(
                 ColSpec(Array(texts), "baskets", required=False),
                 ColSpec(Array(vector), "features", required=False),
                 ColSpec(texts, "friends", required=False),
+                ColSpec(texts, "exclude", required=False),
                 ColSpec(AnyType(), "times", required=False),  # numbers: of a list of doubles 978300760 would be none
                 ColSpec(AnyType(), "time", required=False),
             ]
