@@ -9,11 +9,12 @@ PORT ?= 5000
 
 VENV := .venv
 BIN := $(VENV)/bin
+NEWEST := .venv-newest
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constraint constraints.txt $(PIP_OPTIONS)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-w128 both-w128-causal \
-	leave-one-out leave-one-out-b4 protocols models features page test test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
+	leave-one-out leave-one-out-b4 capacity protocols models features page test test-newest test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
 	bench-growth bench-demo bench-planted bench-serving check format clean clean-all
 
 help:  ## this list
@@ -27,16 +28,16 @@ setup: $(BIN)/.dev  ## make .venv with everything, the development tools too
 	@echo "Ready: . $(BIN)/activate"
 
 demo: $(BIN)/.installed  ## the whole path on a generated log, some minutes
-	@$(BIN)/python mlflow_projects/pipeline.py --config pipeline/demo $(ARGS)
+	@$(BIN)/python -m graftrec pipeline --config pipeline/demo $(ARGS)
 
 ml1m: $(BIN)/.installed  ## the same on MovieLens-1M: make ml1m DATA=folder/of/ratings.dat
 	@test -n "$(DATA)" || { echo "make ml1m: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
 		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
-	@$(BIN)/python mlflow_projects/pipeline.py --config pipeline/ml1m --data "$(DATA)" $(ARGS)
+	@$(BIN)/python -m graftrec pipeline --config pipeline/ml1m --data "$(DATA)" $(ARGS)
 
 pipeline: $(BIN)/.installed  ## the same on your own log: make pipeline CONFIG=pipeline/yours
 	@test -n "$(CONFIG)" || { echo "make pipeline: expected CONFIG=pipeline/<name under conf/pipeline>, found none"; exit 2; }
-	@$(BIN)/python mlflow_projects/pipeline.py --config "$(CONFIG)" $(ARGS)
+	@$(BIN)/python -m graftrec pipeline --config "$(CONFIG)" $(ARGS)
 
 PRESET ?= cpu
 
@@ -47,20 +48,21 @@ both-w128:  ## wider, with smoothed labels: make both-w128 DATA=…
 both-w128-causal:  ## and nothing later than what is asked: make both-w128-causal DATA=…
 leave-one-out:  ## MovieLens-1M as others report it, leave-one-out: make leave-one-out DATA=…
 leave-one-out-b4:  ## the same with four blocks: make leave-one-out-b4 DATA=…
+capacity:  ## whether deeper networks carry more from domain to domain: make capacity DATA=…
 
-table2 both both-causal both-w128 both-w128-causal leave-one-out leave-one-out-b4: $(BIN)/.installed
+table2 both both-causal both-w128 both-w128-causal leave-one-out leave-one-out-b4 capacity: $(BIN)/.installed
 	@test -n "$(DATA)" || { echo "make $@: expected DATA=<folder with ratings.dat, movies.dat, users.dat>, found none;" \
 		"get MovieLens-1M from https://grouplens.org/datasets/movielens/1m/"; exit 2; }
-	@$(BIN)/python mlflow_projects/experiment.py --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)
+	@$(BIN)/python -m graftrec experiment --experiment $(subst -,_,$@) --preset $(PRESET) --data "$(DATA)" $(ARGS)
 
 protocols: $(BIN)/.installed  ## one recipe under each protocol card, on a generated log, or with DATA=… on MovieLens-1M; then hours
-	@$(BIN)/python mlflow_projects/protocols.py --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
+	@$(BIN)/python -m graftrec protocols --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
 
 models: $(BIN)/.installed  ## each model by each transfer, on a generated log, or with DATA=… on MovieLens-1M; hours
-	@$(BIN)/python mlflow_projects/experiment.py --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)
+	@$(BIN)/python -m graftrec experiment --experiment models $(if $(DATA),--data "$(DATA)",--preset demo) $(ARGS)
 
 features: $(BIN)/.installed  ## whether features help, in three arms, on a generated log, or with DATA=… on MovieLens-1M
-	@$(BIN)/python mlflow_projects/features.py --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
+	@$(BIN)/python -m graftrec arms --experiment $(if $(DATA),ml1m --data "$(DATA)",demo) $(ARGS)
 
 page: $(BIN)/.installed  ## the MLflow page on http://127.0.0.1:5000 (PORT=…)
 	@echo "Open http://127.0.0.1:$(PORT)/#/experiments?workflowType=machine_learning"
@@ -68,6 +70,15 @@ page: $(BIN)/.installed  ## the MLflow page on http://127.0.0.1:5000 (PORT=…)
 
 test: $(BIN)/.dev  ## the default tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-newest:  ## the default tests with the newest versions that pyproject.toml allows, in an environment of their own
+	@test -n "$(PYTHON)" || { echo "graftrec needs Python 3.11 or newer, found none on the PATH"; exit 2; }
+	@rm -rf $(NEWEST) && "$(PYTHON)" -m venv $(NEWEST)
+	@echo "Installing the newest versions (some minutes)"
+	@$(NEWEST)/bin/python -m pip install --disable-pip-version-check -qq $(PIP_OPTIONS) --editable '.[dev]'
+	@echo "Other versions than in constraints.txt:"
+	@$(NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vixFf constraints.txt || true
+	@$(NEWEST)/bin/python -m pytest $(ARGS)
 
 test-slow: $(BIN)/.dev  ## the slow tests
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
@@ -115,8 +126,8 @@ clean:  ## remove what runs left: tables, runs, the MLflow store, caches
 	@rm -rf lake lakes lake-* mlflow-unsent runs mlruns mlartifacts mlflow.db* spark-warehouse metastore_db derby.log \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis .chaos build dist *.egg-info
 
-clean-all: clean  ## and the virtual environment
-	@rm -rf $(VENV)
+clean-all: clean  ## and the virtual environments
+	@rm -rf $(VENV) $(NEWEST)
 
 # --- installation: done once, and again when pyproject.toml or constraints.txt change ------------------------------------
 

@@ -9,6 +9,7 @@ from etl import stopping
 if __name__ == "__main__":
     stopping.begin()
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,14 +32,17 @@ JOBS = (
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m etl") -> int:
+    """Run the command; returns its exit code. Without a command before the settings it is `all`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0].partition("=")[0] == "--config":
+        given = ["all", *given]
     jobs = ", ".join(table.name for table in JOBS)
     parser = CommandParser(
-        "python -m etl",
+        program,
         description=(
             "Raw logs to Delta tables. Commands:\n"
-            "  all     every table that is out of date, then a release of them\n"
+            "  all     every table that is out of date, then a release of them; the default\n"
             "  report  what the newest release holds; --lake FOLDER is enough\n"
             "  guess   print a configuration for the log in a folder: guess FOLDER > my.yaml\n"
             "  migrate  an older lake to this version's tables, in place; --lake FOLDER is enough\n"
@@ -50,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", help="of guess: where the log is")
     parser.add_argument("--config", help="a name under conf/, e.g. etl/demo, or a YAML file")
     parser.add_argument("--page", help="of report: write it into this HTML file too")
-    known, overrides = parser.parse_known_args(arguments)
+    known, overrides = parser.parse_known_args(given)
 
     def work() -> int:
         if known.command == "guess":

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn,
 from pydantic.fields import FieldInfo
 
 from etl.redaction import one_line, redact, redacted_output, unread_is_fine
-from etl.settings import GraftrecError, Section, conf_root, sections_of
+from etl.settings import GraftrecError, Section, conf_roots, sections_of
 from etl.stopping import STOPPED, interruptible, is_stopped
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 NAME_WIDTH = 34
+WORDS = "--words"  # prints what can follow a command, for a shell's completion
 HELP_WIDTH = 100
 
 
@@ -47,6 +48,8 @@ class CommandParser(argparse.ArgumentParser):
         self.settings = settings
         self.add_argument("--version", action="version", version=f"graftrec {version()}")
 
+        self.add_argument(WORDS, action=_Words, nargs=0, help=argparse.SUPPRESS)
+
     def format_help(self) -> str:
         return super().format_help() + (f"\n{settings_help(self.settings)}" if self.settings else "")
 
@@ -58,6 +61,18 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {redact(message)}; {self.prog} --help lists commands and settings", file=sys.stderr)
         sys.exit(2)
+
+
+class _Words(argparse.Action):
+    """Prints a line for each option and setting that can follow the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        assert isinstance(parser, CommandParser)
+        names = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+        if parser.settings is not None:
+            names += re.findall(r"^  (--[\w.]+)(?=\s|$)", settings_help(parser.settings), re.MULTILINE)
+        print("\n".join(name for name in dict.fromkeys(names) if name != WORDS))
+        parser.exit()
 
 
 _FILE_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -90,6 +105,13 @@ def _run_command(name: str, work: Callable[[], int]) -> int:
         code = GraftrecError.exit_code
     except KeyboardInterrupt:
         message, code = stopped, STOPPED
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "etl", "trainer", "graftrec"):
+            traceback.print_exc()
+            return 1
+        message = f"expected the Python package {package}, found none; `graftrec doctor` says what to install"
+        code = GraftrecError.exit_code
     except Exception as error:
         if not is_full(error) and not is_stopped():
             traceback.print_exc()
@@ -122,8 +144,10 @@ def version() -> str:
 
 def configurations(*folders: str) -> str:
     """The names that --config accepts from folders of conf/, as one paragraph."""
-    names = [f"{folder}/{path.stem}" for folder in folders for path in sorted((conf_root() / folder).glob("*.yaml"))]
-    return f"configurations under {conf_root()}/: {', '.join(names) or 'none'}"
+    roots = conf_roots()
+    found = {f"{folder}/{path.stem}" for root in roots for folder in folders for path in (root / folder).glob("*.yaml")}
+    where = ", ".join(f"{root}/" for root in roots)
+    return f"configurations under {where}: {', '.join(sorted(found)) or 'none'}"
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -7,10 +7,14 @@ from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
+from etl import program
 from etl.file_config import EdgesFileConfig, EventsFileConfig, FileConfig, ItemsFileConfig, UsersFileConfig
 from etl.redaction import remember
-from etl.settings import ConfigError, FileName, Place, Section, named, overridden, setting_words
+from etl.settings import MAX_SECONDS, ConfigError, FileName, Place, Section, named, overridden, setting_words
 from etl.settings import GraftrecError as GraftrecError  # versions of 0.1 import it from here: goes with 0.2
+
+# Cores, and how often a task may fail. A local number of 0 is none.
+_MASTER = r"^(local(\[(\*|[1-9][0-9]{0,3})(, *[1-9][0-9]{0,3})?\])?|yarn|(spark|k8s|sc|mesos|local-cluster).*)$"
 
 
 class SparkConfig(Section):
@@ -21,9 +25,10 @@ class SparkConfig(Section):
     """
 
     engine: Literal["auto", "spark", "connect", "sail"] = "auto"
-    master: str = "local[*]"
-    driver_memory: str = "1g"
-    shuffle_partitions: int = Field(4, ge=1)
+    # local, local[n], local[*], yarn, or a URL: spark://…, k8s://…, sc://… of Connect
+    master: str = Field("local[*]", pattern=_MASTER)
+    driver_memory: str = Field("1g", pattern="^ *[1-9][0-9]{0,11}([kKmMgGtT]?[bB]?)? *$")  # e.g. 512m, 4g
+    shuffle_partitions: int = Field(4, ge=1, le=1_000_000)
     # Any further spark.* setting; of Sail's own, sail.*. What is secret by name (password, token…) is shown nowhere.
     settings: dict[str, str] = Field(default_factory=dict)
 
@@ -52,24 +57,27 @@ class MovielensSource(Section):
     root: Place
 
 
+MAX_TASTES = 500_000_000  # of a generated catalogue: some GB of each worker
+
+
 class GeneratorSource(Section):
     """A synthetic two-domain log of any size, reproducible from `seed` whatever the number of partitions."""
 
     kind: Literal["generator"] = "generator"
-    users: int = Field(1_000, ge=10)
-    items: int = Field(600, ge=20)
+    users: int = Field(1_000, ge=10, le=1_000_000_000)
+    items: int = Field(600, ge=20, le=10_000_000)
     target_share: float = Field(0.3, gt=0, lt=1)  # of items, in the domain `target`
-    mean_events: float = Field(60, gt=1)  # per user, both domains together
+    mean_events: float = Field(60, gt=1, le=1_000_000)  # per user, both domains together
     target_event_share: float = Field(0.25, gt=0, lt=1)
-    tastes: int = Field(12, ge=1)  # latent dimensions
-    taste_strength: float = Field(3.0, ge=0)  # how far taste outweighs popularity
+    tastes: int = Field(12, ge=1, le=1_000)  # latent dimensions
+    taste_strength: float = Field(3.0, ge=0, le=1_000)  # how far taste outweighs popularity
     drift: float = Field(0.5, ge=0, le=1)  # share of a user's taste that changes between the first and the last event
-    popularity_exponent: float = Field(0.9, ge=0)  # Zipf
-    people: int = Field(120, ge=4)  # directors and actors
+    popularity_exponent: float = Field(0.9, ge=0, le=100)  # Zipf
+    people: int = Field(120, ge=4, le=10_000_000)  # directors and actors
     share_tastes: bool = True  # False: a user's taste and step, and a person's, differ from domain to domain
-    friends: float = Field(4, ge=0)  # mean number per user
-    topics: int = Field(12, ge=1)  # genres
-    session_events: float = Field(3, ge=1)  # mean, in one domain
+    friends: float = Field(4, ge=0, le=100_000)  # mean number per user
+    topics: int = Field(12, ge=1, le=10_000)  # genres
+    session_events: float = Field(3, ge=1, le=1_000_000)  # mean, in one domain
     topical: float = Field(0.85, ge=0, le=1)  # share of events on the topic of their session
     rhythm: float = Field(0.95, ge=0, le=1)  # share of sessions whose topic is the user's step from the last one's
     series_share: float = Field(0.2, ge=0, le=1)  # of items, parts of series: each is taken after the one before
@@ -80,11 +88,21 @@ class GeneratorSource(Section):
     # communities and near friends. 0: a noise twin, with the same events, in which features say nothing of tastes.
     feature_strength: float = Field(1.0, ge=0, le=1)
     # A log with a calendar, to be split by time: where one of the next four is set, dates decide what is taken.
-    returns: float = Field(0.0, ge=0)  # mean number of breaks of a month and more in a user's 200 days
+    returns: float = Field(0.0, ge=0, le=10_000)  # mean number of breaks of a month and more in a user's 200 days
     new_items: float = Field(0.0, ge=0, lt=1)  # share of items that come out after the log's beginning
-    trends: float = Field(0.0, ge=0)  # how far items' popularity rises and falls within a year
+    trends: float = Field(0.0, ge=0, le=1_000)  # how far items' popularity rises and falls within a year
     season: float = Field(0.0, ge=0, le=1)  # how far evenings, weekends and winters are busier
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _catalogue_fits_workers(self) -> Self:
+        numbers = (self.items + self.people + self.topics) * self.tastes
+        if numbers > MAX_TASTES:
+            raise ValueError(
+                f"tastes: expected at most {MAX_TASTES:,} numbers of items, people and topics, which each worker "
+                f"keeps, found {numbers:,}; lower tastes, items or people"
+            )
+        return self
 
     @property
     def has_calendar(self) -> bool:
@@ -100,7 +118,7 @@ class CleaningConfig(Section):
     min_time: str = "1970-01-01"  # an event before it is impossible
     max_time: str | None = None  # None: a day after now
     # An event is a stray where this many years without any lie between it and the most events; None: none is.
-    max_gap_years: float | None = Field(10, gt=0)
+    max_gap_years: float | None = Field(10, gt=0, le=1_000_000)
 
 
 class KCoreConfig(Section):
@@ -219,7 +237,7 @@ class SplitConfig(Section):
     # counts above, e.g. [0.1, 0.1]. What is trained on may then be later than what is held out.
     random: tuple[float, float] | None = None
     # Users in so many folds, by a hash of the raw id: of those in `fold` the whole history is the test part.
-    user_folds: int | None = Field(None, ge=2)
+    user_folds: int | None = Field(None, ge=2, le=10_000)
     fold: int = Field(0, ge=0)
 
     @property
@@ -249,7 +267,9 @@ class SequencesConfig(Section):
 class BasketsConfig(Section):
     """What was taken together: the log's own column `basket`, or whatever a user did with no longer pause between."""
 
-    gap_minutes: float | None = Field(None, gt=0)  # a longer one begins a new basket; None: the log's column
+    gap_minutes: float | None = Field(
+        None, gt=0, le=1_000_000_000
+    )  # a longer one begins a new basket; None: the log's column
 
 
 class NegativesConfig(Section):
@@ -271,8 +291,10 @@ class EtlConfig(Section):
     baskets: BasketsConfig = BasketsConfig()
     negatives: NegativesConfig = NegativesConfig()
     spark: SparkConfig = SparkConfig()
-    buckets: int = Field(4, ge=1)  # of users; fixed when the lake is made
-    wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
+    buckets: int = Field(4, ge=1, le=100_000)  # of users; fixed when the lake is made
+    wait_seconds: float = Field(
+        120, ge=0, le=MAX_SECONDS
+    )  # for another process that writes to the lake; then exit code 5
 
 
 def check_root(source: SourceConfig, setting: str = "source.root") -> None:
@@ -291,7 +313,7 @@ def etl_command(lake: str, job: str = "all") -> str:
     """The command that writes a lake's tables, for hints in messages. It names the configuration in use, with the
     settings of the command line, since others would write another log into the lake."""
     given = [word for name, value in _etl_settings() if name != "lake" for word in setting_words(name, value)]
-    words = ["python", "-m", "etl", job, "--config", named(EtlConfig, "etl/YOURS"), *given, "--lake", lake]
+    words = [*program.words("etl", job), "--config", named(EtlConfig, "etl/YOURS"), *given, "--lake", lake]
     return f"`{shlex.join(words)}`"
 
 

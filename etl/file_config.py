@@ -94,7 +94,9 @@ class FileConfig(Section):
     decimal: Literal[".", ","] = "."  # of numbers that are text
     encoding: str = "utf-8"
     skip_rows: int = Field(0, ge=0)  # lines before the header or the first row
-    fields: int | None = Field(None, ge=1)  # of a line; the last one holds the rest of it, separators and all
+    fields: int | None = Field(
+        None, ge=1, le=100_000
+    )  # of a line; the last one holds the rest of it, separators and all
     multiline: bool = False  # quoted cells may hold line ends: a file is then read by one task
     member: str | None = None  # file inside a zip archive, a name or a glob; None: the only one
     # A cell with one of these texts, spaces around it aside, holds nothing; NaN also stands for a number that is none.
@@ -123,7 +125,7 @@ class EventsFileConfig(FileConfig, FilterConfig):
     explode: tuple[ExplodeConfig, ...] = ()  # columns whose cells hold several values; each entry gives rows
     # A matrix: each column from this position on, unless `columns` names it, is an item, called as in the header (else
     # by its position), and each cell that holds something is an event and its value.
-    matrix_from: int | None = Field(None, ge=0)
+    matrix_from: int | None = Field(None, ge=0, le=1_000_000)
     weights: dict[str, float] = Field(default_factory=dict)  # event type -> value of its events
 
     @property

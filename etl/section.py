@@ -4,9 +4,9 @@ import hashlib
 import json
 import types
 import typing
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from etl.redaction import has_credentials
 
@@ -30,14 +30,48 @@ class ConfigError(GraftrecError):
     """A configuration that can't be composed or validated."""
 
 
+MAX_SECONDS = 1_000_000_000  # that anything may be waited for: more than clocks and locks take
+# Of settings that say no other bound. A setting that decides how much memory or time is taken has one of its own.
+MAX_NUMBER, MAX_TEXT, MAX_VALUES = 2**63 - 1, 100_000, 100_000
+_ANY_TEXT = ("separator", "categories_separator", "quote", "escape", "null_values")  # characters of files
+
+
 class Section(BaseModel):
-    """Base of every configuration section: frozen, unknown keys refused, and so are numbers that are not finite."""
+    """Base of every configuration section: frozen, unknown keys refused, and so are numbers that are not finite or that
+    no library takes, texts that no path can have, and lists without end."""
 
     LATER: ClassVar[tuple[str, ...]] = ()  # settings newer than some hashes, which leave them out at their defaults
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, hide_input_in_errors=True
     )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _values_are_usable(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if isinstance(given, dict):  # before validators of the class compute with them
+            for name, field in cls.model_fields.items():
+                if name in given and not sections_of(field.annotation) and not entries_of(field.annotation):
+                    _check_usable(name, given[name], any_text=name in _ANY_TEXT)
+        return handler(given)
+
+
+def _check_usable(name: str, value: Any, *, any_text: bool = False) -> None:
+    """Raises ValueError for a plain value, or one within a list or dict, that libraries choke on."""
+    if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            raise ValueError(f"{name}: expected at most {MAX_TEXT:,} characters, found {len(value):,}; shorten it")
+        if ("\0" in value and not any_text) or any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{name}: expected text that a file or path can hold, found {value[:40]!r}; mend it")
+    elif isinstance(value, int):
+        if not -MAX_NUMBER - 1 <= value <= MAX_NUMBER:
+            raise ValueError(f"{name}: expected a number of 64 bits, found one of {value.bit_length():,}; mend it")
+    elif isinstance(value, list | tuple | dict):
+        if len(value) > MAX_VALUES:
+            raise ValueError(f"{name}: expected at most {MAX_VALUES:,} values, found {len(value):,}; shorten it")
+        for one in [*value, *value.values()] if isinstance(value, dict) else value:
+            if not isinstance(one, dict):  # a section of its own, as a rule
+                _check_usable(name, one, any_text=any_text)
 
 
 def without_credentials(place: str) -> str:
@@ -50,6 +84,7 @@ def without_credentials(place: str) -> str:
     return place
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # of random numbers: what every library takes
 Place = Annotated[str, AfterValidator(without_credentials)]  # a local path, or a URI, which is shown and kept in files
 
 

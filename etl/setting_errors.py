@@ -19,13 +19,22 @@ _EXPECTED = {
 }
 
 
+MAX_SHOWN = 200  # characters of a value
+MAX_MISTAKES = 20
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
 def explained(kind: type[Section], error: pydantic.ValidationError) -> str:
     """Each mistake of a configuration: where it is, what was expected, what was found, what to do."""
     parts = []
     for problem in error.errors():
         section, steps = _locate(kind, problem["loc"])
         where, context = ".".join(steps) or "(top)", problem.get("ctx", {})
-        found = "" if isinstance(problem.get("input"), Mapping) else f", found {problem.get('input')!r}"
+        found = "" if isinstance(problem.get("input"), Mapping) else f", found {_shown(problem.get('input'))}"
         if is_secret(where):
             found = ""
         match problem["type"]:
@@ -41,14 +50,18 @@ def explained(kind: type[Section], error: pydantic.ValidationError) -> str:
             case "literal_error":
                 parts.append(f"{where}: expected {context['expected']}{found}")
             case "union_tag_invalid":
-                parts.append(f"{where}.kind: expected one of {context['expected_tags']}, found {context['tag']!r}")
+                parts.append(
+                    f"{where}.kind: expected one of {context['expected_tags']}, found {_shown(context['tag'])}"
+                )
             case "union_tag_not_found":
                 parts.append(f"{where}: expected a section with a kind{found or ', found none'}")
             case other if (name := other.partition("_")[0]) in _EXPECTED and not other.startswith("string_pattern"):
                 parts.append(f"{where}: expected {_EXPECTED[name]}{found}")
             case _:
                 parts.append(f"{where}: {problem['msg'].replace('Input should be', 'expected')}{found}")
-    return "; ".join(dict.fromkeys(parts))
+    mistakes = list(dict.fromkeys(parts))
+    more = f"; and {len(mistakes) - MAX_MISTAKES} others" if len(mistakes) > MAX_MISTAKES else ""
+    return " ".join(f"{'; '.join(mistakes[:MAX_MISTAKES])}{more}".split())
 
 
 def _locate(kind: type[Section], location: Sequence[str | int]) -> tuple[type[Section] | None, list[str]]:
@@ -64,7 +77,7 @@ def _locate(kind: type[Section], location: Sequence[str | int]) -> tuple[type[Se
         if tagged := [one for one in chosen if "kind" in one.model_fields and one.model_fields["kind"].default == step]:
             section, chosen = tagged[0], []
             continue
-        steps.append(str(step))
+        steps.append(str(step)[:MAX_SHOWN])
         holder = section
         field = section.model_fields.get(str(step)) if section else None
         kinds = sections_of(field.annotation) if field else []

@@ -1,5 +1,9 @@
 """The loader that composes YAML into frozen pydantic models. What they are made of (`etl.section`) is imported from
-here."""
+here.
+
+A name such as ``etl/demo`` is looked up in the user's own folder first (`conf_roots`), then among the configurations
+that come with graftrec: an own folder needs only what differs.
+"""
 
 import difflib
 import json
@@ -13,6 +17,7 @@ import yaml
 
 from etl.redaction import one_line, remember
 from etl.section import (
+    MAX_SECONDS,
     ConfigError,
     FileName,
     GraftrecError,
@@ -20,6 +25,7 @@ from etl.section import (
     RunAgain,
     Section,
     SectionT,
+    Seed,
     config_hash,
     entries_of,
     is_union,
@@ -30,14 +36,18 @@ from etl.section import (
 from etl.setting_errors import explained
 
 __all__ = [
+    "MAX_SECONDS",
     "ConfigError",
     "FileName",
     "GraftrecError",
     "Place",
     "RunAgain",
     "Section",
-    "conf_root",
+    "SectionT",
+    "Seed",
+    "conf_roots",
     "config_hash",
+    "explained",
     "load",
     "name_of_a_file",
     "named",
@@ -49,16 +59,19 @@ __all__ = [
     "without_credentials",
 ]
 
-CONF_VARIABLE = "GRAFTREC_CONF"  # another folder to take YAML from
+CONF_VARIABLE = "GRAFTREC_CONF"  # names the own folder of YAML files; without it, that is ./conf
+_PACKAGES = Path(__file__).resolve().parent.parent
 
 
-def conf_root() -> Path:
-    """The folder of YAML files: $GRAFTREC_CONF, else ./conf, else the one of this checkout."""
-    if named := os.environ.get(CONF_VARIABLE):
-        return Path(named)
-    if Path("conf").is_dir():
-        return Path("conf")
-    return Path(__file__).parent.parent / "conf"
+def conf_roots() -> tuple[Path, ...]:
+    """Folders of YAML files in the order in which names are looked up: $GRAFTREC_CONF, else ./conf if it exists; then
+    the one that comes with graftrec."""
+    named = os.environ.get(CONF_VARIABLE)
+    own = [Path(named or "conf")] if named or Path("conf").is_dir() else []
+    shipped = _PACKAGES / "graftrec" / "conf"  # in the wheel
+    if not shipped.is_dir():
+        shipped = _PACKAGES / "conf"  # in a checkout
+    return (*own, *(root for root in [shipped] if not any(root.resolve() == one.resolve() for one in own)))
 
 
 def load(kind: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) -> SectionT:
@@ -174,25 +187,31 @@ def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def _resolve(path: str | Path) -> Path:
+def _resolve(path: str | Path, but: Path | None = None) -> Path:
+    """The file that a path or a name under the conf folders means; `but` only if there is no other."""
+    roots = conf_roots()
+    if CONF_VARIABLE in os.environ and not roots[0].is_dir():
+        raise ConfigError(f"{CONF_VARIABLE}: expected a folder of YAML files, found none at {roots[0]}; mend it")
     # os.path.isfile, unlike Path.is_file, also says no to a name that is too long.
-    for candidate in (Path(path), conf_root() / f"{path}.yaml", conf_root() / path):
-        if os.path.isfile(candidate):
-            return candidate
+    candidates = (Path(path), *(root / f"{path}{suffix}" for root in roots for suffix in (".yaml", "")))
+    found = [candidate for candidate in candidates if os.path.isfile(candidate)]
+    if found:
+        return next((file for file in found if but is None or not os.path.samefile(file, but)), found[0])
     if os.path.isdir(path):
         raise ConfigError(f"no configuration {path}: expected a YAML file, found a folder; name a file in it")
-    folder = (conf_root() / path).parent
-    known = sorted(file.stem for file in folder.glob("*.yaml")) if folder != conf_root() else []
-    if not known:
-        known = sorted(
-            file.relative_to(conf_root()).with_suffix("").as_posix() for file in conf_root().glob("*/*.yaml")
-        )
-        name = Path(path).name
-        near = [one for one in known if Path(one).name == name] or difflib.get_close_matches(str(path), known, 5)
-        folders = ", ".join(dict.fromkeys(Path(one).parent.name for one in known))
-        mean = f"did you mean {', '.join(near)}?" if near else f"the folders are {folders or 'none'}"
-        raise ConfigError(f"no configuration {path}: expected a YAML file, or a name under {conf_root()}/; {mean}")
-    raise ConfigError(f"no configuration {path}: expected a YAML file, or one of {folder}/: {', '.join(known)}")
+    where = ", ".join(f"{root}/" for root in roots)
+    folders = [folder for root in roots if (folder := (root / path).parent) != root]
+    if known := sorted({file.stem for folder in folders for file in folder.glob("*.yaml")}):
+        where = ", ".join(dict.fromkeys(f"{folder}/" for folder in folders))
+        raise ConfigError(f"no configuration {path}: expected a YAML file, or one of {where}: {', '.join(known)}")
+    known = sorted(
+        {file.relative_to(root).with_suffix("").as_posix() for root in roots for file in root.glob("*/*.yaml")}
+    )
+    near = [one for one in known if Path(one).name == Path(path).name]
+    near = near or difflib.get_close_matches(str(path), known, 5)
+    sections = ", ".join(dict.fromkeys(Path(one).parent.name for one in known))
+    mean = f"did you mean {', '.join(near)}?" if near else f"the folders are {sections or 'none'}"
+    raise ConfigError(f"no configuration {path}: expected a YAML file, or a name under {where}; {mean}")
 
 
 def _named(section: str, name: str) -> Path:
@@ -200,12 +219,16 @@ def _named(section: str, name: str) -> Path:
     return Path(name) if name.endswith(".yaml") and os.path.isfile(name) else _resolve(Path(section) / name)
 
 
-def _base_of(folder: Path, name: object) -> Path:
-    """The file that `base` means: one in that folder, or a folder and a name under the conf folder."""
+def _base_of(folder: Path, name: object, but: Path | None = None) -> Path:
+    """The file that `base` means: one in that folder, which may be a section's name, or a folder and a name under the
+    conf folders; another than `but`, the file that inherits it, if there is one."""
     if not isinstance(name, str):
         raise ConfigError(f"base: expected the name of a file, found {name!r}; mend it")
-    beside = folder / f"{name}.yaml"
-    return _resolve(name if "/" in name and not os.path.isfile(beside) else beside)
+    roots = conf_roots()
+    section = Path(folder.name) if folder.parent in roots else folder
+    places = [folder / f"{name}.yaml", *(root / section / f"{name}.yaml" for root in roots)]
+    found = [place for place in places if os.path.isfile(place) and not (but and os.path.samefile(place, but))]
+    return found[0] if found else _resolve(name if "/" in name else section / name, but)
 
 
 def _read(path: Path, other_base: object = None, inherited_by: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -223,7 +246,7 @@ def _read(path: Path, other_base: object = None, inherited_by: tuple[Path, ...] 
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
     base = raw.pop("base", None)
     if base := other_base or base:
-        raw = _merge(_read(_base_of(path.parent, base), None, (*inherited_by, path.resolve())), raw)
+        raw = _merge(_read(_base_of(path.parent, base, path), None, (*inherited_by, path.resolve())), raw)
     return raw
 
 
@@ -233,7 +256,7 @@ def _opened(section: str, value: Any, other_base: object = None) -> Any:
         return _read(_named(section, value), other_base)
     if isinstance(value, dict) and (base := other_base or value.get("base")):
         above = {key: one for key, one in value.items() if key != "base"}
-        return _merge(_read(_base_of(conf_root() / section, base)), above)
+        return _merge(_read(_base_of(Path(section), base)), above)
     return value
 
 

@@ -31,6 +31,7 @@ ROOMS = (
     "etl.plain_path",
     "etl.durable",
     "etl.text_table",
+    "etl.program",
     "etl.tables",
     "etl.source_hash",
     "etl.redaction",
@@ -55,6 +56,7 @@ ROOMS = (
     "trainer.arrays",
     "trainer.ridge",
     "trainer.code_hash",
+    "trainer.trust",
     "trainer.config",
     "trainer.parallel",
     "trainer.encoders",
@@ -75,7 +77,14 @@ ROOMS = (
     "trainer.recipes",
     "trainer.experiment",
     "trainer.__main__",
+    "graftrec.machine",
+    "graftrec.doctor",
+    "graftrec.project",
+    "graftrec.commands",
+    "graftrec.completion",
+    "graftrec.__main__",
 )
+PACKAGES = ("etl", "trainer", "graftrec")
 # What any room of trainer may import of etl, and what single rooms may besides.
 OF_ETL = {
     "etl.tables",
@@ -90,6 +99,7 @@ OF_ETL = {
     "etl.durable",
     "etl.stopping",
     "etl.text_table",
+    "etl.program",
 }
 MORE_OF_ETL = {
     "trainer.data": {"etl.lake"},
@@ -140,7 +150,7 @@ def room_of(module: str) -> str:
 
 def our_imports(path: Path) -> set[str]:
     """Modules of ours that a file imports; not a package where only modules of it are meant."""
-    found = {name for package in ("etl", "trainer") for name in of(imports(path), package) if is_module(name)}
+    found = {name for package in PACKAGES for name in of(imports(path), package) if is_module(name)}
     return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 
 
@@ -148,7 +158,7 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-ALL = [path for path in [*modules("etl"), *modules("trainer")] if name_of(path) not in ("etl", "trainer")]
+ALL = [path for package in PACKAGES for path in modules(package) if name_of(path) not in PACKAGES]
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
@@ -251,14 +261,15 @@ def test_importing_stays_light(module: str, unwanted: tuple[str, ...]) -> None:
 
 
 def test_packages_are_ours_and_all_listed() -> None:
-    for name in ("etl", "trainer"):
+    for name in PACKAGES:
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.origin is not None
         assert Path(spec.origin).is_relative_to(ROOT)
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {path.parent for package in ("etl", "trainer") for path in modules(package)}
-    assert sorted(listed) == sorted(folder.relative_to(ROOT).as_posix().replace("/", ".") for folder in folders)
+    folders = {path.parent for package in PACKAGES for path in modules(package)}
+    data = ["graftrec.conf", "graftrec.mlflow_projects"]
+    assert sorted(listed) == sorted([*data, *(name_of(folder) for folder in folders)])
 
 
 def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> list[str]:
@@ -284,7 +295,7 @@ def test_parameters_of_every_kind_are_counted(source: str, expected: list[str]) 
 
 def test_no_function_has_more_than_seven_parameters() -> None:
     """More become an object: a frozen dataclass with a name and a docstring."""
-    paths = [*modules("etl"), *modules("trainer"), *modules("mlflow_projects")]
+    paths = [path for package in PACKAGES for path in modules(package)]
     counts = {
         f"{name_of(path)}:{node.lineno}": len(parameters(node))
         for path in paths
@@ -296,7 +307,7 @@ def test_no_function_has_more_than_seven_parameters() -> None:
 
 
 def test_no_file_is_a_drawer_of_odds_and_ends() -> None:
-    names = {path.name for package in ("etl", "trainer") for path in modules(package)}
+    names = {path.name for package in PACKAGES for path in modules(package)}
     assert not names & {"utils.py", "helpers.py", "common.py"}
 
 
@@ -403,7 +414,7 @@ def test_a_search_space_is_finite(values: str) -> None:
 
 def test_a_changed_configuration_is_validated_again() -> None:
     """By `replaced`; pydantic's `model_copy(update=…)` and `model_construct` validate nothing."""
-    paths = [*modules("etl"), *modules("trainer"), *sorted((ROOT / "mlflow_projects").glob("*.py"))]
+    paths = [path for package in PACKAGES for path in modules(package)]
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             assert not (isinstance(node, ast.Attribute) and node.attr in ("model_copy", "model_construct")), path
@@ -484,8 +495,8 @@ def test_modules_that_texts_name_exist() -> None:
 
 def test_imports_in_texts_name_what_exists() -> None:
     """Also those of scripts that tests hold as text, which no linter reads."""
-    found = re.compile(r"""(?:^|[\n;"' ])from ((?:etl|trainer|tests)(?:\.\w+)*) import (\w+(?:, \w+)*)""")
-    files = [path for folder in ("etl", "trainer", "tests") for path in (ROOT / folder).rglob("*.py")]
+    found = re.compile(r"""(?:^|[\n;"' ])from ((?:etl|trainer|graftrec|tests)(?:\.\w+)*) import (\w+(?:, \w+)*)""")
+    files = [path for folder in (*PACKAGES, "tests") for path in (ROOT / folder).rglob("*.py")]
     named = {
         (path.name, module, name)
         for path in files

@@ -21,7 +21,7 @@ from tests.fixtures.places import ROOT
 from trainer.config import FinetuneConfig
 from trainer.recipes.pipeline_plan import PipelineConfig
 
-FOLDERS = ("etl", "infra", "mlflow_projects", "tests", "trainer")
+FOLDERS = ("etl", "graftrec", "infra", "mlflow_projects", "tests", "trainer")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 
 # Commands that take longer than ten minutes -> the settings that their page gives for a short run.
@@ -45,9 +45,10 @@ NOT_RUN = {
     "python -m etl all --config etl/ml1m": NEEDS_DATA,
     "python -m trainer friends --config friends/lastfm": "needs Last.fm",
     "make protocols": "trains for minutes; tests/pipeline/test_protocols.py runs the command",
-    "python mlflow_projects/protocols.py": NEEDS_DATA,
+    "graftrec protocols": NEEDS_DATA,
     "make features": "trains for minutes; tests/pipeline/test_arms.py runs the command",
-    "python mlflow_projects/features.py": "the same",
+    "graftrec arms": "the same",
+    "graftrec pipeline --config pipeline/demo": "is make demo",
     "make bench": "measures for minutes to hours; one benchmark of the page is run",
 }
 
@@ -95,7 +96,7 @@ def headings(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_and_paths_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:etl|trainer|tests|conf|mlflow_projects)/[\w./-]+)`", text))
+    named = set(re.findall(r"`((?:etl|trainer|graftrec|tests|conf|mlflow_projects)/[\w./-]+)`", text))
     assert {
         name for name in named if not (ROOT / name).exists() and not (ROOT / "conf" / f"{name}.yaml").exists()
     } == set()

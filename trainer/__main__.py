@@ -32,13 +32,13 @@ RECIPES: dict[str, tuple[type[Section], str]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m trainer") -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] not in RECIPES:
         named = "\n".join(f"  {name:<10} {what}" for name, (_, what) in RECIPES.items())
         parser = CommandParser(
-            "python -m trainer",
-            description=f"recipes:\n{named}\n\n`python -m trainer <recipe> --help` lists a recipe's settings.",
+            program,
+            description=f"recipes:\n{named}\n\n`{program} <recipe> --help` lists a recipe's settings.",
         )
         parser.add_argument("recipe", choices=RECIPES)
         parser.add_argument("--config", help="a YAML file, or a name under conf/, e.g. pretrain/ml1m")
@@ -46,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("expected a recipe before its settings")
     recipe, *rest = given
     kind, what = RECIPES[recipe]
-    parser = CommandParser(
-        f"python -m trainer {recipe}", description=f"{what}\n\n{configurations(recipe)}", settings=kind
-    )
+    parser = CommandParser(f"{program} {recipe}", description=f"{what}\n\n{configurations(recipe)}", settings=kind)
     parser.add_argument("--config", required=True, help="a YAML file, or a name under conf/")
     known, overrides = parser.parse_known_args(rest)
     return run_command(recipe, lambda: run(recipe, load(kind, known.config, overrides)))

@@ -7,6 +7,7 @@ WITHOUT_EFFECT = frozenset(
     {
         "etl.command",
         "etl.config",
+        "etl.program",
         "etl.settings",
         "etl.redaction",
         "etl.source_hash",

@@ -65,6 +65,9 @@ def settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     `evaluation.repeats` was true by default and of baskets alone; today true is of items, too, and null the default. A
     folder from before has no `runtime.collective_seconds`.
     """
-    if config["evaluation"]["repeats"] is not True or "collective_seconds" in config["runtime"]:
+    evaluation, runtime = config.get("evaluation"), config.get("runtime")
+    if not isinstance(evaluation, dict) or not isinstance(runtime, dict):
+        return config  # which validation refuses
+    if evaluation.get("repeats") is not True or "collective_seconds" in runtime:
         return config
-    return {**config, "evaluation": {**config["evaluation"], "repeats": None}}
+    return {**config, "evaluation": {**evaluation, "repeats": None}}

@@ -14,8 +14,8 @@ from etl.command import CommandParser, run_command
 from trainer import tracking
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = CommandParser("python -m trainer.page", description="serve the MLflow page on 127.0.0.1")
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m trainer.page") -> int:
+    parser = CommandParser(program, description="serve the MLflow page on 127.0.0.1")
     parser.add_argument("--port", type=int, default=5000)
     return run_command("page", lambda: _serve(parser.parse_args(arguments).port))
 

@@ -14,6 +14,7 @@ from etl.lake import spark_io
 from etl.lake.file_reader import check_files, open_parquet
 from etl.lake.snapshots import local_path, table_filesystem
 from etl.lake.spark_io import spark_schema
+from etl.program import spelled
 from etl.redaction import without_secrets
 from etl.settings import config_hash
 from etl.tables import FEATURES, QUARANTINE, RELEASES, TABLES
@@ -77,7 +78,7 @@ def release_with(lake: str, changed: Mapping[str, int]) -> tuple[int, bool]:
         with open_parquet(lake, RELEASES, file.path) as opened:
             rows += opened.read().to_pylist()
     if not rows:
-        raise spark_io.LakeError(f"{lake}: expected a release, found none; run `python -m etl all` first")
+        raise spark_io.LakeError(f"{lake}: expected a release, found none; run `{spelled('etl', 'all')}` first")
     newest = max(rows, key=lambda row: cast(int, row["release"]))
     tables = cast(list[dict[str, Any]], newest["tables"])
     versions = {entry["table"]: int(entry["version"]) for entry in tables}

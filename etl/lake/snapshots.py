@@ -22,6 +22,7 @@ from etl.lake.delta_log import check_log, recorded_snapshot, snapshot_digest
 from etl.lake.forms import forms
 from etl.lake.store_errors import store_problem
 from etl.plain_path import delta_path
+from etl.program import spelled
 from etl.redaction import one_line
 from etl.settings import GraftrecError
 from etl.tables import FORMAT, PROPERTY_FORMAT, TABLES, Table
@@ -217,7 +218,7 @@ def check_format(handle: DeltaTable, lake: str, table: Table) -> None:
     if found < table.format:
         raise OtherFormat(
             f"{lake}: expected tables of format {table.format} (times as timestamps, attributes as maps), found "
-            f"{table.name} of format {found}; run `python -m etl migrate --lake {shlex.quote(lake)}`"
+            f"{table.name} of format {found}; run `{spelled('etl', 'migrate')} --lake {shlex.quote(lake)}`"
         )
 
 

@@ -36,6 +36,7 @@ from etl.lake.snapshots import (
     table_filesystem,
 )
 from etl.lake.spark_io import FileWriter, data_files
+from etl.program import spelled
 from etl.tables import (
     FORMAT,
     INTERACTIONS,
@@ -204,7 +205,7 @@ def _new_release(
     try:
         check_inputs(lake, versions)
     except CommitConflict:
-        print("releases     no new one: the last run has not ended; run `python -m etl all` again", flush=True)
+        print(f"releases     no new one: the last run has not ended; run `{spelled('etl', 'all')}` again", flush=True)
         return None
     print(f"releases     release {number} has the rows of these tables as they are now", flush=True)
     tables = [{"table": name, "version": version} for name, version in sorted(versions.items())]

@@ -160,7 +160,7 @@ def made(run: Run, folder: Path) -> Numbers:
 
 def pipeline(settings: Sequence[str], folder: Path) -> tuple[float, int]:
     """Run the demo's pipeline in `folder`; seconds and exit code. Raises RuntimeError for any but 0 and 3."""
-    command = [sys.executable, str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", "pipeline/demo", *settings]
+    command = [sys.executable, "-m", "graftrec", "pipeline", "--config", "pipeline/demo", *settings]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     begun = time.monotonic()
     with (folder / "output.txt").open("w") as output:
@@ -176,7 +176,7 @@ def pipeline(settings: Sequence[str], folder: Path) -> tuple[float, int]:
 def source_code() -> str:
     """A hash of all that a run depends on beside its settings."""
     digest = hashlib.sha256()
-    for pattern in ("etl/**/*.py", "trainer/**/*.py", "mlflow_projects/**/*.py", "conf/**/*.yaml"):
+    for pattern in ("etl/**/*.py", "trainer/**/*.py", "graftrec/**/*.py", "conf/**/*.yaml"):
         for path in sorted(ROOT.glob(pattern)):
             digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

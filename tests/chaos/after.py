@@ -114,7 +114,7 @@ def named(name: str) -> Command:
 def _sources() -> str:
     """A digest of all that a folder depends on."""
     digest = hashlib.sha256(f"{sys.version} {os.uname().machine}".encode())
-    folders = (ROOT / name for name in ("etl", "trainer", "mlflow_projects", "conf"))
+    folders = (ROOT / name for name in ("etl", "trainer", "graftrec", "conf"))
     own = [Path(__file__).with_name(name) for name in ("commands.py", "contents.py")]
     for path in (*(path for folder in folders for path in sorted(folder.rglob("*"))), *own):
         if path.suffix in (".py", ".yaml"):

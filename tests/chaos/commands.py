@@ -85,7 +85,7 @@ COMMANDS = {
         _train("promote-1", "promote", "--candidate", "runs/none-1/model"),
         _train("recommend", "recommend"),
         _train("recommend-5", "recommend", "--k", "5"),
-        Command("pipeline", (str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", "pipeline.yaml")),
+        Command("pipeline", ("-m", "graftrec", "pipeline", "--config", "pipeline.yaml")),
     )
 }
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from etl.settings import ConfigError, Section, load
+from etl.settings import ConfigError, Section, conf_roots, load
+from tests.fixtures.places import ROOT
 
 
 class Network(Section):
@@ -85,7 +86,7 @@ def _part(found: Any, wanted: Any) -> Any:
     [
         ("recipe/loop", "", "expected another file as base, found one that inherits this one"),
         ("recipe/number", "", "base: expected the name of a file, found 3"),
-        ("recipe/orphan", "", "no configuration preset/nobody: expected .* one of .*preset/: narrow"),
+        ("recipe/orphan", "", "no configuration preset/nobody: expected .* one of .*preset/: .*narrow"),
         ("recipe/narrow", "--base preset/nobody", "no configuration preset/nobody"),
         ("search/named", "--recipe.base nobody", "no configuration .*recipe/nobody"),
         ("search/named", "--recipe.model.base [1]", "base: expected the name of a file"),
@@ -94,3 +95,47 @@ def _part(found: Any, wanted: Any) -> Any:
 def test_wrong_bases_are_refused_by_name(name: str, overrides: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load(Recipe if name.startswith("recipe") else Search, name, overrides.split())
+
+
+# --- the user's own folder before graftrec's --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A conf folder of the working directory, with one configuration named as one of ours."""
+    (tmp_path / "conf" / "etl").mkdir(parents=True)
+    (tmp_path / "conf" / "etl" / "demo.yaml").write_text("{base: demo, lake: mine}")
+    (tmp_path / "conf" / "etl" / "shop.yaml").write_text("{base: etl/ml100k, source: generator, lake: shop}")
+    monkeypatch.delenv("GRAFTREC_CONF")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "conf"
+
+
+def test_an_own_folder_needs_only_what_differs(own: Path) -> None:
+    from etl.config import EtlConfig, GeneratorSource
+
+    assert conf_roots() == (Path("conf"), ROOT / "conf")
+    mine, shop = load(EtlConfig, "etl/demo"), load(EtlConfig, "etl/shop")
+    assert (mine.lake, mine.source.kind, len(mine.splits)) == ("mine", "generator", 3), "base: demo is graftrec's demo"
+    assert (shop.lake, isinstance(shop.source, GeneratorSource)) == ("shop", True)
+    assert load(EtlConfig, "etl/ml1m").source.kind == "movielens"
+    with pytest.raises(ConfigError, match=r"one of conf/etl/, .*/conf/etl/: calendar_demo, demo, .*shop"):
+        load(EtlConfig, "etl/nope")
+
+
+def test_a_variable_names_another_own_folder(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from etl.config import EtlConfig
+
+    monkeypatch.chdir(own / "etl")
+    assert load(EtlConfig, "etl/demo").lake == "lake"
+    monkeypatch.setenv("GRAFTREC_CONF", str(own))
+    assert load(EtlConfig, "etl/demo").lake == "mine"
+    monkeypatch.setenv("GRAFTREC_CONF", str(own / "nowhere"))
+    with pytest.raises(ConfigError, match=r"GRAFTREC_CONF: expected a folder of YAML files, found none at .*nowhere"):
+        load(EtlConfig, "etl/demo")
+
+
+def test_in_a_checkout_a_folder_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRAFTREC_CONF")
+    monkeypatch.chdir(ROOT)
+    assert conf_roots() == (Path("conf"),)

@@ -18,7 +18,6 @@ import pytest
 from etl.settings import ConfigError
 from tests.fixtures.folders import write_model
 from tests.fixtures.lakes import build_tiny_lake
-from tests.fixtures.places import ROOT
 from trainer.config import FinetuneConfig
 from trainer.data.held_out import ReadOptions
 from trainer.data.release import pin
@@ -401,7 +400,7 @@ def test_numbers_that_are_none_become_null() -> None:
 def start(folder: Path, given: dict[str, Any], log: str) -> subprocess.Popen[bytes]:
     (folder / "tiny.yaml").write_text(json.dumps(given))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "GRAFTREC_"))}
-    command = [sys.executable, str(ROOT / "mlflow_projects" / "experiment.py"), "--experiment", "tiny.yaml"]
+    command = [sys.executable, "-m", "graftrec", "experiment", "--experiment", "tiny.yaml"]
     with (folder / log).open("wb") as out:
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
 

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,8 @@ from etl.settings import load, replaced
 from trainer import __main__ as trainer
 from trainer.config import RecommendConfig
 from trainer.evaluation.gate import Check, Decision
-from trainer.recipes import promote
+from trainer.recipes import pipeline, promote
 from trainer.recipes.hints import recommend_command
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
-
-from trainer.recipes import pipeline
 from trainer.recipes.pipeline_plan import PipelineConfig, Trained
 
 SETTINGS = [

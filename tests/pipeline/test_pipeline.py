@@ -16,9 +16,6 @@ import pytest
 
 from etl.settings import ConfigError, GraftrecError, load, replaced
 from tests.fixtures.places import ROOT
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "mlflow_projects"))  # scripts, no package
-
 from trainer.config import FinetuneConfig, GateConfig
 from trainer.recipes import companion, pipeline, pipeline_plan
 from trainer.recipes.pipeline_plan import PipelineConfig, Trained
@@ -336,9 +333,9 @@ def test_columns_of_the_table_stay_apart_however_large_a_gain_is() -> None:
 
 
 def run(folder: Path, *arguments: str, config: str = "pipeline/demo") -> subprocess.CompletedProcess[str]:
-    """The script in that folder, as `make demo` runs it."""
+    """The command in that folder, as `make demo` runs it."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "GRAFTREC_"))}
-    command = [sys.executable, str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", config, *arguments]
+    command = [sys.executable, "-m", "graftrec", "pipeline", "--config", config, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -93,7 +93,7 @@ def test_no_secret_is_left_anywhere(planted: tuple[Secrets, dict[str, str], Path
     run = said(given, folder)
     characters = len(given["DB_PWD"])
     bad, sig = secret("lake", characters, plain=True), secret("sig", characters, plain=True)
-    run_etl = [str(ROOT / "mlflow_projects" / "run_etl.py"), "all", "--config", "etl.yaml"]
+    run_etl = ["-m", "graftrec", "run-etl", "all", "--config", "etl.yaml"]
     train = ["-m", "trainer", "pretrain", "--config", "pretrain/demo", "--data.lake", "lake", "--train.epochs", "1"]
     train += ["--evaluation.protocols", "[full]", "--name", "told", *QUIET]
     out = run(*run_etl, code=0, MLFLOW_TRACKING_URI=None)  # with a store of its own

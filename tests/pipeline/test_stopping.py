@@ -20,9 +20,9 @@ COMMANDS: dict[str, Sequence[str]] = {
     "trainer": ("-m", "trainer", "pretrain", "--config", "pretrain/demo"),
     "page": ("-m", "trainer.page"),
     "report": ("-m", "trainer.report"),
-    "pipeline": (str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", "pipeline/demo"),
-    "experiment": (str(ROOT / "mlflow_projects" / "experiment.py"), "--experiment", "demo"),
-    "run_etl": (str(ROOT / "mlflow_projects" / "run_etl.py"), "all", "--config", "etl/demo"),
+    "pipeline": ("-m", "graftrec", "pipeline", "--config", "pipeline/demo"),
+    "experiment": ("-m", "graftrec", "experiment", "--experiment", "demo"),
+    "run_etl": ("-m", "graftrec", "run-etl", "all", "--config", "etl/demo"),
 }
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from tests.fixtures.places import ROOT
 
-SCRIPTS = ROOT / "mlflow_projects"
 # Holds the folder as a driver does, in place of all that a driver computes there.
 _HOLDS = """
 import sys, time
@@ -21,20 +20,20 @@ with alone(Path(sys.argv[1]), "pipeline"):
     print("held", flush=True)
     time.sleep(600)
 """
-DRIVERS: dict[str, tuple[str, Sequence[str], str]] = {
-    "pipeline": ("pipeline.py", ("--config", "pipeline/demo", "--runs", "runs"), "runs"),
-    "experiment": ("experiment.py", ("--experiment", "demo", "--runs", "runs"), "runs/demo-experiment"),
+DRIVERS: dict[str, tuple[Sequence[str], str]] = {
+    "pipeline": (("--config", "pipeline/demo", "--runs", "runs"), "runs"),
+    "experiment": (("--experiment", "demo", "--runs", "runs"), "runs/demo-experiment"),
 }
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{SCRIPTS}"}
+    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
 def holder(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator["subprocess.Popen[str]"]:
     """A process that holds the folder of a driver."""
-    _, _, folder = DRIVERS[request.param]
+    _, folder = DRIVERS[request.param]
     command = [sys.executable, "-c", _HOLDS, folder]
     process = subprocess.Popen(command, cwd=tmp_path, env=_environment(), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -45,8 +44,8 @@ def holder(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator["subproce
 
 
 def _run(driver: str, folder: Path, *more: str) -> "subprocess.CompletedProcess[str]":
-    script, arguments, _ = DRIVERS[driver]
-    command = [sys.executable, str(SCRIPTS / script), *arguments, *more]
+    arguments, _ = DRIVERS[driver]
+    command = [sys.executable, "-m", "graftrec", driver, *arguments, *more]
     return subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=120)
 
 

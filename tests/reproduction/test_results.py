@@ -67,7 +67,9 @@ def test_one_row_comes_out_again(path: Path, tmp_path: Path) -> None:
     seed = row["seeds"][0]["seed"]
     command = [
         sys.executable,
-        str(ROOT / "mlflow_projects" / "experiment.py"),
+        "-m",
+        "graftrec",
+        "experiment",
         "--experiment",
         str(file),
         "--rows",

@@ -22,11 +22,11 @@ class BacktestConfig(Section):
     pretrain: PretrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()  # the first protocol and metric are those of the table
     first: str  # date, ISO 8601 in UTC: the first one that a model is tested from
-    num_dates: int = Field(4, ge=1)
-    every_days: float = Field(7, gt=0)  # from one date to the next
-    test_days: float = Field(7, gt=0)  # after a date
-    validation_days: float = Field(7, gt=0)  # before a date: they choose the epoch, and are not trained on
-    jobs: int | None = Field(None, ge=1)  # trainings side by side; None: one a core, on a GPU one
+    num_dates: int = Field(4, ge=1, le=1_000)
+    every_days: float = Field(7, gt=0, le=36_500)  # from one date to the next
+    test_days: float = Field(7, gt=0, le=36_500)  # after a date
+    validation_days: float = Field(7, gt=0, le=36_500)  # before a date: they choose the epoch, and are not trained on
+    jobs: int | None = Field(None, ge=1, le=4_096)  # trainings side by side; None: one a core, on a GPU one
     tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("first")

@@ -1,10 +1,12 @@
 """What a run reads: lake, release, split, domain."""
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from etl.settings import Place, Section
+
+Widths = Annotated[tuple[Annotated[int, Field(ge=1, le=65_536)], ...], Field(max_length=100)]  # of layers
 
 READS_ALL = "all-domains"  # label of a model that reads every domain, predicts one, and has no parent
 
@@ -17,6 +19,8 @@ def each_once(names: tuple[str, ...], what: str) -> tuple[str, ...]:
 
 class DataConfig(Section):
     """Which snapshot, and how it is read."""
+
+    LATER: ClassVar = ("user_share",)
 
     lake: Place = "lake"
     release: int | None = None  # None: the newest complete one, pinned when the run starts
@@ -32,6 +36,9 @@ class DataConfig(Section):
     # Kinds of event (view, purchase…) that are distinguished, for a model that reads or a task that predicts them; all
     # others are as one.
     event_types: tuple[str, ...] = Field((), max_length=100)
+    # Share of users that training reads, the same ones for every seed, model and domain. The others are validated and
+    # evaluated all the same.
+    user_share: float = Field(1.0, gt=0, le=1)
 
     @field_validator("event_types")
     @classmethod

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from etl.config import SparkConfig
-from etl.settings import FileName, Place, Section
+from etl.settings import MAX_SECONDS, FileName, Place, Section
 from trainer.config.data import each_once
 from trainer.config.metrics import known_metric
 from trainer.config.training import EvaluationConfig, RuntimeConfig, TrackingConfig
@@ -27,13 +27,15 @@ class BaselinesConfig(Section):
     """The simple baselines beside the models."""
 
     enabled: bool = True
-    last: int = Field(5, ge=1)  # items of a history that item-to-item reads
+    last: int = Field(5, ge=1, le=100_000)  # items of a history that item-to-item reads
     decay: float = Field(0.6, gt=0, le=1)  # of the variant that reads all: the n-th last item weighs decay**n
-    transition_steps: int = Field(8, ge=1)  # how far apart two items are still counted as following each other
+    transition_steps: int = Field(
+        8, ge=1, le=10_000
+    )  # how far apart two items are still counted as following each other
     transition_decay: float = Field(0.8, gt=0, le=1)  # of a transition over d steps: it weighs decay**(d - 1)
     # Of a split with cold items: encoders of the table `features` whose vectors are read; (): those that models read.
     encoders: tuple[str, ...] = ()
-    factors: int = Field(64, ge=1)  # that features are mapped to
+    factors: int = Field(64, ge=1, le=65_536)  # that features are mapped to
     friends_last: int = Field(100, ge=1)  # items of a friend that are counted, where the lake has friendships
     max_users: int = Field(1_000_000, ge=2)  # whose training parts are counted, about
 
@@ -164,8 +166,10 @@ class RecommendConfig(Section):
     # When requests are made, for models that read that: ISO 8601, in UTC unless it gives an offset. None: now.
     time: dt.datetime | None = None
     replace: bool = False  # whether a model folder may replace the rows of a registered version
-    k: int = Field(10, ge=1)  # items a user
-    batch_size: int = Field(256, ge=1)  # users scored at once
-    wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
+    k: int = Field(10, ge=1, le=1_000_000)  # items a user
+    batch_size: int = Field(256, ge=1, le=1_000_000)  # users scored at once
+    wait_seconds: float = Field(
+        120, ge=0, le=MAX_SECONDS
+    )  # for another process that writes to the lake; then exit code 5
     spark: SparkConfig = SparkConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from etl.config import SparkConfig
-from etl.settings import Place, Section
+from etl.settings import MAX_SECONDS, Place, Section
 from trainer.config.data import each_once
 from trainer.config.graph import GraphConfig
 from trainer.config.social import SocialConfig
@@ -25,7 +25,7 @@ class TextConfig(Section):
     columns: tuple[str, ...] = Field(("title", "categories"), min_length=1)
     # What stands for no text, besides "", "[]", "unknown" and the like; in any case of letters.
     placeholders: tuple[str, ...] = ()
-    texts_at_once: int = Field(10_000, ge=1)  # of a task, whose memory and order of work depend on it
+    texts_at_once: int = Field(10_000, ge=1, le=100_000_000)  # of a task, whose memory and order of work depend on it
 
     @field_validator("columns")
     @classmethod
@@ -49,7 +49,7 @@ class AttributesConfig(Section):
     numeric: tuple[str, ...] = ()
     # Directions of most variance that all are reduced to, in their own scale: of flags that few things have,
     # only what they share with others is left. None: not reduced.
-    components: int | None = Field(None, ge=1)
+    components: int | None = Field(None, ge=1, le=65_536)
     min_things: int = Field(2, ge=1)  # a value that fewer have gets no flag
 
     @model_validator(mode="after")
@@ -79,7 +79,9 @@ class FeaturesConfig(Section):
     graph: GraphConfig | None = None  # instead of both: an embedding is trained on the lake `graph.data.lake`
     social: SocialConfig | None = None  # likewise: vectors from friendships, on the lake `social.data.lake`
     max_shared: float = Field(0.01, gt=0, le=1)  # of things: how many may have the same text, or the same vector
-    wait_seconds: float = Field(120, ge=0)  # for another process that writes to the lake; then exit code 5
+    wait_seconds: float = Field(
+        120, ge=0, le=MAX_SECONDS
+    )  # for another process that writes to the lake; then exit code 5
     spark: SparkConfig = SparkConfig()
     tracking: TrackingConfig = TrackingConfig()  # of texts and attributes; graph and social have their own
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from etl.settings import FileName, Place, Section
+from etl.settings import MAX_SECONDS, FileName, Place, Section, Seed
 from trainer.config.training import RuntimeConfig, TrackingConfig
 
 GraphKind = Literal["transe", "transh", "transr", "distmult", "complex", "rotate"]
@@ -14,7 +14,7 @@ class GraphModelConfig(Section):
     """An embedding of a knowledge graph."""
 
     kind: GraphKind = "transe"
-    width: int = Field(64, ge=1)  # of entities and relations; complex numbers in `complex` and `rotate`
+    width: int = Field(64, ge=1, le=65_536)  # of entities and relations; complex numbers in `complex` and `rotate`
     norm: Literal[1, 2] = 2  # of the distance; `transe` only has a choice
     max_norm: float | None = Field(1.0, gt=0)  # of `transr`: of entities, relations and projections. None: any
 
@@ -34,15 +34,15 @@ class GraphTrainConfig(Section):
     """Optimisation. `batch_size` is global: triples of all processes together."""
 
     epochs: int = Field(20, ge=1)
-    batch_size: int = Field(4096, ge=1)
-    chunk: int = Field(256, ge=1)  # triples that share their negatives
-    negatives: int = Field(256, ge=2)  # of a triple: half of them other heads, half other tails
+    batch_size: int = Field(4096, ge=1, le=100_000_000)
+    chunk: int = Field(256, ge=1, le=1_000_000)  # triples that share their negatives
+    negatives: int = Field(256, ge=2, le=1_000_000)  # of a triple: half of them other heads, half other tails
     margin: float = 9.0  # added to scores in the loss; a distance below it counts as near
     adversarial_temperature: float = Field(1.0, ge=0)  # 0: negatives weigh the same
     learning_rate: float = Field(0.5, gt=0)  # of row-wise Adagrad; falls to none over the epochs
     block_rows: int = Field(1 << 20, ge=1)  # triples that are shuffled together
-    seed: int = 0
-    checkpoint_seconds: float = Field(60.0, ge=0)  # 0: every step
+    seed: Seed = 0
+    checkpoint_seconds: float = Field(60.0, ge=0, le=MAX_SECONDS)  # 0: every step
     keep_checkpoints: int = Field(2, ge=1)
 
 

@@ -6,7 +6,9 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from etl.settings import Section
 from trainer.config.columns import known_columns, unknown_columns
-from trainer.config.data import each_once
+from trainer.config.data import Widths, each_once
+
+Slots = Annotated[dict[str, Annotated[int, Field(ge=0, le=1_000)]], Field(max_length=1_000)]  # by relation
 
 
 class DocumentConfig(Section):
@@ -14,8 +16,8 @@ class DocumentConfig(Section):
 
     columns: tuple[str, ...] = Field(("title", "categories"), min_length=1)  # of `items`, or attributes.<name>
     placeholders: tuple[str, ...] = ()  # that stand for no text, besides "", "[]", "unknown" and the like
-    max_words: int = Field(32, ge=1)  # of a text; what is behind them is not read
-    window: int = Field(3, ge=1)  # words that the convolution sees at once
+    max_words: int = Field(32, ge=1, le=100_000)  # of a text; what is behind them is not read
+    window: int = Field(3, ge=1, le=1_000)  # words that the convolution sees at once
 
     @field_validator("columns")
     @classmethod
@@ -29,7 +31,7 @@ class JoinedFeaturesConfig(Section):
     """Vectors of items or users from the table `features`, beside their own (survey 2, Eq. 1)."""
 
     encoders: tuple[str, ...] = ()  # names in the table; (): none
-    width: int = Field(64, ge=1)  # that an encoder's vectors are projected to
+    width: int = Field(64, ge=1, le=65_536)  # that an encoder's vectors are projected to
     # How they join the own vector: see trainer/models/features.py. With each, a model begins as one without.
     # ridge, of items: no part in training; those that nobody has had get what ridge regression predicts of the others.
     aggregate: Literal["concat", "sum", "gate", "attention", "ridge"] = "gate"
@@ -193,21 +195,21 @@ class Bert4RecConfig(TiedConfig):
 
     kind: Literal["bert4rec"] = "bert4rec"
     time: AttentionTimeConfig = AttentionTimeConfig()
-    blocks: int = Field(2, ge=1)
+    blocks: int = Field(2, ge=1, le=1_000)
     # plain: what a layer gives is added (Vaswani et al. 2017). ligr: it is gated first, and the second layer is a
     # SwiGLU, as in LiGR and eSASRec (Borisyuk et al. 2025; Tikhonovich et al. 2025).
     block: Literal["plain", "ligr"] = "plain"
-    width: int = Field(64, ge=1)
-    heads: int = Field(2, ge=1)
-    max_length: int = Field(200, ge=2)  # positions, the predicted one included
+    width: int = Field(64, ge=1, le=65_536)
+    heads: int = Field(2, ge=1, le=1_000)
+    max_length: int = Field(200, ge=2, le=1_000_000)  # positions, the predicted one included
     # learned: an embedding of each position, as in the paper; rotary: the query and key of each head are turned by
     # their position too, so that attention knows distances (Su et al. 2021).
     positions: Literal["learned", "rotary"] = "rotary"
     dropout: float = Field(0.1, ge=0, lt=1)
-    user_width: int = Field(32, ge=0)  # 0: no user embedding
+    user_width: int = Field(32, ge=0, le=65_536)  # 0: no user embedding
     # relation -> slots; {}: metadata off
-    knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
-    knowledge_width: int = Field(16, ge=1)  # of each slot
+    knowledge: Slots = Field(default_factory=lambda: {"director": 1, "actor": 3})
+    knowledge_width: int = Field(16, ge=1, le=65_536)  # of each slot
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "Bert4RecConfig":
@@ -221,35 +223,39 @@ class CaserConfig(NetworkConfig):
     """Caser (Tang and Wang 2018) with the survey's knowledge embeddings (4.3, 4.4)."""
 
     kind: Literal["caser"] = "caser"
-    window: int = Field(5, ge=1)  # L: items that the filters see
-    width: int = Field(64, ge=1)  # of an item's vector, and of the window's
-    horizontal: int = Field(16, ge=1)  # filters of each height from 1 to L
-    vertical: int = Field(4, ge=1)  # filters
-    max_length: int = Field(200, ge=2)  # positions of a sequence that windows slide over, the predicted one included
+    window: int = Field(5, ge=1, le=1_000)  # L: items that the filters see
+    width: int = Field(64, ge=1, le=65_536)  # of an item's vector, and of the window's
+    horizontal: int = Field(16, ge=1, le=65_536)  # filters of each height from 1 to L
+    vertical: int = Field(4, ge=1, le=65_536)  # filters
+    max_length: int = Field(
+        200, ge=2, le=1_000_000
+    )  # positions of a sequence that windows slide over, the predicted one included
     dropout: float = Field(0.5, ge=0, lt=1)
-    user_width: int = Field(64, ge=0)  # 0: no user embedding
+    user_width: int = Field(64, ge=0, le=65_536)  # 0: no user embedding
     # relation -> slots; {}: metadata off
-    knowledge: dict[str, int] = Field(default_factory=lambda: {"director": 1, "actor": 3})
-    knowledge_width: int = Field(25, ge=1)  # of each slot
+    knowledge: Slots = Field(default_factory=lambda: {"director": 1, "actor": 3})
+    knowledge_width: int = Field(25, ge=1, le=65_536)  # of each slot
 
 
 class PeterRecConfig(TiedConfig):
     """PeterRec (Yuan et al. 2020), with the survey's user and knowledge embeddings where requested."""
 
     kind: Literal["peterrec"] = "peterrec"
-    width: int = Field(64, ge=1)
-    dilations: tuple[int, ...] = Field((1, 4) * 4, min_length=1)  # one a block; its second convolution's is twice that
-    max_length: int = Field(200, ge=2)  # positions, the predicted one included
+    width: int = Field(64, ge=1, le=65_536)
+    dilations: tuple[int, ...] = Field(
+        (1, 4) * 4, min_length=1, max_length=1_000
+    )  # one a block; its second convolution's is twice that
+    max_length: int = Field(200, ge=2, le=1_000_000)  # positions, the predicted one included
     dropout: float = Field(0.1, ge=0, lt=1)
-    user_width: int = Field(0, ge=0)  # 0: no user embedding
-    knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
-    knowledge_width: int = Field(16, ge=1)  # of each slot
+    user_width: int = Field(0, ge=0, le=65_536)  # 0: no user embedding
+    knowledge: Slots = Field(default_factory=dict)  # relation -> slots; {}: metadata off
+    knowledge_width: int = Field(16, ge=1, le=65_536)  # of each slot
 
     @field_validator("dilations")
     @classmethod
     def _dilations_are_some(cls, dilations: tuple[int, ...]) -> tuple[int, ...]:
-        if min(dilations) < 1:
-            raise ValueError(f"expected dilations of 1 and more, found {', '.join(map(str, dilations))}")
+        if wrong := [one for one in dilations if not 1 <= one <= 1_000_000]:
+            raise ValueError(f"expected dilations from 1 to 1,000,000, found {wrong[0]}; mend it")
         return dilations
 
 
@@ -257,13 +263,13 @@ class DupnConfig(NetworkConfig):
     """DUPN (Ni et al. 2018): an LSTM over the items, attention over its states by the user's embedding."""
 
     kind: Literal["dupn"] = "dupn"
-    width: int = Field(64, ge=1)  # of items' vectors and of states
-    max_length: int = Field(200, ge=2)  # positions, the predicted one included
+    width: int = Field(64, ge=1, le=65_536)  # of items' vectors and of states
+    max_length: int = Field(200, ge=2, le=1_000_000)  # positions, the predicted one included
     dropout: float = Field(0.1, ge=0, lt=1)
-    user_width: int = Field(32, ge=0)  # 0: no user embedding, attention asks nothing of the user
+    user_width: int = Field(32, ge=0, le=65_536)  # 0: no user embedding, attention asks nothing of the user
     event_types: bool = False  # what kind of event each was is read too, of data.event_types
-    knowledge: dict[str, int] = Field(default_factory=dict)  # relation -> slots; {}: metadata off
-    knowledge_width: int = Field(16, ge=1)  # of each slot
+    knowledge: Slots = Field(default_factory=dict)  # relation -> slots; {}: metadata off
+    knowledge_width: int = Field(16, ge=1, le=65_536)  # of each slot
 
     @model_validator(mode="after")
     def _users_weigh_items(self) -> Self:
@@ -282,20 +288,13 @@ class MlpConfig(NetworkConfig):
     # mlp: layers over both (He et al. 2017); dot: their product (Koren et al. 2009); fm: the products of all pairs of
     # user, item and features (Rendle 2010).
     score: Literal["mlp", "dot", "fm"] = "mlp"
-    width: int = Field(64, ge=1)  # of an item's embedding
-    user_width: int = Field(64, ge=1)  # of dot and fm: as width
-    layers: tuple[int, ...] = Field((64, 32), min_length=1)  # widths, of mlp
-    max_length: int = Field(200, ge=2)  # items of a user that a step trains
+    width: int = Field(64, ge=1, le=65_536)  # of an item's embedding
+    user_width: int = Field(64, ge=1, le=65_536)  # of dot and fm: as width
+    layers: Widths = Field((64, 32), min_length=1)  # of mlp
+    max_length: int = Field(200, ge=2, le=1_000_000)  # items of a user that a step trains
     dropout: Literal[0] = 0
-    knowledge: dict[str, int] = Field(default_factory=dict, max_length=0)  # none
-    knowledge_width: int = Field(16, ge=1)
-
-    @field_validator("layers")
-    @classmethod
-    def _layers_are_some(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
-        if min(layers) < 1:
-            raise ValueError(f"expected widths of 1 and more, found {', '.join(map(str, layers))}")
-        return layers
+    knowledge: Slots = Field(default_factory=dict, max_length=0)  # none
+    knowledge_width: int = Field(16, ge=1, le=65_536)
 
     @model_validator(mode="after")
     def _no_sequence_is_read(self) -> "MlpConfig":

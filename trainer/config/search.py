@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from etl.settings import FileName, Section
+from etl.settings import MAX_SECONDS, FileName, Section, Seed
 from trainer.config.training import PretrainConfig, TrackingConfig
 from trainer.config.transfer import FinetuneConfig, TransferName
 
@@ -73,9 +73,11 @@ class SearchConfig(Section):
     transfers: tuple[TransferName, ...] = ()  # (): finetune's own
     # setting (train.learning_rate) -> a range, or a list of values; a section's are YAML files, or names in conf/
     space: dict[str, RangeConfig | tuple[Choice, ...]]
-    trials: int | None = Field(20, ge=1)  # of each transfer, those given up or failed counted
-    seconds: float | None = Field(None, gt=0)  # of each transfer's training; a trial under way is finished
-    seed: int = 0
+    trials: int | None = Field(20, ge=1, le=1_000_000)  # of each transfer, those given up or failed counted
+    seconds: float | None = Field(
+        None, gt=0, le=MAX_SECONDS
+    )  # of each transfer's training; a trial under way is finished
+    seed: Seed = 0
     random_trials: int = Field(6, ge=1)  # drawn at random, before earlier ones say where to look
     pruner: PrunerConfig = PrunerConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from etl.settings import FileName, Place, Section
+from etl.settings import FileName, Place, Section, Seed
 from trainer.config.data import each_once
 from trainer.config.training import RuntimeConfig, TrackingConfig
 
@@ -13,31 +13,33 @@ class Node2VecConfig(Section):
     """Vectors of users from random walks over friendships. Reads no interaction."""
 
     kind: Literal["node2vec"] = "node2vec"
-    width: int = Field(64, ge=1)
+    width: int = Field(64, ge=1, le=65_536)
     p: float = Field(1.0, gt=0)  # large: a walk hardly ever goes back at once
     q: float = Field(1.0, gt=0)  # large: a walk stays near; small: it goes far
-    walks: int = Field(10, ge=1)  # from each user, in an epoch
-    length: int = Field(40, ge=2)  # users of a walk
-    window: int = Field(5, ge=1)  # steps between two users that count as near each other
-    negatives: int = Field(64, ge=1)  # that a batch shares
+    walks: int = Field(10, ge=1, le=100_000)  # from each user, in an epoch
+    length: int = Field(40, ge=2, le=1_000_000)  # users of a walk
+    window: int = Field(5, ge=1, le=10_000)  # steps between two users that count as near each other
+    negatives: int = Field(64, ge=1, le=10_000_000)  # that a batch shares
     epochs: int = Field(2, ge=1)
-    batch_size: int = Field(8_192, ge=1)  # pairs
+    batch_size: int = Field(8_192, ge=1, le=100_000_000)  # pairs
     learning_rate: float = Field(0.1, gt=0)  # of row-wise Adagrad; falls to none
-    seed: int = 0
+    seed: Seed = 0
 
 
 class LightGcnConfig(Section):
     """Vectors of users and items from a graph of what users took, and optionally of whom they know."""
 
     kind: Literal["lightgcn"] = "lightgcn"
-    width: int = Field(64, ge=1)
-    layers: int = Field(3, ge=0)  # steps of propagation; 0: matrix factorisation
+    width: int = Field(64, ge=1, le=65_536)
+    layers: int = Field(3, ge=0, le=1_000)  # steps of propagation; 0: matrix factorisation
     # Weight of a friendship beside that of an interaction, 1. 0: no friends.
     friends: float = Field(0.0, ge=0)
     loss: Literal["bpr", "softmax"] = "softmax"
-    negatives: int = Field(512, ge=1)  # that a batch shares, in `softmax`; in `bpr`: one of each interaction's own
+    negatives: int = Field(
+        512, ge=1, le=10_000_000
+    )  # that a batch shares, in `softmax`; in `bpr`: one of each interaction's own
     penalty: float = Field(0.01, ge=0)  # on mean squared lengths of the batch's vectors before propagation
-    batch_size: int = Field(4_096, ge=1)  # interactions
+    batch_size: int = Field(4_096, ge=1, le=100_000_000)  # interactions
     epochs: int = Field(100, ge=1)
     # The validation part decides on the epoch; else it is only watched, and what is held out decides nothing. For a
     # model that ranks the test part, not for features of a split.
@@ -45,7 +47,7 @@ class LightGcnConfig(Section):
     patience: int = Field(6, ge=1)  # validations without a better NDCG@10, with `best_epoch`
     validate_every: int = Field(5, ge=1)  # epochs
     learning_rate: float = Field(0.005, gt=0)  # of Adam
-    seed: int = 0
+    seed: Seed = 0
 
 
 class SocialDataConfig(Section):
@@ -55,7 +57,7 @@ class SocialDataConfig(Section):
     release: int | None = None  # None: the newest complete one, pinned when the run starts
     split: str | None = None  # whose training part lightgcn reads, and whose held-out items it ranks
     domain: str = "all"
-    rewired: int | None = None  # seed: friends are swapped at random, the control that shows what real ones are worth
+    rewired: Seed | None = None  # seed: friends are swapped at random, the control that shows what real ones are worth
     directed: bool = False  # an edge counts for its first user alone, as where trust isn't mutual
 
 
@@ -80,13 +82,13 @@ class SocialConfig(Section):
 class FriendModelConfig(Section):
     """Attention over friends (`trainer/social/attention.py`)."""
 
-    candidates: int = Field(200, ge=1)  # items of a user that are told apart by it
-    hidden: int = Field(32, ge=2)  # units of a layer
+    candidates: int = Field(200, ge=1, le=10_000_000)  # items of a user that are told apart by it
+    hidden: int = Field(32, ge=2, le=65_536)  # units of a layer
     max_users: int = Field(20_000, ge=1)  # who are learnt from, at most
-    batch_size: int = Field(64, ge=1)  # users
+    batch_size: int = Field(64, ge=1, le=100_000_000)  # users
     epochs: int = Field(20, ge=1)
     learning_rate: float = Field(0.01, gt=0)  # of Adam; falls to none
-    seed: int = 0
+    seed: Seed = 0
 
 
 class FriendsConfig(Section):

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from etl.settings import Section
 from etl.tables import BASKETS, SEQUENCES
-from trainer.config.data import DataConfig, each_once
+from trainer.config.data import DataConfig, Widths, each_once
 
 READ_ITEMS = ("bert4rec", "caser", "dupn", "peterrec")  # kinds of model that read the user's items
 
@@ -23,7 +23,7 @@ class LossConfig(Section):
     LATER: ClassVar = ("calibration", "unobserved_weight", "l2")
 
     kind: Literal["full", "sampled", "bce", "gbce", "squared"] = "full"
-    num_negatives: int = Field(1_024, ge=1)
+    num_negatives: int = Field(1_024, ge=1, le=10_000_000)
     calibration: float = Field(0.75, ge=0, le=1)  # of gbce, the paper's t: 0 is bce, 1 calibrated probabilities
     unobserved_weight: float = Field(0.1, gt=0)  # of squared: of every item's 0, beside a taken one's 1
     l2: float = Field(0.01, ge=0)  # of squared: of the squares of both vectors, for each pair, by the pair's weight
@@ -134,7 +134,7 @@ class NextItemConfig(TaskSettings):
     """Next item prediction: each position predicts the item after it, or the next `targets`, from those before."""
 
     kind: Literal["next_item"] = "next_item"
-    targets: int = Field(1, ge=1)  # Caser's T (Tang and Wang 2018)
+    targets: int = Field(1, ge=1, le=10_000)  # Caser's T (Tang and Wang 2018)
     loss: LossConfig = LossConfig()
     reads_event_types: ClassVar[bool] = True
     reads_times: ClassVar[bool] = True
@@ -151,17 +151,19 @@ class NextItemConfig(TaskSettings):
 class PairHeadConfig(Section):
     """f(u, v) of content-based click prediction: a user's vector and an item's content to a score."""
 
-    content: int = Field(ge=1)  # width
+    content: int = Field(ge=1, le=1_000_000)  # width
     layers: tuple[int, ...]
 
 
 class WeightsHeadConfig(Section):
     """Weights of several losses, learned with the model (Kendall, Gal and Cipolla 2018)."""
 
-    losses: int = Field(ge=1)
+    losses: int = Field(ge=1, le=1_000)
 
 
-TaskHead = int | PairHeadConfig | WeightsHeadConfig  # so many outputs, a score of pairs, or weights
+TaskHead = (
+    Annotated[int, Field(ge=1, le=1_000_000_000)] | PairHeadConfig | WeightsHeadConfig
+)  # so many outputs, a score of pairs, or weights
 
 
 class TargetItemConfig(TaskSettings):
@@ -241,8 +243,8 @@ class NextBasketConfig(BasketTaskSettings):
     """The items of a user's next basket (survey 3.2.2; Yang et al. 2019), predicted by a MASK behind earlier ones."""
 
     kind: Literal["next_basket"] = "next_basket"
-    context: int = Field(10, ge=1)  # baskets that are read
-    baskets: int = Field(4, ge=1)  # of a user, predicted in one step
+    context: int = Field(10, ge=1, le=100_000)  # baskets that are read
+    baskets: int = Field(4, ge=1, le=100_000)  # of a user, predicted in one step
     loss: LossConfig = LossConfig()
 
 
@@ -251,8 +253,8 @@ class BasketPairConfig(BasketTaskSettings):
     comes next after the first or is another user's."""
 
     kind: Literal["basket_pair"] = "basket_pair"
-    context: int = Field(1, ge=1)  # baskets on the first side
-    baskets: int = Field(4, ge=1)  # pairs of a user in one step
+    context: int = Field(1, ge=1, le=100_000)  # baskets on the first side
+    baskets: int = Field(4, ge=1, le=100_000)  # pairs of a user in one step
     adjacent: float = Field(0.5, gt=0, lt=1)  # share of pairs that are
     mask_probability: float = Field(0.2, gt=0, lt=1)  # of an item
     asked_probability: float = Field(0.15, ge=0, le=1)  # of adjacent pairs: the second is one MASK, as in evaluation
@@ -272,7 +274,7 @@ class MultiConfig(TaskSettings):
     )
     weighting: Literal["fixed", "uncertainty"] = "fixed"  # uncertainty: learned (Kendall, Gal and Cipolla 2018)
     weights: dict[str, float] = Field(default_factory=dict)  # of fixed: by what is predicted; 1 where not named
-    max_levels: int = Field(20, ge=2)  # different values that are still levels
+    max_levels: int = Field(20, ge=2, le=1_000_000)  # different values that are still levels
     loss: LossConfig = LossConfig()  # of the item
     reads_event_types: ClassVar[bool] = True
     reads_times: ClassVar[bool] = True
@@ -330,12 +332,12 @@ class ClickConfig(TaskSettings):
 
     kind: Literal["click"] = "click"
     content: tuple[Literal["text", "categories"], ...] = Field(("text", "categories"), min_length=1)
-    layers: tuple[int, ...] = Field((64,), min_length=1)  # widths of f's hidden layers
+    layers: Widths = Field((64,), min_length=1)  # of f's hidden layers
     negatives: int = Field(4, ge=0, le=20)  # drawn for each item taken, in training and evaluation
     # Kinds of event in the log that say an item was shown and not taken: negatives too, and never read as taken.
     impressions: tuple[str, ...] = Field((), max_length=100)
     causal: bool = True  # as the parent was pre-trained: next item, causal; masked item, not
-    cuts: int = Field(8, ge=1)  # of a sequence in a step, where not causal
+    cuts: int = Field(8, ge=1, le=100_000)  # of a sequence in a step, where not causal
     networks: ClassVar[tuple[str, ...]] = READ_ITEMS
 
     @property

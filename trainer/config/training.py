@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from etl.settings import FileName, Section
+from etl.settings import MAX_SECONDS, FileName, Section
 from trainer.config.data import DataConfig
 from trainer.config.model import Bert4RecConfig, DupnConfig, MlpConfig, ModelConfig
 from trainer.config.task import MaskedItemConfig, TaskConfig
@@ -13,7 +13,7 @@ from trainer.config.task import MaskedItemConfig, TaskConfig
 class TrainConfig(Section):
     """Optimisation and stopping. `batch_size` is global: over all processes together."""
 
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, le=100_000_000)
     epochs: int = Field(60, ge=1)
     min_epochs: int = Field(10, ge=0)  # before the tenth the loss sits at the popularity plateau
     patience: int = Field(8, ge=1)  # epochs without a better validation NDCG@10
@@ -27,10 +27,10 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after warm-up, over `epochs`
     final_rate: float = Field(0.0, ge=0, le=1)  # least share of the learning rate that a schedule falls to
     clip_norm: float = Field(5.0, gt=0)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     validation_users: int = Field(20_000, ge=1)  # at most, the same ones every epoch and run
-    checkpoint_seconds: float = Field(60.0, ge=0)  # 0: every step
-    keep_checkpoints: int = Field(2, ge=1)
+    checkpoint_seconds: float = Field(60.0, ge=0, le=MAX_SECONDS)  # 0: every step
+    keep_checkpoints: int = Field(2, ge=1, le=1_000_000)
 
 
 class RuntimeConfig(Section):
@@ -39,10 +39,10 @@ class RuntimeConfig(Section):
     device: str = "auto"
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     # Per process; None: the usable cores, divided by the processes that `torchrun` started here
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=4_096)
     progress: bool = True  # bars, on terminals only
     # How long a process waits for the others of `torchrun` before it ends with the state of each
-    collective_seconds: float = Field(600.0, gt=0)
+    collective_seconds: float = Field(600.0, gt=0, le=MAX_SECONDS)
 
 
 class TrackingConfig(Section):
@@ -51,8 +51,10 @@ class TrackingConfig(Section):
     experiment: str = "graftrec"
     enabled: bool = True
     system_metrics: bool = True
-    system_metrics_seconds: float = Field(10.0, gt=0)  # between two samples
-    close_seconds: float = Field(20.0, ge=0)  # how long a run waits, at its end, for a server that does not answer
+    system_metrics_seconds: float = Field(10.0, gt=0, le=MAX_SECONDS)  # between two samples
+    close_seconds: float = Field(
+        20.0, ge=0, le=MAX_SECONDS
+    )  # how long a run waits, at its end, for a server that does not answer
 
 
 class EvaluationConfig(Section):
@@ -69,7 +71,7 @@ class EvaluationConfig(Section):
     # None: true of next baskets, false of items; in `evaluate` and `promote` the models' own setting. With true, items
     # are ranked in full only: fixed negatives are never what a user has had.
     repeats: bool | None = None
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(256, ge=1, le=100_000_000)
     max_users: int | None = Field(None, ge=2)  # about so many, the same for every model; None: all
 
     def ranks_repeats(self, by_default: bool) -> bool:

@@ -15,13 +15,15 @@ class PatchConfig(Section):
     """Model patches (survey 3.3), for transfer `patch`."""
 
     kind: Literal["adapter", "lora"] = "adapter"
-    bottleneck: int | None = Field(None, ge=1)  # of an adapter: channels in its middle; None: an eighth of the width
+    bottleneck: int | None = Field(
+        None, ge=1, le=65_536
+    )  # of an adapter: channels in its middle; None: an eighth of the width
     place: Literal["serial", "parallel"] = "serial"  # behind a layer, or beside it
     per_block: Literal[1, 2] = 2  # beside both layers of a block, or the second only
     # identity: begins as no change at all. paper: as in PeterRec's released code, drawn at random, and parallel with a
     # skip of its own.
     variant: Literal["identity", "paper"] = "identity"
-    rank: int = Field(4, ge=1)  # of lora
+    rank: int = Field(4, ge=1, le=65_536)  # of lora
     layer_norm: bool = False  # the network's own LayerNorms are trained too
 
     def channels(self, width: int) -> int:

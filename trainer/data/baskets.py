@@ -50,6 +50,7 @@ class BasketDataset(SequenceDataset):
                 f"{has}; name the log's basket column, or set baskets.gap_minutes, and run "
                 f"{etl_command(release.lake)} again"
             )
+        self._kept_rows = None
         self.groups = [(file, 0) for file in self.files]
         self.rows_per_group = [self._num_users(file) for file in self.files]
 
@@ -61,8 +62,11 @@ class BasketDataset(SequenceDataset):
             return len(np.unique(users))
         return int(np.count_nonzero(changes)) + 1 if len(users) else 0
 
-    def read_group(self, group: int, *, times: bool = False, held_out: bool = True) -> Sequences:
-        """One file's users. Raises DataError naming a file that can't be read. May be called from several threads."""
+    def _users(self, group: int) -> IntArray:
+        return self._whole_group(group, times=False, held_out=False).users
+
+    def _whole_group(self, group: int, *, times: bool, held_out: bool) -> Sequences:
+        """One file's users."""
         file, _ = self.groups[group]
         columns = ["user", "basket", "part", "items", *(["time"] if times else [])]
         with blamed(file), open_parquet(file) as parquet:

@@ -167,3 +167,12 @@ def merge(first: Events, second: Events) -> Events:
     first.require_times()
     second.require_times()
     return beside(first, second).in_time_order()
+
+
+def sampled(users: IntArray, share: float) -> npt.NDArray[np.bool_]:
+    """About this share of users, whatever table they come from (the finaliser of SplitMix64, Steele et al. 2014)."""
+    z = users.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    flags: npt.NDArray[np.bool_] = (z ^ (z >> np.uint64(31))).astype(np.float64) < share * 2.0**64
+    return flags

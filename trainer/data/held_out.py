@@ -20,7 +20,7 @@ from trainer.arrays import IntArray
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue
 from trainer.data.cold_items import COLD, WARM, BoolArray, candidate_sets
-from trainer.data.events import Events
+from trainer.data.events import Events, sampled
 from trainer.data.release import DataError, Release, TableFile, blamed, open_parquet
 from trainer.data.sequences import SequenceDataset, Sequences, together
 
@@ -247,15 +247,6 @@ def read_users(
         return None
     found = together(kept)
     return found.take(np.argsort(found.users, kind="stable"))
-
-
-def sampled(users: IntArray, share: float) -> npt.NDArray[np.bool_]:
-    """About this share of users, whatever table they come from (the finaliser of SplitMix64, Steele et al. 2014)."""
-    z = users.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    flags: npt.NDArray[np.bool_] = (z ^ (z >> np.uint64(31))).astype(np.float64) < share * 2.0**64
-    return flags
 
 
 def _read_negatives(

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from etl import tables
 from etl.lake.encodings import encodings
+from etl.program import spelled
 from etl.tables import FEATURES, FIRST_INDEX
 from trainer.arrays import FloatArray, IntArray
 from trainer.config import JoinedFeaturesConfig
@@ -143,11 +144,9 @@ def read_raw_vectors(release: Release, catalogue: Catalogue, encoder: str, split
 def _read(release: Release, rows: Rows, encoder: str, split: str) -> tuple[FloatArray, BoolArray]:
     """[V, F] as the table has them, zero where it has none; bool [V]. Vectors made of this split are preferred to those
     of none."""
-    where = f"release {release.number} of {release.lake}"
+    where, command = f"release {release.number} of {release.lake}", spelled("trainer", "features")
     if FEATURES.name not in release.versions:
-        raise DataError(
-            f"{rows.setting}: expected vectors of {rows.kind}s, {where} has none; run `python -m trainer features`"
-        )
+        raise DataError(f"{rows.setting}: expected vectors of {rows.kind}s, {where} has none; run `{command}`")
     partitions = [part for part in release.partitions(FEATURES) if part["kind"] == rows.kind]
     splits = {part["split"] for part in partitions if part["encoder"] == encoder}
     if not splits & {None, split}:
@@ -155,7 +154,7 @@ def _read(release: Release, rows: Rows, encoder: str, split: str) -> tuple[Float
         read = f", of it those that read the split {', '.join(sorted(map(str, splits)))}" if splits else ""
         raise DataError(
             f"{rows.setting}: expected vectors of {rows.kind}s by {encoder!r} for split {split!r}, found those by "
-            f"{known} in {where}{read}; run `python -m trainer features`, or name another encoder"
+            f"{known} in {where}{read}; run `{command}`, or name another encoder"
         )
     scope = {"kind": rows.kind, "encoder": encoder, "split": split if split in splits else None}
     if split in splits:
@@ -172,7 +171,7 @@ def _read(release: Release, rows: Rows, encoder: str, split: str) -> tuple[Float
     if len(widths) != 1:
         raise DataError(
             f"{rows.setting}: expected vectors by {encoder!r} of one width, found "
-            f"{', '.join(map(str, sorted(widths)))} in {where}; run `python -m trainer features` into another lake"
+            f"{', '.join(map(str, sorted(widths)))} in {where}; run `{command}` into another lake"
         )
     flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     raw_VF = np.zeros((rows.count, widths[0]), dtype=np.float32)
@@ -192,7 +191,7 @@ def _check_inputs(release: Release, encoder: str, split: str) -> None:
             raise DataError(
                 f"model.features: expected vectors by {encoder!r} made from version {release.versions.get(table)} of "
                 f"{table}, which release {release.number} of {release.lake} has, found version {version}; run "
-                "`python -m trainer features` again"
+                f"`{spelled('trainer', 'features')}` again"
             )
 
 

@@ -73,7 +73,11 @@ class Loader:
         return {"epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        """Raises ValueError for a place that no run reaches."""
+        epoch, step = int(state["epoch"]), int(state["step"])
+        if epoch < 0 or step < 0:
+            raise ValueError(f"expected an epoch and a step of 0 and more, found {epoch} and {step}")
+        self.epoch, self.step = epoch, step
 
     @property
     def num_steps(self) -> int:

@@ -27,6 +27,7 @@ from etl.lake.snapshots import (
     within,
 )
 from etl.plain_path import absolute
+from etl.program import spelled
 from etl.redaction import one_line
 from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, TIME_TIMESTAMP, Table
@@ -255,7 +256,7 @@ def blamed(file: TableFile) -> Iterator[None]:
     except (OSError, pa.ArrowException, Damage) as error:
         reason = one_line(error)
         raise DataError(
-            f"can't read {file}: {reason}; restore it, or write its table anew by `python -m etl`"
+            f"can't read {file}: {reason}; restore it, or write its table anew by `{spelled('etl', 'all')}`"
         ) from None
 
 

@@ -1,10 +1,11 @@
 """Users' sequences, streamed from data files as flat arrays."""
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from etl import tables
 from etl.tables import FIRST_INDEX
 from trainer.arrays import FloatArray, Int8Array, IntArray
 from trainer.data.catalogue import Catalogue
-from trainer.data.events import Events, joined
+from trainer.data.events import Events, joined, sampled
 from trainer.data.release import (
     FOOTERS,
     Damage,
@@ -50,7 +51,7 @@ class Sequences(Events):
     def take(self, rows: IntArray) -> "Sequences":
         """The sequences of some rows, in that order."""
         taken = super().take(rows)
-        bounds = (self.valid_start[rows], self.test_start[rows], self.end[rows])
+        bounds = (bound[rows] if len(bound) else bound for bound in (self.valid_start, self.test_start, self.end))
         return Sequences(taken.users, taken.offsets, taken.columns, *bounds)
 
 
@@ -108,6 +109,7 @@ class SequenceDataset:
                 f"no sequences of split {split!r} and domain {domain!r} in release {release.number} of {release.lake}; "
                 f"it has {', '.join('/'.join(pair) for pair in known)}"
             )
+        self._kept_rows: list[IntArray] | None = None
         self.groups: list[tuple[TableFile, int]] = []
         self.rows_per_group: list[int] = []
         self._metadata = functools.lru_cache(FOOTERS)(metadata)  # of files, which never change
@@ -122,6 +124,30 @@ class SequenceDataset:
     def num_rows(self) -> int:
         return sum(self.rows_per_group)
 
+    def sample_users(self, share: float) -> Self:
+        """The same with about this share of users, who are the same ones in whatever table, and among those of a larger
+        share. Raises DataError where nobody is left."""
+        if share >= 1:
+            return self
+        fewer = copy.copy(self)
+        fewer._kept_rows = []
+        for group in range(len(self.groups)):
+            fewer._kept_rows.append(np.flatnonzero(sampled(self._users(group), share)))
+        fewer.rows_per_group = [len(rows) for rows in fewer._kept_rows]
+        if not fewer.num_rows:
+            raise DataError(
+                f"expected users in a share of {share:g} of the {self.num_rows:,} of split {self.split!r} and domain "
+                f"{self.domain!r}, found none; raise data.user_share"
+            )
+        return fewer
+
+    def _users(self, group: int) -> IntArray:
+        """Of a row group, in its order."""
+        file, number = self.groups[group]
+        with blamed(file), open_parquet(file, self._metadata(file)) as parquet:
+            column = parquet.read_row_group(number, columns=["user"], use_threads=False)["user"]
+        return np.asarray(column.to_numpy(), dtype=np.int64)
+
     def read(self, groups: Sequence[int], *, times: bool = False) -> Sequences:
         """Some row groups, in the order given. Raises DataError naming a file that can't be read."""
         parts = [self.read_group(group, times=times) for group in groups]
@@ -130,6 +156,11 @@ class SequenceDataset:
     def read_group(self, group: int, *, times: bool = False, held_out: bool = True) -> Sequences:
         """One row group. `held_out` False: without test_start and end. Raises DataError naming a file that can't be
         read. May be called from several threads."""
+        found = self._whole_group(group, times=times, held_out=held_out)
+        return found if self._kept_rows is None else found.take(self._kept_rows[group])
+
+    def _whole_group(self, group: int, *, times: bool, held_out: bool) -> Sequences:
+        """With the users that `sample_users` leaves out."""
         file, number = self.groups[group]
         columns = ["user", "items", "valid_start", *(["test_start", "end"] if held_out else [])]
         with blamed(file), open_parquet(file, self._metadata(file)) as parquet:
@@ -137,7 +168,7 @@ class SequenceDataset:
             columns += [*(["times"] if times or self.times else []), *(["values"] if self.values else [])]
             columns += ["event_types"] if self.event_types else []
             table = parquet.read_row_group(number, columns=columns, use_threads=False)
-            found = _flatten(table, self.rows_per_group[group], self.event_types)
+            found = _flatten(table, self._metadata(file).row_group(number).num_rows, self.event_types)
             if self.times and len(found.times) != len(found.items):
                 raise Damage(f"expected a time of each of {len(found.items):,} items, found {len(found.times):,}")
             return found

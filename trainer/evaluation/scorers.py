@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from etl import tables
+from etl.program import spelled
 from etl.settings import GraftrecError
 from etl.tables import DOMAIN_ALL, FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array
@@ -26,8 +27,8 @@ from trainer.config.data import READS_ALL
 from trainer.data.baskets import open_dataset
 from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
 from trainer.data.cold_items import cold_rows
-from trainer.data.events import Events, beside, merge
-from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, sampled, without_repeats
+from trainer.data.events import Events, beside, merge, sampled
+from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, without_repeats
 from trainer.data.release import DataError, Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
 from trainer.data.social import has_network, read_network, read_training
@@ -160,7 +161,7 @@ def raw_users(release: Release, users: IntArray) -> list[str]:
         raise DataError(
             f"expected {len(users):,} users of other tables in the table users, found {len(found):,} of them in "
             f"release {release.number} of {release.lake}; take another release, or write the lake anew: "
-            "`python -m etl`"
+            f"`{spelled('etl', 'all')}`"
         )
     raw: list[str] = found.sort_by("index")["user"].to_pylist()
     return raw

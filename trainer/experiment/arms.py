@@ -1,6 +1,6 @@
 """Whether features help (survey 2), in three arms: none, real, and shuffled among items of like popularity.
 
-    python mlflow_projects/features.py --experiment demo [--data FOLDER] [--section.key value …]
+    graftrec arms --experiment demo [--data FOLDER] [--section.key value …]
 
 Tables are made, encoders' vectors written, and each arm trained on each split that a slice names, over seeds: the same
 model and budget. Finished trainings aren't repeated and a killed one resumes, so the same command continues what was
@@ -148,12 +148,12 @@ def _of_split(
     return scored
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = "graftrec arms") -> int:
     return run_named(
         ArmsConfig,
         "arms",
         run,
-        command="features",
+        program=program,
         description="Whether features help, in three arms.",
         arguments=arguments,
     )

@@ -84,8 +84,8 @@ class ArmsConfig(Section):
     level: float = Field(LEVEL, gt=0, lt=1)  # of each test
     evaluation: EvaluationConfig = EvaluationConfig(protocols=("full",))
     baselines: BaselinesConfig = BaselinesConfig()
-    jobs: int | None = Field(None, ge=1)  # trainings at a time; None: cores / threads
-    threads: int = Field(1, ge=1)  # of each training
+    jobs: int | None = Field(None, ge=1, le=4_096)  # trainings at a time; None: cores / threads
+    threads: int = Field(1, ge=1, le=4_096)  # of each training
     tracking: TrackingConfig = TrackingConfig()
 
     @property

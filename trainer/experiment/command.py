@@ -27,12 +27,12 @@ def run_named(
     folder: str,
     run: Callable[[ConfigT], int],
     *,
-    command: str,
+    program: str,
     description: str,
     arguments: Sequence[str] | None,
 ) -> int:
     """Run the experiment that the arguments name, by `run`. Gives the exit code."""
-    parser = parser_of(kind, folder, program=f"{command}.py", description=description)
+    parser = parser_of(kind, folder, program=program, description=description)
     known, overrides = parser.parse_known_args(arguments)
 
     def work() -> int:
@@ -40,7 +40,7 @@ def run_named(
         config = load(kind, name, overrides)
         return run(movielens_in(config, known.data) if known.data else config)
 
-    return run_command(command, work)
+    return run_command(program.split()[-1], work)
 
 
 def movielens_in(config: ConfigT, data: Path) -> ConfigT:

@@ -110,8 +110,8 @@ class ExperimentConfig(Section):
     across: tuple[ModelField, ...] = ()  # as in `evaluate`: what may differ in the rows' protocol cards
     baselines: BaselinesConfig = BaselinesConfig()
     metric: str | None = None  # that differences are tested in; None: the one of validation, if each user has it
-    jobs: int | None = Field(None, ge=1)  # cells at a time; None: cores / threads
-    threads: int = Field(1, ge=1)  # of each cell
+    jobs: int | None = Field(None, ge=1, le=4_096)  # cells at a time; None: cores / threads
+    threads: int = Field(1, ge=1, le=4_096)  # of each cell
     tracking: TrackingConfig = TrackingConfig()
 
     @property

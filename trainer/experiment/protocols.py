@@ -1,6 +1,6 @@
 """One recipe under each of several protocol cards, beside what others published under them: a heading a card.
 
-    python mlflow_projects/protocols.py --experiment demo [--data FOLDER] [--section.key value …]
+    graftrec protocols --experiment demo [--data FOLDER] [--section.key value …]
 
 Figures under different cards are never put side by side: one table has a heading for each card, and below it the
 recipe's mean over seeds, the best simple baseline, and figures of others as their source has them. Trainings are
@@ -248,12 +248,12 @@ def _keep(config: ProtocolsConfig, found: Mapping[str, CardResult], tracked: "Ru
     return text
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = "graftrec protocols") -> int:
     return run_named(
         ProtocolsConfig,
         "protocols",
         run,
-        command="protocols",
+        program=program,
         description="One recipe under each protocol card.",
         arguments=arguments,
     )

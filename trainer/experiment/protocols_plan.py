@@ -47,7 +47,7 @@ class ProtocolsConfig(Section):
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     evaluation: EvaluationConfig = EvaluationConfig(protocols=("full",))
     baselines: BaselinesConfig = BaselinesConfig()
-    jobs: int | None = Field(None, ge=1)  # trainings side by side; None: one a core, on a GPU one
+    jobs: int | None = Field(None, ge=1, le=4_096)  # trainings side by side; None: one a core, on a GPU one
     tracking: TrackingConfig = TrackingConfig()
 
     @property

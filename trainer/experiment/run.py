@@ -1,6 +1,6 @@
 """The survey's experiment (section 4): models × transfer × task of pre-training × metadata, over seeds, as one command.
 
-    python mlflow_projects/experiment.py --experiment table2 --preset cpu [--data FOLDER] [--section.key value …]
+    graftrec experiment --experiment table2 --preset cpu [--data FOLDER] [--section.key value …]
 
 Every number of the table comes from *cells*: training runs, each a process and a child of one MLflow run. Finished
 cells are not run again, and a killed run resumes from its checkpoints, so the same command continues an experiment that
@@ -139,9 +139,9 @@ def keep(config: ExperimentConfig) -> Path:
     return place
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = "graftrec experiment") -> int:
     description = "The survey's experiment, and others of the same kind."
-    parser = parser_of(ExperimentConfig, "experiment", program="experiment.py", description=description)
+    parser = parser_of(ExperimentConfig, "experiment", program=program, description=description)
     parser.add_argument("--preset", help="cpu, paper…: conf/experiment/<experiment>_<preset>.yaml")
     parser.add_argument("--keep", action="store_true", help="copy the results to tests/reproduction/results/")
     known, overrides = parser.parse_known_args(arguments)

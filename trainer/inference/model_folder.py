@@ -18,23 +18,25 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from pydantic import TypeAdapter
-from safetensors.torch import load_file, save_file
+from pydantic import Field, ValidationError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from etl.plain_path import absolute
-from etl.settings import GraftrecError, replaced
-from etl.tables import UNK
+from etl.program import spelled
+from etl.settings import SectionT, explained, replaced, without_credentials
+from etl.tables import FIRST_INDEX, UNK
 from trainer import old_versions
 from trainer.arrays import Int32Array
 from trainer.config import (
@@ -55,22 +57,56 @@ from trainer.inference.scorer import LaterVectors, ModelScorer
 from trainer.models import DocumentTable, FeatureTable, ModelSizes, SequenceModel, build_saved
 from trainer.models.row_table import interleave
 from trainer.tasks import Task, build_task
+from trainer.trust.verified_files import MANIFEST as MANIFEST
+from trainer.trust.verified_files import ModelFolderError as ModelFolderError
+from trainer.trust.verified_files import Record, VerifiedFolder, read_json, record, refused, verified
+from trainer.trust.verified_files import digest_of as digest_of
 
-CONFIG, WEIGHTS, CATALOGUE, MANIFEST = "config.json", "weights.safetensors", "catalogue.parquet", "manifest.json"
+CONFIG, WEIGHTS, CATALOGUE = "config.json", "weights.safetensors", "catalogue.parquet"
+REQUIRED = (CONFIG, WEIGHTS, CATALOGUE)
 ORIGIN = "origin.json"  # the lake's place, and what the training cost: no part of the hash
 COSTS = ("seconds", "pretrain_seconds", "peak_gb")  # metrics that another training of the same model has otherwise
 USERS, USER_IDS = "users.safetensors", "users.parquet"
 USER_FEATURES = "user_features.safetensors"
+MAX_INDEX, MAX_NUMBER = 2**31 - 1, 2**63 - 1  # rows and indices of tables; any other whole number
 OPTIONAL = (USERS, USER_IDS, USER_FEATURES)  # personal data
-CONTENT = "content"
+CONTENT, CONTENT_FILE = "content", "content.safetensors"
 FEATURES = "features.safetensors"
 DOCUMENT = "document"  # with a colon behind it; of other encoders a slash is behind the name
 USER_TABLE = "user_embedding.weight"
 FRIENDS_RECIPE = "friends"  # of folders that hold no network of sequences: see `trainer/social/friends_folder.py`
 
 
-class ModelFolderError(GraftrecError):
-    """A model folder that is not there, incomplete, or damaged."""
+MEND = "train the model again or restore the folder"
+WHERE = "give a finished run's `model` folder"
+
+
+_Count = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
+
+
+class _Description(Record):
+    """What config.json holds. Of folders from before, some keys are not there, and `lake` is."""
+
+    recipe: Literal["pretrain", "finetune"]
+    config: dict[str, Any]
+    release: _Count
+    versions: dict[str, _Count]
+    parent: str | None
+    classes: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    task_heads: dict[str, TaskHead] = Field(default_factory=dict)
+    encodings: dict[str, dict[str, str]] = Field(default_factory=dict)
+    categories: tuple[str, ...] = ()
+    metrics: dict[str, float]
+    num_users: _Count
+    num_entities: _Count
+    lake: str = ""
+
+
+class _Origin(Record):
+    """What origin.json holds; no hash covers it."""
+
+    lake: str
+    costs: dict[str, float] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,7 +158,7 @@ class TrainedModel:
         if not (task.ranks_items or (clicks and task.scores_items)):
             raise ModelFolderError(
                 f"expected a model that ranks items, found {self.folder}, which predicts a user's {task.predicts}; "
-                "`python -m trainer evaluate` scores it"
+                f"`{spelled('trainer', 'evaluate')}` scores it"
             )
         return ModelScorer(self.model, self.task, device=device, later=self.later)
 
@@ -192,38 +228,63 @@ def _save_features(path: Path, features: Mapping[str, EncodedVectors], documents
     save_file(tensors, path)
 
 
-def _load_features(path: Path, config: JoinedFeaturesConfig) -> tuple[dict[str, EncodedVectors], Documents | None]:
+def _load_features(
+    folder: VerifiedFolder, name: str, config: JoinedFeaturesConfig, rows: int
+) -> tuple[dict[str, EncodedVectors], Documents | None]:
+    """Of `rows` items or users. Raises ModelFolderError."""
     if not config.given:
         return {}, None
-    found = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+    found = {key: tensor.numpy() for key, tensor in folder.tensors(name).items()}
+
+    def part(key: str, dtype: type[Any], *shape: int | None) -> npt.NDArray[Any]:
+        if key not in found:
+            raise ModelFolderError(f"{folder.path / name}: expected {key}, found none; {folder.mend}")
+        given = found[key]
+        fits = given.ndim == len(shape) and all(
+            want in (None, has) for want, has in zip(shape, given.shape, strict=True)
+        )
+        if not fits or not np.issubdtype(given.dtype, dtype):
+            expected = f"{dtype.__name__} {list(shape)}".replace("None", "any")
+            raise ModelFolderError(
+                f"{folder.path / name}: expected {key} to be {expected}, found {given.dtype} {list(given.shape)}; "
+                f"{folder.mend}"
+            )
+        return given
+
     documents = None
     if isinstance(config, ItemFeaturesConfig) and config.document is not None:
-        documents = Documents(found[f"{DOCUMENT}:words"], found[f"{DOCUMENT}:vectors"])
-    features = {
-        one: EncodedVectors(
-            found[f"{one}/vectors"],
-            found[f"{one}/has"],
-            Whitening(found[f"{one}/mean"], found[f"{one}/transform"]),
-        )
-        for one in config.encoders
-    }
+        words = part(f"{DOCUMENT}:words", np.integer, rows, None)
+        of_words = part(f"{DOCUMENT}:vectors", np.floating, None, None)
+        if words.size and not 0 <= int(words.min()) <= int(words.max()) < len(of_words):
+            raise ModelFolderError(
+                f"{folder.path / name}: expected words from 0 to {len(of_words) - 1}, found {words.min()} to "
+                f"{words.max()}; {folder.mend}"
+            )
+        documents = Documents(words, of_words)
+    features = {}
+    for one in config.encoders:
+        vectors = part(f"{one}/vectors", np.floating, rows, None)
+        width = vectors.shape[1]
+        mean, transform = part(f"{one}/mean", np.floating, width), part(f"{one}/transform", np.floating, width, width)
+        features[one] = EncodedVectors(vectors, part(f"{one}/has", np.bool_, rows), Whitening(mean, transform))
     return features, documents
 
 
 def _load_user_features(
-    path: Path, config: JoinedFeaturesConfig, weights: Mapping[str, Tensor]
+    folder: VerifiedFolder, config: JoinedFeaturesConfig, weights: Mapping[str, Tensor]
 ) -> dict[str, EncodedVectors]:
     """Of nobody, where the folder lacks them or users are left out."""
     if not config.given:
         return {}
-    if path.is_file() and len(weights[USER_TABLE]) > UNK + 1:
-        return _load_features(path, config)[0]
+    rows = len(weights[USER_TABLE])
+    if USER_FEATURES in folder and rows > UNK + 1:
+        return _load_features(folder, USER_FEATURES, config, rows)[0]
     found = {}
     for place, encoder in enumerate(config.encoders):
         width = weights[f"features.user.projections.{place}.weight"].shape[1]
         no_change = Whitening(np.zeros(width, np.float32), np.eye(width, dtype=np.float32))
-        nobody = np.zeros((len(weights[USER_TABLE]), width), np.float16)
-        found[encoder] = EncodedVectors(nobody, np.zeros(len(nobody), dtype=bool), no_change)
+        nobody = np.zeros((rows, width), np.float16)
+        found[encoder] = EncodedVectors(nobody, np.zeros(rows, dtype=bool), no_change)
     return found
 
 
@@ -235,7 +296,7 @@ def save_model(folder: Path, parts: ModelParts) -> str:
     user_table = tensors.pop(USER_TABLE, None)
     save_file(tensors, new / WEIGHTS)
     if content is not None:
-        save_file({CONTENT: torch.from_numpy(content.vectors_VF).half()}, new / f"{CONTENT}.safetensors")
+        save_file({CONTENT: torch.from_numpy(content.vectors_VF).half()}, new / CONTENT_FILE)
     if config.model.features.given:
         _save_features(new / FEATURES, parts.features, parts.documents)
     described: dict[str, Any] = {
@@ -315,173 +376,286 @@ def _whole(parts: Tensor | Sequence[Tensor], scratch: Path) -> Tensor:
 
 
 def load_model(folder: str | Path, *, device: str = "cpu", users: bool = True) -> TrainedModel:
-    """Read a model folder. `users` False: without the user table (every user is then unknown). Raises ArtifactError."""
-    folder = Path(folder)
-    digests = _verified(folder)
-    weights = load_file(folder / WEIGHTS)
-    with_users = users and USERS in digests
+    """Read a model folder. `users` False: without the user table (every user is then unknown). Raises
+    ModelFolderError."""
+    found = verified_model(folder)
+    require_sequences(found.path)
+    weights = found.tensors(WEIGHTS)
+    with_users = users and USERS in found
     if with_users:
-        weights[USER_TABLE] = load_file(folder / USERS)[USER_TABLE].to(next(iter(weights.values())).dtype)
-    ids = None
-    if with_users and USER_IDS in digests:
-        named = pq.read_table(folder / USER_IDS)
-        ids = dict(zip(named["user"].to_pylist(), named["index"].to_pylist(), strict=True))
-    return read_model(folder, weights, digests, users=ids, device=device)
+        weights |= {USER_TABLE: user_table(found)}
+    ids = user_ids(found, len(weights[USER_TABLE])) if with_users and USER_IDS in found else None
+    return read_model(found, weights, users=ids, device=device)
+
+
+def user_table(folder: VerifiedFolder, *, device: str = "cpu") -> Tensor:
+    """Raises ModelFolderError for a file of other tensors."""
+    found = folder.tensors(USERS, device=device)
+    if found.keys() != {USER_TABLE}:
+        raise ModelFolderError(
+            f"{folder.path / USERS}: expected {USER_TABLE}, found {', '.join(found)[:100] or 'nothing'}; {folder.mend}"
+        )
+    return found[USER_TABLE]
+
+
+def user_ids(folder: VerifiedFolder, num_users: int) -> dict[str, int]:
+    """Raw user id -> row of the user table. Raises ModelFolderError for rows that it lacks."""
+    path = folder.path / USER_IDS
+    named = folder.table(USER_IDS, ["user", "index"], max_rows=num_users)
+    with refused(path, folder.mend):
+        ids, rows = named["user"].cast(pa.string()), named["index"].cast(pa.int64())
+        if ids.null_count or rows.null_count or not _within(rows, num_users):
+            raise ModelFolderError(
+                f"{path}: expected an id for each user, and rows from 0 to {num_users - 1}, found others; {folder.mend}"
+            )
+        return dict(zip(ids.to_pylist(), rows.to_pylist(), strict=True))
+
+
+def _within(column: pa.ChunkedArray, stop: int) -> bool:
+    """Whether all of a column of whole numbers is from 0 to below `stop`."""
+    if not len(column):
+        return True
+    ends = pc.min_max(column).as_py()
+    return int(ends["min"]) >= 0 and int(ends["max"]) < stop
 
 
 def read_model(
-    folder: Path,
+    folder: VerifiedFolder,
     weights: dict[str, Tensor],
-    digests: dict[str, str],
     *,
     users: dict[str, int] | None,
     user_features: dict[str, EncodedVectors] | None = None,
     device: str,
 ) -> TrainedModel:
     """The model of a folder's settings and catalogue, and of tensors that were read already, which it takes as they
-    are; `digests` of the whole folder's files. `user_features` None: the folder's."""
-    config, parent = config_of(folder)
-    described = json.loads((folder / CONFIG).read_text())
-    classes = {head: tuple(names) for head, names in described.get("classes", {}).items()}
-    rows = pq.read_table(folder / CATALOGUE)
-    flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    knowledge = np.asarray(flat, dtype=np.int32).reshape(len(rows), -1)
+    are. `user_features` None: the folder's. Raises ModelFolderError."""
+    config, described = _described(folder.path)
+    check_floating(folder.path / WEIGHTS, weights)
     if config.model.user_width and USER_TABLE not in weights:  # everybody is unknown
         nobody = torch.zeros(UNK + 1, config.model.user_width)
         weights[USER_TABLE] = nobody.to(next(iter(weights.values())))
-    features, documents = _load_features(folder / FEATURES, config.model.features)
-    if user_features is None:
-        user_features = _load_user_features(folder / USER_FEATURES, config.model.user_features, weights)
-    model = build_saved(
-        config.model,
-        ModelSizes(
-            num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
-            num_entities=described["num_entities"],
-            knowledge_VS=torch.from_numpy(knowledge.copy()),
-            num_event_types=len(config.data.event_types),
-            features=feature_tables(features),
-            documents=document_table(documents),
-            user_features=feature_tables(user_features),
-        ),
-        weights=weights,
-        patch=patch_of(config),
-        task_heads={
-            name: TypeAdapter(TaskHead).validate_python(head) for name, head in described.get("task_heads", {}).items()
-        },
-    )
-    if (predicts := folder / f"{CONTENT}.safetensors").is_file():
-        model.describe(load_file(predicts)[CONTENT].float())
-    if "predicted" in rows.column_names:
-        model.restrict_targets(torch.from_numpy(rows["predicted"].to_numpy()))
-    if "untrained" in rows.column_names:
-        model.mark_untrained(torch.from_numpy(rows["untrained"].to_numpy()))
-    if "asked" in rows.column_names:
-        model.ask_for(torch.from_numpy(rows["asked"].to_numpy()))
+    most = max((len(tensor) for tensor in weights.values() if tensor.ndim), default=0)
+    rows = _read_rows(folder, config, described.num_entities, most)
+    flat = rows["knowledge"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    knowledge = np.asarray(flat, dtype=np.int32).reshape(len(rows), -1)
+    with refused(folder.path, MEND):
+        features, documents = _load_features(folder, FEATURES, config.model.features, len(rows))
+        if user_features is None:
+            user_features = _load_user_features(folder, config.model.user_features, weights)
+        model = build_saved(
+            config.model,
+            ModelSizes(
+                num_users=len(weights[USER_TABLE]) if config.model.user_width else 0,
+                num_entities=described.num_entities,
+                knowledge_VS=torch.from_numpy(knowledge.copy()),
+                num_event_types=len(config.data.event_types),
+                features=feature_tables(features),
+                documents=document_table(documents),
+                user_features=feature_tables(user_features),
+            ),
+            weights=weights,
+            patch=patch_of(config),
+            task_heads=described.task_heads,
+        )
+        if CONTENT_FILE in folder:
+            model.describe(_content(folder, len(rows)))
+        if "predicted" in rows.column_names:
+            model.restrict_targets(torch.from_numpy(rows["predicted"].to_numpy()))
+        if "untrained" in rows.column_names:
+            model.mark_untrained(torch.from_numpy(rows["untrained"].to_numpy()))
+        if "asked" in rows.column_names:
+            model.ask_for(torch.from_numpy(rows["asked"].to_numpy()))
     return TrainedModel(
-        folder=folder,
+        folder=folder.path,
         config=config,
-        lake=lake_of(folder),
-        release=described["release"],
-        versions=described["versions"],
+        lake=config.data.lake,
+        release=described.release,
+        versions=described.versions,
         catalogue=_catalogue(rows),
         popularity=rows["popularity"].to_numpy().astype(np.int64),
         knowledge=knowledge,
         model=model.to(device).eval(),
         task=build_task(config.task),
-        parent=parent,
-        hash=_hash(digests),
-        metrics=described["metrics"] | _origin(folder).get("costs", {}),
-        classes=classes,
-        categories=tuple(described.get("categories", ())),
+        parent=described.parent,
+        hash=hash_of(folder),
+        metrics=described.metrics | _origin(folder.path).costs,
+        classes=described.classes,
+        categories=described.categories,
         users=users,
         features=features,
         user_features=user_features,
         documents=documents,
-        encodings=described.get("encodings", {}),
+        encodings=described.encodings,
     )
+
+
+def check_floating(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raises ModelFolderError for weights of other types than networks compute in, or none."""
+    if not weights:
+        raise ModelFolderError(f"{path}: expected weights, found none; {MEND}")
+    if wrong := [
+        name for name, one in weights.items() if one.dtype not in (torch.float64, torch.float32, torch.bfloat16)
+    ]:
+        raise ModelFolderError(f"{path}: expected weights in floating point, found {weights[wrong[0]].dtype}; {MEND}")
+
+
+def _content(folder: VerifiedFolder, num_rows: int) -> Tensor:
+    found = folder.tensors(CONTENT_FILE)
+    shapes = {name: list(tensor.shape) for name, tensor in found.items()}
+    if shapes.keys() != {CONTENT} or len(shapes[CONTENT]) != 2 or shapes[CONTENT][0] != num_rows:
+        raise ModelFolderError(
+            f"{folder.path / CONTENT_FILE}: expected {CONTENT} of {num_rows} rows, found {str(shapes)[:100]}; "
+            f"{folder.mend}"
+        )
+    return found[CONTENT].float()
+
+
+_CATALOGUE_TYPES: dict[str, tuple[str, pa.DataType]] = {
+    "index": ("whole numbers", pa.int64()),
+    "item": ("texts", pa.string()),
+    "title": ("texts", pa.string()),
+    "popularity": ("whole numbers", pa.int64()),
+    "predicted": ("true or false", pa.bool_()),
+    "untrained": ("true or false", pa.bool_()),
+    "asked": ("true or false", pa.bool_()),
+}
+
+
+def _read_rows(folder: VerifiedFolder, config: PretrainConfig, num_entities: int, most: int) -> pa.Table:
+    """The catalogue, of at most `most` rows. Raises ModelFolderError for what no model writes."""
+    path = folder.path / CATALOGUE
+    rows = folder.table(CATALOGUE, max_rows=most)
+    needed = {"index", "item", "title", "popularity", "knowledge"}
+    needed |= {"predicted"} if config.data.predicted is not None else set()
+    needed |= {"asked"} if config.model.domain_asked else set()
+    if lacking := needed - set(rows.column_names):
+        raise ModelFolderError(f"{path}: expected the column {min(lacking)}, found none; {folder.mend}")
+    with refused(path, folder.mend):
+        rows = _typed(rows, path, folder.mend)
+        slots = rows["knowledge"].combine_chunks()
+        widths = set(pc.unique(pc.list_value_length(slots)).to_pylist())
+        entities = slots.flatten()
+        wanted = sum(config.model.knowledge.values())
+        sound = widths == {wanted} and not slots.null_count and not entities.null_count
+        if not sound or (len(entities) and not _within(pa.chunked_array([entities]), max(num_entities, 1))):
+            raise ModelFolderError(
+                f"{path}: expected entities from 0 to {num_entities - 1} in {wanted} slots of each row, found others; "
+                f"{folder.mend}"
+            )
+    return rows
+
+
+def _typed(rows: pa.Table, path: Path, mend: str) -> pa.Table:
+    if len(rows) < FIRST_INDEX:
+        raise ModelFolderError(f"{path}: expected {FIRST_INDEX} rows at least, found {len(rows)}; {mend}")
+    for name, (what, kind) in _CATALOGUE_TYPES.items():
+        if name not in rows.column_names:
+            continue
+        column = rows[name]
+        is_kind = pa.types.is_integer(column.type) if kind == pa.int64() else column.type in (kind, pa.large_string())
+        if not is_kind or column.null_count:
+            raise ModelFolderError(f"{path}: expected {what} in {name}, found {column.type} or nothing; {mend}")
+        column = column.cast(kind)
+        if kind == pa.int64() and not _within(column, MAX_INDEX if name == "index" else MAX_NUMBER):
+            raise ModelFolderError(f"{path}: expected {name} of 0 and more, found others; {mend}")
+        rows = rows.set_column(rows.column_names.index(name), name, column)
+    return rows
 
 
 def recipe_of(folder: Path) -> str:
     """The recipe that made a model folder; "" where that can't be read."""
     try:
-        return str(json.loads((folder / CONFIG).read_text())["recipe"])
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(folder / CONFIG, MEND)
+    except ModelFolderError:
         return ""
+    recipe = found.get("recipe") if isinstance(found, dict) else None
+    return recipe if isinstance(recipe, str) else ""
 
 
 def config_of(folder: Path) -> tuple[PretrainConfig, str | None]:
     """Settings of the run that made a model folder, and the hash of the model it was grafted on. Raises
     ModelFolderError."""
+    config, described = _described(folder)
+    return config, described.parent
+
+
+def require_sequences(folder: Path) -> None:
+    """Raises ModelFolderError for a folder of another kind of model than one of sequences."""
     if recipe_of(folder) == FRIENDS_RECIPE:
         raise ModelFolderError(
             f"expected a model of sequences in {folder}, found an attention over friends, which stands beside one: "
             "register it with the alias `friends`, or give it as `friends` of recommend"
         )
-    described = json.loads((folder / CONFIG).read_text())
-    kind = FinetuneConfig if described["recipe"] == "finetune" else PretrainConfig
-    config = kind.model_validate(old_versions.settings(described["config"]))
-    return replaced(config, data=replaced(config.data, lake=lake_of(folder))), described["parent"]
+
+
+def _described(folder: Path) -> tuple[PretrainConfig, _Description]:
+    require_sequences(folder)
+    path = folder / CONFIG
+    described = record(_Description, read_json(path, MEND), path, MEND)
+    kind = FinetuneConfig if described.recipe == "finetune" else PretrainConfig
+    config = saved_settings(kind, old_versions.settings(described.config), path)
+    return replaced(config, data=replaced(config.data, lake=lake_of(folder))), described
+
+
+def saved_settings(kind: type[SectionT], given: Mapping[str, Any], path: Path) -> SectionT:
+    """Settings that a folder holds. Raises ModelFolderError, for those that only a newer version knows too."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise ModelFolderError(
+            f"{path}: {explained(kind, error)}; a newer version of graftrec may have written it: read it with that "
+            f"one, or {MEND}"
+        ) from None
 
 
 def lake_of(folder: Path) -> str:
     """The lake that a model was trained on. Raises ModelFolderError."""
-    return absolute(_origin(folder)["lake"])
+    return absolute(_origin(folder).lake)
 
 
-def _origin(folder: Path) -> dict[str, Any]:
+def _origin(folder: Path) -> _Origin:
     """Raises ModelFolderError where it can't be read."""
     path = folder / ORIGIN
     try:
-        if not path.is_file():  # an older folder has all of it in its configuration
-            return {"lake": json.loads((folder / CONFIG).read_text())["lake"]}
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found["lake"], str):
-            return found
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ModelFolderError(f"{path} is missing or damaged: expected the lake that the model was trained on; restore it")
+        if path.exists() or path.is_symlink():
+            found = read_json(path, MEND)
+        else:  # an older folder has all of it in its configuration
+            found = {"lake": read_json(folder / CONFIG, MEND)["lake"]}
+        origin = record(_Origin, found, path, MEND)
+        without_credentials(origin.lake)
+        return origin
+    except (ModelFolderError, ValueError, LookupError, TypeError):
+        raise ModelFolderError(
+            f"{path} is missing or damaged: expected the lake that the model was trained on; restore it"
+        ) from None
 
 
-def catalogue_of(folder: Path) -> Catalogue:
-    """The catalogue of a model folder."""
-    return _catalogue(pq.read_table(folder / CATALOGUE, columns=["index", "item", "title"]))
+def catalogue_of(folder: VerifiedFolder) -> Catalogue:
+    """The catalogue of a model folder. Raises ModelFolderError."""
+    rows = folder.table(CATALOGUE, ["index", "item", "title"], max_rows=MAX_INDEX)
+    with refused(folder.path / CATALOGUE, folder.mend):
+        return _catalogue(_typed(rows, folder.path / CATALOGUE, folder.mend))
 
 
 def _catalogue(rows: pa.Table) -> Catalogue:
     return Catalogue(rows["index"].to_numpy().astype(np.int64), Texts(rows["item"]), Texts(rows["title"]))
 
 
-def model_hash(folder: str | Path) -> str:
-    """The hash of a model folder, its files verified. Raises ArtifactError."""
-    return _hash(_verified(Path(folder)))
+def verified_model(folder: str | Path, required: Collection[str] = REQUIRED) -> VerifiedFolder:
+    """A model folder whose files are those of its manifest. Raises ModelFolderError."""
+    folder = Path(folder)
+    mend = MEND if (folder / MANIFEST).is_file() else WHERE
+    return verified(folder, required, mend=mend, optional=OPTIONAL, what="model")
 
 
-def _verified(folder: Path) -> dict[str, str]:
-    """Digests of the files that are there. Raises ArtifactError for one that is missing or differs."""
-    if not (folder / MANIFEST).is_file():
-        raise ModelFolderError(
-            f"no model in {folder}: expected {MANIFEST} and the files it names; give a finished run's `model` folder"
-        )
-    try:
-        digests: dict[str, str] = json.loads((folder / MANIFEST).read_text())
-    except ValueError:
-        raise ModelFolderError(f"{folder / MANIFEST} is damaged; train the model again or restore the folder") from None
-    for name in list(digests):
-        path = folder / name
-        if not path.is_file():
-            if name in OPTIONAL:
-                del digests[name]
-                continue
-            raise ModelFolderError(f"{path} is missing; train the model again or restore the folder")
-        if digest_of(path) != digests[name]:
-            raise ModelFolderError(f"{path} is damaged: its SHA-256 is not the manifest's; train again or restore it")
-    return digests
+def model_hash(folder: str | Path, required: Collection[str] = REQUIRED) -> str:
+    """The hash of a model folder, its files verified. Raises ModelFolderError."""
+    return hash_of(verified_model(folder, required))
 
 
-def digest_of(path: Path) -> str:
-    """A file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_of(folder: VerifiedFolder) -> str:
+    """Of all its files but those with personal data."""
+    return _hash(dict(folder.digests))
 
 
 def _hash(digests: dict[str, str]) -> str:

@@ -46,7 +46,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -54,6 +54,7 @@ import torch
 from torch import Tensor
 
 from etl.identifiers import raw_ids
+from etl.redaction import one_line
 from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array, IntArray
@@ -65,9 +66,14 @@ from trainer.inference.scorer import Scores, answered, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
 PARAMS = ("k", "domain")
+MAX_DEPTH = 8  # of lists and objects in a record
+MAX_NAME = 200  # characters of a domain
+RETRY_SECONDS = 10.0  # until what was not there is looked for again
+MAX_ABSENT = 1_000  # names that are remembered as not there
 BATCH_SIZE = 256  # histories scored at once
 # Of a record.
 FIELDS = ("items", "user", "event_types", "baskets", "features", "friends", "times", "time", "exclude", "only")
+MAX_NUMBER = 2**1023  # of any field: ids may be large whole numbers
 LATEST = 2**33  # seconds since 1970 that a time may be, the year 2242: more are milliseconds, or microseconds
 MICROSECONDS = 1_000_000  # of a second
 _FIELDS = f"a record has {', '.join(FIELDS)}"
@@ -109,6 +115,35 @@ class Answer:
     basis: str
     unknown: list[str]
     version: str
+
+
+_Found = TypeVar("_Found")
+
+
+class Kept(Generic[_Found]):
+    """What `look_up` finds for a name, looked up once. That there is nothing is believed for `RETRY_SECONDS` only: it
+    may come later, and names that nobody has must not fill the memory."""
+
+    def __init__(self, look_up: Callable[[str], _Found | None], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._look_up, self._clock = look_up, clock
+        self._found: dict[str, _Found] = {}
+        self._absent: dict[str, float] = {}  # when it was looked for, oldest first
+
+    def __call__(self, name: str = "") -> _Found | None:
+        if name in self._found:
+            return self._found[name]
+        now = self._clock()
+        if now - self._absent.get(name, -math.inf) < RETRY_SECONDS:
+            return None
+        found = self._look_up(name)
+        if found is not None:
+            self._absent.pop(name, None)
+            return self._found.setdefault(name, found)
+        self._absent.pop(name, None)
+        while len(self._absent) >= MAX_ABSENT:
+            self._absent.pop(next(iter(self._absent)), None)
+        self._absent[name] = now
+        return None
 
 
 class Answering(Protocol):
@@ -161,7 +196,7 @@ class TopK:
 class Recommender:
     """A model, ready to answer. `beside`: gives the one for another domain; `companion`: the one for histories of which
     this one knows no item; `friends`: what answers users of whom neither knows an item. Each gives None where there is
-    none, and is read once."""
+    none, and is read once it is there."""
 
     def __init__(
         self,
@@ -171,8 +206,8 @@ class Recommender:
         companion: "Callable[[], Recommender | None]" = lambda: None,
         friends: Callable[[], Answering | None] = lambda: None,
     ) -> None:
-        self.trained_model, self.version, self._beside = trained_model, version, functools.cache(beside)
-        self._companion, self._friends = functools.cache(companion), functools.cache(friends)
+        self.trained_model, self.version, self._beside = trained_model, version, Kept(beside)
+        self._companion, self._friends = Kept(lambda name: companion()), Kept(lambda name: friends())
         self._shortlist, self.reads = TopK(trained_model), trained_model.config.task.needs.request
         self.reads_times = trained_model.config.reads_times
         self._place_of = {name: place for place, name in enumerate(trained_model.event_types, 1)}
@@ -185,11 +220,11 @@ class Recommender:
         own = self.trained_model.config.data.answered
         if domain in ("", own):
             return self
-        other = self._beside(domain)
+        other = self._beside(domain) if _is_name(domain) else None
         if other is None:
             raise RequestError(
                 f"domain: expected {own!r}, of which {self.version} predicts items, or one that has a champion of the "
-                f"same family or a patch beside it; found {domain!r}"
+                f"same family or a patch beside it; found {domain[:80]!r}"
             )
         return other
 
@@ -350,7 +385,35 @@ class Recommender:
 def check_k(k: int) -> None:
     """Raises RequestError."""
     if not 1 <= k <= MAX_K:
-        raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {k}")
+        raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {shown(k)}")
+
+
+def parse_params(params: Mapping[str, Any]) -> tuple[str, int]:
+    """(domain, k) of a request's params; "" where it names no domain. Raises RequestError."""
+    if unknown := [name for name in params if name not in PARAMS]:
+        raise RequestError(f"params: expected {' or '.join(PARAMS)}, found {shown(unknown[0])}; leave it out")
+    domain, k = _plain(params.get("domain")), _plain(params.get("k", DEFAULT_K))
+    if domain is not None and not isinstance(domain, str):
+        raise RequestError(f"domain: expected a name, found {shown(domain)}")
+    if isinstance(k, float) and k.is_integer():
+        k = int(k)
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {shown(k)}")
+    check_k(k)
+    return domain or "", k
+
+
+def _is_name(domain: str) -> bool:
+    """Whether a registered model or a folder can have that name: nobody else is asked for another one."""
+    return len(domain) <= MAX_NAME and domain.isprintable() and not set(domain) & set("/:@")
+
+
+def shown(given: Any) -> str:
+    """A value of a request, as a message says it: short, and one line."""
+    if isinstance(given, int) and given.bit_length() > 256:
+        return f"a number of {given.bit_length()} bits"
+    text = given[:100] if isinstance(given, str) else str(given)[:100]
+    return repr(text) if not isinstance(given, int | float | None) else text
 
 
 def _read(request: Request) -> Sequence[str | None]:
@@ -360,20 +423,6 @@ def _read(request: Request) -> Sequence[str | None]:
     return [item for basket in request.baskets for item in (*basket, None)]
 
 
-def parse_params(params: Mapping[str, Any]) -> tuple[int, str]:
-    """k and domain ("": the model's own). Raises RequestError."""
-    if unknown := [name for name in params if name not in PARAMS]:
-        raise RequestError(f"params: expected {' or '.join(PARAMS)}, found {str(unknown[0])[:100]!r}; leave it out")
-    k, domain = (_plain(params.get(name)) for name in PARAMS)
-    k = DEFAULT_K if "k" not in params else k
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise RequestError(f"k is a number of items from 1 to {MAX_K}, found {str(k)[:100]!r}")
-    check_k(k)
-    if domain is not None and not isinstance(domain, str):
-        raise RequestError(f"domain is a name, found {str(domain)[:100]!r}")
-    return k, domain or ""
-
-
 def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
     """Requests of records with `items` or `baskets`, and perhaps `user`. Raises RequestError."""
     if not records:
@@ -381,16 +430,20 @@ def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
     return [_parse(record, place) for place, record in enumerate(records)]
 
 
-def _parse(record: Mapping[str, Any], place: int) -> Request:
+def _parse(record: Any, place: int) -> Request:
+    if not isinstance(record, Mapping):
+        raise RequestError(
+            f"record {place}: expected an object with `items` or `baskets`, found {type(record).__name__}"
+        )
     if unknown := [name for name in record if name not in FIELDS]:
-        raise RequestError(f"record {place}: {_FIELDS}, found {str(unknown[0])[:100]!r}; leave it out")
-    given = [_plain(record.get(name)) for name in FIELDS]
-    items, user, kinds, baskets, features, friends, times, requested, exclude, only = given
+        raise RequestError(f"record {place}: {_FIELDS}, found {shown(unknown[0])}; leave it out")
+    fields = [_plain(record.get(name)) for name in FIELDS]
+    items, user, kinds, baskets, features, friends, times, requested, exclude, only = fields
     if baskets is not None:
         if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
             raise RequestError(
                 f"record {place}: `baskets`, in the place of `items`, is a list of lists of raw item ids (strings), "
-                f"found {str(baskets)[:100]!r}"
+                f"found {shown(baskets)}"
             )
         items, baskets = [], [_ids(basket, place, "baskets") for basket in baskets]
     if items is None:
@@ -399,23 +452,19 @@ def _parse(record: Mapping[str, Any], place: int) -> Request:
             f"neither; {_FIELDS}"
         )
     if not _is_ids(items):
-        raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {str(items)[:100]!r}")
+        raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {shown(items)}")
     if user is not None and not _is_ids([user]):
-        raise RequestError(f"record {place}: `user` is a raw user id (a string), found {str(user)[:100]!r}")
+        raise RequestError(f"record {place}: `user` is a raw user id (a string), found {shown(user)}")
     if kinds is not None and (not _is_texts(kinds) or len(kinds) != len(items)):
         raise RequestError(
-            f"record {place}: `event_types` is a list of strings as long as `items`, found {str(kinds)[:100]!r}"
+            f"record {place}: `event_types` is a list of strings as long as `items`, found {shown(kinds)}"
         )
     if friends is not None and not _is_ids(friends):
-        raise RequestError(
-            f"record {place}: `friends` is a list of raw user ids (strings), found {str(friends)[:100]!r}"
-        )
+        raise RequestError(f"record {place}: `friends` is a list of raw user ids (strings), found {shown(friends)}")
     if exclude is not None and not _is_ids(exclude):
-        raise RequestError(
-            f"record {place}: `exclude` is a list of raw item ids (strings), found {str(exclude)[:100]!r}"
-        )
+        raise RequestError(f"record {place}: `exclude` is a list of raw item ids (strings), found {shown(exclude)}")
     if only is not None and not _is_texts(only):
-        raise RequestError(f"record {place}: `only` is a list of categories (strings), found {str(only)[:100]!r}")
+        raise RequestError(f"record {place}: `only` is a list of categories (strings), found {shown(only)}")
     user = None if user is None else _ids([user], place, "user")[0]
     _check_times(times, requested, len(items), place)
     return Request(
@@ -439,7 +488,7 @@ def _check_times(times: Any, requested: Any, num_items: int, place: int) -> None
             continue
         what = f"`{name}` is a number of seconds since 1970 (UTC)" + (" for each of `items`" if name == "times" else "")
         if not isinstance(given, list) or not all(map(_is_number, given)):
-            raise RequestError(f"record {place}: {what}, found {str(given if name == 'times' else requested)[:100]!r}")
+            raise RequestError(f"record {place}: {what}, found {shown(given if name == 'times' else requested)}")
         if wrong := [one for one in given if not -LATEST < one < LATEST]:
             raise RequestError(
                 f"record {place}: {what}, found {wrong[0]:g}; divide milliseconds by 1,000, microseconds by 1,000,000"
@@ -463,22 +512,24 @@ def _check_times(times: Any, requested: Any, num_items: int, place: int) -> None
 
 
 def _is_number(given: Any) -> bool:
-    return isinstance(given, int | float) and not isinstance(given, bool) and math.isfinite(given)
+    if not isinstance(given, int | float) or isinstance(given, bool):
+        return False
+    return -MAX_NUMBER < given < MAX_NUMBER  # neither NaN, nor more than a float can be
 
 
 def _vectors(features: Any, place: int) -> tuple[tuple[str, str, list[float]], ...]:
     """Raw id, encoder and vector of each of a record's `features`."""
     found = []
+    if not isinstance(features, list | None):
+        raise RequestError(f"record {place}: `features` is a list of objects, found {shown(features)}")
     for one in features or ():
         named = _plain(one) if isinstance(one, Mapping) else {}
         item, encoder, vector = (_plain(named.get(name)) for name in ("item", "encoder", "vector"))
-        is_vector = isinstance(vector, list) and all(
-            isinstance(x, int | float) and not isinstance(x, bool) for x in vector
-        )
+        is_vector = isinstance(vector, list) and all(map(_is_number, vector))
         if not _is_ids([item]) or not isinstance(encoder, str) or not is_vector:
             raise RequestError(
                 f"record {place}: `features` is a list of objects with `item` (a raw id), `encoder` (a name) and "
-                f"`vector` (numbers), found {str(one)[:100]!r}"
+                f"`vector` (numbers), found {shown(one)}"
             )
         found.append((_ids([item], place, "features")[0], encoder, [float(x) for x in vector]))
     return tuple(found)
@@ -488,14 +539,19 @@ def _ids(given: Sequence[str | int | float], place: int, name: str) -> list[str]
     """Raw ids, by the rule for those of a log."""
     try:
         return raw_ids(given)
+    except UnicodeEncodeError:
+        raise RequestError(f"record {place}: `{name}`: expected text in Unicode, found half a character") from None
     except ValueError as error:
-        raise RequestError(f"record {place}: `{name}`: {error}") from None
+        raise RequestError(f"record {place}: `{name}`: {one_line(error, 200)}") from None
 
 
-def _plain(given: Any) -> Any:
-    """What pandas and numpy made of JSON, as it was; NaN is pandas' word for what is not there."""
+def _plain(given: Any, depth: int = 0) -> Any:
+    """What pandas and numpy made of JSON, as it was; NaN is pandas' word for what is not there. Raises RequestError
+    for what is nested deeper than any field is."""
+    if depth > MAX_DEPTH:
+        raise RequestError(f"expected fields of at most {MAX_DEPTH} lists in each other, found more; leave some out")
     if isinstance(given, np.ndarray | list | tuple):
-        return [_plain(one) for one in given]
+        return [_plain(one, depth + 1) for one in given]
     if isinstance(given, np.generic):
         given = given.item()
     return None if isinstance(given, float) and given != given else given
@@ -506,6 +562,4 @@ def _is_texts(given: Any) -> bool:
 
 
 def _is_ids(given: Any) -> bool:
-    return isinstance(given, list | tuple) and all(
-        isinstance(one, str | int | float) and not isinstance(one, bool) for one in given
-    )
+    return isinstance(given, list | tuple) and all(isinstance(one, str) or _is_number(one) for one in given)

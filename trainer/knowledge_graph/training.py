@@ -10,10 +10,10 @@ Shape letters: ``S`` chunks, ``C`` triples of a chunk, ``K`` negatives of a side
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from trainer.config.graph import GraphTrainConfig
@@ -26,7 +26,7 @@ from trainer.knowledge_graph.triples import RELATION, Side
 from trainer.models.row_table import RowTable, RowTables, take_rows
 from trainer.parallel.cores import on_threads
 from trainer.parallel.distributed import World
-from trainer.training.checkpoint import Checkpoint
+from trainer.training.checkpoint import Checkpoint, fitting
 from trainer.training.loop import NonFiniteLoss
 from trainer.training.optimizer import adagrad_rows
 
@@ -205,12 +205,13 @@ class GraphTraining:
 
     @torch.no_grad()
     def restore(self, saved: Checkpoint) -> None:
-        for name, table in self.tables.items():
-            take_rows(table, saved.parts[_TABLES][name], self.world)
-            take_rows(self.sums[name], saved.parts[_SUMS][name], self.world)
-        progress: dict[str, Any] = dict(saved.state["progress"])
-        progress["history"] = [GraphEpoch(**line) for line in progress["history"]]
-        self.progress = GraphProgress(**progress)
+        """Raises GraftrecError for a checkpoint of another run."""
+        with fitting(saved):
+            progress = TypeAdapter(GraphProgress).validate_python(saved.state["progress"])
+            for name, table in self.tables.items():
+                take_rows(table, saved.parts[_TABLES][name], self.world)
+                take_rows(self.sums[name], saved.parts[_SUMS][name], self.world)
+            self.progress = progress
 
     @torch.no_grad()
     def begin(self, whole: Mapping[str, Tensor]) -> None:

@@ -14,18 +14,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from etl.settings import ConfigError, GraftrecError
 from trainer.arrays import FloatArray, IntArray
 from trainer.data.release import Release
-from trainer.inference.model_folder import MANIFEST, digest_of, model_hash
+from trainer.inference.model_folder import MAX_INDEX, MEND, hash_of, verified_model
 from trainer.knowledge_graph.base import ENTITIES, RELATIONS, GraphModel
 from trainer.knowledge_graph.graph import KINDS, Graph
 from trainer.knowledge_graph.triples import HEAD, RELATION, TAIL
+from trainer.trust.verified_files import MANIFEST, ModelFolderError, Record, digest_of, record
 
 TABLES, NODES, FEATURES, DESCRIPTION = "tables.safetensors", "nodes.parquet", "features.parquet", "embedding.json"
+REQUIRED = (TABLES, NODES, FEATURES, DESCRIPTION)
 _BLOCK = 1 << 14  # nodes that are projected together
 
 
@@ -120,6 +122,14 @@ def raw_ids_of(release: Release, graph: Graph) -> dict[str, list[str]]:
 # --- the folder of an embedding ---------------------------------------------------------------------------------------
 
 
+class _Description(Record):
+    """What embedding.json holds."""
+
+    kind: str
+    relations: tuple[str, ...]
+    encoder: str = ""
+
+
 @dataclass(frozen=True)
 class Embedding:
     """A trained embedding as its folder holds it; tables by name, nodes and relations in the order of their rows."""
@@ -146,15 +156,29 @@ def save_embedding(
     (new / MANIFEST).write_text(json.dumps(digests, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
-    return model_hash(folder)
+    return hash_of(verified_model(folder, REQUIRED))
 
 
 def load_embedding(folder: Path) -> Embedding:
-    """Raises GraftrecError for a folder that is not there, incomplete or damaged."""
-    digest = model_hash(folder)
-    described = json.loads((folder / DESCRIPTION).read_text())
-    tables = load_file(folder / TABLES)
-    return Embedding(described["kind"], tables, pq.read_table(folder / NODES), described["relations"], digest)
+    """Raises ModelFolderError for a folder that is not there, incomplete or damaged."""
+    found = verified_model(folder, REQUIRED)
+    described = record(_Description, found.json(DESCRIPTION), folder / DESCRIPTION, MEND)
+    tables = found.tensors(TABLES)
+    nodes = found.table(NODES, ["kind", "id"], max_rows=MAX_INDEX)
+    shapes = {name: list(one.shape) for name, one in tables.items()}
+    if described.kind == "transe":  # which others begin from
+        entities, relations = tables.get(ENTITIES), tables.get(RELATIONS)
+        if (
+            entities is None
+            or relations is None
+            or any(one.ndim != 2 or not one.is_floating_point() for one in (entities, relations))
+            or (len(entities), len(relations)) != (len(nodes), len(described.relations))
+        ):
+            raise ModelFolderError(
+                f"{folder / TABLES}: expected vectors of {len(nodes)} nodes and {len(described.relations)} relations, "
+                f"found {str(shapes)[:200]}; {MEND}"
+            )
+    return Embedding(described.kind, tables, nodes, list(described.relations), hash_of(found))
 
 
 def weights_hash(tables: Mapping[str, Tensor]) -> str:
@@ -173,10 +197,11 @@ def begin_from(
     the longest entity has length `max_norm`, where that is given. Returns the number of nodes found. Raises ConfigError
     for a parent of another kind or width."""
     width = tables[ENTITIES].shape[1]
-    if parent.kind != "transe" or parent.tables[ENTITIES].shape[1] != width:
+    theirs = parent.tables[ENTITIES].shape[1] if ENTITIES in parent.tables else 0
+    if parent.kind != "transe" or theirs != width:
         raise ConfigError(
-            f"parent: expected an embedding by transe of width {width}, found {parent.kind} of width "
-            f"{parent.tables[ENTITIES].shape[1]}; name another run, or set model.width"
+            f"parent: expected an embedding by transe of width {width}, found {parent.kind} of width {theirs}; name "
+            "another run, or set model.width"
         )
     rows = {key: row for row, key in enumerate(_keys(parent.nodes))}
     pairs = [(row, rows[key]) for row, key in enumerate(_keys(nodes)) if key in rows]

@@ -1,10 +1,12 @@
 """One file per model: the network, its configuration's meaning, its parameter groups."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from etl.settings import ConfigError
 from trainer.config import (
     Bert4RecConfig,
     CaserConfig,
@@ -25,6 +27,7 @@ from trainer.models.item_encoder import TiedModel
 from trainer.models.mlp import Mlp
 from trainer.models.peterrec import PeterRec
 from trainer.models.row_table import RowTable, RowTables
+from trainer.parallel.cores import memory_bytes
 from trainer.parallel.distributed import ALONE
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "SequenceModel",
     "build_model",
     "build_saved",
+    "check_shapes",
     "group_of",
     "groups_of",
 ]
@@ -58,8 +62,9 @@ def build_model(
 
     `patch`: patches that it has beside its blocks. `task_heads`: what tasks tell beside items. `tables`: its item,
     user and entity tables are row-wise, and this process keeps its share of them. Raises ConfigError where there are
-    more processes than rows.
+    more processes than rows, and before memory is taken that this machine lacks.
     """
+    _check_memory(config, sizes, tables, patch, task_heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _new(config, sizes, tables, patch, task_heads)
@@ -67,6 +72,25 @@ def build_model(
         for place, table in enumerate(module for module in model.modules() if isinstance(module, RowTable)):
             tables.initialise(table, seed=[seed, place], std=model.table_std(table.weight.shape[1]))
     return model
+
+
+def _check_memory(
+    config: ModelConfig,
+    sizes: ModelSizes,
+    tables: RowTables | None,
+    patch: PatchConfig | None,
+    task_heads: Mapping[str, TaskHead] | None,
+) -> None:
+    """Raises ConfigError for a network whose weights alone are more than the machine's memory."""
+    bare = replace(sizes, features=(), documents=None, user_features=())
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = _new(config, bare, tables, patch, task_heads)
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if needed > (there := memory_bytes()):
+        raise ConfigError(
+            f"model: expected weights within the {there / 1e9:,.0f} GB of this machine, found {needed / 1e9:,.0f} GB; "
+            "lower model.width, model.blocks or what else makes it large"
+        )
 
 
 def build_saved(
@@ -77,13 +101,26 @@ def build_saved(
     patch: PatchConfig | None = None,
     task_heads: Mapping[str, TaskHead] | None = None,
 ) -> SequenceModel:
-    """A model of saved weights, which it takes as they are: no table is drawn first, or copied."""
+    """A model of saved weights, which it takes as they are: no table is drawn first, or copied. Raises ValueError for
+    weights of other names or shapes: nothing of their size is allocated before."""
     with torch.device("meta"):  # nothing is drawn that would be overwritten
         model = _new(config, sizes, RowTables(ALONE), patch, task_heads)
     model.tables = None  # their modules have served to leave them unfilled
+    check_shapes(model, weights)
     model.to(next(iter(weights.values())).dtype)
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def check_shapes(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for weights of other names or shapes than a network's."""
+    wanted, found = ({name: list(one.shape) for name, one in each.items()} for each in (model.state_dict(), weights))
+    for name in [*wanted, *found]:
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"expected weights {name} of shape {wanted.get(name, 'none')} by the settings, found "
+                f"{found.get(name, 'none')}"
+            )
 
 
 def _new(

@@ -140,8 +140,12 @@ class RowTables:
 
 
 def take_rows(to: Tensor, shards: Sequence[Tensor], world: World) -> None:
-    """Fill this process's part of a table from the parts of another number of processes (or from one whole table)."""
-    if len(shards) == world.size:
+    """Fill this process's part of a table from the parts of another number of processes (or from one whole table).
+    Raises ValueError for parts of another table."""
+    same = len(shards) == world.size
+    if any(shard.shape[1:] != to.shape[1:] for shard in shards) or (same and shards[world.rank].shape != to.shape):
+        raise ValueError(f"expected rows as of {list(to.shape)}, found {[list(shard.shape) for shard in shards]}")
+    if same:
         to.copy_(shards[world.rank])
         return
     for first in range(0, len(to), BLOCK_ROWS):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import psutil
 import torch
 
 _Result = TypeVar("_Result")
@@ -71,6 +72,12 @@ def _text(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+def memory_bytes() -> int:
+    """Of this machine, at most the limit of the container that this process is in."""
+    limits = [_text(_MOUNT / "memory.max"), _text(_MOUNT / "memory" / "memory.limit_in_bytes")]
+    return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdigit())])
 
 
 def default_threads() -> int:

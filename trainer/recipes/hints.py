@@ -2,35 +2,33 @@
 
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
+from etl import program
 from etl.redaction import is_secret
 from etl.settings import ConfigError, Section, load, named, setting_words
 from trainer.config import RecommendConfig
 
 
 def recommend_command(config: RecommendConfig) -> str:
-    """`python -m trainer recommend` with the configuration in use, else the default one, and what differs from it.
+    """The command `recommend` with the configuration in use, else the default one, and what differs from it.
 
     Secrets of `spark.settings` are left out: no message holds them.
     """
     name, base = _base()
     words = [word for dotted, value in _differing(config, base, "") for word in setting_words(dotted, value)]
-    return shlex.join(["python", "-m", "trainer", "recommend", "--config", name, *words])
+    return shlex.join([*program.words("trainer", "recommend"), "--config", name, *words])
 
 
 def _base() -> tuple[str, RecommendConfig]:
     """A configuration that the command can name, with its settings."""
-    shipped = str(Path(__file__).parent.parent / "conf" / "recommend" / "default.yaml")
-    for name in (named(RecommendConfig, "recommend/default"), "recommend/default"):
-        try:
-            return name, load(RecommendConfig, name)
-        except ConfigError:  # the user's conf folder may lack it
-            continue
-    return shipped, load(RecommendConfig, shipped)
+    name = named(RecommendConfig, "recommend/default")
+    try:
+        return name, load(RecommendConfig, name)
+    except ConfigError:  # its file is gone
+        return "recommend/default", load(RecommendConfig, "recommend/default")
 
 
 def _differing(config: Section, base: Section, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 """The main job: raw log → tables → pre-train → fine-tune by each transfer → evaluate → registry → recommendations.
 
-    python mlflow_projects/pipeline.py --config pipeline/demo [--data FOLDER] [--section.key value …]
+    graftrec pipeline --config pipeline/demo [--data FOLDER] [--section.key value …]
 
 Every step is a child of one MLflow run. Trainings run side by side, one process each. A step whose inputs, settings and
 code are unchanged says so and is skipped: the recipes decide that themselves. A pipeline has one source domain and any
@@ -382,9 +382,9 @@ def movielens_etl(etl: EtlConfig, folder: Path) -> EtlConfig:
     return replaced(etl, source=source, knowledge=KnowledgeConfig(root=str(folder), files=tuple(files)))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, program: str = "graftrec pipeline") -> int:
     parser = CommandParser(
-        "pipeline.py",
+        program,
         description=f"From a raw log to recommendations.\n\n{configurations('pipeline')}",
         settings=PipelineConfig,
     )

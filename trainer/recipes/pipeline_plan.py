@@ -59,7 +59,7 @@ class PipelineConfig(Section):
     cold_users: bool = True
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     pretrain_each_seed: bool = False  # False: one pre-trained model, of the first seed, under all of them
-    jobs: int | None = Field(None, ge=1)  # trainings side by side; None: one a core, on a GPU one
+    jobs: int | None = Field(None, ge=1, le=4_096)  # trainings side by side; None: one a core, on a GPU one
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -225,7 +225,7 @@ def _dataset(config: PretrainConfig, release: Release) -> SequenceDataset:
         times=config.reads_times,
     )
     _check_event_types(dataset, setting)
-    return dataset
+    return dataset.sample_users(config.data.user_share)
 
 
 def _check_event_types(dataset: SequenceDataset, setting: str) -> None:
@@ -373,7 +373,9 @@ def _summary(training: Training, parent: TrainedModel | None) -> dict[str, float
         "best_epoch": progress.best_epoch,
         "peak_gb": training.world.peak_gb(),
     }
-    inherited = 0.0 if parent is None else parent.metrics["seconds"] + parent.metrics.get("pretrain_seconds", 0.0)
+    inherited = (
+        0.0 if parent is None else parent.metrics.get("seconds", 0.0) + parent.metrics.get("pretrain_seconds", 0.0)
+    )
     return best | cost | {"pretrain_seconds": inherited}
 
 

@@ -1,6 +1,6 @@
 """The ETL as an MLflow run with its tables and pictures; `etl` itself never imports MLflow.
 
-python mlflow_projects/run_etl.py all --config etl/demo [--section.key value …]
+graftrec run-etl all --config etl/demo [--section.key value …]
 """
 
 from collections.abc import Sequence
@@ -55,10 +55,8 @@ def _picture(release: Release, split: str, tracked: tracking.Run) -> None:
     tracked.log_figure(figures.popularity_long_tail(counts, title=title), "pictures/popularity.png")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = CommandParser(
-        "run_etl.py", description=f"Raw logs to tables.\n\n{configurations('etl')}", settings=EtlConfig
-    )
+def main(arguments: Sequence[str] | None = None, *, program: str = "graftrec run-etl") -> int:
+    parser = CommandParser(program, description=f"Raw logs to tables.\n\n{configurations('etl')}", settings=EtlConfig)
     parser.add_argument("job", help="all, or a job's name, which is its table's")
     parser.add_argument("--config", required=True, help="a name under conf/ or a YAML file")
     known, overrides = parser.parse_known_args(arguments)

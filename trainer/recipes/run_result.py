@@ -2,7 +2,7 @@
 not repeated."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,12 @@ from trainer import tracking
 from trainer.code_hash import code_hash
 from trainer.config import FinetuneConfig, FriendsConfig, GraphConfig, PretrainConfig, SocialConfig
 from trainer.data.release import Release, pin
+from trainer.inference import model_folder
 from trainer.inference.model_folder import TrainedModel, load_model, model_hash
+from trainer.knowledge_graph import vectors
 from trainer.parallel.distributed import World
 from trainer.recipes.run_folder import DONE, RunError, tidy
+from trainer.trust.verified_files import parse_json
 
 _READ_TABLES = (tables.ITEMS, tables.USERS, tables.ENTITIES, tables.KNOWLEDGE, tables.DOMAINS)
 
@@ -97,7 +100,8 @@ def reused(
     config: PretrainConfig | GraphConfig | SocialConfig | FriendsConfig, folder: Path, identity: str, world: World
 ) -> Result | None:
     """What a finished run of this identity has left in its folder, None where there is none. MLflow's run notes it."""
-    found = world.of_first(finished_in(folder, identity) if world.first else None)
+    required = vectors.REQUIRED if isinstance(config, GraphConfig | SocialConfig) else model_folder.REQUIRED
+    found = world.of_first(finished_in(folder, identity, required) if world.first else None)
     if found is not None:
         tracking.note_reused(config.name, found.run_id)
         tracking.settle(config.tracking)
@@ -105,11 +109,13 @@ def reused(
     return found
 
 
-def finished_in(folder: Path, identity: str) -> Result | None:
+def finished_in(folder: Path, identity: str, required: Collection[str] = model_folder.REQUIRED) -> Result | None:
+    """The result that a folder holds, whose model has the files `required`; None where it is another, or damaged."""
     try:
-        done = json.loads((folder / DONE).read_text())
-        if done["identity"] == identity and model_hash(folder / "model") == done["hash"]:
-            return Result(folder, done["metrics"], reused=True, run_id=done.get("mlflow_run", ""))
-    except (OSError, ValueError, KeyError, GraftrecError):
+        done = parse_json((folder / DONE).read_bytes())
+        if done["identity"] == identity and model_hash(folder / "model", required) == done["hash"]:
+            metrics = {str(name): float(value) for name, value in done["metrics"].items()}
+            return Result(folder, metrics, reused=True, run_id=str(done.get("mlflow_run", "")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, GraftrecError):
         pass
     return None

@@ -1,6 +1,5 @@
 """A registered version, ready to answer, with what stands beside it: a patch's parent, companion, friends, domains."""
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,8 +47,8 @@ def load(folder: Path, label: str, beside: Beside | None = None) -> Served:
     """What the store holds of a version in `folder`, ready to answer. `label`: "graftrec/3"; without a slash it is no
     registered version, and nothing stands beside it. Raises GraftrecError.
 
-    The backbone is read once, and patches for other domains stand on it. The registry is first asked when something of
-    it is needed: champions of other domains, companion and friends are read at first use. `beside` remembers them.
+    The backbone is read once, and patches for other domains stand on it. Champions of other domains, companion and
+    friends are read at first use; `beside` remembers them.
     """
     if is_friends(folder):
         return FriendsRecommender(load_friends(folder), label)
@@ -61,54 +60,64 @@ def load(folder: Path, label: str, beside: Beside | None = None) -> Served:
             )
         return Recommender(_with_later_items(load_model(folder)), label)
     registry, looked = Registry(name), beside or Beside()
-    version = functools.cache(lambda: registry.version(number))
+    version = registry.version(number)
     parent = None
     if is_patch(folder):
-        known = registry.of_hash(version().tags[TAG_PARENT])
+        known = registry.of_hash(version.tags.get(TAG_PARENT, ""))
         if known is None:
             raise ModelFolderError(f"{label} is a patch, and its parent is no version of {name} any more")
-        parent = load_model(registry.stored(known))
-    own = load_patch(folder, parent) if parent is not None else load_model(folder)
+        parent = _registered(load_model(registry.stored(known)), known)
+    own = _registered(load_patch(folder, parent) if parent is not None else load_model(folder), version)
     own, backbone = _with_later_items(own), parent or own
 
     def of_domain(domain: str) -> Recommender | None:
-        other = registry.for_domain(version(), domain)
+        other = registry.for_domain(version, domain)
         if other.label == label:
             return None
-        looked.look(lambda: registry.for_domain(version(), domain), "domain", domain)
+        looked.look(lambda: registry.for_domain(version, domain), "domain", domain)
         stored = registry.stored(other)
         if not is_patch(stored):
-            trained_model = backbone if other.hash == backbone.hash else load_model(stored)
+            trained_model = backbone if other.hash == backbone.hash else _registered(load_model(stored), other)
         elif parent_of(stored) == backbone.hash:
-            trained_model = load_patch(stored, backbone)
+            trained_model = _registered(load_patch(stored, backbone), other)
         else:
-            trained_model = load_model(registry.folder(other))
-        return _recommender(registry, other.label, lambda: other, trained_model, looked)
+            trained_model = _registered(load_model(registry.folder(other)), other)
+        return _recommender(registry, other, trained_model, looked)
 
-    return _recommender(registry, label, version, own, looked, of_domain)
+    return _recommender(registry, version, own, looked, of_domain)
 
 
 def _recommender(
     registry: Registry,
-    label: str,
-    version: Callable[[], Version],
+    version: Version,
     trained_model: TrainedModel,
     looked: Beside,
     of_domain: Callable[[str], Recommender | None] = lambda domain: None,
 ) -> Recommender:
     def companion() -> Recommender | None:
-        with _spared(f"no companion of {label}, so users new in its domain get popular items"):
-            found = looked.look(lambda: registry.companion(version()), "companion", label)
-            return None if found is None else Recommender(load_model(registry.folder(found)), found.label)
+        with _spared(f"no companion of {version.label}, so users new in its domain get popular items"):
+            found = looked.look(lambda: registry.companion(version), "companion", version.label)
+            if found is not None:
+                return Recommender(_registered(load_model(registry.folder(found)), found), found.label)
         return None
 
     def friends() -> FriendsRecommender | None:
-        with _spared(f"no friends beside {label}, so users without a history get popular items"):
-            found = looked.look(lambda: registry.friends(version()), "friends", label)
+        with _spared(f"no friends beside {version.label}, so users without a history get popular items"):
+            found = looked.look(lambda: registry.friends(version), "friends", version.label)
             return None if found is None else FriendsRecommender(load_friends(registry.folder(found)), found.label)
         return None
 
-    return Recommender(trained_model, label, of_domain, companion, friends)
+    return Recommender(trained_model, version.label, of_domain, companion, friends)
+
+
+def _registered(trained_model: TrainedModel, version: Version) -> TrainedModel:
+    """The model, if it is the one that was registered. Raises ModelFolderError for another in its place."""
+    if version.hash and version.hash != trained_model.hash:
+        raise ModelFolderError(
+            f"{version.label}: expected the model {version.hash[:12]} that was registered, found "
+            f"{trained_model.hash[:12]} in its place; register it again"
+        )
+    return trained_model
 
 
 @contextmanager

@@ -25,6 +25,7 @@ if _SOURCES.is_file():
     sys.path.insert(0, str(_SOURCES))
 
 from trainer import tracking  # noqa: E402
+from trainer.inference.recommender import RequestError  # noqa: E402
 from trainer.registry import pyfunc  # noqa: E402
 
-tracking.offer(pyfunc.load, pyfunc.answer)
+tracking.offer(pyfunc.load, pyfunc.answer, RequestError)

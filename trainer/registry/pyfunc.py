@@ -20,5 +20,5 @@ def load(folder: Path, label: str) -> Served:
 
 def answer(served: Served, records: list[dict[str, Any]], params: dict[str, Any]) -> list[dict[str, Any]]:
     """Answers as plain records. Raises RequestError."""
-    k, domain = parse_params(params)
+    domain, k = parse_params(params)
     return [dataclasses.asdict(one) for one in served.of_domain(domain).answer(parse(records), k)]

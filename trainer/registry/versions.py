@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-import pyarrow.parquet as pq
-
 from etl.redaction import redact
 from etl.tables import FIRST_INDEX
 from trainer import tracking
@@ -30,7 +28,7 @@ from trainer.config import patch_of
 from trainer.data.release import Release
 from trainer.inference.delta_folder import PATCH, assemble, write_patch
 from trainer.inference.model_archive import MODEL, unarchived
-from trainer.inference.model_folder import CATALOGUE, MANIFEST, config_of, load_model, model_hash
+from trainer.inference.model_folder import CATALOGUE, MAX_INDEX, config_of, load_model, model_hash, verified_model
 from trainer.registry import descriptions
 from trainer.registry.promotion import Promotion
 from trainer.registry.promotion_lock import ServerLock, all_pages, wait
@@ -50,6 +48,7 @@ from trainer.registry.version import (
 )
 from trainer.social.friends_folder import friends_config, is_friends
 from trainer.tracking import TrackingError, translated
+from trainer.trust.verified_files import MANIFEST
 
 _EXAMPLE_OF_FRIENDS = {"items": [], "friends": ["1", "2"]}  # a request that names nobody: users are personal data
 
@@ -412,7 +411,8 @@ def _answered(folder: Path) -> tuple[str, str | None]:
 def _example(folder: Path) -> dict[str, Any]:
     """A request that the model knows: its three most popular items, as a history."""
     config, _ = config_of(folder)
-    rows = pq.read_table(folder / CATALOGUE, columns=["item", "popularity"]).slice(FIRST_INDEX)
+    found = verified_model(folder)
+    rows = found.table(CATALOGUE, ["item", "popularity"], max_rows=MAX_INDEX).slice(FIRST_INDEX)
     popular = rows.sort_by([("popularity", "descending")])["item"].slice(0, 3).to_pylist()
     forms = {"items": popular, "baskets": [popular[:2], popular[2:]]}
     times = {"times": [1e9 + 60 * place for place in range(len(popular))]} if config.reads_times else {}

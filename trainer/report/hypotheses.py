@@ -4,10 +4,11 @@
 Shape letters: ``S`` seeds, ``U`` users.
 
 A hypothesis is a *contrast*: the mean of paired differences between rows that differ in one factor only, over all
-levels of the other factors, tested like a single gain (`significance`: users and seeds both random). Its p-value is
-adjusted by Holm's method over the hypotheses within one protocol and convention; those of gains over from-scratch over
-the grid. A pair with a missing row is named and left out, and the verdict is about the
-other pairs. With one seed a verdict is about users only (`num_seeds`): another initialisation may give another one.
+levels of the other factors, or by how much two such means differ. It is tested like a single gain (`significance`:
+users and seeds both random). Its p-value is adjusted by Holm's method over the hypotheses within one protocol and
+convention; those of gains over from-scratch over the grid. A pair with a missing row is named and left out, and the
+verdict is about the other pairs. With one seed a verdict is about users only (`num_seeds`): another initialisation may
+give another one.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +42,7 @@ class Hypothesis:
     name: str
     claim: str
     pairs: tuple[tuple[str, str], ...]  # row ids: (should be better, than)
+    less: tuple[tuple[str, str], ...] = ()  # pairs whose mean difference should be smaller than that of `pairs`
 
 
 def _pretraining_helps(model: str, name: str) -> Hypothesis:
@@ -78,6 +80,27 @@ HYPOTHESES = (
     _task("bert4rec", "Masked item beats next item as BERT4Rec's pre-training", "masked_item", "next_item"),
     _task("caser", "Next item beats masked item as Caser's pre-training", "next_item", "masked_item"),
     _knowledge("bert4rec", "Metadata helps pre-trained BERT4Rec"),
+)
+
+
+def _of_depths(name: str, claim: str, pair: Callable[[int], tuple[str, str]]) -> Hypothesis:
+    """The difference of a pair of rows is larger with four and eight blocks than with one and two."""
+    return Hypothesis(name, claim, tuple(map(pair, (4, 8))), less=tuple(map(pair, (1, 2))))
+
+
+# The survey's explanation of its first observation (4.5): general knowledge is better captured by networks of high
+# capacity. Rows of conf/experiment/capacity.yaml: transfer, blocks, users of pre-training.
+OF_CAPACITY = (
+    _of_depths(
+        "capacity-transfer",
+        "The deeper the network, the more deep transfer is better than shallow",
+        lambda blocks: (f"deep-{blocks}-all", f"shallow-{blocks}-all"),
+    ),
+    _of_depths(
+        "capacity-users",
+        "The deeper the network, the more ten times the users to pre-train on give",
+        lambda blocks: (f"deep-{blocks}-all", f"deep-{blocks}-tenth"),
+    ),
 )
 
 
@@ -159,16 +182,20 @@ class _Scored:
         gone = next(name for name in names if name not in self.rows)
         return f"{gone}: {self.reasons.get(gone, 'not in this experiment')}"
 
-    def difference(self, pairs: Sequence[tuple[str, str]]) -> tuple[FloatArray, float, npt.NDArray[np.bool_]] | None:
-        """Mean over the pairs of row - against [S, U], the mean of `against`, and which users are in it. Only seeds
-        that all rows have; None where there is no such seed."""
-        names = [name for pair in pairs for name in pair]
+    def difference(
+        self, pairs: Sequence[tuple[str, str]], less: Sequence[tuple[str, str]] = ()
+    ) -> tuple[FloatArray, float, npt.NDArray[np.bool_]] | None:
+        """Mean over the pairs of row - against [S, U], less that over the pairs of `less`; the mean of `against`, and
+        which users are in it. Only seeds that all rows have; None where there is no such seed."""
+        names = [name for pair in (*pairs, *less) for name in pair]
         common = [seed for seed in self._seeds[names[0]] if all(seed in self._seeds[name] for name in names)]
         if not common:
             return None
         picked = {name: self._values[name][[self._seeds[name].index(seed) for seed in common]] for name in names}
         known_U = ~np.any([np.isnan(values).any(0) for values in picked.values()], axis=0)
         diff = np.mean([picked[row] - picked[against] for row, against in pairs], axis=0)
+        if less:
+            diff = diff - np.mean([picked[row] - picked[against] for row, against in less], axis=0)
         against = float(np.mean([picked[against][:, known_U].mean() for _, against in pairs]))
         return diff[:, known_U], against, known_U
 
@@ -198,7 +225,7 @@ def _judged(scored: _Scored, where: Mapping[str, str]) -> list[dict[str, Any]]:
     """Each hypothesis with its single rows and its verdict; Holm over those that could be tested. Hypotheses
     without rows in this experiment are left out."""
     planned = scored.rows.keys() | scored.reasons.keys()
-    own = [one for one in HYPOTHESES if any(planned.issuperset(pair) for pair in one.pairs)]
+    own = [one for one in (*HYPOTHESES, *OF_CAPACITY) if any(planned.issuperset(pair) for pair in one.pairs)]
     found = [_contrast(hypothesis, scored) | dict(where) for hypothesis in own]
     tested = [hypothesis for hypothesis in found if hypothesis["p_value"] is not None]
     _adjust(tested)
@@ -214,15 +241,17 @@ def verdict(gain: float, p_holm: float) -> Verdict:
 
 
 def _contrast(hypothesis: Hypothesis, scored: _Scored) -> dict[str, Any]:
-    rows = [_single(pair, scored) for pair in hypothesis.pairs]
-    pairs = [pair for pair, row in zip(hypothesis.pairs, rows, strict=True) if row["gain"] is not None]
-    difference = scored.difference(pairs) if pairs else None
+    rows = [_single(pair, scored) for pair in (*hypothesis.pairs, *hypothesis.less)]
+    tested_pairs = {(row["row"], row["against"]) for row in rows if row["gain"] is not None}
+    pairs, less = ([pair for pair in given if pair in tested_pairs] for given in (hypothesis.pairs, hypothesis.less))
+    has_both = bool(pairs) and bool(less) == bool(hypothesis.less)
+    difference = scored.difference(pairs, less) if has_both else None
     tested = _gain(users_and_seeds_test(difference[0])) if difference else dict.fromkeys(_GAIN)
     contrast: dict[str, Any] = {"name": hypothesis.name, "claim": hypothesis.claim} | tested
     return contrast | {
         "p_holm": None,
         "verdict": "unknown",
-        "num_pairs": len(pairs) if difference else 0,
+        "num_pairs": len(tested_pairs) if difference else 0,
         "rows": rows,
         "survey": in_survey(hypothesis, scored.metric),
     }
@@ -242,8 +271,8 @@ def _single(pair: tuple[str, str], scored: _Scored) -> dict[str, Any]:
 
 def in_survey(hypothesis: Hypothesis, metric: str) -> dict[str, Any] | None:
     """The same contrast of the survey's numbers, and in how many of its rows the claim holds. The survey gives no
-    intervals. None for a metric that it does not report."""
-    if metric not in survey.METRICS:
+    intervals. None for a metric, or rows, that it does not report."""
+    if metric not in survey.METRICS or hypothesis in OF_CAPACITY:
         return None
     column = survey.METRICS.index(metric)
     gains = [(survey.TABLE_2[row][column] - survey.TABLE_2[against][column]) / 100 for row, against in hypothesis.pairs]

@@ -48,8 +48,8 @@ def write(given: Mapping[str, Any], folder: Path) -> Path:
     return write_document(results.title, blocks, folder, "report")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = CommandParser("python -m trainer.report", description="Draws an experiment's report again.")
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m trainer.report") -> int:
+    parser = CommandParser(program, description="Draws an experiment's report again.")
     parser.add_argument("results", type=Path, help="results.json of an experiment")
     parser.add_argument("--folder", type=Path, required=True, help="where report.html and report.md are written")
     given = parser.parse_args(arguments)

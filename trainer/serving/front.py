@@ -120,7 +120,7 @@ class Front:
 
     async def _predictions(self, request: Request) -> list[dict[str, Any]]:
         body = _parsed(await self._body(request))
-        k, domain = parse_params(body.get("params", {}))
+        domain, k = parse_params(body.get("params", {}))
         records = next(body[name] for name in _RECORDS if name in body)
         if len(records) > self.limits.records:
             raise RequestError(

@@ -15,7 +15,7 @@ not who is in it.
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import Field
+from safetensors.torch import save_file
 
 from etl.plain_path import absolute
 from etl.settings import replaced
@@ -37,19 +38,35 @@ from trainer.inference.model_folder import (
     CATALOGUE,
     CONFIG,
     FRIENDS_RECIPE,
+    MAX_INDEX,
+    MEND,
     WEIGHTS,
-    ModelFolderError,
     begun,
     catalogue_of,
+    check_floating,
     finished,
+    hash_of,
     lake_of,
-    model_hash,
     recipe_of,
+    saved_settings,
+    verified_model,
 )
+from trainer.models import check_shapes
 from trainer.social.attention import FriendAttention, TrainedFriends
 from trainer.social.evidence import Evidence
+from trainer.trust.verified_files import ModelFolderError, Record, VerifiedFolder, read_json, record, refused
 
 CIRCLE, PEOPLE = "circle.safetensors", "people.parquet"
+
+
+class _Description(Record):
+    """What config.json holds."""
+
+    recipe: Literal["friends"]
+    config: dict[str, Any]
+    split: str
+    release: Annotated[int, Field(ge=0, le=MAX_INDEX)]
+    versions: dict[str, Annotated[int, Field(ge=0)]]
 
 
 @dataclass(frozen=True)
@@ -107,37 +124,59 @@ def friends_config(folder: Path) -> tuple[FriendsConfig, dict[str, Any]]:
         raise ModelFolderError(
             f"expected a model of the recipe `friends` in {folder}, found none; give a finished run's `model` folder"
         )
-    described = json.loads((folder / CONFIG).read_text())
-    return replaced(FriendsConfig.model_validate(described["config"]), lake=lake_of(folder)), described
+    path = folder / CONFIG
+    described = record(_Description, read_json(path, MEND), path, MEND)
+    config = saved_settings(FriendsConfig, described.config, path)
+    return replaced(config, lake=lake_of(folder)), described.model_dump()
 
 
 def load_friends(folder: str | Path) -> FriendsModel:
     """Raises ModelFolderError."""
-    folder = Path(folder)
-    digest = model_hash(folder)
-    config, described = friends_config(folder)
-    catalogue = catalogue_of(folder)
-    people = pq.read_table(folder / PEOPLE)
-    parts = {name: one.numpy() for name, one in load_file(folder / CIRCLE).items()}
-    num = len(people)
-    given = (parts["edges/weights"], parts["edges/indices"], parts["edges/indptr"])
-    edges = sp.csr_array(given, shape=(num, num))
-    ones = np.ones(len(parts["taken/indices"]), np.float32)
-    taken = sp.csr_array((ones, parts["taken/indices"], parts["taken/indptr"]), shape=(num, len(catalogue)))
-    attention = FriendAttention(config.model.hidden)
-    attention.load_state_dict(load_file(folder / WEIGHTS))
-    evidence = Evidence(edges, taken, num_candidates=config.model.candidates)
+    found = verified_model(folder)
+    config, described = friends_config(found.path)
+    catalogue = catalogue_of(found)
+    edges, taken = _matrices(found, len(catalogue))
+    people = found.table(PEOPLE, ["index", "user"], max_rows=edges.shape[0])
+    with refused(found.path, MEND):
+        users, raw_ids = people["index"].cast(pa.int64()), people["user"].cast(pa.string()).combine_chunks()
+        if users.null_count or raw_ids.null_count or len(people) != edges.shape[0]:
+            raise ModelFolderError(
+                f"{found.path / PEOPLE}: expected index and id of {edges.shape[0]} users, found {len(people)} rows, or "
+                f"rows without; {MEND}"
+            )
+        with torch.device("meta"):  # nothing is drawn, and no memory taken, before the weights are seen to fit
+            attention = FriendAttention(config.model.hidden)
+        weights = found.tensors(WEIGHTS)
+        check_floating(found.path / WEIGHTS, weights)
+        check_shapes(attention, weights)
+        attention.load_state_dict(weights, assign=True)
+        evidence = Evidence(edges, taken, num_candidates=config.model.candidates)
     release = Release(absolute(config.lake), described["release"], described["versions"])
     return FriendsModel(
         config,
         described["split"],
         release,
         catalogue,
-        people["index"].to_numpy().astype(np.int64),
-        people["user"].combine_chunks(),
+        users.to_numpy().astype(np.int64),
+        raw_ids,
         TrainedFriends(attention.eval(), evidence, []),
-        digest,
+        hash_of(found),
     )
+
+
+def _matrices(folder: VerifiedFolder, num_rows: int) -> tuple[sp.csr_array, sp.csr_array]:
+    """Who knows whom, and who has what. Raises ModelFolderError for indices that lead outside."""
+    path = folder.path / CIRCLE
+    parts = {name: one.numpy() for name, one in folder.tensors(CIRCLE).items()}
+    with refused(path, folder.mend):
+        num = len(parts["edges/indptr"]) - 1
+        given = (parts["edges/weights"], parts["edges/indices"], parts["edges/indptr"])
+        ones = np.ones(len(parts["taken/indices"]), np.float32)
+        edges = sp.csr_array(given, shape=(num, num))
+        taken = sp.csr_array((ones, parts["taken/indices"], parts["taken/indptr"]), shape=(num, num_rows))
+        for matrix in (edges, taken):
+            matrix.check_format(full_check=True)
+    return edges, taken
 
 
 def on_release(model: FriendsModel, release: Release) -> FriendsModel:

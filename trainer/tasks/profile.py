@@ -21,7 +21,7 @@ from trainer.arrays import IntArray
 from trainer.config import ProfileConfig
 from trainer.data.batch import Batch
 from trainer.data.catalogue import Catalogue
-from trainer.data.held_out import sampled
+from trainer.data.events import sampled
 from trainer.data.release import Release
 from trainer.data.sequences import SequenceDataset
 from trainer.models import SequenceModel

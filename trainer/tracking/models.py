@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +14,14 @@ from urllib.parse import quote
 import yaml
 
 from etl import archive
+from etl.redaction import one_line
 from etl.settings import GraftrecError
 
 if TYPE_CHECKING:  # both are slow to import
     pass
 from trainer.tracking.connection import FINAL
 from trainer.tracking.datasets import dataset_of
+from trainer.tracking.queue import warn
 
 SOURCES, SOURCES_DIGEST = "sources.zip", "graftrec.sources"  # file below code/; its SHA-256 in the model's metadata
 _SOURCES = (".py", ".j2", ".html", ".properties")
@@ -168,10 +171,15 @@ def pack_sources(target: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def offer(load: Callable[[Path, str], Any], answer: Callable[[Any, list[dict[str, Any]], dict[str, Any]], Any]) -> None:
+def offer(
+    load: Callable[[Path, str], Any],
+    answer: Callable[[Any, list[dict[str, Any]], dict[str, Any]], Any],
+    mistake: type[Exception] = GraftrecError,
+) -> None:
     """Tell MLflow what the model being loaded is: `load(folder, version label)`, then `answer` for each request.
 
-    A GraftrecError of `answer` becomes a 400.
+    A `mistake` of the caller's becomes a 400 with its text. Of any other error the server's log has the text, and the
+    answer is a 500 of one line: whoever asks is told no path, store or line of code.
     """
     import pandas as pd
     from mlflow.exceptions import MlflowException
@@ -180,16 +188,43 @@ def offer(load: Callable[[Path, str], Any], answer: Callable[[Any, list[dict[str
 
     class Served(PythonModel):  # type: ignore[misc]
         def load_context(self, context: Any) -> None:
+            _answer_in_one_line()
             place = Path(next(iter(context.artifacts.values())))  # an archive beside others; before these, a folder
             self._state = load(place if place.is_dir() else place.parent, _label(place))
 
         def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
             try:
                 return answer(self._state, cast(list[dict[str, Any]], model_input.to_dict("records")), params or {})
-            except GraftrecError as error:
-                raise MlflowException.invalid_parameter_value(str(error)) from None
+            except mistake as error:
+                raise MlflowException.invalid_parameter_value(one_line(error, 1_000)) from None
+            except Exception:
+                warn(f"a request failed: {traceback.format_exc()}")
+                raise MlflowException("the server failed to answer; its log says why") from None
 
     set_model(Served())
+
+
+def _answer_in_one_line() -> None:
+    """Let errors of MLflow's scoring server, of requests that reach no model, be one line too: it appends the request
+    and the traceback to what it answers."""
+    from mlflow.exceptions import MlflowException
+
+    if hasattr(MlflowException, _PLAIN):
+        return
+    serialized = MlflowException.serialize_as_json
+
+    def in_one_line(self: Any) -> Any:
+        if trace := self.json_kwargs.pop("stack_trace", ""):
+            warn(f"a request failed: {trace}")
+        text = str(self.message).rpartition("\nError: ")[2]
+        self.message = " ".join(text.split())[:1_000]
+        return serialized(self)
+
+    setattr(MlflowException, _PLAIN, True)
+    MlflowException.serialize_as_json = in_one_line
+
+
+_PLAIN = "_graftrec_one_line"
 
 
 def _label(folder: Path) -> str:

@@ -6,26 +6,37 @@ and the one before it is used.
 A table that is shared out over processes is written by each: ``<stem>.<rank>-of-<size>.safetensors``.
 """
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from etl.durable import sync
 from etl.settings import GraftrecError
 from trainer.parallel.distributed import ALONE, World
+from trainer.trust.verified_files import (
+    MANIFEST,
+    ModelFolderError,
+    VerifiedFolder,
+    digest_of,
+    named_digests,
+    refused,
+    verified,
+)
 
-MANIFEST = "manifest.json"
 _PREFIX = "step-"
-_PART = re.compile(r"\.(\d+)-of-\d+\.safetensors$")
+_STATE = "state.json"
+_PART = re.compile(r"([\w-]+)\.(\d+)-of-(\d+)\.safetensors")
+_MEND = "refused, the one before it is used"
+_ANEW = "remove the run's folder, and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -68,14 +79,14 @@ def save(
     if world.first:
         for stem, tensors in checkpoint.tensors.items():
             written[f"{stem}.safetensors"] = _write(tensors, new / f"{stem}.safetensors")
-        (new / "state.json").write_text(json.dumps(checkpoint.state))
-        written["state.json"] = _digest(new / "state.json")
+        (new / _STATE).write_text(json.dumps(checkpoint.state))
+        written[_STATE] = digest_of(new / _STATE)
     digests = {name: digest for found in world.objects(written) for name, digest in found.items()}
     if world.first:
         if is_best:
             digests |= _linked(new, new, digests, "model")
         elif before is not None:
-            digests |= _linked(new, before, json.loads((before / MANIFEST).read_text()), "best")
+            digests |= _linked(new, before, named_digests(before / MANIFEST, _ANEW), "best")
         _finish(new, folder, digests)
         kept = [path for path in _folders(root) if path.name <= folder.name][-keep:]
         for path in _folders(root):  # later ones are of a run that was gone on with from before them
@@ -126,14 +137,17 @@ def newest(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
     for folder in reversed(_folders(root)):
         try:
             return _load(folder)
-        except _Damaged as damage:
-            warn(f"checkpoint {folder}: {damage}; refused, the one before it is used")
+        except ModelFolderError as damage:
+            warn(f"checkpoint {damage}")
     return None
 
 
 def weights(folder: Path, stem: str) -> dict[str, list[Tensor]]:
-    """The tensors of one stem of a checkpoint, mapped from its files: each whole, or in the parts it was shared in."""
-    found = _read(folder, [path.name for path in folder.glob(f"{stem}.*")])
+    """The tensors of one stem of a checkpoint that this process wrote or loaded, mapped from its files: each whole, or
+    in the parts it was shared in. Raises ModelFolderError."""
+    digests = named_digests(folder / MANIFEST, _ANEW)
+    of_stem = {name: digest for name, digest in digests.items() if name.startswith(f"{stem}.")}
+    found = _read(VerifiedFolder(folder, of_stem, _ANEW))
     return {name: [tensor] for name, tensor in found.tensors.get(stem, {}).items()} | found.parts.get(stem, {})
 
 
@@ -152,10 +166,6 @@ def tidy(root: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-class _Damaged(Exception):
-    pass
-
-
 def _folders(root: Path) -> list[Path]:
     """Checkpoints that were finished, oldest first."""
     numbered = [path for path in root.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
@@ -163,36 +173,46 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _load(folder: Path) -> Checkpoint:
-    try:
-        digests = json.loads((folder / MANIFEST).read_text())
-    except ValueError:
-        raise _Damaged(f"{MANIFEST} is not readable") from None
-    for name, digest in digests.items():
-        if not (folder / name).is_file():
-            raise _Damaged(f"{name} is missing")
-        if _digest(folder / name) != digest:
-            raise _Damaged(f"{name} is damaged: its SHA-256 is not the manifest's")
-    return replace(_read(folder, list(digests)), state=json.loads((folder / "state.json").read_text()), folder=folder)
+    """Raises ModelFolderError."""
+    found = verified(folder, (_STATE,), mend=_MEND)
+    state = found.json(_STATE)
+    if not isinstance(state, dict):
+        raise ModelFolderError(f"{folder / _STATE}: expected an object, found {type(state).__name__}; {_MEND}")
+    return replace(_read(found), state=state, folder=folder)
 
 
-def _read(folder: Path, names: list[str]) -> Checkpoint:
+def _read(folder: VerifiedFolder) -> Checkpoint:
+    """Raises ModelFolderError for a table of which a process's part is not there."""
     found = Checkpoint({}, {})
-    numbers = {name: int(match[1]) for name in names if (match := _PART.search(name))}
-    for name in sorted(numbers, key=lambda name: numbers[name]):
-        for table, part in load_file(folder / name).items():
-            found.parts.setdefault(name.partition(".")[0], {}).setdefault(table, []).append(part)
-    for name in names:
-        if name.endswith(".safetensors") and name not in numbers:
-            found.tensors[name.partition(".")[0]] = load_file(folder / name)
+    parts: dict[str, dict[int, str]] = {}
+    sizes: dict[str, set[int]] = {}
+    for name in folder.digests:
+        if match := _PART.fullmatch(name):
+            parts.setdefault(match[1], {})[int(match[2])] = name
+            sizes.setdefault(match[1], set()).add(int(match[3]))
+        elif name.endswith(".safetensors"):
+            found.tensors[name.partition(".")[0]] = folder.tensors(name)
+    for stem, of_stem in parts.items():
+        numbers = sorted(of_stem)
+        if numbers != list(range(len(numbers))) or sizes[stem] != {len(numbers)}:
+            raise ModelFolderError(
+                f"{folder.path}: expected {stem} of {max(sizes[stem])} processes, found {len(numbers)} parts; "
+                f"{folder.mend}"
+            )
+        for number in numbers:
+            for table, part in folder.tensors(of_stem[number]).items():
+                found.parts.setdefault(stem, {}).setdefault(table, []).append(part)
     return found
+
+
+@contextmanager
+def fitting(saved: Checkpoint) -> Iterator[None]:
+    """Turns what a checkpoint that does not fit its run makes a restoration raise into a GraftrecError of one line."""
+    with refused(f"checkpoint {saved.folder}", _ANEW):
+        yield
 
 
 def _write(tensors: Mapping[str, Tensor], path: Path) -> str:
     """Write a file; its digest. Tensors on the CPU are not copied."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    return _digest(path)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return digest_of(path)

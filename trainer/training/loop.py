@@ -18,6 +18,7 @@ from types import FrameType
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -138,19 +139,18 @@ class Training:
         )
 
     def restore(self, saved: Checkpoint) -> None:
-        tables = self.model.row_tables()
-        self.model.load_state_dict(saved.tensors["model"], strict=not tables)
-        self.optimizer.restore(saved.tensors["optimizer"])
-        with torch.no_grad():
+        """Raises GraftrecError for a checkpoint of another run."""
+        with checkpoint.fitting(saved), torch.no_grad():
+            progress = TypeAdapter(Progress).validate_python(saved.state["progress"])
+            tables = self.model.row_tables()
+            self.model.load_state_dict(saved.tensors["model"], strict=not tables)
+            self.optimizer.restore(saved.tensors["optimizer"])
             for name, table in tables.items():
                 take_rows(table, saved.parts["model"][name], self.world)
             for name, part in self.optimizer.state()[1].items():
                 take_rows(part, saved.parts["optimizer"][name], self.world)
-        self.saved = saved.folder
-        self.loader.load_state_dict(saved.state["loader"])
-        progress = dict(saved.state["progress"])
-        progress["history"] = [Epoch(**line) for line in progress["history"]]
-        self.progress = Progress(**progress)
+            self.loader.load_state_dict(saved.state["loader"])
+        self.saved, self.progress = saved.folder, progress
 
 
 @dataclass(frozen=True, kw_only=True)

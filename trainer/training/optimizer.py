@@ -77,10 +77,14 @@ class Optimizer:
         return moments, {f"{name}:{ACCUMULATOR}": total for name, total in self.sums.items()}
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
-        """AdamW's moments; the accumulators are filled in place by whoever knows how they lie on disk."""
+        """AdamW's moments; the accumulators are filled in place by whoever knows how they lie on disk. Raises
+        ValueError for moments of other parameters."""
         for key, value in moments.items():
             name, _, slot = key.rpartition(":")
             parameter = self.dense[name]
+            shape = parameter.shape if slot in ("exp_avg", "exp_avg_sq") else torch.Size()
+            if slot not in ("exp_avg", "exp_avg_sq", "step") or value.shape != shape or not value.is_floating_point():
+                raise ValueError(f"expected moments of {name}, found {slot} of shape {list(value.shape)}")
             self.adamw.state[parameter][slot] = value.to(parameter.device, copy=True)
 
 

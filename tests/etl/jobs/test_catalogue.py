@@ -9,11 +9,12 @@ from pyspark.sql import SparkSession
 
 from etl.config import DomainConfig, KnowledgeConfig
 from etl.jobs import domains, entities, knowledge, social
-from etl.settings import ConfigError, conf_root
+from etl.settings import ConfigError
 from etl.sources.metadata import knowledge as knowledge_of
 from etl.sources.metadata import knowledge_fingerprint
 from etl.tables import DOMAINS, ENTITIES, KNOWLEDGE, SOCIAL
 from tests.fixtures.frames import frame
+from tests.fixtures.places import ROOT
 
 TOLD = "item string, relation string, rank int, name string, key string, source string"
 
@@ -138,7 +139,7 @@ def test_a_graph_is_linked_to_items(spark: SparkSession, tmp_path: Path) -> None
         "m.a\t\tm.z",
     ]
     (tmp_path / "ml-100k.kg").write_text("\n".join(["head_id:token\trelation_id:token\ttail_id:token", *triples]))
-    described = yaml.safe_load((conf_root() / "knowledge" / "recbole.yaml").read_text())
+    described = yaml.safe_load((ROOT / "conf" / "knowledge" / "recbole.yaml").read_text())
     config = KnowledgeConfig.model_validate(described | {"root": str(tmp_path)})
     items = frame(spark, [("7", "A", 1999), ("8", "B", None)], "item string, title string, year int")
     facts = knowledge_of(spark, config, items)
@@ -160,7 +161,7 @@ def test_a_whole_graph_has_triples_between_entities_and_between_items(spark: Spa
     (tmp_path / "ml-100k.kg").write_text(
         "\n".join(["head_id:token\trelation_id:token\ttail_id:token", *triples, triples[1]])
     )
-    described = yaml.safe_load((conf_root() / "knowledge" / "recbole.yaml").read_text())
+    described = yaml.safe_load((ROOT / "conf" / "knowledge" / "recbole.yaml").read_text())
     described["files"][0]["triples"]["whole"] = True
     config = KnowledgeConfig.model_validate(described | {"root": str(tmp_path)})
     items = frame(spark, [("7", "A", 1999), ("8", "B", None)], "item string, title string, year int")

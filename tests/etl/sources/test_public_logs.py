@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from etl.config import CleaningConfig, LogSource
-from etl.settings import conf_root
 from etl.sources.log import FileLog
 from tests.fixtures.local_rows import read_rows
+from tests.fixtures.places import ROOT
 from tests.fixtures.public_logs import LOGS, write_log
 
 # source -> files, events as (user, item, event type, value), items as (item, title, year, categories)
@@ -16,14 +16,14 @@ _OTHER = {"delta", "table", "generator", "ml1m"}  # read by tests of their own
 
 
 def test_every_source_of_conf_has_an_example() -> None:
-    assert {path.stem for path in (conf_root() / "source").glob("*.yaml")} == LOGS.keys() | _OTHER
+    assert {path.stem for path in (ROOT / "conf" / "source").glob("*.yaml")} == LOGS.keys() | _OTHER
 
 
 @pytest.mark.parametrize("name", LOGS)
 def test_a_public_log_is_read_as_described(tmp_path: Path, name: str) -> None:
     files, events, items = LOGS[name]
     write_log(tmp_path, files)
-    described = yaml.safe_load((conf_root() / "source" / f"{name}.yaml").read_text())
+    described = yaml.safe_load((ROOT / "conf" / "source" / f"{name}.yaml").read_text())
     if "edges" in described:
         described["edges"]["directed"] = True  # both directions are made by the engine
     config = LogSource.model_validate(described | {"root": str(tmp_path)})

@@ -11,7 +11,8 @@ from statistics import median
 import pytest
 import yaml
 
-from etl.settings import ConfigError, GraftrecError, conf_root, load
+from etl.settings import ConfigError, GraftrecError, load
+from tests.fixtures.places import ROOT
 from tests.fixtures.stores import enter_store, runs_of
 from trainer import tracking
 from trainer.config import FinetuneConfig, PretrainConfig, RangeConfig, SearchConfig
@@ -309,7 +310,7 @@ def test_sections_and_what_is_in_them_can_be_searched(tiny_lake, tmp_path):
     assert (str(files[won.kind]), won.loss.kind) == (best["task"], best["task.loss.kind"])
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (conf_root() / "search").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "search").glob("*.yaml")))
 def test_shipped_searches_name_settings_that_are_there_and_fit(name):
     config = load(SearchConfig, f"search/{name}")
     recipe = "pretrain" if config.finetune is None else "finetune"

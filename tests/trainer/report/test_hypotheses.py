@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from etl.settings import load
 from tests.fixtures.worlds import LENGTHS, World, grid, row, survey_was_right
+from trainer.experiment.plan import ExperimentConfig
 from trainer.report import survey
-from trainer.report.hypotheses import HYPOTHESES, HypothesisError, in_survey, judge
+from trainer.report.hypotheses import HYPOTHESES, OF_CAPACITY, HypothesisError, in_survey, judge
 from trainer.report.survey import row_id
 
 ONE = {"protocols": ["full"], "conventions": ["list"], "metric": "NDCG@10"}
@@ -220,3 +222,71 @@ def test_the_surveys_rows_contradict_parts_of_its_second_observation():
     )
     assert in_survey(HYPOTHESES[-1], "Recall@10")["verdict"] == "holds in 3 of 4 rows"  # 54.73 both
     assert in_survey(HYPOTHESES[0], "MRR") is None
+
+
+# --- capacity --------------------------------------------
+
+CAPACITY = [
+    {
+        "id": name,
+        "kind": "custom",
+        "model": "bert4rec",
+        "transfer": name.split("-")[0],
+        "against": None if name.startswith("none") else f"none-{name.split('-')[1]}",
+        "pretrain_task": "masked_item",
+        "task": "masked_item",
+        "knowledge": False,
+        "status": "done",
+        "seeds": [{"seed": seed} for seed in range(3)],
+    }
+    for name in load(ExperimentConfig, "experiment/capacity").custom
+]
+
+
+def capacity_counts(one):
+    """Deep transfer gains 0.03 over shallow with each doubling of blocks, half of it where users are few."""
+    kind, blocks, *users = one["id"].split("-")
+    deep = 0.03 * np.log2(int(blocks)) * (kind == "deep")
+    return 0.1 * np.sqrt(int(blocks)) + deep * (0.5 if users == ["tenth"] else 1.0)
+
+
+def test_what_depth_adds_to_a_difference_is_found_where_it_is_true_and_turns_round_with_the_world():
+    judged = by_name(judge(CAPACITY, World(CAPACITY, capacity_counts), LENGTHS, **ONE))
+    assert {name: one["verdict"] for name, one in judged.items()} == {
+        "capacity-transfer": "supported",
+        "capacity-users": "supported",
+    }
+    # (0.06 + 0.09) / 2 of four and eight blocks, (0 + 0.03) / 2 of one and two; half of it by users.
+    assert judged["capacity-transfer"]["gain"] == pytest.approx(0.06, abs=0.01)
+    assert judged["capacity-users"]["gain"] == pytest.approx(0.03, abs=0.01)
+    assert judged["capacity-transfer"]["num_pairs"] == 4
+    turned = judge(CAPACITY, World(CAPACITY, lambda one: -capacity_counts(one)), LENGTHS, **ONE)
+    assert {one["verdict"] for one in turned["hypotheses"]} == {"reversed"}
+
+
+def test_what_helps_at_every_depth_alike_is_no_matter_of_depth():
+    world = World(CAPACITY, lambda one: 0.05 * one["id"].startswith("deep"))
+    judged = by_name(judge(CAPACITY, world, LENGTHS, **ONE))
+    assert judged["capacity-transfer"]["verdict"] == "not supported"
+    assert judged["capacity-transfer"]["rows"][0]["gain"] == pytest.approx(0.05, abs=0.01)
+
+
+def test_a_difference_of_differences_is_that_of_scipys_paired_t_test():
+    rows = [one | {"seeds": [{"seed": 0}]} for one in CAPACITY]
+    world = World(rows, capacity_counts)
+    for hypothesis in OF_CAPACITY:
+        more, fewer = (
+            np.mean([world.values[row][0] - world.values[against][0] for row, against in pairs], axis=0)
+            for pairs in (hypothesis.pairs, hypothesis.less)
+        )
+        expected = scipy_stats.ttest_rel(more, fewer)
+        found = by_name(judge(rows, world, LENGTHS, **ONE))[hypothesis.name]
+        assert found["gain"] == pytest.approx(float((more - fewer).mean()))
+        assert found["p_value"] == pytest.approx(expected.pvalue)
+
+
+def test_depths_of_which_one_side_is_missing_are_unknown():
+    rows = [one for one in CAPACITY if one["id"].split("-")[1] not in ("1", "2")]
+    judged = by_name(judge(rows, World(rows, capacity_counts), LENGTHS, **ONE))
+    assert {one["verdict"] for one in judged.values()} == {"unknown"}
+    assert judged["capacity-transfer"]["rows"][2]["gain"] is None

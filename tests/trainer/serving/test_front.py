@@ -177,7 +177,7 @@ def test_a_request_has_an_id(one, items):
         ({"dataframe_records": [{"items": ["1"]}], "params": {"k": "5"}}, "k is a number of items"),
         ({"dataframe_records": [{"items": ["1"]}], "params": {"kk": 5}}, "found 'kk'"),
         ({"dataframe_records": [{"items": ["1"]}], "params": {"domain": "nowhere"}}, "domain: expected 'target'"),
-        ({"dataframe_records": [{"items": ["1"]}], "params": {"domain": 5}}, "domain is a name"),
+        ({"dataframe_records": [{"items": ["1"]}], "params": {"domain": 5}}, "domain: expected a name"),
         ({"dataframe_records": [{"items": ["1"]}], "params": [5]}, "`params` is an object"),
         ({"dataframe_records": [{"items": ["1"]}], "params": None}, "`params` is an object"),
     ],

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from etl.tables import FIRST_INDEX
 from tests.fixtures.lakes import build_tiny_lake
@@ -65,7 +66,7 @@ def test_put_together_it_is_the_folder_it_was_made_of(domain, made, tmp_path):
 def test_it_holds_what_was_trained_and_no_more(made, tmp_path):
     folder, (_, _, children) = small(made, tmp_path), made
     told = json.loads((children["target"].parent / "transfer.json").read_text())["parameters"]
-    held = delta_folder.load_file(folder / delta_folder.TENSORS)
+    held = load_file(folder / delta_folder.TENSORS)
     assert sum(tensor.numel() for name, tensor in held.items() if name.startswith("patches.")) == told["added"]
     assert {name for name in held if not name.startswith("patches.")} == {"item_embedding.weight", "output_bias"}
     target = [row for row, item in enumerate(load_model(children["target"]).model.predicted_V.tolist()) if item]

@@ -109,8 +109,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_used(tmp_pat
     assert found is not None
     assert found.state == {"at": 1}
     assert found.tensors["model"]["w"].tolist() == [1, 1, 1]
-    assert "step-0000000003: model.safetensors is damaged" in told[0]
-    assert "step-0000000002: state.json is missing" in told[1]
+    assert "step-0000000003/model.safetensors is damaged" in told[0]
+    assert "step-0000000002/state.json is missing" in told[1]
     assert len(told) == 2
 
 

@@ -1,0 +1,1 @@
+"""Reads what somebody else may have written: believed once it is checked."""
