@@ -15,7 +15,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-w128 both-w128-causal \
 	leave-one-out leave-one-out-b4 capacity protocols models features page infra test test-newest test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
-	bench-growth bench-demo bench-planted check format clean clean-all
+	bench-growth bench-demo bench-planted bench-serving check format clean clean-all
 
 help:  ## this list
 	@echo "graftrec: recommenders whose knowledge transfers between domains. Needs Python 3.11+; the tests Java 17+."
@@ -113,6 +113,9 @@ bench-demo: $(BIN)/.dev  ## the demo's verdict: 5 logs, 1 and 2 threads, both pr
 
 bench-planted: $(BIN)/.dev  ## whether three arms find planted features, and nothing in 40 noise twins: half an hour
 	@$(BIN)/python -m tests.benchmarks planted $(ARGS)
+
+bench-serving: $(BIN)/.dev  ## `serve` beside MLflow's scoring server, the demo's champion: 5 minutes, and the demo before
+	@$(BIN)/python -m tests.benchmarks serving $(ARGS)
 
 check: $(BIN)/.dev  ## lint, format and types
 	@$(BIN)/ruff check .

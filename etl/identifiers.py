@@ -4,6 +4,7 @@ Text is trimmed; a whole number is spelled without a fraction, whatever its type
 "28"); NaN and infinity are missing. What may have lost digits is refused.
 """
 
+import re
 from collections.abc import Collection, Sequence
 
 import pyarrow as pa
@@ -14,6 +15,8 @@ from etl.settings import GraftrecError
 NO_NUMBER = r"(?i)^[+-]?(nan|inf|infinity)$"
 _SCIENTIFIC = r"^[+-]?\d+(\.\d+)?[eE]\+\d+$"
 _ODD_ID = r"(?i)^([+-]?(nan|inf|infinity|\d+\.0+|\d+(\.\d+)?e\+\d+)$|\{\")"  # any of the above, 5.0, or an object
+# Text that is an id as it stands: digits, or a word that is no name of a number.
+_CLEAR_ID = re.compile(r"\d+|(?!(?i:nan|inf|infinity)\Z)[a-z_][\w-]*", re.ASCII | re.IGNORECASE)
 _EXACT = {16: 2.0**11, 32: 2.0**24, 64: 2.0**53}  # float's bits -> whole numbers below it differ from their neighbours
 
 # As files and their conversions write that nothing is known.
@@ -67,6 +70,8 @@ def identifier(cells: pa.Array) -> tuple[pa.Array, list[tuple[pa.Array, str]]]:
 
 def raw_ids(values: Sequence[str | int | float]) -> list[str]:
     """The ids of plain values; text without an id, which no table holds, stays. Raises ValueError for other values."""
+    if all(isinstance(value, str) and _CLEAR_ID.fullmatch(value) for value in values):  # most requests
+        return [str(value) for value in values]
     words = pa.array([value if isinstance(value, str) else _spelled(value) for value in values], pa.string())
     ids: list[str] = pc.coalesce(identifier(words)[0], words).to_pylist()
     return ids

@@ -39,6 +39,7 @@ ROOMS = (
     "etl.section",
     "etl.setting_errors",
     "etl.settings",
+    "etl.archive",
     "etl.identifiers",
     "etl.file_config",
     "etl.config",
@@ -74,6 +75,7 @@ ROOMS = (
     "trainer.evaluation",
     "trainer.social",
     "trainer.registry",
+    "trainer.serving",
     "trainer.report",
     "trainer.recipes",
     "trainer.experiment",
@@ -90,6 +92,7 @@ PACKAGES = ("etl", "trainer", "graftrec")
 OF_ETL = {
     "etl.tables",
     "etl.settings",
+    "etl.archive",
     "etl.identifiers",
     "etl.config",
     "etl.command",

@@ -33,6 +33,7 @@ RECIPES: dict[str, tuple[type[Section], str]] = {
     "explain": (configs.ExplainConfig, "say where a recommendation came from"),
     "backup": (configs.BackupConfig, "copy a lake at one release, and its MLflow store"),
     "restore": (configs.RestoreConfig, "put a backup in the place of nothing"),
+    "serve": (configs.ServeConfig, "answer requests over HTTP by the champion, which is followed"),
 }
 
 OPERATIONS = ("maintain", "forget", "explain", "backup", "restore")  # which need no configuration of one's own

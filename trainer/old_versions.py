@@ -3,7 +3,8 @@
 A registered version carries the code that it was made by, and runs it in a process of its own. Where `trainer` is
 imported already, as in a notebook that trains and serves, Python finds this package instead, and the version's code
 imports names that are no more. They lead to today's modules, which read the same model folders and give the same
-answers. With this file go its uses in `trainer/__init__.py`, `trainer/inference/model_folder.py` and `etl/config.py`.
+answers. With this file go its uses in `trainer/__init__.py`, `trainer/serving/__init__.py`,
+`trainer/inference/model_folder.py` and `etl/config.py`.
 """
 
 import sys
@@ -47,6 +48,15 @@ class _OldNames(MetaPathFinder, Loader):
 def install() -> None:
     """Let old names be imported in this process."""
     sys.meta_path.append(_OldNames())
+
+
+def moved(module: str, name: str) -> Any:
+    """What an old module of a name that is in use again had. Raises AttributeError."""
+    today, renamed = _MOVED[module]
+    try:
+        return getattr(import_module(today), renamed.get(name, name))
+    except AttributeError:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
 
 
 def settings(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ SUITES = {
     "planted": ("planted_features",),
     "growth": ("growth", "new_day", "heavy_user"),
     "times": ("train_time",),
+    "serving": ("serving",),
 }
 _PACKAGES = ("torch", "pyspark", "pysail", "pyarrow", "deltalake", "polars", "duckdb", "numpy")
 

@@ -27,6 +27,7 @@ from trainer.config.model import (
 )
 from trainer.config.operations import BackupConfig, ExplainConfig, ForgetConfig, MaintainConfig, RestoreConfig, required
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
+from trainer.config.serving import ServeConfig, ServingLimitsConfig, ShelfConfig
 from trainer.config.social import (
     FriendModelConfig,
     FriendsConfig,
@@ -114,6 +115,9 @@ __all__ = [
     "RestoreConfig",
     "RuntimeConfig",
     "SearchConfig",
+    "ServeConfig",
+    "ServingLimitsConfig",
+    "ShelfConfig",
     "SocialConfig",
     "SocialDataConfig",
     "TargetDataConfig",

@@ -25,14 +25,18 @@ version at the alias `companion` answers if it knows one, and `version` says so.
 Where neither knows an item, the version at the alias `friends`, if there is one, answers from what friends have: those
 that the request gives, `friends` (a list of raw user ids), or else those of `user` in the log. `basis` says so.
 
+`exclude` is a list of item ids that must not be an answer. `only` is a list of categories, of which an item must have
+one: a server that knows the categories of items takes it (`trainer/serving`), others refuse it.
+
 An item that came after training is ranked, and read, by its features alone. A version reads the vectors of later items
 from the release that $GRAFTREC_FEATURES names (`<lake>@<release>`), and from the request: `features` is a list of
 {"item": raw id, "encoder": name, "vector": numbers as the encoder gives them}. Without any, such an item is unknown.
 
 `params: {"domain": "books"}` asks for another domain's items: of that domain's champion in the same family of
 registered models, or of the patch for it that stands on the same backbone. A malformed request gets a 400. Fields and
-params of other names never arrive: MLflow leaves them out, with a warning in the server's log. This module knows
-nothing of MLflow; `pyfunc.py` is what MLflow runs.
+params of other names are refused; behind MLflow they never arrive: it leaves them out, with a warning in the server's
+log. This module knows nothing of MLflow, nor of HTTP; `pyfunc.py` is what MLflow runs, `trainer/serving` another
+server.
 """
 
 import dataclasses
@@ -43,6 +47,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -54,21 +59,24 @@ from etl.settings import GraftrecError
 from etl.tables import FIRST_INDEX, SEP, UNK
 from trainer.arrays import Int8Array, IntArray
 from trainer.data.events import Events
+from trainer.inference.allowed_items import AllowedItems, Within, within
 from trainer.inference.later_items import LaterItemsError, with_vectors
 from trainer.inference.model_folder import TrainedModel
 from trainer.inference.scorer import Scores, answered, top_k
 
 DEFAULT_K, MAX_K = 10, 10_000
+PARAMS = ("k", "domain")
 MAX_DEPTH = 8  # of lists and objects in a record
 MAX_NAME = 200  # characters of a domain
 RETRY_SECONDS = 10.0  # until what was not there is looked for again
 MAX_ABSENT = 1_000  # names that are remembered as not there
 BATCH_SIZE = 256  # histories scored at once
-FIELDS = ("items", "user", "event_types", "baskets", "features", "friends", "times", "time")  # of a record
+# Of a record.
+FIELDS = ("items", "user", "event_types", "baskets", "features", "friends", "times", "time", "exclude", "only")
 MAX_NUMBER = 2**1023  # of any field: ids may be large whole numbers
 LATEST = 2**33  # seconds since 1970 that a time may be, the year 2242: more are milliseconds, or microseconds
 MICROSECONDS = 1_000_000  # of a second
-_UNREAD = f"fields of other names than {', '.join(FIELDS)} are not read"
+_FIELDS = f"a record has {', '.join(FIELDS)}"
 MODEL, FRIENDS, POPULAR = "model", "friends", "popular"  # what an answer is based on
 
 
@@ -88,6 +96,9 @@ class Request:
     friends: Sequence[str] = ()  # raw ids of the user's friends
     times: Sequence[float] | None = None  # of each item, seconds since 1970, ascending
     time: float | None = None  # of the request; None: now
+    exclude: Sequence[str] = ()  # raw ids of items that must not be an answer
+    only: Sequence[str] = ()  # categories, of which an item must have one
+    allowed: AllowedItems | None = None  # items that may be an answer, as the server that knows them says; None: all
 
     @property
     def form(self) -> str:
@@ -153,16 +164,28 @@ class TopK:
         self._popularity = Scores.of(popularity[None])
         self._popular = functools.lru_cache(maxsize=16)(self._popular_rows)
 
-    def best(self, histories: Events, k: int) -> tuple[IntArray, Tensor]:
+    def best(self, histories: Events, k: int, within: Within | None = None) -> tuple[IntArray, Tensor]:
         """Rows [B, K] and scores [B, K], best first, that are not in the history, or with `repeats` maybe are; see
-        `trainer.inference.scorer.top_k`."""
+        `trainer.inference.scorer.top_k`. `within`: none but these."""
         rows, scores = self._popular(k)
         rows_BK, scores_BK = rows.repeat(len(histories), axis=0), scores.repeat(len(histories), 1)
-        examples = np.flatnonzero(answered(self._model, histories))
+        is_answered = answered(self._model, histories)
+        examples = np.flatnonzero(is_answered)
         if len(examples):
             own = histories.take(examples)
-            left_out = own.until(np.zeros(len(own), np.int64)) if self._repeats else own
-            rows_BK[examples], scores_BK[torch.from_numpy(examples)] = top_k(self._scorer.scores(own), left_out, k)
+            left_out, scored = (
+                own.until(np.zeros(len(own), np.int64)) if self._repeats else own,
+                self._scorer.scores(own),
+            )
+            if within is not None:
+                left_out, scored = within.left_out(left_out, examples), within.of(scored, examples)
+            rows_BK[examples], scores_BK[torch.from_numpy(examples)] = top_k(scored, left_out, k)
+        others = np.flatnonzero(~is_answered)
+        if within is not None and len(others):
+            nothing = histories.take(others).until(np.zeros(len(others), np.int64))
+            popular = self._popularity.whole().repeat(len(others), 1)
+            scored, left_out = within.of(Scores.of(popular), others), within.left_out(nothing, others)
+            rows_BK[others], scores_BK[torch.from_numpy(others)] = top_k(scored, left_out, k)
         return rows_BK, scores_BK
 
     def _popular_rows(self, k: int) -> tuple[IntArray, Tensor]:
@@ -188,7 +211,9 @@ class Recommender:
         self._shortlist, self.reads = TopK(trained_model), trained_model.config.task.needs.request
         self.reads_times = trained_model.config.reads_times
         self._place_of = {name: place for place, name in enumerate(trained_model.event_types, 1)}
-        self._row_of = {raw: row for row, raw in enumerate(trained_model.catalogue.raw_ids) if row >= FIRST_INDEX}
+        self._allowed: WeakKeyDictionary[AllowedItems, Tensor] = WeakKeyDictionary()
+        self._raw_ids = list(trained_model.catalogue.raw_ids)
+        self._row_of = {raw: row for row, raw in enumerate(self._raw_ids) if row >= FIRST_INDEX}
 
     def of_domain(self, domain: str) -> "Recommender":
         """The one that predicts that domain's items; "": this one. Raises RequestError."""
@@ -207,6 +232,14 @@ class Recommender:
         """A request with that history: of one basket, where baskets are read."""
         return {"items": Request(items), "baskets": Request([], baskets=[items])}[self.reads]
 
+    def prepare(self) -> None:
+        """Read what stands beside it, and answer once: not at the first request that needs it."""
+        self._companion()
+        self._friends()
+        request = self.request(list(self._row_of)[:3])
+        times = [0.0] * len(request.items) if self.reads_times else None
+        self.answer([dataclasses.replace(request, times=times)])
+
     def answer(self, requests: Sequence[Request], k: int = DEFAULT_K) -> list[Answer]:
         """One answer for each request, in order. Raises RequestError."""
         check_k(k)
@@ -215,6 +248,11 @@ class Recommender:
                 raise RequestError(
                     f"record {place}: expected `times`, which {self.version} reads: a number of seconds since 1970 "
                     "(UTC) for each of `items`, found none; give when each item's event was"
+                )
+            if request.only and request.allowed is None:
+                raise RequestError(
+                    f"record {place}: expected no `only`, since this server knows no categories of items, found "
+                    f"{str(list(request.only))[:100]}; ask a server that has `shelf.items`"
                 )
             if request.form != self.reads:
                 raise RequestError(
@@ -301,11 +339,30 @@ class Recommender:
         whole = dataclasses.replace(whole, request_times=requested)
         histories = whole.keep(given != UNK)
         is_answered = answered(self.trained_model.model, histories)
-        best_rows, best = self._shortlist.best(histories, k)
+        best_rows, best = self._shortlist.best(histories, k, self._within(requests))
+        counts = torch.isfinite(best).sum(1).tolist()
+        lists = zip(read, rows, best_rows.tolist(), best.tolist(), counts, is_answered.tolist(), strict=True)
         return [
-            self._one(items, history, best_rows[place], best[place], MODEL if is_answered[place] else POPULAR)
-            for place, (items, history) in enumerate(zip(read, rows, strict=True))
+            Answer(
+                [self._raw_ids[row] for row in best_of_one[:count]],
+                scores[:count],
+                MODEL if by_model else POPULAR,
+                [item for item, row in zip(items, history, strict=True) if row == UNK and item is not None],
+                self.version,
+            )
+            for items, history, best_of_one, scores, count, by_model in lists
         ]
+
+    def _within(self, requests: Sequence[Request]) -> Within | None:
+        """What the requests say of their answers; None where none says anything."""
+        if not any(request.exclude or request.only or request.allowed is not None for request in requests):
+            return None
+        return within(requests, self._row_of, self._flags)
+
+    def _flags(self, allowed: AllowedItems) -> Tensor:
+        if allowed not in self._allowed:
+            self._allowed[allowed] = allowed.flags(self.trained_model.catalogue)
+        return self._allowed[allowed]
 
     def _event_types(self, requests: Sequence[Request]) -> Int8Array:
         """Places among the names that the model tells apart, 0 for others; empty where it reads none."""
@@ -324,14 +381,6 @@ class Recommender:
         times, requested = (np.floor(np.array(part) * MICROSECONDS).astype(np.int64) for part in (given, requested))
         return times, requested
 
-    def _one(
-        self, items: Sequence[str | None], history: Sequence[int], rows: IntArray, scores: Tensor, basis: str
-    ) -> Answer:
-        count = int(torch.isfinite(scores).sum())
-        raw_ids = self.trained_model.catalogue.raw_ids
-        unknown = [item for item, row in zip(items, history, strict=True) if row == UNK and item is not None]
-        return Answer([raw_ids[row] for row in rows[:count]], scores[:count].tolist(), basis, unknown, self.version)
-
 
 def check_k(k: int) -> None:
     """Raises RequestError."""
@@ -341,6 +390,8 @@ def check_k(k: int) -> None:
 
 def parse_params(params: Mapping[str, Any]) -> tuple[str, int]:
     """(domain, k) of a request's params; "" where it names no domain. Raises RequestError."""
+    if unknown := [name for name in params if name not in PARAMS]:
+        raise RequestError(f"params: expected {' or '.join(PARAMS)}, found {shown(unknown[0])}; leave it out")
     domain, k = _plain(params.get("domain")), _plain(params.get("k", DEFAULT_K))
     if domain is not None and not isinstance(domain, str):
         raise RequestError(f"domain: expected a name, found {shown(domain)}")
@@ -375,7 +426,7 @@ def _read(request: Request) -> Sequence[str | None]:
 def parse(records: Sequence[Mapping[str, Any]]) -> list[Request]:
     """Requests of records with `items` or `baskets`, and perhaps `user`. Raises RequestError."""
     if not records:
-        raise RequestError(f"expected one record at least, with `items` or `baskets`, found none; {_UNREAD}")
+        raise RequestError(f"expected one record at least, with `items` or `baskets`, found none; {_FIELDS}")
     return [_parse(record, place) for place, record in enumerate(records)]
 
 
@@ -384,7 +435,10 @@ def _parse(record: Any, place: int) -> Request:
         raise RequestError(
             f"record {place}: expected an object with `items` or `baskets`, found {type(record).__name__}"
         )
-    items, user, kinds, baskets, features, friends, times, requested = (_plain(record.get(name)) for name in FIELDS)
+    if unknown := [name for name in record if name not in FIELDS]:
+        raise RequestError(f"record {place}: {_FIELDS}, found {shown(unknown[0])}; leave it out")
+    fields = [_plain(record.get(name)) for name in FIELDS]
+    items, user, kinds, baskets, features, friends, times, requested, exclude, only = fields
     if baskets is not None:
         if items is not None or not isinstance(baskets, list) or not all(map(_is_ids, baskets)):
             raise RequestError(
@@ -395,7 +449,7 @@ def _parse(record: Any, place: int) -> Request:
     if items is None:
         raise RequestError(
             f"record {place}: `items` is a list of raw item ids (strings), or `baskets` a list of such lists, found "
-            f"neither; {_UNREAD}"
+            f"neither; {_FIELDS}"
         )
     if not _is_ids(items):
         raise RequestError(f"record {place}: `items` is a list of raw item ids (strings), found {shown(items)}")
@@ -407,11 +461,24 @@ def _parse(record: Any, place: int) -> Request:
         )
     if friends is not None and not _is_ids(friends):
         raise RequestError(f"record {place}: `friends` is a list of raw user ids (strings), found {shown(friends)}")
+    if exclude is not None and not _is_ids(exclude):
+        raise RequestError(f"record {place}: `exclude` is a list of raw item ids (strings), found {shown(exclude)}")
+    if only is not None and not _is_texts(only):
+        raise RequestError(f"record {place}: `only` is a list of categories (strings), found {shown(only)}")
     user = None if user is None else _ids([user], place, "user")[0]
     _check_times(times, requested, len(items), place)
-    given = tuple(_ids(friends or [], place, "friends"))
-    vectors = _vectors(features, place)
-    return Request(_ids(items, place, "items"), user, kinds, baskets, vectors, given, times, requested)
+    return Request(
+        _ids(items, place, "items"),
+        user,
+        kinds,
+        baskets,
+        _vectors(features, place),
+        tuple(_ids(friends or [], place, "friends")),
+        times,
+        requested,
+        tuple(_ids(exclude or [], place, "exclude")),
+        tuple(only or ()),
+    )
 
 
 def _check_times(times: Any, requested: Any, num_items: int, place: int) -> None:

@@ -74,6 +74,10 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.recipes import backup
 
             return backup.run if name == "backup" else backup.restore
+        case "serve":
+            from trainer.serving import server
+
+            return server.run
         case _:
             from trainer.recipes import recommend
 

@@ -11,11 +11,9 @@ no event at all; else the popular items. The rows equal the served model's answe
 import atexit
 import datetime as dt
 import functools
-import hashlib
 import shutil
 import tempfile
 import threading
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ from pyspark.sql import functions as F
 from tqdm import tqdm
 
 from etl import tables
+from etl.archive import pack
 from etl.lake import spark_io
 from etl.session import engine_of
 from etl.tables import DOMAIN_ALL, UNK, Table
@@ -42,7 +41,7 @@ from trainer.data.events import Column, Events
 from trainer.data.release import Release, domains_with_sequences, num_buckets
 from trainer.data.sequences import event_type_codes
 from trainer.inference.later_items import LaterItems, load_later, save_later, with_later
-from trainer.inference.model_folder import USER_IDS, TrainedModel, load_model
+from trainer.inference.model_folder import USER_IDS, TrainedModel, digest_of, load_model
 from trainer.inference.recommender import TopK
 from trainer.inference.scorer import answered
 from trainer.parallel.cores import use_threads
@@ -374,14 +373,9 @@ def _archived(spark: SparkSession, folder: Path, *more: Path) -> str:
     """Ship the files of a folder, and more; returns the archive's name."""
     scratch = _scratch()  # kept as long as the session: it fetches the archive whenever an executor begins
     packed_model = scratch / "model.zip"
-    with zipfile.ZipFile(packed_model, "w", zipfile.ZIP_STORED) as target:
-        for file in [*sorted(folder.iterdir()), *more]:
-            if file.is_file() and file.name != USER_IDS:
-                entry = zipfile.ZipInfo(file.name)  # without a time: the same model is the same archive
-                with file.open("rb") as source, target.open(entry, "w", force_zip64=True) as packed:
-                    shutil.copyfileobj(source, packed)
-    with packed_model.open("rb") as source:
-        name = f"model-{hashlib.file_digest(source, 'sha256').hexdigest()[:32]}.zip"  # a session takes a name once
+    files = [path for path in (*folder.iterdir(), *more) if path.is_file() and path.name != USER_IDS]
+    pack({path.name: path for path in files}, packed_model)
+    name = f"model-{digest_of(packed_model)[:32]}.zip"  # a session takes a name once
     archive = str(packed_model.rename(scratch / name))
     if engine_of(spark) == "spark":
         spark.sparkContext.addArchive(archive)

@@ -2,7 +2,6 @@
 
 from trainer.registry.promotion import Promotion
 from trainer.registry.promotion_lock import LEASE_SECONDS
-from trainer.registry.registration import MODEL_FOLDER
 from trainer.registry.version import (
     AUDIT_CHARACTERS,
     CANDIDATE,
@@ -27,7 +26,6 @@ __all__ = [
     "COMPANION",
     "FRIENDS",
     "LEASE_SECONDS",
-    "MODEL_FOLDER",
     "PREVIOUS",
     "TAG_DOMAIN",
     "TAG_FAMILY",

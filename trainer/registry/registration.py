@@ -9,10 +9,9 @@ from typing import Any
 from etl.redaction import redact
 from trainer import tracking
 from trainer.config import TrackingConfig
+from trainer.inference.model_archive import archived
 from trainer.registry import descriptions
 from trainer.registry.version import TAG_HASH
-
-MODEL_FOLDER = "model"  # of the model folder among the artifacts of the MLflow model
 
 
 def create_registered_model(client: Any, name: str, domain: str) -> None:
@@ -50,8 +49,8 @@ def create_version(
     """A version of the registered model, of a logged model that gets the files of `folder`. `example`: a request."""
     run_id = logged.source_run_id or None
     with tempfile.TemporaryDirectory() as scratch:
-        packed = Path(scratch) / "packed"
-        tracking.pack(folder, packed, artifact=MODEL_FOLDER, model_id=logged.model_id, run_id=run_id, example=example)
+        packed, archives = Path(scratch) / "packed", archived(folder, Path(scratch))
+        tracking.pack(archives, packed, model_id=logged.model_id, run_id=run_id, example=example)
         client.log_model_artifacts(logged.model_id, str(packed))
     client.finalize_logged_model(logged.model_id, "READY")
     return client.create_model_version(

@@ -1,6 +1,7 @@
 """Registered model versions: register, aliases, the model folder of a version, and the lock that promoters take.
 
-A version holds an MLflow model made of code and JSON (`pyfunc.py`) around a model folder (`model_folder.py`). Aliases,
+A version holds an MLflow model made of code and JSON (`model_script.py`) around the archives of a model folder
+(`model_archive.py`). Aliases,
 not stages: `candidate` (registered last), `champion` (served), `previous` (champion before), `companion` (reads all
 domains, and answers where the champion knows nothing of a user), `friends` (ranks what friends have, and answers where
 neither does). A few tags hold what code looks up; what people read
@@ -26,6 +27,7 @@ from trainer import tracking
 from trainer.config import patch_of
 from trainer.data.release import Release
 from trainer.inference.delta_folder import PATCH, assemble, write_patch
+from trainer.inference.model_archive import MODEL, unarchived
 from trainer.inference.model_folder import CATALOGUE, MAX_INDEX, config_of, load_model, model_hash, verified_model
 from trainer.registry import descriptions
 from trainer.registry.promotion import Promotion
@@ -63,6 +65,7 @@ class Registry:
             raise TrackingError(f"a registered model's name has none of / : @ and is not empty, found {name!r}")
         self.name, self.family, self.uri = name, family, tracking.tracking_uri()
         self._assembled: dict[str, Path] = {}  # of patches: hash -> whole folder
+        self._unpacked: dict[str, Path] = {}  # hash -> what the store holds of a version
         with self._asking("can't reach the registry"):
             self._client = tracking.connect(self.uri)
 
@@ -240,8 +243,10 @@ class Registry:
         return sorted((self._version(entry, aliases) for entry in own), key=lambda version: -version.number)
 
     def find(self, alias: str) -> Version | None:
-        """The version an alias stands at, if any."""
-        return next((version for version in self.versions() if alias in version.aliases), None)
+        """The version an alias stands at, if any. It costs one question, however many versions there are."""
+        with self._asking(f"can't ask for the alias {alias} of {self.name}"):
+            found = tracking.version_at(self._client, self.name, alias)
+            return None if found is None else self._version(found, self._aliases())
 
     def version(self, reference: str) -> Version:
         """The version of a number ("3") or alias ("champion", "@champion")."""
@@ -257,8 +262,8 @@ class Registry:
         )
 
     def folder(self, version: Version) -> Path:
-        """The model folder of a version: in place where the store is local, else a copy that ends with this process; of
-        a patch, one put together with its parent's."""
+        """The model folder of a version, a copy that ends with this process; of a patch, one put together with its
+        parent's."""
         if version.name != self.name:
             return self.holder(version).folder(version)
         found = self.stored(version)
@@ -268,7 +273,7 @@ class Registry:
             parent = self.of_hash(version.tags[TAG_PARENT])
             if parent is None:
                 raise TrackingError(f"{version.label} is a patch, and its parent is no version of {self.name} any more")
-            whole = Path(_scratch()) / "model"
+            whole = scratch_folder() / "model"
             assemble(found, self.folder(parent), whole)
             self._assembled[version.hash] = whole
         return self._assembled[version.hash]
@@ -283,8 +288,14 @@ class Registry:
             if place.scheme in ("", "file"):
                 folder = Path(unquote(place.path))
             else:
-                folder = Path(tracking.download(f"models:/{self.name}/{version.number}", _scratch(), self.uri))
-        artifacts = folder / "artifacts"  # MLflow keeps the name that the folder had
+                named = f"models:/{self.name}/{version.number}"
+                folder = Path(tracking.download(named, str(scratch_folder()), self.uri))
+        artifacts = folder / "artifacts"
+        if (artifacts / MODEL).is_file():
+            if version.hash not in self._unpacked:
+                self._unpacked[version.hash] = unarchived(artifacts, scratch_folder())
+            return self._unpacked[version.hash]
+        # Before archives, and as MLflow keeps the name that the folder had:
         inside = [*sorted(artifacts.glob(f"*/{MANIFEST}")), *sorted(artifacts.glob(f"*/{PATCH}"))]
         if len(inside) != 1:
             raise TrackingError(
@@ -419,11 +430,11 @@ def _example(folder: Path) -> dict[str, Any]:
     return {config.task.needs.request: forms[config.task.needs.request]} | times | asked
 
 
-def _scratch() -> str:
+def scratch_folder() -> Path:
     """A folder that ends with this process."""
     scratch = tempfile.mkdtemp(prefix="graftrec-model-")
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return scratch
+    return Path(scratch)
 
 
 def _is(what: str, value: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from etl.tables import FIRST_INDEX, UNK
 from trainer.arrays import IntArray
 from trainer.data.events import Events
+from trainer.inference.allowed_items import within
 from trainer.inference.recommender import DEFAULT_K, FRIENDS, POPULAR, Answer, Request, RequestError, check_k
 from trainer.inference.scorer import Scores, top_k
 from trainer.social.friends_folder import FriendsModel
@@ -32,6 +33,10 @@ class FriendsRecommender:
         if domain not in ("", self.model.domain):
             raise RequestError(f"domain: expected {self.model.domain!r}, found {domain!r}")
         return self
+
+    def prepare(self) -> None:
+        """Answer once, as `Recommender.prepare`."""
+        self.answer([Request([])])
 
     @functools.cached_property
     def _knows_U(self) -> npt.NDArray[np.bool_]:
@@ -74,7 +79,11 @@ class FriendsRecommender:
             scores = trained.scores(np.array([place]))
         else:
             scores, basis = trained.evidence.popular[None].astype(np.float32), POPULAR
-        best_rows, best = top_k(Scores.of(torch.from_numpy(scores.copy())), seen, k)
+        asked = within([request], self._row_of, lambda allowed: allowed.flags(self.model.catalogue))
+        this = np.zeros(1, np.int64)
+        best_rows, best = top_k(
+            asked.of(Scores.of(torch.from_numpy(scores.copy())), this), asked.left_out(seen, this), k
+        )
         count = int(torch.isfinite(best[0]).sum())
         raw_ids = self.model.catalogue.raw_ids
         unknown = [item for item, row in zip(items, rows, strict=True) if row == UNK]

@@ -30,6 +30,7 @@ from trainer.tracking.models import (
     offer,
     pack,
     resolved,
+    version_at,
 )
 from trainer.tracking.run import THUMBNAIL_PIXELS, Run, model_link, run_link
 from trainer.tracking.runs import (
@@ -98,4 +99,5 @@ __all__ = [
     "start_run",
     "tracking_uri",
     "translated",
+    "version_at",
 ]

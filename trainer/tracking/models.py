@@ -1,6 +1,9 @@
 """Models in MLflow: found, packed, described, downloaded."""
 
+import hashlib
+import json
 import re
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -10,6 +13,7 @@ from urllib.parse import quote
 
 import yaml
 
+from etl import archive
 from etl.redaction import one_line
 from etl.settings import GraftrecError
 
@@ -19,6 +23,8 @@ from trainer.tracking.connection import FINAL
 from trainer.tracking.datasets import dataset_of
 from trainer.tracking.queue import warn
 
+SOURCES, SOURCES_DIGEST = "sources.zip", "graftrec.sources"  # file below code/; its SHA-256 in the model's metadata
+_SOURCES = (".py", ".j2", ".html", ".properties")
 MODEL_HASH = "graftrec.hash"  # tag of a logged model: the hash of its model folder
 
 
@@ -92,15 +98,14 @@ _REQUIREMENTS = (  # of scoring: what trainer.inference.recommender imports
 
 
 def pack(
-    folder: Path, target: Path, *, artifact: str, model_id: str, run_id: str | None, example: Mapping[str, Any]
+    archives: Sequence[Path], target: Path, *, model_id: str, run_id: str | None, example: Mapping[str, Any]
 ) -> None:
-    """Write an MLflow model around a model folder: a copy of the folder, of our sources, and no pickle. `example`: one
-    request, by column.
+    """Write an MLflow model of at most 8 files around a model's archives, with our sources, and no pickle. `example`:
+    one request, by column, kept in the model's metadata.
 
-    The sources travel with it (`code_paths`), so that a served version runs the code that it was made by, on a machine
+    The sources travel with it, as one archive, so that a served version runs the code that it was made by, on a machine
     that has only the packages of its requirements.txt.
     """
-    import pandas as pd
     from mlflow.models import Model, ModelSignature
     from mlflow.pyfunc import save_model
     from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Object, ParamSchema, ParamSpec, Property, Schema
@@ -120,6 +125,7 @@ def pack(
                 ColSpec(Array(texts), "baskets", required=False),
                 ColSpec(Array(vector), "features", required=False),
                 ColSpec(texts, "friends", required=False),
+                ColSpec(texts, "exclude", required=False),
                 ColSpec(AnyType(), "times", required=False),  # numbers: of a list of doubles 978300760 would be none
                 ColSpec(AnyType(), "time", required=False),
             ]
@@ -136,16 +142,33 @@ def pack(
         ParamSchema([ParamSpec("k", DataType.long, 10), ParamSpec("domain", DataType.string, "")]),
     )
     requirements = [f"{name}=={version(name).partition('+')[0]}" for name in _REQUIREMENTS]
-    save_model(
-        str(target),
-        python_model=str(package / "registry" / "pyfunc.py"),
-        artifacts={artifact: str(folder)},
-        signature=signature,
-        code_paths=[str(package.parent / "etl"), str(package)],
-        pip_requirements=requirements,
-        mlflow_model=Model(model_id=model_id, run_id=run_id),
-        input_example=pd.DataFrame([dict(example)]),
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        sources = Path(scratch) / SOURCES
+        digest = pack_sources(sources)
+        save_model(
+            str(target),
+            python_model=str(package / "registry" / "model_script.py"),
+            artifacts={one.stem: str(one) for one in archives},
+            signature=signature,
+            code_paths=[str(sources)],
+            pip_requirements=requirements,
+            mlflow_model=Model(model_id=model_id, run_id=run_id),
+            metadata={SOURCES_DIGEST: digest, "graftrec.example": json.dumps(dict(example))},
+        )
+
+
+def pack_sources(target: Path) -> str:
+    """Write our two packages, with the files that they read, as one archive; returns its SHA-256."""
+    root = Path(__file__).parent.parent.parent
+    files = {
+        path.relative_to(root).as_posix(): path
+        for package in ("etl", "trainer")
+        for path in (root / package).rglob("*")
+        if path.is_file() and path.suffix in _SOURCES
+    }
+    archive.pack(files, target, compressed=True)
+    with target.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def offer(
@@ -166,8 +189,8 @@ def offer(
     class Served(PythonModel):  # type: ignore[misc]
         def load_context(self, context: Any) -> None:
             _answer_in_one_line()
-            folder = Path(next(iter(context.artifacts.values())))
-            self._state = load(folder, _label(folder))
+            place = Path(next(iter(context.artifacts.values())))  # an archive beside others; before these, a folder
+            self._state = load(place if place.is_dir() else place.parent, _label(place))
 
         def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
             try:
@@ -214,6 +237,18 @@ def _label(folder: Path) -> str:
         if (parent / "MLmodel").is_file():
             break
     return "unregistered"
+
+
+def version_at(client: Any, name: str, alias: str) -> Any | None:
+    """The version of a registered model at an alias; None where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
 
 
 def download(uri: str, target: str, store: str) -> str:

@@ -35,7 +35,7 @@ from trainer.inference.recommender import Recommender, Request, RequestError, pa
 from trainer.models import FeatureTable, ModelSizes, build_model
 from trainer.recipes import recommend
 from trainer.recipes.pretrain import run as pretrain
-from trainer.registry import pyfunc
+from trainer.registry import loading, pyfunc
 
 WIDTH, LATER = 10, ("new0", "new1", "bare")  # bare: without a vector
 NETWORKS = {
@@ -187,7 +187,7 @@ def test_evaluation_recommend_and_the_served_model_rank_later_items_alike(done, 
     assert torch.isfinite(scores[:, place]).all()
     save_later(tmp_path / "later.npz", later.later_items)
     shipped = with_later(load_model(done.models["bert4rec"]), load_later(tmp_path / "later.npz"))
-    monkeypatch.setenv(pyfunc.RELEASE_OF_FEATURES, f"{done.lake}@{release.number}")
+    monkeypatch.setenv(loading.RELEASE_OF_FEATURES, f"{done.lake}@{release.number}")
     served = pyfunc.load(done.models["bert4rec"], "")
     rows = rows_by_raw_id(later.catalogue, examples.catalogue)
     for user in range(0, len(examples.users), 11):

@@ -6,14 +6,18 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
+import mlflow
 import pytest
 import yaml
+from mlflow.exceptions import MlflowException
 
+from etl.settings import GraftrecError
 from tests.fixtures.folders import write_model
 from tests.fixtures.places import ROOT
-from tests.fixtures.stores import enter_store
+from tests.fixtures.stores import enter_store, packed_as
 from trainer import tracking
 from trainer.config import PretrainConfig, TrackingConfig
 from trainer.inference.model_folder import load_model, model_hash
@@ -58,21 +62,55 @@ def test_the_model_folder_comes_back_whole(store, models):
 
 def test_a_version_is_code_and_json_with_a_signature_over_raw_ids(store, models):
     registry = Registry()
-    packed = registry.folder(registry.register(models[0])).parent.parent
+    packed = packed_as(registry.register(models[0]))
     files = {path.relative_to(packed).as_posix() for path in packed.rglob("*") if path.is_file()}
-    assert {
-        "MLmodel",
-        "pyfunc.py",
-        "code/trainer/inference/recommender.py",
-        "code/etl/tables.py",
-        "requirements.txt",
-    } <= files
-    plain = {"", ".py", ".md", ".txt", ".yaml", ".json", ".parquet", ".safetensors", ".properties", ".html", ".j2"}
-    assert {Path(name).suffix for name in files} <= plain
+    environments = {"conda.yaml", "python_env.yaml", "requirements.txt"}
+    archives = {"artifacts/model.zip", "artifacts/users.zip", "code/sources.zip"}
+    assert files == {"MLmodel", "model_script.py"} | environments | archives
+    assert len(files) <= 8
+    inside = {archive: set(zipfile.ZipFile(packed / archive).namelist()) for archive in archives}
+    assert inside["artifacts/users.zip"] == {"users.safetensors", "users.parquet"}  # personal data, apart
+    assert {"weights.safetensors", "manifest.json"} <= inside["artifacts/model.zip"]
+    assert {"trainer/inference/recommender.py", "etl/tables.py"} <= inside["code/sources.zip"]
+    plain = {".py", ".json", ".parquet", ".safetensors", ".properties", ".html", ".j2"}
+    assert {Path(name).suffix for names in inside.values() for name in names} <= plain
     described = yaml.safe_load((packed / "MLmodel").read_text())
     assert described["flavors"]["python_function"]["loader_module"] == "mlflow.pyfunc.loaders.code_model"
     assert '"name": "items"' in described["signature"]["inputs"]
     assert '"string"' in described["signature"]["inputs"]
+
+
+def test_a_version_of_before_archives_is_found_in_its_folder(store, models):
+    version = Registry().register(models[0])
+    artifacts = packed_as(version) / "artifacts"
+    for name in ("model.zip", "users.zip"):
+        zipfile.ZipFile(artifacts / name).extractall(artifacts / "model")
+        (artifacts / name).unlink()
+    folder = Registry().folder(version)
+    assert folder == artifacts / "model"
+    assert load_model(folder).hash == version.hash
+
+
+def test_a_version_goes_on_without_its_users(store, models):
+    version = Registry().register(models[0])
+    (packed_as(version) / "artifacts" / "users.zip").unlink()
+    trained_model = load_model(Registry().folder(version))
+    assert (trained_model.hash, trained_model.users) == (version.hash, None)
+
+
+@pytest.mark.parametrize("name", ["artifacts/model.zip", "artifacts/users.zip", "code/sources.zip"])
+def test_a_damaged_archive_is_refused_by_name(name, store, models):
+    version = Registry().register(models[0])
+    path = packed_as(version) / name
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1  # of the first file in it
+    path.write_bytes(bytes(content))
+    if name != "code/sources.zip":
+        with pytest.raises(GraftrecError, match="damaged"):
+            load_model(Registry().folder(version))
+        return
+    with pytest.raises(MlflowException, match=r"sources\.zip is damaged: expected SHA-256 \w{64}, found \w{64}"):
+        mlflow.pyfunc.load_model(str(packed_as(version)), suppress_warnings=True)
 
 
 def test_a_version_is_of_the_logged_model_of_its_run_and_says_what_it_is(store, models):
@@ -93,9 +131,8 @@ def test_a_version_is_of_the_logged_model_of_its_run_and_says_what_it_is(store, 
     assert version.description.startswith("bert4rec, transfer none, predicts target, NDCG@10 0.1000.\n")
     assert f"/models/{first})" in version.description
     assert "domain target" in client.get_registered_model("shop").description
-    packed = shop.folder(version).parent.parent
-    example = json.loads((packed / "input_example.json").read_text())
-    assert len(example["data"][0][example["columns"].index("items")]) == 3
+    described = yaml.safe_load((packed_as(version) / "MLmodel").read_text())
+    assert len(json.loads(described["metadata"]["graftrec.example"])["items"]) == 3
     assert not [tag for tag in version.tags if "metric" in tag]
 
 

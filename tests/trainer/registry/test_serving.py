@@ -136,7 +136,7 @@ def test_a_malformed_record_is_refused_by_place(record):
 def test_no_record_at_all_is_refused():
     with pytest.raises(RequestError, match="expected one record at least"):
         parse([])
-    with pytest.raises(RequestError, match=r"record 0: `items` is .*other names than items, user, event_types"):
+    with pytest.raises(RequestError, match=r"record 0: a record has items, user, event_types.*, found 'item'"):
         parse([{"item": ["1"]}])
 
 
