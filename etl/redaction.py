@@ -121,8 +121,13 @@ class _Redacted:
         self._stream = stream
 
     def write(self, text: str) -> int:
+        plain = redact(text)
         with unread_is_fine(self._stream):
-            self._stream.write(redact(text))
+            try:
+                self._stream.write(plain)
+            except UnicodeEncodeError:  # of a locale such as C, or half a character
+                encoding = self._stream.encoding or "ascii"
+                self._stream.write(plain.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
