@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn,
 from pydantic.fields import FieldInfo
 
 from etl.json_log import VARIABLE, json_output
-from etl.redaction import one_line, redact, redacted_output, unread_is_fine
+from etl.redaction import one_line, redact, redacted_output, unread_is_fine, write
 from etl.settings import MAX_NAME_SHOWN, GraftrecError, Section, conf_roots, sections_of
 from etl.stopping import STOPPED, interruptible, is_stopped
 
@@ -64,7 +64,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
         with unread_is_fine(sys.stdout):
-            super().print_help(file)
+            write(self.format_help(), sys.stdout)
             sys.stdout.flush()
 
     def error(self, message: str) -> NoReturn:

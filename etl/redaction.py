@@ -114,6 +114,15 @@ def unread_is_fine(stream: IO[str]) -> Iterator[None]:
         os.close(nowhere)
 
 
+def write(text: str, stream: TextIO) -> None:
+    """Write a text; what the stream's encoding lacks, as of a locale such as C, is written as an escape."""
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 class _Redacted:
     """A text stream that redacts what is written to it. The work goes on where its reader has gone (``| head``)."""
 
@@ -121,13 +130,8 @@ class _Redacted:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        plain = redact(text)
         with unread_is_fine(self._stream):
-            try:
-                self._stream.write(plain)
-            except UnicodeEncodeError:  # of a locale such as C, or half a character
-                encoding = self._stream.encoding or "ascii"
-                self._stream.write(plain.encode(encoding, "backslashreplace").decode(encoding))
+            write(redact(text), self._stream)
         return len(text)
 
     def flush(self) -> None:
