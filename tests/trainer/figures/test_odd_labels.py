@@ -8,18 +8,7 @@ import pytest
 from trainer import figures
 from trainer.figures import Curve, Gain, Score, Tried
 
-NAMES = [r"$\bad{$ a$b", "{}%&#_^~\\ \x01\x7f é\u200dひ\U0001f600\n", "$$" + "x" * 300]
-    r"$\bad{",
-    r"$\bad{$",
-    r"a$b$ \frac{",
-    "$$",
-    "{}%&#_^~\\",
-    "\x01\x7f",
-    "é\u200dひ\U0001f600",
-    "x" * 500,
-    "a\nb",
-    " ",
-]
+NAMES = [r"$\bad{$ a$b", "{}%&#_^~ \x01\x7f é\u200dひ\U0001f600\n", "$$" + "x" * 300]
 
 
 def pictures(name):
