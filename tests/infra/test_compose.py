@@ -222,7 +222,7 @@ def test_its_processes_run_the_demo(machine: Machine) -> None:
     machine.wait_for("5000")
 
     url = f"http://127.0.0.1:{machine.ports['5000']}/api/2.0/mlflow/experiments/search?max_results=1"
-    for host, code in (("mlflow", 401), ("localhost", 401), ("elsewhere", 403)):  # nobody; under a name it doesn't have
+    for host, code in (("127.0.0.1", 401), ("localhost", 401), ("elsewhere", 403)):  # no password; another name
         named = urllib.request.Request(url, headers={"Host": f"{host}:{machine.ports['5000']}"})
         with pytest.raises(urllib.error.HTTPError, match=str(code)):
             urllib.request.urlopen(named, timeout=60)
