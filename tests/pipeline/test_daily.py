@@ -36,6 +36,7 @@ def write_pipeline(folder: Path) -> Path:
         "source": "books",
         "targets": ["music"],
         "cold_users": False,
+        "reads_all": False,  # whose split the first lake lacks
         "seeds": [0, 1],
         "tracking": {"system_metrics": False},
         "mode": "daily",
