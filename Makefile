@@ -112,7 +112,7 @@ bench-growth: $(BIN)/.dev  ## tables of 1, 10 and 100 million interactions, a ne
 bench-demo: $(BIN)/.dev  ## the demo's verdict: 5 logs, 1 and 2 threads, both precisions, and logs with a random source: 1-2 hours
 	@$(BIN)/python -m tests.benchmarks demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-bench-planted: $(BIN)/.dev  ## whether three arms find planted features, and nothing in 40 noise twins: half an hour
+bench-planted: $(BIN)/.dev  ## whether three arms find planted features, and nothing in 40 noise twins: an hour
 	@$(BIN)/python -m tests.benchmarks planted $(ARGS)
 
 bench-serving: $(BIN)/.dev  ## `serve` beside MLflow's scoring server, the demo's champion: 5 minutes, and the demo before
