@@ -134,8 +134,8 @@ def _our_steps(
 def _fed(training: Training) -> Iterator[tuple[Batch, tuple[int, int]]]:
     while True:
         for batch in training.batches:
-            mean = batch.global_items / batch.global_rows  # lengths are on the device: of these steps the squares of
-            yield batch, (batch.global_items, int(batch.global_items * mean))  # the mean, which is less
+            # Lengths are on the device by now; squares of their mean are fewer, so the share of the peak is no more.
+            yield batch, (batch.global_items, batch.global_items**2 // batch.global_rows)
 
 
 def _repeated(loader: Loader, batch_size: int, device: torch.device) -> Iterator[tuple[Batch, tuple[int, int]]]:
