@@ -96,7 +96,7 @@ chaos: $(BIN)/.dev  ## kill, damage and crowd commands, see that nothing is lost
 bench: $(BIN)/.dev  ## speed and memory beside bare Arrow and plain torch, at most 15 minutes (DATA=folder of MovieLens-1M)
 	@$(BIN)/python -m tests.benchmarks bench $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-bench-gpu: $(BIN)/.dev  ## training steps on a CUDA device beside plain torch
+bench-gpu: $(BIN)/.dev  ## training steps on a CUDA device beside a compiled plain one
 	@$(BIN)/python -m tests.benchmarks gpu $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; they get environments of their own
