@@ -28,6 +28,7 @@ RECIPES: dict[str, tuple[type[Section], str]] = {
     "features": (configs.FeaturesConfig, "write vectors of items, users or entities as a Delta table"),
     "friends": (configs.FriendsConfig, "recommend to users without a history by their friends, and measure it"),
     "recommend": (configs.RecommendConfig, "write the top-k of every user as a Delta table"),
+    "served": (configs.ServedConfig, "hit rates of served versions, by what users took afterwards"),
     "serve": (configs.ServeConfig, "answer requests over HTTP by the champion, which is followed"),
 }
 

@@ -26,7 +26,14 @@ from trainer.config.model import (
     UserFeaturesConfig,
 )
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
-from trainer.config.serving import ServeConfig, ServingLimitsConfig, ShelfConfig
+from trainer.config.serving import (
+    ServeConfig,
+    ServedConfig,
+    ServedLogConfig,
+    ServingLimitsConfig,
+    ShelfConfig,
+    SplitConfig,
+)
 from trainer.config.social import (
     FriendModelConfig,
     FriendsConfig,
@@ -108,10 +115,13 @@ __all__ = [
     "RuntimeConfig",
     "SearchConfig",
     "ServeConfig",
+    "ServedConfig",
+    "ServedLogConfig",
     "ServingLimitsConfig",
     "ShelfConfig",
     "SocialConfig",
     "SocialDataConfig",
+    "SplitConfig",
     "TargetDataConfig",
     "TargetItemConfig",
     "TaskConfig",

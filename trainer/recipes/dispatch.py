@@ -58,6 +58,10 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.recipes import friends
 
             return friends.run
+        case "served":
+            from trainer.recipes import served
+
+            return served.run
         case "serve":
             from trainer.serving import server
 
