@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -qq --constr
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ml1m pipeline table2 both both-causal both-w128 both-w128-causal \
-	leave-one-out leave-one-out-b4 capacity protocols models features page test test-newest test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
+	leave-one-out leave-one-out-b4 capacity protocols models features page infra test test-newest test-slow test-gpu chaos bench bench-gpu bench-features bench-peers \
 	bench-growth bench-demo bench-planted bench-serving check format clean clean-all
 
 help:  ## this list
@@ -80,6 +80,9 @@ test-newest:  ## the default tests with the newest versions that pyproject.toml 
 	@$(NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vixFf constraints.txt || true
 	@$(NEWEST)/bin/python -m pytest $(ARGS)
 
+infra: $(BIN)/.dev  ## the image's steps and compose.yaml's processes, without Docker (needs PostgreSQL)
+	@$(BIN)/python -m pytest -m "slow or not slow" tests/infra $(ARGS)
+
 test-slow: $(BIN)/.dev  ## the slow tests
 	@$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
@@ -99,6 +102,7 @@ bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; t
 	@$(BIN)/python -m tests.benchmarks peers $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench-features: $(BIN)/.dev  ## graphs beside pykeen, encoders beside their packages (DATA=folder of FB15k-237)
+	@$(BIN)/python -c "import transformers" 2>/dev/null || $(INSTALL) transformers
 	@$(BIN)/python -m tests.benchmarks features $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench-growth: $(BIN)/.dev  ## tables of 1, 10 and 100 million interactions, a new day, a heavy user: hours on two cores

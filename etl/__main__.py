@@ -20,6 +20,7 @@ from etl.settings import ConfigError, load, texts, without_credentials
 
 JOBS = (
     tables.INTERACTIONS,
+    tables.DELIVERIES,
     tables.ITEMS,
     tables.USERS,
     tables.DOMAINS,

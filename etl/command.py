@@ -10,6 +10,7 @@ import errno
 import functools
 import inspect
 import json
+import os
 import re
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn,
 
 from pydantic.fields import FieldInfo
 
+from etl.json_log import VARIABLE, json_output
 from etl.redaction import one_line, redact, redacted_output, unread_is_fine
 from etl.settings import GraftrecError, Section, conf_roots, sections_of
 from etl.stopping import STOPPED, interruptible, is_stopped
@@ -47,6 +49,13 @@ class CommandParser(argparse.ArgumentParser):
         )
         self.settings = settings
         self.add_argument("--version", action="version", version=f"graftrec {version()}")
+        self.add_argument("--log", choices=("text", "json"), help=f"how it prints; json: a record a line (${VARIABLE})")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, rest = super().parse_known_args(args, namespace)
+        if known.log is not None:
+            os.environ[VARIABLE] = known.log  # of processes that it starts, too
+        return known, rest
 
         self.add_argument(WORDS, action=_Words, nargs=0, help=argparse.SUPPRESS)
 
@@ -86,7 +95,7 @@ def run_command(name: str, work: Callable[[], int]) -> int:
 
     What it prints meanwhile is without secrets (`etl.redaction`); so is the traceback of an error of ours, code 1.
     """
-    with redacted_output():
+    with redacted_output(), json_output(name):
         return _run_command(name, work)
 
 

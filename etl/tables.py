@@ -128,6 +128,30 @@ INTERACTIONS = Table(
     format=FORMAT,
 )
 
+# What was delivered when: a row for each file of the log (a file of a Delta table is one), appended when it is read. A
+# file that is read again, since it was mended or everything is read anew, gets another row.
+DELIVERIES = Table(
+    "deliveries",
+    pa.schema(
+        [
+            _field("interactions", _LONG),  # the version of that table that has its events
+            _field("delivered", _LONG),  # in files a timestamp, whatever the log's times are
+            _field("digest", _STRING),  # of a file's content; of a table: its id
+            _field("path", _STRING),  # below the source's root
+            _field("table_version", _LONG, null=True),  # of a table; null: of a file
+            _field("place", _LONG),  # in the log: its events have source_order >> 40 = place
+            _field("first_time", _LONG, null=True),  # microseconds since 1970 UTC, or mere order; null: no new event
+            _field("last_time", _LONG, null=True),
+            _field("rows", _LONG),  # events that it added
+            _field("rejects", _LONG),  # rows in quarantine
+        ]
+    ),
+    key=("interactions", "place"),
+    order=("interactions", "place"),
+    times=("delivered",),
+    format=FORMAT,
+)
+
 QUARANTINE = Table(
     "quarantine",
     pa.schema(
@@ -399,6 +423,8 @@ RELEASES = Table(
             _field("config", _STRING),  # the ETL configuration, JSON
             _field("config_hash", _STRING),
             _field("code_version", _STRING),
+            # When maintenance removed what only this release held, ISO 8601 in UTC; null: it can be read.
+            _field("removed", _STRING, null=True),
         ]
     ),
     key=("release",),
@@ -411,6 +437,7 @@ TABLES: dict[str, Table] = {
     table.name: table
     for table in (
         INTERACTIONS,
+        DELIVERIES,
         QUARANTINE,
         ITEMS,
         USERS,

@@ -35,6 +35,7 @@ ROOMS = (
     "etl.tables",
     "etl.source_hash",
     "etl.redaction",
+    "etl.json_log",
     "etl.section",
     "etl.setting_errors",
     "etl.settings",
@@ -43,6 +44,7 @@ ROOMS = (
     "etl.file_config",
     "etl.config",
     "etl.command",
+    "etl.lineage_events",
     "etl.session",
     "etl.lake",
     "etl.histories",
@@ -51,6 +53,7 @@ ROOMS = (
     "etl.guess",
     "etl.jobs",
     "etl.pipeline",
+    "etl.maintenance",
     "etl.__main__",
     "trainer.old_versions",
     "trainer.arrays",
@@ -108,8 +111,13 @@ MORE_OF_ETL = {
     "trainer.recipes.features": {"etl.lake", "etl.session", "etl.jobs"},
     "trainer.recipes.recommendation_rows": {"etl.lake", "etl.session"},
     "trainer.recipes.served": {"etl.lake"},
+    "trainer.recipes.changed_users": {"etl.lake"},
     "trainer.recipes.alone": {"etl.lake"},  # who holds a lock
     "trainer.recipes.run_etl": {"etl.jobs", "etl.pipeline"},
+    "trainer.recipes.maintain": {"etl.lake", "etl.maintenance"},
+    "trainer.recipes.forget": {"etl.lake", "etl.maintenance"},
+    "trainer.recipes.backup": {"etl.maintenance"},
+    "trainer.recipes.explain": {"etl.maintenance"},
 }
 
 

@@ -30,7 +30,14 @@ RECIPES: dict[str, tuple[type[Section], str]] = {
     "recommend": (configs.RecommendConfig, "write the top-k of every user as a Delta table"),
     "served": (configs.ServedConfig, "hit rates of served versions, by what users took afterwards"),
     "serve": (configs.ServeConfig, "answer requests over HTTP by the champion, which is followed"),
+    "maintain": (configs.MaintainConfig, "list and remove old releases, unfinished files and abandoned runs"),
+    "forget": (configs.ForgetConfig, "remove users from lake, models and MLflow"),
+    "explain": (configs.ExplainConfig, "say where a recommendation came from"),
+    "backup": (configs.BackupConfig, "copy a lake at one release, and its MLflow store"),
+    "restore": (configs.RestoreConfig, "put a backup in the place of nothing"),
 }
+
+OPERATIONS = ("maintain", "forget", "explain", "backup", "restore")  # which need no configuration of one's own
 
 
 def main(arguments: Sequence[str] | None = None, *, program: str = "python -m trainer") -> int:
@@ -48,7 +55,10 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m tr
     recipe, *rest = given
     kind, what = RECIPES[recipe]
     parser = CommandParser(f"{program} {recipe}", description=f"{what}\n\n{configurations(recipe)}", settings=kind)
-    parser.add_argument("--config", required=True, help="a YAML file, or a name under conf/")
+    default = f"{recipe}/default" if recipe in OPERATIONS else None
+    parser.add_argument(
+        "--config", required=default is None, default=default, help="a YAML file, or a name under conf/"
+    )
     known, overrides = parser.parse_known_args(rest)
     return run_command(recipe, lambda: run(recipe, load(kind, known.config, overrides)))
 

@@ -4,14 +4,16 @@ A file is known by its content, whatever its name. A file of a known name with o
 earlier content any more, was mended, or has grown: it takes the place of the earlier one.
 """
 
+import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from etl.jobs.job import Run
 from etl.jobs.retraction import less
+from etl.jobs.suppressed import without_forgotten
 from etl.lake import spark_io
 from etl.session import held
 from etl.settings import GraftrecError
@@ -23,6 +25,7 @@ from etl.tables import INTERACTIONS
 
 _DIGITS = 16  # of a content's digest in its transaction's name
 _SIGN = 1 << 63
+RECORDED = "delivered"  # in a commit's metadata: see Delivery.recorded
 
 
 class LostDeliveries(GraftrecError):
@@ -32,13 +35,22 @@ class LostDeliveries(GraftrecError):
 @dataclass(frozen=True)
 class Delivery:
     """Files to read: `places`, name -> place in the log; `num_places`: of the log, with them; `transactions`: what
-    their commit records; `mended`: those that replace an earlier content; `again`: those that are as they were."""
+    their commit records; `mended`: those that replace an earlier content; `again`: those that are as they were;
+    `digests`: name -> content."""
 
     places: Mapping[str, int]
     num_places: int
     transactions: Mapping[str, int]
     mended: tuple[str, ...] = ()
     again: tuple[str, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    def recorded(self, table: SourceTable | SparkTable | None) -> str:
+        """As the commit names it: [digest, name, place] of each file; of a table its id is the digest."""
+        named = [
+            [self.digests.get(name, "") if table is None else table.id, name, at] for name, at in self.places.items()
+        ]
+        return json.dumps(named)
 
 
 def whole(names: list[str], before: int = 0) -> dict[str, int]:
@@ -69,7 +81,13 @@ def new_files(
         elif name in again and known[by_content]:
             places[name] = known[by_content] - 1
     same = tuple(name for name in again if name in places and name not in mended)
-    return Delivery(places, before, transactions(generation, found, places), tuple(mended), same)
+    transacted = transactions(generation, found, places)
+    return Delivery(places, before, transacted, tuple(mended), same, digests_of(found))
+
+
+def digests_of(found: Mapping[str, str]) -> dict[str, str]:
+    """Name -> content of the files `found` (content -> name)."""
+    return {name: content for content, name in found.items()}
 
 
 def compared(run: Run, new: Delivery) -> tuple[int, int]:
@@ -77,7 +95,8 @@ def compared(run: Run, new: Delivery) -> tuple[int, int]:
     own = run.own()
     assert own is not None
     places = {name: new.places[name] for name in new.mended}
-    events = held(filled(run.engine.source.events(run.spark, only=places)).where("rejected is null"))
+    found = without_forgotten(run.lake, run.engine.source.events(run.spark, only=places))
+    events = held(filled(found).where("rejected is null"))
     before = held(of_places(own, list(places.values())))
     moved = less(before, events, also=["source_order"]).count()
     return less(before, events).count() if moved else 0, moved
@@ -87,7 +106,7 @@ def appended(new: Delivery, found: Mapping[str, str], generation: str) -> Delive
     """The same files, those that are mended too behind all earlier ones."""
     places = dict(new.places) | whole(list(new.mended), new.num_places)
     num_places = new.num_places + len(new.mended)
-    return Delivery(places, num_places, transactions(generation, found, places), (), new.again)
+    return Delivery(places, num_places, transactions(generation, found, places), (), new.again, new.digests)
 
 
 def transactions(generation: str, found: Mapping[str, str], places: Mapping[str, int]) -> dict[str, int]:

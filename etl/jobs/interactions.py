@@ -20,6 +20,7 @@ from etl.jobs import deliveries, event_times, quarantine, retraction
 from etl.jobs.deliveries import Delivery, LostDeliveries
 from etl.jobs.job import Job, Outcome, Run
 from etl.jobs.kcore import broadcast
+from etl.jobs.suppressed import without_forgotten
 from etl.lake import spark_io
 from etl.session import held
 from etl.settings import GraftrecError
@@ -87,7 +88,8 @@ def _anew(run: Run, found: dict[str, str], table: SourceTable | SparkTable | Non
         new = Delivery(places, len(places), deliveries.of_table(generation, table))
     else:
         places = deliveries.whole(list(found.values()))
-        new = Delivery(places, len(places), deliveries.transactions(generation, found, places))
+        transacted = deliveries.transactions(generation, found, places)
+        new = Delivery(places, len(places), transacted, digests=deliveries.digests_of(found))
     return _deliver(run, new, None, generation=generation, table=table)
 
 
@@ -147,7 +149,9 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
     num_gone, num_new = gone.count(), new.count()
     run.notes.append(f"version {table.version}: {num_gone:,} rows retracted, {num_new:,} added")
     num_places = before + len(places)
+    delivered = Delivery(places, num_places, {}).recorded(table)
     metadata = _metadata(run, num_places=num_places, good=good, generation=generation, table=table, bulk=bulk)
+    metadata[deliveries.RECORDED] = delivered
     if num_gone:
         metadata[retraction.COUNT] = str(int(metadata[retraction.COUNT]) + 1)
         kept, buckets = retraction.retracted(own, gone, new)
@@ -167,7 +171,7 @@ def _compare(run: Run, table: SourceTable | SparkTable, *, before: int, generati
 def _events(run: Run, places: Mapping[str, int], old: DataFrame | None = None) -> DataFrame:
     """The raw events of these files of the source, those of items that neither the source nor `old` knows rejected."""
     source = run.engine.source
-    events = source.events(run.spark, only=places)
+    events = without_forgotten(run.lake, source.events(run.spark, only=places))
     known = source.known_items(run.spark)
     if known is not None:
         if old is not None:
@@ -228,7 +232,8 @@ def _deliver(
         transform(events, None if old is None else run.own(times), buckets=run.config.buckets),
         mode="overwrite" if old is None else "append",
         partitioned=old is None,
-        metadata=_metadata(
+        metadata={deliveries.RECORDED: new.recorded(table)}
+        | _metadata(
             run,
             num_places=new.num_places,
             good=good + (0 if old is None else int(run.last["good"])),

@@ -15,13 +15,14 @@ from pyspark.sql import DataFrame, SparkSession
 
 from etl.config import EtlConfig, etl_command
 from etl.jobs.open_source import open_source
+from etl.jobs.suppressed import without_forgotten
 from etl.lake import spark_io
 from etl.plain_path import absolute
 from etl.session import spark_session
 from etl.settings import GraftrecError
 from etl.source_hash import source_hash
 from etl.sources.schema import Source
-from etl.tables import INTERACTIONS, Table
+from etl.tables import DELIVERIES, INTERACTIONS, Table
 
 Frame = TypeVar("Frame", DataFrame, DataFrame | None)
 
@@ -38,6 +39,7 @@ _MACHINERY = {
     "etl.source_hash",
     "etl.stopping",
 }
+_OF_USERS = {"users": ("user",), "edges": ("user", "friend")}  # columns of raw files that name users
 
 
 class MissingInput(GraftrecError):
@@ -73,11 +75,29 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class JobReport:
+    """What one run of a job took and left; `rejected`: rows of raw files that went to quarantine."""
+
+    job: str
+    version: int
+    rows: int
+    rejected: int
+    seconds: float
+    committed: bool
+
+    def as_fields(self) -> dict[str, Any]:
+        """As a record of a log has them."""
+        numbers = {"job": self.job, "version": self.version, "rows": self.rows, "rejected": self.rejected}
+        return numbers | {"seconds": round(self.seconds, 3), "unchanged": not self.committed}
+
+
 class RunContext:
     """What the jobs of one command share: the configuration, and, made at first use, Spark and the source."""
 
     def __init__(self, config: EtlConfig) -> None:
         self.config = config
+        self.done: list[JobReport] = []  # of the jobs that were run, in order
         self._kept: dict[str, DataFrame | None] = {}
 
     @functools.cached_property
@@ -90,7 +110,13 @@ class RunContext:
 
     def raw(self, kind: str) -> DataFrame | None:
         """The source's `items`, `users`, `edges` or `people`, None where it has none."""
-        return self.kept(kind, lambda: getattr(self.source, kind)(self.spark))
+
+        def read() -> DataFrame | None:
+            found: DataFrame | None = getattr(self.source, kind)(self.spark)
+            columns = _OF_USERS.get(kind)
+            return found if found is None or columns is None else without_forgotten(self.config.lake, found, columns)
+
+        return self.kept(kind, read)
 
     def kept(self, name: str, make: Callable[[], Frame]) -> Frame:
         """A frame that several jobs use, made once and held by Spark until the command ends."""
@@ -111,6 +137,7 @@ class Run:
     last: Mapping[str, Any]  # its own table's last commit
     provenance: Mapping[str, str]  # what its commit records; see `plan_run`
     notes: list[str] = field(default_factory=list)
+    rejected: int = 0  # rows of raw files that went to quarantine
 
     @property
     def config(self) -> EtlConfig:
@@ -134,7 +161,7 @@ class Run:
     def table(self) -> Table:
         """The job's table, as a lake with this kind of time stores it."""
         table = self.job.table
-        if not table.times:
+        if not table.times or table is DELIVERIES:  # whose time isn't the log's
             return table
         if INTERACTIONS in self.job.reads:
             return table.of(spark_io.last_commit(self.lake, INTERACTIONS)["time"])

@@ -15,6 +15,7 @@ from etl.config import LogSource
 from etl.jobs.event_times import Span
 from etl.jobs.job import Run
 from etl.jobs.kcore import broadcast
+from etl.jobs.suppressed import without_texts
 from etl.lake import spark_io
 from etl.lake.file_reader import open_parquet
 from etl.settings import GraftrecError
@@ -117,6 +118,7 @@ def reject_rows(
             f"share; nothing was written"
         )
     scope: dict[str, Sequence[Any]] = {"kind": [kind]} if files is None else {"kind": [kind], "file": files}
+    run.rejected += rejected
     if rejected:
         run.notes.append(f"{rejected:,} of {read:,} rows of {kind} quarantined")
         _replace(run, transform(raw, section=_section(run, kind)), scope)
@@ -151,6 +153,7 @@ def set_aside_triples(run: Run, rows: DataFrame) -> None:
             )
     scope: dict[str, Sequence[Any]] = {"kind": ["knowledge"]}
     if num_rejected := sum(row[2] for row in counts):
+        run.rejected += num_rejected
         run.notes.append(f"{num_rejected:,} of {sum(row[1] for row in counts):,} triples quarantined")
         _replace(run, transform(rows, section="knowledge.files"), scope)
     else:
@@ -168,7 +171,7 @@ def set_aside_if_any(run: Run, raw: DataFrame, *, kind: str) -> None:
 def _replace(run: Run, rows: DataFrame, scope: dict[str, Sequence[Any]]) -> None:
     spark_io.write(
         run.spark,
-        rows,
+        without_texts(run.lake, rows),
         run.lake,
         QUARANTINE,
         spark_io.Commit(

@@ -1,9 +1,11 @@
 """One row per complete run: the versions of all tables, consistent with each other. Trainers pin a release."""
 
+import datetime as dt
 import json
 import time
-from collections.abc import Mapping
-from typing import Any, cast
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
@@ -27,7 +29,7 @@ def transform(
     tables = [(name, version) for name, version in sorted(versions.items())]
     settings = without_secrets(config.model_dump(mode="json"))
     text = json.dumps(settings, separators=(",", ":"), ensure_ascii=False)
-    row = (release, created, tables, text, config_hash(config), code)
+    row = (release, created, tables, text, config_hash(config), code, None)
     return spark.createDataFrame([row], spark_schema(RELEASES))
 
 
@@ -73,27 +75,56 @@ def release_with(lake: str, changed: Mapping[str, int]) -> tuple[int, bool]:
 
     Raises LakeError where there is no release.
     """
-    rows: list[dict[str, object]] = []
-    for file in spark_io.snapshot_files(lake, RELEASES):
-        with open_parquet(lake, RELEASES, file.path) as opened:
-            rows += opened.read().to_pylist()
+    rows = released(lake)
     if not rows:
         raise spark_io.LakeError(f"{lake}: expected a release, found none; run `{spelled('etl', 'all')}` first")
-    newest = max(rows, key=lambda row: cast(int, row["release"]))
-    tables = cast(list[dict[str, Any]], newest["tables"])
-    versions = {entry["table"]: int(entry["version"]) for entry in tables}
-    number = cast(int, newest["release"])
+    newest = rows[-1]
+    versions, number = versions_of(newest), int(newest["release"])
     if all(versions.get(name) == version for name, version in changed.items()):
         return number, False
     versions, number = {**versions, **changed}, number + 1
     digests = json.dumps(checked(lake, versions), sort_keys=True)
     entries = [{"table": name, "version": version} for name, version in sorted(versions.items())]
-    row = newest | {"release": number, "created": time.time_ns() // 1_000, "tables": entries}
-    writer = spark_io.FileWriter(table_filesystem(lake, RELEASES), RELEASES, ())
-    writer.add(pa.RecordBatch.from_pylist([row], schema=RELEASES.schema))
-    files = spark_io.data_files(writer.close().column("file").to_pylist())
+    row = newest | {"release": number, "created": time.time_ns() // 1_000, "tables": entries, "removed": None}
     named = json.dumps(versions, sort_keys=True)
+    files = _written(lake, [row])
     return number, spark_io.commit_files(lake, RELEASES, files, _commit(number, named, digests)).committed
+
+
+def released(lake: str) -> list[dict[str, Any]]:
+    """All rows of RELEASES, in order; none where there is no such table. Needs no Spark. Raises LakeError."""
+    if spark_io.current_version(lake, RELEASES) is None:
+        return []
+    rows: list[dict[str, Any]] = []
+    for file in spark_io.snapshot_files(lake, RELEASES):
+        with open_parquet(lake, RELEASES, file.path) as opened:
+            rows += [{"removed": None, **row} for row in opened.read().to_pylist()]
+    return sorted(rows, key=lambda row: int(row["release"]))
+
+
+def versions_of(row: Mapping[str, Any]) -> dict[str, int]:
+    """Table -> version of a row of RELEASES."""
+    return {entry["table"]: int(entry["version"]) for entry in row["tables"]}
+
+
+def mark_removed(lake: str, numbers: Collection[int]) -> None:
+    """Note of these releases that they can't be read any more. Needs no Spark. Only the lake's writer may."""
+    rows = released(lake)
+    now = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    marked = [row | {"removed": now} if row["release"] in numbers and not row["removed"] else row for row in rows]
+    if marked == rows:
+        return
+    last = spark_io.last_commit(lake, RELEASES)
+    metadata = {name: last[name] for name in ("job", "release", "versions", "digests") if name in last}
+    done = spark_io.Commit(mode="overwrite", app=f"removed/{uuid.uuid4().hex}", app_version=0, metadata=metadata)
+    with spark_io.unfinished_removed(lake, RELEASES):
+        spark_io.commit_files(lake, RELEASES, _written(lake, marked), done)
+
+
+def _written(lake: str, rows: Sequence[Mapping[str, Any]]) -> list[spark_io.DataFile]:
+    writer = spark_io.FileWriter(table_filesystem(lake, RELEASES), RELEASES, ())
+    writer.add(pa.RecordBatch.from_pylist([dict(row) for row in rows], schema=RELEASES.schema))
+    return spark_io.data_files(writer.close().column("file").to_pylist())
 
 
 def _commit(number: int, versions: str, digests: str) -> spark_io.Commit:

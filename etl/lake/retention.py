@@ -14,10 +14,13 @@ from urllib.parse import unquote
 
 import pyarrow.fs as pafs
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
+from etl.durable import sync
 from etl.lake.lease import as_writer, check_lease
 from etl.lake.snapshots import (
     STAGING,
+    LakeError,
     active_files,
     existing_table,
     local_path,
@@ -25,7 +28,9 @@ from etl.lake.snapshots import (
     table_filesystem,
     table_uri,
 )
+from etl.lake.store_errors import store_problem
 from etl.lake.write_tasks import abandon
+from etl.redaction import one_line
 from etl.tables import Table
 
 _OWN_NAME = re.compile(r"(.*/)?part-[0-9a-f]{32}(\.[0-9a-f]{8})?\.zstd\.parquet")
@@ -103,6 +108,37 @@ def remove_orphans(
                 filesystem.delete_file(path)
         _remove_staging(lake, table, listed, horizon)
     return orphans
+
+
+@as_writer
+def drop_history(lake: str, table: Table) -> int:
+    """Make the newest version of `table` the only one that its log knows: a checkpoint of it, and no entry before.
+
+    Entries of the log name the least and greatest value of each column of their files, users among them. Returns the
+    number of entries and checkpoints that are gone. Killed, it can be called again. Raises LakeError.
+    """
+    handle = existing_table(lake, table)
+    newest, filesystem = int(handle.version()), table_filesystem(lake, table)
+    listed = filesystem.get_file_info(pafs.FileSelector("_delta_log"))
+    names = {info.base_name: info.path for info in listed if info.type == pafs.FileType.File}
+    older = sorted(name for name in names if name[:20].isdigit() and int(name[:20]) < newest)
+    if not older:
+        return 0
+    if not any(name.startswith(f"{newest:020d}.checkpoint") for name in names):
+        try:
+            handle.create_checkpoint()
+        except (DeltaError, OSError) as error:
+            reason = store_problem(table_uri(lake, table), error) or one_line(error)
+            raise LakeError(f"{table_uri(lake, table)}: no checkpoint can be made ({reason}); mend that") from None
+        if (folder := local_path(lake)) is not None:
+            for path in (folder / table.name / "_delta_log").iterdir():
+                sync(path)
+            sync(folder / table.name / "_delta_log")
+    check_lease(lake)
+    for name in older:  # the oldest first: what is left has no gap
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.delete_file(names[name])
+    return len(older)
 
 
 def _replaced_since(newest: DeltaTable, filesystem: pafs.FileSystem, horizon: float) -> set[str]:

@@ -23,6 +23,7 @@ from etl.lake.datafile import DataFile, data_schema, partition_value
 from etl.lake.file_reader import open_parquet
 from etl.lake.forms import with_gained
 from etl.lake.lease import WAIT_SECONDS, writing
+from etl.lake.records import renewed_record
 from etl.lake.retention import unfinished_removed
 from etl.lake.snapshots import (
     LakeError,
@@ -51,17 +52,6 @@ from etl.tables import (
 )
 
 _ROWS, _RECORD = "migrate/rows", "migrate/record"  # applications of our two commits; the format is their version
-# What a commit of a job has besides that which its job recorded.
-_OF_COMMITS = {"app", "app_version", "rows", "commit", "snapshot", "sealed", "seal"}
-_OF_DELTA = {
-    "version",
-    "timestamp",
-    "operation",
-    "operationParameters",
-    "operationMetrics",
-    "clientVersion",
-    "engineInfo",
-}
 
 
 def migrate(lake: str, *, wait_seconds: float = WAIT_SECONDS) -> None:
@@ -85,7 +75,7 @@ def migrate(lake: str, *, wait_seconds: float = WAIT_SECONDS) -> None:
             else:
                 recorded = _recorded_by_job(existing_table(lake, table))
                 last_job[table.name] = int(recorded.get("version", -1))
-                newest[table.name] = _migrate_table(lake, table, _renewed(recorded, newest, last_job))
+                newest[table.name] = _migrate_table(lake, table, renewed_record(recorded, newest, last_job))
 
 
 def _kind_of_time(lake: str) -> str:
@@ -104,17 +94,6 @@ def _kind_of_time(lake: str) -> str:
 def _recorded_by_job(handle: DeltaTable) -> dict[str, Any]:
     """The newest commit that isn't one of this module; {} where there is none."""
     return next((commit for commit in our_commits(handle) if commit["app"] not in (_ROWS, _RECORD)), {})
-
-
-def _renewed(recorded: Mapping[str, Any], newest: Mapping[str, int], last_job: Mapping[str, int]) -> dict[str, str]:
-    """What a table's job recorded, with the migrated versions of those inputs that are as it read them."""
-    names = str(recorded["sealed"]).split(",") if "sealed" in recorded else recorded.keys() - _OF_DELTA
-    kept = {name: str(recorded[name]) for name in sorted(set(names) - _OF_COMMITS)}
-    if "inputs" in kept:
-        inputs = json.loads(kept["inputs"])
-        inputs |= {name: newest[name] for name, read in inputs.items() if read >= last_job.get(name, read + 1)}
-        kept["inputs"] = json.dumps(inputs, sort_keys=True)
-    return kept
 
 
 def _migrate_table(lake: str, table: Table, metadata: Mapping[str, str]) -> int:
@@ -177,7 +156,7 @@ def _migrate_releases(lake: str, newest: Mapping[str, int]) -> None:
         new = None if last is None else _new_release(lake, last, newest)
         with unfinished_removed(lake, RELEASES):
             if new is None:
-                metadata = _renewed(_recorded_by_job(handle), {}, {})
+                metadata = renewed_record(_recorded_by_job(handle), {}, {})
                 _commit(lake, RELEASES, _written(lake, rows), _ROWS, metadata)
             else:
                 row, metadata = new
@@ -191,7 +170,8 @@ def _released(lake: str, handle: DeltaTable) -> pa.Table:
     rows = [RELEASES.schema.empty_table()]
     for file in checked_files(handle, lake, RELEASES):
         with open_parquet(lake, RELEASES, file.path) as opened:
-            rows.append(opened.read().select(RELEASES.schema.names).cast(RELEASES.schema))
+            found = [with_gained(batch, RELEASES.schema) for batch in opened.iter_batches()]
+            rows += [pa.Table.from_batches([one]).select(RELEASES.schema.names).cast(RELEASES.schema) for one in found]
     return pa.concat_tables(rows)
 
 

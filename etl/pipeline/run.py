@@ -7,9 +7,11 @@ from contextlib import contextmanager
 
 from pyspark.errors import PySparkException
 
+from etl import lineage_events
 from etl.config import EtlConfig, check_root
 from etl.jobs import (
     baskets,
+    delivered,
     domains,
     entities,
     interactions,
@@ -21,14 +23,16 @@ from etl.jobs import (
     social,
     users,
 )
-from etl.jobs.job import Job, Outcome, RunContext, digest, job_code_version, plan_run
+from etl.jobs.job import Job, JobReport, Outcome, Run, RunContext, digest, job_code_version, plan_run
+from etl.json_log import say
 from etl.lake import spark_io
 from etl.lake.snapshots import check_formats
+from etl.plain_path import absolute
 from etl.session import user_errors
 from etl.settings import ConfigError, GraftrecError
 from etl.tables import DOMAIN_ALL, FEATURES, QUARANTINE, RELEASES, SEQUENCES
 
-_MODULES = (interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives)
+_MODULES = (interactions, delivered, items, users, domains, entities, knowledge, social, sequences, baskets, negatives)
 JOBS: tuple[Job, ...] = tuple(module.JOB for module in _MODULES)
 
 
@@ -50,6 +54,7 @@ def run_all(engine: RunContext) -> int:
     """Run every job that is due, then release what they left. Gives the release's number. Raises LakeBusy."""
     config = engine.config
     check_root(config.source)
+    lineage_events.check()
     domains.check(config.domains)
     sequences.check(config)
     with spark_io.writing(config.lake, RELEASES, wait_seconds=config.wait_seconds):
@@ -101,7 +106,8 @@ def _run_and_release(engine: RunContext) -> int:
     seconds = time.monotonic() - began
     fate = "new" if outcome.committed else "unchanged"
     said = f"{total:,} rows written, {skipped} of {len(ordered)} jobs unchanged"
-    print(f"release {number} ({fate}) in {engine.config.lake}: {said}, {seconds:.1f} s", flush=True)
+    text = f"release {number} ({fate}) in {engine.config.lake}: {said}, {seconds:.1f} s"
+    say(text, release=number, new=outcome.committed, rows=total, seconds=round(seconds, 3))
     return number
 
 
@@ -124,12 +130,19 @@ def run_job(job: Job, engine: RunContext, *, label: str = "") -> Outcome:
     with user_errors(), _full_disk(engine):
         found = plan_run(job, engine)
         if isinstance(found, Outcome):
-            print(f"{label}{job.name:<13}unchanged, skipped (version {found.version})", flush=True)
+            engine.done.append(JobReport(job.name, found.version, 0, 0, time.monotonic() - began, False))
+            text = f"{label}{job.name:<13}unchanged, skipped (version {found.version})"
+            say(text, job=job.name, version=found.version, unchanged=True)
             return found
         if sys.stdout.isatty():
             print(f"{label}{job.name:<13}…", end="\r", flush=True)
-        with spark_io.unfinished_removed(engine.config.lake, job.table):
+        lake = engine.config.lake
+        with (
+            lineage_events.traced(f"etl.{job.name}", _inputs(engine, job, found)) as traced,
+            spark_io.unfinished_removed(lake, job.table),
+        ):
             outcome = job.run(found)
+            traced.outputs.append((lineage_events.table_place(lake, job.name), outcome.version, outcome.rows))
     seconds = time.monotonic() - began
     rate = outcome.rows / seconds if seconds > 0 else 0.0
     notes = "".join(f"; {note}" for note in outcome.notes)
@@ -137,8 +150,21 @@ def run_job(job: Job, engine: RunContext, *, label: str = "") -> Outcome:
         summary = f"{outcome.rows:>12,} rows {seconds:>6.1f} s {rate:>10,.0f} rows/s (version {outcome.version})"
     else:
         summary = f"nothing new (version {outcome.version})"
-    print(f"{label}{job.name:<13}{summary}{notes}", flush=True)
+    report = JobReport(job.name, outcome.version, outcome.rows, found.rejected, seconds, outcome.committed)
+    engine.done.append(report)
+    say(f"{label}{job.name:<13}{summary}{notes}", **report.as_fields())
     return outcome
+
+
+def _inputs(engine: RunContext, job: Job, run: Run) -> dict[str, int | None]:
+    """Place -> version of what a job reads; None: of raw files."""
+    places: dict[str, int | None] = {
+        lineage_events.table_place(engine.config.lake, name): version for name, version in run.inputs.items()
+    }
+    root = getattr(engine.config.source, "root", None)
+    if job.needs_source and isinstance(root, str):
+        places[absolute(root)] = None
+    return places
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def _speed(report: Report, data: Path | None) -> None:
                 for batch in PEER_BATCHES
                 if kind[0] != "transr" or batch < BATCH  # a projection a triple and negative: gigabytes
             ]
-            found = alternate(cases, rounds=2, timeout=300)
+            found = alternate(cases, rounds=2)
             speed = {name: median(numbers, "triples_per_second") for name, numbers in found.items()}
             ours, peers = speed.pop("ours"), speed
             same = list(peers.values())[-1]  # the largest batch it can
@@ -190,7 +190,7 @@ def _growth(report: Report) -> None:
         )
         for entities in (SMALL, LARGE)
     ]
-    found = alternate(cases, rounds=3, timeout=300)
+    found = alternate(cases, rounds=3)
     seconds = {name: median(numbers, "seconds") for name, numbers in found.items()}
     report.table(
         f"A step of TransE, d = {WIDTH}, {NEGATIVES[-1]} negatives, batches of {BATCH:,}",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from etl.settings import ConfigError, load, replaced
+from etl.settings import ConfigError, GraftrecError, load, replaced
 from trainer.config import FinetuneConfig
 from trainer.data.held_out import ReadOptions
 from trainer.data.release import pin
@@ -19,6 +19,8 @@ from trainer.experiment import arms, arms_report, arms_results
 from trainer.experiment.arms_plan import ArmsConfig, SliceConfig, experiment_of, placed_vectors
 from trainer.experiment.command import movielens_in
 from trainer.experiment.plan import planned, training_jobs
+from trainer.recipes import training_jobs as training_jobs_recipe
+from trainer.recipes.training_jobs import TrainingJob
 
 MODEL = {"width": 8, "blocks": 1, "max_length": 24, "user_width": 0, "knowledge": {}}
 TRAIN = {"epochs": 1, "min_epochs": 0, "batch_size": 16, "warmup_steps": 0}
@@ -218,6 +220,20 @@ def test_draws_stand_side_by_side_and_seeds_are_those_of_all(examples: Evaluatio
 # --- all of it
 
 
+def test_where_all_trainings_fail_the_first_ones_reason_is_given(
+    tiny_lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(trainings: list[TrainingJob], **_: Any) -> None:
+        for job in trainings:
+            job.failure = f"ended with 4; see {job.name}.log"
+
+    monkeypatch.setattr(training_jobs_recipe, "run", fail)
+    given = config(tiny_lake, tmp_path)
+    expected = r"split last-5: expected a trained model, found none of 10: none-3: ended with 4; see none-3.log"
+    with pytest.raises(GraftrecError, match=expected):
+        arms._of_split(given, "last-5", pin(tiny_lake, 1), {}, [])
+
+
 @pytest.mark.slow
 def test_the_command_trains_each_arm_once_and_goes_on_where_it_was(
     tiny_lake: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -237,6 +253,7 @@ def test_the_command_trains_each_arm_once_and_goes_on_where_it_was(
     found = json.loads((tmp_path / "runs" / "tiny" / "results.json").read_text())
     assert [(claim["slice"], claim["features"]) for claim in found["claims"]] == [("all", "text"), ("rare", "text")]
     assert set(found["baselines"]["rare"]) >= {"popularity", "item-to-item"}
+    assert (tmp_path / "runs" / "tiny" / arms.PICTURE).read_bytes().startswith(b"\x89PNG")
     assert arms.run(given) == 0
     again = capfd.readouterr().out
     assert again.count("unchanged, validation") == 6

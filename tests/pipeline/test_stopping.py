@@ -81,7 +81,7 @@ def test_etl_is_stopped_by_a_signal(engine: str, number: signal.Signals, to_grou
     _configure(tmp_path, users=7, engine=engine)
     running = _started(("-m", "etl", "all", "--config", "etl.yaml"), tmp_path)
     assert running.stdout is not None
-    assert "[1/10]" in running.stdout.readline()
+    assert "[1/11]" in running.stdout.readline()
     (os.killpg if to_group else os.kill)(running.pid, number)
     _, errors = running.communicate(timeout=WAIT_SECONDS)
     assert (running.returncode, errors) == (143, "etl: stopped; run the same command to continue\n")

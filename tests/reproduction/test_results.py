@@ -16,10 +16,12 @@ from etl.config import MovielensSource
 from etl.settings import load
 from tests.fixtures.places import ROOT
 from trainer.evaluation.card import ProtocolCard
+from trainer.experiment.arms_plan import ArmsConfig
 from trainer.experiment.plan import ExperimentConfig
 from trainer.report import report
 
 KEPT = sorted((Path(__file__).parent / "results").glob("*.json"))
+ARMS = sorted((Path(__file__).parent / "results" / "arms").glob("*.json"))  # experiments on features
 DATA = os.environ.get("GRAFTREC_DATA")
 
 
@@ -41,6 +43,36 @@ def test_kept_results_say_where_they_come_from_and_can_be_drawn(path: Path, tmp_
         assert (card.hash, card.text()) == (entry["hash"], entry["text"])
         assert set(entry["labels"]) <= {row["id"] for row in found["rows"]}
     assert report.write(found, tmp_path).is_file()
+
+
+@pytest.mark.parametrize("path", ARMS, ids=lambda path: path.stem)
+def test_kept_claims_on_features_follow_their_tests(path: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    settings = [load(ArmsConfig, file) for file in sorted((ROOT / "conf" / "arms").glob("*.yaml"))]
+    (config,) = [one for one in settings if one.name == path.stem == found["experiment"]]
+    assert not found["missing"]
+    assert found["claims"]
+    wanted = {
+        (slice_name, transfer, features)
+        for slice_name in config.slices
+        for transfer in config.transfers
+        for features in config.compared
+    }
+    assert {(one["slice"], one["transfer"], one["features"]) for one in found["claims"]} == wanted
+    for claim in found["claims"]:
+        means, tests = claim["means"], (claim["over_none"], claim["over_shuffled"])
+        for test, other in zip(tests, ("none", "shuffled"), strict=True):
+            assert test["gain"] == pytest.approx(means["real"] - means[other], abs=1e-9)
+            assert test["num_seeds"] == len(found["seeds"])
+        helps = all(test["gain"] > 0 and test["p_value"] <= found["level"] for test in tests)
+        assert claim["verdict"] != "helps" or helps  # adjusted over all claims it is no easier
+        assert claim["verdict"] != "hurts" or (tests[0]["gain"] < 0 and tests[0]["p_value"] <= found["level"])
+    for pair in found["pairs"]:
+        assert pair["gain"]["low"] <= pair["gain"]["gain"] <= pair["gain"]["high"]
+    for entry in (entry for entries in found["cards"].values() for entry in entries):
+        assert ProtocolCard.model_validate(entry["card"]).hash == entry["hash"]
+    assert path.with_suffix(".png").is_file()
+    assert f"results/arms/{path.stem}.png" in (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
 def settings_of(kept: dict[str, Any]) -> Path:

@@ -25,6 +25,7 @@ from trainer.config.model import (
     TiedConfig,
     UserFeaturesConfig,
 )
+from trainer.config.operations import BackupConfig, ExplainConfig, ForgetConfig, MaintainConfig, RestoreConfig, required
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
 from trainer.config.serving import (
     ServeConfig,
@@ -71,6 +72,7 @@ from trainer.config.transfer import FinetuneConfig, PatchConfig, TransferName, p
 __all__ = [
     "AttributesConfig",
     "BacktestConfig",
+    "BackupConfig",
     "BaselinesConfig",
     "BasketPairConfig",
     "Bert4RecConfig",
@@ -83,8 +85,10 @@ __all__ = [
     "EvaluateConfig",
     "EvaluatedModel",
     "EvaluationConfig",
+    "ExplainConfig",
     "FeaturesConfig",
     "FinetuneConfig",
+    "ForgetConfig",
     "FriendModelConfig",
     "FriendsConfig",
     "GateConfig",
@@ -96,6 +100,7 @@ __all__ = [
     "JoinedFeaturesConfig",
     "LightGcnConfig",
     "LossConfig",
+    "MaintainConfig",
     "MaskedItemConfig",
     "MlpConfig",
     "ModelConfig",
@@ -112,6 +117,7 @@ __all__ = [
     "PrunerConfig",
     "RangeConfig",
     "RecommendConfig",
+    "RestoreConfig",
     "RuntimeConfig",
     "SearchConfig",
     "ServeConfig",
@@ -136,5 +142,6 @@ __all__ = [
     "WeightsHeadConfig",
     "event_types_read",
     "patch_of",
+    "required",
     "with_transfer",
 ]

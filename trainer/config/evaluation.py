@@ -149,7 +149,7 @@ class PromoteConfig(Section):
 class RecommendConfig(Section):
     """Write the top-k of every user to the Delta table `recommendations`, of one domain's items."""
 
-    LATER: ClassVar = ("friends", "time")
+    LATER: ClassVar = ("friends", "time", "changed_only")
 
     name: FileName = "recommend"
     registered_model: FileName = "graftrec"
@@ -166,10 +166,11 @@ class RecommendConfig(Section):
     # When requests are made, for models that read that: ISO 8601, in UTC unless it gives an offset. None: now.
     time: dt.datetime | None = None
     replace: bool = False  # whether a model folder may replace the rows of a registered version
+    # Only users whose histories have changed since the table's rows were made are scored, where all else is as it was.
+    changed_only: bool = False
     k: int = Field(10, ge=1, le=1_000_000)  # items a user
     batch_size: int = Field(256, ge=1, le=1_000_000)  # users scored at once
-    wait_seconds: float = Field(
-        120, ge=0, le=MAX_SECONDS
-    )  # for another process that writes to the lake; then exit code 5
+    # For another process that writes to the lake; then exit code 5
+    wait_seconds: float = Field(120, ge=0, le=MAX_SECONDS)
     spark: SparkConfig = SparkConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -1,7 +1,7 @@
 """Settings of the recipe `features`: vectors of items, users and entities by an encoder."""
 
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,10 +42,15 @@ class AttributesConfig(Section):
     """Vectors of columns of items or users: flags and standardised numbers. Name none that the log's end decides, such
     as counts of votes or mean ratings: they tell what is held out."""
 
+    LATER: ClassVar = ("join_domains",)
+
     kind: Literal["item", "user"] = "item"
     categorical: tuple[str, ...] = ()  # columns, or attributes.<name>; each value gets a flag
     # Of the table `knowledge`, of items: each thing that several items stand in this relation to gets a flag.
     relations: tuple[str, ...] = ()
+    # false: what items of several domains stand in a relation to gets a flag in each of them, so that `relations` join
+    # no domains: the control of whether joining them adds to transfer.
+    join_domains: bool = True
     numeric: tuple[str, ...] = ()
     # Directions of most variance that all are reduced to, in their own scale: of flags that few things have,
     # only what they share with others is left. None: not reduced.
@@ -60,6 +65,8 @@ class AttributesConfig(Section):
         each_once(self.relations, "relation")
         if self.relations and self.kind != "item":
             raise ValueError(f"relations: expected kind item, found {self.kind}; leave them out")
+        if not self.join_domains and not self.relations:
+            raise ValueError("join_domains: expected relations that could join them, found none; leave it out")
         return self
 
     @property

@@ -1,6 +1,6 @@
 """Settings of a training run."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -48,13 +48,15 @@ class RuntimeConfig(Section):
 class TrackingConfig(Section):
     """MLflow. The server comes from MLFLOW_TRACKING_URI; without it, an SQLite store in the working directory."""
 
+    LATER: ClassVar = ("unsent",)
+
     experiment: str = "graftrec"
     enabled: bool = True
     system_metrics: bool = True
     system_metrics_seconds: float = Field(10.0, gt=0, le=MAX_SECONDS)  # between two samples
-    close_seconds: float = Field(
-        20.0, ge=0, le=MAX_SECONDS
-    )  # how long a run waits, at its end, for a server that does not answer
+    # How long a run waits, at its end, for a server that does not answer
+    close_seconds: float = Field(20.0, ge=0, le=MAX_SECONDS)
+    unsent: str = "mlflow-unsent"  # folder for what no server took, until a later command sends it
 
 
 class EvaluationConfig(Section):

@@ -17,6 +17,7 @@ from etl.config import ColdItemsConfig, SplitConfig, etl_command
 from etl.lake import file_reader
 from etl.lake.datafile import DataFile
 from etl.lake.delta_log import snapshot_digest
+from etl.lake.readers import mark_reading
 from etl.lake.snapshots import (
     LakeError,
     check_format,
@@ -97,6 +98,15 @@ class Release:
         except GraftrecError as error:
             raise DataError(str(error)) from None
         return [TableFile(self.lake, table, file.path) for file in paths]
+
+    def by_bucket(self, table: Table, partitions: Mapping[str, str | None]) -> dict[int, list[TableFile]]:
+        """Bucket of users -> data files of a table's pinned version, of the partitions named. Raises DataError."""
+        scope = {column: [value] for column, value in partitions.items()}
+        found: dict[int, list[TableFile]] = {}
+        for file in self._logged(table):
+            if within(file, scope):
+                found.setdefault(int(file.partition["bucket"] or 0), []).append(TableFile(self.lake, table, file.path))
+        return found
 
     def partitions(self, table: Table) -> list[Mapping[str, str | None]]:
         """The partition of each data file of a table. Raises DataError."""
@@ -183,7 +193,17 @@ def _open(lake: str, table: Table, version: int | None) -> deltalake.DeltaTable:
 
 
 def pin(lake: str, release: int | None) -> Release:
-    """The release to read: the one named, else the newest. Raises DataError."""
+    """The release to read: the one named, else the newest. Until this process ends, maintenance leaves its files.
+
+    Raises DataError.
+    """
+    found = described(lake, release)
+    mark_reading(found.lake, found.number)
+    return described(found.lake, found.number, readable=True)  # not removed before the mark was there
+
+
+def described(lake: str, release: int | None, *, readable: bool = False) -> Release:
+    """As pin, for what is recorded of a release: its files may be gone, or go, unless it is to be `readable`."""
     lake = absolute(lake)  # what a run records is known from every folder
     handle = _open(lake, tables.RELEASES, None)
     try:
@@ -192,7 +212,7 @@ def pin(lake: str, release: int | None) -> Release:
         raise DataError(str(error)) from None
     rows = (
         Release(lake, 0, {tables.RELEASES.name: handle.version()})
-        .read(tables.RELEASES, ["release", "tables", "config"])
+        .read(tables.RELEASES, ["release", "tables", "config", "removed"])
         .to_pylist()
     )
     known = {row["release"]: row for row in rows}
@@ -201,6 +221,12 @@ def pin(lake: str, release: int | None) -> Release:
     number = max(known) if release is None else release
     if number not in known:
         raise DataError(f"no release {number} in the lake {lake}; it has {min(known)} to {max(known)}")
+    if readable and (removed := known[number]["removed"]):
+        there = ", ".join(str(one) for one, row in known.items() if not row["removed"])
+        raise DataError(
+            f"release {number} of {lake}: expected its files, found that maintenance removed them at {removed}; pin "
+            f"one that is there: {there}"
+        )
     try:
         commits = [commit for commit in our_commits(handle) if commit.get("release") == str(number)]
     except LakeError as error:
@@ -212,6 +238,16 @@ def pin(lake: str, release: int | None) -> Release:
     by_time = {split["name"]: _date(split["train_until"]) for split in splits if split.get("train_until")}
     cold = {split["name"]: ColdItemsConfig(**split["cold_items"]) for split in splits if split.get("cold_items")}
     return Release(lake, number, versions, digests, by_time, cold, etl)
+
+
+def created(lake: str) -> dict[int, dt.datetime]:
+    """Release -> when it was made. Raises DataError."""
+    handle = _open(lake, tables.RELEASES, None)
+    found = Release(absolute(lake), 0, {tables.RELEASES.name: handle.version()}).read(
+        tables.RELEASES, ["release", "created"]
+    )
+    epoch = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+    return {row["release"]: epoch + dt.timedelta(microseconds=row["created"]) for row in found.to_pylist()}
 
 
 def _date(written: str) -> dt.datetime:

@@ -16,7 +16,7 @@ from trainer.config import BaselinesConfig, EvaluateConfig, NextItemConfig, Pret
 from trainer.data.catalogue import Catalogue
 from trainer.data.cold_items import COLD, WARM
 from trainer.data.held_out import FULL, HeldOut, Part, ReadOptions, read_held_out
-from trainer.data.release import DataError, Release, pin
+from trainer.data.release import DataError, Release, described
 from trainer.evaluation.card import ProtocolCard, card_of, card_of_model, check_cards
 from trainer.evaluation.comparison import Key, Results, by_key
 from trainer.evaluation.outside import OutsideRanks
@@ -194,7 +194,7 @@ class Evaluator(ABC):
         own = self.release
         if (lake, release) != (own.lake, own.number):
             with suppress(DataError):
-                own = pin(lake, release)
+                own = described(lake, release)
         return card_of_model(self.card, config, own)
 
     def check_cards(self, models: Sequence[TrainedModel], *, across: Sequence[str] = ()) -> None:

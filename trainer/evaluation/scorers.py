@@ -29,7 +29,7 @@ from trainer.data.catalogue import Catalogue, read_catalogue, rows_by_raw_id
 from trainer.data.cold_items import cold_rows
 from trainer.data.events import Events, beside, merge, sampled
 from trainer.data.held_out import HeldOut, Part, ReadOptions, read_held_out, read_users, without_repeats
-from trainer.data.release import DataError, Release, domains_with_sequences, pin
+from trainer.data.release import DataError, Release, described, domains_with_sequences
 from trainer.data.sequences import SequenceDataset, Sequences, training_interactions
 from trainer.data.social import has_network, read_network, read_training
 from trainer.evaluation.baselines.friends import counted_friends
@@ -340,7 +340,7 @@ def _refuse_leak(trained_model: TrainedModel, examples: EvaluationSet) -> None:
         )
     same = (data.domain, trained_model.config.task.needs.table) == (examples.domain, examples.table)
     if data.split == examples.split and trained_model.lake == release.lake and data.split in release.by_time:
-        until = pin(release.lake, trained_model.release).by_time.get(data.split)
+        until = described(release.lake, trained_model.release).by_time.get(data.split)
         if until is not None and until > release.by_time[data.split]:
             raise EvaluateError(
                 f"expected a model trained until {release.by_time[data.split]:%Y-%m-%d}, as split {data.split!r} of "

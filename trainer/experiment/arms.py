@@ -4,9 +4,9 @@
 
 Tables are made, encoders' vectors written, and each arm trained on each split that a slice names, over seeds: the same
 model and budget. Finished trainings aren't repeated and a killed one resumes, so the same command continues what was
-stopped anywhere. Then all models and the simple baselines are scored on each slice: a table for terminal and MLflow, a
-picture, and results.json in <runs>/<name>. Exit codes: 0; 1 where trainings are missing; 2 for a mistake in settings or
-data.
+stopped anywhere. Then all models and the simple baselines are scored on each slice: a table for terminal and MLflow,
+and results.json, results.md and features.png in <runs>/<name>. Exit codes: 0; 1 where trainings are missing; 2 for a
+mistake in settings or data.
 """
 
 import json
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from trainer.experiment.arms_results import Found
     from trainer.experiment.results import Scored
     from trainer.tracking import Run
+
+PICTURE = "features.png"
 
 
 def run(config: ArmsConfig) -> int:
@@ -90,7 +92,9 @@ def _keep(config: ArmsConfig, found: "Found", release: "Release", about: dict[st
     tracked.log_artifact(kept)
     tracked.log_text(table, "results.md")
     if found.entries:
-        tracked.log_figure(arms_report.figure(found, config), "pictures/features.png")
+        picture = arms_report.figure(found, config)
+        picture.savefig(config.folder / PICTURE, dpi=130)
+        tracked.log_figure(picture, f"pictures/{PICTURE}")
     tracked.log_metrics(arms_report.flat_metrics(found))
     tracked.describe(f"Features in three arms: none, real, shuffled.\n\n{table}")
 
@@ -133,7 +137,12 @@ def _of_split(
     experiment.folder.mkdir(parents=True, exist_ok=True)
     jobs = plan.training_jobs(rows)
     training_jobs.run(jobs, folder=experiment.folder, jobs=jobs_of(experiment), environment=environment)
-    scored = Scored(experiment, release, trained(rows))
+    done, every = trained(rows), [training for row in rows for training in row.trainings.values()]
+    if not done and every:
+        raise GraftrecError(
+            f"split {split}: expected a trained model, found none of {len(every)}: {every[0].name}: {every[0].failure}"
+        )
+    scored = Scored(experiment, release, done)
     for row in rows:
         for seed, training in row.trainings.items():
             try:

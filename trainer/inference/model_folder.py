@@ -613,6 +613,11 @@ def lake_of(folder: Path) -> str:
     return absolute(_origin(folder).lake)
 
 
+def release_of(folder: Path) -> int:
+    """The number of the release that a model was trained on. Raises ModelFolderError."""
+    return _described(folder)[1].release
+
+
 def _origin(folder: Path) -> _Origin:
     """Raises ModelFolderError where it can't be read."""
     path = folder / ORIGIN

@@ -66,6 +66,22 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.serving import server
 
             return server.run
+        case "maintain":
+            from trainer.recipes import maintain
+
+            return maintain.run
+        case "forget":
+            from trainer.recipes import forget
+
+            return forget.run
+        case "explain":
+            from trainer.recipes import explain
+
+            return explain.run
+        case "backup" | "restore":
+            from trainer.recipes import backup
+
+            return backup.run if name == "backup" else backup.restore
         case _:
             from trainer.recipes import recommend
 

@@ -9,7 +9,7 @@ more, leave. One commit replaces the encoder's partition, or appends to it where
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from etl.plain_path import absolute
 from etl.redaction import redact
 from etl.session import held, spark_session, user_errors
 from etl.settings import ConfigError
-from etl.tables import FEATURES, KNOWLEDGE, SOCIAL, Table
+from etl.tables import DOMAIN_ALL, DOMAINS, FEATURES, KNOWLEDGE, SOCIAL, Table
 from trainer import tracking
 from trainer.arrays import FloatArray, IntArray
 from trainer.config import FeaturesConfig, GraphConfig, SocialConfig
@@ -203,7 +203,7 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     rows = release.read(table, [given.kind, "index", *columns_read(given.columns)])
     _refuse_none(len(rows), table, release)
     cells = {name: cells_of(rows, name) for name in given.columns}
-    tails = _tails(release, given.relations, rows["index"].to_numpy())
+    tails = _tails(release, given, rows["index"].to_numpy())
     vectors, names = attribute_vectors(
         {name: cells[name] for name in given.categorical} | tails,
         {name: cells[name] for name in given.numeric},
@@ -217,7 +217,7 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
         encoder=config.name or "attributes",
         width=vectors.shape[1],
         template="; ".join(names),
-        inputs={one.name: release.versions[one.name] for one in (table, *([KNOWLEDGE] if given.relations else []))},
+        inputs={one.name: release.versions[one.name] for one in _tables_read(given)},
     )
     if features.check_weights(release.lake, encoding) == encoding:
         return encoding, (0, 0, 0)
@@ -228,23 +228,42 @@ def _of_attributes(config: FeaturesConfig, given: AttributesConfig, release: Rel
     return encoding, (len(rows), len(has), len(has))
 
 
-def _tails(release: Release, relations: Sequence[str], index: IntArray) -> dict[str, list[Part]]:
+def _tables_read(given: AttributesConfig) -> list[Table]:
+    found = [_THINGS[given.kind]]
+    if given.relations:
+        found.append(KNOWLEDGE)
+    if not given.join_domains:
+        found.append(DOMAINS)
+    return found
+
+
+def _tails(release: Release, given: AttributesConfig, index: IntArray) -> dict[str, list[Part]]:
     """Relation -> the tails of each item, by its global `index`. Raises ConfigError for a relation without triples."""
-    if not relations:
+    if not given.relations:
         return {}
     triples = release.read(KNOWLEDGE, ["head_index", "relation", "tail", "head_kind"])
     triples = triples.filter(pc.fill_null(pc.equal(triples["head_kind"], "item"), True))
     place = {number: row for row, number in enumerate(index.tolist())}
+    domains = {} if given.join_domains else _domains(release)
     found: dict[str, list[Part]] = {}
-    for relation in relations:
+    for relation in given.relations:
         own = triples.filter(pc.equal(triples["relation"], relation))
         if not len(own):
             known = ", ".join(sorted(triples["relation"].unique().to_pylist())) or "none"
             raise ConfigError(f"attributes.relations: expected relations of items ({known}), found {relation!r}")
         tails: list[list[str]] = [[] for _ in place]
         for head, tail in zip(own["head_index"].to_pylist(), own["tail"].to_pylist(), strict=True):
-            tails[place[head]].append(tail)
+            tails[place[head]] += [f"{tail} ({domain})" for domain in domains.get(head, ())] or [tail]
         found[relation] = list(tails)
+    return found
+
+
+def _domains(release: Release) -> dict[int, list[str]]:
+    """Global index of an item -> the domains that it is in, besides all."""
+    found: dict[int, list[str]] = {}
+    for domain in sorted({str(part["domain"]) for part in release.partitions(DOMAINS)} - {DOMAIN_ALL}):
+        for index in release.read(DOMAINS, ["index"], {"domain": domain})["index"].to_pylist():
+            found.setdefault(index, []).append(domain)
     return found
 
 

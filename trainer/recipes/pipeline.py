@@ -85,9 +85,14 @@ def run(config: PipelineConfig) -> int:
     from trainer.recipes.alone import alone
 
     config, planned = plan(config)
-    check_plan(config, planned)
+    if config.mode == "full":
+        check_plan(config, planned)
     check_root(config.etl.source, "etl.source.root")
     with alone(Path(config.runs), "pipeline"):
+        if config.mode == "daily":
+            from trainer.recipes import daily
+
+            return daily.run(config, planned)
         return _run(config, planned)
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,16 @@ if TYPE_CHECKING:
 SCRATCH: TransferName = "none"
 COLD = "cold-users"  # the same, trained without the target history of some users, on whom it is evaluated
 COLD_SHARE = 0.1
+CONTINUED = "continued"  # label of a model that went on from the champion's weights
+
+
+class DailyConfig(Section):
+    """What `mode: daily` does beside tables and recommendations: training goes on from the champion's weights."""
+
+    # So many days after the release that the champion was trained on was made; None: never.
+    retrain_days: float | None = Field(7, ge=0)
+    epochs: int = Field(2, ge=1)  # over the newest release: users' earlier events are replayed beside their new ones
+    learning_rate_factor: float = Field(0.5, gt=0, le=1)  # of finetune.train's: the weights are near where they will be
 
 
 class PipelineConfig(Section):
@@ -42,7 +52,13 @@ class PipelineConfig(Section):
     What flows from one step to the next (lake, release, model folders, names) is set here, whatever the sections say.
     """
 
+    LATER: ClassVar = ("mode", "daily")
+
     name: FileName = "pipeline"
+    # full: tables, trainings, gate, recommendations. daily: tables, recommendations by the present champion for users
+    # with new events, and, when it is due, continued training.
+    mode: Literal["full", "daily"] = "full"
+    daily: DailyConfig = DailyConfig()
     runs: str = "runs"  # folder of the training runs, their evaluation and the gate's decision
     registered_model: FileName = "graftrec"  # each target domain's is <registered_model>-<domain>
     etl: EtlConfig
@@ -283,7 +299,7 @@ def choose(trained: Sequence[Trained]) -> list[Trained]:
 
 
 def pretrain_config(config: PipelineConfig, planned: Plan, release: int, seed: int) -> PretrainConfig:
-    placed = _placed(config.pretrain, config, release, f"pretrain-{seed}", seed, {"domain": planned.source})
+    placed = placed_section(config.pretrain, config, release, f"pretrain-{seed}", seed, {"domain": planned.source})
     return replaced(config.pretrain, **placed)
 
 
@@ -297,11 +313,11 @@ def finetune_config(
         split = (planned.joint_splits if label == READS_ALL else planned.cold_splits)[target]
         data = {"domain": DOMAIN_ALL, "predicted": target, "split": split}
         transfer = SCRATCH
-    placed = _placed(config.finetune, config, release, f"{target}/{label}-{seed}", seed, data)
+    placed = placed_section(config.finetune, config, release, f"{target}/{label}-{seed}", seed, data)
     return with_transfer(config.finetune, transfer, str(parent) if parent else None, **placed)
 
 
-def _placed(
+def placed_section(
     section: PretrainConfig, config: PipelineConfig, release: int, name: str, seed: int, data: dict[str, Any]
 ) -> dict[str, Any]:
     """Settings of a training that the pipeline sets."""

@@ -9,9 +9,10 @@ import datetime as dt
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -32,7 +33,8 @@ from trainer.data.release import Release, domains_with_sequences, pin
 from trainer.data.sequences import SequenceDataset
 from trainer.inference.later_items import with_release
 from trainer.inference.model_folder import MANIFEST, TrainedModel, load_model, model_hash
-from trainer.recipes.recommendation_rows import HistorySource, Models, microseconds, progress, score_users
+from trainer.recipes.changed_users import RULES, ChangedUsers, HistoryRows, changed_users, recorded_rules
+from trainer.recipes.recommendation_rows import HistorySource, Models, kept_rows, microseconds, progress, score_users
 from trainer.registry import COMPANION, Registry, Version
 from trainer.social.friends_folder import FriendsModel, load_friends, on_release
 
@@ -99,6 +101,9 @@ def _renew(config: RecommendConfig, models: Models, source: HistorySource, domai
         tracking.settle(config.tracking)
         return Result(num_users, 0, version or 0, False, 0.0, _users_by_model(release.lake, domain))
     _refuse_replacement(config, label, release, domain)
+    changed = _changed(config, models, source, domain)
+    if changed is not None:
+        source = replace(source, only=changed.users, num_users=len(changed.users))
     by = tracking.model_link(label, trained_model.hash)
     beside = {"companion": models.companion, "friends": models.friends}
     others = {role: other for role, other in beside.items() if other is not None}
@@ -121,11 +126,21 @@ def _renew(config: RecommendConfig, models: Models, source: HistorySource, domai
             | {f"graftrec.{role}": name for role, (_, name) in others.items()}
         )
         number = recorded.get(app, 0) + 1
-        result = _write(config, models, source, domain, (app, identity, number))
+        result = _write(config, models, source, domain, (app, identity, number), changed)
         speed = result.users / max(result.seconds, 1e-9)
         tracked.log_metrics(
             {"users": result.users, "rows": result.rows, "seconds": result.seconds, "users_per_second": speed}
             | {f"{role}_users": result.by_model.get(name, 0) for role, (_, name) in others.items()}
+            | (
+                {}
+                if changed is None
+                else {"changed_users": len(changed.users), "changed_buckets": len(changed.buckets)}
+            )
+        )
+    if changed is not None:
+        print(
+            f"recommend: histories of {len(changed.users):,} users in {len(changed.buckets):,} buckets have changed "
+            f"since release {changed.since}; the rows of all others stay"
         )
     by_others = "".join(f", {result.by_model.get(name, 0):,} of them by {name}" for _, name in others.values())
     print(
@@ -277,36 +292,76 @@ def _identity(config: RecommendConfig, models: Models, source: HistorySource, do
     return f"recommend/{domain}/{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
+def _rules(config: RecommendConfig, models: Models, source: HistorySource, domain: str) -> str:
+    """A hash of all that decides on a user's rows besides its history; "" where more than that does: rows depend on the
+    time of the request, on friends, on vectors of the release."""
+    if _reads_request_time(models) or source.friends or source.encoders:
+        return ""
+    examples = [(one.hash, label) for one, label in models.all]
+    parts = [
+        examples,
+        source.split,
+        source.reads,
+        source.reads_all,
+        source.table.name,
+        source.event_types,
+        source.times,
+    ]
+    parts += [domain, config.k, code_hash("trainer.recipes.recommend")]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _changed(config: RecommendConfig, models: Models, source: HistorySource, domain: str) -> ChangedUsers | None:
+    """Whose rows are to be made, where only some are."""
+    rules = _rules(config, models, source, domain)
+    if not config.changed_only or not rules:
+        return None
+    read = [HistoryRows(source.table, source.split, DOMAIN_ALL if source.reads_all else source.reads)]
+    if DOMAIN_ALL in domains_with_sequences(source.release, source.split):
+        read.append(HistoryRows(tables.SEQUENCES, source.split, DOMAIN_ALL, only_who=True))
+    return changed_users(source.release, domain, rules, read)
+
+
 def _place(release: Release) -> str:
     return spark_io.table_uri(release.lake, tables.RECOMMENDATIONS)
 
 
 def _write(
-    config: RecommendConfig, models: Models, source: HistorySource, domain: str, transaction: tuple[str, str, int]
+    config: RecommendConfig,
+    models: Models,
+    source: HistorySource,
+    domain: str,
+    transaction: tuple[str, str, int],
+    changed: ChangedUsers | None,
 ) -> Result:
     release, (app, identity, number) = source.release, transaction
     start = time.monotonic()
-    spark = spark_session(config.spark, name="graftrec recommend")
     metadata = {"job": "recommend", "model_version": models.own[1], "release": str(release.number), "k": str(config.k)}
     for role, other in (("companion", models.companion), ("friends", models.friends)):
         if other is not None:
             metadata[role] = other[1]
-    with progress(spark, source.num_users) as count:
-        rows = score_users(spark, source, models, config, domain, count)
-        written = spark_io.write(
-            spark,
-            rows,
-            release.lake,
-            tables.RECOMMENDATIONS,
-            spark_io.Commit(
-                mode="partitions",
-                app=app,
-                app_version=number,
-                metadata=metadata,
-                partition_scope={"domain": [domain]},
-                transactions={identity: number},
-            ),
-        )
+    rules = _rules(config, models, source, domain)
+    metadata[RULES] = recorded_rules(release.lake, domain, rules, release.number)
+    scope: dict[str, Sequence[Any]] = {"domain": [domain]}
+    if changed is not None:
+        scope["bucket"] = changed.buckets
+    commit = spark_io.Commit(
+        mode="partitions" if changed is None or changed.buckets else "append",
+        app=app,
+        app_version=number,
+        metadata=metadata,
+        partition_scope=scope if changed is None or changed.buckets else None,
+        transactions={identity: number},
+    )
+    if changed is not None and not changed.buckets:
+        written = spark_io.commit_files(release.lake, tables.RECOMMENDATIONS, [], commit)
+    else:
+        spark = spark_session(config.spark, name="graftrec recommend")
+        with progress(spark, source.num_users) as count:
+            rows = score_users(spark, source, models, config, domain, count)
+            if changed is not None:
+                rows = rows.unionByName(kept_rows(spark, source, domain, changed.buckets))
+            written = spark_io.write(spark, rows, release.lake, tables.RECOMMENDATIONS, commit)
     if (
         not written.committed
         and spark_io.transactions(release.lake, tables.RECOMMENDATIONS, [identity]).get(identity) != number

@@ -87,6 +87,7 @@ class HistorySource:
     num_users: int  # with any event, in whichever domain
     friends: bool = False  # users who have friends and no event are read, too
     encoders: tuple[str, ...] = ()  # and those whom one of these encoders has a vector of
+    only: IntArray | None = None  # global indices of the users who are scored; None: all
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,18 @@ def score_users(
     return _histories(spark, source, config.spark.shuffle_partitions).mapInArrow(score, ROWS_SCHEMA)
 
 
+def kept_rows(spark: SparkSession, source: HistorySource, domain: str, buckets: Sequence[int]) -> DataFrame:
+    """The rows of RECOMMENDATIONS of these buckets that stay: of users of the release who are not scored again."""
+    assert source.only is not None
+    release = source.release
+    partitions: dict[str, Sequence[Any]] = {"domain": [domain], "bucket": list(buckets)}
+    rows = spark_io.read(spark, release.lake, tables.RECOMMENDATIONS, partitions=partitions)
+    users = spark_io.read(spark, release.lake, tables.USERS, version=release.versions[tables.USERS.name])
+    chosen = spark.createDataFrame([(int(user),) for user in source.only], "index int")
+    stay = users.select("user", "index").join(chosen, "index", "left_anti").select("user")
+    return rows.join(stay, "user", "left_semi").select(*tables.RECOMMENDATIONS.schema.names)
+
+
 def _histories(spark: SparkSession, source: HistorySource, parallel: int) -> DataFrame:
     """raw (user id), index, bucket, items (of `baskets`: a list of each), and, where they are read, times and
     event_types; items are null for users without a history. Spread over enough tasks to keep every core busy."""
@@ -143,6 +156,9 @@ def _histories(spark: SparkSession, source: HistorySource, parallel: int) -> Dat
     users = vocabulary.select("index", F.col("user").alias("raw"))
     if source.friends or source.encoders:
         own = _with_others(spark, source, own)
+    if source.only is not None:
+        chosen = spark.createDataFrame([(int(user),) for user in source.only], "user int")
+        own = own.join(chosen, "user", "left_semi")
     joined = own.select(F.col("user").alias("index"), "bucket", "items", *more).join(users, "index")
     tasks = max(parallel, -(-source.num_users // USERS_PER_TASK))
     return joined.repartition(tasks, "index").select("raw", "index", "bucket", "items", *more)

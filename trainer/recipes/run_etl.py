@@ -27,10 +27,19 @@ def run(config: EtlConfig, track: TrackingConfig, *, job: str = "all") -> int:
 
     check_root(config.source)
     with tracking.start_run(track, name="etl", resolved=config, tags={"graftrec.recipe": "etl"}) as tracked:
+        context = RunContext(config)
+        try:
+            if job == "all":
+                number = run_all(context)
+            else:
+                run_one(context, job)
+        finally:
+            for done in context.done:
+                numbers = {"seconds": done.seconds, "rows": done.rows, "rejected": done.rejected}
+                tracked.log_metrics({f"job/{done.job}/{name}": value for name, value in numbers.items()})
         if job != "all":
-            run_one(RunContext(config), job)
             return pin(config.lake, None).number
-        release = pin(config.lake, run_all(RunContext(config)))
+        release = pin(config.lake, number)
         tracked.log_release(release, context="output")
         written = ", ".join(f"{table}@{number}" for table, number in sorted(release.versions.items()))
         tracked.describe(f"Release {release.number} of `{redact(release.lake)}`, from the log.\n\nTables: {written}.")

@@ -25,9 +25,7 @@ def run(config: ServedConfig) -> list[HitRate]:
     """The recipe `served`. Raises GraftrecError."""
     served = _read(config.served, tables.SERVED, ["user", "time", "version", "items"])
     events = _read(config.lake, tables.INTERACTIONS, ["user", "item", "time", "event_type"])
-    if config.taken:
-        events = events.filter(pa.compute.is_in(events["event_type"], value_set=pa.array(config.taken)))
-    lists = shown(served, events, hours=config.hours)
+    lists = shown(served, events, hours=config.hours, taken=config.taken)
     found = hit_rates(lists, config.ks)
     columns = ["version", "lists", "users", *(f"hits at {k}" for k in config.ks)]
     rows = [

@@ -101,7 +101,7 @@ def _walked(config: SocialConfig, model: Node2VecConfig, network: Network, track
         tracked.log_metrics({"train/loss": loss}, step=epoch)
     lines = [f"{len(network.users):,} users, {network.edges.nnz:,} edges; loss of a pair by epoch: "]
     lines[0] += ", ".join(f"{loss:.4f}" for loss in losses) + "."
-    return _Made(network.users, vectors, lines=lines, metrics={"train/loss": losses[-1]})
+    return _Made(network.users, vectors, lines=lines, metrics={"train/last_loss": losses[-1]})
 
 
 @dataclass(frozen=True)

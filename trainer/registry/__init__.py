@@ -17,7 +17,7 @@ from trainer.registry.version import (
     Version,
     audit_trail,
 )
-from trainer.registry.versions import Registry
+from trainer.registry.versions import Registry, rename_hash
 
 __all__ = [
     "AUDIT_CHARACTERS",
@@ -36,4 +36,5 @@ __all__ = [
     "Registry",
     "Version",
     "audit_trail",
+    "rename_hash",
 ]

@@ -179,6 +179,10 @@ class Registry:
         """The version that holds the model of that hash, if any: of this registered model, else of another."""
         return self._own(digest) or next(iter(self._tagged(TAG_HASH, digest)), None)
 
+    def of_any_hash(self, digest: str) -> list[Version]:
+        """Versions of all registered models that hold the model of that hash."""
+        return self._tagged(TAG_HASH, digest)
+
     def _tagged(self, tag: str, value: str) -> list[Version]:
         """Versions of any registered model with that tag, newest first."""
         with self._asking("can't search versions"):
@@ -400,6 +404,12 @@ class Registry:
         return Version(
             str(entry.name), int(entry.version), at, dict(entry.tags), entry.run_id or "", entry.description or ""
         )
+
+
+def rename_hash(before: str, after: str) -> None:
+    """Let versions name the hash that their folder has now. Raises TrackingError."""
+    for version in Registry().of_any_hash(before):
+        Registry(version.name).set_tags(version.number, {TAG_HASH: after})
 
 
 def _answered(folder: Path) -> tuple[str, str | None]:

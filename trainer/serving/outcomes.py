@@ -36,11 +36,13 @@ class Shown:
     taken: npt.NDArray[np.bool_]
 
 
-def shown(served: pa.Table, events: pa.Table, *, hours: float) -> Shown:
+def shown(served: pa.Table, events: pa.Table, *, hours: float, taken: Sequence[str] = ()) -> Shown:
     """Lists of known users whose hours are over before the last event. `served`: of the table SERVED; `events`: user,
-    item, time (microseconds)."""
+    item, time (microseconds), and event_type, where only events of types `taken` count as taken."""
     window = int(hours * MICROSECONDS_PER_HOUR)
     end = pc.max(events["time"]).as_py() if len(events) else 0
+    if taken:
+        events = events.filter(pc.is_in(events["event_type"], value_set=pa.array(taken)))
     known = served.filter(pc.and_(pc.is_valid(served["user"]), pc.less_equal(served["time"], end - window)))
     lists = known["items"].combine_chunks()
     lists = pa.concat_arrays(lists.chunks) if isinstance(lists, pa.ChunkedArray) else lists

@@ -13,6 +13,7 @@ not who is in it.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
@@ -56,6 +58,7 @@ from trainer.social.attention import FriendAttention, TrainedFriends
 from trainer.social.evidence import Evidence
 from trainer.trust.verified_files import ModelFolderError, Record, VerifiedFolder, read_json, record, refused
 
+OTHER_END = "\x1f"  # no raw id begins with it: it is white space, and stripped (`etl.identifiers`)
 CIRCLE, PEOPLE = "circle.safetensors", "people.parquet"
 
 
@@ -196,3 +199,27 @@ def on_release(model: FriendsModel, release: Release) -> FriendsModel:
     trained = TrainedFriends(model.trained.model, evidence, model.trained.losses)
     raw = pa.array(raw_users(release, everyone), pa.string())
     return replace(model, release=release, catalogue=catalogue, users=everyone, raw_ids=raw, trained=trained)
+
+
+def without_people(folder: Path, users: Collection[str]) -> tuple[int, str]:
+    """Take people (raw ids) out of the folder: names, edges, what they had. How many it had, and the folder's hash,
+    which depends on them. Raises ModelFolderError."""
+    model = load_friends(folder)
+    named = pc.is_in(model.raw_ids, value_set=pa.array(sorted(users), pa.string())).to_numpy(zero_copy_only=False)
+    places = np.flatnonzero(named)
+    if not len(places):
+        return 0, model.hash
+    evidence = model.trained.evidence
+    stays = sp.diags_array((~named).astype(np.float32), format="csr")
+    edges, taken = (stays @ evidence.edges @ stays).tocsr(), (stays @ evidence.taken).tocsr()
+    for matrix in (edges, taken):
+        matrix.eliminate_zeros()
+        matrix.sort_indices()
+    # What no raw id begins with stands in the place of a name: places are numbers of rows.
+    ids = [
+        f"{OTHER_END}{place}" if gone else one
+        for place, (one, gone) in enumerate(zip(model.raw_ids.to_pylist(), named, strict=True))
+    ]
+    left = Evidence(edges, taken, num_candidates=model.config.model.candidates)
+    trained = replace(model.trained, evidence=left)
+    return len(places), save_friends(folder, replace(model, raw_ids=pa.array(ids, pa.string()), trained=trained))

@@ -1,5 +1,6 @@
 """MLflow: runs, models and the connection. The only room that imports mlflow."""
 
+from trainer.tracking.artifacts import ArtifactRoot, artifact_roots, editable
 from trainer.tracking.connection import (
     DESCRIPTION,
     ERROR,
@@ -10,12 +11,15 @@ from trainer.tracking.connection import (
     Unrecorded,
     connect,
     experiment_id,
+    is_there,
     local_folder,
     quieten,
     tracking_uri,
     translated,
 )
+from trainer.tracking.copies import check_room, copy_store, embedded_store, restore_store
 from trainer.tracking.locks import file_lock
+from trainer.tracking.lookup import RunFacts, run_facts
 from trainer.tracking.models import (
     MODEL_HASH,
     VERSIONS,
@@ -38,8 +42,8 @@ from trainer.tracking.runs import (
     settle,
     start_run,
 )
-from trainer.tracking.sender import PARAMS_PER_BATCH, end_abandoned
-from trainer.tracking.spool import UNSENT
+from trainer.tracking.sender import PARAMS_PER_BATCH, abandoned_runs, end_abandoned, registered_models
+from trainer.tracking.spool import kept
 from trainer.tracking.tracked_run import REUSED_SHOWN, metric_name, snapshot
 
 __all__ = [
@@ -54,18 +58,27 @@ __all__ = [
     "TAG_CHARACTERS",
     "TERMINATED_EXIT",
     "THUMBNAIL_PIXELS",
-    "UNSENT",
     "URI_VARIABLE",
     "VERSIONS",
+    "ArtifactRoot",
     "Run",
+    "RunFacts",
     "TrackingError",
     "Unrecorded",
+    "abandoned_runs",
+    "artifact_roots",
+    "check_room",
     "child_environment",
     "connect",
+    "copy_store",
     "download",
+    "editable",
+    "embedded_store",
     "end_abandoned",
     "experiment_id",
     "file_lock",
+    "is_there",
+    "kept",
     "local_folder",
     "log_model_metrics",
     "metric_name",
@@ -76,7 +89,10 @@ __all__ = [
     "offer",
     "pack",
     "quieten",
+    "registered_models",
     "resolved",
+    "restore_store",
+    "run_facts",
     "run_link",
     "settle",
     "snapshot",

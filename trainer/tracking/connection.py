@@ -58,6 +58,12 @@ def local_folder(uri: str) -> Path | None:
     return Path(uri.removeprefix("file://")).absolute() if uri.startswith("file://") or "://" not in uri else None
 
 
+def is_there() -> bool:
+    """Whether the store in use was made before: a file that isn't there is no store; a server is taken to be one."""
+    database = sqlite_file(tracking_uri())
+    return database is None or database.exists()
+
+
 def quieten() -> None:
     """Settings for mlflow, to be made before it is first imported."""
     for name, value in ENVIRONMENT.items():

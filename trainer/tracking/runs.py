@@ -27,7 +27,7 @@ from trainer.tracking.provenance import code_version, flatten
 from trainer.tracking.queue import Entry, SendQueue
 from trainer.tracking.run import Run
 from trainer.tracking.sender import Sender, process
-from trainer.tracking.spool import UNSENT, kept
+from trainer.tracking.spool import kept
 from trainer.tracking.store import has_running, sqlite_file
 from trainer.tracking.system_metrics import SystemMetrics
 from trainer.tracking.tracked_run import TrackedRun, milliseconds
@@ -119,7 +119,11 @@ def settle(config: TrackingConfig) -> None:
     if not config.enabled or _active or int(os.environ.get("RANK", "0")) != 0:
         return
     uri = tracking_uri()
-    if (database := sqlite_file(uri)) is not None and not kept(UNSENT.absolute()) and not has_running(database):
+    if (
+        (database := sqlite_file(uri)) is not None
+        and not kept(Path(config.unsent).absolute())
+        and not has_running(database)
+    ):
         return  # without the seconds that importing MLflow takes
     quieten()
     sender = Sender(uri, config, {"uid": ""})

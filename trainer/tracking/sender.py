@@ -11,13 +11,13 @@ import psutil
 
 from etl.redaction import one_line
 from trainer.config import TrackingConfig
-from trainer.tracking.connection import DESCRIPTION, ERROR, FINAL, TAG_CHARACTERS, connect, experiment_id
+from trainer.tracking.connection import DESCRIPTION, ERROR, FINAL, TAG_CHARACTERS, connect, experiment_id, translated
 from trainer.tracking.datasets import dataset_input
 from trainer.tracking.locks import file_lock
 from trainer.tracking.models import MODEL_HASH, log_model_metrics, model_name, models_of, resolved
 from trainer.tracking.provenance import cut
 from trainer.tracking.queue import Entry, Refused
-from trainer.tracking.spool import UNSENT, fingerprint, kept
+from trainer.tracking.spool import fingerprint, kept
 
 PARAMS_PER_BATCH = 100
 
@@ -159,10 +159,14 @@ class Sender:
     def _send_kept(self, *, own: bool) -> None:
         """Send what earlier processes could not: of this very run (`own`), before it is gone on with, or of others.
         Nothing here may stop this run's own entries."""
-        for folder, header, entries in kept(UNSENT.absolute()):
+        for folder, header, entries in kept(Path(self._config.unsent).absolute()):
             if header.pop("uri") != fingerprint(self._uri) or own != (header["uid"] == self._header["uid"]):
                 continue
-            with file_lock(folder / "lock", wait=False) as mine:
+            with contextlib.ExitStack() as held:
+                try:
+                    mine = held.enter_context(file_lock(folder / "lock", wait=False))
+                except FileNotFoundError:  # sent since: by another process, or by the sender of a run before it
+                    continue
                 if not mine or not (folder / "unsent.json").exists():
                     continue
                 sender = Sender(self._uri, self._config, header, header.pop("run_id"))
@@ -175,13 +179,42 @@ class Sender:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def abandoned_runs(config: TrackingConfig) -> list[str]:
+    """Names of the runs of this machine that say RUNNING though their process is gone. Raises TrackingError."""
+    client = connect()
+    with translated("can't list runs"):
+        return [str(run.info.run_name) for run in _abandoned(client, experiment_id(client, config))]
+
+
+def registered_models() -> list[str]:
+    """Names of all registered models. Raises TrackingError."""
+    client = connect()
+    names: list[str] = []
+    with translated("can't list registered models"):
+        token = None
+        while True:
+            page = client.search_registered_models(page_token=token)
+            names += [model.name for model in page]
+            token = page.token
+            if not token:
+                return names
+
+
 def end_abandoned(client: Any, experiment: str) -> int:
     """End, as KILLED, runs of this machine that say RUNNING though their process is gone. Returns how many."""
+    stale = _abandoned(client, experiment)
+    for run in stale:
+        client.set_tag(run.info.run_id, ERROR, "the process ended without a word (killed?)")
+        client.set_terminated(run.info.run_id, "KILLED")
+    return len(stale)
+
+
+def _abandoned(client: Any, experiment: str) -> list[Any]:
     host = socket.gethostname().replace("'", "")
     stale = client.search_runs(
         [experiment], f"attributes.status = 'RUNNING' AND tags.`graftrec.host` = '{host}'", max_results=100
     )
-    ended = 0
+    found = []
     for run in stale:
         number, _, _started = run.data.tags.get("graftrec.process", "").partition("@")
         try:
@@ -189,7 +222,5 @@ def end_abandoned(client: Any, experiment: str) -> int:
         except (psutil.Error, ValueError):
             alive = False
         if not alive:
-            client.set_tag(run.info.run_id, ERROR, "the process ended without a word (killed?)")
-            client.set_terminated(run.info.run_id, "KILLED")
-            ended += 1
-    return ended
+            found.append(run)
+    return found

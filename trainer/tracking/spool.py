@@ -9,8 +9,6 @@ from etl.redaction import one_line
 from trainer.tracking.queue import Entry, warn
 from trainer.tracking.store import sqlite_file
 
-UNSENT = Path("mlflow-unsent")
-
 
 def fingerprint(uri: str) -> str:
     """Of the store that entries are for: a URI may hold secrets."""
@@ -41,6 +39,8 @@ def kept(root: Path) -> list[tuple[Path, Entry, list[Entry]]]:
         try:
             content = json.loads(file.read_text())
             found.append((file.parent, content["header"], content["entries"]))
+        except FileNotFoundError:  # sent since
+            continue
         except (OSError, ValueError, KeyError) as error:
             warn(f"can't read {file} ({one_line(error)}); remove it")
     return found

@@ -19,7 +19,7 @@ from trainer.tracking.provenance import cut
 from trainer.tracking.queue import METRICS_PER_BATCH, Entry, SendQueue, warn
 from trainer.tracking.run import THUMBNAIL_PIXELS, Run, run_link
 from trainer.tracking.sender import PARAMS_PER_BATCH, Sender
-from trainer.tracking.spool import UNSENT, fingerprint, keep
+from trainer.tracking.spool import fingerprint, keep
 from trainer.tracking.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:  # both are slow to import
@@ -153,7 +153,7 @@ class TrackedRun(Run):
         self._queue.add({"kind": "end", "status": status, "time": milliseconds()})
         left, lost = self._queue.close(self._config.close_seconds), ""
         if left:
-            folder = UNSENT.absolute() / f"{self._header['uid']}-{self._header['start']}"
+            folder = Path(self._config.unsent).absolute() / f"{self._header['uid']}-{self._header['start']}"
             try:
                 keep(folder, self._header | {"run_id": self._sender.run_id, "uri": fingerprint(self._uri)}, left)
                 warn(f"kept what MLflow did not take in {folder}; the next run sends it")

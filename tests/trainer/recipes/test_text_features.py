@@ -268,3 +268,30 @@ def test_triples_are_flags(tiny_lake: str, tmp_path: Path) -> None:
         features.run(config(lake, attributes=given | {"relations": ["plot"]}, name="other"))
     with pytest.raises(ValueError, match="relations: expected kind item, found user"):
         config(lake, attributes={"kind": "user", "relations": ["actor"]})
+
+
+def test_flags_of_one_domain_join_none(tiny_lake: str, tmp_path: Path) -> None:
+    """People who make items of both domains are a flag in each; without `join_domains: false`, one of both."""
+    lake = copied(tiny_lake, tmp_path / "lake")
+    given = {"relations": ["actor", "director"], "min_things": 1}
+    features.run(config(lake, attributes=given, name="joined"))
+    features.run(config(lake, attributes=given | {"join_domains": False}, name="apart"))
+    domains: dict[str, list[str]] = {}
+    for row in pl.read_delta(str(lake / "domains")).to_dicts():
+        if row["domain"] != "all":
+            domains.setdefault(row["item"], []).append(row["domain"])
+    assert set(map(tuple, domains.values())) == {("source",), ("target",)}
+    expected: dict[str, set[str]] = {}
+    for row in pl.read_delta(str(lake / "knowledge")).to_dicts():
+        (domain,) = domains[row["head"]]
+        expected.setdefault(row["head"], set()).add(f"{row['relation']}={row['tail']} ({domain})")
+    found = encodings(str(lake))
+    names = found["item/apart"].template.split("; ")
+    assert set(names) == set().union(*expected.values())
+    assert found["item/apart"].width > found["item/joined"].width  # somebody works in both
+    assert found["item/apart"].inputs.keys() == {"items", "knowledge", "domains"}
+    rows = pl.read_delta(str(lake / "features")).filter(pl.col("encoder") == "apart")
+    for item, vector in zip(rows["id"], rows["vector"], strict=True):
+        assert {name for name, flag in zip(names, vector, strict=True) if flag} == expected[item]
+    with pytest.raises(ValueError, match="join_domains: expected relations that could join them, found none"):
+        config(lake, attributes={"categorical": ["categories"], "join_domains": False})

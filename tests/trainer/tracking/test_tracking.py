@@ -458,6 +458,27 @@ def test_training_goes_on_without_a_server_and_the_next_run_sends_the_rest(store
     assert not list((store / "mlflow-unsent").iterdir())
 
 
+def test_runs_that_a_server_did_not_take_are_sent_together(store, monkeypatch, capfd):
+    broken = store / "elsewhere"
+    broken.write_text("a file where the store's folder should be")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{broken}/mlflow.db")
+    impatient = TrackingConfig(system_metrics=False, close_seconds=1)
+    for name in ("first", "second", "third"):
+        with start_run(impatient, name=name, resolved=PretrainConfig()):
+            pass
+    assert len(list((store / "mlflow-unsent").iterdir())) == 3
+    broken.unlink()
+    broken.mkdir()
+    (store / "mlflow.db").rename(broken / "mlflow.db")
+    capfd.readouterr()
+    with start_run(QUIET, name="next", resolved=PretrainConfig()):
+        pass
+    assert {run.info.status for run in runs_of(broken).values()} == {"FINISHED"}
+    assert runs_of(broken).keys() == {"first", "second", "third", "next"}
+    assert not list((store / "mlflow-unsent").iterdir())
+    assert "tracking:" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("server", ["dead", "silent"])
 def test_system_metrics_outlive_a_server_that_does_not_answer_and_delay_no_end(store, monkeypatch, server):
     with socket.socket() as listening:
