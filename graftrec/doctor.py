@@ -261,7 +261,7 @@ def _store() -> str:
     from trainer import tracking
     from trainer.tracking.store import sqlite_file
 
-    for name, value in (("MLFLOW_HTTP_REQUEST_TIMEOUT", "5"), ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")):
+    for name, value in (("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"), ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")):
         os.environ.setdefault(name, value)
     tracking.quieten()
     uri = tracking.tracking_uri()

@@ -60,6 +60,7 @@ from trainer.config.task import (
     WeightsHeadConfig,
 )
 from trainer.config.training import (
+    Compile,
     EvaluationConfig,
     PretrainConfig,
     RuntimeConfig,
@@ -79,6 +80,7 @@ __all__ = [
     "CaserConfig",
     "Choice",
     "ClickConfig",
+    "Compile",
     "DataConfig",
     "DocumentConfig",
     "DupnConfig",

@@ -98,6 +98,11 @@ class TaskSettings(Section):
         return False
 
     @property
+    def packs(self) -> bool:
+        """Whether its steps can have static shapes."""
+        return False
+
+    @property
     def reads_left_to_right(self) -> bool:
         """Whether a position never reads what stands behind it."""
         return bool(getattr(self, "causal", False))
@@ -129,6 +134,10 @@ class MaskedItemConfig(TaskSettings):
     loss: LossConfig = LossConfig()
     reads_times: ClassVar[bool] = True
 
+    @property
+    def packs(self) -> bool:
+        return True
+
 
 class NextItemConfig(TaskSettings):
     """Next item prediction: each position predicts the item after it, or the next `targets`, from those before."""
@@ -142,6 +151,10 @@ class NextItemConfig(TaskSettings):
     @property
     def is_next_item(self) -> bool:
         return self.targets == 1
+
+    @property
+    def packs(self) -> bool:
+        return self.targets == 1 and self.loss.kind != "squared"
 
     @property
     def reads_left_to_right(self) -> bool:

@@ -33,14 +33,23 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(2, ge=1, le=1_000_000)
 
 
+Compile = Literal["auto", "on", "off"]
+
+
 class RuntimeConfig(Section):
     """Where training runs: one process, or as many as `torchrun` started."""
+
+    LATER: ClassVar = ("static_shapes", "compile")
 
     device: str = "auto"
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
     # Per process; None: the usable cores, divided by the processes that `torchrun` started here
     threads: int | None = Field(None, ge=1, le=4_096)
     progress: bool = True  # bars, on terminals only
+    # Steps of a few shapes, with draws on the device and nothing read back, of the Transformer by next_item (one
+    # target) and masked_item. auto: on GPUs. Masks, negatives and dropout are others than those of steps on CPUs.
+    static_shapes: Literal["auto"] | bool = "auto"
+    compile: Compile = "auto"  # by torch.compile, steps of static shapes only; auto: on GPUs, runs of many steps
     # How long a process waits for the others of `torchrun` before it ends with the state of each
     collective_seconds: float = Field(600.0, gt=0, le=MAX_SECONDS)
 
@@ -114,6 +123,28 @@ class PretrainConfig(Section):
             raise ValueError(
                 "train.table_optimizer rowwise needs a loss that reads few rows, and task.loss.kind full reads all; "
                 "set task.loss.kind=sampled, or train.table_optimizer=adamw"
+            )
+        return self
+
+    @property
+    def packs(self) -> bool:
+        """Whether its steps can have static shapes."""
+        model, rowwise = self.model, self.train.table_optimizer == "rowwise"
+        featured = model.features.given or model.user_features.given
+        return isinstance(model, Bert4RecConfig) and self.task.packs and not rowwise and not featured
+
+    @model_validator(mode="after")
+    def _shapes_can_be_static(self) -> "PretrainConfig":
+        if self.runtime.static_shapes is True and not self.packs:
+            raise ValueError(
+                "runtime.static_shapes: expected model bert4rec without features, task next_item of one target or "
+                f"masked_item, and train.table_optimizer adamw, found {self.model.kind}, {self.task.kind}, "
+                f"{self.train.table_optimizer}; set static_shapes to auto"
+            )
+        if self.runtime.compile == "on" and not self.packs:
+            raise ValueError(
+                f"runtime.compile: expected a run that static_shapes are for, found {self.model.kind} and "
+                f"{self.task.kind}; set compile to auto"
             )
         return self
 

@@ -1,9 +1,12 @@
 """The typed batch that models and tasks see."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from trainer.data.packing import Packing
 
 
 @dataclass
@@ -19,7 +22,9 @@ class Batch:
     times [B, T] int64: when events were, where it is read: microseconds since 1970, anything past the end;
     request_times [B] int64: when the request is made, as `times`; None in training;
     rows: this rank's slice of the global batch of `global_rows` users and `global_items` items; draw: (seed, epoch,
-    step), which whatever is random about this batch is a function of.
+    step), which whatever is random about this batch is a function of;
+    packing: how its sequences lie in rows of static shapes (`trainer.data.packing`); None: ragged, and drawn on the
+    host.
     """
 
     items: Tensor
@@ -35,6 +40,7 @@ class Batch:
     event_types: Tensor | None = None
     times: Tensor | None = None
     request_times: Tensor | None = None
+    packing: Packing | None = None
 
     @property
     def mask_BT(self) -> Tensor:
@@ -42,14 +48,33 @@ class Batch:
         return torch.arange(self.items.shape[1], device=self.items.device) < self.lengths[:, None]
 
     def to(self, device: torch.device) -> "Batch":
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """In memory that a GPU copies from while the host goes on."""
+        return self._with(torch.Tensor.pin_memory)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads."""
+        found: list[Tensor] = []
+        self._with(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
+
+    def _with(self, changed: Callable[[Tensor], Tensor]) -> "Batch":
+        """What a step reads, changed: not `owners`, which stay on the host."""
+
+        def also(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else changed(tensor)
+
         return replace(
             self,
-            items=self.items.to(device, non_blocking=True),
-            lengths=self.lengths.to(device, non_blocking=True),
-            users=self.users.to(device, non_blocking=True),
-            values=None if self.values is None else self.values.to(device, non_blocking=True),
-            event_types=None if self.event_types is None else self.event_types.to(device, non_blocking=True),
-            times=None if self.times is None else self.times.to(device, non_blocking=True),
-            request_times=None if self.request_times is None else self.request_times.to(device, non_blocking=True),
-            everyone=None if self.everyone is None else self.everyone.to(device, non_blocking=True),
+            items=changed(self.items),
+            lengths=changed(self.lengths),
+            users=changed(self.users),
+            values=also(self.values),
+            event_types=also(self.event_types),
+            times=also(self.times),
+            request_times=also(self.request_times),
+            everyone=also(self.everyone),
+            packing=None if self.packing is None else self.packing.changed(changed),
         )

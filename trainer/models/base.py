@@ -19,6 +19,7 @@ from trainer.models.documents import DocumentTable
 from trainer.models.feature_map import FeatureMap, fitted_rows
 from trainer.models.features import Features, FeatureTable, kept_ids
 from trainer.models.heads import LossWeights, PairHead, unit
+from trainer.models.packed_places import PackedPlaces
 from trainer.models.row_table import RowTable, RowTables
 from trainer.models.time import ITEMS_ONLY, DomainAsked, EventInputs, Intervals
 
@@ -67,6 +68,7 @@ class SequenceModel(nn.Module):
     untrained_V: (
         Tensor | None
     )  # bool: rows that nobody has had: no class of a loss, and with features nothing of their own
+    classes_C: Tensor | None  # see `classes`
     asked_V: Tensor | None  # bool: the rows of the domain that is asked, where the model reads which one is
     content_VF: Tensor | None  # vectors of what items are, where the task reads them
     head: nn.Module
@@ -81,6 +83,7 @@ class SequenceModel(nn.Module):
         self.register_buffer("knowledge_VS", sizes.knowledge_VS.int(), persistent=False)
         self.register_buffer("predicted_V", None, persistent=False)
         self.register_buffer("untrained_V", None, persistent=False)
+        self.register_buffer("classes_C", None, persistent=False)
         self.register_buffer("asked_V", None, persistent=False)
         self.register_buffer("content_VF", None, persistent=False)
         self.dropout = Dropout(config.dropout)
@@ -120,6 +123,26 @@ class SequenceModel(nn.Module):
         items [B, T] catalogue rows, oldest first, padded behind `lengths`; users [B] rows of the user table (those
         beyond it are unknown). `causal`: a position looks at none behind it. `table_VD`: item_vectors(), where the
         caller has it already. `events`: what is read of events beside items."""
+        raise NotImplementedError
+
+    @property
+    def packs(self) -> bool:
+        """Whether `packed_states` is given: steps of static shapes."""
+        return False
+
+    def packed_states(
+        self,
+        items_BT: Tensor,
+        lengths_B: Tensor,
+        users_B: Tensor,
+        places: PackedPlaces,
+        *,
+        causal: bool,
+        table_VD: Tensor | None = None,
+        events: EventInputs = ITEMS_ONLY,
+    ) -> Tensor:
+        """As `forward`, through the rows of a packing: hidden states [N, D] of `places`, with nothing that the host
+        must wait for, nor a shape that depends on the batch's numbers."""
         raise NotImplementedError
 
     def item_vectors(self, rows: Tensor | None = None) -> Tensor:
@@ -237,6 +260,7 @@ class SequenceModel(nn.Module):
         """Predict these catalogue rows only (bool [V], at least one real item): others are read, and never an
         answer."""
         self.predicted_V = rows_V.to(self.knowledge_VS.device)
+        self.classes_C = self._classes()
 
     def ask_for(self, rows_V: Tensor) -> None:
         """Answer for the domain of these catalogue rows (bool [V]), where the model reads which one is asked."""
@@ -245,11 +269,14 @@ class SequenceModel(nn.Module):
     def mark_untrained(self, rows_V: Tensor) -> None:
         """Train and score without anything of these catalogue rows' own (bool [V])."""
         self.untrained_V = rows_V.to(self.knowledge_VS.device)
+        self.classes_C = self._classes()
 
     def classes(self) -> Tensor | None:
         """Catalogue rows, ascending, that a loss is taken among; None: all real ones."""
-        if self.predicted_V is None and self.untrained_V is None:
-            return None
+        return self.classes_C
+
+    def _classes(self) -> Tensor:
+        """Found once: their number is a shape, which a step has no time to wait for."""
         among_V = self.predicted_V
         if among_V is None:
             among_V = torch.arange(self.num_items, device=self.knowledge_VS.device) >= FIRST_INDEX

@@ -21,15 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from etl.tables import PAD
 from trainer.config import Bert4RecConfig
+from trainer.data.device_random import DeviceRandom
 from trainer.models.adapters import Patches, patched, weight_of
 from trainer.models.base import ModelSizes
 from trainer.models.cpu import attention
 from trainer.models.cpu.dropout import Dropout
 from trainer.models.cpu.rotary import rotated
 from trainer.models.item_encoder import Chunk, TiedModel
+from trainer.models.packed_places import PackedPlaces
 from trainer.models.row_table import RowTables
-from trainer.models.time import Pairs, RelativeBias
+from trainer.models.time import ITEMS_ONLY, EventInputs, Pairs, RelativeBias
 
 # Without cuDNN, which makes a plan for each shape that it hasn't seen, a tenth of a second: here nearly every step's.
 CUDA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -62,8 +65,8 @@ class Block(nn.Module):
         rotation_TE: Tensor | None,
         *,
         causal: bool,
-        wanted: "Wanted | None" = None,
-        random: torch.Generator | None = None,
+        wanted: "Wanted | PackedPlaces | None" = None,
+        random: torch.Generator | DeviceRandom | None = None,
         patches: Patches = None,
     ) -> Tensor:
         """[B, T, D] to [B, T, D]; to [N, D], those `wanted`, where not all are. `mask` [B, 1, 1 or Q, T]: what a
@@ -72,20 +75,23 @@ class Block(nn.Module):
         D = x_BTD.shape[2]
         normed_BTD = asking_BQD = self.attention_norm(x_BTD)
         qkv = weight_of(self.qkv, patches, "qkv")
-        if wanted is None:
+        if not isinstance(wanted, Wanted):  # packed rows all ask: what they save is the layers behind attention
             query, key, value = self._heads(F.linear(normed_BTD, qkv), 3)
         else:
             asking_BQD = wanted.gathered(normed_BTD)
             (query,) = self._heads(F.linear(asking_BQD, qkv[:D]), 1)
             key, value = self._heads(F.linear(normed_BTD, qkv[D:]), 2)
         if rotation_TE is not None:
-            query = rotated(query, rotation_TE if wanted is None else rotation_TE[wanted.places_BQ][:, None])
+            asked = rotation_TE[wanted.places_BQ][:, None] if isinstance(wanted, Wanted) else rotation_TE
+            query = rotated(query, asked)
             key = rotated(key, rotation_TE)
         # No dropout of attention weights: it would rule out the fused kernels, and the residual branch has its own.
         attended = _attended(query, key, value, mask, causal=causal and mask is None)
         attended_BQD = attended.transpose(1, 2).flatten(2)
         x, attended, asking = x_BTD, attended_BQD, asking_BQD
-        if wanted is not None:
+        if isinstance(wanted, PackedPlaces):
+            x, attended, asking = (wanted.taken(each) for each in (x_BTD, attended_BQD, asking_BQD))
+        elif wanted is not None:
             x, attended, asking = x_BTD[wanted.mask_BT], attended_BQD[wanted.mask_BQ], asking_BQD[wanted.mask_BQ]
         attended = F.linear(attended, weight_of(self.attention_out, patches, "attention_out"), self.attention_out.bias)
         x = self._added(x, self.dropout(patched(patches, "first", asking, attended), random), "first_gate", patches)
@@ -209,6 +215,42 @@ class Bert4Rec(TiedModel):
                 mask = (place_T <= wanted.places_BQ[:, :, None])[:, None]
             x_ND = last(x_BTD, mask, rotation_TE, wanted=wanted, **how)
         hidden_ND: Tensor = self.output_norm(x_ND)
+        return hidden_ND
+
+    @property
+    def packs(self) -> bool:
+        return self.tables is None and not self.features
+
+    def packed_states(
+        self,
+        items_BT: Tensor,
+        lengths_B: Tensor,
+        users_B: Tensor,
+        places: PackedPlaces,
+        *,
+        causal: bool,
+        table_VD: Tensor | None = None,
+        events: EventInputs = ITEMS_ONLY,
+    ) -> Tensor:
+        packing = places.packing
+        items_RT, places_RT, events = packing.packed(items_BT, PAD), packing.places_RT, events.packed(packing)
+        vectors_RTD = self.item_vectors(items_RT) if table_VD is None else F.embedding(items_RT, table_VD)
+        x_RTD = self.with_event_inputs(vectors_RTD, events) + self.position_embedding(places_RT)
+        if self.config.user_width:
+            x_RTD = x_RTD + F.embedding(packing.owners_RT, self.user_projection(self.user_vectors(users_B)))
+        random = packing.own if self.training else None
+        x_RTD = self.dropout(self.input_norm(x_RTD), random)
+        rotation_RTE = self.rotation_TE[places_RT][:, None] if self.config.positions == "rotary" else None
+        mask = packing.attends_RTT(lengths_B, causal=causal)[:, None]
+        biases, pairs = self._biases(), None
+        if biases:
+            assert events.times is not None, "times are read"
+            pairs = Pairs.packed(events.times, mask[:, 0])
+        for place, (block, patches) in enumerate(zip(self.blocks, self.patches_of_blocks(), strict=True)):
+            mask = biases[place](pairs) if biases else mask
+            wanted = places if place == len(self.blocks) - 1 else None
+            x_RTD = block(x_RTD, mask, rotation_RTE, causal=False, wanted=wanted, random=random, patches=patches)
+        hidden_ND: Tensor = self.output_norm(x_RTD)
         return hidden_ND
 
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.data.packing import Packing
 from trainer.models.cpu.bucket_values import bucket_values
 
 NUM_BUCKETS = 64
@@ -39,6 +40,12 @@ class EventTimes:
 
     own_BT: Tensor
     query_BT: Tensor
+    packed_since: Tensor | None = None  # [R, T] of packed rows: as `since_BT`, where neighbours may be of two sequences
+
+    @property
+    def since_BT(self) -> Tensor:
+        """Seconds since the sequence's event before; 0 at the first."""
+        return F.pad(self.own_BT.diff(dim=1), (1, 0)) if self.packed_since is None else self.packed_since
 
     @classmethod
     def of(cls, own_BT: Tensor, query_BT: Tensor) -> "EventTimes":
@@ -54,6 +61,10 @@ class EventTimes:
     def until(self, end: int) -> "EventTimes":
         """Those of the first positions."""
         return EventTimes(self.own_BT[:, :end], self.query_BT[:, :end])
+
+    def packed(self, packing: Packing) -> "EventTimes":
+        """Those of the positions of packed rows."""
+        return EventTimes(*(packing.packed(x) for x in (self.own_BT, self.query_BT, self.since_BT)))
 
     def split(self, sizes: Sequence[int]) -> list["EventTimes"]:
         """So many sequences each."""
@@ -80,6 +91,15 @@ class EventInputs:
             None if kinds is None else kinds[rows],
             None if times is None else times.take(rows),
             None if asked is None else asked[rows],
+        )
+
+    def packed(self, packing: Packing) -> "EventInputs":
+        """Those of the positions of packed rows."""
+        kinds, times, asked = self.event_types_BT, self.times, self.asked_BT
+        return EventInputs(
+            None if kinds is None else packing.packed(kinds),
+            None if times is None else times.packed(packing),
+            None if asked is None else packing.packed(asked, False),
         )
 
     def until(self, end: int) -> "EventInputs":
@@ -110,8 +130,7 @@ class Intervals(nn.Module):
         self.until_embedding = nn.Parameter(torch.zeros(NUM_BUCKETS, width)) if until else None
 
     def forward(self, times: EventTimes) -> Tensor:
-        since_BT = F.pad(times.own_BT.diff(dim=1), (1, 0))
-        found = F.embedding(time_buckets(since_BT), self.since_embedding)
+        found = F.embedding(time_buckets(times.since_BT), self.since_embedding)
         if self.until_embedding is not None:
             found = found + F.embedding(time_buckets(times.query_BT - times.own_BT), self.until_embedding)
         return found
@@ -131,7 +150,7 @@ class DomainAsked(nn.Module):
 @dataclass(frozen=True)
 class Pairs:
     """Queries and the positions that they attend to, of some sequences: the same for all layers. `blocked`, 0 or -inf,
-    [T, T] with `causal`, else [B, 1, T]; `places` [B, Q]: of the queries, None: all."""
+    [T, T] with `causal`, else [B, 1 or T, T]; `places` [B, Q]: of the queries, None: all."""
 
     buckets_BQT: Tensor
     apart_TT: Tensor  # int32: how far a query stands behind a key, from 0 on
@@ -146,11 +165,21 @@ class Pairs:
         if causal:
             is_blocked = torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
         else:
-            is_blocked = (torch.arange(T, device=device) >= lengths_B[:, None])[:, None]
+            # An empty sequence looks at its first position: a softmax over nothing is no number.
+            is_blocked = (torch.arange(T, device=device) >= lengths_B.clamp(min=1)[:, None])[:, None]
         blocked = torch.zeros(is_blocked.shape, device=device).masked_fill_(is_blocked, -torch.inf)
         place_T = torch.arange(T, dtype=torch.int32, device=device)
         apart_TT = place_T[:, None] - place_T + (T - 1)
         return cls(time_buckets(query_BT[:, :, None] - own_BT[:, None]), apart_TT, blocked, None, causal)
+
+    @classmethod
+    def packed(cls, times: EventTimes, sees_RTT: Tensor) -> "Pairs":
+        """All pairs of packed rows, of which each position `sees` some."""
+        T = sees_RTT.shape[1]
+        place_T = torch.arange(T, dtype=torch.int32, device=sees_RTT.device)
+        blocked = torch.zeros(sees_RTT.shape, device=sees_RTT.device).masked_fill(~sees_RTT, -torch.inf)
+        buckets = time_buckets(times.query_BT[:, :, None] - times.own_BT[:, None])
+        return cls(buckets, place_T[:, None] - place_T + (T - 1), blocked, None, causal=False)
 
     def of_places(self, places_BQ: Tensor) -> "Pairs":
         """Only those of queries at some places."""

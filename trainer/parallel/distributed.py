@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from etl.redaction import one_line
 from etl.settings import GraftrecError
-from trainer.config import RuntimeConfig
+from trainer.config import Compile, RuntimeConfig
 from trainer.parallel.cores import default_threads, use_threads
 from trainer.parallel.rank_states import GRACE_SECONDS, RankLost, RankStates
 
@@ -33,6 +33,8 @@ class World:
     device: torch.device
     dtype: torch.dtype  # of parameters
     autocast: bool  # bf16 arithmetic over fp32 parameters
+    static_shapes: bool = False  # of steps, where model and task can: the host doesn't wait for them
+    compile: Compile = "off"
 
     @property
     def first(self) -> bool:
@@ -124,7 +126,8 @@ def join(config: RuntimeConfig) -> World:
         _meet(rank, size, "nccl" if device.type == "cuda" else "gloo", config.collective_seconds)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     autocast = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(device))
-    return World(rank, size, device, dtype, autocast)
+    static_shapes = device.type == "cuda" if config.static_shapes == "auto" else config.static_shapes
+    return World(rank, size, device, dtype, autocast, static_shapes, config.compile)
 
 
 def _meet(rank: int, size: int, backend: str, seconds: float) -> None:
@@ -156,6 +159,7 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise GraftrecError("runtime.device is cuda, but torch sees no GPU here; set runtime.device=cpu or auto")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else products' sums come in any order
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     try:

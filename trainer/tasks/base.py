@@ -35,6 +35,11 @@ class Task(ABC):
         """Name prefixes of tensors that no step reaches."""
         return () if self.config.ranks_items else ITEM_TENSORS
 
+    @property
+    def packs(self) -> bool:
+        """Whether `loss` takes packed batches too, and then has static shapes and reads nothing back."""
+        return bool(self.config.packs)
+
     @abstractmethod
     def loss(self, model: SequenceModel, batch: Batch) -> tuple[Tensor, Tensor]:
         """(loss summed over the positions where one is taken, their number), of this rank's slice of the batch."""

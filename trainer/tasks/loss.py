@@ -13,7 +13,9 @@ from torch import Tensor
 from etl.tables import FIRST_INDEX
 from trainer.config import LossConfig
 from trainer.models import SequenceModel
+from trainer.tasks.packed_softmax import cross_entropy
 from trainer.tasks.pool import Hits, softmax_over_pool, softplus_over_pool
+from trainer.tasks.positions import Draw, integers
 from trainer.tasks.softmax import summed_cross_entropy
 
 
@@ -23,11 +25,12 @@ def summed_loss(
     targets_N: Tensor,
     config: LossConfig,
     *,
-    draw: tuple[int, ...],
+    draw: Draw,
     table_VD: Tensor | None,
+    weight_N: Tensor | None = None,
 ) -> Tensor:
     """Sum over N positions of the negative log-likelihood (nats) of their targets (catalogue rows) among all that the
-    model predicts."""
+    model predicts. `weight` [N] bool: the positions that count; None: all."""
     rows_C = model.classes()
     if config.kind == "full":
         table_VD = model.item_vectors() if table_VD is None else table_VD
@@ -35,21 +38,21 @@ def summed_loss(
         if rows_C is not None:
             classes_N = torch.searchsorted(rows_C, targets_N)
         rows = slice(FIRST_INDEX, None) if rows_C is None else rows_C
-        table_CD = model.as_scored(table_VD[rows])
-        return summed_cross_entropy(
-            model.head(hidden_ND), table_CD, bias_V[rows], classes_N, label_smoothing=config.label_smoothing
-        )
+        table_CD, query_ND = model.as_scored(table_VD[rows]), model.head(hidden_ND)
+        if weight_N is not None:
+            classes_N = classes_N.clamp(0, len(table_CD) - 1)  # of those that don't count, anything
+            return cross_entropy(query_ND, table_CD, bias_V[rows], classes_N, weight_N, config.label_smoothing)
+        return summed_cross_entropy(query_ND, table_CD, bias_V[rows], classes_N, label_smoothing=config.label_smoothing)
     num_items = model.num_items - FIRST_INDEX if rows_C is None else len(rows_C)
-    drawn = np.random.default_rng([*draw, 4]).integers(0, num_items, config.num_negatives)
-    negatives_K = torch.from_numpy(drawn).to(hidden_ND.device)
+    negatives_K = integers(draw, 4, config.num_negatives, num_items, hidden_ND.device)
     negatives_K = negatives_K + FIRST_INDEX if rows_C is None else rows_C[negatives_K]
     if config.kind == "bce":
-        return binary_loss(model, hidden_ND, targets_N, negatives_K)
+        return binary_loss(model, hidden_ND, targets_N, negatives_K, weight_N)
     if config.kind == "gbce":
         power = positive_power(config.num_negatives, num_items, config.calibration)
-        return generalised_binary_loss(model, hidden_ND, targets_N, negatives_K, power)
+        return generalised_binary_loss(model, hidden_ND, targets_N, negatives_K, power, weight_N)
     log_expected = np.log(config.num_negatives / num_items)  # draws of one item among K: K q, uniform q
-    return sampled_softmax(model, hidden_ND, targets_N, negatives_K, float(log_expected))
+    return sampled_softmax(model, hidden_ND, targets_N, negatives_K, float(log_expected), weight_N)
 
 
 def loss_of_users(
@@ -103,25 +106,36 @@ def is_predicted(model: SequenceModel, items: Tensor) -> Tensor:
 
 
 def sampled_softmax(
-    model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor, log_expected: float
+    model: SequenceModel,
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    negatives_K: Tensor,
+    log_expected: float,
+    counts_N: Tensor | None = None,
 ) -> Tensor:
-    """The sampled loss for given negatives [K], all drawn with the same expected count exp(log_expected)."""
+    """The sampled loss for given negatives [K], all drawn with the same expected count exp(log_expected). `counts` [N]
+    bool, here and below: the positions that count; None: all."""
     query_ND, own_N, pool = _read(model, hidden_ND, targets_N, negatives_K)
     hit_NK = Hits(targets_N, negatives_K)
-    if model.multiplies:
+    if model.multiplies and counts_N is None:
         return softmax_over_pool(query_ND, wide(own_N), pool, hit_NK, log_expected)
     others_NK = (model.crossed(query_ND, *pool) - log_expected).masked_fill(hit_NK[:], -torch.inf)
     total_N = torch.logsumexp(wide(torch.cat([own_N[:, None], others_NK], dim=1)), dim=1)
-    loss: Tensor = (total_N - own_N).sum()
-    return loss
+    return _summed(total_N - own_N, counts_N)
 
 
-def binary_loss(model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor) -> Tensor:
+def binary_loss(
+    model: SequenceModel,
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    negatives_K: Tensor,
+    counts_N: Tensor | None = None,
+) -> Tensor:
     """Sum over N positions of -log s(target), less the mean of log(1 - s(negative)) over the negatives that aren't the
     target; s is the logistic function (Tang and Wang 2018, equation 8, there with the sum over 3 negatives)."""
     hit_NK = Hits(targets_N, negatives_K)
     weight_N = 1 / hit_NK.others().clamp(min=1)
-    return _binary(model, hidden_ND, targets_N, negatives_K, power=1.0, weight_N=weight_N)
+    return _binary(model, hidden_ND, targets_N, negatives_K, 1.0, (weight_N, counts_N))
 
 
 def positive_power(num_negatives: int, num_items: int, calibration: float) -> float:
@@ -132,7 +146,12 @@ def positive_power(num_negatives: int, num_items: int, calibration: float) -> fl
 
 
 def generalised_binary_loss(
-    model: SequenceModel, hidden_ND: Tensor, targets_N: Tensor, negatives_K: Tensor, power: float
+    model: SequenceModel,
+    hidden_ND: Tensor,
+    targets_N: Tensor,
+    negatives_K: Tensor,
+    power: float,
+    counts_N: Tensor | None = None,
 ) -> Tensor:
     """Sum over N positions of gBCE (Petrov and Macdonald 2023): -(log s(target)^power + sum of log(1 - s(negative))) /
     (K + 1), over the K negatives but those that are the target.
@@ -141,7 +160,7 @@ def generalised_binary_loss(
     where s is near 1 the difference is lost in float32. Here it is never formed.
     """
     weight_N = torch.ones(len(targets_N), device=targets_N.device)
-    total = _binary(model, hidden_ND, targets_N, negatives_K, power=power, weight_N=weight_N)
+    total = _binary(model, hidden_ND, targets_N, negatives_K, power, (weight_N, counts_N))
     return total / (len(negatives_K) + 1)
 
 
@@ -150,13 +169,16 @@ def _binary(
     hidden_ND: Tensor,
     targets_N: Tensor,
     negatives_K: Tensor,
-    *,
     power: float,
-    weight_N: Tensor,
+    weights: tuple[Tensor, Tensor | None],
 ) -> Tensor:
-    """Sum over N positions of -power log s(target), less weight times the sum of log(1 - s(negative))."""
+    """Sum over N positions of -power log s(target), less weight times the sum of log(1 - s(negative)); `weights`:
+    these, and which positions count."""
     query_ND, own_N, pool = _read(model, hidden_ND, targets_N, negatives_K)
-    hit_NK = Hits(targets_N, negatives_K)
+    hit_NK, (weight_N, counts_N) = Hits(targets_N, negatives_K), weights
+    if counts_N is not None:
+        refused_NK = F.softplus(wide(model.crossed(query_ND, *pool))).masked_fill(hit_NK[:], 0)
+        return _summed(power * F.softplus(-wide(own_N)) + refused_NK.sum(1) * weight_N, counts_N)
     if model.multiplies:
         refused = softplus_over_pool(query_ND, pool, hit_NK, weight_N)
     else:
@@ -174,6 +196,10 @@ def _read(
     vectors, bias = model.as_scored(model.item_vectors(rows)), model.bias(rows)
     own_N = model.matched(query_ND, vectors[:N]) + bias[:N]
     return query_ND, own_N, (vectors[N:], bias[N:])
+
+
+def _summed(loss_N: Tensor, counts_N: Tensor | None) -> Tensor:
+    return loss_N.sum() if counts_N is None else torch.where(counts_N, loss_N, 0).sum()
 
 
 def wide(scores: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ behind the newest item. (Always cutting at the sequence's own end trains one tar
 0.119 for 0.127.)
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from trainer.models import SequenceModel
 from trainer.models.time import EventInputs
 from trainer.tasks.base import Task
 from trainer.tasks.loss import is_predicted, summed_loss
+from trainer.tasks.positions import Inputs, draw_of, positions_of, uniform
 from trainer.tasks.times import times_before_mask, times_of_masked
 
 
@@ -38,12 +38,19 @@ class MaskedItem(Task):
         chosen_BT &= is_predicted(model, batch.items)
         whole = self.config.loss.kind == "full"
         table_VD = model.item_vectors() if whole else None
-        hidden_ND = model(
-            corrupted_BT, lengths_B, batch.users, chosen_BT, causal=False, table_VD=table_VD, events=events
+        positions = positions_of(batch, chosen_BT, self.config.mask_probability)
+        inputs = Inputs(corrupted_BT, lengths_B, batch.users, events)
+        hidden_ND = positions.hidden(model, inputs, causal=False, table_VD=table_VD)
+        loss = summed_loss(
+            model,
+            hidden_ND,
+            positions.of_events(batch.items),
+            self.config.loss,
+            draw=draw_of(batch),
+            table_VD=table_VD,
+            weight_N=positions.weight_N,
         )
-        targets_N = batch.items[chosen_BT]
-        loss = summed_loss(model, hidden_ND, targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
-        return loss, chosen_BT.sum()
+        return loss, positions.count
 
     def mask(self, batch: Batch, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
         """(corrupted items [B, T], lengths [B], chosen positions [B, T] bool), at least one of each sequence.
@@ -51,11 +58,7 @@ class MaskedItem(Task):
         Drawn for the global batch, then cut to this rank's rows, so that it depends on no world size.
         """
         T = batch.items.shape[1]
-        random = np.random.default_rng([*batch.draw, 1])
-        uniform_3BT = torch.from_numpy(random.random((3, batch.global_rows, T), dtype=np.float32)[:, batch.rows])
-        uniform_2B = torch.from_numpy(random.random((2, batch.global_rows), dtype=np.float32)[:, batch.rows])
-        uniform_3BT, uniform_2B = uniform_3BT.to(batch.items.device), uniform_2B.to(batch.items.device)
-
+        uniform_3BT, uniform_2B = uniform(batch, 1, 3, 2)
         place_T = torch.arange(T, device=batch.items.device)
         last_only_B = uniform_2B[0] < self.config.last_only_probability
         cut_B = (1 + (uniform_2B[1] * batch.lengths).long()).minimum(batch.lengths)

@@ -14,6 +14,7 @@ from trainer.models import SequenceModel
 from trainer.models.time import EventInputs
 from trainer.tasks.base import Task
 from trainer.tasks.loss import is_predicted, loss_of_users, summed_loss
+from trainer.tasks.positions import Inputs, draw_of, positions_of
 from trainer.tasks.times import times_behind_cls
 
 
@@ -38,18 +39,27 @@ class NextItem(Task):
         if one_query:
             asking_BT = torch.zeros_like(real_BT)
             asking_BT[:, 0] = True
-        hidden_ND = model(
-            inputs_BT, batch.lengths, batch.users, asking_BT, causal=True, table_VD=table_VD, events=events
-        )
-        targets_N = batch.items[real_BT]
+        positions, inputs = positions_of(batch, asking_BT), Inputs(inputs_BT, batch.lengths, batch.users, events)
+        hidden_ND = positions.hidden(model, inputs, causal=True, table_VD=table_VD)
         if one_query:
+            targets_N = batch.items[real_BT]
             return loss_of_users(model, hidden_ND, targets_N, real_BT.nonzero()[:, 0], table_VD, self.config.loss)
         if self.config.targets > 1:
             asking, targets_N = self._following(batch)
             wanted_N = is_predicted(model, targets_N)
             hidden_ND, targets_N = hidden_ND[asking[wanted_N]], targets_N[wanted_N]
-        loss = summed_loss(model, hidden_ND, targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
-        return loss, torch.tensor(len(targets_N), device=loss.device)
+            loss = summed_loss(model, hidden_ND, targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
+            return loss, torch.tensor(len(targets_N), device=loss.device)
+        loss = summed_loss(
+            model,
+            hidden_ND,
+            positions.of_events(batch.items),
+            self.config.loss,
+            draw=draw_of(batch),
+            table_VD=table_VD,
+            weight_N=positions.weight_N,
+        )
+        return loss, positions.count
 
     def _following(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of each real position and each of the next items that there are: the position's number, and the item."""

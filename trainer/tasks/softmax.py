@@ -34,7 +34,8 @@ def summed_cross_entropy(
 def dtypes_of(table_VD: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """Of products, autocast's where that is on, and of sums and exponentials."""
     device = table_VD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else table_VD.dtype
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_on else table_VD.dtype
     return dtype, torch.promote_types(dtype, torch.float32)
 
 
@@ -85,7 +86,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
             def block(number: int) -> tuple[Tensor, ...]:
                 query, targets = blocks[number]
-                return _loss_and_slopes(query.to(dtype), targets[:, None], table, bias, smoothing, trained=trained)
+                return loss_and_slopes(query.to(dtype), targets[:, None], table, bias, smoothing, trained=trained)
 
             loss = summed_in_blocks(block, len(query_ND), rows, totals, device=device, per_row=(0,))
         ctx.save_for_backward(*totals)
@@ -96,24 +97,40 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return *(slope * gradients[0] for slope in ctx.saved_tensors), None, None
 
 
-def _loss_and_slopes(
-    query_ND: Tensor, targets_N1: Tensor, table_VD: Tensor, bias_V: Tensor, smoothing: float, *, trained: bool
+def loss_and_slopes(
+    query_ND: Tensor,
+    targets_N1: Tensor,
+    table_VD: Tensor,
+    bias_V: Tensor,
+    smoothing: float,
+    *,
+    trained: bool,
+    counts_N1: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """A block's summed loss; where they are requested, its gradients by query, table and bias too."""
+    """A block's summed loss; where they are requested, its gradients by query, table and bias too. `counts` bool: the
+    positions that count; None: all."""
     wide, num_classes = torch.promote_types(table_VD.dtype, torch.float32), len(table_VD)
     scores = torch.addmm(bias_V, query_ND, table_VD.T).to(wide)
     scores -= scores.amax(1, keepdim=True)
-    loss = -(1 - smoothing) * scores.gather(1, targets_N1).sum()
+    loss = -(1 - smoothing) * _counted(scores.gather(1, targets_N1), counts_N1).sum()
     if smoothing:
-        loss -= smoothing * scores.mean(1).sum()
+        loss -= smoothing * _counted(scores.mean(1, keepdim=True), counts_N1).sum()
     sums = scores.exp_().sum(1, keepdim=True)
-    loss += sums.log().sum()
+    loss += _counted(sums.log(), counts_N1).sum()
     if not trained:
         return (loss,)
     excess = scores.mul_(1 / sums)  # what each class is given beyond what it is due
     if smoothing:
         excess -= smoothing / num_classes
-    excess.scatter_add_(1, targets_N1, excess.new_full(targets_N1.shape, smoothing - 1))
+    if counts_N1 is None:
+        excess.scatter_add_(1, targets_N1, excess.new_full(targets_N1.shape, smoothing - 1))
+    else:  # on a GPU, additions to single places come last, one by one
+        is_target = (targets_N1 == torch.arange(num_classes, device=excess.device)).to(wide)
+        excess = (excess + is_target * (smoothing - 1)) * counts_N1
     of_bias_V = excess.sum(0)
     excess = excess.to(table_VD.dtype)
     return loss, excess @ table_VD, excess.T @ query_ND, of_bias_V
+
+
+def _counted(loss_N1: Tensor, counts_N1: Tensor | None) -> Tensor:
+    return loss_N1 if counts_N1 is None else loss_N1 * counts_N1

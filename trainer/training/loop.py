@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from etl.settings import GraftrecError
 from trainer.config import TrainConfig
+from trainer.data.ahead import Ahead, Batches
 from trainer.data.batch import Batch
 from trainer.data.loader import Loader
 from trainer.models import SequenceModel
@@ -33,7 +34,10 @@ from trainer.parallel.distributed import World
 from trainer.tasks import Task
 from trainer.training import checkpoint
 from trainer.training.checkpoint import Checkpoint
+from trainer.training.device_step import StepNumbers, Unread, step_on_device
 from trainer.training.optimizer import Optimizer
+
+WORTH_COMPILING = 2_000  # steps: a handful of graphs take a minute or two
 
 
 class NonFiniteLoss(GraftrecError):
@@ -104,10 +108,18 @@ class Training:
 
     def __init__(self, model: SequenceModel, task: Task, loader: Loader, config: TrainConfig, world: World) -> None:
         self.model, self.task, self.loader, self.config, self.world = model, task, loader, config, world
+        self.packs = world.static_shapes and model.packs and task.packs
+        self.batches: Batches = loader
+        self.unread: Unread | None = None  # the newest step, of static shapes
+        if self.packs:
+            rows = -(-config.batch_size // world.size)
+            self.batches = Ahead(loader, rows=rows, max_length=loader.max_length, device=world.device)
         self.optimizer = Optimizer(model, config, world)
         self.progress = Progress()
         self.saved: Path | None = None  # the newest checkpoint; the best epoch's weights lie in it too
         self.loss: nn.Module = Loss(model, task)
+        if self.packs and self._compiles():
+            self.loss.compile(dynamic=False, fullgraph=True)
         if world.size > 1:
             # Row-wise tables differ from process to process, and have an exchange of their own; buffers never change.
             apart = [*model.row_tables(), *(name for name, _ in model.named_buffers())]
@@ -117,6 +129,23 @@ class Training:
             ignore(self.loss, [f"model.{name}" for name in apart])
             with world.waiting("all processes to build the model"):
                 self.loss = DistributedDataParallel(self.loss)
+
+    def _compiles(self) -> bool:
+        if self.world.compile != "auto":
+            return self.world.compile == "on"
+        return self.world.device.type == "cuda" and self.config.epochs * self.batches.num_steps >= WORTH_COMPILING
+
+    def settle(self) -> StepNumbers | None:
+        """Wait for the newest step, where it is not read yet: its numbers. Raises NonFiniteLoss."""
+        if self.unread is None:
+            return None
+        unread, self.unread = self.unread, None
+        numbers = unread.read()
+        if not (math.isfinite(numbers.loss) and math.isfinite(numbers.norm)):
+            raise NonFiniteLoss(_blame(unread.batch, numbers.loss, numbers.norm))
+        self.progress.loss_sum += numbers.loss
+        self.progress.positions += numbers.positions
+        return numbers
 
     @property
     def best(self) -> dict[str, list[Tensor]]:
@@ -135,7 +164,7 @@ class Training:
                 "model": {name: [part] for name, part in tables.items()},
                 "optimizer": {n: [p] for n, p in sums.items()},
             },
-            state={"loader": self.loader.state_dict(), "progress": asdict(self.progress)},
+            state={"loader": self.batches.state_dict(), "progress": asdict(self.progress)},
         )
 
     def restore(self, saved: Checkpoint) -> None:
@@ -149,7 +178,7 @@ class Training:
                 take_rows(table, saved.parts["model"][name], self.world)
             for name, part in self.optimizer.state()[1].items():
                 take_rows(part, saved.parts["optimizer"][name], self.world)
-            self.loader.load_state_dict(saved.state["loader"])
+            self.batches.load_state_dict(saved.state["loader"])
         self.saved, self.progress = saved.folder, progress
 
 
@@ -185,12 +214,12 @@ def train(
         training.restore(saved)
         progress = training.progress
         watch.say(
-            f"resuming at epoch {training.loader.epoch + 1}, step {training.loader.step} ({progress.step} steps done)"
+            f"resuming at epoch {training.batches.epoch + 1}, step {training.batches.step} ({progress.step} steps done)"
         )
         if progress.history:
             watch.on_resume(progress.history)
             watch.judge(progress)
-    training.world.doing(lambda: f"epoch {training.loader.epoch + 1}, step {training.loader.step}")
+    training.world.doing(lambda: f"epoch {training.batches.epoch + 1}, step {training.batches.step}")
     last_saved = time.monotonic()
     with stop_signals() as signals:
         while not progress.finished:
@@ -202,11 +231,13 @@ def train(
                 progress.seconds += now - begun
                 begun = now
                 if wish >= Wish.SAVE:
+                    training.settle()
                     _save(training, checkpoints)
                     last_saved = time.monotonic()
                 if wish >= Wish.STOP:
-                    at = f"epoch {training.loader.epoch + 1}, step {training.loader.step}"
+                    at = f"epoch {training.batches.epoch + 1}, step {training.batches.step}"
                     raise Stopped(f"stopped by a signal at {at}; the state is saved: run the same command to go on")
+            training.settle()
             training.model.fit_features()
             metrics = training.world.of_first(validate())  # another host's may differ in the last bits
             is_best = _finish_epoch(training, metrics, score, time.monotonic() - begun)
@@ -220,6 +251,8 @@ def train_step(training: Training, batch: Batch, *, stop: bool, save: bool = Fal
     """One optimiser step on a global batch. Returns what follows it, on all processes alike: each asks its own clock
     and its own signals, so the sum of the losses carries the answer. `save`: of the first process only."""
     world, config, progress = training.world, training.config, training.progress
+    if training.packs:
+        return _packed_step(training, batch, Wish.STOP if stop else Wish.SAVE if save else Wish.GO_ON)
     batch = batch.to(world.device)
     torch.manual_seed(_seed(*batch.draw, world.rank))  # dropout's
     cast = torch.autocast(world.device.type, torch.bfloat16) if world.autocast else nullcontext()
@@ -234,12 +267,27 @@ def train_step(training: Training, batch: Batch, *, stop: bool, save: bool = Fal
     norm = training.optimizer.clip(config.clip_norm)
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise NonFiniteLoss(_blame(batch, total, norm))
-    training.optimizer.update(learning_rate(config, progress.step, training.loader.num_steps))
+    training.optimizer.update(learning_rate(config, progress.step, training.batches.num_steps))
     progress.step += 1
     progress.loss_sum += total
     progress.positions += num_positions
     progress.items += int(batch.global_items)
     return Wish(min(int(wishes), Wish.STOP))
+
+
+def _packed_step(training: Training, batch: Batch, wish: Wish) -> Wish:
+    """As `train_step`, of static shapes: the device is given this step before the one before it is read. Many processes
+    agree on what follows a step later."""
+    progress = training.progress
+    rate = learning_rate(training.config, progress.step, training.batches.num_steps)
+    numbers_4 = step_on_device(training, batch, wish=wish, learning_rate=rate)
+    before = training.settle()
+    training.unread = Unread(batch, numbers_4)
+    progress.step += 1
+    progress.items += int(batch.global_items)
+    if training.world.size == 1:
+        return wish
+    return Wish(min(int(before.wishes) if before is not None else 0, Wish.STOP))
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -302,7 +350,7 @@ def _save(training: Training, checkpoints: Path, *, is_best: bool = False) -> No
 
 def _shown(training: Training, show: bool) -> Iterator[Batch]:
     """The epoch's batches under a progress bar: loss, sequences per second, time left."""
-    loader, progress = training.loader, training.progress
+    loader, progress = training.batches, training.progress
     label = f"epoch {loader.epoch + 1}/{training.config.epochs}"
     size = training.config.batch_size
     total, done = loader.num_steps * size, loader.step * size
@@ -329,7 +377,8 @@ def _seed(*parts: int) -> int:
 
 def _blame(batch: Batch, loss: float, norm: float) -> str:
     _, epoch, step = batch.draw
-    users = ", ".join(map(str, batch.users[:5].tolist()))
+    users_B = batch.users if batch.packing is None or batch.owners is None else batch.owners
+    users = ", ".join(map(str, users_B[:5].tolist()))
     return (
         f"loss {loss} (gradient norm {norm}) at epoch {epoch + 1}, step {step}: the batch of {batch.global_rows} users "
         f"that begins with user indices {users}; lower train.learning_rate or train.clip_norm, or look at these users"

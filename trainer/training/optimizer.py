@@ -53,11 +53,19 @@ class Optimizer:
                 gradient.mul_(scale)
         return norm
 
+    def clip_on_device(self, max_norm: float) -> Tensor:
+        """As `clip`, of dense parameters, and nothing waits for it: the norm before, []."""
+        assert self._rows is None
+        return nn.utils.clip_grad_norm_(self.dense.values(), max_norm)
+
     @torch.no_grad()
-    def update(self, learning_rate: float) -> None:
-        """Change the weights by the gradients that `clip` left, and drop these."""
+    def update(self, learning_rate: float, *, skip: Tensor | None = None) -> None:
+        """Change the weights by the gradients that `clip` left, and drop these. `skip` bool []: leave all as it is,
+        decided on the device."""
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
+        if skip is not None:
+            self.adamw.found_inf = skip.float()  # type: ignore[attr-defined]  # as GradScaler tells a fused optimizer
         with torch_threads_for(self._num_dense):
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.data.device_random import DeviceRandom
+
 
 class Dropout(nn.Module):
     """Dropout at a rate rounded to 1/256: a random byte for each number, where torch's draws a float one by one.
@@ -19,9 +21,11 @@ class Dropout(nn.Module):
         super().__init__()
         self.threshold = round(256 * rate)
 
-    def forward(self, x: Tensor, random: torch.Generator | None) -> Tensor:
+    def forward(self, x: Tensor, random: torch.Generator | DeviceRandom | None) -> Tensor:
         if random is None or self.threshold == 0:
             return x
+        if isinstance(random, DeviceRandom):
+            return x * (random.kept(x.shape, self.threshold) * (256 / (256 - self.threshold))).to(x.dtype)
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
         words.random_(-(2**63), None, generator=random)
         dropped: Tensor = _Dropped.apply(x, words, self.threshold)  # type: ignore[no-untyped-call]

@@ -15,6 +15,10 @@ def rotated(x: Tensor, rotation: Tensor) -> Tensor:
     """Each pair of coordinates turned by its position's angle, so that a product of two knows their distance only.
 
     x [B, H, T, E], rotation [T, E] or [B, 1, T, E]: cosines, then sines."""
+    if torch.compiler.is_compiling():  # which fuses the passes itself
+        cosines, sines = rotation.to(x.dtype).chunk(2, dim=-1)
+        left, right = x.chunk(2, dim=-1)
+        return torch.cat([left * cosines - right * sines, right * cosines + left * sines], dim=-1)
     turned: Tensor = _Rotated.apply(x, rotation)  # type: ignore[no-untyped-call]
     return turned
 
