@@ -389,6 +389,30 @@ RECOMMENDATIONS = Table(
     order=("user", "rank"),
 )
 
+# Each list that a server gave (`trainer/serving`), best in a lake of its own: a lake has one writer. In no release.
+SERVED = Table(
+    "served",
+    pa.schema(
+        [
+            _field("day", _STRING),  # of `time`, UTC: 2026-11-30
+            _field("request", _STRING),  # its id
+            _field("place", _INT),  # of the record in the request
+            _field("time", _LONG),  # in files a timestamp, whatever the log's times are
+            _field("user", _STRING, null=True),  # raw id, as the request named it; personal data
+            _field("domain", _STRING, null=True),  # as the request named it
+            _field("version", _STRING),  # "<registered model>/<version>"
+            _field("basis", _STRING),  # model | friends | popular
+            _field("items", pa.list_(_STRING)),  # best first
+            _field("scores", pa.list_(pa.float64())),
+        ]
+    ),
+    key=("day", "request", "place"),
+    partition_by=("day",),
+    order=("time", "request", "place"),
+    times=("time",),
+    format=FORMAT,
+)
+
 RELEASES = Table(
     "releases",
     pa.schema(
@@ -426,6 +450,7 @@ TABLES: dict[str, Table] = {
         BASKETS,
         NEGATIVES,
         RECOMMENDATIONS,
+        SERVED,
         RELEASES,
     )
 }

@@ -106,9 +106,11 @@ OF_ETL = {
 }
 MORE_OF_ETL = {
     "trainer.data": {"etl.lake"},
+    "trainer.serving.served_log": {"etl.lake"},
     "trainer.recipes.recommend": {"etl.lake", "etl.session"},
     "trainer.recipes.features": {"etl.lake", "etl.session", "etl.jobs"},
     "trainer.recipes.recommendation_rows": {"etl.lake", "etl.session"},
+    "trainer.recipes.served": {"etl.lake"},
     "trainer.recipes.changed_users": {"etl.lake"},
     "trainer.recipes.alone": {"etl.lake"},  # who holds a lock
     "trainer.recipes.run_etl": {"etl.jobs", "etl.pipeline"},

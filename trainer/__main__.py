@@ -28,12 +28,13 @@ RECIPES: dict[str, tuple[type[Section], str]] = {
     "features": (configs.FeaturesConfig, "write vectors of items, users or entities as a Delta table"),
     "friends": (configs.FriendsConfig, "recommend to users without a history by their friends, and measure it"),
     "recommend": (configs.RecommendConfig, "write the top-k of every user as a Delta table"),
+    "served": (configs.ServedConfig, "hit rates of served versions, by what users took afterwards"),
+    "serve": (configs.ServeConfig, "answer requests over HTTP by the champion, which is followed"),
     "maintain": (configs.MaintainConfig, "list and remove old releases, unfinished files and abandoned runs"),
     "forget": (configs.ForgetConfig, "remove users from lake, models and MLflow"),
     "explain": (configs.ExplainConfig, "say where a recommendation came from"),
     "backup": (configs.BackupConfig, "copy a lake at one release, and its MLflow store"),
     "restore": (configs.RestoreConfig, "put a backup in the place of nothing"),
-    "serve": (configs.ServeConfig, "answer requests over HTTP by the champion, which is followed"),
 }
 
 OPERATIONS = ("maintain", "forget", "explain", "backup", "restore")  # which need no configuration of one's own

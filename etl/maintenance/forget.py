@@ -54,6 +54,7 @@ from etl.tables import (
     RECOMMENDATIONS,
     RELEASES,
     SEQUENCES,
+    SERVED,
     SOCIAL,
     TABLES,
     USERS,
@@ -64,7 +65,7 @@ from etl.tables import (
 JOURNAL = ".forgetting"
 _APP = "forget/"  # what applications of our commits begin with
 # Tables with rows of a user, those first that need an index which the table `users` gives.
-_TABLES = (SEQUENCES, BASKETS, NEGATIVES, RECOMMENDATIONS, FEATURES, SOCIAL, QUARANTINE, INTERACTIONS, USERS)
+_TABLES = (SEQUENCES, BASKETS, NEGATIVES, RECOMMENDATIONS, SERVED, FEATURES, SOCIAL, QUARANTINE, INTERACTIONS, USERS)
 
 
 class Reading(RunAgain):

@@ -27,7 +27,14 @@ from trainer.config.model import (
 )
 from trainer.config.operations import BackupConfig, ExplainConfig, ForgetConfig, MaintainConfig, RestoreConfig, required
 from trainer.config.search import Choice, PrunerConfig, RangeConfig, SearchConfig
-from trainer.config.serving import ServeConfig, ServingLimitsConfig, ShelfConfig
+from trainer.config.serving import (
+    ServeConfig,
+    ServedConfig,
+    ServedLogConfig,
+    ServingLimitsConfig,
+    ShelfConfig,
+    SplitConfig,
+)
 from trainer.config.social import (
     FriendModelConfig,
     FriendsConfig,
@@ -116,10 +123,13 @@ __all__ = [
     "RuntimeConfig",
     "SearchConfig",
     "ServeConfig",
+    "ServedConfig",
+    "ServedLogConfig",
     "ServingLimitsConfig",
     "ShelfConfig",
     "SocialConfig",
     "SocialDataConfig",
+    "SplitConfig",
     "TargetDataConfig",
     "TargetItemConfig",
     "TaskConfig",

@@ -58,6 +58,14 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.recipes import friends
 
             return friends.run
+        case "served":
+            from trainer.recipes import served
+
+            return served.run
+        case "serve":
+            from trainer.serving import server
+
+            return server.run
         case "maintain":
             from trainer.recipes import maintain
 
@@ -74,10 +82,6 @@ def _recipe(name: str) -> Callable[[Any], object]:
             from trainer.recipes import backup
 
             return backup.run if name == "backup" else backup.restore
-        case "serve":
-            from trainer.serving import server
-
-            return server.run
         case _:
             from trainer.recipes import recommend
 

@@ -9,6 +9,8 @@ where, and what can't be.
 
 import datetime as dt
 import json
+import shutil
+import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ from etl.redaction import redact
 from trainer import tracking
 from trainer.config import ForgetConfig, required
 from trainer.inference.delta_folder import PATCH, parent_of
+from trainer.inference.model_archive import MODEL, USERS, opened
 from trainer.inference.model_folder import MANIFEST, ModelFolderError, digest_of, model_hash
 from trainer.inference.without_users import follow_parent, is_model, is_of_lake, without_users
 from trainer.registry import rename_hash
@@ -115,30 +118,36 @@ def _in_folders(config: ForgetConfig, receipt: Receipt) -> None:
 
 def _in_store(config: ForgetConfig, receipt: Receipt) -> None:
     roots = tracking.artifact_roots()
-    parents: dict[str, Path] = {}
-    for again in (False, True):  # patches name files of their parents: these come first
-        for root in roots:
-            with tracking.editable(root, (".parquet", "manifest.json", "whole.json")) as folder:
-                if not folder.is_dir():
-                    continue
-                patches = [path.parent for path in folder.rglob(PATCH)]
-                if again and patches:
-                    for patch in patches:
-                        if (parent := parents.get(parent_of(patch))) is not None:
-                            follow_parent(patch, parent)
-                elif not again:
-                    _clean(config, folder, receipt, name=root.what, lake=root.lake)
-                    for manifest in folder.rglob(MANIFEST):
-                        if root.folder is not None and not is_friends(manifest.parent):
-                            _known(parents, manifest.parent)
-        _note(config, receipt)
+    parents: dict[str, Path] = {}  # hash -> folder with its manifest
+    with tempfile.TemporaryDirectory() as scratch:
+        for again in (False, True):  # patches name files of their parents: these come first
+            for root in roots:
+                named = (".parquet", "manifest.json", "whole.json", MODEL, USERS)
+                with tracking.editable(root, named) as folder, opened(folder):
+                    if not folder.is_dir():
+                        continue
+                    patches = [path.parent for path in folder.rglob(PATCH)]
+                    if again and patches:
+                        for patch in patches:
+                            if (parent := parents.get(parent_of(patch))) is not None:
+                                follow_parent(patch, parent)
+                    elif not again:
+                        _clean(config, folder, receipt, name=root.what, lake=root.lake)
+                        for manifest in folder.rglob(MANIFEST):
+                            if root.folder is not None and not is_friends(manifest.parent):
+                                _known(parents, manifest.parent, Path(scratch))
+            _note(config, receipt)
 
 
-def _known(parents: dict[str, Path], folder: Path) -> None:
+def _known(parents: dict[str, Path], folder: Path, scratch: Path) -> None:
+    """Keep the manifest of a model, by its hash."""
     try:
-        parents[model_hash(folder)] = folder
+        digest = model_hash(folder)
     except (ModelFolderError, OSError, ValueError, AttributeError):
         return
+    parents[digest] = scratch / digest
+    parents[digest].mkdir(exist_ok=True)
+    shutil.copyfile(folder / MANIFEST, parents[digest] / MANIFEST)
 
 
 def _clean(config: ForgetConfig, root: Path, receipt: Receipt, *, name: str, lake: str) -> None:

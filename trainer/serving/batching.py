@@ -15,6 +15,7 @@ from trainer.config import ServingLimitsConfig
 from trainer.inference.recommender import Answer, Request, RequestError
 from trainer.registry.loading import Served
 from trainer.serving.metrics import Metrics
+from trainer.serving.split import Split
 
 STUCK_SECONDS = 60.0  # a batch that takes longer than this, and than an answer may, never ends
 
@@ -43,7 +44,7 @@ class Batcher:
     but the answers themselves happens in the event loop.
     """
 
-    def __init__(self, current: Callable[[], Served], limits: ServingLimitsConfig, metrics: Metrics) -> None:
+    def __init__(self, current: Callable[[], Served | Split], limits: ServingLimitsConfig, metrics: Metrics) -> None:
         self._current, self._limits, self._metrics = current, limits, metrics
         self._thread = ThreadPoolExecutor(1, "answer")
         self._jobs: deque[_Job] = deque()
@@ -136,7 +137,7 @@ def _alike(jobs: Sequence[_Job]) -> list[list[_Job]]:
     return list(groups.values())
 
 
-def _outcomes(served: Served, jobs: Sequence[_Job]) -> list[tuple[_Job, _Outcome]]:
+def _outcomes(served: Served | Split, jobs: Sequence[_Job]) -> list[tuple[_Job, _Outcome]]:
     """Of jobs that want as many items of the same domain."""
     try:
         chosen = served.of_domain(jobs[0].domain)

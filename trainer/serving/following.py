@@ -29,13 +29,22 @@ class Current:
     beside: Beside
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a model is: an alias or number of a registered model, or a folder. `arm`: what metrics call it."""
+
+    registered_model: str
+    model: str
+    arm: str
+
+
 class Followed:
     """A model by alias, number or folder. Made, it is ready to answer. Raises GraftrecError where there is none."""
 
-    def __init__(
-        self, registered_model: str, model: str, *, seconds: float, metrics: Metrics, say: Callable[[str], None]
-    ) -> None:
-        self._model, self._seconds, self._metrics, self._say = model, seconds, metrics, say
+    def __init__(self, place: Place, *, seconds: float, metrics: Metrics, say: Callable[[str], None]) -> None:
+        self._seconds, self._metrics, self._say = seconds, metrics, say
+        registered_model, model, self._arm = place.registered_model, place.model, place.arm
+        self._model = model
         self._registry = None if _is_folder(model) else Registry(registered_model)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
@@ -44,7 +53,7 @@ class Followed:
         else:
             version = self._registry.version(model)
             self.current = _loaded(self._registry.stored(version), version.label)
-        self._noted()
+        self._noted(None)
 
     def start(self) -> None:
         """Follow, until `stop`."""
@@ -82,10 +91,10 @@ class Followed:
             self.current = _loaded(self._registry.stored(version), version.label)
             self._metrics.changes.inc()
             self._say(f"{version.label} answers after {before.label}, loaded in {time.monotonic() - begun:.1f} s")
-        self._noted()
+        self._noted(before.label)
 
-    def _noted(self) -> None:
-        self._metrics.serves(self.current.label)
+    def _noted(self, before: str | None) -> None:
+        self._metrics.serves(self.current.label, before, self._arm)
         self._metrics.followed.set(time.time())
 
 

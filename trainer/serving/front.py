@@ -18,22 +18,25 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from fastapi import FastAPI, Request, Response
 from starlette.routing import BaseRoute, Route
 
 from etl.redaction import one_line
 from etl.settings import GraftrecError
-from trainer.config import ServingLimitsConfig
+from trainer.config import ServingLimitsConfig, SplitConfig
 from trainer.inference.recommender import RequestError, parse, parse_params
+from trainer.registry.loading import Served
 from trainer.serving import metrics as measured
 from trainer.serving.batching import Batcher, Overloaded
 from trainer.serving.following import Followed
 from trainer.serving.metrics import Metrics
+from trainer.serving.served_log import ServedLog
 from trainer.serving.shelf import Shelf
+from trainer.serving.split import Split
 
 RETRY_SECONDS = 1
 REQUEST_ID = "x-request-id"
@@ -50,20 +53,49 @@ class Refused(Exception):
         self.status = status
 
 
+class Thread(Protocol):
+    """What has a thread of its own, from `start` to `stop`."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a server is made of: the model that it follows, perhaps another that shares its traffic, a shelf, a log."""
+
+    followed: Followed
+    other: Followed | None
+    split: SplitConfig
+    shelf: Shelf
+    log: ServedLog
+
+    @property
+    def threads(self) -> list[Thread]:
+        return [self.followed, *([] if self.other is None else [self.other]), self.shelf, self.log]
+
+    def answering(self) -> Served | Split:
+        """What answers now."""
+        own = self.followed.current.served
+        if self.other is None:
+            return own
+        return Split(own, self.other.current.served, self.split.share, self.split.salt)
+
+
 class Front:
     """What the routes share: the followed model, the batches, and whether requests are still wanted."""
 
     def __init__(
         self,
-        followed: Followed,
-        shelf: Shelf,
+        parts: Parts,
         limits: ServingLimitsConfig,
         metrics: Metrics,
         say: Callable[[str], None],
     ) -> None:
         self.limits, self.metrics, self.draining = limits, metrics, False
-        self._followed, self._shelf, self._say = followed, shelf, say
-        self._batcher = Batcher(lambda: followed.current.served, limits, metrics)
+        self._parts, self._say = parts, say
+        self._batcher = Batcher(parts.answering, limits, metrics)
 
     def app(self) -> FastAPI:
         # Not FastAPI's own routes: a request is validated by the recommender, whoever serves it.
@@ -79,11 +111,11 @@ class Front:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        self._followed.start()
-        self._shelf.start()
+        for part in self._parts.threads:
+            part.start()
         yield
-        self._followed.stop()
-        self._shelf.stop()
+        for part in self._parts.threads:
+            await asyncio.to_thread(part.stop)
         await asyncio.to_thread(self._batcher.stop)
 
     async def health(self, request: Request) -> Response:
@@ -92,7 +124,7 @@ class Front:
     async def ready(self, request: Request) -> Response:
         if self.draining or not self._batcher.works:
             return _json({"ready": False, "reason": "the server is about to end"}, 503)
-        return _json({"ready": True, "version": self._followed.current.label})
+        return _json({"ready": True, "version": self._parts.followed.current.label})
 
     async def read_metrics(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type=measured.CONTENT_TYPE)
@@ -103,7 +135,7 @@ class Front:
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         headers = {REQUEST_ID: request_id}
         try:
-            answer = _json({"predictions": await self._predictions(request)}, 200, headers)
+            answer = _json({"predictions": await self._predictions(request, request_id)}, 200, headers)
         except RequestError as error:
             answer = _json({"message": one_line(error)}, 400, headers)
         except Refused as error:
@@ -118,7 +150,7 @@ class Front:
         self.metrics.seconds.observe(time.monotonic() - begun)
         return answer
 
-    async def _predictions(self, request: Request) -> list[dict[str, Any]]:
+    async def _predictions(self, request: Request, request_id: str) -> list[dict[str, Any]]:
         body = _parsed(await self._body(request))
         domain, k = parse_params(body.get("params", {}))
         records = next(body[name] for name in _RECORDS if name in body)
@@ -126,10 +158,11 @@ class Front:
             raise RequestError(
                 f"expected at most {self.limits.records} records, found {len(records)}; send several requests"
             )
-        requests = [replace(one, allowed=self._shelf.allowed(one.only)) for one in parse(records)]
+        requests = [replace(one, allowed=self._parts.shelf.allowed(one.only)) for one in parse(records)]
         answers = await self._batcher.answer(requests, k, domain)
         for answer in answers:
             self.metrics.answers.labels(answer.version, answer.basis).inc()
+        self._parts.log.add(request_id, requests, answers, domain)
         return [vars(answer) for answer in answers]
 
     async def _body(self, request: Request) -> bytes:

@@ -29,7 +29,7 @@ class Metrics:
             "graftrec_batch_seconds", "Seconds that a batch took", buckets=_SECONDS, registry=mine
         )
         self.waiting = Gauge("graftrec_waiting_records", "Records that wait for an answer", registry=mine)
-        self.version = Gauge("graftrec_model_info", "1 for the version that answers", ["version"], registry=mine)
+        self.version = Gauge("graftrec_model_info", "1 for a version that answers", ["version", "arm"], registry=mine)
         self.changes = Counter("graftrec_version_changes", "Times that another version took over", registry=mine)
         self.failures = Counter(
             "graftrec_follow_failures",
@@ -37,14 +37,16 @@ class Metrics:
             registry=mine,
         )
         self.stock = Gauge("graftrec_stock_items", "Items in stock, as last read", registry=mine)
+        self.lists = Counter("graftrec_served_rows", "Lists in the served log", ["outcome"], registry=mine)
         self.followed = Gauge(
             "graftrec_followed_timestamp_seconds", "When the registry last answered, since 1970", registry=mine
         )
 
-    def serves(self, label: str) -> None:
-        """Note the version that answers from now on."""
-        self.version.clear()
-        self.version.labels(label).set(1)
+    def serves(self, label: str, before: str | None, arm: str) -> None:
+        """Note the version that answers from now on, in place of the one `before`."""
+        if before is not None and before != label:
+            self.version.remove(before, arm)
+        self.version.labels(label, arm).set(1)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

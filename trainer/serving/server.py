@@ -16,9 +16,10 @@ import uvicorn
 from etl.settings import GraftrecError
 from trainer.config import ServeConfig
 from trainer.parallel.cores import use_threads
-from trainer.serving.following import Followed
-from trainer.serving.front import Front
+from trainer.serving.following import Followed, Place
+from trainer.serving.front import Front, Parts
 from trainer.serving.metrics import Metrics
+from trainer.serving.served_log import ServedLog
 from trainer.serving.shelf import Shelf
 
 CONNECTIONS_WAITING = 2048  # of the listening socket
@@ -36,15 +37,12 @@ def made(config: ServeConfig) -> "Server":
     metrics = Metrics()
     listener = _bound(config)
     try:
-        followed = Followed(
-            config.registered_model, config.model, seconds=config.follow_seconds, metrics=metrics, say=say
-        )
-        shelf = Shelf(config.shelf, metrics, say)
+        parts = _parts(config, metrics)
     except BaseException:
         listener.close()
         raise
     listener.listen(CONNECTIONS_WAITING)
-    front = Front(followed, shelf, config.limits, metrics, say)
+    front = Front(parts, config.limits, metrics, say)
     settings = uvicorn.Config(
         front.app(),
         log_config=None,
@@ -55,8 +53,24 @@ def made(config: ServeConfig) -> "Server":
         timeout_graceful_shutdown=config.shutdown_seconds,
     )
     server = Server(settings, front, listener, config.drain_seconds)
-    say(f"{followed.current.label} answers at {server.address}/invocations")
+    beside = "" if parts.other is None else f", and {parts.other.current.label} {config.split.share:.0%} of the users,"
+    say(f"{parts.followed.current.label}{beside} answers at {server.address}/invocations")
     return server
+
+
+def _parts(config: ServeConfig, metrics: Metrics) -> Parts:
+    def followed(model: str, arm: str) -> Followed:
+        place = Place(config.registered_model, model, arm)
+        return Followed(place, seconds=config.follow_seconds, metrics=metrics, say=say)
+
+    other = config.split.model
+    return Parts(
+        followed(config.model, "model"),
+        None if other is None else followed(other, "split"),
+        config.split,
+        Shelf(config.shelf, metrics, say),
+        ServedLog(config.log, metrics, say),
+    )
 
 
 def say(line: str) -> None:

@@ -273,7 +273,7 @@ def test_health_readiness_and_metrics(folders, items):
         'graftrec_requests_total{code="400"} 1.0',
         f'graftrec_answers_total{{basis="model",version="{label}"}} 1.0',
         f'graftrec_answers_total{{basis="popular",version="{label}"}} 1.0',
-        f'graftrec_model_info{{version="{label}"}} 1.0',
+        f'graftrec_model_info{{arm="model",version="{label}"}} 1.0',
         "graftrec_request_seconds_count 2.0",
         "graftrec_waiting_records 0.0",
     ):
@@ -329,7 +329,7 @@ def test_the_champion_moves_under_load_and_nothing_is_lost(folders, store, items
         assert mine == sorted(mine)
         assert set(mine) == {1, 2, 3}
     assert "graftrec_version_changes_total 2.0" in text
-    assert 'graftrec_model_info{version="graftrec/3"} 1.0' in text
+    assert 'graftrec_model_info{arm="model",version="graftrec/3"} 1.0' in text
     assert "graftrec/1" not in "".join(line for line in text.splitlines() if "model_info" in line)
 
 
