@@ -5,7 +5,15 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
+from etl.redaction import one_line
 from etl.settings import GraftrecError
+
+_OF_NAMES = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+)  # that an archive gives its files
 
 
 class ArchiveError(GraftrecError):
@@ -26,6 +34,9 @@ def unpack(archive: Path, folder: Path) -> None:
     """Write the files of an archive that `pack` wrote, not compressed, into a folder. Raises ArchiveError."""
     try:
         with zipfile.ZipFile(archive) as opened:
+            stored = [entry for entry in opened.infolist() if entry.compress_type == zipfile.ZIP_STORED]
+            if sum(entry.file_size for entry in stored) > archive.stat().st_size:  # entries that overlap
+                raise ArchiveError(f"{archive.name}: expected files beside each other, found others; make it again")
             for entry in opened.infolist():
                 place = PurePosixPath(entry.filename)
                 if (
@@ -47,5 +58,8 @@ def unpack(archive: Path, folder: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with opened.open(entry) as packed, path.open("xb") as target:
                     shutil.copyfileobj(packed, target)
-    except (zipfile.BadZipFile, FileExistsError, EOFError, NotImplementedError) as error:
-        raise ArchiveError(f"{archive.name} is damaged: expected a ZIP archive, found {error}; make it again") from None
+    except (zipfile.BadZipFile, *_OF_NAMES, EOFError, ValueError, RuntimeError) as error:
+        raise ArchiveError(
+            f"{archive.name} is damaged: expected a ZIP archive, found another file ({one_line(error, 150)}); make "
+            "it again"
+        ) from None

@@ -18,7 +18,7 @@ def command(folder, *words, **environment):
 @pytest.mark.parametrize("environment", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONIOENCODING": "ascii"}])
 def test_help_is_printed(tmp_path, environment):
     code, said = command(tmp_path, "trainer", "pretrain", "--help", **environment)
-    assert code == 0
+    assert code == 0, said
     assert "--train.epochs" in said
 
 

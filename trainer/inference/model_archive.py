@@ -17,7 +17,8 @@ MODEL, USERS = "model.zip", "users.zip"
 
 def archived(folder: Path, target: Path) -> list[Path]:
     """Write a folder's archives into the folder `target`; returns their paths."""
-    files = {path.name: path for path in folder.iterdir() if path.is_file()}
+    # A link may lead to what is nobody's to publish.
+    files = {path.name: path for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
     parts = {
         MODEL: {name: path for name, path in files.items() if name not in OPTIONAL},
         USERS: {name: path for name, path in files.items() if name in OPTIONAL},
