@@ -6,6 +6,7 @@ users.zip   what is personal data in it (the user table, raw user ids), so that 
 Unpacked, the folder's manifest verifies each file.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from etl.archive import pack, unpack
@@ -34,3 +35,25 @@ def unarchived(folder: Path, target: Path) -> Path:
         if (folder / name).is_file():
             unpack(folder / name, target)
     return target
+
+
+def edit_archives(folder: Path, scratch: Path, change: Callable[[Path], bool]) -> None:
+    """Let `change` change the files of the archives in `folder`, unpacked into `scratch`; it says whether it has.
+
+    Killed anywhere, what lies there is a model, if without its users, and the same call finishes it.
+    """
+    new = {name: folder / f"{name}.new" for name in (MODEL, USERS)}
+    if not (new[MODEL].is_file() and not (folder / USERS).is_file()):  # else a killed call is to be finished
+        for path in new.values():
+            path.unlink(missing_ok=True)
+        if not change(unarchived(folder, scratch / "model")):
+            return
+        written = scratch / "archives"
+        written.mkdir()
+        for path in sorted(archived(scratch / "model", written), key=lambda one: one.name == MODEL):
+            path.rename(scratch / path.name)
+            new[path.name].write_bytes((scratch / path.name).read_bytes())
+    (folder / USERS).unlink(missing_ok=True)  # a model without its users is one; one with others than it names isn't
+    new[MODEL].replace(folder / MODEL)
+    if new[USERS].is_file():
+        new[USERS].replace(folder / USERS)

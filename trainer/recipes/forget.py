@@ -9,6 +9,7 @@ where, and what can't be.
 
 import datetime as dt
 import json
+import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from etl.redaction import redact
 from trainer import tracking
 from trainer.config import ForgetConfig, required
 from trainer.inference.delta_folder import PATCH, parent_of
+from trainer.inference.model_archive import MODEL, edit_archives
 from trainer.inference.model_folder import MANIFEST, ModelFolderError, digest_of, model_hash
 from trainer.inference.without_users import follow_parent, is_model, is_of_lake, without_users
 from trainer.registry import rename_hash
@@ -116,22 +118,48 @@ def _in_folders(config: ForgetConfig, receipt: Receipt) -> None:
 def _in_store(config: ForgetConfig, receipt: Receipt) -> None:
     roots = tracking.artifact_roots()
     parents: dict[str, Path] = {}
-    for again in (False, True):  # patches name files of their parents: these come first
-        for root in roots:
-            with tracking.editable(root, (".parquet", "manifest.json", "whole.json")) as folder:
-                if not folder.is_dir():
-                    continue
-                patches = [path.parent for path in folder.rglob(PATCH)]
-                if again and patches:
-                    for patch in patches:
-                        if (parent := parents.get(parent_of(patch))) is not None:
-                            follow_parent(patch, parent)
-                elif not again:
-                    _clean(config, folder, receipt, name=root.what, lake=root.lake)
-                    for manifest in folder.rglob(MANIFEST):
-                        if root.folder is not None and not is_friends(manifest.parent):
-                            _known(parents, manifest.parent)
-        _note(config, receipt)
+    with tempfile.TemporaryDirectory(prefix="graftrec-forget-") as scratch:
+        for again in (False, True):  # patches name files of their parents: these come first
+            for number, root in enumerate(roots):
+                with tracking.editable(root, (".parquet", ".zip", "manifest.json", "whole.json")) as folder:
+                    if folder.is_dir():
+                        one = _Store(config, receipt, root, parents, Path(scratch) / f"{number}-{int(again)}")
+                        _in_root(one, folder, again=again)
+            _note(config, receipt)
+
+
+@dataclass(frozen=True)
+class _Store:
+    """What is known while a root of artifacts is gone through."""
+
+    config: ForgetConfig
+    receipt: Receipt
+    root: tracking.ArtifactRoot
+    parents: dict[str, Path]  # hash -> model folder
+    scratch: Path
+
+
+def _in_root(one: _Store, folder: Path, *, again: bool) -> None:
+    """`again`: patches follow their parents; before, users go."""
+
+    def change(model: Path) -> bool:
+        if again:
+            parent = one.parents.get(parent_of(model)) if (model / PATCH).is_file() else None
+            return parent is not None and follow_parent(model, parent)
+        before = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+        _clean(one.config, model, one.receipt, name=one.root.what, lake=one.root.lake)
+        if (model / MANIFEST).is_file() and not is_friends(model):
+            _known(one.parents, model)
+        return before != {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+
+    for number, path in enumerate(sorted(folder.rglob(MODEL))):
+        scratch = one.scratch / str(number)
+        scratch.mkdir(parents=True)
+        edit_archives(path.parent, scratch, change)
+    for manifest in [*folder.rglob(MANIFEST), *folder.rglob(PATCH)]:
+        change(manifest.parent)
+    if not again:
+        _clean(one.config, folder, one.receipt, name=one.root.what, lake=one.root.lake)
 
 
 def _known(parents: dict[str, Path], folder: Path) -> None:
