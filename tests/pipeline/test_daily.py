@@ -20,7 +20,6 @@ from trainer.inference.model_folder import load_model
 
 pytest.importorskip("pysail")
 NAME = "shop-music"
-ROOT = Path(__file__).parents[2]
 
 
 def write_pipeline(folder: Path) -> Path:
@@ -76,7 +75,7 @@ def recommend(folder: Path, *more: str) -> str:
 
 
 def night(folder: Path, *more: str, code: int | None = 0) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", str(folder / "pipeline.yaml")]
+    words = [sys.executable, "-m", "graftrec", "pipeline", "--config", str(folder / "pipeline.yaml")]
     done = subprocess.run([*words, *more], cwd=folder, env=environment(), capture_output=True, text=True, timeout=1200)
     assert code in (None, done.returncode), f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

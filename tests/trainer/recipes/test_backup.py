@@ -13,8 +13,8 @@ from etl.tables import SEQUENCES
 from tests.fixtures.daily_log import contents
 from tests.fixtures.folders import write_model
 from tests.fixtures.lakes import build_tiny_lake
+from tests.fixtures.new_releases import new_release
 from tests.fixtures.stores import enter_store
-from tests.trainer.recipes.test_maintain import new_release
 from trainer.config import BackupConfig, RestoreConfig
 from trainer.data.release import DataError, pin
 from trainer.inference.model_folder import load_model

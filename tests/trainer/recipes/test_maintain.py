@@ -6,15 +6,12 @@ import time
 import pytest
 from deltalake import DeltaTable
 
-from etl.jobs.releases import release_with, released
-from etl.lake.commit import Commit, commit_files
-from etl.lake.lease import writing
+from etl.jobs.releases import released
 from etl.lake.readers import readers, stop_reading
-from etl.lake.rows import rewritten
-from etl.lake.snapshots import snapshot_files
-from etl.tables import NEGATIVES, RELEASES, SEQUENCES
+from etl.tables import SEQUENCES
 from tests.fixtures.folders import write_model
 from tests.fixtures.lakes import build_tiny_lake
+from tests.fixtures.new_releases import new_release
 from tests.fixtures.stores import enter_store
 from tests.fixtures.trainings import config_file, start
 from trainer import tracking
@@ -28,17 +25,6 @@ from trainer.registry import CHAMPION, Registry
 def lake(tmp_path, monkeypatch):
     enter_store(tmp_path, monkeypatch)
     return build_tiny_lake(tmp_path / "lake")
-
-
-def new_release(lake):
-    """A release whose sequences and negatives lie in files of their own."""
-    versions = {}
-    with writing(lake, RELEASES):
-        for table in (SEQUENCES, NEGATIVES):
-            files, _ = rewritten(lake, table, snapshot_files(lake, table), lambda batch: batch)
-            done = Commit(mode="overwrite", app=f"test/{time.time_ns()}", app_version=0, metadata={})
-            versions[table.name] = commit_files(lake, table, files, done).version
-        return release_with(lake, versions)[0]
 
 
 def config(lake, **more):
