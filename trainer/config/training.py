@@ -47,8 +47,9 @@ class RuntimeConfig(Section):
     threads: int | None = Field(None, ge=1, le=4_096)
     progress: bool = True  # bars, on terminals only
     # Steps of a few shapes, with draws on the device and nothing read back, of the Transformer by next_item (one
-    # target) and masked_item. auto: on GPUs. Masks, negatives and dropout are others than those of steps on CPUs.
-    static_shapes: Literal["auto"] | bool = "auto"
+    # target) and masked_item: made for GPUs, and not measured on one yet. Masks, negatives and dropout are others than
+    # those of other steps.
+    static_shapes: bool = False
     compile: Compile = "auto"  # by torch.compile, steps of static shapes only; auto: on GPUs, runs of many steps
     # How long a process waits for the others of `torchrun` before it ends with the state of each
     collective_seconds: float = Field(600.0, gt=0, le=MAX_SECONDS)
@@ -135,11 +136,11 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _shapes_can_be_static(self) -> "PretrainConfig":
-        if self.runtime.static_shapes is True and not self.packs:
+        if self.runtime.static_shapes and not self.packs:
             raise ValueError(
                 "runtime.static_shapes: expected model bert4rec without features, task next_item of one target or "
                 f"masked_item, and train.table_optimizer adamw, found {self.model.kind}, {self.task.kind}, "
-                f"{self.train.table_optimizer}; set static_shapes to auto"
+                f"{self.train.table_optimizer}; set static_shapes to false"
             )
         if self.runtime.compile == "on" and not self.packs:
             raise ValueError(

@@ -126,8 +126,7 @@ def join(config: RuntimeConfig) -> World:
         _meet(rank, size, "nccl" if device.type == "cuda" else "gloo", config.collective_seconds)
     dtype = torch.float64 if config.precision == "fp64" else torch.float32
     autocast = config.precision == "bf16" or (config.precision == "auto" and _bf16_pays(device))
-    static_shapes = device.type == "cuda" if config.static_shapes == "auto" else config.static_shapes
-    return World(rank, size, device, dtype, autocast, static_shapes, config.compile)
+    return World(rank, size, device, dtype, autocast, config.static_shapes, config.compile)
 
 
 def _meet(rank: int, size: int, backend: str, seconds: float) -> None:
