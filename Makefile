@@ -77,7 +77,8 @@ test-newest:  ## the default tests with the newest versions that pyproject.toml 
 	@echo "Installing the newest versions (some minutes)"
 	@$(NEWEST)/bin/python -m pip install --disable-pip-version-check -qq $(PIP_OPTIONS) --editable '.[dev]'
 	@echo "Other versions than in constraints.txt:"
-	@$(NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vixFf constraints.txt || true
+	@sed 's/ *#.*//' constraints.txt > $(NEWEST)/pinned
+	@$(NEWEST)/bin/python -m pip freeze --exclude-editable | grep -vixFf $(NEWEST)/pinned || true
 	@$(NEWEST)/bin/python -m pytest $(ARGS)
 
 infra: $(BIN)/.dev  ## the image's steps and compose.yaml's processes, without Docker (needs PostgreSQL)
@@ -95,7 +96,7 @@ chaos: $(BIN)/.dev  ## kill, damage and crowd commands, see that nothing is lost
 bench: $(BIN)/.dev  ## speed and memory beside bare Arrow and plain torch, at most 15 minutes (DATA=folder of MovieLens-1M)
 	@$(BIN)/python -m tests.benchmarks bench $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-bench-gpu: $(BIN)/.dev  ## training steps on a CUDA device beside plain torch
+bench-gpu: $(BIN)/.dev  ## training steps on a CUDA device beside a compiled plain one
 	@$(BIN)/python -m tests.benchmarks gpu $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 bench-peers: $(BIN)/.dev  ## beside RePlay, RecTools, RecBole, Polars, DuckDB; they get environments of their own
@@ -111,7 +112,7 @@ bench-growth: $(BIN)/.dev  ## tables of 1, 10 and 100 million interactions, a ne
 bench-demo: $(BIN)/.dev  ## the demo's verdict: 5 logs, 1 and 2 threads, both precisions, and logs with a random source: 1-2 hours
 	@$(BIN)/python -m tests.benchmarks demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-bench-planted: $(BIN)/.dev  ## whether three arms find planted features, and nothing in 40 noise twins: half an hour
+bench-planted: $(BIN)/.dev  ## whether three arms find planted features, and nothing in 40 noise twins: an hour
 	@$(BIN)/python -m tests.benchmarks planted $(ARGS)
 
 bench-serving: $(BIN)/.dev  ## `serve` beside MLflow's scoring server, the demo's champion: 5 minutes, and the demo before

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn,
 from pydantic.fields import FieldInfo
 
 from etl.json_log import VARIABLE, json_output
-from etl.redaction import one_line, redact, redacted_output, unread_is_fine
-from etl.settings import GraftrecError, Section, conf_roots, sections_of
+from etl.redaction import one_line, redact, redacted_output, unread_is_fine, write
+from etl.settings import MAX_NAME_SHOWN, GraftrecError, Section, conf_roots, sections_of
 from etl.stopping import STOPPED, interruptible, is_stopped
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def print_help(self, file: "SupportsWrite[str] | None" = None) -> None:
         with unread_is_fine(sys.stdout):
-            super().print_help(file)
+            write(self.format_help(), sys.stdout)
             sys.stdout.flush()
 
     def error(self, message: str) -> NoReturn:
@@ -85,6 +85,7 @@ class _Words(argparse.Action):
 
 
 _FILE_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EROFS, errno.EILSEQ)  # of OSErrors without a class of their own
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # As libraries that raise errors of their own say it: safetensors, SQLite, the JVM.
 _FULL_TEXT = re.compile(r"No space left on device|Disk quota exceeded|File too large|disk is full")
@@ -107,11 +108,7 @@ def _run_command(name: str, work: Callable[[], int]) -> int:
     except GraftrecError as error:
         message, code = str(error), error.exit_code
     except _FILE_ERRORS as error:
-        message = (
-            f"expected a path that can be read or written, found {error.filename}: {error.strerror}; mend its rights, "
-            "or set another one"
-        )
-        code = GraftrecError.exit_code
+        message, code = _path_text(error), GraftrecError.exit_code
     except KeyboardInterrupt:
         message, code = stopped, STOPPED
     except ModuleNotFoundError as error:
@@ -122,18 +119,30 @@ def _run_command(name: str, work: Callable[[], int]) -> int:
         message = f"expected the Python package {package}, found none; `graftrec doctor` says what to install"
         code = GraftrecError.exit_code
     except Exception as error:
-        if not is_full(error) and not is_stopped():
+        of_path = isinstance(error, OSError) and error.errno in _PATH_ERRORS
+        if not of_path and not is_full(error) and not is_stopped():
             traceback.print_exc()
             return 1
         message = (
             f"expected room on the disk, found none ({one_line(error, 200)}); make room, or raise "
             "the limit on file sizes, and run the same command again: it goes on from what is there"
         )
+        if isinstance(error, OSError) and of_path:
+            message = _path_text(error)
         code = GraftrecError.exit_code
     if is_stopped():
         message, code = stopped, STOPPED
     print(f"{name}: {message}", file=sys.stderr)
     return code
+
+
+def _path_text(error: OSError) -> str:
+    name = str(error.filename)
+    name = name if len(name) <= MAX_NAME_SHOWN else f"{name[:MAX_NAME_SHOWN]}…"
+    return (
+        f"expected a path that can be read or written, found {name}: {error.strerror}; mend its rights, or set "
+        "another one"
+    )
 
 
 def is_full(error: BaseException) -> bool:

@@ -114,6 +114,15 @@ def unread_is_fine(stream: IO[str]) -> Iterator[None]:
         os.close(nowhere)
 
 
+def write(text: str, stream: TextIO) -> None:
+    """Write a text; what the stream's encoding lacks, as of a locale such as C, is written as an escape."""
+    try:
+        stream.write(text)
+    except UnicodeEncodeError:
+        encoding = stream.encoding or "ascii"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 class _Redacted:
     """A text stream that redacts what is written to it. The work goes on where its reader has gone (``| head``)."""
 
@@ -122,7 +131,7 @@ class _Redacted:
 
     def write(self, text: str) -> int:
         with unread_is_fine(self._stream):
-            self._stream.write(redact(text))
+            write(redact(text), self._stream)
         return len(text)
 
     def flush(self) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import types
 import typing
+import unicodedata
 from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
@@ -96,7 +97,9 @@ def name_of_a_file(name: str) -> str:
     if not name:  # of settings that are compared without their names
         return name
     parts = name.split("/")
-    if "\0" in name or "\n" in name or not all(part.strip() and part not in (".", "..") for part in parts):
+    if any(unicodedata.category(one) == "Cc" for one in name) or not all(
+        part.strip() and part not in (".", "..") for part in parts
+    ):
         raise ValueError(
             f"expected a name that stays in its folder, found {name[:80]!r}; leave out .., // and a first /"
         )

@@ -254,6 +254,8 @@ def _first_line(error: Exception) -> str:
 def _embedded(config: SparkConfig, name: str) -> SparkSession:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
+    if os.environ.get("LC_ALL") in ("C", "POSIX"):  # in which Java opens no file with a name beyond ASCII
+        os.environ["LC_ALL"] = "C.UTF-8"
     if "PYSPARK_GATEWAY_PORT" not in os.environ:  # else spark-submit has started the JVM
         check_java()
     settings = {

@@ -23,8 +23,12 @@ MAX_SHOWN = 200  # characters of a value
 MAX_MISTAKES = 20
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
+def shown(value: object) -> str:
+    """A value as messages say it: short."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = "a number that is too large"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
@@ -34,7 +38,7 @@ def explained(kind: type[Section], error: pydantic.ValidationError) -> str:
     for problem in error.errors():
         section, steps = _locate(kind, problem["loc"])
         where, context = ".".join(steps) or "(top)", problem.get("ctx", {})
-        found = "" if isinstance(problem.get("input"), Mapping) else f", found {_shown(problem.get('input'))}"
+        found = "" if isinstance(problem.get("input"), Mapping) else f", found {shown(problem.get('input'))}"
         if is_secret(where):
             found = ""
         match problem["type"]:
@@ -50,9 +54,7 @@ def explained(kind: type[Section], error: pydantic.ValidationError) -> str:
             case "literal_error":
                 parts.append(f"{where}: expected {context['expected']}{found}")
             case "union_tag_invalid":
-                parts.append(
-                    f"{where}.kind: expected one of {context['expected_tags']}, found {_shown(context['tag'])}"
-                )
+                parts.append(f"{where}.kind: expected one of {context['expected_tags']}, found {shown(context['tag'])}")
             case "union_tag_not_found":
                 parts.append(f"{where}: expected a section with a kind{found or ', found none'}")
             case other if (name := other.partition("_")[0]) in _EXPECTED and not other.startswith("string_pattern"):

@@ -33,7 +33,7 @@ from etl.section import (
     sections_of,
     without_credentials,
 )
-from etl.setting_errors import explained
+from etl.setting_errors import explained, shown
 
 __all__ = [
     "MAX_SECONDS",
@@ -59,6 +59,7 @@ __all__ = [
     "without_credentials",
 ]
 
+MAX_NAME_SHOWN = 200  # characters of a path in a message
 CONF_VARIABLE = "GRAFTREC_CONF"  # names the own folder of YAML files; without it, that is ./conf
 _PACKAGES = Path(__file__).resolve().parent.parent
 
@@ -164,8 +165,8 @@ def _overrides(arguments: Sequence[str]) -> list[tuple[str, Any, str]]:
             value = rest.pop(0)
             if value.startswith("--"):
                 raise ConfigError(f"expected a value for {word}, found the setting {value}; give every key a value")
-        if not all(key.split(".")):
-            raise ConfigError(f"expected --section.key value, found {word!r}; mend the name")
+        if not all(key.split(".")) or key.count(".") >= MAX_STEPS:
+            raise ConfigError(f"expected --section.key value, found {word[:MAX_NAME_SHOWN]!r}; mend the name")
         try:
             pairs.append((key, _yaml(value), value))
         except yaml.YAMLError:
@@ -173,10 +174,49 @@ def _overrides(arguments: Sequence[str]) -> list[tuple[str, Any, str]]:
     return pairs
 
 
+MAX_YAML_BYTES, MAX_DEPTH, MAX_NODES = 1 << 20, 50, 100_000  # of a file; what an alias stands for counts each time
+MAX_STEPS = 20  # of a dotted name
+MAX_BITS = 4_096  # of a whole number: larger ones can't even be printed
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose dates stay the text they are: `cleaning.min_time: 2020-01-31` needs no quotes."""
+    """YAML whose dates stay the text they are: `cleaning.min_time: 2020-01-31` needs no quotes. Neither nested without
+    end, nor, by aliases of aliases, larger than it is."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = self._nodes = 0
+        self._sizes: dict[int, int] = {}  # id of a node that is complete -> the nodes in it
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        is_alias = self.check_event(yaml.AliasEvent)
+        if not is_alias:
+            self._depth += 1
+            if self._depth > MAX_DEPTH:
+                raise yaml.composer.ComposerError(None, None, f"expected at most {MAX_DEPTH} levels, found more", mark)
+        before = self._nodes
+        node = super().compose_node(parent, index)
+        if is_alias:
+            if id(node) not in self._sizes:
+                raise yaml.composer.ComposerError(None, None, "expected a value, found one that holds itself", mark)
+            self._nodes += self._sizes[id(node)]
+        else:
+            self._depth -= 1
+            self._nodes += 1
+            self._sizes[id(node)] = self._nodes - before
+        if self._nodes > MAX_NODES:
+            raise yaml.composer.ComposerError(None, None, f"expected at most {MAX_NODES:,} values, found more", mark)
+        return node
+
+    def bounded_int(self, node: yaml.ScalarNode) -> int:
+        number: int = super().construct_yaml_int(node)
+        if number.bit_length() > MAX_BITS:
+            raise ValueError(f"a number of {number.bit_length():,} bits")
+        return number
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.bounded_int)
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -184,7 +224,13 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    """Raises yaml.YAMLError, for a number or date that is none too."""
+    if len(text) > MAX_YAML_BYTES:
+        raise yaml.YAMLError(f"expected at most {MAX_YAML_BYTES:,} characters, found {len(text):,}")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(f"expected values of YAML's types, found another ({one_line(error, 100)})") from None
 
 
 def _resolve(path: str | Path, but: Path | None = None) -> Path:
@@ -197,6 +243,7 @@ def _resolve(path: str | Path, but: Path | None = None) -> Path:
     found = [candidate for candidate in candidates if os.path.isfile(candidate)]
     if found:
         return next((file for file in found if but is None or not os.path.samefile(file, but)), found[0])
+    path = "".join(one if one.isprintable() else "?" for one in str(path)[:MAX_NAME_SHOWN])
     if os.path.isdir(path):
         raise ConfigError(f"no configuration {path}: expected a YAML file, found a folder; name a file in it")
     where = ", ".join(f"{root}/" for root in roots)
@@ -223,7 +270,7 @@ def _base_of(folder: Path, name: object, but: Path | None = None) -> Path:
     """The file that `base` means: one in that folder, which may be a section's name, or a folder and a name under the
     conf folders; another than `but`, the file that inherits it, if there is one."""
     if not isinstance(name, str):
-        raise ConfigError(f"base: expected the name of a file, found {name!r}; mend it")
+        raise ConfigError(f"base: expected the name of a file, found {shown(name)}; mend it")
     roots = conf_roots()
     section = Path(folder.name) if folder.parent in roots else folder
     places = [folder / f"{name}.yaml", *(root / section / f"{name}.yaml" for root in roots)]
@@ -236,6 +283,8 @@ def _read(path: Path, other_base: object = None, inherited_by: tuple[Path, ...] 
     if path.resolve() in inherited_by:
         raise ConfigError(f"{path}: expected another file as base, found one that inherits this one; mend `base`")
     try:
+        if (size := path.stat().st_size) > MAX_YAML_BYTES:
+            raise yaml.YAMLError(f"expected at most {MAX_YAML_BYTES:,} bytes, found {size:,}")
         raw = _yaml(path.read_text(encoding="utf-8")) or {}
     except yaml.MarkedYAMLError as error:  # its text quotes lines, and a line may hold a secret
         where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -279,7 +328,7 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
             below = {}
         if not isinstance(below, dict):
             raise ConfigError(
-                f"--{dotted}: expected a section {'.'.join(parents[: depth + 1])}, found {below!r}; mend the name"
+                f"--{dotted}: expected a section {'.'.join(parents[: depth + 1])}, found {shown(below)}; mend the name"
             )
         raw[parent] = raw = dict(below)
     raw[last] = value

@@ -444,8 +444,8 @@ def test_a_changed_configuration_is_validated_again() -> None:
 
 
 def pins() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return dict(re.split("==", line.lower()) for line in lines if line and not line.startswith("#"))
+    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    return dict(re.split("==", line.lower()) for line in lines if line)
 
 
 def test_constraints_pin_every_dependency() -> None:

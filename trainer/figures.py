@@ -6,11 +6,13 @@ Figures are made without pyplot, so nothing global changes and no window or disp
 Lines are labelled where they end rather than in a legend. Colours: Okabe and Ito 2008, for the colour-blind too.
 """
 
+import functools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -31,6 +33,21 @@ LEGEND_CHARACTERS = 66  # of names beside each other
 NARROW, SMALL = 5.4, 9  # inches and points of the pictures of a report
 OVERVIEW_CHARACTERS = 36  # of a line of a name in the overview
 LABEL_GAP = 0.062  # least distance of two labels, in heights of the axes
+
+
+_Drawn = TypeVar("_Drawn")
+_Given = ParamSpec("_Given")
+
+
+def _without_mathematics(draw: Callable[_Given, _Drawn]) -> Callable[_Given, _Drawn]:
+    """Names are text as they are: between two "$" matplotlib else reads formulas, and fails where they are none."""
+
+    @functools.wraps(draw)
+    def drawn(*args: _Given.args, **given: _Given.kwargs) -> _Drawn:
+        with matplotlib.rc_context({"text.parse_math": False}):
+            return draw(*args, **given)
+
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,7 @@ class Score:
     is_baseline: bool = False
 
 
+@_without_mathematics
 def learning_curves(curves: Sequence[Curve], *, title: str = "", score: str = "NDCG@10") -> Figure:
     """Training loss and validation score by epoch, all runs overlaid, each run's best epoch marked."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -108,6 +126,7 @@ def learning_curves(curves: Sequence[Curve], *, title: str = "", score: str = "N
     return figure
 
 
+@_without_mathematics
 def search_progress(tried: Sequence[Tried], *, title: str = "") -> Figure:
     """Each arm's best validation NDCG@10 after so many trials, and every trial by epoch, those given up faint."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
@@ -140,6 +159,7 @@ def search_progress(tried: Sequence[Tried], *, title: str = "") -> Figure:
     return figure
 
 
+@_without_mathematics
 def transfer_gains(
     gains: Sequence[Gain], *, metric: str = "NDCG@10", over: str = "from scratch", title: str = ""
 ) -> Figure:
@@ -163,6 +183,7 @@ def transfer_gains(
     return figure
 
 
+@_without_mathematics
 def metric_by_date(
     series: Mapping[str, Sequence[float]], dates: Sequence[str], *, metric: str, title: str = ""
 ) -> Figure:
@@ -183,6 +204,7 @@ def metric_by_date(
     return figure
 
 
+@_without_mathematics
 def confusions(shares: Mapping[str, npt.NDArray[Any]], classes: Sequence[str], *, title: str = "") -> Figure:
     """A square a label: of the users of each class (row), the share predicted to be of each (column), in percent where
     there is room."""
@@ -204,6 +226,7 @@ def confusions(shares: Mapping[str, npt.NDArray[Any]], classes: Sequence[str], *
     return figure
 
 
+@_without_mathematics
 def reliability_curves(curves: Mapping[str, npt.NDArray[Any]], *, title: str = "") -> Figure:
     """Of what is given a probability (across), the share that is so (up), by bins [bins, 2 or more]; the diagonal is
     as predicted."""
@@ -222,6 +245,7 @@ def reliability_curves(curves: Mapping[str, npt.NDArray[Any]], *, title: str = "
     return figure
 
 
+@_without_mathematics
 def sequence_lengths(lengths: Mapping[str, npt.NDArray[Any]], *, title: str = "") -> Figure:
     """Histogram of users by sequence length, a row a domain, one logarithmic axis, medians marked. Empty sequences are
     left out."""
@@ -250,6 +274,7 @@ def sequence_lengths(lengths: Mapping[str, npt.NDArray[Any]], *, title: str = ""
     return figure
 
 
+@_without_mathematics
 def popularity_long_tail(counts: Mapping[str, npt.NDArray[Any]], *, title: str = "") -> Figure:
     """Interactions of each item against its rank by popularity, both logarithmic, a line a domain. Items without
     interactions are left out."""
@@ -279,6 +304,7 @@ def popularity_long_tail(counts: Mapping[str, npt.NDArray[Any]], *, title: str =
     return figure
 
 
+@_without_mathematics
 def score_overview(scores: Sequence[Score], *, metric: str = "NDCG@10") -> Figure:
     """Means in percent, a row each in the order given, simple baselines below; small dots are single seeds."""
     rows = sorted(scores, key=lambda score: score.is_baseline)
@@ -307,6 +333,7 @@ def score_overview(scores: Sequence[Score], *, metric: str = "NDCG@10") -> Figur
     return figure
 
 
+@_without_mathematics
 def gain_panels(
     panels: Mapping[str, Sequence[Gain]], *, metric: str = "NDCG@10", unit: str = "", over: str = "from scratch"
 ) -> Figure:
@@ -334,6 +361,7 @@ def gain_panels(
     return figure
 
 
+@_without_mathematics
 def curve_panels(panels: Mapping[str, Sequence[Curve]], *, names: Sequence[str], metric: str = "NDCG@10") -> Figure:
     """Validation score (above) and training loss (below) by epoch, a column a panel. names: all that curves may have,
     so that pictures share their colours; the first, which the others are compared with, is grey. Dots: best epochs."""
@@ -359,6 +387,7 @@ def curve_panels(panels: Mapping[str, Sequence[Curve]], *, names: Sequence[str],
     return figure
 
 
+@_without_mathematics
 def slice_panels(
     panels: Mapping[str, Mapping[str, Sequence[Gain]]], *, names: Sequence[str], metric: str = "NDCG@10"
 ) -> Figure:

@@ -176,6 +176,7 @@ def _write_lake(lake: Path, items: Ints, offsets: Ints) -> None:
             "config": ["{}"],
             "config_hash": [""],
             "code_version": [""],
+            "removed": [None],
         },
     )
 

@@ -148,7 +148,10 @@ def test_help_of_etl_names_the_jobs(capsys: pytest.CaptureFixture[str]) -> None:
         etl(["--help"])
     assert ended.value.code == 0
     output = capsys.readouterr().out
-    assert "interactions, items, users, domains, entities, knowledge, social, sequences, baskets, negatives" in output
+    assert (
+        "interactions, deliveries, items, users, domains, entities, knowledge, social, sequences, baskets, negatives"
+        in output
+    )
     assert "etl/demo" in output
     assert "--kcore.min_user" in output
 

@@ -23,6 +23,7 @@ from etl.settings import load
 from graftrec.commands import COMMANDS
 from tests.fixtures.places import ROOT
 from tests.fixtures.ports import free_ports
+from trainer.config import ServeConfig
 from trainer.recipes.pipeline_plan import PipelineConfig
 
 FOLDER = ROOT / "infra"
@@ -74,6 +75,10 @@ def test_our_commands_are_read_by_our_own_parser() -> None:
     assert config == "--config"
     settings = load(PipelineConfig, name, overrides)
     assert (settings.etl.lake, settings.etl.spark.master) == ("s3://graftrec/lake", "spark://spark-master:7077")
+    (words,) = (words for words in ours if words[1] == "serve")
+    serving = load(ServeConfig, words[3], words[4:])
+    assert serving.registered_model == f"{settings.registered_model}-target"
+    assert f"127.0.0.1:8000:{serving.port}" in SERVICES["serving"]["ports"]
 
 
 # --- the processes ----------------------------------------------------------------------------------------------------
@@ -222,7 +227,7 @@ def test_its_processes_run_the_demo(machine: Machine) -> None:
     machine.wait_for("5000")
 
     url = f"http://127.0.0.1:{machine.ports['5000']}/api/2.0/mlflow/experiments/search?max_results=1"
-    for host, code in (("mlflow", 401), ("localhost", 401), ("elsewhere", 403)):  # nobody; under a name it doesn't have
+    for host, code in (("127.0.0.1", 401), ("localhost", 401), ("elsewhere", 403)):  # no password; another name
         named = urllib.request.Request(url, headers={"Host": f"{host}:{machine.ports['5000']}"})
         with pytest.raises(urllib.error.HTTPError, match=str(code)):
             urllib.request.urlopen(named, timeout=60)

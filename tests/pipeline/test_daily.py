@@ -36,6 +36,7 @@ def write_pipeline(folder: Path) -> Path:
         "source": "books",
         "targets": ["music"],
         "cold_users": False,
+        "reads_all": False,  # whose split the first lake lacks
         "seeds": [0, 1],
         "tracking": {"system_metrics": False},
         "mode": "daily",
@@ -74,10 +75,10 @@ def recommend(folder: Path, *more: str) -> str:
     return command("trainer", "recommend", *words, *more, cwd=folder).stdout
 
 
-def night(folder: Path, *more: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
+def night(folder: Path, *more: str, code: int | None = 0) -> "subprocess.CompletedProcess[str]":
     words = [sys.executable, str(ROOT / "mlflow_projects" / "pipeline.py"), "--config", str(folder / "pipeline.yaml")]
-    done = subprocess.run([*words, *more], cwd=folder, env=environment(), capture_output=True, text=True, timeout=500)
-    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run([*words, *more], cwd=folder, env=environment(), capture_output=True, text=True, timeout=1200)
+    assert code in (None, done.returncode), f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
@@ -144,20 +145,7 @@ def test_training_goes_on_from_the_champions_weights(place: Path) -> None:
     for seed in (0, 1):
         train_model(place, f"music/none-{seed}", train={**TINY["train"], "epochs": 1, "min_epochs": 1, "seed": seed})
     words = ["--daily.retrain_days", "0", "--daily.epochs", "1", "--daily.learning_rate_factor", "0.001"]
-    run = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "mlflow_projects" / "pipeline.py"),
-            "--config",
-            str(place / "pipeline.yaml"),
-            *words,
-        ],
-        cwd=place,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    run = night(place, *words, code=None)
     assert run.returncode in (0, 3), run.stdout + run.stderr
     folder = place / "runs" / "music" / "continued-2-0" / "model"
     went_on = load_model(folder)
@@ -169,12 +157,11 @@ def test_training_goes_on_from_the_champions_weights(place: Path) -> None:
         name for name in went_on.users if went_on.users[name] != champion.users.get(name, went_on.users[name])
     ] == []
     own, theirs = load_file(folder / "weights.safetensors"), load_file(place / "runs/first/model/weights.safetensors")
-    (table,) = [name for name in own if name.endswith("item_embedding.weight") or name == "items.weight"] or [None]
-    assert table is not None, sorted(own)
+    table = "item_embedding.weight"
     rows = {raw: row for row, raw in enumerate(went_on.catalogue.raw_ids)}
     for row, raw in enumerate(champion.catalogue.raw_ids):
         if row >= FIRST_INDEX:
-            assert torch.allclose(own[table][rows[raw]], theirs[table][row], atol=1e-2), "it begins where that ended"
+            assert torch.allclose(own[table][rows[raw]], theirs[table][row], atol=1e-4), "it begins where that ended"
     decision = json.loads((place / "runs" / "music" / "promote-daily" / "decision.json").read_text())
     assert decision["release"] == 2
     names = {check["name"] for check in decision["checks"]}

@@ -87,4 +87,4 @@ def candidate_version(registry: Registry, config: PromoteConfig) -> Version:
 
 def _is_version(name: str) -> bool:
     """A version's number or alias ("3", "@champion"), rather than a folder."""
-    return name.isdigit() or name.startswith("@")
+    return (name.isascii() and name.isdecimal()) or name.startswith("@")

@@ -103,7 +103,8 @@ def _model(config: ExplainConfig, found: Explanation) -> None:
         return
     found.model = {"version": version.label, "aliases": list(version.aliases), "hash": version.hash}
     _trained(config, Registry(name), version, found)
-    facts = tracking.run_facts(version.run_id) if version.run_id else None
+    run_id = version.run_id or tracking.run_of_model(version.hash)
+    facts = tracking.run_facts(run_id) if run_id else None
     if facts is None:
         found.notes.append(f"the run that trained {version.label} is not known to the store")
     else:

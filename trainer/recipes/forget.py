@@ -9,9 +9,9 @@ where, and what can't be.
 
 import datetime as dt
 import json
-import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from etl.redaction import redact
 from trainer import tracking
 from trainer.config import ForgetConfig, required
 from trainer.inference.delta_folder import PATCH, parent_of
-from trainer.inference.model_archive import MODEL, USERS, opened
+from trainer.inference.model_archive import MODEL, USERS, archive_again, unarchived
 from trainer.inference.model_folder import MANIFEST, ModelFolderError, digest_of, model_hash
 from trainer.inference.without_users import follow_parent, is_model, is_of_lake, without_users
 from trainer.registry import rename_hash
@@ -118,36 +118,62 @@ def _in_folders(config: ForgetConfig, receipt: Receipt) -> None:
 
 def _in_store(config: ForgetConfig, receipt: Receipt) -> None:
     roots = tracking.artifact_roots()
-    parents: dict[str, Path] = {}  # hash -> folder with its manifest
-    with tempfile.TemporaryDirectory() as scratch:
+    parents: dict[str, Path] = {}
+    with tempfile.TemporaryDirectory(prefix="graftrec-forget-") as scratch:
         for again in (False, True):  # patches name files of their parents: these come first
-            for root in roots:
-                named = (".parquet", "manifest.json", "whole.json", MODEL, USERS)
-                with tracking.editable(root, named) as folder, opened(folder):
+            for number, root in enumerate(roots):
+                with tracking.editable(root, (".parquet", "manifest.json", "whole.json", MODEL, USERS)) as folder:
                     if not folder.is_dir():
                         continue
-                    patches = [path.parent for path in folder.rglob(PATCH)]
-                    if again and patches:
-                        for patch in patches:
-                            if (parent := parents.get(parent_of(patch))) is not None:
-                                follow_parent(patch, parent)
-                    elif not again:
-                        _clean(config, folder, receipt, name=root.what, lake=root.lake)
-                        for manifest in folder.rglob(MANIFEST):
-                            if root.folder is not None and not is_friends(manifest.parent):
-                                _known(parents, manifest.parent, Path(scratch))
+                    with _opened(folder, Path(scratch) / str(number)) as opened:
+                        for place, lasts in ((folder, root.folder is not None), (opened, True)):
+                            if again:
+                                _follow(place, parents)
+                                continue
+                            _clean(config, place, receipt, name=root.what, lake=root.lake)
+                            if lasts:
+                                _know(place, parents)
             _note(config, receipt)
 
 
-def _known(parents: dict[str, Path], folder: Path, scratch: Path) -> None:
-    """Keep the manifest of a model, by its hash."""
+@contextmanager
+def _opened(root: Path, scratch: Path) -> Iterator[Path]:
+    """The archives of models below a folder as folders in `scratch`, in the same places; those that were changed are
+    archived again."""
+    places = [path.parent.relative_to(root) for path in sorted(root.rglob(MODEL))]
+    if not scratch.is_dir():
+        scratch.mkdir()
+        for place in places:
+            unarchived(root / place, scratch / place)
+    before = {place: _state(scratch / place) for place in places}
+    yield scratch
+    for place in places:
+        if _state(scratch / place) != before[place]:
+            archive_again(scratch / place, root / place)
+
+
+def _state(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def _follow(root: Path, parents: Mapping[str, Path]) -> None:
+    """Patches below a folder name their parents' files as they are now."""
+    for patch in [path.parent for path in root.rglob(PATCH)]:
+        if (parent := parents.get(parent_of(patch))) is not None:
+            follow_parent(patch, parent)
+
+
+def _know(root: Path, parents: dict[str, Path]) -> None:
+    for manifest in root.rglob(MANIFEST):
+        if not is_friends(manifest.parent):
+            _known(parents, manifest.parent)
+
+
+def _known(parents: dict[str, Path], folder: Path) -> None:
     try:
-        digest = model_hash(folder)
+        parents[model_hash(folder)] = folder
     except (ModelFolderError, OSError, ValueError, AttributeError):
         return
-    parents[digest] = scratch / digest
-    parents[digest].mkdir(exist_ok=True)
-    shutil.copyfile(folder / MANIFEST, parents[digest] / MANIFEST)
 
 
 def _clean(config: ForgetConfig, root: Path, receipt: Receipt, *, name: str, lake: str) -> None:

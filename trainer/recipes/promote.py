@@ -12,6 +12,7 @@ champion is read again: if another promoter has changed it meanwhile, the new on
 
 import contextlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +270,7 @@ def _roll_back(registry: Registry) -> Promoted:
         promotion.move(CHAMPION, previous.number)
         before = previous.tags.get(TAG_BEFORE, "")
         known = {version.number for version in registry.versions()}
-        promotion.move(PREVIOUS, int(before) if before.isdigit() and int(before) in known else None)
+        promotion.move(PREVIOUS, int(before) if re.fullmatch("[0-9]{1,15}", before) and int(before) in known else None)
         registry.audit(champion.number, audited("rolled back", {"to_version": previous.label}))
     print(f"{previous.label} is champion again, instead of {champion.label}")
     return Promoted(registry.version(str(previous.number)), None, champion.number)

@@ -11,18 +11,23 @@ from typing import Any
 from trainer.tracking import TrackingError
 from trainer.tracking.queue import warn
 
+MAX_PAGES = 10_000  # of an answer
 LEASE_SECONDS = 900.0  # after which another promoter may take over, where the store is a server
 
 
 def all_pages(search: Any, wanted: str) -> list[Any]:
     """All that MLflow finds, page by page."""
-    found, token = [], None
+    found: list[Any] = []
+    token, seen = None, set[str]()
     while True:
         page = search(wanted, page_token=token)
         found += page
         token = page.token
         if not token:
             return found
+        if token in seen or len(seen) > MAX_PAGES:
+            raise TrackingError("MLflow's answer has no end: the page that it names as next was there already")
+        seen.add(token)
 
 
 def wait(acquire: Any, name: str, seconds: float) -> None:
@@ -87,14 +92,20 @@ class ServerLock:
         like = re.sub(r"[^a-zA-Z0-9 .-]", "_", self._prefix)
         found = all_pages(self._client.search_registered_models, f"name LIKE '{like}%'")
         numbers = [model.name.removeprefix(self._prefix) for model in found if model.name.startswith(self._prefix)]
-        return [int(number) for number in numbers if number.isdecimal()]
+        return [int(number) for number in numbers if re.fullmatch("[0-9]{1,15}", number)]
 
     def _is_free(self, number: int) -> bool:
         try:
             tags = self._client.get_registered_model(f"{self._prefix}{number}").tags
         except Exception:  # removed meanwhile: look again
             return False
-        return float(tags.get("graftrec.until", "inf")) < time.time()
+        until = tags.get("graftrec.until", "")
+        if not re.fullmatch("[0-9]{1,15}", until):
+            raise TrackingError(
+                f"expected when the lock {self._prefix}{number} ends in its tag graftrec.until, found {until[:40]!r}; "
+                "delete that registered model once no promoter is at work"
+            )
+        return int(until) < time.time()
 
     def _owner_of(self, number: int) -> str:
         with contextlib.suppress(Exception):

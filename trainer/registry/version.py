@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer import tracking
+from trainer.trust.verified_files import parse_json
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 COMPANION = "companion"  # for users of whom the champion, which reads its own domain, knows no item
@@ -41,16 +42,32 @@ class Version:
 
 
 def audit_trail(version: Version) -> list[dict[str, Any]]:
-    """What happened to a version (promoted, refused, replaced, rolled back, restored), oldest first."""
+    """What happened to a version (promoted, refused, replaced, rolled back, restored), oldest first. Raises
+    TrackingError for a trail that is damaged."""
     parts = sum(_AUDIT.fullmatch(key) is not None for key in version.tags)
-    return [entry for part in range(1, parts + 1) for entry in json.loads(version.tags[_audit_tag(part)])]
+    return [entry for part in range(1, parts + 1) for entry in _entries(version, part, version.tags)]
+
+
+def _entries(version: Version, part: int, tags: Mapping[str, str]) -> list[dict[str, Any]]:
+    name = _audit_tag(part)
+    try:
+        found = parse_json(tags[name])
+        if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise tracking.TrackingError(
+        f"{version.label}: expected a list of JSON objects in the tag {name}, found another text, or none; restore the "
+        "tag, or remove all that begin with graftrec.audit"
+    )
 
 
 def audit_tags(version: Version, entry: Mapping[str, Any]) -> dict[str, str]:
-    """The tag that changes when an entry is added: JSON lists in the tags graftrec.audit, graftrec.audit.2…"""
+    """The tag that changes when an entry is added: JSON lists in the tags graftrec.audit, graftrec.audit.2… Raises
+    TrackingError for a trail that is damaged."""
     trail = {key: value for key, value in version.tags.items() if _AUDIT.fullmatch(key)}
     part = max(len(trail), 1)
-    entries = [*json.loads(trail.get(_audit_tag(part), "[]")), dict(entry)]
+    entries = [*(_entries(version, part, trail) if trail else []), dict(entry)]
     if len(json.dumps(entries, ensure_ascii=False)) > AUDIT_CHARACTERS and len(entries) > 1:
         part, entries = part + 1, entries[-1:]
     return {_audit_tag(part): json.dumps(entries, ensure_ascii=False)}

@@ -177,6 +177,8 @@ class Registry:
 
     def of_hash(self, digest: str) -> Version | None:
         """The version that holds the model of that hash, if any: of this registered model, else of another."""
+        if not digest:
+            return None
         return self._own(digest) or next(iter(self._tagged(TAG_HASH, digest)), None)
 
     def of_any_hash(self, digest: str) -> list[Version]:
@@ -187,8 +189,9 @@ class Registry:
         """Versions of any registered model with that tag, newest first."""
         with self._asking("can't search versions"):
             found = all_pages(self._client.search_model_versions, _is(f"tags.`{tag}`", value))
-        exact = [entry for entry in found if entry.tags.get(tag) == value]
-        return sorted((self._version(entry) for entry in exact), key=lambda version: (version.name, -version.number))
+            every = [self._version(entry) for entry in found]
+        exact = [version for version in every if version.tags.get(tag) == value]
+        return sorted(exact, key=lambda version: (version.name, -version.number))
 
     def holder(self, version: Version) -> "Registry":
         """The registry of the registered model that a version belongs to."""
@@ -214,7 +217,7 @@ class Registry:
             return champion or version
         parent = version
         if version.tags.get(TAG_KIND) == "patch":
-            parent = self.of_hash(version.tags[TAG_PARENT]) or version
+            parent = self.of_hash(version.tags.get(TAG_PARENT, "")) or version
         if parent.tags.get(TAG_DOMAIN) == domain:
             return parent
         return self.patches(parent).get(domain, version)
@@ -239,8 +242,8 @@ class Registry:
         with self._asking("can't list versions"):
             found = all_pages(self._client.search_model_versions, _is("name", self.name))
             aliases = self._aliases()
-        own = [entry for entry in found if entry.name == self.name]
-        return sorted((self._version(entry, aliases) for entry in own), key=lambda version: -version.number)
+            own = [self._version(entry, aliases) for entry in found if entry.name == self.name]
+        return sorted(own, key=lambda version: -version.number)
 
     def find(self, alias: str) -> Version | None:
         """The version an alias stands at, if any. It costs one question, however many versions there are."""
@@ -270,7 +273,7 @@ class Registry:
         if not (found / PATCH).is_file():
             return found
         if version.hash not in self._assembled:
-            parent = self.of_hash(version.tags[TAG_PARENT])
+            parent = self.of_hash(version.tags.get(TAG_PARENT, ""))
             if parent is None:
                 raise TrackingError(f"{version.label} is a patch, and its parent is no version of {self.name} any more")
             whole = scratch_folder() / "model"

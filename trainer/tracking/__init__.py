@@ -19,7 +19,7 @@ from trainer.tracking.connection import (
 )
 from trainer.tracking.copies import check_room, copy_store, embedded_store, restore_store
 from trainer.tracking.locks import file_lock
-from trainer.tracking.lookup import RunFacts, run_facts
+from trainer.tracking.lookup import RunFacts, run_facts, run_of_model
 from trainer.tracking.models import (
     MODEL_HASH,
     VERSIONS,
@@ -94,6 +94,7 @@ __all__ = [
     "restore_store",
     "run_facts",
     "run_link",
+    "run_of_model",
     "settle",
     "snapshot",
     "start_run",

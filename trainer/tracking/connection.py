@@ -101,7 +101,8 @@ def _make_store(database: Path) -> None:
 
 @contextlib.contextmanager
 def translated(what: str) -> Iterator[None]:
-    """Turn what MLflow raises into a TrackingError of one line: "<what>: <its reason>"."""
+    """Turn what MLflow raises, or what its answers let us raise, into a TrackingError: "<what>: <its reason>"."""
+    from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -109,6 +110,13 @@ def translated(what: str) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
         raise TrackingError(redact(f"{what}: {one_line(error)} (store: {tracking_uri()})")) from None
+    except (ParseError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise TrackingError(
+            redact(
+                f"{what}: expected an answer of MLflow, found another ({type(error).__name__}: "
+                f"{one_line(error, 150)}); see what answers there (store: {tracking_uri()})"
+            )
+        ) from None
 
 
 def experiment_id(client: Any, config: TrackingConfig) -> str:

@@ -4,6 +4,7 @@ import datetime as dt
 from dataclasses import dataclass
 
 from trainer.tracking.connection import connect, translated
+from trainer.tracking.models import models_of
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,13 @@ class RunFacts:
     status: str
     started: str
     tags: dict[str, str]
+
+
+def run_of_model(digest: str) -> str:
+    """The id of the run that trained the model of a hash; "" where the store doesn't know. Raises TrackingError."""
+    client = connect()
+    with translated("can't search models"):
+        return next((str(one.source_run_id) for one in models_of(client, digest) if one.source_run_id), "")
 
 
 def run_facts(run_id: str) -> RunFacts | None:

@@ -19,7 +19,7 @@ from etl.settings import GraftrecError
 
 if TYPE_CHECKING:  # both are slow to import
     pass
-from trainer.tracking.connection import FINAL
+from trainer.tracking.connection import FINAL, translated
 from trainer.tracking.datasets import dataset_of
 from trainer.tracking.queue import warn
 
@@ -232,8 +232,12 @@ def _label(folder: Path) -> str:
     for parent in folder.parents:
         file = parent / "registered_model_meta"
         if file.is_file():
-            meta = yaml.safe_load(file.read_text())
-            return f"{meta['model_name']}/{meta['model_version']}"
+            with translated(f"{file}: can't read which version this is"):
+                meta = yaml.safe_load(file.read_text(encoding="utf-8")[:10_000])
+                name, number = meta["model_name"], int(meta["model_version"])
+                if not isinstance(name, str) or not name or set(name) & set("/:@"):
+                    raise ValueError("expected the name of a registered model, found another")
+                return f"{name}/{number}"
         if (parent / "MLmodel").is_file():
             break
     return "unregistered"

@@ -106,7 +106,7 @@ class TrackedRun(Run):
     def log_text(self, text: str, path: str) -> None:
         with _harmless(f"can't log {path}"):
             file = self._staged(path)
-            file.write_text(redact(text))
+            file.write_text(redact(text), encoding="utf-8", errors="replace")
             self._artifact(file, path)
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:

@@ -54,7 +54,8 @@ def step_on_device(training: Any, batch: Batch, *, wish: int, learning_rate: flo
 
 def _step(training: Any, batch: Batch, wish: int, learning_rate: float) -> Tensor:
     world: World = training.world
-    with torch.autocast(world.device.type, torch.bfloat16) if world.autocast else nullcontext():
+    cast = torch.autocast(world.device.type, torch.bfloat16) if world.autocast else nullcontext()
+    with cast, world.waiting("the layout of the gradients"):
         loss, positions = training.loss(tensors_only(batch))
     wished = torch.full((), float(wish), dtype=torch.float64, device=loss.device)
     numbers_3 = torch.stack([positions.double(), loss.detach().double(), wished])

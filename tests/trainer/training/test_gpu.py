@@ -23,6 +23,7 @@ from trainer.config import (
     PretrainConfig,
     RuntimeConfig,
 )
+from trainer.data.ahead import packed
 from trainer.data.events import Events
 from trainer.inference.model_folder import load_model
 from trainer.inference.scorer import ModelScorer, top_k
@@ -30,6 +31,8 @@ from trainer.parallel.distributed import join
 from trainer.recipes.finetune import run as finetune
 from trainer.recipes.pretrain import run as pretrain
 from trainer.tasks import build_task, softmax
+from trainer.training.device_step import tensors_only
+from trainer.training.loop import Loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -68,6 +71,25 @@ def test_loss_and_gradients_are_the_cpus(name, task, block, monkeypatch):
         slopes = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
         found.append((loss.item(), int(positions), slopes))
     assert found[0][:2] == pytest.approx(found[1][:2])
+    torch.testing.assert_close(found[1][2], found[0][2])
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("task", [name for name, config in TASKS.items() if config.packs])
+@pytest.mark.parametrize("name", ["bert4rec", "learned", "gated, cosines"])
+def test_a_packed_batch_gives_what_it_gives_on_a_cpu(name, task, compiles):
+    """Masks, negatives and dropout too: they are the same on both."""
+    batch, found = packed(batch_of([5, 12, 3, 8, 1]), rows=6, max_length=12), []
+    for device in ("cpu", "cuda"):
+        model = model_of(MODELS[name].model_copy(update={"dropout": 0.1})).to(device).train()
+        given = Loss(model, build_task(TASKS[task]))
+        if compiles and device == "cuda":
+            given.compile(dynamic=False, fullgraph=True)
+        loss, positions = given(tensors_only(batch).to(torch.device(device)))
+        loss.backward()
+        slopes = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.item(), int(positions), slopes))
+    assert found[1][:2] == pytest.approx(found[0][:2])
     torch.testing.assert_close(found[1][2], found[0][2])
 
 
