@@ -158,7 +158,7 @@ def test_a_companion_that_cannot_be_read_is_passed_over(done, monkeypatch, capsy
     registry = Registry()
     recommender = pyfunc.load(registry.stored(registry.version(CHAMPION)), "graftrec/1")
     monkeypatch.setattr(
-        "trainer.registry.pyfunc.load_model", lambda folder: (_ for _ in ()).throw(GraftrecError("torn"))
+        "trainer.registry.loading.load_model", lambda folder: (_ for _ in ()).throw(GraftrecError("torn"))
     )
     answer = recommender.answer([Request(ids_of(done, "source")[:3])], k=4)[0]
     assert (answer.basis, answer.version) == ("popular", "graftrec/1")
