@@ -50,14 +50,13 @@ class CommandParser(argparse.ArgumentParser):
         self.settings = settings
         self.add_argument("--version", action="version", version=f"graftrec {version()}")
         self.add_argument("--log", choices=("text", "json"), help=f"how it prints; json: a record a line (${VARIABLE})")
+        self.add_argument(WORDS, action=_Words, nargs=0, help=argparse.SUPPRESS)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         known, rest = super().parse_known_args(args, namespace)
         if known.log is not None:
             os.environ[VARIABLE] = known.log  # of processes that it starts, too
         return known, rest
-
-        self.add_argument(WORDS, action=_Words, nargs=0, help=argparse.SUPPRESS)
 
     def format_help(self) -> str:
         return super().format_help() + (f"\n{settings_help(self.settings)}" if self.settings else "")

@@ -228,7 +228,7 @@ def _places(found: Examination, etl: EtlConfig | None, lake: str, works: dict[st
         found.attempt("log", lambda: _log(etl))
     if works["deltalake"] and works["pyarrow"]:
         found.attempt("lake", lambda: _lake(lake))
-    if works["mlflow"]:
+    if works["mlflow"] and works["torch"]:  # runs hold what torch made
         found.attempt("MLflow", _store)
 
 

@@ -4,6 +4,7 @@ import os
 import uuid
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 from deltalake.fs import DeltaStorageHandler
 
@@ -37,7 +38,9 @@ def write_file(lake: str, name: str, content: bytes, *, mode: int = 0o666) -> No
     folder = local_path(lake)
     try:
         if folder is None:
-            with lake_filesystem(lake).open_output_stream(name) as file:
+            raw = lake_filesystem(lake).open_output_stream(name)
+            # Through a buffer that takes all of it: what is written past one deltalake's stream refuses.
+            with pa.BufferedOutputStream(raw, len(content) + 1) as file:
                 file.write(content)
             return
         path = folder / name

@@ -46,7 +46,10 @@ MISTAKES = [
     (["pipeline"], "required: --config"),
     (["pipeline", "--config", "pipeline/demo", "--trian.epochs", "3"], "unknown setting trian"),
     # no configuration, or one that can't be read
-    (["trainer", "pretrain", "--config", "nope"], "no configuration nope: .*the folders are arms, backtest, etl, "),
+    (
+        ["trainer", "pretrain", "--config", "nope"],
+        "no configuration nope: .*the folders are arms, backtest, backup, etl, ",
+    ),
     (["trainer", "pretrain", "--config", "demo"], "did you mean .*pretrain/demo"),
     (["trainer", "pretrain", "--config", "pretrain/nope"], "one of conf/pretrain/: .*demo"),
     (["trainer", "pretrain", "--config", "{}"], "expected a YAML file, found a folder"),

@@ -27,11 +27,12 @@ from etl.lake import spark_io
 from etl.pipeline.run import JOBS
 from etl.session import choose_engine, num_bytes
 from etl.settings import ConfigError
-from etl.tables import QUARANTINE, RELEASES, TABLES, Table
+from etl.tables import DELIVERIES, QUARANTINE, RELEASES, TABLES, Table
 from tests.fixtures.places import ROOT
 from tests.fixtures.ports import free_port
 
-DIFFERS = {RELEASES.name: ["created", "config", "config_hash"]}  # when, where and on what a release was made
+# When, where and on what a release was made, and when a file came.
+DIFFERS = {RELEASES.name: ["created", "config", "config_hash"], DELIVERIES.name: ["delivered"]}
 WRITTEN = [*(job.table for job in JOBS), QUARANTINE, RELEASES]
 GENERATED = {
     "source": {"kind": "generator", "users": 120, "items": 80, "mean_events": 25},

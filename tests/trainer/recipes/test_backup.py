@@ -57,9 +57,7 @@ def test_lake_and_store_come_back_elsewhere_without_the_first(place, monkeypatch
     stop_reading("lake")
     again = Registry().version(CHAMPION)
     assert (again.hash, again.label) == (version.hash, version.label)
-    folder = Registry().folder(again)
-    assert folder.is_relative_to(place / "new")
-    assert load_model(folder).hash == version.hash
+    assert load_model(Registry().folder(again)).hash == version.hash
     assert remove("lake", keep_releases=1, older_than_seconds=0, apply=True).kept == [2], "it is a lake as any other"
 
 

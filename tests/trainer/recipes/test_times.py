@@ -166,7 +166,7 @@ def test_a_request_without_times_is_refused(trained):
         ({"times": [1, "2", 3]}, "number of seconds since 1970"),
         ({"times": [1, None, 3]}, "number of seconds since 1970"),
         ({"times": [1, True, 3]}, "number of seconds since 1970"),
-        ({"times": 5}, "for each of `items`, found '5'"),
+        ({"times": 5}, "for each of `items`, found 5"),
         ({"times": [1, 2, float("inf")]}, "number of seconds since 1970"),
         ({"times": [1, 2, 3], "time": float("-inf")}, "`time` is a number of seconds"),
         ({"times": [1, 2, 3], "time": "now"}, "`time` is a number of seconds.*found 'now'"),
