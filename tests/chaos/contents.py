@@ -9,7 +9,10 @@ from typing import Any
 
 from deltalake import DeltaTable
 
-_VOLATILE = {"releases": {"created", "config", "config_hash", "code_version", "tables", "release"}}
+_VOLATILE = {
+    "releases": {"created", "config", "config_hash", "code_version", "tables", "release"},
+    "deliveries": {"delivered"},  # when
+}
 EMPTY = "no rows"
 
 

@@ -164,6 +164,7 @@ def _assert_same(lake: Path, other: Path) -> None:
         assert _rows(lake, table) == _rows(other, table), table.name
     assert set(TABLES) - {table.name for table in WRITTEN} == {
         "recommendations",
+        "served",
         "features",
     }  # none of the ETL is forgotten
 
