@@ -151,7 +151,8 @@ def left_behind(folder: Path, *, interrupted: int) -> Iterator[str]:
     """(7) Data files that no version names are of at most one write for each interrupted command; nothing half made
     stands after an undisturbed run; files of others are as they were."""
     writes = [path.parent.name for path in sorted(folder.glob("lake/*/_delta_log")) if orphans(path.parent)]
-    writes += sorted(path.name for path in folder.glob("lake/*/") if not (path / "_delta_log").exists())
+    tables = (path for path in folder.glob("lake/*/") if not path.name.startswith("."))  # others: marks of readers
+    writes += sorted(path.name for path in tables if not (path / "_delta_log").exists())
     if len(writes) > interrupted:
         yield f"7: files that no version names in {', '.join(writes)}, after {interrupted} interrupted commands"
     names = (path.relative_to(folder) for path in folder.rglob("*"))
