@@ -1,6 +1,6 @@
 """``graftrec project [FOLDER]``: writes the files of the MLflow Project, which `mlflow run FOLDER` starts.
 
-Its commands run in the folder above, where tables, runs and conf/ of one's own lie.
+Its commands run in the folder above, which holds tables, runs and the user's own conf/.
 """
 
 from collections.abc import Sequence

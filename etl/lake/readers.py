@@ -1,9 +1,9 @@
 """Who reads a release: a mark that maintenance heeds, so that the files of a release that is being read stay.
 
 On a disk the mark is a locked file in `.readers`, which the kernel frees when the reader dies. In an object store it
-is an object, written again every RENEW_SECONDS; one that is older than DEAD_SECONDS is a dead reader's. Where a reader
-may not write to the lake there is no mark: then only the age of what is removed (`older_than_hours` of maintenance)
-protects what it reads.
+is an object, written again every RENEW_SECONDS; one that is older than DEAD_SECONDS is a dead reader's. A
+reader that may not write to the lake leaves no mark: what it reads is then protected only because maintenance removes
+nothing younger than `older_than_hours`.
 """
 
 import atexit
@@ -19,8 +19,8 @@ from pathlib import Path
 import pyarrow.fs as pafs
 
 from etl.lake.lease import holder, who_holds
-from etl.lake.small_files import lake_filesystem, read_file, write_file
-from etl.lake.snapshots import LakeError, local_path
+from etl.lake.small_files import read_file, write_file
+from etl.lake.snapshots import LakeError, lake_filesystem, local_path
 
 READERS = ".readers"
 RENEW_SECONDS = 60.0  # in an object store

@@ -6,20 +6,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-from deltalake.fs import DeltaStorageHandler
 
 from etl.durable import sync
-from etl.lake.snapshots import LakeError, local_path, make_folder
+from etl.lake.snapshots import LakeError, lake_filesystem, local_path, make_folder
 from etl.lake.store_errors import store_problem
 from etl.redaction import one_line
-
-
-def lake_filesystem(lake: str) -> pafs.FileSystem:
-    """A pyarrow file system rooted at the lake."""
-    folder = local_path(lake)
-    if folder is not None:
-        return pafs.SubTreeFileSystem(str(folder.absolute()), pafs.LocalFileSystem())
-    return pafs.PyFileSystem(DeltaStorageHandler(lake.rstrip("/")))
 
 
 def read_file(lake: str, name: str) -> bytes | None:

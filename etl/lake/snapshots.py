@@ -72,11 +72,17 @@ def delta_uri(lake: str, table: Table) -> str:
 
 
 def table_filesystem(lake: str, table: Table) -> pafs.FileSystem:
-    """A pyarrow file system rooted at the table, on local disks or whatever store `deltalake` reaches."""
-    uri = table_uri(lake, table)
-    if local_path(lake) is not None:
-        return pafs.SubTreeFileSystem(uri, pafs.LocalFileSystem())
-    return pafs.PyFileSystem(DeltaStorageHandler(uri))
+    """A pyarrow file system rooted at the table."""
+    return lake_filesystem(table_uri(lake, table))
+
+
+def lake_filesystem(place: str) -> pafs.FileSystem:
+    """A pyarrow file system rooted at a lake, or a folder of it, on local disks or whatever store `deltalake`
+    reaches."""
+    folder = local_path(place)
+    if folder is not None:
+        return pafs.SubTreeFileSystem(str(folder.absolute()), pafs.LocalFileSystem())
+    return pafs.PyFileSystem(DeltaStorageHandler(place.rstrip("/")))
 
 
 def open_table(lake: str, table: Table, version: int | None = None) -> DeltaTable | None:

@@ -15,13 +15,13 @@ import pyarrow.fs as pafs
 
 from etl.jobs.releases import mark_removed, released, versions_of
 from etl.lake.lease import WAIT_SECONDS, writing
-from etl.lake.small_files import lake_filesystem
 from etl.lake.snapshots import (
     LakeError,
     active_files,
     check_formats,
     current_version,
     existing_table,
+    lake_filesystem,
     open_table,
     our_commits,
     table_filesystem,

@@ -12,8 +12,8 @@ from etl.jobs.releases import mark_removed, released, versions_of
 from etl.lake.lease import WAIT_SECONDS, writing
 from etl.lake.readers import readers
 from etl.lake.retention import remove_orphans
-from etl.lake.small_files import bytes_under, lake_filesystem
-from etl.lake.snapshots import LakeError, check_formats, open_table
+from etl.lake.small_files import bytes_under
+from etl.lake.snapshots import LakeError, check_formats, lake_filesystem, open_table
 from etl.tables import RELEASES, TABLES
 
 

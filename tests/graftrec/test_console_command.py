@@ -40,7 +40,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ([], "graftrec: the following arguments are required: command"),
         (["pretrian"], "graftrec: argument command: invalid choice: 'pretrian'"),
@@ -57,17 +57,21 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert ended(arguments) == 2
-    assert re.fullmatch(rf"{told}[^\n]*\n", capsys.readouterr().err)
+    assert re.fullmatch(rf"{message}[^\n]*\n", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     """Of those that everything needs, and of those that a command needs: both are found here and hidden."""
-    for package, command, told in (
+    for package, command, message in (
         (
             "pydantic",
             ["--version"],
@@ -88,7 +92,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
             text=True,
             check=False,
         )
-        assert (done.returncode, done.stderr) == (2, told)
+        assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_hints_spell_a_command_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ Killed anywhere, the folder is a model still, if without its users; the same cal
 
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -66,11 +66,7 @@ def without_users(folder: Path, users: Collection[str]) -> int:
     names = [path.name for path in ready.iterdir()]
     for name in names:  # a folder without them is a model; one with other files than its manifest names isn't
         (folder / name).unlink(missing_ok=True)
-    digests = json.loads(manifest.read_text()) | {name: digest_of(ready / name) for name in names}
-    new = manifest.with_name(manifest.name + ".new")
-    new.write_text(json.dumps(digests, indent=1))
-    sync(new)
-    new.replace(manifest)
+    renew_digests(manifest, {name: digest_of(ready / name) for name in names})
     for name in names:
         (ready / name).replace(folder / name)
     ready.rmdir()
@@ -81,13 +77,20 @@ def follow_parent(patch: Path, parent: Path) -> bool:
     """Let a patch name its parent's files of users as they are now; whether that changed anything."""
     inherited = json.loads((patch / PATCH).read_text())["files"]
     own, theirs = json.loads((patch / WHOLE).read_text()), json.loads((parent / MANIFEST).read_text())
-    changed = own | {name: theirs[name] for name in inherited if name in theirs}
-    if changed == own:
+    changed = {name: theirs[name] for name in inherited if name in theirs}
+    if changed.items() <= own.items():
         return False
-    new = patch / (WHOLE + ".new")
-    new.write_text(json.dumps(changed, indent=1))
-    new.replace(patch / WHOLE)
+    renew_digests(patch / WHOLE, changed)
     return True
+
+
+def renew_digests(manifest: Path, changed: Mapping[str, str]) -> None:
+    """Let a manifest name files by other digests; it is whole at any moment."""
+    digests = json.loads(manifest.read_text()) | changed
+    new = manifest.with_name(manifest.name + ".new")
+    new.write_text(json.dumps(digests, indent=1))
+    sync(new)
+    new.replace(manifest)
 
 
 def _write(folder: Path, ids: pa.Table, rows: list[int]) -> None:

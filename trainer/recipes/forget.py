@@ -7,11 +7,11 @@ row a user lose these rows. No MLflow run is made: its command line would hold t
 where, and what can't be.
 """
 
+import contextlib
 import datetime as dt
 import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from trainer.config import ForgetConfig, required
 from trainer.inference.delta_folder import PATCH, parent_of
 from trainer.inference.model_archive import MODEL, USERS, archive_again, unarchived
 from trainer.inference.model_folder import MANIFEST, ModelFolderError, digest_of, model_hash
-from trainer.inference.without_users import follow_parent, is_model, is_of_lake, without_users
+from trainer.inference.without_users import follow_parent, is_model, is_of_lake, renew_digests, without_users
 from trainer.registry import rename_hash
 from trainer.social.friends_folder import is_friends, without_people
 
@@ -136,7 +136,7 @@ def _in_store(config: ForgetConfig, receipt: Receipt) -> None:
             _note(config, receipt)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(root: Path, scratch: Path) -> Iterator[Path]:
     """The archives of models below a folder as folders in `scratch`, in the same places; those that were changed are
     archived again."""
@@ -164,16 +164,11 @@ def _follow(root: Path, parents: Mapping[str, Path]) -> None:
 
 
 def _know(root: Path, parents: dict[str, Path]) -> None:
+    """Note the models below a folder by their hashes."""
     for manifest in root.rglob(MANIFEST):
         if not is_friends(manifest.parent):
-            _known(parents, manifest.parent)
-
-
-def _known(parents: dict[str, Path], folder: Path) -> None:
-    try:
-        parents[model_hash(folder)] = folder
-    except (ModelFolderError, OSError, ValueError, AttributeError):
-        return
+            with contextlib.suppress(ModelFolderError, OSError, ValueError, AttributeError):
+                parents[model_hash(manifest.parent)] = manifest.parent
 
 
 def _clean(config: ForgetConfig, root: Path, receipt: Receipt, *, name: str, lake: str) -> None:
@@ -268,12 +263,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _renew_digest(path: Path) -> None:
     manifest = path.parent / MANIFEST
-    if manifest.is_file():
-        digests = json.loads(manifest.read_text())
-        if path.name in digests:
-            new = manifest.with_name(manifest.name + ".new")
-            new.write_text(json.dumps(digests | {path.name: digest_of(path)}, indent=1))
-            new.replace(manifest)
+    if manifest.is_file() and path.name in json.loads(manifest.read_text()):
+        renew_digests(manifest, {path.name: digest_of(path)})
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

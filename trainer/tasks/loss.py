@@ -12,10 +12,11 @@ from torch import Tensor
 
 from etl.tables import FIRST_INDEX
 from trainer.config import LossConfig
+from trainer.data.batch import Batch
 from trainer.models import SequenceModel
 from trainer.tasks.packed_softmax import cross_entropy
 from trainer.tasks.pool import Hits, softmax_over_pool, softplus_over_pool
-from trainer.tasks.positions import Draw, integers
+from trainer.tasks.positions import Draw, Positions, draw_of, integers
 from trainer.tasks.softmax import summed_cross_entropy
 
 
@@ -53,6 +54,27 @@ def summed_loss(
         return generalised_binary_loss(model, hidden_ND, targets_N, negatives_K, power, weight_N)
     log_expected = np.log(config.num_negatives / num_items)  # draws of one item among K: K q, uniform q
     return sampled_softmax(model, hidden_ND, targets_N, negatives_K, float(log_expected), weight_N)
+
+
+def loss_at(
+    model: SequenceModel,
+    hidden_ND: Tensor,
+    batch: Batch,
+    positions: Positions,
+    config: LossConfig,
+    table_VD: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(summed loss, number of positions that count): `summed_loss` where the target of a position is its own event."""
+    loss = summed_loss(
+        model,
+        hidden_ND,
+        positions.of_events(batch.items),
+        config,
+        draw=draw_of(batch),
+        table_VD=table_VD,
+        weight_N=positions.weight_N,
+    )
+    return loss, positions.count
 
 
 def loss_of_users(

@@ -16,8 +16,8 @@ from trainer.data.batch import Batch
 from trainer.models import SequenceModel
 from trainer.models.time import EventInputs
 from trainer.tasks.base import Task
-from trainer.tasks.loss import is_predicted, summed_loss
-from trainer.tasks.positions import Inputs, draw_of, positions_of, uniform
+from trainer.tasks.loss import is_predicted, loss_at
+from trainer.tasks.positions import Inputs, positions_of, uniform
 from trainer.tasks.times import times_before_mask, times_of_masked
 
 
@@ -41,16 +41,7 @@ class MaskedItem(Task):
         positions = positions_of(batch, chosen_BT, self.config.mask_probability)
         inputs = Inputs(corrupted_BT, lengths_B, batch.users, events)
         hidden_ND = positions.hidden(model, inputs, causal=False, table_VD=table_VD)
-        loss = summed_loss(
-            model,
-            hidden_ND,
-            positions.of_events(batch.items),
-            self.config.loss,
-            draw=draw_of(batch),
-            table_VD=table_VD,
-            weight_N=positions.weight_N,
-        )
-        return loss, positions.count
+        return loss_at(model, hidden_ND, batch, positions, self.config.loss, table_VD)
 
     def mask(self, batch: Batch, num_items: int) -> tuple[Tensor, Tensor, Tensor]:
         """(corrupted items [B, T], lengths [B], chosen positions [B, T] bool), at least one of each sequence.

@@ -13,8 +13,8 @@ from trainer.data.batch import Batch
 from trainer.models import SequenceModel
 from trainer.models.time import EventInputs
 from trainer.tasks.base import Task
-from trainer.tasks.loss import is_predicted, loss_of_users, summed_loss
-from trainer.tasks.positions import Inputs, draw_of, positions_of
+from trainer.tasks.loss import is_predicted, loss_at, loss_of_users, summed_loss
+from trainer.tasks.positions import Inputs, positions_of
 from trainer.tasks.times import times_behind_cls
 
 
@@ -50,16 +50,7 @@ class NextItem(Task):
             hidden_ND, targets_N = hidden_ND[asking[wanted_N]], targets_N[wanted_N]
             loss = summed_loss(model, hidden_ND, targets_N, self.config.loss, draw=batch.draw, table_VD=table_VD)
             return loss, torch.tensor(len(targets_N), device=loss.device)
-        loss = summed_loss(
-            model,
-            hidden_ND,
-            positions.of_events(batch.items),
-            self.config.loss,
-            draw=draw_of(batch),
-            table_VD=table_VD,
-            weight_N=positions.weight_N,
-        )
-        return loss, positions.count
+        return loss_at(model, hidden_ND, batch, positions, self.config.loss, table_VD)
 
     def _following(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of each real position and each of the next items that there are: the position's number, and the item."""

@@ -174,9 +174,9 @@ def test_a_release_that_is_read_stays_until_its_reader_has_ended(log: Path) -> N
     try:
         with pytest.raises(
             Reading, match=rf"release 2 by process {reader.pid} of .*; run the same command again"
-        ) as told:
+        ) as refused:
             forget(lake, [user(0)])
-        assert told.value.exit_code == 5
+        assert refused.value.exit_code == 5
         assert mentions(log / "lake" / "interactions", user(0)), "the old files stay"
         assert not [row for row in rows_of(log / "lake", "interactions") if row["user"] == user(0)]
     finally:
